@@ -1,0 +1,23 @@
+"""Measure the units of a neural network, find out which of them matter, remove those that do not."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import load_config, run
+    from .layers import find_layers
+    from .measure import analyze
+    from .metrics import get_metric, list_metrics
+    from .results import Result, load, load_runs
+
+_HOMES = {"analyze": "measure", "find_layers": "layers", "get_metric": "metrics", "list_metrics": "metrics", "Result": "results",
+          "load": "results", "load_runs": "results", "load_config": "config", "run": "config"}
+
+__all__ = ["Result", "analyze", "find_layers", "get_metric", "list_metrics", "load", "load_config", "load_runs", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when they are first used: ``import nodelens`` itself takes no time."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nodelens' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

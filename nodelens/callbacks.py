@@ -1,0 +1,120 @@
+"""Lightning's clock on one side, the plan on the other."""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from .collect import Pass
+from .files import write, write_json
+from .frame import Frame, logits_of
+from .hooks import Capture, Site
+from .layers import Layer, find_layers
+from .measure import analyze, finish
+from .metrics import Metric
+from .plan import Plan, Recording
+from .results import Result
+from .tracking import log_result, scalars
+
+
+class Measure(Callback):
+    """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
+
+    on: ``probe``, the data module's calibration samples in eval mode after each epoch: the same rows every time; or
+    ``train``, the training batches as they pass, from weights that move. The module measured is ``module.net``.
+    """
+
+    def __init__(self, metrics: dict[str, Metric], folder: str, layers: str | list[str] = "*", on: Literal["probe", "train"] = "probe",
+                 every: int = 1, groups: int = 8, positions: int | None = None, budget: float | None = None, seed: int = 0):
+        self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
+        self.groups, self.positions, self.budget, self.seed = groups, positions, budget, seed
+        self.capture: Capture | None = None
+        self.plan: Plan | None = None
+        self.taken: Pass | None = None
+        self.result: Result | None = None
+        self.logits: Tensor | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.on == "train" and self._due(trainer):
+            frame = Frame.of(batch, self.groups, self.seed)
+            if self.capture is None:
+                self._open(pl_module, frame)
+            assert self.taken is not None and self.capture is not None
+            self.capture.scale = _undo_scaling(trainer, len(frame))
+            self.taken.begin(frame)
+            self.capture.gate = True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self.capture:
+            self.capture.gate = False  # a recomputation under checkpointing would count its rows twice
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.taken is not None and self.taken.frame is not None:
+            self.taken.end(self.logits)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        started = time.perf_counter()
+        if not self._due(trainer):
+            return
+        if self.on == "probe":
+            data = trainer.datamodule.loader("calibration", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
+            self.result = analyze(pl_module.net, _on(data, pl_module), self.metrics, self.layers, seed=self.seed, groups=self.groups,  # type: ignore[arg-type]
+                                  positions=self.positions, budget=self.budget)
+        elif self.taken is not None and self.plan is not None:
+            self.taken.flush()
+            self.result = finish(self.plan, self.taken, pl_module.device)
+        self.close()
+        if trainer.is_global_zero and self.result is not None:
+            self._write(trainer, self.result, time.perf_counter() - started)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.result is not None:
+            log_result(trainer.loggers, self.result)
+
+    def close(self, *_: Any, **__: Any) -> None:
+        """Takes the hooks away, also when training raises."""
+        if self.capture:
+            self.capture.close()
+        self.capture = self.taken = None
+
+    on_exception = close
+    teardown = close
+
+    def _due(self, trainer: Trainer) -> bool:
+        return not trainer.sanity_checking and trainer.current_epoch % self.every == 0
+
+    def _open(self, module: LightningModule, frame: Frame) -> None:
+        net: Any = module.net
+        layers = find_layers(net, self.layers)
+        self.plan = Plan.of(net, layers, self.metrics, Recording.of(net, layers, frame), self.groups, self.positions, self.layers == "*")
+        self.plan.check(self.budget)
+        self.taken = Pass(self.plan, self.seed)
+        root = Site(Layer("", net), "output")
+        self.capture = Capture([*self.plan.sites(), root], self._see, self.plan.overwritten).open()
+
+    def _see(self, site: Site, tensor: Tensor) -> None:
+        if site.layer.name == "":
+            self.logits = logits_of(tensor)
+        elif self.taken is not None:
+            self.taken.see(site, tensor)
+
+    def _write(self, trainer: Trainer, result: Result, seconds: float) -> None:
+        name = f"{trainer.current_epoch:03d}.parquet"
+        write(self.folder / f"units_{name}", result.units.to_parquet)
+        write(self.folder / f"layers_{name}", result.layers.to_parquet)
+        keep = ("samples", "groups", "positions", "metrics", "missing", "counts", "left_out", "never_called")
+        write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars(result) | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+
+
+def _on(data: Any, module: LightningModule) -> Any:
+    return (module.transfer_batch_to_device(batch, module.device, 0) for batch in data)
+
+
+def _undo_scaling(trainer: Trainer, samples: int) -> float:
+    """From the gradient of a mean loss, divided by accumulation and multiplied by a loss scale, to the summed loss's."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return samples * trainer.accumulate_grad_batches / (scaler.get_scale() if scaler is not None else 1.0)

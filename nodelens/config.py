@@ -1,0 +1,149 @@
+"""The config: composed by Hydra, checked against the code it names, built in one place."""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from .checks import check
+
+CONF = Path(__file__).parent / "conf"
+TASKS = ("train", "analyze", "prune")
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class Budget:
+    """Limits of a pass: memory in bytes or as '4GB', null for none."""
+
+    memory: str | None = "8GB"
+
+
+@dataclass
+class Common:
+    """Keys that every task has; a group's values come from its file."""
+
+    task: str = MISSING
+    seed: int = 0
+    ckpt_path: str | None = None
+    dataset: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    layers: Any = "*"
+    groups: int = 8
+    positions: int | None = None
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass
+class Train(Common):
+    """train.py"""
+
+    task: str = "train"
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Analyze(Common):
+    """analyze.py"""
+
+    task: str = "analyze"
+    split: str | None = None
+    plan_only: bool = False
+
+
+@dataclass
+class Prune(Common):
+    """prune.py"""
+
+    task: str = "prune"
+    criterion: dict[str, Any] = field(default_factory=dict)
+    amounts: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    mode: str = "low"
+
+
+def register() -> None:
+    """Makes the schema known to Hydra."""
+    store = ConfigStore.instance()
+    for node in (Train, Analyze, Prune):
+        store.store(name=f"{node.task}_schema", node=node)
+
+
+def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config that a script would compose, for a notebook: ``load_config("analyze", ["model=resnet18"])``.
+
+    Results go to ``outputs/<task>/<time>`` below the working folder unless ``paths.output_dir=`` says otherwise.
+    Raises ValueError for an unknown task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"no task is called {task!r}; there are {', '.join(TASKS)}")
+    register()
+    overrides = with_custom_model(overrides)
+    if not any(o.startswith("paths.output_dir=") for o in overrides):
+        now = datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
+        overrides.append(f"paths.output_dir=outputs/{task}/{now}")
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
+        return compose(task, overrides=overrides)
+
+
+def run(cfg: DictConfig) -> float:
+    """What the script of a config's task does; returns its number: accuracy, or the area under a pruning curve."""
+    from . import tasks
+
+    return tasks.TASKS[cfg.task](cfg)
+
+
+def with_custom_model(overrides: Sequence[str]) -> list[str]:
+    """A model of the user's own (``model.net._target_=``) starts from an empty group; its options need no ``+``."""
+    names = [o.split("=", 1)[0].lstrip("+") for o in overrides]
+    if "model.net._target_" not in names:
+        return list(overrides)
+    own = [f"++{o.lstrip('+')}" if n.startswith("model.net.") else o for o, n in zip(overrides, names, strict=True)]
+    return own if "model" in names else ["model=custom", *own]
+
+
+def build(node: Any, path: str, **more: Any) -> Any:
+    """The objects that a config names, after ``check``: the one call of ``hydra.utils.instantiate``.
+
+    Raises ValueError with the config's path: for a key or type that does not fit, or what the object itself refuses.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    container = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    check({**container, **more} if more and isinstance(container, dict) else container, path)
+    try:
+        return instantiate(container, _convert_="all", **more)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (ValueError, OSError, MemoryError)):
+            raise cause from None
+        raise
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The whole config as plain values."""
+    found = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(found, dict)
+    return {str(k): v for k, v in found.items()}
+
+
+def in_bytes(size: str | int | float | None) -> float | None:
+    """Bytes of '4GB', '512 MiB' or a number; None for no limit. Raises ValueError for anything else."""
+    if size is None:
+        return None
+    text = str(size).replace(" ", "").upper()
+    number = text.rstrip("BGIKM")
+    try:
+        return float(number) * _SIZES[text[len(number):]]
+    except (ValueError, KeyError):
+        raise ValueError(f"budget.memory is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None

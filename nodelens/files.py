@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Has ``fill`` write a file beside the path, then puts it in its place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        fill(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, NaN and infinities as null."""
+    text = json.dumps(plain(value), indent=1, allow_nan=False)
+    write(path, lambda beside: beside.write_text(text + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError for a file that is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries, lists, numbers and words only, as JSON and a weights-only load take them."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return plain(value.item()) if hasattr(value, "item") else str(value)

@@ -1,0 +1,142 @@
+"""A frame: what is known of one batch: inputs, labels, mask of valid rows, sample keys, groups."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .keys import content_keys, mix
+
+_LABELS = ("labels", "label", "y")
+_IDS = ("ids", "sample_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One batch of B samples.
+
+    Shapes: labels (B,) or (B, T) or None; mask (B, T) bool, true where a token counts, or None for all;
+            keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G)
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+    mask: Tensor | None
+    keys: Tensor
+    group: Tensor
+
+    @classmethod
+    def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Frame":
+        """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, masks.
+
+        Sample numbers come with the batch (``ids``), else from the samples' content: equal for equal samples, so that
+        groups do not depend on batching. Raises ValueError for anything else.
+        """
+        args, kwargs, labels, ids = _read(batch)
+        mask = kwargs.get("attention_mask")
+        first = args[0] if args else _first_tensor(kwargs)
+        if labels is not None and len(labels) != len(first):
+            raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
+        keys = content_keys(first).cpu() if ids is None else mix(ids.reshape(-1).long().cpu())
+        return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def map(self, change: Any) -> "Frame":
+        """The frame with a function applied to each tensor that has a row a sample."""
+        def each(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
+
+        return replace(self, args=tuple(map(each, self.args)), kwargs={k: each(v) for k, v in self.kwargs.items()},
+                       labels=each(self.labels), mask=each(self.mask), keys=each(self.keys), group=each(self.group))
+
+    def sorted(self) -> "Frame":
+        """The same samples with those of a group side by side, so that a group's rows are a slice and not a copy."""
+        order = torch.argsort(self.group, stable=True)
+        return self.map(lambda t: t[order.to(t.device)])
+
+    def head(self, samples: int) -> "Frame":
+        """The first samples only."""
+        return self.map(lambda t: t[:samples])
+
+    def to(self, device: torch.device) -> "Frame":
+        """Inputs, labels and mask on the model's device; keys and groups stay on the CPU."""
+        moved = self.map(lambda t: t.to(device, non_blocking=True))
+        return replace(moved, keys=self.keys, group=self.group)
+
+    def slices(self) -> list[tuple[int, int, int]]:
+        """(group, first, last) of each run of samples of one group, in order."""
+        groups, counts = torch.unique_consecutive(self.group, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        return [(g, end - n, end) for g, n, end in zip(groups.tolist(), counts.tolist(), ends, strict=True)]
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output for this batch."""
+        return model(*self.args, **self.kwargs)
+
+    def describe(self) -> str:
+        """The inputs in words: shapes and dtypes."""
+        named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
+        return ", ".join(f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}"
+                         for k, v in named.items() if isinstance(v, Tensor))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: the tensor itself, its field ``logits``, or its first floating tensor.
+
+    Raises ValueError where there is none.
+    """
+    found = tensor_of(output)
+    if found is None:
+        raise ValueError(f"the model returned {type(output).__name__} without a floating tensor: nothing to read logits from")
+    return found
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """The tensor in a container by type, never by index: itself, a declared field, else the first floating tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        for name in ("logits", "last_hidden_state", "hidden_states"):
+            if isinstance(value.get(name), Tensor):
+                return value[name]
+        value = tuple(value.values())
+    elif hasattr(value, "logits"):
+        return value.logits
+    if isinstance(value, (tuple, list)):
+        return next((v for v in value if isinstance(v, Tensor) and v.is_floating_point()), None)
+    return None
+
+
+def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None, None
+    if isinstance(batch, Mapping):
+        rest = dict(batch)
+        labels = next((rest.pop(k) for k in _LABELS if k in rest), None)
+        ids = next((rest.pop(k) for k in _IDS if k in rest), None)
+        x = rest.pop("x", None)
+        return (() if x is None else (x,)), rest, labels, ids
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        ids = getattr(batch, "ids", None)
+        if len(batch) <= 2 or ids is not None:
+            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids
+    raise ValueError(f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
+                     "a loader of another form needs a function that makes one of these of it")
+
+
+def _shape_of(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)}: ({', '.join(type(b).__name__ for b in batch)})"
+    return f"a {type(batch).__name__}"
+
+
+def _first_tensor(kwargs: dict[str, Any]) -> Tensor:
+    found = next((v for v in kwargs.values() if isinstance(v, Tensor) and v.ndim), None)
+    if found is None:
+        raise ValueError(f"a batch has no tensor to give to the model: its keys are {', '.join(kwargs) or 'none'}")
+    return found

@@ -1,0 +1,111 @@
+"""The one place that hooks: looking at what passes, and changing it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .frame import tensor_of
+from .layers import Layer
+
+
+class Site(NamedTuple):
+    """Where rows are read: a layer's port."""
+
+    layer: Layer
+    port: str
+
+    def __str__(self) -> str:
+        return f"{self.layer.name}.{self.port}"
+
+
+See = Callable[[Site, Tensor], None]
+
+
+class Capture(AbstractContextManager["Capture"]):
+    """Calls ``see(site, tensor)`` for what passes at each site while it is open and the gate is up.
+
+    ``output*grad`` shows the product of the output and its gradient, during the backward pass. ``cloned`` names the layers
+    whose output a later operation overwrites in place.
+    """
+
+    def __init__(self, sites: Iterable[Site], see: See, cloned: Iterable[str] = ()):
+        self.sites, self.see, self.cloned = list(sites), see, set(cloned)
+        self.gate = False
+        self.scale = 1.0  # of the gradients, where a trainer divided or multiplied the summed loss
+        self.handles: list[Any] = []
+        self.fired: Counter[str] = Counter()
+
+    def open(self) -> "Capture":
+        for site in self.sites:
+            module = site.layer.module  # an input is read before the module can change it in place
+            pre = site.port == "input"
+            register = module.register_forward_pre_hook if pre else module.register_forward_hook
+            self.handles.append(register(partial(self._hook, site), with_kwargs=True))
+        return self
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.gate = False
+
+    def __enter__(self) -> "Capture":
+        return self.open()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _hook(self, site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
+        if not self.gate:
+            return
+        seen = (args or tuple(kwargs.values())) if site.port == "input" else output
+        tensor = tensor_of(seen)
+        if tensor is None:
+            raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")
+        self.fired[str(site)] += 1
+        if site.port == "output*grad":
+            if torch.is_grad_enabled():
+                if not tensor.requires_grad:  # the graph begins here: nothing before a first layer is differentiated
+                    tensor.requires_grad_()
+                value = tensor.detach().clone() if site.layer.name in self.cloned else tensor.detach()
+                tensor.register_hook(partial(self._gradient, site, value))
+        else:
+            with torch.no_grad():
+                self.see(site, tensor.detach())
+
+    def _gradient(self, site: Site, value: Tensor, gradient: Tensor) -> None:
+        with torch.no_grad():
+            self.see(site, value * gradient if self.scale == 1.0 else value * (gradient * self.scale))
+
+
+@contextmanager
+def edit(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, what each module puts out passes through its function first, in the container it came in.
+
+    Observers see the edited value; nothing is written into the model. Functions return a new tensor.
+    """
+    handles = [module.register_forward_hook(partial(_replace, change), prepend=True) for module, change in edits.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replace(change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    old = tensor_of(output)
+    if old is None:
+        raise ValueError(f"{type(module).__name__} puts out {type(output).__name__} without a tensor: nothing to edit")
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        return tuple(change(v) if v is old else v for v in output)
+    for key, v in output.items():
+        if v is old:
+            output[key] = change(v)
+    return output

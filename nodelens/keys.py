@@ -1,0 +1,38 @@
+"""Keys: numbers that stand for a sample and decide its group and its positions, in any batch, order or process."""
+
+import torch
+from torch import Tensor
+
+_LIMIT = 4096  # entries of a sample that a key of its content reads
+
+
+def mix(*parts: Tensor | int) -> Tensor:
+    """One well-mixed non-negative int64 a place, of integers that broadcast. SplitMix64 (Steele, Lea & Flood 2014)."""
+    state = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        state = _scramble(state + part + _signed(0x9E3779B97F4A7C15))
+    return state & 0x7FFFFFFFFFFFFFFF
+
+
+def content_keys(x: Tensor) -> Tensor:
+    """A key a sample, (B, ...) -> (B,) int64, of what is in it: the same for equal samples, whoever saw them when."""
+    rows = x.detach().reshape(len(x), -1)
+    rows = rows[:, :: max(1, rows.shape[1] // _LIMIT)]
+    if rows.is_floating_point():
+        rows = rows.float().contiguous().view(torch.int32)
+    place = torch.arange(rows.shape[1], device=rows.device)
+    return mix(_scramble(rows.long() + mix(place).to(rows.device)).sum(1))
+
+
+def _scramble(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, by: int) -> Tensor:
+    return (z >> by) & ((1 << (64 - by)) - 1)  # torch's >> keeps the sign
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,55 @@
+"""Numbers from sums: correlations, Gaussian information, spectra; and products that are what they say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+MI_CEILING = 1 - 1e-6  # of rho^2: float32 products resolve no more; 6.908 nats
+ROUNDING = 2 * torch.finfo(torch.float32).eps  # a spread below this share of the size is rounding
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Plain float32 products inside: no autocast, no TF32, no bfloat16 in the multiplication."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def constant(variance: Tensor, mean: Tensor) -> Tensor:
+    """Which units do not vary: a spread at the rounding of the mean. Shapes: (units,), (units,) -> (units,) bool."""
+    return ~(variance > (ROUNDING * mean).square())
+
+
+def correlation(covariance: Tensor, silent: Tensor) -> Tensor:
+    """Correlations of a covariance, (d, d); those of silent units, (d,) bool, are 0. No epsilon: it would give a scale."""
+    spread = covariance.diagonal().where(~silent, 1.0).sqrt()
+    live = ~silent
+    return torch.where(live[:, None] & live, covariance / spread.outer(spread), 0.0)
+
+
+def gaussian_information(rho2: Tensor) -> Tensor:
+    """-0.5 ln(1 - rho^2) of squared correlations, in nats, [0, 6.908]. Cover & Thomas 2006, ch. 8."""
+    return -0.5 * torch.log1p(-rho2.clamp_max(MI_CEILING))
+
+
+def spectrum(covariance: Tensor) -> Tensor:
+    """Eigenvalues of a covariance, (d,), largest first, rounding below zero set to zero; NaN where it is not finite."""
+    if not covariance.isfinite().all():
+        return torch.full_like(covariance.diagonal(), torch.nan)
+    return torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
+
+
+def entropy_count(weights: Tensor) -> Tensor:
+    """exp of the entropy of weights taken as shares, (d,) -> (): how many of them there are in effect. NaN: all zero."""
+    share = weights / weights.sum()
+    return torch.special.entr(share).sum().exp()

@@ -1,0 +1,137 @@
+"""One pass over the data, and what it found."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .collect import Pass
+from .distributed import first_of, reduce_sums, reduce_tensor, world
+from .frame import Frame, logits_of
+from .hooks import Capture
+from .layers import find_layers
+from .metrics import Metric, get_metric
+from .modes import frozen
+from .plan import Plan, Recording
+from .results import Result, fingerprint, provenance
+from .table import make_table
+from .targets import summed_loss
+
+DEFAULT = ("activation_mean", "activation_variance", "activation_rms", "zero_fraction", "rq", "redundancy", "synergy",
+           "class_mi", "taylor", "effective_rank", "participation_ratio", "magnitude")
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+Metrics = Sequence[str | Metric] | Mapping[str, Metric]
+
+
+def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, layers: str | Sequence[str] = "*", *,
+            seed: int = 0, groups: int = 8, positions: int | None = None, loss: Loss = summed_loss,
+            budget: float | None = None, on_plan: Callable[[Plan], None] | None = None,
+            progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Result:
+    """Measures the units of a model in one pass over the data, in eval mode, on the device where its parameters lie.
+
+    data: batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
+    each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob or a list.
+    groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None for all.
+    loss: of (logits, labels), summed over the batch. budget: bytes the plan may take.
+
+    Raises ValueError for names without a match, data that do not fit the model and labels that a metric needs but are not
+    there; MemoryError over the budget.
+    """
+    started = time.perf_counter()
+    chosen, device = as_metrics(metrics), device_of(model)
+    batches = iter(data)
+    head = next(batches, None)
+    found = find_layers(model, layers)
+    recording = first_of(None if head is None else Recording.of(model, found, Frame.of(head, groups, seed).to(device)))
+    if recording is None:
+        raise ValueError("the data are empty: not one batch to measure")
+    plan = Plan.of(model, found, chosen, recording, groups, positions, optional=layers == "*")
+    plan.check(budget)
+    if on_plan:
+        on_plan(plan)
+    planned = time.perf_counter()
+    every = [] if head is None else itertools.chain([head], batches)
+    taken = run_pass(model, plan, progress(every), seed, loss)
+    passed = time.perf_counter()
+    result = finish(plan, taken, device)
+    seconds = {"plan": planned - started, "pass": passed - planned, "table": time.perf_counter() - passed}
+    result.metadata |= {"seed": seed, "seconds": seconds, "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)}}
+    return result
+
+
+def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, loss: Loss = summed_loss) -> Pass:
+    """Shows every batch to the plan's statistics. The model is as before when it ends, however it ends."""
+    taken, device = Pass(plan, seed), device_of(model)
+    capture = Capture(plan.sites(), taken.see, plan.overwritten)
+    with frozen(model), capture:
+        for batch in data:
+            frame = Frame.of(batch, plan.groups, seed).sorted().to(device)
+            taken.begin(frame)
+            taken.end(_forward(model, frame, capture, loss if plan.gradients else None))
+    taken.flush()
+    return taken
+
+
+def finish(plan: Plan, taken: Pass, device: torch.device) -> Result:
+    """The result of a pass; under a process group of all processes' passes together. Collective."""
+    sums = taken.sums()
+    reduce_sums(sums, device)
+    samples = reduce_tensor(taken.samples.to(device)).cpu()
+    left_out = reduce_tensor(torch.tensor([c.left_out for c in taken.collectors.values()], device=device)).tolist()
+    for accumulator in sums.values():
+        accumulator.to(torch.device("cpu"))
+    table = make_table(plan, sums, samples)
+    rows = [{"layer": layer, "statistic": str(need), "rows": int(a.value.tensors()["n"].sum()) if a.value else 0}
+            for (layer, need), a in sums.items()]
+    metadata = provenance() | {
+        "metrics": {name: describe(metric) for name, metric in plan.metrics.items()},
+        "samples": int(samples.sum()), "groups": plan.groups, "samples_by_group": samples.tolist(), "positions": plan.positions,
+        "processes": world()[1], "rows": rows, "missing": table.missing, "counts": table.counts,
+        "left_out": [{"site": str(s), "rows": n} for s, n in zip(taken.collectors, left_out, strict=True) if n],
+        "never_called": plan.never_called, "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],
+        "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
+    }
+    return Result(table.units, table.layers, table.matrices, metadata)
+
+
+def as_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """{column: metric} of names and metric objects. Raises ValueError for a name asked for twice."""
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    chosen: dict[str, Metric] = {}
+    for metric in metrics:
+        name = metric if isinstance(metric, str) else metric.names[-1]
+        if name in chosen:
+            raise ValueError(f"metric {name!r} is asked for twice; give a dict {{column: metric}} to name two variants")
+        chosen[name] = get_metric(metric) if isinstance(metric, str) else metric
+    return chosen
+
+
+def describe(metric: Metric) -> dict[str, Any]:
+    """What a column is: the metric's name, options, needs, when NaN."""
+    return {"metric": metric.names[0], "options": metric.options, "kind": metric.shape, "nan": metric.nan, "source": metric.source(),
+            "needs": {name: str(need) for name, need in metric.needs().items()}}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer lies; the CPU for one without any."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _forward(model: nn.Module, frame: Frame, capture: Capture, loss: Loss | None) -> Tensor:
+    capture.gate = True
+    try:
+        with torch.set_grad_enabled(loss is not None):
+            logits = logits_of(frame.run(model))
+            capture.gate = False
+            if loss is not None:
+                total = loss(logits, frame.labels)
+                if total.requires_grad:
+                    total.backward()
+    finally:
+        capture.gate = False
+    return logits.detach()

@@ -1,0 +1,91 @@
+"""What a metric is: a pure function of statistics and weights, that says which it needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from ..statistics import Statistic
+
+View = Literal["positions", "samples"]
+
+
+class Need(NamedTuple):
+    """A statistic of the rows at a port, in a view, with the target that stands beside them."""
+
+    statistic: type[Statistic]
+    port: str
+    view: str = "positions"
+    target: str | None = None
+
+    def __str__(self) -> str:
+        beside = f" with {self.target}" if self.target else ""
+        return f"{self.statistic.__name__}({self.port}, {self.view}{beside})"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Statistics and weights in, a value a unit (or a pair of units, or a layer) out.
+
+    Options are fields: the config sets them and the table's metadata names them. Subclasses state ``names`` (the first is
+    the long one), ``kind``, ``nan`` (when there is no answer) and ``source``.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[str] = "unit"  # unit | pair | layer
+    weighted: ClassVar[bool] = False  # whether it reads the layer's weights
+    nan: ClassVar[str] = "never"
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {', '.join(map(repr, get_args(hint)))}")
+
+    def needs(self) -> dict[str, Need]:
+        """What ``__call__`` takes, by the name of its argument."""
+        return {}
+
+    def __call__(self, weight: Tensor | None, **statistics: Any) -> Tensor:
+        """The value: (units,), (units, units) or ()."""
+        raise TypeError(f"{type(self).__name__} has no formula")
+
+    def counts(self, weight: Tensor | None, **statistics: Any) -> dict[str, int]:
+        """How often a rule for an edge case was used, such as ``constant`` or ``saturated``."""
+        return {}
+
+    @classmethod
+    def source(cls) -> str:
+        """Where the definition can be read: the docstring's own line."""
+        after = (cls.__doc__ or "").partition("Source:")[2]
+        return " ".join(after.split())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def shape(self) -> str:
+        """unit, pair or layer: what the value has, after ``reduce``."""
+        return "unit" if self.kind == "pair" and self.options.get("reduce") == "mean" else self.kind
+
+    def compute(self, **tensors: Any) -> Tensor:
+        """The metric from tensors in hand: the same formula as in a pass, fed with one batch.
+
+        inputs (n, d) or (B, C, H, W), outputs likewise, weights (units, ...), labels (n,), targets (n,) or (n, t),
+        logits (n, K), gradients like outputs; of a convolution its stride, padding, dilation, groups.
+        Raises ValueError for a tensor that is missing.
+        """
+        from .inhand import compute
+
+        return compute(self, tensors)
+
+
+def mean_of_partners(pairs: Tensor) -> Tensor:
+    """Mean over the partners j != i of a matrix with a zero diagonal, (N, N) -> (N,); NaN for a unit alone."""
+    return pairs.sum(1) / (len(pairs) - 1) if len(pairs) > 1 else pairs.new_full((len(pairs),), float("nan"))
+
+
+def _hints(cls: type[Metric]) -> Mapping[str, Any]:
+    own = {f.name for f in fields(cls)}
+    return {k: v for k, v in get_type_hints(cls).items() if k in own}

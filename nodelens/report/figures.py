@@ -1,0 +1,115 @@
+"""Figures as PNG bytes. The one file that draws."""
+
+import io
+import warnings
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from ..pruning.ranking import areas, curves as curve_of
+from ..results import Result
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
+
+_COLOURS = ("#2f6db3", "#d1632e", "#3a8f4c", "#8a4fa8", "#b08a1d", "#c43d62", "#2a9d9d", "#5c6470")
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
+                     "axes.edgecolor": "#9aa2ad", "figure.dpi": 130})
+
+
+def distributions(result: Result) -> bytes:
+    """A box a layer, a panel a metric."""
+    columns = [c for c in result.units if not c.endswith("_se")]
+    names = list(dict.fromkeys(result.units.index.get_level_values("layer")))
+    across = min(3, max(1, len(columns)))
+    down = -(-len(columns) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 1.1 * down + 0.17 * down * len(names)), squeeze=False,
+                                sharey=True, layout="constrained")
+    by_layer = dict(list(result.units.groupby(level="layer", sort=False)))
+    for k, column in enumerate(columns):
+        axis = axes.flat[k]
+        values = [by_layer[n][column].dropna().to_numpy() for n in names]
+        axis.boxplot(values, orientation="horizontal", widths=0.6, flierprops={"markersize": 1.5, "markeredgecolor": "#9aa2ad"},
+                     medianprops={"color": _COLOURS[1]}, boxprops={"color": _COLOURS[0]}, whiskerprops={"color": "#9aa2ad"},
+                     capprops={"color": "#9aa2ad"})
+        axis.set_title(column)
+        axis.set_yticks(range(1, len(names) + 1), [_short(n) for n in names])
+    axes.flat[0].invert_yaxis()
+    for axis in list(axes.flat)[len(columns):]:
+        axis.remove()
+    return _png(figure)
+
+
+def agreement(result: Result) -> bytes:
+    """A matrix of rank correlations of metrics."""
+    columns = [c for c in result.units if not c.endswith("_se")]
+    total, weight = np.zeros((len(columns),) * 2), np.zeros((len(columns),) * 2)
+    for _, rows in result.units[columns].groupby(level="layer", sort=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a metric that is constant in a layer has no rank correlation
+            found = rows.rank().corr().to_numpy()
+        known = np.isfinite(found)
+        total[known] += found[known] * len(rows)
+        weight[known] += len(rows)
+    mean = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+    size = 1.5 + 0.55 * len(columns)
+    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    image = axis.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(columns)), columns)
+    for i, j in np.ndindex(mean.shape):
+        if np.isfinite(mean[i, j]):
+            axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(mean[i, j]) > 0.6 else "black")
+    figure.colorbar(image, label="Spearman correlation", shrink=0.7)
+    return _png(figure)
+
+
+def layers(result: Result) -> bytes:
+    """Values of whole layers, a panel a metric, with standard errors."""
+    columns = [c for c in result.layers.select_dtypes("float") if not c.endswith("_se")]
+    names = list(result.layers.index)
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 1.4 + 0.2 * len(names)), squeeze=False, sharey=True,
+                                layout="constrained")
+    place = np.arange(len(names))
+    for axis, column in zip(axes.flat, columns, strict=True):
+        error = result.layers[f"{column}_se"] if f"{column}_se" in result.layers else None
+        axis.errorbar(result.layers[column], place, xerr=error, fmt="o", markersize=4, color=_COLOURS[0], capsize=2)
+        axis.set_title(f"{column} (directions)")
+        axis.set_yticks(place, [f"{_short(n)} ({u})" for n, u in result.layers["units"].items()])
+        axis.set_xlim(left=0)
+    axes.flat[0].invert_yaxis()
+    return _png(figure)
+
+
+def curves(sweep: pd.DataFrame) -> bytes:
+    """Accuracy against the share of units removed, a line a criterion, best area first."""
+    found, order = curve_of(sweep), areas(sweep)
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    dense = sweep["dense_accuracy"].iloc[0]
+    axis.axhline(dense, color="#9aa2ad", linewidth=1, linestyle=":")
+    for k, (criterion, area) in enumerate(order.items()):
+        curve = found.loc[[criterion]].droplevel("criterion")
+        if curve.index[0] > 0:
+            start = pd.DataFrame({"mean": dense, "std": 0.0, "seeds": 1}, index=pd.Index([0.0], name="amount"))
+            curve = pd.concat([start, curve])
+        style = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": "--" if criterion == "random" else "-"}
+        axis.plot(curve.index, curve["mean"], marker="o", markersize=3.5, label=f"{criterion} ({area:.3f})", **style)
+        spread = curve["std"].fillna(0)
+        axis.fill_between(curve.index, curve["mean"] - spread, curve["mean"] + spread, color=style["color"], alpha=0.15, linewidth=0)
+    axis.set_xlabel("share of units removed from every layer")
+    axis.set_ylabel("test accuracy")
+    axis.set_ylim(0, 1.02)
+    axis.legend(title="criterion (area)", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return _png(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 34 else "..." + name[-31:]
+
+
+def _png(figure: plt.Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,126 @@
+"""One HTML page of a finished run."""
+
+import base64
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..files import read_json, write
+from ..results import Result, load
+
+_STYLE = """
+:root { --ink: #1c1f24; --soft: #5c6470; --line: #dfe3e8; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.lead { color: var(--soft); margin-top: 0; } figure { margin: 1rem 0; } img { max-width: 100%; }
+figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } td.words { white-space: normal; text-align: left; }
+"""
+
+
+def write_page(folder: str | Path) -> Path:
+    """Draws what a run's folder holds (units, sweep) and writes ``report.html`` with its figures inside, and ``figures/``.
+
+    Raises FileNotFoundError for a folder without a finished run.
+    """
+    from . import figures
+
+    folder = Path(folder)
+    result = load(folder)
+    parts = [_head(result)]
+    if (folder / "sweep.parquet").is_file():
+        sweep = pd.read_parquet(folder / "sweep.parquet")
+        parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
+    parts += _section("Units", [
+        _figure(folder, "units", figures.distributions(result), _UNITS),
+        _figure(folder, "agreement", figures.agreement(result), _AGREEMENT)])
+    if _layer_metrics(result):
+        parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
+    parts += _section("Means over units", [_table(_means(result))])
+    parts += _section("Definitions", [_definitions(result)])
+    parts += _section("What is missing, and why", [_missing(result)])
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>{''.join(parts)}</html>"
+    write(folder / "report.html", lambda path: path.write_text(page))
+    return folder / "report.html"
+
+
+_CURVES = "Accuracy on the test set against the share of units removed from every layer; bands are one standard deviation over seeds."
+_UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
+_AGREEMENT = "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units."
+_LAYERS = "Values of whole layers with one jackknife standard error; the number of units is the upper bound."
+
+
+def _head(result: Result) -> str:
+    m = result.metadata
+    config, found = m.get("config") or {}, m.get("evaluation")
+    lead = [f"{m.get('model', {}).get('class', 'model')} with {len(result.units):,} units in {len(result.layers)} layers",
+            f"measured on {m['samples']:,} samples of the split {m.get('data', {}).get('split', '?')}", f"seed {m.get('seed')}"]
+    if found:
+        lead.append(f"accuracy {100 * found['accuracy']:.2f} % on {found['samples']:,} samples of the split {found['split']}")
+    if not (m.get("weights") or {}).get("ckpt_path") and not (config.get("model") or {}).get("weights"):
+        lead.append("no checkpoint was given")
+    return f"<h1>nodelens {html.escape(str(config.get('task', '')))}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"
+
+
+def _section(title: str, parts: Iterable[str]) -> list[str]:
+    return [f"<h2>{html.escape(title)}</h2>", *parts]
+
+
+def _figure(folder: Path, name: str, png: bytes, caption: str) -> str:
+    write(folder / "figures" / f"{name}.png", lambda path: path.write_bytes(png))
+    inside = base64.b64encode(png).decode()
+    return f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{inside}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _table(frame: pd.DataFrame, words: bool = False) -> str:
+    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in [frame.index.name or "", *frame.columns])
+    kind = " class='words'" if words else ""
+    body = "".join(f"<tr><td>{html.escape(str(i))}</td>" + "".join(f"<td{kind}>{_cell(v)}</td>" for v in row) + "</tr>"
+                   for i, row in zip(frame.index, frame.itertuples(index=False), strict=True))
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "NaN" if value != value else f"{value:.4g}"
+    return html.escape(str(value))
+
+
+def _layer_metrics(result: Result) -> list[str]:
+    return [c for c in result.layers.select_dtypes("float") if not c.endswith("_se")]
+
+
+def _means(result: Result) -> pd.DataFrame:
+    own = [c for c in result.units if not c.endswith("_se")]
+    return result.layers[["type", "units"]].join(result.units[own].groupby(level="layer", sort=False).mean()).join(result.layers[_layer_metrics(result)])
+
+
+def _sweep_table(sweep: pd.DataFrame) -> str:
+    from ..pruning.ranking import areas, curves
+
+    means = curves(sweep)["mean"].unstack("amount")
+    return _table(means.loc[areas(sweep).index].assign(area=areas(sweep)))
+
+
+def _definitions(result: Result) -> str:
+    rows = {column: {"metric": m["metric"], "options": ", ".join(f"{k}={v}" for k, v in m["options"].items()) or "none",
+                     "reads": ", ".join(m["needs"].values()) or "weights", "source": m.get("source", "")}
+            for column, m in result.metadata["metrics"].items()}
+    return _table(pd.DataFrame(rows).T.rename_axis("column"), words=True)
+
+
+def _missing(result: Result) -> str:
+    entries = result.metadata.get("missing", [])
+    if not entries:
+        return "<p>Nothing: every unit and layer has every number.</p>"
+    return _table(pd.DataFrame(entries).set_index("layer"), words=True)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings a run was started with."""
+    return read_json(folder / "settings.json")

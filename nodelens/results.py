@@ -1,0 +1,125 @@
+"""Results: tables, matrices and where they come from, saved to a folder and loaded again."""
+
+import glob
+import hashlib
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from .files import read_json, write, write_json
+
+SCHEMA = 1
+_PACKAGES = ("nodelens", "torch", "lightning", "hydra-core", "transformers", "datasets", "numpy", "pandas")
+
+
+@dataclass
+class Result:
+    """What a run found.
+
+    units: index (layer, unit), a column a metric, ``<metric>_se`` beside it; layers: a row a layer; matrices:
+    {(layer, name): (units, units)}; metadata: definitions, rows seen, reasons for NaN, versions, config.
+    """
+
+    units: pd.DataFrame
+    layers: pd.DataFrame
+    matrices: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the tables, then the metadata that says they are complete. Raises OSError where it cannot."""
+        folder = Path(folder)
+        write(folder / "units.parquet", self.units.to_parquet)
+        write(folder / "layers.parquet", self.layers.to_parquet)
+        if self.matrices:
+            arrays = {f"{layer}::{name}": np.ascontiguousarray(a) for (layer, name), a in self.matrices.items()}
+            write(folder / "matrices.safetensors", lambda path: save_file(arrays, str(path)))
+        write_json(folder / "metadata.json", self.metadata)
+        return folder
+
+
+def load(folder: str | Path) -> Result:
+    """The result in a run's folder. Raises FileNotFoundError where there is none that is complete."""
+    folder = Path(folder)
+    if not (folder / "metadata.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run: metadata.json is missing")
+    matrices = {}
+    if (folder / "matrices.safetensors").is_file():
+        for key, array in load_file(str(folder / "matrices.safetensors")).items():
+            layer, name = key.rsplit("::", 1)
+            matrices[layer, name] = array
+    units, layers = (pd.read_parquet(folder / f"{name}.parquet") for name in ("units", "layers"))
+    return Result(units, layers, matrices, read_json(folder / "metadata.json"))
+
+
+def load_runs(pattern: str) -> pd.DataFrame:
+    """Finished runs below a pattern such as ``outputs/**`` as one frame: a row a unit, columns run and the config's values.
+
+    Raises FileNotFoundError where no run matches.
+    """
+    folders = sorted({Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)})
+    if not folders:
+        raise FileNotFoundError(f"no finished run matches {pattern!r}")
+    frames = []
+    for folder in folders:
+        result = load(folder)
+        config = flatten(result.metadata.get("config") or {})
+        frames.append(result.units.reset_index().assign(run=str(folder), **config))
+    return pd.concat(frames, ignore_index=True)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level: keys joined by dots, lists as text."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value) if isinstance(value, list) else value
+    return flat
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what took part, and the commit of the code where it lies in a checkout."""
+    versions = {name: packages.version(name) for name in _PACKAGES if _installed(name)}
+    return {"schema_version": SCHEMA, "versions": versions, "commit": _commit()}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every tensor in a model's state: equal weights, equal hash."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(name.encode() + str((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(flat.view(dtype=_bytes()).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def _installed(name: str) -> bool:
+    try:
+        packages.version(name)
+    except packages.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True,
+                             timeout=5, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return run.stdout.strip() or None if (here.parent / ".git").exists() else None

@@ -1,0 +1,162 @@
+"""Second moments of all pairs: of one site's units, and of a site's units with what stands beside them."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..linalg import exact_products
+from .base import Statistic
+from .moments import Moments, free
+from ..rows import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Gram(Statistic):
+    """Count, sum and outer-product sum of rows of width d, about a shift."""
+
+    shifts: ClassVar = ("shift",)
+    n: Tensor  # (1,)    int64    rows
+    shift: Tensor  # (d,)    float64  a guess of the mean
+    total: Tensor  # (d,)    float64  sum of x - shift
+    outer: Tensor  # (d, d)  float64  sum of (x - shift)(x - shift)'
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = Rows.of(x, weights, shift)
+        return cls(rows.n, rows.shift, rows.total, rows.outer)
+
+    def about(self, shift: Tensor) -> Self:
+        step, n = self.shift - shift, self.n
+        mixed = self.total.outer(step)
+        outer = self.outer + mixed + mixed.T + n * step.outer(step)
+        return type(self)(n, shift, self.total + n * step, outer)
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,), in the unit of x; NaN without rows."""
+        return self.shift + self.total / self.n
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance, (d, d), in the unit of x squared; NaN below two rows."""
+        return (self.outer - self.total.outer(self.total) / self.n) / free(self.n)
+
+    @property
+    def moments(self) -> Moments:
+        """The same rows' moments: the diagonal serves whoever wants variances."""
+        return Moments(self.n, self.shift, self.total, self.outer.diagonal())
+
+
+@dataclass(frozen=True, eq=False)
+class Cross(Statistic):
+    """Second moments of rows (width d) with targets (width t), one target row a row."""
+
+    shifts: ClassVar = ("shift", "target_shift")
+    n: Tensor  # (1,)    int64
+    shift: Tensor  # (d,)    float64
+    target_shift: Tensor  # (t,)    float64
+    total: Tensor  # (d,)    float64  sum of x - shift
+    target_total: Tensor  # (t,)    float64  sum of z - target_shift
+    target_outer: Tensor  # (t, t)  float64
+    cross: Tensor  # (d, t)  float64  sum of (x - shift)(z - target_shift)'
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        """Rows (n, d), one a sample; target (n,) or (n, t). Raises ValueError where their numbers differ."""
+        rows = Rows.of(x, weights, shift)
+        z = target.reshape(len(target), -1).double()
+        if rows.raw.shape[2] != 1 or len(z) != len(rows):
+            raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet {len(z)} targets: one row a target")
+        keep = z.isfinite().all(1)
+        keep = keep if rows.keep is None else keep & rows.keep[:, 0]
+        rows = Rows(rows.raw, keep[:, None], rows.shift)
+        z_shift = z.where(keep[:, None], 0).sum(0) / keep.sum().clamp_min(1)
+        z = (z - z_shift).where(keep[:, None], 0)
+        with exact_products():
+            cross = (rows.x[:, :, 0].T @ z.to(rows.x.dtype)).double()
+            outer = z.T @ z
+        return cls(rows.n, rows.shift, z_shift, rows.total, z.sum(0), outer, cross)
+
+    def about(self, shift: Tensor, target_shift: Tensor) -> Self:
+        a, b, n = self.shift - shift, self.target_shift - target_shift, self.n
+        cross = self.cross + self.total.outer(b) + a.outer(self.target_total) + n * a.outer(b)
+        mixed = self.target_total.outer(b)
+        outer = self.target_outer + mixed + mixed.T + n * b.outer(b)
+        return type(self)(n, shift, target_shift, self.total + n * a, self.target_total + n * b, outer, cross)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance of units and targets, (d, t); NaN below two rows."""
+        return (self.cross - self.total.outer(self.target_total) / self.n) / free(self.n)
+
+    @property
+    def target_covariance(self) -> Tensor:
+        """Unbiased covariance of the targets, (t, t); NaN below two rows."""
+        return (self.target_outer - self.target_total.outer(self.target_total) / self.n) / free(self.n)
+
+    @property
+    def target_mean(self) -> Tensor:
+        """(t,); NaN without rows."""
+        return self.target_shift + self.target_total / self.n
+
+    def project(self, axes: Tensor) -> "Cross":
+        """The same sums for targets z @ axes, axes (t, s)."""
+        outer = axes.T @ self.target_outer @ axes
+        shift, total = self.target_shift @ axes, self.target_total @ axes
+        return Cross(self.n, self.shift, shift, self.total, total, outer, self.cross @ axes)
+
+
+@dataclass(frozen=True, eq=False)
+class ByClass(Statistic):
+    """Moments of each unit in each class. Parts that saw fewer classes add to those that saw more."""
+
+    shifts: ClassVar = ("shift",)
+    n: Tensor  # (K,)    int64    rows of the class
+    shift: Tensor  # (d,)    float64
+    total: Tensor  # (K, d)  float64  sum of x - shift
+    square: Tensor  # (K, d)  float64  sum of (x - shift)^2
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        """Rows (n, d), one a sample; target (n,) of classes from 0, below 0 for none."""
+        rows = Rows.of(x, weights, shift)
+        if rows.raw.shape[2] != 1 or target.shape != (len(rows),) or target.is_floating_point():
+            raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet labels {tuple(target.shape)} "
+                             f"of {target.dtype}: one class number a row")
+        keep = target >= 0 if rows.keep is None else (target >= 0) & rows.keep[:, 0]
+        classes = int(target.max()) + 1 if len(target) else 0
+        member = torch.nn.functional.one_hot(target.clamp_min(0), max(classes, 1)).where(keep[:, None], 0).double()
+        values = rows.x[:, :, 0].double().where(keep[:, None], 0)
+        return cls(member.sum(0).long(), rows.shift, member.T @ values, member.T @ values.square())
+
+    def about(self, shift: Tensor) -> Self:
+        step, n = self.shift - shift, self.n[:, None]
+        square = self.square + 2 * step * self.total + n * step.square()
+        return type(self)(self.n, shift, self.total + n * step, square)
+
+    def __add__(self, other: Self) -> Self:
+        classes = max(len(self.n), len(other.n))
+        return Statistic.__add__(self.widen(classes), other.widen(classes))
+
+    def widen(self, classes: int) -> Self:
+        """The same sums with room for more classes."""
+        more = classes - len(self.n)
+        pad = torch.nn.functional.pad
+        return type(self)(pad(self.n, (0, more)), self.shift, pad(self.total, (0, 0, 0, more)), pad(self.square, (0, 0, 0, more)))
+
+    def variance(self, ddof: int = 1) -> Tensor:
+        """Variance within each class, (K, d); NaN for a class of ddof rows or fewer."""
+        n = self.n[:, None]
+        spare = torch.where(n > ddof, n.double() - ddof, torch.nan)
+        return (self.square - self.total.square() / n).clamp_min(0) / spare
+
+    def only(self, classes: Tensor) -> Self:
+        """The classes marked, (K,) bool."""
+        return type(self)(self.n[classes], self.shift, self.total[classes], self.square[classes])
+
+    @property
+    def moments(self) -> Moments:
+        """Of all rows that have a class."""
+        return Moments(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.square.sum(0))

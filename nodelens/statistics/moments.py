@@ -1,0 +1,78 @@
+"""First and second moments a unit, sums of sizes and of zeros."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .base import Statistic
+from ..rows import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Moments(Statistic):
+    """Count, sum and sum of squares of each unit, about a shift."""
+
+    shifts: ClassVar = ("shift",)
+    n: Tensor  # (1,)  int64    rows
+    shift: Tensor  # (d,)  float64  a guess of the mean
+    total: Tensor  # (d,)  float64  sum of x - shift
+    square: Tensor  # (d,)  float64  sum of (x - shift)^2
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = Rows.of(x, weights, shift)
+        return cls(rows.n, rows.shift, rows.total, rows.square)
+
+    def about(self, shift: Tensor) -> Self:
+        step = self.shift - shift
+        square = self.square + 2 * step * self.total + self.n * step.square()
+        return type(self)(self.n, shift, self.total + self.n * step, square)
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,), in the unit of x; NaN without rows."""
+        return self.shift + self.total / self.n
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased variance, (d,), in the unit of x squared; NaN below two rows."""
+        return (self.square - self.total.square() / self.n).clamp_min(0) / free(self.n)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean of x^2, (d,); NaN without rows."""
+        return self.about(shift=torch.zeros_like(self.shift)).square / self.n
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes(Statistic):
+    """Count and sum of |x| of each unit."""
+
+    n: Tensor  # (1,)  int64    rows
+    absolute: Tensor  # (d,)  float64  sum of |x|
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = Rows.of(x, weights, shift)
+        return cls(rows.n, rows.absolute)
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros(Statistic):
+    """Count of rows and of exact zeros of each unit."""
+
+    n: Tensor  # (1,)  int64  rows
+    zeros: Tensor  # (d,)  int64  values that are 0
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = Rows.of(x, weights, shift)
+        return cls(rows.n, rows.n - rows.nonzero)
+
+
+def free(n: Tensor) -> Tensor:
+    """Degrees of freedom, n - 1, in float64; NaN below two rows."""
+    return torch.where(n > 1, n.double() - 1, math.nan)

@@ -1,0 +1,62 @@
+"""What stands beside the rows of a sample: its label, or a number made of its logits; and the loss."""
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100  # a label that does not count, as in cross_entropy
+
+
+def target_of(name: str, logits: Tensor | None, labels: Tensor | None, given: Tensor | None = None) -> Tensor:
+    """One target a sample: (B,), of ``logits`` (B, K). NaN where a sample has no label.
+
+    label, logit_margin z_y - max_{k != y} z_k, correct_logit z_y, logits, loss (cross-entropy), given.
+    Raises ValueError when what it is made of is missing.
+    """
+    if name == "given":
+        return _need(name, "a target in the batch", given)
+    if name == "label":
+        return _need(name, "labels", labels)
+    z = _need(name, "logits", logits)
+    if z.ndim != 2:
+        raise ValueError(f"target {name!r} wants logits (samples, classes), the model gives {tuple(z.shape)}")
+    if name == "logits":
+        return z.double()
+    y = _need(name, "labels", labels)
+    known = (y >= 0) & (y < z.shape[1])
+    if bool((y >= z.shape[1]).any()):
+        raise ValueError(f"target {name!r}: the model has {z.shape[1]} classes, a label is {int(y.max())}")
+    own = y.where(known, 0)[:, None]
+    correct = z.gather(1, own)[:, 0].double()
+    if name == "loss":
+        value = nn.functional.cross_entropy(z.double(), own[:, 0], reduction="none")
+    elif name == "correct_logit":
+        value = correct
+    else:
+        value = correct - z.scatter(1, own, -torch.inf).amax(1).double()
+    return value.where(known, torch.nan)
+
+
+def logit_pc1(logits: Tensor) -> Tensor:
+    """Centred logits (n, K) on their first principal axis, (n,). It has no sign of its own."""
+    centred = logits.double() - logits.double().mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[0]
+
+
+def summed_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Cross-entropy summed over valid labels: of (B, K) with (B,), or of (B, T, V) with (B, T) (the next token's)."""
+    y = _need("loss", "labels", labels)
+    if logits.ndim == 3 and y.ndim == 2:
+        logits, y = logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()
+    if logits.ndim != 2 or y.ndim != 1 or y.is_floating_point():
+        raise ValueError(f"cross-entropy wants logits (B, K) and class labels (B,), not {tuple(logits.shape)} and "
+                         f"{tuple(y.shape)} {y.dtype}; give loss=, a function of (logits, labels) that sums over the batch")
+    valid = y[y != IGNORE]
+    if len(valid) and (int(valid.max()) >= logits.shape[1] or int(valid.min()) < 0):
+        raise ValueError(f"the model has {logits.shape[1]} classes, the labels run from {int(valid.min())} to {int(valid.max())}")
+    return nn.functional.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
+
+
+def _need(name: str, what: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError(f"target {name!r} needs {what}, the data have none: give (x, y) batches, or choose another metric")
+    return value

@@ -1,0 +1,125 @@
+"""analyze.py: the units of a network, measured in one pass."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ..config import build, in_bytes, resolved
+from ..distributed import world
+from ..files import plain
+from ..plan import Plan
+from ..results import Result, load
+from .common import bar, claim, console, launch, load_module, say
+from .show import show_plan, show_result
+
+
+def analyze(cfg: DictConfig) -> float:
+    """Measures, evaluates, saves, draws; returns the accuracy. A run that is finished in the same folder is shown again."""
+    folder = claim(cfg)
+    if (folder / "metadata.json").is_file():
+        say(f"already finished: {folder}")
+        result = load(folder)
+        show_result(console(), result)
+        return float(result.metadata["evaluation"]["accuracy"])
+    return launch(cfg, lambda device: _work(cfg, folder, device))
+
+
+def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
+    from ..evaluate import evaluate
+
+    rank, processes = world()
+    data = build(cfg.dataset, "dataset")
+    data.setup()
+    module, trained_by = load_module(cfg)
+    module.to(device)
+    measured, evaluated = splits(cfg, data, trained_by)
+    result = measure(cfg, module.net, data, measured)
+    if cfg.plan_only:
+        return float("nan")
+    started = time.perf_counter()
+    loader = data.loader(evaluated, rank=rank, world=processes)
+    score = evaluate(module.net, bar("evaluating", _batches(loader), rank == 0)(loader))
+    result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
+    result.metadata |= about(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
+    if rank == 0:
+        _finish(cfg, folder, result)
+    return score["accuracy"]
+
+
+def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:
+    """The pass that a config asks for, over one split; with ``plan_only`` the plan alone, and an empty result."""
+    from ..measure import analyze as measure_units
+
+    rank, processes = world()
+    loader = data.loader(split, rank=rank, world=processes)
+
+    def on_plan(plan: Plan) -> None:
+        if rank == 0:
+            show_plan(console(), plan)
+        if cfg.get("plan_only"):
+            raise _PlanOnly
+
+    metrics = metrics or build(cfg.metrics, "metrics")
+    if not metrics:
+        raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
+    try:
+        return measure_units(net, loader, metrics, _layers(cfg), seed=cfg.seed, groups=cfg.groups, positions=cfg.positions,
+                             budget=in_bytes(cfg.budget.memory), on_plan=on_plan, progress=bar("measuring", _batches(loader), rank == 0))
+    except _PlanOnly:
+        import pandas as pd
+
+        return Result(pd.DataFrame(), pd.DataFrame())
+
+
+def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, str]:
+    """Which samples are measured and on which the accuracy is taken.
+
+    Calibration and test, which are apart; data that came as one set are taken whole, but where the weights were trained
+    on them by nodelens.
+    """
+    chosen = cfg.get("split")
+    here = trained_by is not None and (trained_by.get("dataset") or {}).get("path") == cfg.dataset.get("path")
+    whole = data.unsplit and not here
+    if chosen is None:
+        return ("all", "all") if whole else ("calibration", "test")
+    return chosen, chosen if chosen in ("all", "val", "train") else "test"
+
+
+def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
+    """What the metadata say of config, data and weights."""
+    return {"config": plain(resolved(cfg)), "data": {"split": split, "fingerprint": data.fingerprint()},
+            "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)}}
+
+
+def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
+    from ..report import write_page
+    from ..tracking import close, log_result
+
+    result.save(folder)
+    page = write_page(folder)
+    loggers = list(build(cfg.logger, "logger").values()) if cfg.logger else []
+    score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
+    try:
+        log_result(loggers, result, score)
+    finally:
+        close(loggers)
+    show_result(console(), result)
+    say(f"page: {page}")
+
+
+def _layers(cfg: DictConfig) -> Any:
+    return cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
+
+
+def _batches(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream has no length
+        return None
+
+
+class _PlanOnly(Exception):
+    """Ends a measurement once its plan was shown."""

@@ -1,0 +1,85 @@
+"""Plans and results on the terminal."""
+
+import math
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from ..plan import Plan
+from ..results import Result
+
+_COLUMNS = 7  # as many as fit a terminal side by side
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """A line a layer: what is kept there and how many bytes it takes; then the totals."""
+    table = Table(title="plan of the pass", title_justify="left")
+    for name, justify in (("layer", "left"), ("units", "right"), ("statistics", "left"), ("groups", "right"), ("MiB", "right")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for layer in plan.layers:
+        needs = plan.needs(layer)
+        groups = sorted({plan.groups_of(layer, need) for need in needs})
+        size = sum(plan.nbytes(layer, need) for need in needs) / 2**20
+        table.add_row(layer.name, str(plan.seen(layer, "output").width), ", ".join(map(str, needs)) or "none",
+                      "/".join(map(str, groups)), f"{size:.2f}")
+    console.print(table)
+    console.print(f"sums take {plan.total_bytes / 2**20:,.1f} MiB at most, buffers included; estimated overhead over the bare "
+                  f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %")
+    if plan.never_called:
+        console.print(f"left out, never called by the model's forward: {', '.join(plan.never_called)}", markup=False)
+
+
+def show_result(console: Console, result: Result) -> None:
+    """A row a layer: the mean of each metric over its units, the layer's own values; then what is missing and why."""
+    values = summary(result)
+    for first in range(0, len(values.columns), _COLUMNS):
+        title = "mean over a layer's units; of effective_rank and the like the layer's own value" if first == 0 else None
+        table = Table(title=title, title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for name in values.columns[first : first + _COLUMNS]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for layer, row in values.iloc[:, first : first + _COLUMNS].iterrows():
+            table.add_row(str(layer), *(_number(v) for v in row))
+        console.print(table)
+    for entry in result.metadata.get("missing", [])[:12]:
+        console.print(f"{entry['layer']}: {entry['count']} NaN in {entry['column']}: {entry['reason']}", markup=False)
+    for entry in result.metadata.get("left_out", []):
+        console.print(f"{entry['site']}: {entry['rows']} rows were not finite and left out", markup=False)
+    found = result.metadata.get("evaluation")
+    if found:
+        console.print(f"accuracy {100 * found['accuracy']:.2f} % (loss {found['loss']:.4f}) on {found['samples']} samples of the "
+                      f"split {found['split']!r}; units measured on {result.metadata['samples']} of {result.metadata['data']['split']!r}")
+
+
+def summary(result: Result) -> pd.DataFrame:
+    """A row a layer, a column a metric: means over units, and the layers' own values."""
+    own = [c for c in result.units if not c.endswith("_se")]
+    means = result.units[own].groupby(level="layer", sort=False).mean()
+    layers = result.layers[[c for c in result.layers if not c.endswith("_se") and c != "type"]]
+    return layers.join(means)
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    return "NaN" if math.isnan(value) else f"{value:.4g}"
+
+
+def show_sweep(console: Console, table: pd.DataFrame) -> None:
+    """Accuracy by criterion and amount, mean over seeds (standard deviation), best area under the curve first."""
+    from ..pruning.ranking import areas, curves
+
+    means, area = curves(table), areas(table)
+    amounts = sorted(table["amount"].unique())
+    shown = Table(title=f"test accuracy, dense {table['dense_accuracy'].iloc[0]:.4f}; area under the curve", title_justify="left")
+    for name in ("criterion", "area", *(f"{a:g}" for a in amounts)):
+        shown.add_column(name, justify="left" if name == "criterion" else "right")
+    for criterion in area.index:
+        cells = [means.loc[(criterion, a)] for a in amounts]
+        shown.add_row(criterion, f"{area[criterion]:.4f}", *(_with_spread(c) for c in cells))
+    console.print(shown)
+
+
+def _with_spread(cell: pd.Series) -> str:
+    return f"{cell['mean']:.4f}" + (f" ({cell['std']:.4f})" if cell["seeds"] > 1 and cell["std"] > 0 else "")

@@ -1,0 +1,99 @@
+"""train.py: a network trained by Lightning, its units measured every epoch if asked."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..config import build, resolved
+from ..files import plain, read_json, write_json
+from .common import claim, say
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains, takes the best checkpoint's test accuracy and returns it. Goes on from ``checkpoints/last.ckpt`` in the folder."""
+    from ..tracking import close
+
+    folder = claim(cfg)
+    if (folder / "result.json").is_file():
+        found = read_json(folder / "result.json")
+        say(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
+        return float(found["accuracy"])
+    loggers = list(build(cfg.logger, "logger").values()) if cfg.logger else []
+    try:
+        return _fit(cfg, folder, loggers)
+    finally:
+        close(loggers)
+
+
+def _fit(cfg: DictConfig, folder: Path, loggers: list[Any]) -> float:
+    from lightning.pytorch import seed_everything
+
+    quiet()
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data = build(cfg.dataset, "dataset")
+    data.setup()
+    data.save_splits(folder)
+    module = build(cfg.model, "model")
+    module.config = plain(resolved(cfg))
+    fits(module.net, data)
+    callbacks = list(build(cfg.callbacks, "callbacks").values()) if cfg.callbacks else []
+    trainer = build(_with_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder))
+    for logger in loggers:
+        logger.log_hyperparams(plain(resolved(cfg)))
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else cfg.ckpt_path, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return _test(cfg, folder, trainer, module, data, loggers)
+
+
+def _test(cfg: DictConfig, folder: Path, trainer: Any, module: Any, data: Any, loggers: list[Any]) -> float:
+    from ..evaluate import evaluate
+    from ..models import load_weights
+
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
+    if best:
+        load_weights(module.net, best)
+    score = evaluate(module.net, data.loader("test"))
+    if trainer.is_global_zero:
+        write_json(folder / "result.json", score | {"checkpoint": best or None, "epochs": trainer.current_epoch})
+        for logger in loggers:
+            logger.log_metrics({f"test/{k}": v for k, v in score.items()})
+        say(f"test accuracy {100 * score['accuracy']:.2f} % on {score['samples']} samples")
+        if best:
+            say(f"checkpoint: {best}")
+    return score["accuracy"]
+
+
+def quiet() -> None:
+    """Lightning's notices go to the run's log, not to the terminal; a deprecated name it uses is its own affair."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="The number of training batches")
+
+
+def fits(net: Any, data: Any) -> None:
+    """Raises ValueError, with the input's shape and the way out, where the network cannot take the data."""
+    from ..frame import Frame
+    from ..plan import Recording
+
+    batch = next(iter(data.loader("train")))
+    recording = Recording.of(net, [], Frame.of(batch))
+    if recording.classes < data.classes:
+        raise ValueError(f"{type(net).__name__} has {recording.classes} outputs, the data have {data.classes} classes: set the "
+                         "model's classes, or dataset.classes=")
+
+
+def _with_bar(trainer: DictConfig) -> DictConfig:
+    """A progress bar on a terminal only: in a log file each refresh is a line."""
+    shown = trainer.get("enable_progress_bar")
+    shown = sys.stderr.isatty() if shown is None else shown
+    return OmegaConf.merge(trainer, {"enable_progress_bar": shown})  # type: ignore[return-value]

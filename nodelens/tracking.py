@@ -1,0 +1,47 @@
+"""Results in the experiment's logger: scalars as curves, tables as tables."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from .results import Result
+
+
+def scalars(result: Result) -> dict[str, float]:
+    """``units/<layer>/<metric>``: means over a layer's units; ``layers/<layer>/<metric>``: a layer's own."""
+    means = result.units[[c for c in result.units if not c.endswith("_se")]].groupby(level="layer", sort=False).mean()
+    own = result.layers.select_dtypes("float")
+    own = own[[c for c in own if not c.endswith("_se")]]
+    found = {f"{kind}/{layer}/{metric}": float(value) for kind, table in (("units", means), ("layers", own))
+             for layer, row in table.iterrows() for metric, value in row.items()}
+    return {name: value for name, value in found.items() if value == value}
+
+
+def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float] | None = None) -> None:
+    """Final scalars to every logger, whole tables to those that take tables (W&B)."""
+    for logger in loggers:
+        logger.log_metrics(scalars(result) | (summary or {}))
+        if hasattr(logger, "log_table"):
+            logger.log_table("units", dataframe=result.units.reset_index())
+            logger.log_table("layers", dataframe=result.layers.reset_index())
+
+
+def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, float]) -> None:
+    """A sweep's curves, a step an amount in per cent, and its table."""
+    for logger in loggers:
+        logger.log_metrics({f"final/dense_{k}": v for k, v in dense.items()})
+        for amount, rows in table.groupby("amount"):
+            means = rows.groupby("criterion")["accuracy"].mean()
+            curve = {f"prune/{criterion}/accuracy": float(value) for criterion, value in means.items()}
+            logger.log_metrics(curve | {"prune/amount": float(amount)}, step=round(100 * float(amount)))
+        if hasattr(logger, "log_table"):
+            logger.log_table("sweep", dataframe=table)
+
+
+def close(loggers: Iterable[Any]) -> None:
+    """Ends each logger's run, so that the next job of a sweep starts its own."""
+    for logger in loggers:
+        logger.finalize("success")
+        if hasattr(logger, "log_table"):
+            logger.experiment.finish()
