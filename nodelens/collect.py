@@ -8,18 +8,24 @@ from torch import Tensor
 from .frame import Frame
 from .hooks import Site
 from .keys import mix
+from .linalg import exact_products
 from .metrics import Need
-from .plan import CAPACITY, Plan
-from .rows import Rows
-from .statistics import Accumulator, Patches, Statistic
+from .plan import CAPACITY, PAIRS, Plan
+from .rows import FAR, Rows, SampleSums
+from .statistics import Accumulator, Maps, Patches, Statistic
 from .targets import target_of
 
-CHUNK = 4 << 20  # bytes of rows that one round of reductions reads: they stay in the cache
+CHUNK = 2 << 20  # bytes of rows that one round of reductions reads: they stay in the cache
+SAMPLES = 64  # of a group, whose maps are added up before patches are read from them
 TERMS = 8192  # rows that one float32 product adds up: its rounding stays below what standard errors resolve
 
 
 class Collector:
-    """Adds what one site shows, as rows of positions at once, as rows of samples when the batch's targets are known."""
+    """Adds what one site shows.
+
+    Products of units are formed while the rows pass, a group's at a time. Everything else is made of sums over a sample's
+    positions, which wait with the samples until there are enough for one round over the groups.
+    """
 
     def __init__(self, site: Site, plan: Plan, seed: int = 0):
         self.site, self.plan, self.seed = site, plan, seed
@@ -27,10 +33,16 @@ class Collector:
         here = [need for need in plan.needs(layer) if need.port == site.port]
         self.sums = {need: Accumulator(need.statistic, plan.groups_of(layer, need)) for need in here}
         self.views = {need.view for need in here}
-        self.shift: dict[str, Tensor] = {}
-        self.waiting: dict[str, list[tuple[Rows, Tensor, dict[str, Tensor]]]] = {"positions": [], "samples": []}
+        positions = [need for need in here if need.view == "positions"]
+        self.whole = [need for need in positions if need.statistic.by_sample is None]
+        self.reduced = [need for need in positions if need.statistic.by_sample is not None]
+        self.tables = {need.statistic.by_sample or "" for need in self.reduced}
+        self.shift: dict[str, tuple[Tensor, bool]] = {}
+        self.waiting: dict[str, list[tuple[Rows | SampleSums, Tensor, dict[str, Tensor]]]] = {"rows": [], "sums": [], "samples": []}
         self.held = dict.fromkeys(self.waiting, 0)  # rows that wait
-        self.means: list[Rows] = []  # of the batch that passes
+        self.maps: Maps | None = None
+        self.reader: Need | None = None
+        self.means: list[Rows] = []  # of the batch that passes, one a call
         self.left_out = 0
 
     def see(self, tensor: Tensor, frame: Frame) -> None:
@@ -39,15 +51,17 @@ class Collector:
         samples, width, positions = rows.raw.shape
         if frame.mask is not None and frame.mask.shape == (samples, positions):
             rows = Rows(rows.raw, frame.mask, rows.shift, rows.grid)
-        rows = rows.about(torch.zeros(width, dtype=torch.float64, device=tensor.device))
+        rows = rows.about(torch.zeros(width, dtype=torch.float64, device=tensor.device), moved=False)
         runs = frame.group.unique_consecutive().numel()
         if "positions" not in self.views:
             self.means.append(self._to_samples(self._finite(rows)))
         elif samples * positions >= self.plan.groups * width and runs <= 2 * self.plan.groups:
-            means = self._add("positions", rows, frame.group, {"key": frame.keys})
-            self.means += [_cat(means)] if means else []
+            sums = self._digest(rows, frame.group, frame.keys)
+            if self.reduced:
+                self._wait("sums", sums, frame.group, {})
+            self.means += [self._of_sums(sums)] if "samples" in self.views else []
         else:
-            self._wait("positions", rows.copy(), frame.group, {"key": frame.keys})
+            self._wait("rows", rows.copy(), frame.group, {"key": frame.keys})
             self.means += [self._to_samples(rows.finite())] if "samples" in self.views else []
 
     def end(self, frame: Frame, beside: Mapping[str, Tensor]) -> None:
@@ -56,47 +70,105 @@ class Collector:
             calls, self.means = self.means, []
             self._wait("samples", calls[0] if len(calls) == 1 else self._of_calls(calls), frame.group, dict(beside))
 
-    def flush(self, *views: str) -> None:
-        """Adds the rows that still wait."""
-        for view in views or tuple(self.waiting):
-            held = self.waiting[view]
+    def flush(self, *kinds: str) -> None:
+        """Adds what still waits."""
+        for kind in kinds or tuple(self.waiting):
+            held = self.waiting[kind]
             if held:
-                rows, group = _cat([r for r, _, _ in held]), torch.cat([g for _, g, _ in held])
-                beside = {name: torch.cat([b[name] for _, _, b in held]) for name in held[0][2]}
-                held.clear()
-                self.held[view] = 0
+                group = torch.cat([g for _, g, _ in held])
                 order = torch.argsort(group, stable=True)
-                rows = rows.index(order.to(rows.raw.device))
-                if view == "samples":  # few rows: double precision costs little, and standard errors are differences
-                    rows = Rows(rows.raw.double(), rows.keep, rows.shift)
-                self._add(view, rows, group[order], {k: v[order.to(v.device)] for k, v in beside.items()})
+                beside = {name: torch.cat([b[name] for _, _, b in held]) for name in held[0][2]}
+                what = [w for w, _, _ in held]
+                held.clear()
+                self.held[kind] = 0
+                self._add(kind, what, order, group[order], {k: v[order.to(v.device)] for k, v in beside.items()})
+        if not kinds:
+            self._read_maps()
 
-    def _wait(self, view: str, rows: Rows, group: Tensor, beside: dict[str, Tensor]) -> None:
-        self.waiting[view].append((rows, group, beside))
-        self.held[view] += len(rows) * rows.raw.shape[2]
-        if self.held[view] >= CAPACITY:
-            self.flush(view)
+    def _wait(self, kind: str, what: Rows | SampleSums, group: Tensor, beside: dict[str, Tensor]) -> None:
+        self.waiting[kind].append((what, group, beside))
+        self.held[kind] += len(what) * (what.raw.shape[2] if isinstance(what, Rows) else 1)
+        if self.held[kind] >= CAPACITY:
+            self.flush(kind)
 
-    def _add(self, view: str, rows: Rows, group: Tensor, beside: Mapping[str, Tensor]) -> list[Rows]:
-        """Adds rows whose samples stand in runs of a group, a run at a time, a few megabytes at a time.
+    def _add(self, kind: str, what: list, order: Tensor, group: Tensor, beside: Mapping[str, Tensor]) -> None:
+        if kind == "sums":
+            self._add_reduced(SampleSums.cat(what), order, group)
+        elif kind == "rows":
+            sums = self._digest(_cat(what).index(order.to(what[0].raw.device)), group, beside["key"])
+            self._add_reduced(sums, torch.arange(len(order)), group)
+        else:
+            self._add_samples(_cat(what).index(order.to(what[0].raw.device)), group, beside)
 
-        Returns a row a sample of each part, where the other view wants them.
-        """
-        needs = {need: sums for need, sums in self.sums.items() if need.view == view}
-        step = max(1, min(CHUNK // max(1, rows.raw[:1].nbytes), TERMS // rows.raw.shape[2]))
+    def _digest(self, rows: Rows, group: Tensor, keys: Tensor) -> SampleSums:
+        """Adds products of rows whose samples stand in runs of a group, a few megabytes at a time; the rest as sums."""
+        step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
+        rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
+        longest = min(step, max(1, TERMS // rows.raw.shape[2]))
+        with exact_products():
+            for first, last, runs in _chunks(_runs(group, longest) if self.whole else [], len(rows), step):
+                part = self._finite(rows.take(first, last))
+                parts.append(part.by_sample(*self.tables))
+                for g, a, b in runs:
+                    self._form(g, part.take(a - first, b - first), keys[a:b])
+        return SampleSums.cat(parts)
+
+    def _form(self, group: int, rows: Rows, keys: Tensor) -> None:
+        """Forms what rows of one group are needed whole for."""
+        for need in self.whole:
+            if issubclass(need.statistic, Patches):
+                self._add_maps(need, group, rows)
+            else:
+                self._put(need, group, self._product(need, rows, keys))
+
+    def _add_maps(self, need: Need, group: int, rows: Rows) -> None:
+        """Takes in samples of a convolution's input; images of another size begin anew."""
+        if self.maps is None or self.maps.grid != rows.grid:
+            self._read_maps()
+            self.maps, self.reader = Maps(self.plan.groups, rows, self.site.layer.geometry), need  # type: ignore[arg-type]
+        self.maps.add(rows, group)
+        if sum(self.maps.samples) >= SAMPLES * len(self.maps.samples):
+            self._read_maps()
+
+    def _read_maps(self) -> None:
+        if self.maps is not None and self.reader is not None:
+            for group, value in self.maps.read().items():
+                self._put(self.reader, group, value)
+
+    def _product(self, need: Need, rows: Rows, keys: Tensor) -> Statistic:
+        if self.plan.sampled(need):
+            rows = _sample(rows, keys, self.plan.positions or 0, self.seed)
+        return need.statistic.of(rows)  # type: ignore[attr-defined]
+
+    def _add_reduced(self, sums: SampleSums, order: Tensor, group: Tensor) -> None:
+        at = order.to(sums.counts.device)
+        for g, a, b in _runs(group):
+            part = sums.map(lambda t, a=a, b=b: t[at[a:b]])  # type: ignore[misc]
+            for need in self.reduced:
+                self._put(need, g, need.statistic.of(part))  # type: ignore[attr-defined]
+
+    def _add_samples(self, rows: Rows, group: Tensor, beside: Mapping[str, Tensor]) -> None:
+        """A row a sample. There are few: double precision costs little, and standard errors are differences."""
+        rows = Rows(rows.raw.double(), rows.keep, rows.shift)
+        rows = rows.about(*self._shift("samples", rows))
+        for g, a, b in _runs(group):
+            part = rows.take(a, b).finite()
+            for need in self.sums:
+                if need.view == "samples":
+                    target = [beside[need.target][a:b].to(rows.raw.device)] if need.target else []
+                    geometry = {"geometry": self.site.layer.geometry} if issubclass(need.statistic, Patches) else {}
+                    self._put(need, g, need.statistic.of(part, *target, **geometry))  # type: ignore[attr-defined]
+
+    def _put(self, need: Need, group: int, value: Statistic) -> None:
+        sums = self.sums[need]
+        sums.add(value, group if len(sums.parts) > 1 else 0)
+
+    def _shift(self, view: str, first: Rows) -> tuple[Tensor, bool]:
         if view not in self.shift:
-            self.shift[view] = rows.take(0, step).finite().pilot
-        rows, means = rows.about(self.shift[view]), []
-        for g, first, last in _runs(group):
-            for a in range(first, last, step):
-                b = min(a + step, last)
-                part = self._finite(rows.take(a, b))
-                for need, sums in needs.items():
-                    value = self._value(need, part, {k: v[a:b] for k, v in beside.items()})
-                    sums.add(value, g if len(sums.parts) > 1 else 0)
-                if view == "positions" and "samples" in self.views:
-                    means.append(self._to_samples(part))
-        return means
+            long = any(need.view == view and need.statistic in PAIRS for need in self.sums)
+            pilot = first.finite().pilot(FAR if long else 8 * FAR)
+            self.shift[view] = pilot, bool(pilot.any())
+        return self.shift[view]
 
     def _finite(self, rows: Rows) -> Rows:
         """Without rows that are not finite, which are counted."""
@@ -105,21 +177,14 @@ class Collector:
             self.left_out += int(rows.n - finite.n)
         return finite
 
-    def _value(self, need: Need, rows: Rows, beside: Mapping[str, Tensor]) -> Statistic:
-        statistic = need.statistic
-        if self.plan.sampled(need):
-            rows = _sample(rows, beside["key"], self.plan.positions or 0, self.seed)
-        if issubclass(statistic, Patches):
-            return statistic.of(rows, geometry=self.site.layer.geometry)
-        if need.target:
-            return statistic.of(rows, beside[need.target].to(rows.raw.device))  # type: ignore[attr-defined]
-        return statistic.of(rows)  # type: ignore[attr-defined]
-
     def _to_samples(self, rows: Rows) -> Rows:
         """A row a sample, in memory of its own: later operations may write into what a hook saw."""
         if self.site.port == "output*grad":
             return rows.sample_totals()
         return rows.sample_means().copy() if rows.raw.shape[2] == 1 else rows.sample_means()
+
+    def _of_sums(self, sums: SampleSums) -> Rows:
+        return sums.totals() if self.site.port == "output*grad" else sums.means()
 
     def _of_calls(self, calls: list[Rows]) -> Rows:
         """A row a sample of a module that is called several times in a forward pass."""
@@ -184,10 +249,26 @@ class Pass:
         return {(site.layer.name, need): a for site, c in self.collectors.items() for need, a in c.sums.items()}
 
 
-def _runs(group: Tensor) -> list[tuple[int, int, int]]:
+def _runs(group: Tensor, step: int = 1 << 60) -> list[tuple[int, int, int]]:
+    """(group, first, last) of each run of samples of one group, in order, none longer than ``step``."""
     groups, counts = torch.unique_consecutive(group, return_counts=True)
     ends = counts.cumsum(0).tolist()
-    return [(g, end - n, end) for g, n, end in zip(groups.tolist(), counts.tolist(), ends, strict=True)]
+    runs = zip(groups.tolist(), counts.tolist(), ends, strict=True)
+    return [(g, a, min(a + step, end)) for g, n, end in runs for a in range(end - n, end, step)]
+
+
+def _chunks(runs: list[tuple[int, int, int]], samples: int, step: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+    """(first, last, runs) of neighbouring runs, as many as ``step`` samples hold; without runs, stretches of samples."""
+    if not runs:
+        return [(a, min(a + step, samples), []) for a in range(0, samples, step)]
+    chunks: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+    for g, a, b in runs:
+        if chunks and b - chunks[-1][0] <= step:
+            first, _, held = chunks.pop()
+            chunks.append((first, b, [*held, (g, a, b)]))
+        else:
+            chunks.append((a, b, [(g, a, b)]))
+    return chunks
 
 
 def _cat(parts: list[Rows]) -> Rows:

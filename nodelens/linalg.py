@@ -1,7 +1,7 @@
 """Numbers from sums: correlations, Gaussian information, spectra; and products that are what they say."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,19 +10,33 @@ MI_CEILING = 1 - 1e-6  # of rho^2: float32 products resolve no more; 6.908 nats
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # a spread below this share of the size is rounding
 
 
-@contextmanager
-def exact_products() -> Iterator[None]:
+class _Exact(AbstractContextManager[None]):
+    """Plain float32 products inside: no autocast, no TF32, no bfloat16 in the multiplication. Cheap when nested."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        _Exact.depth += 1
+        if _Exact.depth == 1:
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            _Exact.stack = ExitStack()
+            for backend in backends:
+                _Exact.stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+            for device in ("cuda", "cpu"):
+                _Exact.stack.enter_context(torch.autocast(device, enabled=False))
+
+    def __exit__(self, *exc: object) -> None:
+        _Exact.depth -= 1
+        if _Exact.depth == 0:
+            _Exact.stack.close()
+
+    stack: ClassVar[ExitStack]
+
+
+def exact_products() -> AbstractContextManager[None]:
     """Plain float32 products inside: no autocast, no TF32, no bfloat16 in the multiplication."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    return _Exact()
 
 
 def constant(variance: Tensor, mean: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Rows: what passed at a site, in one layout, with the few reductions that all statistics are made of."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from .linalg import exact_products
 
-FAR = 1.0  # means beyond this many spreads are taken off before products are formed
+FAR = 1.0  # means beyond this many spreads are taken off before long float32 sums are formed
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,7 @@ class Rows:
     keep: Tensor | None = None
     shift: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     grid: tuple[int, ...] = ()
+    moved: bool = True  # False where the shift is known to be zero: asking a tensor would stall a GPU
 
     @classmethod
     def of(cls, x: "Rows | Tensor", weights: Tensor | None = None, shift: Tensor | None = None) -> "Rows":
@@ -38,14 +41,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.raw)
 
-    def about(self, shift: Tensor) -> "Rows":
-        """The same rows about another shift."""
-        return Rows(self.raw, self.keep, shift, self.grid)
+    def about(self, shift: Tensor, moved: bool = True) -> "Rows":
+        """The same rows about another shift; ``moved`` is False for a shift of zero."""
+        return Rows(self.raw, self.keep, shift, self.grid, moved)
 
     def take(self, first: int, last: int) -> "Rows":
         """The rows of samples first..last-1, without a copy."""
         keep = None if self.keep is None else self.keep[first:last]
-        return Rows(self.raw[first:last], keep, self.shift, self.grid)
+        part = Rows(self.raw[first:last], keep, self.shift, self.grid, self.moved)
+        for name in ("x", "sample_sums"):  # what is formed already is sliced, not formed again
+            if name in self.__dict__:
+                part.__dict__[name] = self.__dict__[name][first:last]
+        return part
 
     def index(self, samples: Tensor) -> "Rows":
         """The rows of some samples, copied."""
@@ -57,16 +64,16 @@ class Rows:
 
     def finite(self) -> "Rows":
         """Without the rows that hold a NaN or an infinity."""
-        if self.x.device.type == "cpu" and bool(self.sample_sums.isfinite().all()):
+        if self.x.device.type == "cpu" and math.isfinite(float(self.sample_sums.sum())):
             return self  # one that is not finite shows in its sum; elsewhere asking would stall the device
         finite = self.raw.isfinite().all(1)
-        return Rows(self.raw, finite if self.keep is None else self.keep & finite, self.shift, self.grid)
+        return Rows(self.raw, finite if self.keep is None else self.keep & finite, self.shift, self.grid, self.moved)
 
     @cached_property
     def x(self) -> Tensor:
         """Values about the shift, (samples, width, positions); 0 where a row is not kept."""
         x = self.raw
-        if bool(self.shift.any()):
+        if self.moved:
             x = x - self.shift.to(x.dtype)[:, None]
         return x if self.keep is None else x.where(self.keep[:, None], 0)
 
@@ -121,16 +128,15 @@ class Rows:
         """(width,) float64; 0 without rows."""
         return self.shift + self.total / self.n.clamp_min(1)
 
-    @property
-    def pilot(self) -> Tensor:
-        """A shift for all that follows: the mean where some unit's lies far from zero, else zero, which costs no copy.
+    def pilot(self, far: float = FAR) -> Tensor:
+        """A shift for all that follows: the mean where some unit's lies ``far`` spreads from zero, else zero, which costs no copy.
 
-        About zero a variance loses 1 + (mean/spread)^2 roundings: two at most inside `FAR` spreads.
+        About zero a variance loses 1 + (mean/spread)^2 roundings of its sums.
         """
         about = self.about(self.mean)
         spread = about.square / self.n.clamp_min(1)
-        far = (about.shift.square() > FAR**2 * spread) & (about.shift != 0)
-        return about.shift.where(far.any(), 0)
+        beyond = (about.shift.square() > far**2 * spread) & (about.shift != 0)
+        return about.shift.where(beyond.any(), 0)
 
     @cached_property
     def magnitude(self) -> Tensor:
@@ -146,19 +152,101 @@ class Rows:
     @property
     def nonzero(self) -> Tensor:
         """Values other than zero, (width,) int64."""
-        return self.magnitude.sign().sum(2).sum(0, dtype=torch.float64).round().long()
+        return self._nonzeros.sum(0, dtype=torch.float64).round().long()
+
+    @property
+    def _nonzeros(self) -> Tensor:
+        size = self.magnitude
+        if self.keep is None and size.device.type == "cpu" and size.numel() and float(size.amin()) > 0:
+            return size.new_full(size.shape[:2], size.shape[2])  # the usual case before an activation: one pass less
+        return size.sign().sum(2)
 
     def sample_means(self) -> "Rows":
         """One row a sample: the mean over its positions. A sample without any is not kept."""
-        counts = self.counts
         if self.raw.shape[2] == 1:
-            return Rows(self.raw, self.keep, self.shift)
-        x = (self.sample_sums / counts.clamp_min(1)).to(self.x.dtype)
-        keep = None if self.keep is None else counts > 0
-        return Rows(x[:, :, None] + self.shift.to(x.dtype)[:, None], keep, self.shift)
+            return Rows(self.raw, self.keep, self.shift, (), self.moved)
+        return self.by_sample().means()
 
     def sample_totals(self) -> "Rows":
         """One row a sample: the sum over its positions."""
-        x = self.about(torch.zeros_like(self.shift)).sample_sums
-        keep = None if self.keep is None else self.counts > 0
-        return Rows(x[:, :, None], keep, torch.zeros_like(self.shift))
+        return self.by_sample().totals()
+
+    def by_sample(self, *more: str) -> "SampleSums":
+        """Sums over each sample's positions; of ``squares``, ``absolutes`` and ``nonzeros`` those that are named."""
+        found: dict[str, Tensor] = {}
+        if "squares" in more:
+            found["squares"] = torch.linalg.vector_norm(self.x, dim=2).square()
+        if "absolutes" in more or "nonzeros" in more:
+            found["absolutes"] = self.magnitude.sum(2)
+        if "nonzeros" in more:
+            found["nonzeros"] = self._nonzeros
+        return SampleSums(self.counts, self.shift, self.sample_sums, self.keep is not None, **found)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSums:
+    """Rows of positions, already added up within each sample: what statistics without products of units are made of.
+
+    Shapes: counts (samples, 1) int64, rows that count; shift (width,); the sums (samples, width) or None
+    """
+
+    counts: Tensor
+    shift: Tensor
+    sums: Tensor
+    masked: bool = False
+    squares: Tensor | None = None
+    absolutes: Tensor | None = None
+    nonzeros: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "SampleSums":
+        """The same with a function applied to each table of samples."""
+        tables = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("shift", "masked")}
+        return replace(self, **{k: None if t is None else change(t) for k, t in tables.items()})
+
+    @classmethod
+    def cat(cls, parts: list["SampleSums"]) -> "SampleSums":
+        """Samples of several parts about one shift, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [f.name for f in fields(cls) if f.name not in ("shift", "masked") and getattr(parts[0], f.name) is not None]
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+        return cls(shift=parts[0].shift, masked=any(p.masked for p in parts), **joined)
+
+    @property
+    def n(self) -> Tensor:
+        return self.counts.sum().reshape(1)
+
+    @property
+    def total(self) -> Tensor:
+        return self.sums.sum(0, dtype=torch.float64)
+
+    @property
+    def square(self) -> Tensor:
+        return _known(self.squares).sum(0, dtype=torch.float64)
+
+    @property
+    def absolute(self) -> Tensor:
+        return _known(self.absolutes).sum(0, dtype=torch.float64)
+
+    @property
+    def nonzero(self) -> Tensor:
+        return _known(self.nonzeros).sum(0, dtype=torch.float64).round().long()
+
+    def means(self) -> Rows:
+        """One row a sample: its mean."""
+        x = self.sums / self.counts.clamp_min(1) + self.shift.to(self.sums.dtype)
+        return Rows(x[:, :, None], self.counts > 0 if self.masked else None, self.shift)
+
+    def totals(self) -> Rows:
+        """One row a sample: its sum."""
+        x = self.sums + (self.counts * self.shift).to(self.sums.dtype)
+        return Rows(x[:, :, None], self.counts > 0 if self.masked else None, torch.zeros_like(self.shift), (), False)
+
+
+def _known(table: Tensor | None) -> Tensor:
+    if table is None:
+        raise ValueError("these sums over samples were not asked for")
+    return table

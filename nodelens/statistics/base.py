@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,23 +18,39 @@ class Statistic:
     """
 
     shifts: ClassVar[tuple[str, ...]] = ()
+    by_sample: ClassVar[str | None] = None  # the sums over a sample's positions it is made of, beside their plain sum
 
     def about(self, **shifts: Tensor) -> Self:
         """The same sums about other shifts, exactly."""
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in _names(type(self))}
 
     def __add__(self, other: Self) -> Self:
         mine, theirs = self.tensors(), other.tensors()
-        if any(not torch.equal(mine[s], theirs[s]) for s in self.shifts):
+        if any(mine[s] is not theirs[s] and not torch.equal(mine[s], theirs[s]) for s in self.shifts):
             theirs = other.about(**{s: mine[s] for s in self.shifts}).tensors()
         return type(self)(**{k: v if k in self.shifts else v + theirs[k] for k, v in mine.items()})
+
+    def take_in(self, other: Self) -> bool:
+        """Adds in place where shifts and shapes agree, as they do within a pass; says whether it did."""
+        mine, theirs = self.tensors(), other.tensors()
+        if any(t is not theirs[k] and (t.shape != theirs[k].shape or k in self.shifts) for k, t in mine.items()):
+            return False
+        for k, t in mine.items():
+            if k not in self.shifts:
+                t.add_(theirs[k])
+        return True
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
+
+
+@cache
+def _names(statistic: type[Statistic]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(statistic))
 
 
 class Accumulator:
@@ -44,8 +61,12 @@ class Accumulator:
         self.parts: list[Statistic | None] = [None] * groups
 
     def add(self, value: Statistic, group: int = 0) -> None:
+        """Takes a value in; the accumulator owns it from here on."""
         held = self.parts[group]
-        self.parts[group] = value if held is None else held + value
+        if held is None:
+            self.parts[group] = value
+        elif not held.take_in(value):
+            self.parts[group] = held + value
 
     @property
     def value(self) -> Statistic | None:

@@ -66,7 +66,7 @@ class Cross(Statistic):
     def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         """Rows (n, d), one a sample; target (n,) or (n, t). Raises ValueError where their numbers differ."""
         rows = Rows.of(x, weights, shift)
-        z = target.reshape(len(target), -1).double()
+        z = (target[:, None] if target.ndim == 1 else target).double()
         if rows.raw.shape[2] != 1 or len(z) != len(rows):
             raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet {len(z)} targets: one row a target")
         keep = z.isfinite().all(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Statistic
-from ..rows import Rows
+from ..rows import Rows, SampleSums
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,14 +16,15 @@ class Moments(Statistic):
     """Count, sum and sum of squares of each unit, about a shift."""
 
     shifts: ClassVar = ("shift",)
+    by_sample: ClassVar = "squares"
     n: Tensor  # (1,)  int64    rows
     shift: Tensor  # (d,)  float64  a guess of the mean
     total: Tensor  # (d,)  float64  sum of x - shift
     square: Tensor  # (d,)  float64  sum of (x - shift)^2
 
     @classmethod
-    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        rows = Rows.of(x, weights, shift)
+    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift)
         return cls(rows.n, rows.shift, rows.total, rows.square)
 
     def about(self, shift: Tensor) -> Self:
@@ -51,12 +52,13 @@ class Moments(Statistic):
 class Sizes(Statistic):
     """Count and sum of |x| of each unit."""
 
+    by_sample: ClassVar = "absolutes"
     n: Tensor  # (1,)  int64    rows
     absolute: Tensor  # (d,)  float64  sum of |x|
 
     @classmethod
-    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        rows = Rows.of(x, weights, shift)
+    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift)
         return cls(rows.n, rows.absolute)
 
 
@@ -64,12 +66,13 @@ class Sizes(Statistic):
 class Zeros(Statistic):
     """Count of rows and of exact zeros of each unit."""
 
+    by_sample: ClassVar = "nonzeros"
     n: Tensor  # (1,)  int64  rows
     zeros: Tensor  # (d,)  int64  values that are 0
 
     @classmethod
-    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        rows = Rows.of(x, weights, shift)
+    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift)
         return cls(rows.n, rows.n - rows.nonzero)
 
 

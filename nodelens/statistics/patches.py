@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,26 +21,61 @@ class Patches(Moments):
     A sample with a place that is masked or not finite is left out as a whole.
     """
 
+    by_sample: ClassVar = None
+
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None,
            geometry: Geometry | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
         if geometry is None:
             return super().of(rows)
-        if rows.keep is not None:  # a place that does not count spoils every patch it is in: leave out its whole sample
-            rows = Rows(rows.raw, None, rows.shift, rows.grid).index(rows.keep.all(1))
-        samples, channels, _ = rows.x.shape
-        grid = (channels, *rows.grid)
-        maps = torch.stack([rows.x.sum(0), rows.x.square().sum(0)]).double().reshape(2, *grid)
-        padded = samples * math.prod(geometry.outputs(dim, size) for dim, size in enumerate(rows.grid))
-        valid = torch.ones((), dtype=torch.float64, device=maps.device)
-        for dim, size in reversed(list(enumerate(rows.grid))):
-            readers = geometry.readers(dim, size).to(maps.device)
-            maps = (maps.movedim(dim + 2, -1) @ readers.T).movedim(-1, dim + 2)
+        maps = Maps(1, rows, geometry)
+        maps.add(rows)
+        return cls(**maps.read([0])[0].tensors())
+
+
+class Maps:
+    """Sums of maps and of their squares over samples, by group: what a convolution's patches are read from, now and then.
+
+    Sums are float32 (float64 where the rows are), to be read before they hold more than a few hundred samples a group.
+    """
+
+    def __init__(self, groups: int, like: Rows, geometry: Geometry):
+        _, channels, positions = like.raw.shape
+        self.sums = like.raw.new_zeros(groups, 2, channels, positions)
+        self.samples = [0] * groups
+        self.shift, self.grid, self.geometry = like.shift, like.grid, geometry
+
+    def add(self, rows: Rows, group: int = 0) -> None:
+        """Adds samples of one group. One with a place that does not count is left out: it spoils every patch around it."""
+        if rows.keep is not None:
+            rows = Rows(rows.raw, None, rows.shift, rows.grid, rows.moved).index(rows.keep.all(1))
+        total, square = self.sums[group]
+        if len(rows) > 2:
+            total += rows.x.sum(0)
+            square += rows.x.square().sum(0)
+        else:  # no copy of the squares
+            for x in rows.x:
+                total.add_(x)
+                square.addcmul_(x, x)
+        self.samples[group] += len(rows)
+
+    def read(self, groups: list[int] | None = None) -> dict[int, Patches]:
+        """The statistic of some groups, else of those that have samples, read through every kernel offset; the sums begin anew."""
+        present = groups if groups is not None else [g for g, n in enumerate(self.samples) if n]
+        maps, valid = self.sums[present].double().unflatten(3, self.grid), torch.ones((), dtype=torch.float64, device=self.sums.device)
+        outputs = math.prod(self.geometry.outputs(dim, size) for dim, size in enumerate(self.grid))
+        for dim, size in reversed(list(enumerate(self.grid))):
+            readers = self.geometry.readers(dim, size).to(maps.device)
+            maps = (maps.movedim(dim + 3, -1) @ readers.T).movedim(-1, dim + 3)
             valid = readers.sum(1).reshape(-1, *[1] * valid.ndim) * valid
-        outside = padded - samples * valid.flatten()  # entries that are padding, (kernel,)
-        shift = rows.shift[:, None]
-        total = maps[0].flatten(1) - outside * shift
-        square = maps[1].flatten(1) + outside * shift.square()
-        n = torch.full((1,), padded, device=maps.device)
-        return cls(n, rows.shift.repeat_interleave(len(outside)), total.flatten(), square.flatten())
+        outside = outputs - valid.flatten()  # entries of a sample that are padding, (kernel,)
+        repeated = self.shift.repeat_interleave(len(outside))
+        found = {}
+        for g, (total, square) in zip(present, maps.flatten(3).unbind(), strict=True):
+            n = torch.full((1,), self.samples[g] * outputs, device=maps.device)
+            padding = self.samples[g] * outside * self.shift[:, None]
+            found[g] = Patches(n, repeated, (total - padding).flatten(), (square + padding * self.shift[:, None]).flatten())
+        self.sums.zero_()
+        self.samples = [0] * len(self.samples)
+        return found

@@ -1,0 +1,25 @@
+"""Image data modules with fixed, disjoint splits; they know nothing of measuring."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nodelens.data.batch import Batch
+
+if TYPE_CHECKING:
+    from nodelens.data.arrays import Digits, Npz
+    from nodelens.data.hub import Hub
+    from nodelens.data.images import ImageData
+
+__all__ = ["Batch", "Digits", "Hub", "ImageData", "Npz"]
+
+_HOME = {"Digits": "arrays", "Hub": "hub", "ImageData": "images", "Npz": "arrays"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

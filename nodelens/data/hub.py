@@ -1,0 +1,108 @@
+"""Image data sets through `datasets`: a hub id, or a folder of images, of parquet files or from save_to_disk."""
+
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nodelens.data.batch import Batch
+from nodelens.data.columns import image_column, label_column
+from nodelens.data.images import ImageData
+from nodelens.data.opening import open_sets
+from nodelens.data.source import Source
+from nodelens.data.splits import shard
+from nodelens.data.stream import Stream, StreamSource, open_stream
+from nodelens.data.table import open_table
+
+
+class Hub(ImageData):
+    """A Hugging Face image data set.
+
+    path, name:   a hub id and its configuration, or a local folder (or parquet file)
+    train_split:  the split to train on; test_split: the test set; None: "test" where there is one
+    image_key, label_key: the columns; None: found
+    streaming:    read in order and never store; `workers` are then threads that decode
+    Raises: FileNotFoundError when the data are neither here nor to be had; ValueError for splits or columns that are
+    not there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        train_split: str = "train",
+        test_split: str | None = None,
+        image_key: str | None = None,
+        label_key: str | None = None,
+        streaming: bool = False,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        self.path, self.name, self.streaming = path, name, streaming
+        self.train_split, self.test_split = train_split, test_split
+        self.image_key, self.label_key = image_key, label_key
+
+    def read(self) -> Source:
+        sets = open_sets(self.path, self.name, self.streaming)
+        what = f"dataset '{self.path}'"
+        train = _split(sets, self.train_split, "train", what)
+        test = None
+        if self.test_split is not None or "test" in sets:
+            test = _split(sets, self.test_split or "test", "test", what)
+        if test is train:
+            raise ValueError(f"{what}: train and test are the same split '{self.train_split}'; "
+                             f"set dataset.test_split=null to hold out a share of it")
+        self.unsplit = test is None
+        parts = [train] if test is None else [train, test]
+        features = train.features or datasets.Features()
+        image = image_column(features, self.image_key, what)
+        label = label_column(features, self.label_key, what)
+        if isinstance(train, datasets.IterableDataset):
+            return open_stream(parts, image, label, f"{self.path} {self.name} {self.train_split} {self.test_split}")
+        return open_table(parts, image, label)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        if not self.streaming:
+            return super().train_dataloader()
+        return self._streamed(self._shared("train", even=True), self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._streamed(self._shared("val"), self.batch_size) if self.streaming else super().val_dataloader()
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._streamed(self._shared("test"), self.batch_size) if self.streaming else super().test_dataloader()
+
+    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[Batch]:
+        if not self.streaming:
+            return super().loader(split, rank, world, batch_size)
+        return self._streamed(shard(self._ids(split), rank, world), batch_size or self.batch_size)
+
+    def _shared(self, split: str, even: bool = False) -> Tensor:
+        """The part of this process under a Trainer, which shards maps but not streams.
+
+        Every process must see as many batches as the others: training drops up to world - 1 samples, evaluation
+        repeats as many, as Lightning does for maps.
+        """
+        ids = self._ids(split)
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if even:
+            ids = ids[: len(ids) // world * world]
+        elif len(ids) % world:
+            ids = torch.cat([ids, ids[: world - len(ids) % world]])
+        return shard(ids, rank, world).sort().values
+
+    def _streamed(self, ids: Tensor, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
+        source = self._ready()
+        if not isinstance(source, StreamSource):
+            raise RuntimeError("the data were read as a table; set streaming before setup()")
+        stream = Stream(source, ids, self._convert(), batch_size, self.classes or 0, self.workers,
+                        self.seed if shuffle else None)
+        return DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available())
+
+
+def _split(sets: dict[str, Any], name: str, role: str, what: str) -> Any:
+    if name not in sets:
+        raise ValueError(f"{what} has no split '{name}', it has {', '.join(sets)}; set dataset.{role}_split")
+    return sets[name]

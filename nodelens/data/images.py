@@ -1,0 +1,140 @@
+"""The data module that all image sources share."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nodelens.data.batch import Batch
+from nodelens.data.convert import Convert
+from nodelens.data.source import Images, Source, check_labels
+from nodelens.data.splits import make_splits, pick, shard, write_splits
+
+
+class ImageData(lightning.LightningDataModule):
+    """Disjoint train, val, test and calibration splits of one source; a subclass says how to `read` it.
+
+    classes, channels, size: what a network expects; images are converted, labels are checked; None: as found
+    mean, std:    normalisation after uint8 is scaled to [0, 1]; a number, or one a channel
+    val, test:    shares held out; test only where the source has no test set of its own
+    calibration:  samples kept apart from training, at most half of what is left for it
+    seed:         of the splits and of the order of training; workers: processes that load
+    Raises: ValueError, at `setup`, for labels, channels or shares that do not fit.
+    """
+
+    unsplit: bool = False  # the source came as one set, so the test set is a held-out share of it
+
+    def __init__(
+        self,
+        *,
+        classes: int | None = None,
+        channels: int | None = None,
+        size: int | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        batch_size: int = 64,
+        val: float = 0.1,
+        test: float = 0.2,
+        calibration: int = 512,
+        seed: int = 0,
+        workers: int = 0,
+    ):
+        super().__init__()
+        self.classes, self.channels, self.size = classes, channels, size
+        self.mean, self.std, self.batch_size, self.workers, self.seed = mean, std, batch_size, workers, seed
+        self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
+        self.source: Source | None = None
+        self.indices: dict[str, Tensor] = {}
+
+    def read(self) -> Source:
+        """The source; called once."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to read its samples: define read()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and split; the second call does nothing."""
+        _hush()
+        if self.source is not None:
+            return
+        source = self.read()
+        self.indices = make_splits(source.rows, source.own_test, seed=self.seed, **self.shares)
+        self.classes = self._found_classes(source)
+        shape = source.fetch(torch.zeros(1, dtype=torch.int64), self._convert()).shape  # also checks mean and std
+        self.channels = shape[1]
+        self.size = self.size or (shape[2] if shape[2] == shape[3] else None)
+        self.source = source
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of the training split; the order is new each epoch and follows from `seed`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._load(self._ids("val"), self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._load(self._ids("test"), self.batch_size)
+
+    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[Batch]:
+        """Batches in a fixed order, of the samples at positions i with i % world == rank; maybe none.
+
+        split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
+        """
+        return self._load(shard(self._ids(split), rank, world), batch_size or self.batch_size)
+
+    def save_splits(self, folder: str | Path) -> Path:
+        """Write `splits.json` into `folder`: fingerprint, seed, sizes, and the numbers of each split but train."""
+        self.setup()
+        return write_splits(folder, self.indices, {"fingerprint": self.fingerprint(), "seed": self.seed})
+
+    def fingerprint(self) -> str:
+        """A hash of the source's samples, before conversion."""
+        self.setup()
+        return self._ready().fingerprint()
+
+    def _ids(self, split: str) -> Tensor:
+        self.setup()
+        return pick(self.indices, split)
+
+    def _ready(self) -> Source:
+        if self.source is None:
+            raise RuntimeError("the data are not read yet; call setup() first")
+        return self.source
+
+    def _convert(self) -> Convert:
+        return Convert(self.size, self.channels, self.mean, self.std)
+
+    def _found_classes(self, source: Source) -> int:
+        classes = self.classes or source.classes
+        if classes is None:
+            raise ValueError("the source does not say how many classes it has; set dataset.classes")
+        if source.labels is not None:
+            check_labels(source.labels, classes)
+        return classes
+
+    def _load(self, ids: Tensor, batch_size: int, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            Images(self._ready(), ids, self._convert()),
+            batch_size=batch_size,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+def _hush() -> None:
+    """Lightning warns where these modules are right: more workers slow down what is in memory, and a stream that is
+    read in one process has an exact length.
+    """
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined.*")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,73 @@
+"""Opening a data set by hub id or local place, with one readable line when it is not to be had."""
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import config
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub import constants
+
+
+def open_sets(path: str, name: str | None = None, streaming: bool = False) -> dict[str, Any]:
+    """The splits of a hub id, or of a local folder or file, by name.
+
+    Raises: FileNotFoundError, in one line, when there is no such folder, or the hub does not have it or answer.
+    """
+    place = Path(path).expanduser()
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        stored = datasets.load_from_disk(str(place))
+        sets = _by_name(stored) if isinstance(stored, dict) else {"train": stored}
+        return {key: part.to_iterable_dataset() if streaming else part for key, part in sets.items()}
+    if place.exists():
+        return _local(place, name, streaming)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(f"no folder at {place.resolve()}; set dataset.path to a folder with images or parquet, "
+                                f"or to a hub id")
+    try:
+        with _without_retries():
+            return _by_name(datasets.load_dataset(path, name, streaming=streaming))
+    except (ConnectionError, FileNotFoundError) as error:
+        reached = isinstance(error, DatasetNotFoundError)
+        why = "the hub does not have it or wants a login" if reached else "the hub cannot be reached"
+        raise FileNotFoundError(f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
+                                f"dataset.path=<folder with images or parquet>") from error
+
+
+def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
+    try:
+        if place.is_file():
+            return _by_name(datasets.load_dataset("parquet", data_files=str(place), streaming=streaming))
+        return _by_name(datasets.load_dataset(str(place), name, streaming=streaming))
+    except (FileNotFoundError, DatasetGenerationError) as error:
+        raise FileNotFoundError(f"nothing to read at {place.resolve()}; dataset.path is a folder with one folder of "
+                                f"images a class, with parquet files, or from save_to_disk") from error
+
+
+def _by_name(sets: Any) -> dict[str, Any]:
+    return {str(name): part for name, part in sets.items()}
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Use the cache alone when the hub does not answer: its own client retries for 23 seconds first."""
+    offline = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = offline or not _hub_answers()
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it refused this page, so it is there
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,89 @@
+"""What a data module reads from: numbered samples, fetched many at once."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nodelens.data.batch import Batch
+from nodelens.data.convert import Convert
+
+
+class Source(Protocol):
+    """Samples 0 .. rows - 1 to train on, then `own_test` rows that the source itself calls test."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def own_test(self) -> int: ...
+    @property
+    def classes(self) -> int | None:
+        """As many as the source declares or shows; None where it does neither."""
+        ...
+    @property
+    def labels(self) -> Tensor | None:
+        """(rows + own_test,) int64; None where they are seen only while streaming."""
+        ...
+    def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
+        """The converted images of `ids`, (len(ids), C, H, W)."""
+        ...
+    def fingerprint(self) -> str:
+        """A hash that changes with the samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images in memory."""
+
+    x: Tensor       # (n, C, H, W)  uint8 or float32
+    labels: Tensor  # (n,)          int64
+    own_test: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.x) - self.own_test
+
+    @property
+    def classes(self) -> int | None:
+        return int(self.labels.max()) + 1 if len(self.labels) else None
+
+    def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
+        return convert(self.x[ids])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.x, self.labels):
+            digest.update(f"{array.dtype} {tuple(array.shape)} {self.own_test}".encode())
+            digest.update(array.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class Images(Dataset[Batch]):
+    """The samples `ids` of a source; a loader hands over a whole batch of positions at once."""
+
+    def __init__(self, source: Source, ids: Tensor, convert: Convert):
+        if source.labels is None:
+            raise ValueError("a stream is not read by position; use its Stream")
+        self.source, self.labels, self.ids, self.convert = source, source.labels, ids, convert
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, position: int) -> Batch:
+        return Batch(*(part[0] for part in self.__getitems__([position])))
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        ids = self.ids[torch.as_tensor(positions)]
+        return Batch(self.source.fetch(ids, self.convert), self.labels[ids], ids)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises: ValueError when a label is outside 0 .. classes - 1."""
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        low, high = int(labels.min()), int(labels.max())
+        way = f"set dataset.classes={high + 1}" if low >= 0 else "leave out the samples without a label"
+        raise ValueError(f"labels run from {low} to {high}, dataset.classes is {classes}; {way}")

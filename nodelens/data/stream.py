@@ -1,0 +1,126 @@
+"""Samples read in order and never stored, with the numbers they would have in a table."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from nodelens.data.batch import Batch
+from nodelens.data.columns import declared_classes, decoded
+from nodelens.data.convert import Convert
+from nodelens.data.source import check_labels
+
+_BUFFER = 1024  # undecoded samples among which training picks at random
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """One or two streams, the second the test set, whose samples are numbered as they come."""
+
+    parts: list[datasets.IterableDataset]
+    counts: list[int]
+    image: str
+    label: str
+    classes: int | None
+    name: str
+    labels: None = None  # seen only while streaming
+
+    @property
+    def rows(self) -> int:
+        return self.counts[0]
+
+    @property
+    def own_test(self) -> int:
+        return sum(self.counts[1:])
+
+    def numbered(self, ids: Tensor) -> Iterator[tuple[int, Any, int]]:
+        """(number, undecoded image, label) of each of `ids`, in the order of the stream."""
+        wanted = torch.zeros(sum(self.counts), dtype=torch.bool)
+        wanted[ids] = True
+        start = 0
+        for part, count in zip(self.parts, self.counts, strict=True):
+            mine = wanted[start : start + count].nonzero()
+            last = int(mine[-1]) if len(mine) else -1
+            seen = 0
+            for row in islice(part, last + 1):
+                if wanted[start + seen]:
+                    yield start + seen, row[self.image], row[self.label]
+                seen += 1
+            if seen <= last:
+                raise ValueError(f"dataset {self.name} was to have {count} samples and its stream ended after {seen}; "
+                                 f"set dataset.streaming=false")
+            start += count
+
+    def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
+        found = {number: image for number, image, _ in self.numbered(ids)}
+        return convert.every([decoded(found[number]) for number in ids.tolist()])
+
+    def fingerprint(self) -> str:
+        """Of the name and the counts alone: a stream is not read for it."""
+        return hashlib.blake2b(f"stream {self.name} {self.counts}".encode(), digest_size=16).hexdigest()
+
+
+def open_stream(parts: list[datasets.IterableDataset], image: str, label: str, name: str) -> StreamSource:
+    """The source of one or two streams; where a stream does not know its length, one pass counts it."""
+    features = parts[0].features or datasets.Features()
+    counts = [_count(part, label) for part in parts]
+    raw = [part.cast_column(image, datasets.Image(decode=False)) for part in parts]
+    return StreamSource(raw, counts, image, label, declared_classes(features, label), name)
+
+
+def _count(part: datasets.IterableDataset, label: str) -> int:
+    split = (part.info.splits or {}).get(str(part.split))
+    if split is not None and split.num_examples:
+        return split.num_examples
+    return sum(1 for _ in part.select_columns([label]))
+
+
+class Stream(IterableDataset[Batch]):
+    """Whole batches of the samples `ids`, decoded by `threads` threads (0: none), shuffled when there is a seed.
+
+    Threads and not processes: `datasets` would deal its files out to processes, and lose the running number.
+    """
+
+    def __init__(self, source: StreamSource, ids: Tensor, convert: Convert, batch_size: int, classes: int,
+                 threads: int = 0, seed: int | None = None):
+        self.source, self.ids, self.convert, self.batch_size = source, ids, convert, batch_size
+        self.classes, self.threads = classes, threads
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.ids) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = self.source.numbered(self.ids)
+        if self.generator is not None:
+            rows = _shuffled(rows, self.generator)
+        if not self.threads:
+            yield from self._batches(rows, map)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            yield from self._batches(rows, pool.map)
+
+    def _batches(self, rows: Iterator[tuple[int, Any, int]], each: Any) -> Iterator[Batch]:
+        while group := list(islice(rows, self.batch_size)):
+            ids, images, labels = zip(*group, strict=True)
+            y = torch.tensor(labels)
+            check_labels(y, self.classes)
+            yield Batch(self.convert.every(list(each(decoded, images))), y, torch.tensor(ids))
+
+
+def _shuffled(rows: Iterator[Any], generator: torch.Generator) -> Iterator[Any]:
+    """Each row once, taken at random from a buffer that the next row refills."""
+    buffer = list(islice(rows, _BUFFER))
+    for row in rows:
+        i = int(torch.randint(len(buffer), (), generator=generator))
+        taken, buffer[i] = buffer[i], row
+        yield taken
+    yield from (buffer[i] for i in torch.randperm(len(buffer), generator=generator).tolist())

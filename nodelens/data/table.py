@@ -1,0 +1,51 @@
+"""Samples of stored Hugging Face tables, decoded when they are asked for."""
+
+import hashlib
+from dataclasses import dataclass
+
+import datasets
+import torch
+from torch import Tensor
+
+from nodelens.data.columns import declared_classes, decoded
+from nodelens.data.convert import Convert
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Rows of a table with one column, the undecoded image; the last `own_test` are the test set."""
+
+    images: datasets.Dataset
+    column: str
+    labels: Tensor  # (n,) int64
+    own_test: int
+    classes: int | None
+    prints: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.images) - self.own_test
+
+    def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
+        return convert.every([decoded(value) for value in self.images[ids.tolist()][self.column]])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(" ".join(self.prints).encode(), digest_size=16)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
+
+
+def open_table(parts: list[datasets.Dataset], image: str, label: str) -> TableSource:
+    """The source of one or two tables, the second the test set."""
+    labels = torch.cat([torch.as_tensor(part.with_format("numpy")[label][:]).long() for part in parts])
+    shown = int(labels.max()) + 1 if len(labels) else None
+    # undecoded, so that a bare column of bytes is an image too, and the features of both parts agree
+    raw = [part.select_columns([image]).cast_column(image, datasets.Image(decode=False)) for part in parts]
+    return TableSource(
+        images=datasets.concatenate_datasets(raw),
+        column=image,
+        labels=labels,
+        own_test=sum(len(part) for part in parts[1:]),
+        classes=declared_classes(parts[0].features, label) or shown,
+        prints=tuple(part._fingerprint for part in parts),  # documented by datasets under this name alone
+    )

@@ -1,0 +1,28 @@
+"""Classifiers and the small zoo behind `model=`; they know nothing of measuring.
+
+Names load on first use: Lightning costs seconds, and a multilayer perceptron needs none of it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nodelens.models.classifier import Classifier, logits_of
+    from nodelens.models.hf import resnet, vit
+    from nodelens.models.plain import CNN, MLP, cnn, mlp
+    from nodelens.models.weights import load_weights
+
+__all__ = ["CNN", "MLP", "Classifier", "cnn", "load_weights", "logits_of", "mlp", "resnet", "vit"]
+
+_HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "resnet": "hf", "vit": "hf"}
+_HOME |= dict.fromkeys(("CNN", "MLP", "cnn", "mlp"), "plain")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,117 @@
+"""One Lightning module for every image classifier."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassAccuracy
+
+from nodelens.models.weights import load_weights
+
+_KEY = "nodelens_config"
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class Classifier(lightning.LightningModule):
+    """Cross-entropy training of any network that takes images.
+
+    net:        (B, C, H, W) -> (B, classes) logits, or an output that has them as `.logits` (Hugging Face)
+    optimizer:  called with the parameters; scheduler: called with the optimizer, stepped once an epoch
+    weights:    a file or folder for `load_weights`
+    config:     a plain dict that the caller may set; it travels in the checkpoint as "nodelens_config"
+
+    A batch has `.x` and `.y`, or is an (x, y, ...) tuple. Logs {train,val,test}/loss and /acc, an epoch each.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[..., Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        weights: str | None = None,
+    ):
+        super().__init__()
+        self.net, self.make_optimizer, self.make_scheduler = net, optimizer, scheduler
+        # micro: counts of right answers, which add over batches and processes and need no number of classes
+        self.train_acc, self.val_acc, self.test_acc = (MulticlassAccuracy(average="micro") for _ in range(3))
+        self.config: dict[str, Any] | None = load_weights(net, weights) if weights else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (B, classes)."""
+        return logits_of(self.net(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(_x_and_y(batch)[0])
+
+    def configure_optimizers(self) -> Any:
+        if self.make_optimizer is None:
+            raise ValueError("the model has no optimizer, so it cannot be trained; "
+                             "set model.optimizer, as {_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}")
+        optimizer = self.make_optimizer(p for p in self.net.parameters() if p.requires_grad)
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer,
+                "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "monitor": "val/loss"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.config is not None:
+            _check_plain(self.config, "config")
+            checkpoint[_KEY] = self.config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.config is None:  # the caller's own config is the newer one
+            self.config = checkpoint.get(_KEY)
+
+    def _step(self, batch: Any, stage: str) -> Tensor:
+        x, y = _x_and_y(batch)
+        logits = self(x)
+        loss = functional.cross_entropy(logits, y)
+        accuracy = {"train": self.train_acc, "val": self.val_acc, "test": self.test_acc}[stage]
+        accuracy.update(logits.detach(), y)
+        log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(x), "prog_bar": stage != "train"}
+        self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **log)
+        self.log(f"{stage}/acc", accuracy, **log)
+        return loss
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a network returned: a tensor itself, or its `.logits`.
+
+    Raises: TypeError for anything else.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the network returned {type(output).__name__}; expected a tensor of logits (B, classes) "
+                        f"or an output with .logits: wrap the network so that it returns one of them")
+    return logits
+
+
+def _x_and_y(batch: Any) -> tuple[Tensor, Tensor]:
+    if hasattr(batch, "x") and hasattr(batch, "y"):
+        return batch.x, batch.y
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    raise TypeError(f"a batch is {type(batch).__name__}; expected .x and .y, or an (x, y) pair")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Stop before a checkpoint is written that torch.load(weights_only=True) would refuse."""
+    if type(value) in (dict, list, tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            _check_plain(item, f"{where}.{key}")
+    elif type(value) not in _PLAIN:
+        raise TypeError(f"{where} is {type(value).__name__}; a checkpoint holds plain dicts, lists, strings and "
+                        f"numbers only: convert it first, for instance with OmegaConf.to_container(config, resolve=True)")

@@ -1,0 +1,68 @@
+"""The two small networks of our own: a multilayer perceptron and a convolutional network."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Linear layers with a ReLU between them, on the flattened input: (B, ...) -> (B, classes) logits.
+
+    `features` is the number of values of one sample (channels * height * width).
+    """
+
+    def __init__(self, features: int, classes: int, hidden: Sequence[int] = (64, 64)):
+        super().__init__(nn.Flatten())
+        for i, width in enumerate(hidden, start=1):
+            self.add_module(f"fc{i}", nn.Linear(features, width))
+            self.add_module(f"relu{i}", nn.ReLU())
+            features = width
+        self.add_module("head", nn.Linear(features, classes))
+
+
+class CNN(nn.Module):
+    """Blocks of 3x3 convolution, batch norm, ReLU and 2x2 pooling; the mean over positions; a linear head.
+
+    (B, channels, H, W) -> (B, classes) logits, for any H and W of at least 2 ** (len(widths) - 1) pixels: the last
+    block does not pool, as the mean follows it. Three blocks by default.
+    """
+
+    def __init__(self, channels: int, classes: int, widths: Sequence[int] = (16, 32, 64)):
+        super().__init__()
+        self.blocks = nn.Sequential()
+        for i, width in enumerate(widths, start=1):
+            last = i == len(widths)
+            self.blocks.add_module(f"block{i}", _block(channels, width, pool=not last))
+            channels = width
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.blocks(x)).flatten(1))
+
+
+def mlp(classes: int, channels: int, size: int, hidden: Sequence[int] = (64, 64)) -> MLP:
+    """An MLP for images of `channels` x `size` x `size`: the config's numbers, as for every model here."""
+    return MLP(channels * size * size, classes, hidden)
+
+
+def cnn(classes: int, channels: int, size: int, widths: Sequence[int] = (16, 32, 64)) -> CNN:
+    """A CNN for images of `channels` x `size` x `size`.
+
+    Raises: ValueError when the pooling of `widths` would leave no pixel of an image of `size`.
+    """
+    least = 2 ** (len(widths) - 1)
+    if size < least:
+        raise ValueError(f"cnn: {len(widths)} widths need images of at least {least} pixels, size is {size}; "
+                         f"give fewer model.net.widths or set a larger dataset.size")
+    return CNN(channels, classes, widths)
+
+
+def _block(channels: int, width: int, pool: bool) -> nn.Sequential:
+    block = nn.Sequential()
+    block.add_module("conv", nn.Conv2d(channels, width, 3, padding=1, bias=False))
+    block.add_module("bn", nn.BatchNorm2d(width))
+    block.add_module("relu", nn.ReLU())
+    if pool:
+        block.add_module("pool", nn.MaxPool2d(2))
+    return block

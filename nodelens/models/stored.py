@@ -1,0 +1,122 @@
+"""Trained weights of transformers from a local folder, the cache or the hub, checked against what was asked for."""
+
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+_log = logging.getLogger(__name__)
+_NAMES = {"num_channels": "channels", "image_size": "size", "patch_size": "patch"}
+
+
+def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
+    """The config stored at `path` (a folder or a hub id).
+
+    Raises: OSError when it cannot be had; ValueError when it is of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if not Path(path).is_dir() and _hub_is_reachable():
+            try:
+                config = AutoConfig.from_pretrained(path)
+            except (OSError, ValueError) as refused:
+                raise _not_here(path, "the hub has no such model, or it needs a login") from refused
+        else:
+            raise _not_here(path, _why(path)) from error
+    if config.model_type != kind.model_type:
+        raise ValueError(f"'{path}' holds a model of type {config.model_type}, asked for is {kind.model_type}; "
+                         f"choose another model, or another model.net.path")
+    return config
+
+
+def load_stored(
+    model: type[PreTrainedModel], path: str, config: PretrainedConfig, classes: int, wanted: dict[str, Any]
+) -> PreTrainedModel:
+    """The model at `path` with a head of `classes`; `wanted` are values its stored config has to have.
+
+    Raises: ValueError where a value or a weight other than the head's differs; OSError without safetensors weights.
+    """
+    for name, value in wanted.items():
+        found = getattr(config, name, "imagenet" if name == "stem" else None)
+        if found != value:
+            what = _NAMES.get(name, name)
+            raise ValueError(f"'{path}' was stored with {what} {found}, asked for is {what} {value}; change the "
+                             f"model or dataset config to the stored value, or leave model.net.path null to start from scratch")
+    if config.num_labels != classes:
+        _log.info("'%s' has a head of %d classes; it is replaced by a new one of %d", path, config.num_labels, classes)
+    same = config.num_labels == classes
+    with _quiet():
+        if not same:
+            config.num_labels = classes
+        net, info = _from_pretrained(model, path, config, lenient=not same)
+    strange = sorted(str(k) for k in [*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])])
+    strange = [name for name in strange if not name.startswith("classifier")]
+    if strange:
+        raise ValueError(f"the weights at '{path}' do not fit their own config: {len(strange)} are missing or of "
+                         f"another shape ({', '.join(strange[:3])}); save them again with model.save_pretrained(folder)")
+    if same and info["missing_keys"]:
+        _log.info("'%s' has no head; a new one of %d classes is made", path, classes)
+    return net
+
+
+def _from_pretrained(
+    model: type[PreTrainedModel], path: str, config: PretrainedConfig, lenient: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": lenient, "output_loading_info": True}
+    options["use_safetensors"] = True  # never a pickle
+    options["local_files_only"] = Path(path).is_dir() or not _hub_is_reachable()
+    load: Any = model.from_pretrained  # its annotation does not know of output_loading_info
+    try:
+        return load(path, **options)
+    except OSError as error:
+        raise _not_here(path, "it has a config.json and no model.safetensors") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights at '{path}' cannot be read, or do not fit its config.json; "
+                         f"save them again with model.save_pretrained(folder)") from error
+
+
+def _not_here(path: str, why: str) -> OSError:
+    return OSError(f"no model to load at '{path}': {why}; give a local folder written by save_pretrained as "
+                   f"model.net.path, or leave it null to start from scratch")
+
+
+def _why(path: str) -> str:
+    if Path(path).is_dir():
+        return "the folder holds no readable config.json"
+    return "it is no folder here, it is not in the cache, and this machine cannot reach the hub"
+
+
+def _hub_is_reachable() -> bool:
+    """One short look: the hub's own client retries for 23 seconds on a machine without a network."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the loading report and bar of transformers, which repeat what the checks here say; its settings are put back."""
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()

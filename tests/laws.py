@@ -1,0 +1,92 @@
+"""What the laws run over: every statistic and every metric, each with rows it can be made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nodelens.geometry import Geometry
+from nodelens.metrics import METRICS, Metric
+from nodelens.rows import Rows
+from nodelens.statistics import STATISTICS, ByClass, Cross, Gram, Moments, Patches, Sizes, Statistic, Zeros
+
+CONV = Geometry((3,), (2,), (1,), ((1, 1),))
+Make = Callable[[Tensor, Tensor | None], Statistic]
+
+
+def drifting(n: int = 101, width: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Rows whose mean drifts: parts that look alike would hide a wrong merge."""
+    x = torch.randn(n, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    x = x + torch.arange(n)[:, None] * torch.linspace(0.1, 1, width, dtype=torch.float64)
+    x[::7, 0] = 0
+    return x.to(dtype)
+
+
+def labels(n: int) -> Tensor:
+    """Classes that come late and unevenly."""
+    return (torch.arange(n) * 7 % 11 // 3).clamp_max(torch.arange(n) // 10)
+
+
+def target(n: int) -> Tensor:
+    z = torch.randn(n, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return z + torch.arange(n)[:, None] / 10
+
+
+def maps(x: Tensor) -> Tensor:
+    """Each row as a sample of two channels of five places."""
+    turns = torch.stack([x.roll(k, 1) * (k + 1) for k in range(10)], 2)
+    return turns[:, :2, :].contiguous()
+
+
+MAKERS: dict[type[Statistic], Callable[..., Statistic]] = {
+    Moments: lambda x, at, **k: Moments.of(x, **k),
+    Sizes: lambda x, at, **k: Sizes.of(x, **k),
+    Zeros: lambda x, at, **k: Zeros.of(x, **k),
+    Gram: lambda x, at, **k: Gram.of(x, **k),
+    Cross: lambda x, at, **k: Cross.of(x, target(400)[at], **k),
+    ByClass: lambda x, at, **k: ByClass.of(x, labels(400)[at], **k),
+    Patches: lambda x, at, **k: Patches.of(_as_maps(x, **k), geometry=CONV),
+}
+assert set(MAKERS) == set(STATISTICS), "a statistic without its laws"
+
+
+def _as_maps(x: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Rows:
+    m = maps(x) if x.shape[1] > 1 else x[:, :, None].expand(-1, 1, 10)
+    keep = None if weights is None else weights.bool()[:, None].expand(-1, m.shape[2])
+    rows = Rows.of(m.contiguous(), keep)
+    return Rows(rows.raw, rows.keep, rows.shift, (m.shape[2],))
+
+
+def make(statistic: type[Statistic], x: Tensor, start: int = 0, **options: Any) -> Statistic:
+    """A statistic of rows that stand at ``start`` of the whole."""
+    return MAKERS[statistic](x, slice(start, start + len(x)), **options)
+
+
+def values(s: Statistic) -> dict[str, Tensor]:
+    """What can be read off a statistic, whatever its shift."""
+    named = {Moments: ("mean", "variance", "mean_square"), Gram: ("mean", "covariance"), Patches: ("mean", "variance"),
+             Cross: ("covariance", "target_covariance", "target_mean")}
+    found = {name: getattr(s, name) for name in named.get(type(s), ())} | {"n": s.tensors()["n"]}
+    if isinstance(s, ByClass):
+        seen = s.only(s.n > 1)
+        found = {"n": s.n, "variance": seen.variance(), "mean": seen.shift + seen.total / seen.n[:, None]}
+    if isinstance(s, Sizes):
+        found["absolute"] = s.absolute
+    if isinstance(s, Zeros):
+        found["zeros"] = s.zeros
+    return found
+
+
+def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    """Tensors of a small layer, enough for every metric."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, fan_in, generator=g, dtype=torch.float64) + 1
+    w = torch.randn(units, fan_in, generator=g, dtype=torch.float64)
+    y = x @ w.T
+    logits = torch.randn(n, 3, generator=g, dtype=torch.float64) + y[:, :1]
+    return {"inputs": x, "weights": w, "outputs": y, "labels": torch.randint(3, (n,), generator=g), "logits": logits,
+            "gradients": torch.randn(n, units, generator=g, dtype=torch.float64)}
+
+
+EVERY_METRIC: list[Metric] = [m() for m in METRICS]

@@ -1,0 +1,98 @@
+"""Training: what is logged, what travels in a checkpoint, what is refused."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from nodelens.models import MLP, Classifier, logits_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers.*")
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+
+
+def loader(batch_size: int = 7) -> DataLoader:
+    torch.manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(24, 4), torch.arange(24) % 3), batch_size)
+
+
+def classifier(**options) -> Classifier:
+    torch.manual_seed(1)
+    return Classifier(MLP(4, 3, [8]), **{"optimizer": partial(torch.optim.AdamW, lr=1e-2)} | options)
+
+
+def trainer(folder, **options) -> lightning.Trainer:
+    return lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                             enable_checkpointing=False, default_root_dir=folder, log_every_n_steps=1,
+                             **{"max_epochs": 2} | options)
+
+
+def test_loss_and_accuracy_are_those_of_all_samples(tmp_path):
+    module, data = classifier(), loader()  # 24 samples in batches of 7: a mean of batch means would be wrong
+    found = trainer(tmp_path).test(module, data, verbose=False)[0]
+    x, y = data.dataset.tensors
+    logits = module.net(x).detach()
+    assert_close(found["test/loss"], float(nn.functional.cross_entropy(logits, y)), rtol=1e-6, atol=0)
+    assert_close(found["test/acc"], float((logits.argmax(1) == y).float().mean()), rtol=1e-6, atol=0)
+
+
+def test_fit_logs_and_steps_the_scheduler(tmp_path):
+    module = classifier(scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1))
+    run = trainer(tmp_path)
+    run.fit(module, loader(), loader())
+    assert {"train/loss", "train/acc", "val/loss", "val/acc"} <= run.callback_metrics.keys()
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_the_config_travels_in_a_checkpoint_that_needs_no_code(tmp_path):
+    module, run = classifier(), trainer(tmp_path, max_epochs=1)
+    module.config = {"model": {"widths": [1, 2]}, "seed": 0}
+    run.fit(module, loader(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["nodelens_config"] == module.config
+    again = Classifier.load_from_checkpoint(tmp_path / "a.ckpt", net=MLP(4, 3, [8]))
+    assert again.config == module.config
+    assert_close(again.net.state_dict(), module.net.state_dict())
+    assert Classifier(MLP(4, 3, [8]), weights=str(tmp_path / "a.ckpt")).config == module.config
+
+
+def test_a_config_that_a_checkpoint_cannot_hold_is_named():
+    module = classifier()
+    module.config = {"model": {"widths": [1, torch.Size([2])]}}
+    with pytest.raises(TypeError, match=r"config.model.widths.1 is Size; a checkpoint holds plain dicts"):
+        module.on_save_checkpoint({})
+
+
+def test_batches_are_named_tuples_or_pairs():
+    module, x, y = classifier(), torch.ones(2, 4), torch.tensor([0, 1])
+    module.log = lambda *_, **__: None
+    expected = module.training_step((x, y), 0)
+    for batch in (Pair(x, y, y), [x, y], SimpleNamespace(x=x, y=y)):
+        assert_close(module.training_step(batch, 0), expected)
+    assert module.predict_step((x, y), 0).shape == (2, 3)
+    with pytest.raises(TypeError, match=r"a batch is Tensor; expected .x and .y, or an"):
+        module.training_step(x, 0)
+
+
+def test_logits_come_from_a_tensor_or_an_output():
+    x = torch.ones(2, 3)
+    assert logits_of(x) is x
+    assert logits_of(SimpleNamespace(logits=x)) is x
+    with pytest.raises(TypeError, match=r"the network returned tuple; expected a tensor of logits"):
+        logits_of((x,))
+
+
+def test_training_without_an_optimizer_says_how_to_set_one():
+    with pytest.raises(ValueError, match=r"the model has no optimizer.*set model.optimizer"):
+        classifier(optimizer=None).configure_optimizers()

@@ -1,0 +1,120 @@
+"""Weights from files nobody vouches for: they fit and are copied, or nothing happens and the message says why."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from nodelens.models import MLP, Classifier, load_weights
+
+
+def net(hidden: int = 5, seed: int = 0) -> MLP:
+    torch.manual_seed(seed)
+    return MLP(4, 3, [hidden])
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    for name, tensor in a.state_dict().items():
+        assert_close(tensor, b.state_dict()[name], rtol=0, atol=0)
+
+
+def stored(kind: str, folder, source: torch.nn.Module) -> str:
+    state = source.state_dict()
+    path = folder / {"safetensors": "w.safetensors", "folder": "model.safetensors"}.get(kind, "w.ckpt")
+    if kind in ("safetensors", "folder"):
+        save_file(state, path)
+    elif kind == "plain":
+        torch.save(state, path)
+    else:
+        keys = {f"net.{name}": tensor for name, tensor in state.items()}
+        torch.save({"state_dict": keys, "epoch": 1, "nodelens_config": {"model": {"hidden": [5]}}}, path)
+    return str(folder if kind == "folder" else path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "folder", "plain", "lightning"])
+def test_every_form_gives_the_same_weights(kind, tmp_path):
+    target = net(seed=1)
+    config = load_weights(target, stored(kind, tmp_path, net()))
+    same(target, net())
+    assert config == ({"model": {"hidden": [5]}} if kind == "lightning" else None)
+
+
+def test_a_classifier_loads_them_into_its_network(tmp_path):
+    module = Classifier(net(seed=1), weights=stored("lightning", tmp_path, net()))
+    same(module.net, net())
+    assert module.config == {"model": {"hidden": [5]}}
+
+
+def test_a_missing_file_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"no weights at {tmp_path.resolve()}/no.safetensors; give a"):
+        load_weights(net(), "no.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
+        load_weights(net(), tmp_path)
+
+
+class Trap:
+    """A pickle that leaves a marker when it is loaded by a loader that runs code."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.ckpt", "w.pt"])
+@pytest.mark.parametrize("write", [pickle.dumps, "torch"], ids=["pickle", "torch"])
+def test_a_pickle_is_refused_and_not_run(name, write, tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / name
+    if write == "torch":
+        torch.save({"state_dict": Trap(marker)}, path)
+    else:
+        path.write_bytes(write(Trap(marker)))
+    with pytest.raises(ValueError, match=r"is not a safetensors file or a weights-only checkpoint.*save_file"):
+        load_weights(net(), path)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Trap(marker)))
+    assert marker.exists()  # the trap does work
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world\n", b'{"a": 1}', bytes(range(256)) * 9, b"PK\x03\x04half"])
+def test_other_files_are_refused(content, tmp_path):
+    path = tmp_path / "w.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not a safetensors file"):
+        load_weights(net(), path)
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"holds no state dict"):
+        load_weights(net(), tmp_path / "a.ckpt")
+    torch.save({"model": net().state_dict(), "epoch": 3}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match=r"holds more than weights \(model, epoch are no tensors\)"):
+        load_weights(net(), tmp_path / "b.ckpt")
+    torch.save(torch.ones(3), tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match=r"is not a safetensors file"):
+        load_weights(net(), tmp_path / "c.ckpt")
+
+
+def test_names_that_differ_are_named_on_both_sides(tmp_path):
+    target, before = MLP(4, 3, [5, 5]), MLP(4, 3, [5, 5])
+    before.load_state_dict(target.state_dict())
+    state = net().state_dict() | {f"extra{i}": torch.ones(1) for i in range(5)}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"2 of its 6 weights are missing \(fc2.weight, fc2.bias\), "
+                                         r"5 in the file are not expected \(extra0, extra1, extra2, ...\)"):
+        load_weights(target, tmp_path / "w.safetensors")
+    same(target, before)
+
+
+def test_shapes_that_differ_are_both_shown_and_nothing_is_copied(tmp_path):
+    save_file(net(6).state_dict(), tmp_path / "w.safetensors")
+    target = net(seed=1)
+    with pytest.raises(ValueError, match=r"fc1.weight is \(6, 4\) in the file and \(5, 4\) in the model \(3 of 4"):
+        load_weights(target, tmp_path / "w.safetensors")
+    same(target, net(seed=1))
