@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .frame import Frame
 from .hooks import Site
@@ -34,9 +34,10 @@ class Collector:
         self.sums = {need: Accumulator(need.statistic, plan.groups_of(layer, need)) for need in here}
         self.views = {need.view for need in here}
         positions = [need for need in here if need.view == "positions"]
-        self.whole = [need for need in positions if need.statistic.by_sample is None]
-        self.reduced = [need for need in positions if need.statistic.by_sample is not None]
-        self.tables = {need.statistic.by_sample or "" for need in self.reduced}
+        tables = {need: "squares" if self._of_features(need) else need.statistic.by_sample for need in positions}
+        self.whole = [need for need, table in tables.items() if table is None]
+        self.reduced = [need for need, table in tables.items() if table is not None]
+        self.tables = {table for table in tables.values() if table is not None}
         self.shift: dict[str, tuple[Tensor, bool]] = {}
         self.waiting: dict[str, list[tuple[Rows | SampleSums, Tensor, dict[str, Tensor]]]] = {"rows": [], "sums": [], "samples": []}
         self.held = dict.fromkeys(self.waiting, 0)  # rows that wait
@@ -44,6 +45,10 @@ class Collector:
         self.reader: Need | None = None
         self.means: list[Rows] = []  # of the batch that passes, one a call
         self.left_out = 0
+
+    def _of_features(self, need: Need) -> bool:
+        """Whether a layer reads its input's features as they are, not patches of them."""
+        return issubclass(need.statistic, Patches) and self.site.layer.geometry is None
 
     def see(self, tensor: Tensor, frame: Frame) -> None:
         """Takes what passes: a tensor with the samples of the frame."""
@@ -86,7 +91,10 @@ class Collector:
             self._read_maps()
 
     def _wait(self, kind: str, what: Rows | SampleSums, group: Tensor, beside: dict[str, Tensor]) -> None:
-        self.waiting[kind].append((what, group, beside))
+        held = self.waiting[kind]
+        if held and isinstance(what, Rows) and self.site.layer.geometry and what.grid != held[-1][0].grid:  # type: ignore[union-attr]
+            self.flush(kind)  # maps of another size are read apart
+        held.append((what, group, beside))
         self.held[kind] += len(what) * (what.raw.shape[2] if isinstance(what, Rows) else 1)
         if self.held[kind] >= CAPACITY:
             self.flush(kind)
@@ -272,12 +280,16 @@ def _chunks(runs: list[tuple[int, int, int]], samples: int, step: int) -> list[t
 
 
 def _cat(parts: list[Rows]) -> Rows:
+    """Samples of several parts one after another; shorter ones are filled up with places that do not count."""
     if len(parts) == 1:
         return parts[0]
-    keep = None
-    if any(p.keep is not None for p in parts):
-        keep = torch.cat([p.raw.new_ones(len(p), p.raw.shape[2], dtype=torch.bool) if p.keep is None else p.keep for p in parts])
-    return Rows(torch.cat([p.raw for p in parts]), keep, parts[0].shift, parts[0].grid)
+    longest = max(p.raw.shape[2] for p in parts)
+    if any(p.keep is not None or p.raw.shape[2] != longest for p in parts):
+        pad = nn.functional.pad
+        keep = [torch.ones_like(p.raw[:, 0], dtype=torch.bool) if p.keep is None else p.keep for p in parts]
+        keep = torch.cat([pad(k, (0, longest - k.shape[1])) for k in keep])
+        return Rows(torch.cat([pad(p.raw, (0, longest - p.raw.shape[2])) for p in parts]), keep, parts[0].shift, parts[0].grid)
+    return Rows(torch.cat([p.raw for p in parts]), None, parts[0].shift, parts[0].grid)
 
 
 def _sample(rows: Rows, keys: Tensor, count: int, seed: int) -> Rows:

@@ -57,10 +57,14 @@ def gaussian_information(rho2: Tensor) -> Tensor:
 
 
 def spectrum(covariance: Tensor) -> Tensor:
-    """Eigenvalues of a covariance, (d,), largest first, rounding below zero set to zero; NaN where it is not finite."""
+    """Eigenvalues of a covariance, (d,), largest first; NaN where it is not finite.
+
+    Those below 2.4e-7 of the largest are 0: sums of float32 products do not resolve them, and their roots would show it.
+    """
     if not covariance.isfinite().all():
         return torch.full_like(covariance.diagonal(), torch.nan)
-    return torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
+    values = torch.linalg.eigvalsh(covariance).flip(0)
+    return values.where(values > ROUNDING * values[:1], 0)
 
 
 def entropy_count(weights: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ Loss = Callable[[Tensor, Tensor | None], Tensor]
 Metrics = Sequence[str | Metric] | Mapping[str, Metric]
 
 
+@torch.inference_mode(False)
 def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, layers: str | Sequence[str] = "*", *,
             seed: int = 0, groups: int = 8, positions: int | None = None, loss: Loss = summed_loss,
             budget: float | None = None, on_plan: Callable[[Plan], None] | None = None,
@@ -62,6 +64,7 @@ def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, l
     return result
 
 
+@torch.inference_mode(False)
 def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, loss: Loss = summed_loss) -> Pass:
     """Shows every batch to the plan's statistics. The model is as before when it ends, however it ends."""
     taken, device = Pass(plan, seed), device_of(model)
@@ -69,6 +72,8 @@ def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, l
     with frozen(model), capture:
         for batch in data:
             frame = Frame.of(batch, plan.groups, seed).sorted().to(device)
+            if plan.gradients and plan.overwritten:  # a graph that begins at a layer would not survive what is done in place
+                frame = replace(frame, args=tuple(map(_differentiable, frame.args)))
             taken.begin(frame)
             taken.end(_forward(model, frame, capture, loss if plan.gradients else None))
     taken.flush()
@@ -120,6 +125,10 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model's first parameter or buffer lies; the CPU for one without any."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def _differentiable(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _forward(model: nn.Module, frame: Frame, capture: Capture, loss: Loss | None) -> Tensor:

@@ -12,7 +12,7 @@ from .hooks import Capture, Site
 from .layers import Layer
 from .metrics import Metric, Need
 from .modes import frozen
-from .statistics import ByClass, Cross, Gram, Moments
+from .statistics import ByClass, Cross, Gram, Moments, Sizes, Zeros
 
 GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
 BALANCE = 8.0  # float32 operations in the time of one byte read, for the estimate of the overhead
@@ -47,10 +47,10 @@ class Recording:
         shown: dict[str, list] = {}
         layers = list(layers)
         sites = [Site(layer, port) for layer in layers for port in ("input", "output")]
-        frame = frame.head(2)
+        frame = frame.head(2).map(torch.clone)  # tensors made in inference mode would have no version to compare
         capture = Capture(sites, lambda site, tensor: shown.setdefault(str(site), []).append((tensor, tensor._version)))
         capture.gate = True
-        with frozen(model), torch.no_grad(), capture, FlopCounterMode(display=False) as counter:
+        with frozen(model), torch.inference_mode(False), torch.no_grad(), capture, FlopCounterMode(display=False) as counter:
             try:
                 logits = logits_of(frame.run(model))
             except (RuntimeError, TypeError, ValueError) as error:
@@ -157,7 +157,7 @@ class Plan:
         seen, classes = self.seen(layer, need.port), self.recording.classes
         d = seen.width if layer.geometry is None or need.port != "input" else layer.weight.shape[1] * (layer.module.groups)  # type: ignore[union-attr,operator]
         t = classes if need.target == "logits" else 1
-        size = {Gram: d * d + 2 * d, Cross: d * t + 2 * d + 2 * t + t * t, ByClass: 2 * classes * d + d}
+        size = {Gram: d * d + 2 * d, Cross: d * t + 2 * d + 2 * t + t * t, ByClass: 2 * classes * d + d, Sizes: d, Zeros: d}
         return 8 * self.groups_of(layer, need) * size.get(need.statistic, 3 * d)
 
     def overhead(self) -> float:
@@ -203,7 +203,7 @@ class Plan:
         return min(positions, self.positions or positions) if self.sampled(need) else positions
 
     def _one_view(self, layer: Layer, need: Need) -> Need:
-        return need._replace(view="samples") if self.seen(layer, need.port).flat else need
+        return need._replace(view="samples") if self.seen(layer, need.port).flat and self.seen(layer, need.port).calls == 1 else need
 
     def _provider(self, need: Need, wanted: set[Need]) -> Need:
         gram = need._replace(statistic=Gram)

@@ -89,6 +89,18 @@ def test_every_field_has_a_dimension_and_a_lasting_dtype(statistic):
         assert tensor.dtype in (torch.int64, torch.float64), name
 
 
+@every
+def test_an_accumulator_changes_no_value_it_was_given(statistic):
+    _, parts = whole_and_parts(statistic, [30, 71])
+    kept = {k: t.clone() for k, t in parts[0].tensors().items()}
+    first, second = Accumulator(statistic), Accumulator(statistic)
+    for accumulator in (first, second):
+        accumulator.add(parts[0])
+        accumulator.add(parts[1].about(**{s: parts[0].tensors()[s] for s in statistic.shifts}))
+    assert all(torch.equal(t, kept[k]) for k, t in parts[0].tensors().items())
+    same(first.value, second.value)
+
+
 def test_a_saved_state_of_more_groups_is_refused():
     accumulator = Accumulator(Moments, groups=3)
     accumulator.add(Moments.of(drifting()), 2)

@@ -15,6 +15,9 @@ from .base import Metric, Need, View
 class EffectiveRank(Metric):
     """exp of the entropy of the singular values' shares, s_k/sum s, s = sqrt of the covariance's eigenvalues.
 
+    Eigenvalues below 2.4e-7 of the largest count as 0: a layer wider than what it reads has such, and float32 sums do not
+    resolve them.
+
     Shapes: y over rows of width units -> ()
     Unit:   directions, in [1, units]; eigenvalues 4, 2, 1, 1: 3.828
     NaN:    fewer than two rows, or no variance

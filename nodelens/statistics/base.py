@@ -61,10 +61,11 @@ class Accumulator:
         self.parts: list[Statistic | None] = [None] * groups
 
     def add(self, value: Statistic, group: int = 0) -> None:
-        """Takes a value in; the accumulator owns it from here on."""
+        """Takes a value in, in place: what is held is the accumulator's own, no tensor of it shared with another value."""
         held = self.parts[group]
         if held is None:
-            self.parts[group] = value
+            own = {k: t if k in value.shifts else t.clone() for k, t in value.tensors().items()}
+            self.parts[group] = type(value)(**own)
         elif not held.take_in(value):
             self.parts[group] = held + value
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
-from ..rows import Rows
+from ..rows import Rows, SampleSums
 from .moments import Moments
 
 
@@ -24,11 +24,11 @@ class Patches(Moments):
     by_sample: ClassVar = None
 
     @classmethod
-    def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None,
+    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None,
            geometry: Geometry | None = None) -> Self:
-        rows = Rows.of(x, weights, shift)
         if geometry is None:
-            return super().of(rows)
+            return super().of(x, weights, shift)
+        rows = Rows.of(x, weights, shift)  # type: ignore[arg-type]
         maps = Maps(1, rows, geometry)
         maps.add(rows)
         return cls(**maps.read([0])[0].tensors())

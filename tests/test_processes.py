@@ -1,0 +1,50 @@
+"""One process and three, one of them empty: the same tables, for every statistic and every metric."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from laws import drifting, make
+from nets import Mixed, batches, build, images
+
+import nodelens as nl
+from nodelens.distributed import reduce_sums
+from nodelens.statistics import STATISTICS, Accumulator
+
+
+def _work(rank, world, folder, shares):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    x, start = drifting(100), sum(shares[:rank])
+    sums = {}
+    for statistic in STATISTICS:
+        sums[statistic.__name__] = Accumulator(statistic, groups=2)
+        if shares[rank]:
+            sums[statistic.__name__].add(make(statistic, x[start : start + shares[rank]], start), 0)
+    reduce_sums(sums, torch.device("cpu"))
+    images_, labels = images()
+    share = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 16) if shares[rank] else [])
+    if rank == world - 1:
+        torch.save({k: a.state_dict() for k, a in sums.items()}, f"{folder}/sums.pt")
+        result.save(f"{folder}/result")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [[50, 50], [60, 0, 40]], ids=str)
+def test_processes_add_up(tmp_path, shares):
+    from test_laws_statistics import same
+    from test_measure import close
+
+    mp.start_processes(_work, (len(shares), str(tmp_path), shares), len(shares), start_method="fork" if not torch.cuda.is_initialized() else "spawn")
+    state = torch.load(tmp_path / "sums.pt", weights_only=True)
+    for statistic in STATISTICS:
+        together = Accumulator(statistic, groups=2)
+        together.load_state_dict(state[statistic.__name__])
+        same(make(statistic, drifting(100)), together.value)
+    images_, labels = images()
+    alone = nl.analyze(build(Mixed), batches(images_, labels, 16))
+    found = nl.load(tmp_path / "result")
+    close(found.units, alone.units, 2e-5)
+    close(found.layers, alone.layers, 2e-5)
+    assert found.metadata["processes"] == len(shares)
