@@ -36,6 +36,9 @@ class Measure(Callback):
         self.result: Result | None = None
         self.logits: Tensor | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.on == "train" and self._due(trainer):
             frame = Frame.of(batch, self.groups, self.seed)

@@ -11,9 +11,12 @@ from typing import Any, Literal, get_args, get_origin
 _CONTROL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
 
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """' Did you mean ...?', or nothing where no word is near."""
-    near = difflib.get_close_matches(word, list(words), 1, 0.5)
+    near = difflib.get_close_matches(word, list(words), 1, 0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
@@ -46,6 +49,18 @@ def find(target: str, path: str) -> Any:
     if not hasattr(home, name):
         raise ValueError(f"{path}._target_: {module} has no {name!r}.{nearest(name, vars(home))}")
     return getattr(home, name)
+
+
+def in_bytes(size: str | int | float | None) -> float | None:
+    """Bytes of '4GB', '512 MiB' or a number; None for no limit. Raises ValueError for anything else."""
+    if size is None:
+        return None
+    text = str(size).replace(" ", "").upper()
+    number = text.rstrip("BGIKM")
+    try:
+        return float(number) * _SIZES[text[len(number):]]
+    except (ValueError, KeyError):
+        raise ValueError(f"budget.memory is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
 
 
 def _member(module: str, name: str, path: str, target: str) -> Any:

@@ -5,18 +5,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
 
 from .checks import nearest
 from .config import CONF, TASKS, register, run, with_custom_model
+from .files import remove_traces
+from .overrides import Mistake, configs, flags_of
+
+_failed: list[str] = []  # lines of a multirun's failed jobs
+_there: list[Path] = []  # the folder above this run's that was there before
 
 
 def train() -> None:
@@ -47,121 +48,88 @@ def main(task: str) -> None:
     if os.getcwd() not in sys.path:  # a user's own module beside the place where the script was started
         sys.path.insert(0, os.getcwd())
     register()
-    flags = [a for a in sys.argv[1:] if a.startswith("-")]
     sys.argv[1:] = _rewrite(sys.argv[1:])
-    plain = not any(f in ("-h", "--help", "-i", "--info", "--hydra-help", "--version", "--cfg", "-c") for f in flags)
-    if plain:
-        _check(task, sys.argv[1:])
+    _failed.clear()
+    _there.clear()
+    try:
+        flags = flags_of(sys.argv[1:])
+        if not (flags.help or flags.hydra_help or flags.info or flags.cfg or flags.shell_completion):
+            for cfg in configs(task, flags):
+                _check(cfg, bool(flags.multirun))
+    except (ValueError, OSError) as error:
+        sys.exit(_line(error))
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=task)(_job)()
+    if _failed:
+        sys.exit(1)
 
 
 def _job(cfg: DictConfig) -> float | None:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
     try:
         return run(cfg)
     except (ValueError, OSError, MemoryError) as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
-            raise
-        sys.exit(_line(error))
+        return _stop(_line(error), error)
+    except KeyboardInterrupt:
+        sys.exit(f"nodelens: interrupted; the same command with hydra.run.dir={cfg.paths.output_dir} goes on from there")
+
+
+def _stop(line: str, error: BaseException) -> float:
+    """Ends with one line; in a sweep of this process the other jobs go on, in a launcher's process the launcher is told."""
+    job = HydraConfig.get()
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        raise error
+    if job.mode != RunMode.MULTIRUN:
+        remove_traces(Path(job.runtime.output_dir), _there[0])
+        sys.exit(line)
+    if not str(job.launcher._target_).endswith("BasicLauncher"):
+        raise error
+    _failed.append(line)
+    print(f"{line} (job {job.job.num}: {' '.join(job.overrides.task)})", file=sys.stderr)
+    return float("nan")
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}; choose another path or make it readable and writable"
     return f"nodelens: {text}"
 
 
 def _rewrite(argv: Sequence[str]) -> list[str]:
-    overrides = [a for a in argv if "=" in a and not a.startswith("-")]
+    """Flags first: Hydra refuses one between overrides."""
+    overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
     return rest + with_custom_model(overrides)
 
 
-def _check(task: str, argv: Sequence[str]) -> None:
-    """Ends with one line where an override names what is not there; Hydra's own messages are long, or name no way out."""
-    overrides = [a for a in argv if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    folders = [CONF, *(Path(argv[k + 1]) for k, a in enumerate(argv[:-1]) if a in ("--config-dir", "-cd"))]
-    multirun = any(a in ("-m", "--multirun") for a in argv)
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        sys.exit(f"nodelens: {error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
-                 "with = in it as \"ckpt_path='a=b.ckpt'\"")
-    for override in parsed:
-        _check_choice(override, folders)
-    search = [f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in folders[1:])}]"] if folders[1:] else []
-    fixed = [o.input_line for o in parsed if not o.is_sweep_override() and not str(o.key_or_group).startswith("hydra/launcher")]
-    cfg = _compose(task, parsed, [str(o) for o in fixed], search)
+def _check(cfg: DictConfig, multirun: bool) -> None:
+    """Raises before anything is written: for a config that cannot run, a folder that cannot be written or is taken."""
+    from .tasks.common import check_settings, verify
+
+    folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
+    _there[:] = [_check_folder(folder)]
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(folder.absolute())
+        cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    verify(cfg)
     if not multirun:
-        _check_folder(cfg, any(o.key_or_group == "hydra.run.dir" for o in parsed))
+        _check_folder(Path(cfg.paths.output_dir))
+        check_settings(cfg)
 
 
-def _check_choice(override: Override, folders: list[Path]) -> None:
-    group = override.key_or_group
-    options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
-    if not options or override.is_delete():
-        return
-    value: Any = override._value
-    choices = value.list if isinstance(value, ChoiceSweep) else [value]
-    for choice in choices:
-        for name in choice if isinstance(choice, list) else [choice]:
-            name = name.text if isinstance(name, QuotedString) else name
-            if name is None and group in ("experiment", "logger", "callbacks"):
-                continue
-            if isinstance(name, (str, type(None))) and name not in options:
-                sys.exit(f"nodelens: {group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {', '.join(options)}")
-
-
-def _compose(task: str, parsed: list[Override], overrides: list[str], search: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
-        try:
-            return hydra.compose(task, overrides=overrides + search, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            _explain(task, parsed, search, error)
-        finally:
-            GlobalHydra.instance().clear()
-    raise AssertionError("unreachable")
-
-
-def _explain(task: str, parsed: list[Override], search: list[str], error: Exception) -> None:
-    """Finds the key that is not there among the overrides, else repeats the reason in a line."""
-    groups = [str(o.input_line) for o in parsed if (CONF / o.key_or_group).is_dir() and not o.is_sweep_override()]
+def _check_folder(folder: Path) -> Path:
+    """The folder itself or the nearest one above that is there. Raises Mistake where nothing can be written to it."""
+    home = folder.absolute()
+    while not home.exists():
+        home = home.parent
     try:
-        keys = _keys(OmegaConf.to_container(hydra.compose(task, overrides=groups + search), resolve=False))
-    except (HydraException, OmegaConfBaseException, ValueError):
-        keys = []
-    for override in parsed:
-        key = override.key_or_group
-        unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
-        if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
-            sys.exit(f"nodelens: no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job shows all)")
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    place = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    sys.exit(f"nodelens: {place + ': ' if place else ''}{lines[0] if lines else type(error).__name__}")
-
-
-def _keys(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict):
-        return []
-    return [k for key, value in node.items() for k in (f"{prefix}{key}", *_keys(value, f"{prefix}{key}."))]
-
-
-def _check_folder(cfg: DictConfig, chosen: bool) -> None:
-    """Ends with one line where the run's folder cannot be written: before anything is computed."""
-    folder = Path(cfg.hydra.run.dir)
-    try:
-        if chosen:
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            while not folder.exists():
-                folder = folder.parent
-        with tempfile.NamedTemporaryFile(dir=folder):
+        with tempfile.NamedTemporaryFile(dir=home):
             pass
     except OSError as error:
-        sys.exit(f"nodelens: the output folder {folder} cannot be written: {error.strerror}; choose another, hydra.run.dir=<folder>")
+        raise Mistake(f"the output folder {folder} cannot be written: {home}: {error.strerror}; choose another, hydra.run.dir=<folder>") from None
+    return home
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from .checks import check
 
 CONF = Path(__file__).parent / "conf"
 TASKS = ("train", "analyze", "prune")
-_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass
@@ -127,6 +126,8 @@ def build(node: Any, path: str, **more: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, (ValueError, OSError, MemoryError)):
             raise cause from None
+        if isinstance(cause, RuntimeError) or type(cause).__name__ == "MisconfigurationException":
+            raise ValueError(f"{path}: {cause}") from cause
         raise
 
 
@@ -135,15 +136,3 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items()}
-
-
-def in_bytes(size: str | int | float | None) -> float | None:
-    """Bytes of '4GB', '512 MiB' or a number; None for no limit. Raises ValueError for anything else."""
-    if size is None:
-        return None
-    text = str(size).replace(" ", "").upper()
-    number = text.rstrip("BGIKM")
-    try:
-        return float(number) * _SIZES[text[len(number):]]
-    except (ValueError, KeyError):
-        raise ValueError(f"budget.memory is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None

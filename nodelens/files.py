@@ -3,9 +3,13 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+_BEFOREHAND = {".hydra", "settings.json", ".log", "splits.json"}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -31,6 +35,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run's folder holds more than what is written before anything is computed: settings, config, log, splits."""
+    return any(p.is_file() and not (_BEFOREHAND & {p.name, p.parent.name, p.suffix}) for p in folder.rglob("*"))
+
+
+def remove_traces(folder: Path, there: Path) -> None:
+    """Removes the folder of a run that ended before it found anything, and those above it that it made: up to ``there``."""
+    if there not in folder.parents or has_results(folder):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.parent != there and not any(folder.parent.iterdir()):
+        folder = folder.parent
+        folder.rmdir()
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .linalg import exact_products
 
 FAR = 1.0  # means beyond this many spreads are taken off before long float32 sums are formed
+NARROW = 32  # units up to which a product costs less than reading its rows: it is taken in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +113,8 @@ class Rows:
     @property
     def outer(self) -> Tensor:
         """Sum of products about the shift, (width, width) float64, by the product that suits the layout."""
-        x = self.x
-        samples, width, positions = x.shape
+        x = self.x if self.x.shape[1] > NARROW else self.x.double()
+        _, width, positions = x.shape
         with exact_products():
             if x.stride(1) == 1 or positions == 1:
                 flat = x.transpose(1, 2).reshape(-1, width)

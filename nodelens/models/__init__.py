@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from nodelens.models.classifier import Classifier, logits_of
     from nodelens.models.hf import resnet, vit
     from nodelens.models.plain import CNN, MLP, cnn, mlp
-    from nodelens.models.weights import load_weights
+    from nodelens.models.weights import load_weights, training_state
 
-__all__ = ["CNN", "MLP", "Classifier", "cnn", "load_weights", "logits_of", "mlp", "resnet", "vit"]
+__all__ = ["CNN", "MLP", "Classifier", "cnn", "load_weights", "logits_of", "mlp", "resnet", "training_state", "vit"]
 
-_HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "resnet": "hf", "vit": "hf"}
+_HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "training_state": "weights", "resnet": "hf", "vit": "hf"}
 _HOME |= dict.fromkeys(("CNN", "MLP", "cnn", "mlp"), "plain")
 
 

@@ -38,6 +38,11 @@ def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+def training_state(path: str | Path) -> bool:
+    """Whether a file holds what a Lightning training goes on with, not weights alone. Raises as load_weights does."""
+    return {"state_dict", "optimizer_states", "pytorch-lightning_version"} <= _read(_find(path)).keys()
+
+
 def _find(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if file.is_dir():

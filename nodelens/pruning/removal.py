@@ -32,16 +32,21 @@ class RemovalPlan:
         return sum(len(units) for units in self.removed.values())
 
 
+def check_removal(amount: float, mode: str) -> None:
+    """Raises ValueError for an amount outside [0, 1) or an unknown mode."""
+    if not 0 <= amount < 1:
+        raise ValueError(f"amount is {amount}: a share of the units to remove, from 0 up to but not including 1")
+    if mode not in ("low", "high"):
+        raise ValueError(f"mode is {mode!r}: low removes the smallest scores, high the largest")
+
+
 def remove(scored: pd.Series, amount: float, seed: int = 0, mode: Mode = "low", min_keep: int = 1) -> RemovalPlan:
     """The same share of every layer: floor(amount n + 1/2) units with the lowest (``high``: highest) score go.
 
     Ties are broken by a seeded permutation of the layer. A unit without a score (NaN) stays as long as others can go.
     ``min_keep`` units stay in every layer. Raises ValueError for an amount outside [0, 1) or an unknown mode.
     """
-    if not 0 <= amount < 1:
-        raise ValueError(f"amount is {amount}: a share of the units to remove, from 0 up to but not including 1")
-    if mode not in ("low", "high"):
-        raise ValueError(f"mode is {mode!r}: low removes the smallest scores, high the largest")
+    check_removal(amount, mode)
     removed: dict[str, list[int]] = {}
     for layer, values in scored.groupby(level="layer", sort=False):
         n = len(values)

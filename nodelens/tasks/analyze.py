@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..config import build, in_bytes, resolved
+from ..checks import in_bytes
+from ..config import build, resolved
 from ..distributed import world
 from ..files import plain
 from ..plan import Plan
 from ..results import Result, load
-from .common import bar, claim, console, launch, load_module, say
+from .common import bar, build_all, claim, console, launch, load_module, say
 from .show import show_plan, show_result
 
 
@@ -62,7 +63,7 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
         if cfg.get("plan_only"):
             raise _PlanOnly
 
-    metrics = metrics or build(cfg.metrics, "metrics")
+    metrics = metrics or build_all(cfg.metrics, "metrics")
     if not metrics:
         raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
     try:
@@ -100,7 +101,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
 
     result.save(folder)
     page = write_page(folder)
-    loggers = list(build(cfg.logger, "logger").values()) if cfg.logger else []
+    loggers = list(build_all(cfg.logger, "logger").values())
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
     try:
         log_result(loggers, result, score)

@@ -2,17 +2,20 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.multiprocessing import ProcessRaisedException
 
+from ..checks import check, in_bytes
 from ..config import build, resolved
-from ..files import plain, read_json, write_json
+from ..files import has_results, plain, read_json, write_json
 from ..models import load_weights
 from ..results import flatten
 
@@ -24,31 +27,75 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=False)
 
 
-def claim(cfg: DictConfig) -> Path:
-    """The run's folder, made if need be and marked with its settings.
+def verify(cfg: DictConfig) -> None:
+    """Raises ValueError for what can be seen to be wrong before anything is opened or written.
 
-    Raises ValueError where it holds a run with other settings: nothing there is overwritten.
+    A value that is missing, a key or type that its class does not take, a number out of range.
     """
+    unset = sorted(OmegaConf.missing_keys(cfg))
+    if unset:
+        raise ValueError(f"{unset[0]} has no value: give {unset[0]}=...")
+    values = resolved(cfg)
+    for group in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
+        if group in values and not isinstance(values[group], dict):
+            raise ValueError(f"{group} is {values[group]!r}; it is a group: choose one of its files, as --help shows")
+        check(values.get(group) or {}, group)
+    for key, least in (("groups", 1), ("positions", 1)):
+        if values[key] is not None and values[key] < least:
+            raise ValueError(f"{key} is {values[key]}; it is {least} or more{', or null for all' if key == 'positions' else ''}")
+    in_bytes(cfg.budget.memory)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raises ValueError where the run's folder holds results of other settings: nothing there is overwritten."""
+    folder = Path(cfg.paths.output_dir)
+    if not (folder / "settings.json").is_file() or not has_results(folder):
+        return
+    old, new = flatten(read_json(folder / "settings.json")), flatten(_settings(cfg))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ValueError(f"{folder} holds a run with {key}={_shown(old.get(key))}, this one has {key}={_shown(new.get(key))}: "
+                             "choose another folder (hydra.run.dir=), or the same settings to go on")
+
+
+def claim(cfg: DictConfig) -> Path:
+    """The run's folder, made if need be and marked with its settings; raises ValueError as verify and check_settings do."""
+    verify(cfg)
+    check_settings(cfg)
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger")})
-    path = folder / "settings.json"
-    if path.is_file():
-        old, new = flatten(read_json(path)), flatten(settings)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and not _about_folder(old.get(key)):
-                raise ValueError(f"{folder} holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}: "
-                                 "choose another folder (hydra.run.dir=), or the same settings to go on")
-    else:
-        write_json(path, settings)
+    if not has_results(folder):
+        write_json(folder / "settings.json", _settings(cfg))
     return folder
+
+
+def build_all(node: Any, path: str) -> dict[str, Any]:
+    """The objects of a group, by name; one that is set to null is left out."""
+    return {name: built for name, built in (build(node, path) if node else {}).items() if built is not None}
 
 
 def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
     """Runs work(device) on the trainer's accelerator, in as many processes as it names; returns the first one's number."""
     wanted = {k: cfg.trainer[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if cfg.trainer.get(k) is not None}
-    fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
-    return fabric.launch(lambda fabric: work(fabric.device))
+    try:
+        fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
+    except ValueError as error:
+        raise ValueError(f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several processes") from error
+    with in_one_line():
+        return fabric.launch(lambda fabric: work(fabric.device))
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a forked process refused is raised again here in its own words, without the process's traceback."""
+    try:
+        yield
+    except ProcessRaisedException as error:
+        last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+        kind, _, words = last.partition(": ")
+        if kind in ("ValueError", "FileNotFoundError", "MemoryError"):
+            raise ValueError(words) from None
+        raise
 
 
 def load_module(cfg: DictConfig) -> tuple[Any, dict[str, Any] | None]:
@@ -80,5 +127,19 @@ def say(line: str) -> None:
     console().print(line, markup=False)
 
 
-def _about_folder(value: Any) -> bool:
-    return isinstance(value, str) and "/" in value  # a folder's own name may differ between machines
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """What makes a run this run; paths below its own folder stand without it, so that the folder may move."""
+    found = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger")})
+    return _relative(found, str(cfg.paths.output_dir))
+
+
+def _relative(value: Any, home: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _relative(v, home) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_relative(v, home) for v in value]
+    return "." + value.removeprefix(home) if isinstance(value, str) and value.startswith(home) else value
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value

@@ -11,14 +11,18 @@ from ..distributed import world
 from ..files import read_json, write, write_json
 from ..layers import Layer
 from ..metrics import get_metric
+from ..pruning.criteria import RANDOM
+from ..pruning.removal import check_removal
+from ..pruning.sweep import cells
 from ..results import Result, load
 from .analyze import about, measure
-from .common import bar, claim, console, launch, load_module, say
+from .common import bar, build_all, claim, console, launch, load_module, say
 from .show import show_sweep
 
 
 def prune(cfg: DictConfig) -> float:
     """Runs the sweep and returns the area under the best criterion's curve of accuracy over amount."""
+    _check_criteria(resolved(cfg)["criterion"], cfg)
     folder = claim(cfg)
     return launch(cfg, lambda device: _work(cfg, folder, device))
 
@@ -26,7 +30,7 @@ def prune(cfg: DictConfig) -> float:
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from ..evaluate import evaluate
     from ..frame import Frame
-    from ..pruning import cells, gates, masked, run_sweep, table_of
+    from ..pruning import gates, masked, run_sweep, table_of
     from ..report import write_page
     from ..pruning.ranking import areas
 
@@ -66,17 +70,30 @@ def _measured(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, cr
     """The table that every criterion reads, measured once: again only where it is not in the folder."""
     if (folder / "metadata.json").is_file():
         return load(folder)
-    chosen = build(cfg.metrics, "metrics") or {}
+    chosen = build_all(cfg.metrics, "metrics")
     names = {name for terms in criteria.values() if isinstance(terms, dict) for name in terms}
     metrics = {name: chosen.get(name) or get_metric(name) for name in sorted(names)} or {"magnitude": get_metric("magnitude")}
-    wrong = [name for name, metric in metrics.items() if metric.shape != "unit"]
-    if wrong:
-        raise ValueError(f"a criterion ranks units; {', '.join(wrong)} gives a value a {metrics[wrong[0]].shape}")
     result = measure(cfg, net, data, "calibration", metrics)
     result.metadata |= about(cfg, data, "calibration", trained_by)
     if world()[0] == 0:
         result.save(folder)
     return result
+
+
+def _check_criteria(criteria: dict[str, Any], cfg: DictConfig) -> None:
+    """Raises ValueError for what a sweep cannot use, before anything is measured."""
+    cells(criteria, cfg.amounts, cfg.seeds)
+    for amount in cfg.amounts:
+        check_removal(amount, cfg.mode)
+    for name, terms in criteria.items():
+        if not isinstance(terms, dict) and terms != RANDOM:
+            raise ValueError(f"criterion.{name} is {terms!r}; it is metrics and their weights, as {{taylor: 1.0}}, or random")
+        for metric, weight in (terms.items() if isinstance(terms, dict) else ()):
+            shape = get_metric(metric).shape
+            if shape != "unit":
+                raise ValueError(f"criterion.{name}: a criterion ranks units; {metric} gives a value a {shape}")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise ValueError(f"criterion.{name}.{metric} is {weight!r}; it is a weight: a number")
 
 
 def _prunable(net: torch.nn.Module, result: Result) -> tuple[Any, list[Layer]]:
@@ -102,7 +119,7 @@ def _once(path: Path, compute: Any) -> dict[str, float]:
 def _log(cfg: DictConfig, table: Any, dense: dict[str, float]) -> None:
     from ..tracking import close, log_sweep
 
-    loggers = list(build(cfg.logger, "logger").values()) if cfg.logger else []
+    loggers = list(build_all(cfg.logger, "logger").values())
     try:
         log_sweep(loggers, table, dense)
     finally:

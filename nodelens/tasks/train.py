@@ -10,11 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import build, resolved
 from ..files import plain, read_json, write_json
-from .common import claim, say
+from .common import build_all, claim, in_one_line, say
 
 
 def train(cfg: DictConfig) -> float:
     """Trains, takes the best checkpoint's test accuracy and returns it. Goes on from ``checkpoints/last.ckpt`` in the folder."""
+    from lightning.pytorch import seed_everything
+
     from ..tracking import close
 
     folder = claim(cfg)
@@ -22,33 +24,54 @@ def train(cfg: DictConfig) -> float:
         found = read_json(folder / "result.json")
         say(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
         return float(found["accuracy"])
-    loggers = list(build(cfg.logger, "logger").values()) if cfg.logger else []
-    try:
-        return _fit(cfg, folder, loggers)
-    finally:
-        close(loggers)
-
-
-def _fit(cfg: DictConfig, folder: Path, loggers: list[Any]) -> float:
-    from lightning.pytorch import seed_everything
-
     quiet()
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = build(cfg.dataset, "dataset")
     data.setup()
-    data.save_splits(folder)
     module = build(cfg.model, "model")
     module.config = plain(resolved(cfg))
     fits(module.net, data)
-    callbacks = list(build(cfg.callbacks, "callbacks").values()) if cfg.callbacks else []
+    start = starting_point(cfg, folder, module.net)
+    data.save_splits(folder)
+    loggers = list(build_all(cfg.logger, "logger").values())
+    try:
+        return _fit(cfg, folder, module, data, loggers, start)
+    finally:
+        close(loggers)
+
+
+def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[Any], start: str | None) -> float:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    callbacks = list(build_all(cfg.callbacks, "callbacks").values())
     trainer = build(_with_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder))
     for logger in loggers:
         logger.log_hyperparams(plain(resolved(cfg)))
-    last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else cfg.ckpt_path, weights_only=True)
+    try:
+        with in_one_line():
+            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
     return _test(cfg, folder, trainer, module, data, loggers)
+
+
+def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
+    """The checkpoint that training goes on from: the folder's own last one, else ``ckpt_path``, else none.
+
+    Raises FileNotFoundError or ValueError where ``ckpt_path`` is no checkpoint of a training of this network.
+    """
+    from ..models import load_weights, training_state
+
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        return str(last)
+    if cfg.ckpt_path:
+        load_weights(net, cfg.ckpt_path)
+        if not training_state(cfg.ckpt_path):
+            raise ValueError(f"{cfg.ckpt_path} holds weights alone, no training to go on with: start from them with model.weights=")
+    return cfg.ckpt_path
 
 
 def _test(cfg: DictConfig, folder: Path, trainer: Any, module: Any, data: Any, loggers: list[Any]) -> float:

@@ -1,0 +1,43 @@
+"""Peak memory of a pass against the number of samples: python benchmarks/memory.py [--samples 1000 10000 100000]
+
+Each count runs in a process of its own over a stream of random batches; the peak is the process's largest resident set.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+
+
+def peak(samples: int) -> float:
+    """Largest resident set in MiB after a pass with every default metric over a small convolutional network."""
+    import nodelens as nl
+    from nodelens.models import cnn
+
+    net = cnn(classes=10, channels=3, size=16, widths=[32, 64, 128]).eval()
+    generator = torch.Generator().manual_seed(0)
+    data = ((torch.randn(100, 3, 16, 16, generator=generator), torch.randint(10, (100,), generator=generator)) for _ in range(samples // 100))
+    nl.analyze(net, data)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, nargs="*", default=[1000, 10_000, 100_000])
+    parser.add_argument("--one", type=int)
+    options = parser.parse_args()
+    if options.one:
+        print(peak(options.one))
+        return
+    found = {}
+    for count in options.samples:
+        run = subprocess.run([sys.executable, __file__, "--one", str(count)], capture_output=True, text=True, check=True)
+        found[count] = float(run.stdout)
+        growth = 100 * (found[count] / found[options.samples[0]] - 1)
+        print(f"{count:>8,} samples: {found[count]:8.1f} MiB peak ({growth:+.1f} %)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

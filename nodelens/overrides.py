@@ -1,0 +1,135 @@
+"""What is wrong with a command line, in one line: Hydra's own messages are long, or name no way out."""
+
+import itertools
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .checks import nearest
+from .config import CONF
+
+_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+_MOST = 64  # jobs of a sweep that are composed beforehand
+
+
+class Mistake(ValueError):
+    """A command line that cannot run; its words are for the person who typed it."""
+
+
+def flags_of(argv: Sequence[str]) -> Namespace:
+    """Hydra's flags and the overrides. Raises Mistake for a flag that is not there, a word that is no key=value."""
+    flags, unknown = get_args_parser().parse_known_args(argv)
+    if unknown:
+        raise Mistake(f"{unknown[0]}: there is no such flag; --hydra-help shows all")
+    for word in flags.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise Mistake(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help shows them")
+    if flags.config_dir and not Path(flags.config_dir).is_dir():
+        raise Mistake(f"--config-dir: no folder at {Path(flags.config_dir).absolute()}")
+    return flags
+
+
+def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
+    """The config of every job that a command line starts, Hydra's part included.
+
+    A sweep's choices are each seen once, not in every combination. Raises Mistake for an option, key or type that does not
+    fit, the nearest name beside it.
+    """
+    parsed = _parsed(flags.overrides)
+    folders = [CONF] + ([Path(flags.config_dir)] if flags.config_dir else [])
+    for override in parsed:
+        _check_choice(override, folders)
+        if override.is_sweep_override() and not flags.multirun:
+            raise Mistake(f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
+                          f"write {override.key_or_group}=[...]")
+    search = [f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in folders[1:])}]"] if folders[1:] else []
+    for lines in _jobs(parsed):
+        yield _compose(task, parsed, lines, search)
+
+
+def _parsed(lines: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(lines))
+    except OverrideParseException as error:
+        raise Mistake(f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
+                      "with = in it as \"ckpt_path='a=b.ckpt'\"") from None
+
+
+def _check_choice(override: Override, folders: list[Path]) -> None:
+    group = override.key_or_group
+    options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
+    if not options or override.is_delete() or group.startswith("hydra"):  # launchers come from plugins
+        return
+    value: Any = override._value
+    if isinstance(value, Glob):
+        return
+    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+        for name in choice if isinstance(choice, list) else [choice]:
+            name = name.text if isinstance(name, QuotedString) else name
+            if name is None and group != "experiment":
+                raise Mistake(f"{group}=null chooses nothing: choose one of {', '.join(options)}")
+            if name is not None and str(name) not in options:
+                raise Mistake(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {', '.join(options)}")
+
+
+def _jobs(parsed: list[Override]) -> list[list[str]]:
+    columns = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            columns.append([str(override.input_line)])
+        elif not isinstance(override._value, Glob):
+            columns.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+    longest = min(_MOST, max(map(len, columns), default=1))
+    return [[column[min(k, len(column) - 1)] for column in columns] for k in range(longest)]
+
+
+def _compose(task: str, parsed: list[Override], lines: list[str], search: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
+        try:
+            return hydra.compose(task, overrides=lines + search, return_hydra_config=True)
+        except _ERRORS as error:
+            _explain(task, parsed, search, error)
+        finally:
+            GlobalHydra.instance().clear()
+
+
+def _explain(task: str, parsed: list[Override], search: list[str], error: Exception) -> NoReturn:
+    """Finds the key that is not there among the overrides, else repeats the reason in a line."""
+    groups = [line for line in _jobs([o for o in parsed if (CONF / o.key_or_group).is_dir()])[0] if not line.startswith("hydra")]
+    try:
+        keys = _keys(OmegaConf.to_container(hydra.compose(task, overrides=groups + search), resolve=False))
+    except _ERRORS:
+        keys = []
+    for override in parsed:
+        key = override.key_or_group
+        unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
+        if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
+            raise Mistake(f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job shows all)") from None
+    raise Mistake(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    missing = re.search(r"Could not find '(.*)'", str(error))
+    if missing:
+        options = itertools.takewhile(lambda line: not line.startswith("Config search path"), lines[2:])
+        return f"no option {missing[1]!r}; available: {', '.join(options)}"
+    place = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{place}: {lines[0]}" if place else lines[0] if lines else type(error).__name__
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    return [k for key, value in node.items() for k in (f"{prefix}{key}", *_keys(value, f"{prefix}{key}."))]

@@ -1,0 +1,41 @@
+"""The command line inside the test's own process: a script's start costs seconds."""
+
+import contextlib
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from nodelens import cli
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def command(task: str, *words: str) -> Ended:
+    """What ``python <task>.py <words>`` does."""
+    before, out, err = list(logging.getLogger().handlers), io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [f"{task}.py", *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main(task)
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            err.write(end.code + "\n")
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv = argv
+        for handler in [h for h in logging.getLogger().handlers if h not in before]:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and bytes of every file below a folder."""
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
