@@ -4,6 +4,7 @@ Each count runs in a process of its own over a stream of random batches; the pea
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def main() -> None:
         return
     found = {}
     for count in options.samples:
-        run = subprocess.run([sys.executable, __file__, "--one", str(count)], capture_output=True, text=True, check=True)
+        run = subprocess.run([sys.executable, __file__, "--one", str(count)], capture_output=True, text=True, check=True,
+                             env=os.environ | {"MALLOC_ARENA_MAX": "1"})  # one heap: what other threads keep is the allocator's
         found[count] = float(run.stdout)
         growth = 100 * (found[count] / found[options.samples[0]] - 1)
         print(f"{count:>8,} samples: {found[count]:8.1f} MiB peak ({growth:+.1f} %)", flush=True)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .buffer import Buffer
 from .frame import Frame
 from .hooks import Site
 from .keys import mix
@@ -39,8 +40,8 @@ class Collector:
         self.reduced = [need for need, table in tables.items() if table is not None]
         self.tables = {table for table in tables.values() if table is not None}
         self.shift: dict[str, tuple[Tensor, bool]] = {}
-        self.waiting: dict[str, list[tuple[Rows | SampleSums, Tensor, dict[str, Tensor]]]] = {"rows": [], "sums": [], "samples": []}
-        self.held = dict.fromkeys(self.waiting, 0)  # rows that wait
+        self.waiting: dict[str, Buffer] = {}
+        self.grid: tuple[int, ...] = ()
         self.maps: Maps | None = None
         self.reader: Need | None = None
         self.means: list[Rows] = []  # of the batch that passes, one a call
@@ -63,50 +64,59 @@ class Collector:
         elif samples * positions >= self.plan.groups * width and runs <= 2 * self.plan.groups:
             sums = self._digest(rows, frame.group, frame.keys)
             if self.reduced:
-                self._wait("sums", sums, frame.group, {})
+                self._wait("sums", frame.group, sums.tables())
             self.means += [self._of_sums(sums)] if "samples" in self.views else []
         else:
-            self._wait("rows", rows.copy(), frame.group, {"key": frame.keys})
+            self._wait_whole(rows, frame)
             self.means += [self._to_samples(rows.finite())] if "samples" in self.views else []
 
     def end(self, frame: Frame, beside: Mapping[str, Tensor]) -> None:
         """Takes what stands beside the batch's samples: labels, targets."""
         if self.means:
             calls, self.means = self.means, []
-            self._wait("samples", calls[0] if len(calls) == 1 else self._of_calls(calls), frame.group, dict(beside))
+            rows = calls[0] if len(calls) == 1 else self._of_calls(calls)
+            self._wait("samples", frame.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **beside})
 
-    def flush(self, *kinds: str) -> None:
+    def flush(self) -> None:
         """Adds what still waits."""
-        for kind in kinds or tuple(self.waiting):
-            held = self.waiting[kind]
-            if held:
-                group = torch.cat([g for _, g, _ in held])
-                order = torch.argsort(group, stable=True)
-                beside = {name: torch.cat([b[name] for _, _, b in held]) for name in held[0][2]}
-                what = [w for w, _, _ in held]
-                held.clear()
-                self.held[kind] = 0
-                self._add(kind, what, order, group[order], {k: v[order.to(v.device)] for k, v in beside.items()})
-        if not kinds:
-            self._read_maps()
+        for kind in self.waiting:
+            self._empty(kind)
+        self._read_maps()
 
-    def _wait(self, kind: str, what: Rows | SampleSums, group: Tensor, beside: dict[str, Tensor]) -> None:
-        held = self.waiting[kind]
-        if held and isinstance(what, Rows) and self.site.layer.geometry and what.grid != held[-1][0].grid:  # type: ignore[union-attr]
-            self.flush(kind)  # maps of another size are read apart
-        held.append((what, group, beside))
-        self.held[kind] += len(what) * (what.raw.shape[2] if isinstance(what, Rows) else 1)
-        if self.held[kind] >= CAPACITY:
-            self.flush(kind)
+    def _wait_whole(self, rows: Rows, frame: Frame) -> None:
+        if self.site.layer.geometry is not None and rows.grid != self.grid and "rows" in self.waiting:
+            self._empty("rows")  # maps of another size are read apart
+        self.grid = rows.grid
+        self._wait("rows", frame.group, {"raw": rows.raw, "keep": rows.mask(), "key": frame.keys})
 
-    def _add(self, kind: str, what: list, order: Tensor, group: Tensor, beside: Mapping[str, Tensor]) -> None:
+    def _wait(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
+        positions = tables["raw"].shape[2] if kind == "rows" else 1
+        if kind not in self.waiting:
+            self.waiting[kind] = Buffer(max(1, CAPACITY[kind] // positions))
+        buffer, tables = self.waiting[kind], {"group": group, **tables}
+        if not buffer.fits(**tables):
+            self._empty(kind)
+        buffer.put(**tables)
+        if buffer.full:
+            self._empty(kind)
+
+    def _empty(self, kind: str) -> None:
+        """Adds what waits of one kind, its samples sorted by group."""
+        held = self.waiting[kind].take()
+        group = held.pop("group")
+        if not len(group):
+            return
+        order = torch.argsort(group, stable=True)
+        held, group = {k: t[order.to(t.device)] for k, t in held.items()}, group[order]
         if kind == "sums":
-            self._add_reduced(SampleSums.cat(what), order, group)
-        elif kind == "rows":
-            sums = self._digest(_cat(what).index(order.to(what[0].raw.device)), group, beside["key"])
-            self._add_reduced(sums, torch.arange(len(order)), group)
+            self._add_reduced(SampleSums.of_tables(held, self.shift["positions"][0]), group)
+            return
+        raw, keep = held.pop("raw"), held.pop("keep")
+        if kind == "rows":
+            rows = Rows(raw, None if bool(keep.all()) else keep, raw.new_zeros(raw.shape[1]).double(), self.grid, False)
+            self._add_reduced(self._digest(rows, group, held["key"]), group)
         else:
-            self._add_samples(_cat(what).index(order.to(what[0].raw.device)), group, beside)
+            self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, held)
 
     def _digest(self, rows: Rows, group: Tensor, keys: Tensor) -> SampleSums:
         """Adds products of rows whose samples stand in runs of a group, a few megabytes at a time; the rest as sums."""
@@ -148,16 +158,15 @@ class Collector:
             rows = _sample(rows, keys, self.plan.positions or 0, self.seed)
         return need.statistic.of(rows)  # type: ignore[attr-defined]
 
-    def _add_reduced(self, sums: SampleSums, order: Tensor, group: Tensor) -> None:
-        at = order.to(sums.counts.device)
-        for g, a, b in _runs(group):
-            part = sums.map(lambda t, a=a, b=b: t[at[a:b]])  # type: ignore[misc]
+    def _add_reduced(self, sums: SampleSums, group: Tensor) -> None:
+        for g, a, b in _runs(group) if self.reduced else ():
+            part = sums.map(lambda t, a=a, b=b: t[a:b])  # type: ignore[misc]
             for need in self.reduced:
                 self._put(need, g, need.statistic.of(part))  # type: ignore[attr-defined]
 
     def _add_samples(self, rows: Rows, group: Tensor, beside: Mapping[str, Tensor]) -> None:
         """A row a sample. There are few: double precision costs little, and standard errors are differences."""
-        rows = Rows(rows.raw.double(), rows.keep, rows.shift)
+        rows = Rows(rows.raw.double(), rows.keep)
         rows = rows.about(*self._shift("samples", rows))
         for g, a, b in _runs(group):
             part = rows.take(a, b).finite()
@@ -189,7 +198,7 @@ class Collector:
         """A row a sample, in memory of its own: later operations may write into what a hook saw."""
         if self.site.port == "output*grad":
             return rows.sample_totals()
-        return rows.sample_means().copy() if rows.raw.shape[2] == 1 else rows.sample_means()
+        return rows.copy() if rows.raw.shape[2] == 1 else rows.sample_means()
 
     def _of_sums(self, sums: SampleSums) -> Rows:
         return sums.totals() if self.site.port == "output*grad" else sums.means()
@@ -221,9 +230,8 @@ class Pass:
         """Ends a batch: targets are known, a row a sample is complete."""
         frame = self.frame
         assert frame is not None
-        given = frame.kwargs.get("targets")
         z = None if logits is None else logits.detach()
-        beside = {name: target_of(name, z, frame.labels, given) for name in self.plan.targets}
+        beside = {name: target_of(name, z, frame.labels, frame.targets) for name in self.plan.targets}
         with torch.no_grad():
             for collector in self.collectors.values():
                 collector.end(frame, beside)
@@ -277,19 +285,6 @@ def _chunks(runs: list[tuple[int, int, int]], samples: int, step: int) -> list[t
         else:
             chunks.append((a, b, [(g, a, b)]))
     return chunks
-
-
-def _cat(parts: list[Rows]) -> Rows:
-    """Samples of several parts one after another; shorter ones are filled up with places that do not count."""
-    if len(parts) == 1:
-        return parts[0]
-    longest = max(p.raw.shape[2] for p in parts)
-    if any(p.keep is not None or p.raw.shape[2] != longest for p in parts):
-        pad = nn.functional.pad
-        keep = [torch.ones_like(p.raw[:, 0], dtype=torch.bool) if p.keep is None else p.keep for p in parts]
-        keep = torch.cat([pad(k, (0, longest - k.shape[1])) for k in keep])
-        return Rows(torch.cat([pad(p.raw, (0, longest - p.raw.shape[2])) for p in parts]), keep, parts[0].shift, parts[0].grid)
-    return Rows(torch.cat([p.raw for p in parts]), None, parts[0].shift, parts[0].grid)
 
 
 def _sample(rows: Rows, keys: Tensor, count: int, seed: int) -> Rows:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-_BEFOREHAND = {".hydra", "settings.json", ".log", "splits.json"}
+_BEFOREHAND = {".hydra", "settings.json", ".log", "splits.json", "hparams.yaml"}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:

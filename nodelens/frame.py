@@ -17,7 +17,8 @@ _IDS = ("ids", "sample_ids")
 class Frame:
     """One batch of B samples.
 
-    Shapes: labels (B,) or (B, T) or None; mask (B, T) bool, true where a token counts, or None for all;
+    Shapes: labels (B,) or (B, T) or None; targets (B,) or (B, t) or None, given by the user;
+            mask (B, T) bool, true where a token counts, or None for all;
             keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G)
     """
 
@@ -27,21 +28,22 @@ class Frame:
     mask: Tensor | None
     keys: Tensor
     group: Tensor
+    targets: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Frame":
-        """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, masks.
+        """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
         Sample numbers come with the batch (``ids``), else from the samples' content: equal for equal samples, so that
         groups do not depend on batching. Raises ValueError for anything else.
         """
-        args, kwargs, labels, ids = _read(batch)
+        args, kwargs, labels, ids, targets = _read(batch)
         mask = kwargs.get("attention_mask")
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
         keys = content_keys(first).cpu() if ids is None else mix(ids.reshape(-1).long().cpu())
-        return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups)
+        return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups, targets)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -52,7 +54,8 @@ class Frame:
             return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
 
         return replace(self, args=tuple(map(each, self.args)), kwargs={k: each(v) for k, v in self.kwargs.items()},
-                       labels=each(self.labels), mask=each(self.mask), keys=each(self.keys), group=each(self.group))
+                       labels=each(self.labels), mask=each(self.mask), keys=each(self.keys), group=each(self.group),
+                       targets=each(self.targets))
 
     def sorted(self) -> "Frame":
         """The same samples with those of a group side by side, so that a group's rows are a slice and not a copy."""
@@ -112,19 +115,20 @@ def tensor_of(value: Any) -> Tensor | None:
     return None
 
 
-def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None]:
+def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None, Tensor | None]:
     if isinstance(batch, Tensor):
-        return (batch,), {}, None, None
+        return (batch,), {}, None, None, None
     if isinstance(batch, Mapping):
         rest = dict(batch)
         labels = next((rest.pop(k) for k in _LABELS if k in rest), None)
         ids = next((rest.pop(k) for k in _IDS if k in rest), None)
+        targets = rest.pop("targets", None)
         x = rest.pop("x", None)
-        return (() if x is None else (x,)), rest, labels, ids
+        return (() if x is None else (x,)), rest, labels, ids, targets
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         ids = getattr(batch, "ids", None)
         if len(batch) <= 2 or ids is not None:
-            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids
+            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None
     raise ValueError(f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
                      "a loader of another form needs a function that makes one of these of it")
 

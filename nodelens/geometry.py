@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Geometry:
     extra: tuple[int, ...] = ()  # output_padding
 
     @classmethod
-    def of(cls, conv: nn.Module) -> "Geometry":
+    def of(cls, conv: Any) -> "Geometry":
         """The geometry of an ``nn.Conv`` or ``nn.ConvTranspose``, its padding as numbers."""
         kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         if conv.padding == "valid":

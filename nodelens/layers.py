@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class Layer:
     @property
     def weight(self) -> Tensor | None:
         """(units, fan_in), detached; None where no unit has weights of its own (a ReLU, a norm, a block)."""
-        weight = getattr(self.module, "weight", None)
+        weight: Any = getattr(self.module, "weight", None)
         if isinstance(self.module, nn.Linear):
             return weight.detach()
         if isinstance(self.module, _CONVOLUTIONS):

@@ -1,7 +1,7 @@
 """Numbers from sums: correlations, Gaussian information, spectra; and products that are what they say."""
 
 from contextlib import AbstractContextManager, ExitStack
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class _Exact(AbstractContextManager[None]):
     def __enter__(self) -> None:
         _Exact.depth += 1
         if _Exact.depth == 1:
-            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            backends: Any = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
             _Exact.stack = ExitStack()
             for backend in backends:
                 _Exact.stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)

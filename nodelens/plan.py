@@ -1,5 +1,6 @@
 """The plan of a pass: which statistic is kept at which site, what it will take, and whether that is allowed."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,11 +13,11 @@ from .hooks import Capture, Site
 from .layers import Layer
 from .metrics import Metric, Need
 from .modes import frozen
-from .statistics import ByClass, Cross, Gram, Moments, Sizes, Zeros
+from .statistics import ByClass, Cross, Gram, Moments, Patches, Sizes, Zeros
 
 GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
 BALANCE = 8.0  # float32 operations in the time of one byte read, for the estimate of the overhead
-CAPACITY = 4096  # rows that wait for company before a small product is formed
+CAPACITY = {"rows": 4096, "sums": 1024, "samples": 1024}  # what waits for company, so that no small product is formed
 PAIRS = (Gram,)
 
 
@@ -154,8 +155,9 @@ class Plan:
 
     def nbytes(self, layer: Layer, need: Need) -> int:
         """Bytes of a statistic's sums over all its groups."""
-        seen, classes = self.seen(layer, need.port), self.recording.classes
-        d = seen.width if layer.geometry is None or need.port != "input" else layer.weight.shape[1] * (layer.module.groups)  # type: ignore[union-attr,operator]
+        d, classes = self.seen(layer, need.port).width, self.recording.classes
+        if need.statistic is Patches and layer.geometry is not None:
+            d *= math.prod(layer.geometry.kernel)
         t = classes if need.target == "logits" else 1
         size = {Gram: d * d + 2 * d, Cross: d * t + 2 * d + 2 * t + t * t, ByClass: 2 * classes * d + d, Sizes: d, Zeros: d}
         return 8 * self.groups_of(layer, need) * size.get(need.statistic, 3 * d)
@@ -179,7 +181,7 @@ class Plan:
     @property
     def waiting_bytes(self) -> int:
         """Rows that wait for company: buffers of small maps and of a row a sample."""
-        return sum(4 * CAPACITY * self.seen(*site).width for site in self.sites())
+        return sum(4 * sum(CAPACITY.values()) * self.seen(*site).width for site in self.sites())
 
     def check(self, budget: float | None) -> None:
         """Raises MemoryError, with the ways out, where the plan takes more bytes than the budget."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -62,6 +62,10 @@ class Rows:
     def copy(self) -> "Rows":
         """The same rows in memory of their own."""
         return Rows(self.raw.clone(), self.keep, self.shift, self.grid)
+
+    def mask(self) -> Tensor:
+        """Which rows count, (samples, positions) bool."""
+        return torch.ones_like(self.raw[:, 0], dtype=torch.bool) if self.keep is None else self.keep
 
     def finite(self) -> "Rows":
         """Without the rows that hold a NaN or an infinity."""
@@ -202,19 +206,28 @@ class SampleSums:
     def __len__(self) -> int:
         return len(self.counts)
 
+    def tables(self) -> dict[str, Tensor]:
+        """What has a row a sample, by name; ``of_tables`` goes back."""
+        found = {name: getattr(self, name) for name in ("counts", "sums", "squares", "absolutes", "nonzeros")}
+        return {name: table for name, table in found.items() if table is not None}
+
+    @classmethod
+    def of_tables(cls, tables: dict[str, Tensor], shift: Tensor, masked: bool = True) -> "SampleSums":
+        """Sums about a shift from their tables."""
+        return cls(shift=shift, masked=masked, **tables)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "SampleSums":
-        """The same with a function applied to each table of samples."""
-        tables = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("shift", "masked")}
-        return replace(self, **{k: None if t is None else change(t) for k, t in tables.items()})
+        """The same with a function applied to each table."""
+        return self.of_tables({k: change(t) for k, t in self.tables().items()}, self.shift, self.masked)
 
     @classmethod
     def cat(cls, parts: list["SampleSums"]) -> "SampleSums":
         """Samples of several parts about one shift, one after another."""
         if len(parts) == 1:
             return parts[0]
-        names = [f.name for f in fields(cls) if f.name not in ("shift", "masked") and getattr(parts[0], f.name) is not None]
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
-        return cls(shift=parts[0].shift, masked=any(p.masked for p in parts), **joined)
+        every = [p.tables() for p in parts]
+        joined = {name: torch.cat([tables[name] for tables in every]) for name in every[0]}
+        return cls.of_tables(joined, parts[0].shift, any(p.masked for p in parts))
 
     @property
     def n(self) -> Tensor:

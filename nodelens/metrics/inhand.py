@@ -62,7 +62,7 @@ def _convolution(tensors: dict[str, Any]) -> nn.Module | None:
     if weight is None or weight.ndim == 2:
         return None
     kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
-    options = {k: tensors[k] for k in ("stride", "padding", "dilation", "groups", "padding_mode") if k in tensors}
+    options: dict[str, Any] = {k: tensors[k] for k in ("stride", "padding", "dilation", "groups", "padding_mode") if k in tensors}
     groups = options.get("groups", 1)
     conv = kind(weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]), bias=False, **options).to(weight)
     conv.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -49,7 +49,7 @@ class Statistic:
 
 
 @cache
-def _names(statistic: type[Statistic]) -> tuple[str, ...]:
+def _names(statistic: Any) -> tuple[str, ...]:
     return tuple(f.name for f in fields(statistic))
 
 

@@ -16,7 +16,7 @@ class Moments(Statistic):
     """Count, sum and sum of squares of each unit, about a shift."""
 
     shifts: ClassVar = ("shift",)
-    by_sample: ClassVar = "squares"
+    by_sample: ClassVar[str | None] = "squares"
     n: Tensor  # (1,)  int64    rows
     shift: Tensor  # (d,)  float64  a guess of the mean
     total: Tensor  # (d,)  float64  sum of x - shift

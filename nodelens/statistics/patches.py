@@ -21,7 +21,7 @@ class Patches(Moments):
     A sample with a place that is masked or not finite is left out as a whole.
     """
 
-    by_sample: ClassVar = None
+    by_sample: ClassVar[str | None] = None
 
     @classmethod
     def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None,

@@ -19,10 +19,14 @@ from .show import show_plan, show_result
 
 def analyze(cfg: DictConfig) -> float:
     """Measures, evaluates, saves, draws; returns the accuracy. A run that is finished in the same folder is shown again."""
+    from ..report import write_page
+
     folder = claim(cfg)
     if (folder / "metadata.json").is_file():
         say(f"already finished: {folder}")
         result = load(folder)
+        if not (folder / "report.html").is_file():  # it ended between the tables and the page
+            write_page(folder)
         show_result(console(), result)
         return float(result.metadata["evaluation"]["accuracy"])
     return launch(cfg, lambda device: _work(cfg, folder, device))

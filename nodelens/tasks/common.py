@@ -100,7 +100,9 @@ def in_one_line() -> Iterator[None]:
 
 def load_module(cfg: DictConfig) -> tuple[Any, dict[str, Any] | None]:
     """The Lightning module with its weights, and the config of the run that trained them, where that is known."""
-    module = build(cfg.model, "model")
+    with torch.random.fork_rng(devices=[]):  # weights that are not loaded are drawn: the same in every process and run
+        torch.manual_seed(cfg.seed)
+        module = build(cfg.model, "model")
     trained_by = None
     if cfg.ckpt_path:
         trained_by = load_weights(module.net, cfg.ckpt_path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 
@@ -12,6 +13,7 @@ from ..files import read_json, write, write_json
 from ..layers import Layer
 from ..metrics import get_metric
 from ..pruning.criteria import RANDOM
+from ..pruning.ranking import areas
 from ..pruning.removal import check_removal
 from ..pruning.sweep import cells
 from ..results import Result, load
@@ -24,6 +26,11 @@ def prune(cfg: DictConfig) -> float:
     """Runs the sweep and returns the area under the best criterion's curve of accuracy over amount."""
     _check_criteria(resolved(cfg)["criterion"], cfg)
     folder = claim(cfg)
+    if (folder / "sweep.parquet").is_file() and (folder / "report.html").is_file():
+        say(f"already finished: {folder}")
+        table = pd.read_parquet(folder / "sweep.parquet")
+        show_sweep(console(), table)
+        return float(areas(table).max())
     return launch(cfg, lambda device: _work(cfg, folder, device))
 
 
@@ -32,7 +39,6 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from ..frame import Frame
     from ..pruning import gates, masked, run_sweep, table_of
     from ..report import write_page
-    from ..pruning.ranking import areas
 
     criteria = resolved(cfg)["criterion"]
     todo = cells(criteria, cfg.amounts, cfg.seeds)

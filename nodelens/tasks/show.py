@@ -33,9 +33,10 @@ def show_plan(console: Console, plan: Plan) -> None:
 def show_result(console: Console, result: Result) -> None:
     """A row a layer: the mean of each metric over its units, the layer's own values; then what is missing and why."""
     values = summary(result)
+    own = [c for c in values if c in result.layers and c != "units"]
+    console.print("mean over a layer's units" + (f"; of {', '.join(own)} the layer's own value" if own else ""), markup=False)
     for first in range(0, len(values.columns), _COLUMNS):
-        title = "mean over a layer's units; of effective_rank and the like the layer's own value" if first == 0 else None
-        table = Table(title=title, title_justify="left")
+        table = Table()
         table.add_column("layer", overflow="fold")
         for name in values.columns[first : first + _COLUMNS]:
             table.add_column(name, justify="right", no_wrap=True)

@@ -99,6 +99,7 @@ def quiet() -> None:
         logger.handlers.clear()
         logger.propagate = True
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="The number of training batches")
 

@@ -1,0 +1,49 @@
+import pytest
+from command import command
+from pandas.testing import assert_frame_equal
+
+import nodelens as nl
+
+WORDS = ("model=cnn", "dataset.calibration=100", "dataset.batch_size=16", "logger=none", "layers=[0,*]")
+pytestmark = pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    ended = command("analyze", "model=cnn", "dataset.calibration=100", "logger=none", f"hydra.run.dir={folder}")
+    assert ended.code == 0, ended.err
+    return nl.load(folder)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_several_processes_find_what_one_finds(devices, alone, quiet_home):
+    ended = command("analyze", "model=cnn", "dataset.calibration=100", "logger=none", "trainer=ddp", f"trainer.devices={devices}", "hydra.run.dir=run",
+                    "dataset.batch_size=32")
+    assert ended.code == 0, ended.err
+    found = nl.load("run")
+    assert found.metadata["processes"] == devices
+    assert found.metadata["model"]["fingerprint"] == alone.metadata["model"]["fingerprint"]
+    assert_frame_equal(found.units, alone.units, rtol=1e-5, atol=1e-12, check_exact=False)
+    assert_frame_equal(found.layers, alone.layers, rtol=1e-5, atol=1e-12, check_exact=False)
+    for key in ("accuracy", "loss", "ece", "samples"):
+        assert found.metadata["evaluation"][key] == pytest.approx(alone.metadata["evaluation"][key], rel=1e-5)
+
+
+def test_two_processes_train_and_measure(quiet_home):
+    ended = command("train", "trainer=ddp", "trainer.max_epochs=2", "callbacks=measure", "metrics=[rq,taylor]", "dataset.calibration=64", "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert (quiet_home / "run/epochs/units_001.parquet").is_file()
+    assert (quiet_home / "run/result.json").is_file()
+
+
+def test_two_processes_prune_as_one_does(quiet_home):
+    words = ("criterion=[taylor,random]", "dataset.calibration=64", "logger=none")
+    tables = []
+    for k, more in enumerate(((), ("trainer=ddp",))):
+        ended = command("prune", *words, *more, f"hydra.run.dir=run{k}")
+        assert ended.code == 0, ended.err
+        import pandas as pd
+
+        tables.append(pd.read_parquet(f"run{k}/sweep.parquet"))
+    assert_frame_equal(*tables, rtol=1e-5, check_exact=False)

@@ -1,0 +1,66 @@
+import json
+
+import pandas as pd
+import pytest
+import wandb_run
+from command import command
+
+import nodelens as nl
+
+pytest.importorskip("wandb")
+
+
+@pytest.fixture(autouse=True)
+def quiet_wandb(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def run_of(folder):
+    (path,) = folder.rglob("run-*.wandb")
+    return path, wandb_run.history(path)
+
+
+def table(path, rows, name):
+    """A logged table, from the file that stands beside the run."""
+    (file,) = [row[f"{name}.path"] for row in rows if f"{name}.path" in row]
+    return json.loads((path.parent / "files" / file).read_text())
+
+
+def test_an_offline_run_holds_the_curves_and_the_table(quiet_home):
+    ended = command("train", "logger=wandb", "callbacks=measure", "metrics=[rq,effective_rank]", "trainer.max_epochs=3", "hydra.run.dir=run",
+                    "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "run")
+    curve = {row["epoch"]: row["units/fc1/rq"] for row in rows if "units/fc1/rq" in row and "epoch" in row}
+    assert sorted(curve) == [0, 1, 2]
+    assert len(set(curve.values())) == 3
+    for epoch, value in curve.items():
+        units = pd.read_parquet(f"run/epochs/units_{epoch:03d}.parquet")
+        assert value == pytest.approx(units["rq"].xs("fc1", level="layer").mean())
+    assert [row["epoch"] for row in rows if "val/acc" in row] == [0, 1, 2]
+    assert any("layers/fc1/effective_rank" in row for row in rows)
+    assert any("test/accuracy" in row for row in rows)
+    units = table(path, rows, "units")
+    assert units["columns"][:3] == ["layer", "unit", "rq"]
+    assert len(units["data"]) == 64 + 64 + 10
+
+
+def test_an_analysis_logs_its_numbers_and_tables(quiet_home):
+    ended = command("analyze", "logger=[wandb,csv]", "metrics=[rq]", "hydra.run.dir=run", "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "run")
+    (found,) = [row for row in rows if "final/accuracy" in row]
+    result = nl.load("run")
+    assert found["final/accuracy"] == pytest.approx(result.metadata["evaluation"]["accuracy"])
+    assert found["units/head/rq"] == pytest.approx(result.units["rq"].xs("head", level="layer").mean())
+    assert len(table(path, rows, "layers")["data"]) == 3
+    assert "final/accuracy" in (quiet_home / "run/csv/version_0/metrics.csv").read_text()
+
+
+def test_a_sweep_logs_its_curves(quiet_home):
+    ended = command("prune", "logger=wandb", "criterion=[magnitude,random]", "hydra.run.dir=run", "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "run")
+    assert [row["prune/amount"] for row in rows if "prune/magnitude/accuracy" in row] == [0.25, 0.5, 0.75]
+    assert len(table(path, rows, "sweep")["data"]) == 6

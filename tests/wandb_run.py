@@ -1,0 +1,39 @@
+"""Reads an offline run of Weights & Biases back: LevelDB's log framing around protobuf records, no service, no network."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BLOCK, _HEAD = 32768, 7
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def frames(path: Path) -> Iterator[bytes]:
+    """The records' bytes; a record longer than a block comes in parts."""
+    data, part = path.read_bytes(), b""
+    assert data[:4] == b":W&B", "no offline run"
+    at = _HEAD
+    while at + _HEAD <= len(data):
+        left = _BLOCK - at % _BLOCK
+        if left < _HEAD:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + _HEAD])
+        part = data[at + _HEAD : at + _HEAD + size] if kind in (_FULL, _FIRST) else part + data[at + _HEAD : at + _HEAD + size]
+        at += _HEAD + size if kind else left
+        if kind in (_FULL, _LAST):
+            yield part
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """What was logged, a dictionary a call."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for frame in frames(path):
+        record = Record.FromString(frame)
+        found = record.request.partial_history if record.HasField("request") else record.history
+        rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in found.item})
+    return [row for row in rows if row]
