@@ -8,15 +8,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from .collect import Pass
+from .evaluate import evaluate
 from .files import write, write_json
 from .frame import Frame, logits_of
 from .hooks import Capture, Site
 from .layers import Layer, find_layers
 from .measure import analyze, finish
 from .metrics import Metric
+from .models import load_weights
 from .plan import Plan, Recording
 from .results import Result
-from .tracking import log_result, scalars
+from .tracking import close, log_result, scalars
 
 
 class Measure(Callback):
@@ -111,6 +113,43 @@ class Measure(Callback):
         write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
         for logger in trainer.loggers:
             logger.log_metrics(scalars(result) | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+
+
+class Outcome(Callback):
+    """Logs a training's settings when it starts and its best weights' test score when it ends, and writes the score to a file.
+
+    A callback, as the process that trains may be another than the one that started it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.settings)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule.loader("test", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
+        self.score(trainer, pl_module, data)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.strategy.launcher is not None:
+            close(trainer.loggers)  # a forked process ends without its exit handlers
+
+    def score(self, trainer: Trainer, module: LightningModule, data: Any) -> dict[str, float]:
+        net: Any = module.net
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+        if best:
+            last = {k: v.detach().clone() for k, v in net.state_dict().items()}
+            load_weights(net, best)
+        score = evaluate(net, data)
+        if best:
+            net.load_state_dict(last)
+        if trainer.is_global_zero:
+            write_json(self.path, score | {"checkpoint": best, "epochs": trainer.current_epoch})
+            for logger in trainer.loggers:
+                logger.log_metrics({f"test/{k}": v for k, v in score.items()})
+        return score
 
 
 def _on(data: Any, module: LightningModule) -> Any:

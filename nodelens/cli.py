@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from .checks import nearest
 from .config import CONF, TASKS, register, run, with_custom_model
 from .files import remove_traces
-from .overrides import Mistake, configs, flags_of
+from .overrides import MistakeError, configs, flags_of
 
 _failed: list[str] = []  # lines of a multirun's failed jobs
 _there: list[Path] = []  # the folder above this run's that was there before
@@ -45,8 +45,9 @@ def script() -> None:
 
 def main(task: str) -> None:
     """Composes a task's config from the command line and runs it; a mistake ends in one line and exit code 1."""
-    if os.getcwd() not in sys.path:  # a user's own module beside the place where the script was started
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:  # a user's own module beside the place where the script was started
+        sys.path.insert(0, here)
     register()
     sys.argv[1:] = _rewrite(sys.argv[1:])
     _failed.clear()
@@ -120,7 +121,7 @@ def _check(cfg: DictConfig, multirun: bool) -> None:
 
 
 def _check_folder(folder: Path) -> Path:
-    """The folder itself or the nearest one above that is there. Raises Mistake where nothing can be written to it."""
+    """The folder itself or the nearest one above that is there. Raises MistakeError where nothing can be written to it."""
     home = folder.absolute()
     while not home.exists():
         home = home.parent
@@ -128,7 +129,8 @@ def _check_folder(folder: Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=home):
             pass
     except OSError as error:
-        raise Mistake(f"the output folder {folder} cannot be written: {home}: {error.strerror}; choose another, hydra.run.dir=<folder>") from None
+        raise MistakeError(f"the output folder {folder} cannot be written: {home}: {error.strerror}; "
+                      "choose another, hydra.run.dir=<folder>") from None
     return home
 
 

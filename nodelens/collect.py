@@ -123,28 +123,33 @@ class Collector:
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
+        drawn = _draw(keys, rows.raw.shape[2], self.plan.positions, self.seed) if self.plan.positions and self.whole else None
+        only_maps = not self.tables and "samples" not in self.views and all(issubclass(n.statistic, Patches) for n in self.whole)
         with exact_products():
             for first, last, runs in _chunks(_runs(group, longest) if self.whole else [], len(rows), step):
-                part = self._finite(rows.take(first, last))
-                parts.append(part.by_sample(*self.tables))
+                part = rows.take(first, last)
+                if not only_maps:
+                    part = self._finite(part)
+                    parts.append(part.by_sample(*self.tables))
                 for g, a, b in runs:
-                    self._form(g, part.take(a - first, b - first), keys[a:b])
-        return SampleSums.cat(parts)
+                    self._form(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
+        return SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
 
-    def _form(self, group: int, rows: Rows, keys: Tensor) -> None:
-        """Forms what rows of one group are needed whole for."""
+    def _form(self, group: int, rows: Rows, drawn: Tensor | None) -> None:
+        """Forms what rows of one group are needed whole for, or at the positions drawn."""
         for need in self.whole:
             if issubclass(need.statistic, Patches):
                 self._add_maps(need, group, rows)
             else:
-                self._put(need, group, self._product(need, rows, keys))
+                some = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
+                self._put(need, group, need.statistic.of(some))  # type: ignore[attr-defined]
 
     def _add_maps(self, need: Need, group: int, rows: Rows) -> None:
         """Takes in samples of a convolution's input; images of another size begin anew."""
         if self.maps is None or self.maps.grid != rows.grid:
             self._read_maps()
             self.maps, self.reader = Maps(self.plan.groups, rows, self.site.layer.geometry), need  # type: ignore[arg-type]
-        self.maps.add(rows, group)
+        self.left_out += self.maps.add(rows, group)
         if sum(self.maps.samples) >= SAMPLES * len(self.maps.samples):
             self._read_maps()
 
@@ -152,11 +157,6 @@ class Collector:
         if self.maps is not None and self.reader is not None:
             for group, value in self.maps.read().items():
                 self._put(self.reader, group, value)
-
-    def _product(self, need: Need, rows: Rows, keys: Tensor) -> Statistic:
-        if self.plan.sampled(need):
-            rows = _sample(rows, keys, self.plan.positions or 0, self.seed)
-        return need.statistic.of(rows)  # type: ignore[attr-defined]
 
     def _add_reduced(self, sums: SampleSums, group: Tensor) -> None:
         for g, a, b in _runs(group) if self.reduced else ():
@@ -287,13 +287,12 @@ def _chunks(runs: list[tuple[int, int, int]], samples: int, step: int) -> list[t
     return chunks
 
 
-def _sample(rows: Rows, keys: Tensor, count: int, seed: int) -> Rows:
-    """A place drawn in each of ``count`` stretches of a sample's positions: the same ones in any batch, order or process."""
-    samples, width, positions = rows.raw.shape
+def _draw(keys: Tensor, positions: int, count: int, seed: int) -> Tensor | None:
+    """A place in each of ``count`` stretches of a sample's positions, (samples, count): the same in any batch or process.
+
+    None where there are no more positions than that.
+    """
     if positions <= count:
-        return rows
+        return None
     edges = torch.arange(count + 1) * positions // count
-    draw = mix(keys[:, None], torch.arange(count), seed) % (edges[1:] - edges[:-1])
-    at = (edges[:-1] + draw).to(rows.raw.device)
-    raw = rows.raw.gather(2, at[:, None, :].expand(samples, width, count))
-    return Rows(raw, None if rows.keep is None else rows.keep.gather(1, at), rows.shift)
+    return edges[:-1] + mix(keys[:, None], torch.arange(count), seed) % (edges[1:] - edges[:-1])

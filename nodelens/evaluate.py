@@ -1,43 +1,45 @@
-"""How well a classifier does: accuracy, loss and calibration, by torchmetrics."""
+"""How well a classifier does: accuracy, loss and calibration, from sums that add over batches and processes."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torch import Tensor, nn
 
+from .distributed import reduce_tensor
 from .frame import Frame, logits_of
 from .measure import device_of
 from .modes import frozen
 
+_BINS = 15
+
 
 def evaluate(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """accuracy (share), loss (cross-entropy a sample, nats), ece (15 bins, l1), samples; over processes where there are several.
+    """Accuracy (share), loss (cross-entropy a sample, nats), ece (15 equal bins, l1), samples; over processes where there are several.
 
     Raises ValueError for data without labels or without a sample.
     """
-    device, measures = device_of(model), None
+    device = device_of(model)
+    bins = torch.zeros(3, _BINS, dtype=torch.float64)  # samples, right answers, confidence
+    loss = torch.zeros(1, dtype=torch.float64)
     with frozen(model), torch.no_grad():
         for batch in data:
             frame = Frame.of(batch).to(device)
             if frame.labels is None:
                 raise ValueError("accuracy needs labels: give (x, y) batches")
-            logits = logits_of(frame.run(model)).float()
-            measures = measures or _measures(logits.shape[-1], device)
-            accuracy, ece, loss, count = measures
-            accuracy.update(logits, frame.labels)
-            ece.update(logits.softmax(-1), frame.labels)
-            loss.update(nn.functional.cross_entropy(logits, frame.labels, reduction="none"))
-            count += len(frame)
-    if measures is None:
+            logits, labels = logits_of(frame.run(model)).float().cpu().double(), frame.labels.cpu()
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            bins += _binned(logits, labels)
+    bins, loss = reduce_tensor(bins.to(device)).cpu(), reduce_tensor(loss.to(device)).cpu()
+    samples, right, confidence = bins
+    n = float(samples.sum())
+    if not n:
         raise ValueError("the data are empty: nothing to evaluate")
-    accuracy, ece, loss, count = measures
-    return {"accuracy": float(accuracy.compute()), "loss": float(loss.compute()), "ece": float(ece.compute()), "samples": int(count)}
+    return {"accuracy": float(right.sum()) / n, "loss": float(loss) / n, "ece": float((right - confidence).abs().sum()) / n, "samples": int(n)}
 
 
-def _measures(classes: int, device: torch.device) -> tuple[Any, ...]:
-    accuracy = MulticlassAccuracy(classes, average="micro")
-    ece = MulticlassCalibrationError(classes, n_bins=15)
-    return accuracy.to(device), ece.to(device), MeanMetric().to(device), torch.zeros((), dtype=torch.int64)
+def _binned(logits: Tensor, labels: Tensor) -> Tensor:
+    confidence, answer = logits.softmax(-1).max(-1)
+    place = (torch.bucketize(confidence, torch.linspace(0, 1, _BINS + 1, dtype=torch.float64), right=True) - 1).clamp_max(_BINS - 1)
+    rows = torch.stack([torch.ones_like(confidence), (answer == labels).double(), confidence])
+    return torch.zeros(3, _BINS, dtype=torch.float64).index_add_(1, place, rows)

@@ -68,6 +68,6 @@ def spectrum(covariance: Tensor) -> Tensor:
 
 
 def entropy_count(weights: Tensor) -> Tensor:
-    """exp of the entropy of weights taken as shares, (d,) -> (): how many of them there are in effect. NaN: all zero."""
+    """Exp of the entropy of weights taken as shares, (d,) -> (): how many of them there are in effect. NaN: all zero."""
     share = weights / weights.sum()
     return torch.special.entr(share).sum().exp()

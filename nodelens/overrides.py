@@ -23,27 +23,27 @@ _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _MOST = 64  # jobs of a sweep that are composed beforehand
 
 
-class Mistake(ValueError):
+class MistakeError(ValueError):
     """A command line that cannot run; its words are for the person who typed it."""
 
 
 def flags_of(argv: Sequence[str]) -> Namespace:
-    """Hydra's flags and the overrides. Raises Mistake for a flag that is not there, a word that is no key=value."""
+    """Hydra's flags and the overrides. Raises MistakeError for a flag that is not there, a word that is no key=value."""
     flags, unknown = get_args_parser().parse_known_args(argv)
     if unknown:
-        raise Mistake(f"{unknown[0]}: there is no such flag; --hydra-help shows all")
+        raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help shows all")
     for word in flags.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise Mistake(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help shows them")
+            raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help shows them")
     if flags.config_dir and not Path(flags.config_dir).is_dir():
-        raise Mistake(f"--config-dir: no folder at {Path(flags.config_dir).absolute()}")
+        raise MistakeError(f"--config-dir: no folder at {Path(flags.config_dir).absolute()}")
     return flags
 
 
 def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     """The config of every job that a command line starts, Hydra's part included.
 
-    A sweep's choices are each seen once, not in every combination. Raises Mistake for an option, key or type that does not
+    A sweep's choices are each seen once, not in every combination. Raises MistakeError for an option, key or type that does not
     fit, the nearest name beside it.
     """
     parsed = _parsed(flags.overrides)
@@ -51,7 +51,7 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     for override in parsed:
         _check_choice(override, folders)
         if override.is_sweep_override() and not flags.multirun:
-            raise Mistake(f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
+            raise MistakeError(f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
                           f"write {override.key_or_group}=[...]")
     search = [f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in folders[1:])}]"] if folders[1:] else []
     for lines in _jobs(parsed):
@@ -62,7 +62,7 @@ def _parsed(lines: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(lines))
     except OverrideParseException as error:
-        raise Mistake(f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
+        raise MistakeError(f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
                       "with = in it as \"ckpt_path='a=b.ckpt'\"") from None
 
 
@@ -78,9 +78,10 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
         for name in choice if isinstance(choice, list) else [choice]:
             name = name.text if isinstance(name, QuotedString) else name
             if name is None and group != "experiment":
-                raise Mistake(f"{group}=null chooses nothing: choose one of {', '.join(options)}")
+                raise MistakeError(f"{group}=null chooses nothing: choose one of {', '.join(options)}")
             if name is not None and str(name) not in options:
-                raise Mistake(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {', '.join(options)}")
+                raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} "
+                                   f"Available: {', '.join(options)}")
 
 
 def _jobs(parsed: list[Override]) -> list[list[str]]:
@@ -115,8 +116,9 @@ def _explain(task: str, parsed: list[Override], search: list[str], error: Except
         key = override.key_or_group
         unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
         if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
-            raise Mistake(f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job shows all)") from None
-    raise Mistake(_reason(error)) from None
+            raise MistakeError(f"no key {key!r} in the config of {task}.{nearest(key, keys)} "
+                               f"(python {task}.py --cfg job shows all)") from None
+    raise MistakeError(_reason(error)) from None
 
 
 def _reason(error: Exception) -> str:

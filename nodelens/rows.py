@@ -59,6 +59,12 @@ class Rows:
         """The rows of some samples, copied."""
         return Rows(self.raw[samples], None if self.keep is None else self.keep[samples], self.shift, self.grid)
 
+    def at(self, places: Tensor) -> "Rows":
+        """The rows at some positions of each sample, places (samples, count) int64; copied."""
+        places = places.to(self.raw.device)
+        raw = self.raw.gather(2, places[:, None, :].expand(-1, self.raw.shape[1], -1))
+        return Rows(raw, None if self.keep is None else self.keep.gather(1, places), self.shift, (), self.moved)
+
     def copy(self) -> "Rows":
         """The same rows in memory of their own."""
         return Rows(self.raw.clone(), self.keep, self.shift, self.grid)

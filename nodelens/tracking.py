@@ -43,5 +43,5 @@ def close(loggers: Iterable[Any]) -> None:
     """Ends each logger's run, so that the next job of a sweep starts its own."""
     for logger in loggers:
         logger.finalize("success")
-        if hasattr(logger, "log_table"):
+        if hasattr(logger, "log_table") and logger._experiment is not None:  # asking for one that is not open would open it
             logger.experiment.finish()

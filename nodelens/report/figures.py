@@ -2,16 +2,18 @@
 
 import io
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 
-from ..pruning.ranking import areas, curves as curve_of
+from ..pruning.ranking import areas
+from ..pruning.ranking import curves as curve_of
 from ..results import Result
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
+import matplotlib.pyplot as plt
 
 _COLOURS = ("#2f6db3", "#d1632e", "#3a8f4c", "#8a4fa8", "#b08a1d", "#c43d62", "#2a9d9d", "#5c6470")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
@@ -35,6 +37,9 @@ def distributions(result: Result) -> bytes:
                      capprops={"color": "#9aa2ad"})
         axis.set_title(column)
         axis.set_yticks(range(1, len(names) + 1), [_short(n) for n in names])
+        spread = np.unique(np.concatenate(values)) if values else np.empty(0)
+        if len(spread) == 1:  # an axis of its own would make a scale out of nothing
+            axis.set_xticks(spread)
     axes.flat[0].invert_yaxis()
     for axis in list(axes.flat)[len(columns):]:
         axis.remove()
@@ -55,6 +60,7 @@ def agreement(result: Result) -> bytes:
     mean = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
     size = 1.5 + 0.55 * len(columns)
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    axis.set_facecolor("#eceff2")
     image = axis.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axis.set_yticks(range(len(columns)), columns)
@@ -78,7 +84,7 @@ def layers(result: Result) -> bytes:
         axis.set_title(f"{column} (directions)")
         axis.set_yticks(place, [f"{_short(n)} ({u})" for n, u in result.layers["units"].items()])
         axis.set_xlim(left=0)
-    axes.flat[0].invert_yaxis()
+    axes.flat[0].set_ylim(len(names) - 0.4, -0.6)
     return _png(figure)
 
 
@@ -93,7 +99,7 @@ def curves(sweep: pd.DataFrame) -> bytes:
         if curve.index[0] > 0:
             start = pd.DataFrame({"mean": dense, "std": 0.0, "seeds": 1}, index=pd.Index([0.0], name="amount"))
             curve = pd.concat([start, curve])
-        style = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": "--" if criterion == "random" else "-"}
+        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": "--" if criterion == "random" else "-"}
         axis.plot(curve.index, curve["mean"], marker="o", markersize=3.5, label=f"{criterion} ({area:.3f})", **style)
         spread = curve["std"].fillna(0)
         axis.fill_between(curve.index, curve["mean"] - spread, curve["mean"] + spread, color=style["color"], alpha=0.15, linewidth=0)
@@ -104,8 +110,11 @@ def curves(sweep: pd.DataFrame) -> bytes:
     return _png(figure)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 34 else "..." + name[-31:]
+def _short(name: str, most: int = 40) -> str:
+    """The end of a long name, from a dot on."""
+    while len(name) > most and "." in name.lstrip("\u2026"):
+        name = "\u2026" + name.lstrip("\u2026").split(".", 1)[1]
+    return name if len(name) <= most else "\u2026" + name[-most + 1 :]
 
 
 def _png(figure: plt.Figure) -> bytes:

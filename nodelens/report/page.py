@@ -51,7 +51,7 @@ def write_page(folder: str | Path) -> Path:
 
 _CURVES = "Accuracy on the test set against the share of units removed from every layer; bands are one standard deviation over seeds."
 _UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
-_AGREEMENT = "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units."
+_AGREEMENT = "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; grey where a metric is the same for every unit."
 _LAYERS = "Values of whole layers with one jackknife standard error; the number of units is the upper bound."
 
 

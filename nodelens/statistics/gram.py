@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..linalg import exact_products
+from ..rows import Rows
 from .base import Statistic
 from .moments import Moments, free
-from ..rows import Rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .base import Statistic
 from ..rows import Rows, SampleSums
+from .base import Statistic
 
 
 @dataclass(frozen=True, eq=False)

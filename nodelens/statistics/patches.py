@@ -46,19 +46,26 @@ class Maps:
         self.samples = [0] * groups
         self.shift, self.grid, self.geometry = like.shift, like.grid, geometry
 
-    def add(self, rows: Rows, group: int = 0) -> None:
-        """Adds samples of one group. One with a place that does not count is left out: it spoils every patch around it."""
-        if rows.keep is not None:
-            rows = Rows(rows.raw, None, rows.shift, rows.grid, rows.moved).index(rows.keep.all(1))
-        total, square = self.sums[group]
+    def add(self, rows: Rows, group: int = 0) -> int:
+        """Adds samples of one group; returns how many rows were left out as not finite.
+
+        A sample with a place that does not count is left out whole: it spoils every patch around it.
+        """
+        lost = 0
+        total = rows.x.sum(0)
+        if rows.keep is not None or not bool(total.sum().isfinite()):
+            finite = Rows(rows.raw, rows.keep, rows.shift, rows.grid, rows.moved).finite()
+            lost = int(rows.n - finite.n)
+            rows = Rows(rows.raw, None, rows.shift, rows.grid, rows.moved).index(finite.mask().all(1))
+            total = rows.x.sum(0)
+        self.sums[group, 0] += total
         if len(rows) > 2:
-            total += rows.x.sum(0)
-            square += rows.x.square().sum(0)
+            self.sums[group, 1] += rows.x.square().sum(0)
         else:  # no copy of the squares
             for x in rows.x:
-                total.add_(x)
-                square.addcmul_(x, x)
+                self.sums[group, 1].addcmul_(x, x)
         self.samples[group] += len(rows)
+        return lost
 
     def read(self, groups: list[int] | None = None) -> dict[int, Patches]:
         """The statistic of some groups, else of those that have samples, read through every kernel offset; the sums begin anew."""

@@ -9,8 +9,6 @@ from rich.table import Table
 from ..plan import Plan
 from ..results import Result
 
-_COLUMNS = 7  # as many as fit a terminal side by side
-
 
 def show_plan(console: Console, plan: Plan) -> None:
     """A line a layer: what is kept there and how many bytes it takes; then the totals."""
@@ -35,13 +33,14 @@ def show_result(console: Console, result: Result) -> None:
     values = summary(result)
     own = [c for c in values if c in result.layers and c != "units"]
     console.print("mean over a layer's units" + (f"; of {', '.join(own)} the layer's own value" if own else ""), markup=False)
-    for first in range(0, len(values.columns), _COLUMNS):
+    labels = _labels(list(map(str, values.index)), console.width)
+    for names in _fitting(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
         table = Table()
         table.add_column("layer", overflow="fold")
-        for name in values.columns[first : first + _COLUMNS]:
+        for name in names:
             table.add_column(name, justify="right", no_wrap=True)
-        for layer, row in values.iloc[:, first : first + _COLUMNS].iterrows():
-            table.add_row(str(layer), *(_number(v) for v in row))
+        for label, (_, row) in zip(labels, values[names].iterrows(), strict=True):
+            table.add_row(label, *(_number(v) for v in row))
         console.print(table)
     for entry in result.metadata.get("missing", [])[:12]:
         console.print(f"{entry['layer']}: {entry['count']} NaN in {entry['column']}: {entry['reason']}", markup=False)
@@ -53,6 +52,29 @@ def show_result(console: Console, result: Result) -> None:
                       f"split {found['split']!r}; units measured on {result.metadata['samples']} of {result.metadata['data']['split']!r}")
 
 
+def _labels(names: list[str], width: int) -> list[str]:
+    """Layer names, without the parts that all of the deep ones begin with where they would take half of the terminal."""
+    if max(map(len, names), default=0) <= width // 3:
+        return names
+    deep = [name.split(".") for name in names if name.count(".") > 2]
+    same = [len(set(parts)) == 1 for parts in zip(*deep, strict=False)]
+    common = same.index(False) if len(deep) > 1 and False in same else 0
+    return ["\u2026" + ".".join(n.split(".")[common:]) if common and n.count(".") > 2 else n for n in names]
+
+
+def _fitting(columns: list[str], width: int) -> list[list[str]]:
+    """Columns in as many tables as it takes for each to fit a width."""
+    tables: list[list[str]] = [[]]
+    used = 0
+    for name in columns:
+        size = max(len(name), 9) + 3
+        if tables[-1] and used + size > width:
+            tables, used = [*tables, []], 0
+        tables[-1].append(name)
+        used += size
+    return tables
+
+
 def summary(result: Result) -> pd.DataFrame:
     """A row a layer, a column a metric: means over units, and the layers' own values."""
     own = [c for c in result.units if not c.endswith("_se")]
@@ -62,7 +84,7 @@ def summary(result: Result) -> pd.DataFrame:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int) or float(value).is_integer() and abs(value) < 1e6:
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
         return str(int(value))
     return "NaN" if math.isnan(value) else f"{value:.4g}"
 

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import build, resolved
-from ..files import plain, read_json, write_json
+from ..files import plain, read_json
 from .common import build_all, claim, in_one_line, say
 
 
@@ -43,10 +43,11 @@ def train(cfg: DictConfig) -> float:
 def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[Any], start: str | None) -> float:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    callbacks = list(build_all(cfg.callbacks, "callbacks").values())
+    from ..callbacks import Outcome
+
+    outcome = Outcome(folder / "result.json", plain(resolved(cfg)))
+    callbacks = [*build_all(cfg.callbacks, "callbacks").values(), outcome]
     trainer = build(_with_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder))
-    for logger in loggers:
-        logger.log_hyperparams(plain(resolved(cfg)))
     try:
         with in_one_line():
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
@@ -54,7 +55,13 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
         raise ValueError(str(error)) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return _test(cfg, folder, trainer, module, data, loggers)
+    if not outcome.path.is_file():  # nothing was left to train: it had ended before its score was written
+        outcome.score(trainer, module, data.loader("test"))
+    found = read_json(outcome.path)
+    say(f"test accuracy {100 * found['accuracy']:.2f} % on {found['samples']} samples")
+    if found["checkpoint"]:
+        say(f"checkpoint: {found['checkpoint']}")
+    return float(found["accuracy"])
 
 
 def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
@@ -72,24 +79,6 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
         if not training_state(cfg.ckpt_path):
             raise ValueError(f"{cfg.ckpt_path} holds weights alone, no training to go on with: start from them with model.weights=")
     return cfg.ckpt_path
-
-
-def _test(cfg: DictConfig, folder: Path, trainer: Any, module: Any, data: Any, loggers: list[Any]) -> float:
-    from ..evaluate import evaluate
-    from ..models import load_weights
-
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
-    if best:
-        load_weights(module.net, best)
-    score = evaluate(module.net, data.loader("test"))
-    if trainer.is_global_zero:
-        write_json(folder / "result.json", score | {"checkpoint": best or None, "epochs": trainer.current_epoch})
-        for logger in loggers:
-            logger.log_metrics({f"test/{k}": v for k, v in score.items()})
-        say(f"test accuracy {100 * score['accuracy']:.2f} % on {score['samples']} samples")
-        if best:
-            say(f"checkpoint: {best}")
-    return score["accuracy"]
 
 
 def quiet() -> None:
