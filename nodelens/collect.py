@@ -53,7 +53,7 @@ class Collector:
 
     def see(self, tensor: Tensor, frame: Frame) -> None:
         """Takes what passes: a tensor with the samples of the frame."""
-        rows = self.site.layer.rows(tensor, len(frame))
+        rows = self.site.layer.rows(tensor.double() if self.plan.precision == "float64" else tensor, len(frame))
         samples, width, positions = rows.raw.shape
         if frame.mask is not None and frame.mask.shape == (samples, positions):
             rows = Rows(rows.raw, frame.mask, rows.shift, rows.grid)

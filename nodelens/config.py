@@ -39,6 +39,7 @@ class Common:
     layers: Any = "*"
     groups: int = 8
     positions: int | None = None
+    precision: str = "float32"
     budget: Budget = field(default_factory=Budget)
 
 

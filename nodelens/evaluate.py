@@ -15,7 +15,7 @@ _BINS = 15
 
 
 def evaluate(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """Accuracy (share), loss (cross-entropy a sample, nats), ece (15 equal bins, l1), samples; over processes where there are several.
+    """Accuracy (share), loss (cross-entropy a sample, nats), ece (15 equal bins, l1) and samples, over all processes.
 
     Raises ValueError for data without labels or without a sample.
     """
@@ -35,7 +35,8 @@ def evaluate(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
     n = float(samples.sum())
     if not n:
         raise ValueError("the data are empty: nothing to evaluate")
-    return {"accuracy": float(right.sum()) / n, "loss": float(loss) / n, "ece": float((right - confidence).abs().sum()) / n, "samples": int(n)}
+    ece = float((right - confidence).abs().sum()) / n
+    return {"accuracy": float(right.sum()) / n, "loss": float(loss) / n, "ece": ece, "samples": int(n)}
 
 
 def _binned(logits: Tensor, labels: Tensor) -> Tensor:

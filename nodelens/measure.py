@@ -29,14 +29,15 @@ Metrics = Sequence[str | Metric] | Mapping[str, Metric]
 
 @torch.inference_mode(False)
 def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, layers: str | Sequence[str] = "*", *,
-            seed: int = 0, groups: int = 8, positions: int | None = None, loss: Loss = summed_loss,
+            seed: int = 0, groups: int = 8, positions: int | None = None, precision: str = "float32", loss: Loss = summed_loss,
             budget: float | None = None, on_plan: Callable[[Plan], None] | None = None,
             progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Result:
     """Measures the units of a model in one pass over the data, in eval mode, on the device where its parameters lie.
 
     data: batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
     each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob or a list.
-    groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None for all.
+    groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None for all. precision: of products, float32 or float64
+    (rows that are float64 keep it).
     loss: of (logits, labels), summed over the batch. budget: bytes the plan may take.
 
     Raises ValueError for names without a match, data that do not fit the model and labels that a metric needs but are not
@@ -50,7 +51,7 @@ def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, l
     recording = first_of(None if head is None else Recording.of(model, found, Frame.of(head, groups, seed).to(device)))
     if recording is None:
         raise ValueError("the data are empty: not one batch to measure")
-    plan = Plan.of(model, found, chosen, recording, groups, positions, optional=layers == "*")
+    plan = Plan.of(model, found, chosen, recording, groups, positions, layers == "*", precision)
     plan.check(budget)
     if on_plan:
         on_plan(plan)
@@ -93,7 +94,7 @@ def finish(plan: Plan, taken: Pass, device: torch.device) -> Result:
             for (layer, need), a in sums.items()]
     metadata = provenance() | {
         "metrics": {name: describe(metric) for name, metric in plan.metrics.items()},
-        "samples": int(samples.sum()), "groups": plan.groups, "samples_by_group": samples.tolist(), "positions": plan.positions,
+        "samples": int(samples.sum()), "groups": plan.groups, "samples_by_group": samples.tolist(), "positions": plan.positions, "precision": plan.precision,
         "processes": world()[1], "rows": rows, "missing": table.missing, "counts": table.counts,
         "left_out": [{"site": str(s), "rows": n} for s, n in zip(taken.collectors, left_out, strict=True) if n],
         "never_called": plan.never_called, "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],

@@ -89,15 +89,18 @@ class Plan:
     groups: int = 8
     positions: int | None = None  # a sample of positions an image for pair statistics; None for all
     never_called: list[str] = field(default_factory=list)
+    precision: str = "float32"  # of products; rows that are float64 keep it
 
     @classmethod
     def of(cls, model: nn.Module, layers: list[Layer], metrics: Mapping[str, Metric], recording: Recording, groups: int = 8,
-           positions: int | None = None, optional: bool = False) -> "Plan":
+           positions: int | None = None, optional: bool = False, precision: str = "float32") -> "Plan":
         """A plan for a model's layers, after one recorded forward of a few samples.
 
         ``optional`` leaves out layers that the forward never calls (and says so); otherwise such a layer is an error, and
         so is a metric that needs weights at a layer without.
         """
+        if precision not in ("float32", "float64"):
+            raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")
         silent = [layer for layer in layers if f"{layer.name}.output" not in recording.seen]
         if silent and (not optional or len(silent) == len(layers)):
             raise ValueError(f"layer {silent[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
@@ -108,7 +111,7 @@ class Plan:
             if bare is not None:
                 raise ValueError(f"metric {name!r} needs weights, layer {bare.name!r} ({type(bare.module).__name__}) has none: "
                                  "leave the metric out, or the layer (layers=)")
-        return cls(layers, metrics, recording, groups, positions, [layer.name for layer in silent])
+        return cls(layers, metrics, recording, groups, positions, [layer.name for layer in silent], precision)
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.recording.seen[f"{layer.name}.{'input' if port == 'input' else 'output'}"]

@@ -63,7 +63,7 @@ def load_runs(pattern: str) -> pd.DataFrame:
 
     Raises FileNotFoundError where no run matches.
     """
-    folders = sorted({Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)})
+    folders = sorted({Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)})  # noqa: PTH207  absolute or not
     if not folders:
         raise FileNotFoundError(f"no finished run matches {pattern!r}")
     frames = []

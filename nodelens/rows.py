@@ -62,7 +62,7 @@ class Rows:
     def at(self, places: Tensor) -> "Rows":
         """The rows at some positions of each sample, places (samples, count) int64; copied."""
         places = places.to(self.raw.device)
-        raw = self.raw.gather(2, places[:, None, :].expand(-1, self.raw.shape[1], -1))
+        raw = self.raw[torch.arange(len(places), device=places.device)[:, None], :, places].transpose(1, 2)
         return Rows(raw, None if self.keep is None else self.keep.gather(1, places), self.shift, (), self.moved)
 
     def copy(self) -> "Rows":

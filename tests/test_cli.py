@@ -24,10 +24,16 @@ MISTAKES = [
     ("analyze --bogus", "--bogus: there is no such flag"),
     ("analyze metrics=[rq", "quote it"),
     ("analyze --config-dir nowhere", "no folder at"),
-    ("analyze metrics.rq.relativ=false", "no key 'metrics.rq.relativ' in the config of analyze. Did you mean 'metrics.rq.relative'?"),
+    (
+        "analyze metrics.rq.relativ=false",
+        "no key 'metrics.rq.relativ' in the config of analyze. Did you mean 'metrics.rq.relative'?",
+    ),
     ("analyze sead=1", "Did you mean 'seed'?"),
     ("analyze +model.net.foo=3", "model.net.foo: nodelens.models.mlp takes no 'foo'. It takes: classes, channels, size, hidden"),
-    ("analyze +trainer.max_epoch=3", "trainer.max_epoch: lightning.pytorch.Trainer takes no 'max_epoch'. Did you mean 'max_epochs'?"),
+    (
+        "analyze +trainer.max_epoch=3",
+        "trainer.max_epoch: lightning.pytorch.Trainer takes no 'max_epoch'. Did you mean 'max_epochs'?",
+    ),
     ("train trainer.max_epoch=3", "Did you mean 'trainer.max_epochs'?"),
     ("train +model.optimizer.lrr=1", "torch.optim.AdamW takes no 'lrr'. Did you mean 'lr'?"),
     ("analyze seed=abc", "seed: Value 'abc'"),
@@ -51,7 +57,10 @@ MISTAKES = [
     ("analyze model.weights=code.ckpt", "it may be a pickle that holds code, which is never run"),
     ("train ckpt_path=code.ckpt", "it may be a pickle that holds code, which is never run"),
     ("analyze ckpt_path=other.ckpt", "does not fit the model"),
-    ("analyze model=resnet18 model.net.channels=3", "change the data's channels and size (dataset.channels=, dataset.size=), or the model"),
+    (
+        "analyze model=resnet18 model.net.channels=3",
+        "change the data's channels and size (dataset.channels=, dataset.size=), or the model",
+    ),
     ("train model=cnn model.net.channels=3", "cannot take the data, input 0 (2, 1, 8, 8) float32"),
     ("train model.net.classes=5", "MLP has 5 outputs, the data have 10 classes"),
     ("analyze hydra.run.dir=plain.txt/run", "plain.txt: Not a directory; choose another, hydra.run.dir=<folder>"),
@@ -115,12 +124,15 @@ def test_a_network_of_outputs_only_has_nothing_to_prune(quiet_home):
     assert ended.err == "nodelens: nothing to prune: the only layers are the model's outputs, head\n"
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ("seed=1", "run holds a run with seed=0, this one has seed=1: choose another folder (hydra.run.dir=)"),
-    ("ckpt_path=a/other.ckpt", "ckpt_path=null, this one has ckpt_path=a/other.ckpt"),
-    ("metrics=[rq,synergi]", "Did you mean 'synergy'?"),
-    ("layers=conv*", "layers=*, this one has layers=conv*"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("seed=1", "run holds a run with seed=0, this one has seed=1: choose another folder (hydra.run.dir=)"),
+        ("ckpt_path=a/other.ckpt", "ckpt_path=null, this one has ckpt_path=a/other.ckpt"),
+        ("metrics=[rq,synergi]", "Did you mean 'synergy'?"),
+        ("layers=conv*", "layers=*, this one has layers=conv*"),
+    ],
+)
 def test_earlier_results_stay_as_they_are(words, said, finished):
     before = snapshot(finished)
     ended = command("analyze", f"hydra.run.dir={finished}", *SMALL, *words.split())
@@ -138,11 +150,16 @@ def finished(tmp_path_factory):
 
 def started(*words, cwd):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "nodelens.cli", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "nodelens.cli", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_a_mistake_in_a_process_of_its_own_from_another_folder(tmp_path):
-    for words, said in ((("analyze", "model=resnet18", "model.net.channels=3"), "cannot take the data"), (("analyse",), "Did you mean 'analyze'?")):
+    for words, said in (
+        (("analyze", "model=resnet18", "model.net.channels=3"), "cannot take the data"),
+        (("analyse",), "Did you mean 'analyze'?"),
+    ):
         ended = started(*words, cwd=tmp_path)
         assert ended.returncode == 1
         assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
@@ -151,8 +168,18 @@ def test_a_mistake_in_a_process_of_its_own_from_another_folder(tmp_path):
 
 
 def test_help_needs_no_torch_and_names_the_groups(tmp_path):
-    code = "import sys; sys.argv = ['analyze.py', '--help']\nimport nodelens.cli as c\ntry: c.analyze()\nfinally: assert 'torch' not in sys.modules"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                           timeout=60, check=False)
+    code = (
+        "import sys; sys.argv = ['analyze.py', '--help']\nimport nodelens.cli as c\n"
+        "try: c.analyze()\nfinally: assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "metrics: activation_l2_norm" in ended.stdout

@@ -19,8 +19,14 @@ def options(group):
 
 
 def tasks_with(group):
-    return {"callbacks": ("train",), "criterion": ("prune",), "pruning": ("prune",), "experiment": TASKS, "logger": ("train",),
-            "trainer": ("train",)}.get(group, ("analyze",))
+    return {
+        "callbacks": ("train",),
+        "criterion": ("prune",),
+        "pruning": ("prune",),
+        "experiment": TASKS,
+        "logger": ("train",),
+        "trainer": ("train",),
+    }.get(group, ("analyze",))
 
 
 EVERY = [(task, group, option) for group in GROUPS for option in options(group) for task in tasks_with(group)]
@@ -70,7 +76,7 @@ def test_every_trainer_builds(name, quiet_home):
 
 @pytest.mark.parametrize("name", nl.list_metrics())
 def test_a_metric_file_says_what_its_class_says(name):
-    (key, node), = yaml.safe_load((CONF / "metrics" / f"{name}.yaml").read_text()).items()
+    ((key, node),) = yaml.safe_load((CONF / "metrics" / f"{name}.yaml").read_text()).items()
     assert key == name
     metric = build(node, f"metrics.{name}")
     assert metric == get_metric(name)
@@ -83,14 +89,18 @@ def test_there_is_a_file_for_every_metric_and_a_criterion_for_every_metric_of_un
     assert set(options("criterion")) == of_units | {"random", "composite"}
 
 
-@pytest.mark.parametrize(("words", "names"), [
-    (["metrics=[rq,synergy]"], ["rq", "synergy"]),
-    (["metrics=rq"], ["rq"]),
-    (["metrics=[]"], []),
-    (["metrics=[rq]", "metrics.rq.relative=false"], ["rq"]),
-    (["experiment=quick"], ["rq", "taylor"]),
-    (["experiment=quick", "metrics=[synergy]"], ["synergy"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["metrics=[rq,synergy]"], ["rq", "synergy"]),
+        (["metrics=rq"], ["rq"]),
+        (["metrics=[]"], []),
+        (["metrics=[rq]", "metrics.rq.relative=false"], ["rq"]),
+        (["experiment=quick"], ["rq", "taylor"]),
+        (["experiment=quick", "metrics=[synergy]"], ["synergy"]),
+    ],
+    ids=str,
+)
 def test_metrics_are_chosen_as_a_list(words, names):
     assert list(nl.load_config("analyze", words).metrics) == names
 
@@ -127,12 +137,19 @@ def test_sizes_are_read(size, number):
     assert in_bytes(size) == number
 
 
-@pytest.mark.parametrize(("node", "said"), [
-    ({"_target_": "collections.Counters"}, "collections has no 'Counters'. Did you mean 'Counter'?"),
-    ({"_target_": "nodelens.models.mlp", "classes": 10, "channels": 1}, "x: nodelens.models.mlp needs size: add x.size=..."),
-    ({"_target_": "nodelens.models.mlp", "classes": True, "channels": 1, "size": 8}, "x.classes is True; nodelens.models.mlp wants int"),
-    ({"_target_": "nodelens.results.Result.sav"}, "nodelens.results.Result has no 'sav'. Did you mean 'save'?"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"_target_": "collections.Counters"}, "collections has no 'Counters'. Did you mean 'Counter'?"),
+        ({"_target_": "nodelens.models.mlp", "classes": 10, "channels": 1}, "x: nodelens.models.mlp needs size: add x.size=..."),
+        (
+            {"_target_": "nodelens.models.mlp", "classes": True, "channels": 1, "size": 8},
+            "x.classes is True; nodelens.models.mlp wants int",
+        ),
+        ({"_target_": "nodelens.results.Result.sav"}, "nodelens.results.Result has no 'sav'. Did you mean 'save'?"),
+    ],
+    ids=str,
+)
 def test_a_config_that_does_not_fit_its_code_is_refused(node, said):
     with pytest.raises(ValueError) as refused:
         check(node, "x")

@@ -7,7 +7,7 @@ import pytest
 
 HOME = Path(__file__).parents[1] / "nodelens"
 LEVELS = (
-    "linalg keys rows geometry files checks",
+    "buffer linalg keys rows geometry files checks",
     "layers",
     "hooks frame statistics targets modes",
     "metrics",
@@ -31,8 +31,12 @@ FILES = sorted(HOME.rglob("*.py"))
 def imports(path):
     """Every module that a file names in an import, wherever it stands but in a type checker's block."""
     tree = ast.parse(path.read_text())
-    checked = {id(n) for branch in ast.walk(tree) if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
-               for n in ast.walk(branch)}
+    checked = {
+        id(n)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for n in ast.walk(branch)
+    }
     package = ["nodelens", *path.relative_to(HOME).with_suffix("").parts][:-1]
     for node in ast.walk(tree):
         if id(node) in checked:
@@ -87,18 +91,30 @@ def calls(path, name):
 
 
 def test_hooks_are_registered_in_one_file():
-    assert {p.name for p in FILES if list(calls(p, lambda called: called.startswith("register_") and "hook" in called))} == {"hooks.py"}
+    assert {p.name for p in FILES if list(calls(p, lambda called: called.startswith("register_") and "hook" in called))} == {
+        "hooks.py"
+    }
 
 
 def test_objects_are_built_in_one_place():
-    assert [(p.name, called) for p in FILES for called in calls(p, lambda called: called == "instantiate")] == [("config.py", "instantiate")]
+    assert [(p.name, called) for p in FILES for called in calls(p, lambda called: called == "instantiate")] == [
+        ("config.py", "instantiate")
+    ]
 
 
-@pytest.mark.parametrize("code", ["import nodelens", "import nodelens.measure", "import nodelens as nl; nl.analyze, nl.get_metric, nl.load"])
+@pytest.mark.parametrize(
+    "code", ["import nodelens", "import nodelens.measure", "import nodelens as nl; nl.analyze, nl.get_metric, nl.load"]
+)
 def test_what_a_notebook_imports_is_light(code):
     heavy = "lightning hydra wandb matplotlib plotly datasets transformers" + (" torch" if code == "import nodelens" else "")
-    found = subprocess.run([sys.executable, "-c", f"{code}\nimport sys; print([m for m in {heavy.split()} if m in sys.modules])"],
-                           cwd=HOME.parent, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print([m for m in {heavy.split()} if m in sys.modules])"],
+        cwd=HOME.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
     assert found == "[]\n"
 
 

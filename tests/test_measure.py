@@ -292,3 +292,11 @@ def test_find_layers_names_what_there_is():
     assert [layer.name for layer in find_layers(net, "b*")] == ["bn"]
     with pytest.raises(ValueError, match=r"no layer matches 'stam'; did you mean 'stem'\? the model has: stem, grouped"):
         find_layers(net, "stam")
+
+
+def test_products_in_float64_where_they_are_asked_for(net):
+    exact = nl.analyze(net, batches(*images(), 16), ["redundancy", "rq"], precision="float64").units
+    other = nl.analyze(net, batches(*images(), 64), ["redundancy", "rq"], precision="float64").units
+    close(other, exact, 2e-5)
+    with pytest.raises(ValueError, match="precision is 'float16'; products are formed in float32 or float64"):
+        nl.analyze(net, batches(*images(), 16), ["rq"], precision="float16")

@@ -1,25 +1,26 @@
+import json
+
+import pandas as pd
 import pytest
 from command import command
 from pandas.testing import assert_frame_equal
 
 import nodelens as nl
 
-WORDS = ("model=cnn", "dataset.calibration=100", "dataset.batch_size=16", "logger=none", "layers=[0,*]")
-pytestmark = pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
+WORDS = ("model=cnn", "dataset.calibration=100", "logger=none")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one") / "run"
-    ended = command("analyze", "model=cnn", "dataset.calibration=100", "logger=none", f"hydra.run.dir={folder}")
+    ended = command("analyze", *WORDS, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.err
     return nl.load(folder)
 
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_several_processes_find_what_one_finds(devices, alone, quiet_home):
-    ended = command("analyze", "model=cnn", "dataset.calibration=100", "logger=none", "trainer=ddp", f"trainer.devices={devices}", "hydra.run.dir=run",
-                    "dataset.batch_size=32")
+    ended = command("analyze", *WORDS, "trainer=ddp", f"trainer.devices={devices}", "hydra.run.dir=run", "dataset.batch_size=32")
     assert ended.code == 0, ended.err
     found = nl.load("run")
     assert found.metadata["processes"] == devices
@@ -31,10 +32,21 @@ def test_several_processes_find_what_one_finds(devices, alone, quiet_home):
 
 
 def test_two_processes_train_and_measure(quiet_home):
-    ended = command("train", "trainer=ddp", "trainer.max_epochs=2", "callbacks=measure", "metrics=[rq,taylor]", "dataset.calibration=64", "hydra.run.dir=run")
+    ended = command(
+        "train",
+        "trainer=ddp",
+        "trainer.max_epochs=2",
+        "callbacks=measure",
+        "metrics=[rq,taylor]",
+        "dataset.calibration=64",
+        "hydra.run.dir=run",
+    )
     assert ended.code == 0, ended.err
     assert (quiet_home / "run/epochs/units_001.parquet").is_file()
-    assert (quiet_home / "run/result.json").is_file()
+    assert json.loads((quiet_home / "run/result.json").read_text())["samples"] == 359
+    curves = pd.read_csv(quiet_home / "run/csv/version_0/metrics.csv")
+    assert curves["val/acc"].count() == curves["units/fc1/rq"].count() - 1 == 2  # and once more at the end
+    assert curves["test/accuracy"].count() == 1
 
 
 def test_two_processes_prune_as_one_does(quiet_home):
@@ -43,7 +55,5 @@ def test_two_processes_prune_as_one_does(quiet_home):
     for k, more in enumerate(((), ("trainer=ddp",))):
         ended = command("prune", *words, *more, f"hydra.run.dir=run{k}")
         assert ended.code == 0, ended.err
-        import pandas as pd
-
         tables.append(pd.read_parquet(f"run{k}/sweep.parquet"))
     assert_frame_equal(*tables, rtol=1e-5, check_exact=False)

@@ -37,11 +37,18 @@ def undisturbed(tmp_path_factory):
 
 def test_a_killed_sweep_goes_on_and_ends_with_the_same_table(undisturbed, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = ("import time, nodelens.evaluate as e; once = e.evaluate\n"
-            "def slow(*a): time.sleep(.3); return once(*a)\n"
-            "e.evaluate = slow\nimport nodelens.cli; nodelens.cli.prune()")
-    started = subprocess.Popen([sys.executable, "-c", code, *TWELVE, f"hydra.run.dir={tmp_path}/run"], env=env, cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = (
+        "import time, nodelens.evaluate as e; once = e.evaluate\n"
+        "def slow(*a): time.sleep(.3); return once(*a)\n"
+        "e.evaluate = slow\nimport nodelens.cli; nodelens.cli.prune()"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, *TWELVE, f"hydra.run.dir={tmp_path}/run"],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 90
     while len(list(tmp_path.glob("run/cells/*.json"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -78,7 +85,9 @@ def test_a_sweep_has_a_row_a_cell_and_the_page_its_curve(undisturbed):
 
 
 def test_the_other_end_of_the_scale(quiet_home):
-    ended = command("prune", "criterion=composite", "amounts=[0,0.99]", "hydra.run.dir=run", "dataset.calibration=64", "+model.net.hidden=[8,1]")
+    ended = command(
+        "prune", "criterion=composite", "amounts=[0,0.99]", "hydra.run.dir=run", "dataset.calibration=64", "+model.net.hidden=[8,1]"
+    )
     assert ended.code == 0, ended.err
     table = pd.read_parquet("run/sweep.parquet").set_index("amount")
     assert table.loc[0.0, "accuracy"] == table.loc[0.0, "dense_accuracy"]
@@ -119,7 +128,9 @@ def test_the_lowest_go_a_unit_without_a_score_stays_and_high_is_the_other_way():
     assert remove(scored, 0.0) == RemovalPlan({})
 
 
-@pytest.mark.parametrize(("amount", "mode", "said"), [(1.0, "low", "amount is 1.0"), (-0.1, "low", "amount is -0.1"), (0.5, "lo", "mode is 'lo'")])
+@pytest.mark.parametrize(
+    ("amount", "mode", "said"), [(1.0, "low", "amount is 1.0"), (-0.1, "low", "amount is -0.1"), (0.5, "lo", "mode is 'lo'")]
+)
 def test_what_cannot_be_removed_is_refused(amount, mode, said):
     with pytest.raises(ValueError, match=said):
         remove(units(m=[1.0, 2])["m"], amount, mode=mode)
@@ -151,5 +162,8 @@ def test_what_is_removed_is_zero_where_it_is_read(norm):
     assert (seen[1][:, [1, 3]] == 0).all()
     assert (seen[1][:, [0, 2]] > 0).all()
     assert torch.equal(net(x), before), "nothing is left behind"
-    with pytest.raises(ValueError, match="the plan removes units of 9; there are gates for 0"), masked(doors, RemovalPlan({"9": [0]})):
+    with (
+        pytest.raises(ValueError, match="the plan removes units of 9; there are gates for 0"),
+        masked(doors, RemovalPlan({"9": [0]})),
+    ):
         pass

@@ -22,8 +22,15 @@ class MyNet(nn.Sequential):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train") / "run"
-    ended = command("train", f"hydra.run.dir={folder}", "metrics=[rq,taylor]", "callbacks=[default,early_stopping,measure]", "logger=[csv,tensorboard]",
-                    "callbacks.measure.every=5", "trainer.max_epochs=12")
+    ended = command(
+        "train",
+        f"hydra.run.dir={folder}",
+        "metrics=[rq,taylor]",
+        "callbacks=[default,early_stopping,measure]",
+        "logger=[csv,tensorboard]",
+        "callbacks.measure.every=5",
+        "trainer.max_epochs=12",
+    )
     assert ended.code == 0, ended.err
     return folder, ended
 
@@ -35,7 +42,11 @@ def test_a_training_leaves_its_checkpoints_curves_and_epochs(trained):
     curves = pd.read_csv(folder / "csv/version_0/metrics.csv")
     assert {"val/acc", "train/loss", "units/fc1/rq", "test/accuracy"} <= set(curves.columns)
     assert list((folder / "tensorboard").rglob("events*"))
-    assert sorted(p.name for p in (folder / "epochs").glob("units_*")) == ["units_000.parquet", "units_005.parquet", "units_010.parquet"]
+    assert sorted(p.name for p in (folder / "epochs").glob("units_*")) == [
+        "units_000.parquet",
+        "units_005.parquet",
+        "units_010.parquet",
+    ]
     assert (folder / "splits.json").is_file()
 
 
@@ -44,15 +55,30 @@ def test_what_was_trained_is_analysed(trained, quiet_home):
     ended = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
     assert {p.name for p in (quiet_home / "run").iterdir()} >= {
-        "units.parquet", "layers.parquet", "metadata.json", "report.html", "figures", "settings.json", "csv", ".hydra", "analyze.log"}
+        "units.parquet",
+        "layers.parquet",
+        "metadata.json",
+        "report.html",
+        "figures",
+        "settings.json",
+        "csv",
+        ".hydra",
+        "analyze.log",
+    }
     result = nl.load("run")
     assert result.metadata["evaluation"]["accuracy"] >= 0.95
     assert result.metadata["evaluation"]["split"] == "test"
-    assert list(result.units.index) == [(layer, unit) for layer, width in (("fc1", 64), ("fc2", 64), ("head", 10)) for unit in range(width)]
+    assert list(result.units.index) == [
+        (layer, unit) for layer, width in (("fc1", 64), ("fc2", 64), ("head", 10)) for unit in range(width)
+    ]
     explained = {(m["layer"], m["column"]): m["count"] for m in result.metadata["missing"]}
-    holes = {(layer, c): int(n) for c in result.units for layer, n in result.units[c].isna().groupby(level="layer").sum().items() if n}
+    holes = {
+        (layer, c): int(n) for c in result.units for layer, n in result.units[c].isna().groupby(level="layer").sum().items() if n
+    }
     holes |= {(layer, c): 1 for c in result.layers for layer in result.layers.index[result.layers[c].isna()]}
-    assert {k: v for k, v in holes.items() if not k[1].endswith("_se")} == {k: v for k, v in explained.items() if not k[1].endswith("_se")}
+    assert {k: v for k, v in holes.items() if not k[1].endswith("_se")} == {
+        k: v for k, v in explained.items() if not k[1].endswith("_se")
+    }
     assert all(m["reason"] for m in result.metadata["missing"])
     assert result.metadata["weights"]["trained_by"]["task"] == "train"
 
@@ -60,8 +86,9 @@ def test_what_was_trained_is_analysed(trained, quiet_home):
     again = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
     assert again.code == 0
     assert "already finished" in again.out
-    assert {k: v for k, v in snapshot(quiet_home / "run").items() if not k.startswith((".hydra", "analyze.log"))} == \
-        {k: v for k, v in before.items() if not k.startswith((".hydra", "analyze.log"))}
+    assert {k: v for k, v in snapshot(quiet_home / "run").items() if not k.startswith((".hydra", "analyze.log"))} == {
+        k: v for k, v in before.items() if not k.startswith((".hydra", "analyze.log"))
+    }
 
 
 def test_a_finished_training_is_not_repeated(trained):
@@ -77,20 +104,22 @@ def test_an_interrupted_training_goes_on_from_its_last_epoch(quiet_home):
     whole = nl.load_config("train", [*words, "paths.output_dir=whole"])
     nl.run(whole)
 
-    class Stop(Exception):
+    class StopHereError(Exception):
         """In place of a kill."""
 
     cut = nl.load_config("train", [*words, "paths.output_dir=cut"])
     with pytest.MonkeyPatch.context() as patch:
         from nodelens.callbacks import Measure
+
         write = Measure._write
 
         def stop(self, trainer, *rest):
             write(self, trainer, *rest)
             if trainer.current_epoch == 2:
-                raise Stop
+                raise StopHereError
+
         patch.setattr(Measure, "_write", stop)
-        with pytest.raises(Stop):
+        with pytest.raises(StopHereError):
             nl.run(cut)
     before = (quiet_home / "cut/epochs/units_000.parquet").stat().st_mtime_ns
     nl.run(cut)
@@ -149,5 +178,9 @@ def test_options_reach_the_numbers(quiet_home):
     nl.run(raw)
     nl.run(share)
     ratio = nl.load("raw").units["rq"] / nl.load("share").units["rq"]
-    assert_close(*(torch.tensor(f(ratio.groupby(level="layer")).to_numpy()) for f in (lambda g: g.min(), lambda g: g.max())), rtol=1e-9, atol=0)
+    assert_close(
+        *(torch.tensor(f(ratio.groupby(level="layer")).to_numpy()) for f in (lambda g: g.min(), lambda g: g.max())),
+        rtol=1e-9,
+        atol=0,
+    )
     assert not list(quiet_home.rglob("metrics.csv"))

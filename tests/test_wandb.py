@@ -28,8 +28,15 @@ def table(path, rows, name):
 
 
 def test_an_offline_run_holds_the_curves_and_the_table(quiet_home):
-    ended = command("train", "logger=wandb", "callbacks=measure", "metrics=[rq,effective_rank]", "trainer.max_epochs=3", "hydra.run.dir=run",
-                    "dataset.calibration=64")
+    ended = command(
+        "train",
+        "logger=wandb",
+        "callbacks=measure",
+        "metrics=[rq,effective_rank]",
+        "trainer.max_epochs=3",
+        "hydra.run.dir=run",
+        "dataset.calibration=64",
+    )
     assert ended.code == 0, ended.err
     path, rows = run_of(quiet_home / "run")
     curve = {row["epoch"]: row["units/fc1/rq"] for row in rows if "units/fc1/rq" in row and "epoch" in row}

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CNN", "MLP", "Classifier", "cnn", "load_weights", "logits_of", "mlp", "resnet", "training_state", "vit"]
 
-_HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "training_state": "weights", "resnet": "hf", "vit": "hf"}
+_HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "resnet": "hf", "vit": "hf"}
+_HOME["training_state"] = "weights"
 _HOME |= dict.fromkeys(("CNN", "MLP", "cnn", "mlp"), "plain")
 
 

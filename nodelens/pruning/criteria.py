@@ -22,7 +22,8 @@ def scores(units: pd.DataFrame, terms: Mapping[str, float]) -> pd.Series:
         raise ValueError("a criterion needs a term at least, such as {taylor: 1.0}")
     missing = [name for name in terms if name not in units]
     if missing:
-        raise ValueError(f"the criterion reads {', '.join(missing)}; the table has {', '.join(c for c in units if not c.endswith('_se'))}")
+        there = ", ".join(c for c in units if not c.endswith("_se"))
+        raise ValueError(f"the criterion reads {', '.join(missing)}; the table has {there}")
     if len(terms) == 1:
         ((name, weight),) = terms.items()
         return units[name] * weight

@@ -67,7 +67,8 @@ def run_sweep(folder: Path, units: pd.DataFrame, criteria: Criteria, todo: Seque
         found = {k: same[k] for k in OF_EVALUATION} if same else dict(evaluate(plan))
         row = {"criterion": cell.criterion, "amount": cell.amount, "seed": cell.seed, "mode": mode, "units": len(units),
                "removed": plan.count, **{k: found[k] for k in OF_EVALUATION}, "plan": plan.key}
-        write_json(path, row | {"removed_units": plan.removed, "evaluated_as": same["name"] if same else cell.name, "name": cell.name})
+        evaluated = same["name"] if same else cell.name
+        write_json(path, row | {"removed_units": plan.removed, "evaluated_as": evaluated, "name": cell.name})
         done.setdefault(plan.key, row | {"name": cell.name})
         results.append(row)
     return results

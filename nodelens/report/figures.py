@@ -66,7 +66,8 @@ def agreement(result: Result) -> bytes:
     axis.set_yticks(range(len(columns)), columns)
     for i, j in np.ndindex(mean.shape):
         if np.isfinite(mean[i, j]):
-            axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(mean[i, j]) > 0.6 else "black")
+            colour = "white" if abs(mean[i, j]) > 0.6 else "black"
+            axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, label="Spearman correlation", shrink=0.7)
     return _png(figure)
 
@@ -79,7 +80,7 @@ def layers(result: Result) -> bytes:
                                 layout="constrained")
     place = np.arange(len(names))
     for axis, column in zip(axes.flat, columns, strict=True):
-        error = result.layers[f"{column}_se"] if f"{column}_se" in result.layers else None
+        error = result.layers.get(f"{column}_se")
         axis.errorbar(result.layers[column], place, xerr=error, fmt="o", markersize=4, color=_COLOURS[0], capsize=2)
         axis.set_title(f"{column} (directions)")
         axis.set_yticks(place, [f"{_short(n)} ({u})" for n, u in result.layers["units"].items()])
@@ -102,7 +103,8 @@ def curves(sweep: pd.DataFrame) -> bytes:
         style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": "--" if criterion == "random" else "-"}
         axis.plot(curve.index, curve["mean"], marker="o", markersize=3.5, label=f"{criterion} ({area:.3f})", **style)
         spread = curve["std"].fillna(0)
-        axis.fill_between(curve.index, curve["mean"] - spread, curve["mean"] + spread, color=style["color"], alpha=0.15, linewidth=0)
+        low, high = curve["mean"] - spread, curve["mean"] + spread
+        axis.fill_between(curve.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axis.set_xlabel("share of units removed from every layer")
     axis.set_ylabel("test accuracy")
     axis.set_ylim(0, 1.02)

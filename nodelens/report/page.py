@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import read_json, write
+from ..files import write
 from ..results import Result, load
 
 _STYLE = """
@@ -44,14 +44,17 @@ def write_page(folder: str | Path) -> Path:
     parts += _section("Means over units", [_table(_means(result))])
     parts += _section("Definitions", [_definitions(result)])
     parts += _section("What is missing, and why", [_missing(result)])
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>{''.join(parts)}</html>"
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>"
+    page = f"{head}{''.join(parts)}</html>"
     write(folder / "report.html", lambda path: path.write_text(page))
     return folder / "report.html"
 
 
-_CURVES = "Accuracy on the test set against the share of units removed from every layer; bands are one standard deviation over seeds."
+_CURVES = ("Accuracy on the test set against the share of units removed from every layer; "
+           "bands are one standard deviation over seeds.")
 _UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
-_AGREEMENT = "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; grey where a metric is the same for every unit."
+_AGREEMENT = ("Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; "
+              "grey where a metric is the same for every unit.")
 _LAYERS = "Values of whole layers with one jackknife standard error; the number of units is the upper bound."
 
 
@@ -74,7 +77,8 @@ def _section(title: str, parts: Iterable[str]) -> list[str]:
 def _figure(folder: Path, name: str, png: bytes, caption: str) -> str:
     write(folder / "figures" / f"{name}.png", lambda path: path.write_bytes(png))
     inside = base64.b64encode(png).decode()
-    return f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{inside}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+    words = html.escape(caption)
+    return f"<figure><img alt='{words}' src='data:image/png;base64,{inside}'><figcaption>{words}</figcaption></figure>"
 
 
 def _table(frame: pd.DataFrame, words: bool = False) -> str:
@@ -97,7 +101,8 @@ def _layer_metrics(result: Result) -> list[str]:
 
 def _means(result: Result) -> pd.DataFrame:
     own = [c for c in result.units if not c.endswith("_se")]
-    return result.layers[["type", "units"]].join(result.units[own].groupby(level="layer", sort=False).mean()).join(result.layers[_layer_metrics(result)])
+    means = result.units[own].groupby(level="layer", sort=False).mean()
+    return result.layers[["type", "units"]].join(means).join(result.layers[_layer_metrics(result)])
 
 
 def _sweep_table(sweep: pd.DataFrame) -> str:
@@ -119,8 +124,3 @@ def _missing(result: Result) -> str:
     if not entries:
         return "<p>Nothing: every unit and layer has every number.</p>"
     return _table(pd.DataFrame(entries).set_index("layer"), words=True)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings a run was started with."""
-    return read_json(folder / "settings.json")

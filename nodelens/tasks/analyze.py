@@ -65,15 +65,16 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
         if rank == 0:
             show_plan(console(), plan)
         if cfg.get("plan_only"):
-            raise _PlanOnly
+            raise _PlanOnlyError
 
     metrics = metrics or build_all(cfg.metrics, "metrics")
     if not metrics:
         raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
     try:
         return measure_units(net, loader, metrics, _layers(cfg), seed=cfg.seed, groups=cfg.groups, positions=cfg.positions,
-                             budget=in_bytes(cfg.budget.memory), on_plan=on_plan, progress=bar("measuring", _batches(loader), rank == 0))
-    except _PlanOnly:
+                             precision=cfg.precision, budget=in_bytes(cfg.budget.memory), on_plan=on_plan,
+                             progress=bar("measuring", _batches(loader), rank == 0))
+    except _PlanOnlyError:
         import pandas as pd
 
         return Result(pd.DataFrame(), pd.DataFrame())
@@ -126,5 +127,5 @@ def _batches(loader: Any) -> int | None:
         return None
 
 
-class _PlanOnly(Exception):
+class _PlanOnlyError(Exception):
     """Ends a measurement once its plan was shown."""

@@ -80,7 +80,8 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
     try:
         fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
     except ValueError as error:
-        raise ValueError(f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several processes") from error
+        raise ValueError(f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several "
+                         "processes") from error
     with in_one_line():
         return fabric.launch(lambda fabric: work(fabric.device))
 

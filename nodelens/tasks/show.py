@@ -49,17 +49,18 @@ def show_result(console: Console, result: Result) -> None:
     found = result.metadata.get("evaluation")
     if found:
         console.print(f"accuracy {100 * found['accuracy']:.2f} % (loss {found['loss']:.4f}) on {found['samples']} samples of the "
-                      f"split {found['split']!r}; units measured on {result.metadata['samples']} of {result.metadata['data']['split']!r}")
+                      f"split {found['split']!r}; units measured on "
+                      f"{result.metadata['samples']} of {result.metadata['data']['split']!r}")
 
 
 def _labels(names: list[str], width: int) -> list[str]:
-    """Layer names, without the parts that all of the deep ones begin with where they would take half of the terminal."""
-    if max(map(len, names), default=0) <= width // 3:
-        return names
-    deep = [name.split(".") for name in names if name.count(".") > 2]
-    same = [len(set(parts)) == 1 for parts in zip(*deep, strict=False)]
-    common = same.index(False) if len(deep) > 1 and False in same else 0
-    return ["\u2026" + ".".join(n.split(".")[common:]) if common and n.count(".") > 2 else n for n in names]
+    """Layer names; where they would take a third of the terminal, their first parts go as long as the rest tells them apart."""
+    while any(len(name) > width // 3 for name in names):
+        shorter = ["\u2026" + name.split(".", 1)[1] if len(name) > width // 3 and "." in name else name for name in names]
+        if shorter == names or len(set(shorter)) < len(names):
+            break
+        names = shorter
+    return names
 
 
 def _fitting(columns: list[str], width: int) -> list[list[str]]:
