@@ -69,7 +69,8 @@ class Measure(Callback):
         if self.on == "probe":
             data = trainer.datamodule.loader("calibration", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
             self.result = analyze(pl_module.net, _on(data, pl_module), self.metrics, self.layers,  # type: ignore[arg-type]
-                                  seed=self.seed, groups=self.groups, positions=self.positions, precision=self.precision, budget=in_bytes(self.budget))
+                                  seed=self.seed, groups=self.groups, positions=self.positions,
+                                  precision=self.precision, budget=in_bytes(self.budget))
         elif self.taken is not None and self.plan is not None:
             self.taken.flush()
             self.result = finish(self.plan, self.taken, pl_module.device)

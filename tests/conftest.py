@@ -4,17 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from real import folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
-
-
-def folder(variable: str) -> Path:
-    """The folder an environment variable names; the test is skipped, with the reason, where it is not set."""
-    if not os.environ.get(variable):
-        pytest.skip(f"{variable} is not set: it names a folder of real data")
-    return Path(os.environ[variable])
 
 
 @pytest.fixture

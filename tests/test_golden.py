@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import folder
+from real import folder
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric, list_metrics

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,6 @@ from ..config import build, resolved
 from ..files import has_results, plain, read_json, write_json
 from ..models import load_weights
 from ..results import flatten
-
-log = logging.getLogger("nodelens")
 
 
 def console() -> Console:
@@ -82,6 +81,7 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
     except ValueError as error:
         raise ValueError(f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several "
                          "processes") from error
+    quiet()
     with in_one_line():
         return fabric.launch(lambda fabric: work(fabric.device))
 
@@ -97,6 +97,18 @@ def in_one_line() -> Iterator[None]:
         if kind in ("ValueError", "FileNotFoundError", "MemoryError"):
             raise ValueError(words) from None
         raise
+
+
+def quiet() -> None:
+    """Lightning's notices go to the run's log, not to the terminal; a deprecated name it uses is its own affair."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="The number of training batches")
 
 
 def load_module(cfg: DictConfig) -> tuple[Any, dict[str, Any] | None]:

@@ -1,8 +1,6 @@
 """train.py: a network trained by Lightning, its units measured every epoch if asked."""
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import build, resolved
 from ..files import plain, read_json
-from .common import build_all, claim, in_one_line, say
+from .common import build_all, claim, in_one_line, quiet, say
 
 
 def train(cfg: DictConfig) -> float:
@@ -53,8 +51,8 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    except SystemExit:  # how the trainer ends on Ctrl-C
+        raise KeyboardInterrupt from None
     if not outcome.path.is_file():  # nothing was left to train: it had ended before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
@@ -79,18 +77,6 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
         if not training_state(cfg.ckpt_path):
             raise ValueError(f"{cfg.ckpt_path} holds weights alone, no training to go on with: start from them with model.weights=")
     return cfg.ckpt_path
-
-
-def quiet() -> None:
-    """Lightning's notices go to the run's log, not to the terminal; a deprecated name it uses is its own affair."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message="The number of training batches")
 
 
 def fits(net: Any, data: Any) -> None:
