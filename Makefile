@@ -27,6 +27,7 @@ test-all: $(VENV)/.stamp  ## the slow tests too
 
 lint: $(VENV)/.stamp  ## style, docstrings, types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.stamp  ## what measuring costs, beside the bare forward pass

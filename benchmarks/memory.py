@@ -19,7 +19,10 @@ def peak(samples: int) -> float:
 
     net = cnn(classes=10, channels=3, size=16, widths=[32, 64, 128]).eval()
     generator = torch.Generator().manual_seed(0)
-    data = ((torch.randn(100, 3, 16, 16, generator=generator), torch.randint(10, (100,), generator=generator)) for _ in range(samples // 100))
+    data = (
+        (torch.randn(100, 3, 16, 16, generator=generator), torch.randint(10, (100,), generator=generator))
+        for _ in range(samples // 100)
+    )
     nl.analyze(net, data)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -34,8 +37,13 @@ def main() -> None:
         return
     found = {}
     for count in options.samples:
-        run = subprocess.run([sys.executable, __file__, "--one", str(count)], capture_output=True, text=True, check=True,
-                             env=os.environ | {"MALLOC_ARENA_MAX": "1"})  # one heap: what other threads keep is the allocator's
+        run = subprocess.run(
+            [sys.executable, __file__, "--one", str(count)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"MALLOC_ARENA_MAX": "1"},
+        )  # one heap: what other threads keep is the allocator's
         found[count] = float(run.stdout)
         growth = 100 * (found[count] / found[options.samples[0]] - 1)
         print(f"{count:>8,} samples: {found[count]:8.1f} MiB peak ({growth:+.1f} %)", flush=True)

@@ -23,7 +23,9 @@ SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixe
 FORWARD = [name for name in DEFAULT if name not in ("taylor", "magnitude")]
 
 
-def overhead(model: nn.Module, batch: tuple, metrics: list[str], rounds: int, positions: int | None = None, groups: int = 8) -> tuple[float, float]:
+def overhead(
+    model: nn.Module, batch: tuple, metrics: list[str], rounds: int, positions: int | None = None, groups: int = 8
+) -> tuple[float, float]:
     """(seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
     layers = find_layers(model)
     frame = Frame.of(batch, groups).sorted()
@@ -58,7 +60,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio of the measured pass to the bare one")
-    print(f"{'pixels':>6} {'batch':>5} {'bare s':>8} {'forward, all':>13} {'forward, 64 pos.':>17} {'fwd+bwd s':>10} {'gradient':>9}")
+    print(
+        f"{'pixels':>6} {'batch':>5} {'bare s':>8} {'forward, all':>13} {'forward, 64 pos.':>17} {'fwd+bwd s':>10} {'gradient':>9}"
+    )
     for size in options.sizes:
         stem, count = SIZES[size]
         model = resnet(depth=18, classes=10, channels=3, size=size, stem=stem).eval()

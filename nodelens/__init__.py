@@ -10,8 +10,17 @@ if TYPE_CHECKING:
     from .metrics import get_metric, list_metrics
     from .results import Result, load, load_runs
 
-_HOMES = {"analyze": "measure", "find_layers": "layers", "get_metric": "metrics", "list_metrics": "metrics", "Result": "results",
-          "load": "results", "load_runs": "results", "load_config": "config", "run": "config"}
+_HOMES = {
+    "analyze": "measure",
+    "find_layers": "layers",
+    "get_metric": "metrics",
+    "list_metrics": "metrics",
+    "Result": "results",
+    "load": "results",
+    "load_runs": "results",
+    "load_config": "config",
+    "run": "config",
+}
 
 __all__ = ["Result", "analyze", "find_layers", "get_metric", "list_metrics", "load", "load_config", "load_runs", "run"]
 

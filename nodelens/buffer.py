@@ -32,7 +32,8 @@ class Buffer:
     def fits_shape(self, **tables: Tensor) -> bool:
         """Whether the memory that is there has the shape of these rows."""
         return self.tables.keys() == tables.keys() and all(
-            t.shape[1:] == self.tables[k].shape[1:] and t.dtype == self.tables[k].dtype for k, t in tables.items())
+            t.shape[1:] == self.tables[k].shape[1:] and t.dtype == self.tables[k].dtype for k, t in tables.items()
+        )
 
     @property
     def full(self) -> bool:

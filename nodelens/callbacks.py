@@ -29,9 +29,19 @@ class Measure(Callback):
     ``train``, the training batches as they pass, from weights that move. The module measured is ``module.net``.
     """
 
-    def __init__(self, metrics: dict[str, Metric], folder: str, layers: str | list[str] = "*",
-                 on: Literal["probe", "train"] = "probe", every: int = 1, groups: int = 8, positions: int | None = None,
-                 precision: str = "float32", budget: str | float | None = None, seed: int = 0):
+    def __init__(
+        self,
+        metrics: dict[str, Metric],
+        folder: str,
+        layers: str | list[str] = "*",
+        on: Literal["probe", "train"] = "probe",
+        every: int = 1,
+        groups: int = 8,
+        positions: int | None = None,
+        precision: str = "float32",
+        budget: str | float | None = None,
+        seed: int = 0,
+    ):
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
         self.capture: Capture | None = None
@@ -68,9 +78,17 @@ class Measure(Callback):
             return
         if self.on == "probe":
             data = trainer.datamodule.loader("calibration", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
-            self.result = analyze(pl_module.net, _on(data, pl_module), self.metrics, self.layers,  # type: ignore[arg-type]
-                                  seed=self.seed, groups=self.groups, positions=self.positions,
-                                  precision=self.precision, budget=in_bytes(self.budget))
+            self.result = analyze(
+                pl_module.net,  # type: ignore[arg-type]
+                _on(data, pl_module),
+                self.metrics,
+                self.layers,
+                seed=self.seed,
+                groups=self.groups,
+                positions=self.positions,
+                precision=self.precision,
+                budget=in_bytes(self.budget),
+            )
         elif self.taken is not None and self.plan is not None:
             self.taken.flush()
             self.result = finish(self.plan, self.taken, pl_module.device)
@@ -97,8 +115,16 @@ class Measure(Callback):
     def _open(self, module: LightningModule, frame: Frame) -> None:
         net: Any = module.net
         layers = find_layers(net, self.layers)
-        self.plan = Plan.of(net, layers, self.metrics, Recording.of(net, layers, frame), self.groups, self.positions,
-                            self.layers == "*", self.precision)
+        self.plan = Plan.of(
+            net,
+            layers,
+            self.metrics,
+            Recording.of(net, layers, frame),
+            self.groups,
+            self.positions,
+            self.layers == "*",
+            self.precision,
+        )
         self.plan.check(in_bytes(self.budget))
         self.taken = Pass(self.plan, self.seed)
         root = Site(Layer("", net), "output")

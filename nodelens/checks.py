@@ -58,7 +58,7 @@ def in_bytes(size: str | int | float | None) -> float | None:
     text = str(size).replace(" ", "").upper()
     number = text.rstrip("BGIKM")
     try:
-        return float(number) * _SIZES[text[len(number):]]
+        return float(number) * _SIZES[text[len(number) :]]
     except (ValueError, KeyError):
         raise ValueError(f"budget.memory is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
 
@@ -66,8 +66,9 @@ def in_bytes(size: str | int | float | None) -> float | None:
 def _member(module: str, name: str, path: str, target: str) -> Any:
     """A class's method, whose 'module' is the class."""
     if "." not in module:
-        raise ValueError(f"{path}._target_: no module {module!r} for {target!r}: start where it lies, or add its folder "
-                         "to PYTHONPATH")
+        raise ValueError(
+            f"{path}._target_: no module {module!r} for {target!r}: start where it lies, or add its folder to PYTHONPATH"
+        )
     owner = find(module, path)
     if not hasattr(owner, name):
         raise ValueError(f"{path}._target_: {module} has no {name!r}.{nearest(name, vars(owner))}")
@@ -87,8 +88,9 @@ def _check_target(node: Mapping[str, Any], path: str) -> None:
         if key in _CONTROL:
             continue
         if key not in names and not open_ended:
-            raise ValueError(f"{path}.{key}: {node['_target_']} takes no {key!r}.{nearest(key, names)} "
-                             f"It takes: {', '.join(names) or 'nothing'}")
+            raise ValueError(
+                f"{path}.{key}: {node['_target_']} takes no {key!r}.{nearest(key, names)} It takes: {', '.join(names) or 'nothing'}"
+            )
         if key in hints and not _fits(value, hints[key]):
             raise ValueError(f"{path}.{key} is {value!r}; {node['_target_']} wants {_words(hints[key])}")
     if not node.get("_partial_"):

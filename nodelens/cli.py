@@ -129,8 +129,9 @@ def _check_folder(folder: Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=home):
             pass
     except OSError as error:
-        raise MistakeError(f"the output folder {folder} cannot be written: {home}: {error.strerror}; "
-                      "choose another, hydra.run.dir=<folder>") from None
+        raise MistakeError(
+            f"the output folder {folder} cannot be written: {home}: {error.strerror}; choose another, hydra.run.dir=<folder>"
+        ) from None
     return home
 
 

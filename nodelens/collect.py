@@ -246,8 +246,12 @@ class Pass:
     def state_dict(self) -> dict[str, Tensor]:
         """What was added so far, as plain tensors; rows that wait are added first."""
         self.flush()
-        state = {f"{k}/{name}": t for k, c in enumerate(self.collectors.values()) for j, a in enumerate(c.sums.values())
-                 for name, t in ((f"{j}/{n}", t) for n, t in a.state_dict().items())}
+        state = {
+            f"{k}/{name}": t
+            for k, c in enumerate(self.collectors.values())
+            for j, a in enumerate(c.sums.values())
+            for name, t in ((f"{j}/{n}", t) for n, t in a.state_dict().items())
+        }
         left_out = torch.tensor([c.left_out for c in self.collectors.values()])
         return state | {"samples": self.samples, "left_out": left_out}
 
@@ -258,7 +262,7 @@ class Pass:
             c.left_out = int(state["left_out"][k])
             for j, a in enumerate(c.sums.values()):
                 prefix = f"{k}/{j}/"
-                a.load_state_dict({n[len(prefix):]: t for n, t in state.items() if n.startswith(prefix)})
+                a.load_state_dict({n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix)})
 
     def sums(self) -> dict[tuple[str, Need], Accumulator]:
         """Every accumulator by layer and need; complete after ``flush``."""

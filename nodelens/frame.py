@@ -50,12 +50,20 @@ class Frame:
 
     def map(self, change: Any) -> "Frame":
         """The frame with a function applied to each tensor that has a row a sample."""
+
         def each(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
 
-        return replace(self, args=tuple(map(each, self.args)), kwargs={k: each(v) for k, v in self.kwargs.items()},
-                       labels=each(self.labels), mask=each(self.mask), keys=each(self.keys), group=each(self.group),
-                       targets=each(self.targets))
+        return replace(
+            self,
+            args=tuple(map(each, self.args)),
+            kwargs={k: each(v) for k, v in self.kwargs.items()},
+            labels=each(self.labels),
+            mask=each(self.mask),
+            keys=each(self.keys),
+            group=each(self.group),
+            targets=each(self.targets),
+        )
 
     def sorted(self) -> "Frame":
         """The same samples with those of a group side by side, so that a group's rows are a slice and not a copy."""
@@ -84,8 +92,9 @@ class Frame:
     def describe(self) -> str:
         """The inputs in words: shapes and dtypes."""
         named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
-        return ", ".join(f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}"
-                         for k, v in named.items() if isinstance(v, Tensor))
+        return ", ".join(
+            f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in named.items() if isinstance(v, Tensor)
+        )
 
 
 def logits_of(output: Any) -> Tensor:
@@ -129,8 +138,10 @@ def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, T
         ids = getattr(batch, "ids", None)
         if len(batch) <= 2 or ids is not None:
             return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None
-    raise ValueError(f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
-                     "a loader of another form needs a function that makes one of these of it")
+    raise ValueError(
+        f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
+        "a loader of another form needs a function that makes one of these of it"
+    )
 
 
 def _shape_of(batch: Any) -> str:

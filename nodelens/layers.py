@@ -14,8 +14,17 @@ from .rows import Rows
 PORTS = ("input", "output", "output*grad")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNELS_SECOND = (*_CONVOLUTIONS, *_TRANSPOSED, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm,
-                    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_CHANNELS_SECOND = (
+    *_CONVOLUTIONS,
+    *_TRANSPOSED,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +63,10 @@ class Layer:
         if tensor.ndim < 2:
             raise ValueError(f"layer {self.name!r} shows a tensor of shape {tuple(tensor.shape)}: units need two axes at least")
         if len(tensor) % samples:
-            raise ValueError(f"layer {self.name!r} shows {len(tensor)} rows of shape {tuple(tensor.shape[1:])} for a batch "
-                             f"of {samples} samples: rows must belong to samples")
+            raise ValueError(
+                f"layer {self.name!r} shows {len(tensor)} rows of shape {tuple(tensor.shape[1:])} for a batch "
+                f"of {samples} samples: rows must belong to samples"
+            )
         x = tensor if tensor.is_floating_point() and tensor.itemsize >= 4 else tensor.float()
         if self.channels_second(tensor):
             maps = x.flatten(2) if x.ndim > 2 else x[:, :, None]
@@ -91,7 +102,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*") -> list[L
 
 def _no_match(pattern: str, names: list[str], weighted: list[str]) -> str:
     near = difflib.get_close_matches(pattern.strip("*"), names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
     shown = ", ".join(weighted[:12]) + (f" and {len(weighted) - 12} more" if len(weighted) > 12 else "")
     return f"no layer matches {pattern!r}{hint} the model has: {shown or 'no layer with weights'}"
 

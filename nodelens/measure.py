@@ -21,23 +21,46 @@ from .results import Result, fingerprint, provenance
 from .table import make_table
 from .targets import summed_loss
 
-DEFAULT = ("activation_mean", "activation_variance", "activation_rms", "zero_fraction", "rq", "redundancy", "synergy",
-           "class_mi", "taylor", "effective_rank", "participation_ratio", "magnitude")
+DEFAULT = (
+    "activation_mean",
+    "activation_variance",
+    "activation_rms",
+    "zero_fraction",
+    "rq",
+    "redundancy",
+    "synergy",
+    "class_mi",
+    "taylor",
+    "effective_rank",
+    "participation_ratio",
+    "magnitude",
+)
 Loss = Callable[[Tensor, Tensor | None], Tensor]
 Metrics = Sequence[str | Metric] | Mapping[str, Metric]
 
 
 @torch.inference_mode(False)
-def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, layers: str | Sequence[str] = "*", *,
-            seed: int = 0, groups: int = 8, positions: int | None = None, precision: str = "float32", loss: Loss = summed_loss,
-            budget: float | None = None, on_plan: Callable[[Plan], None] | None = None,
-            progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Result:
+def analyze(
+    model: nn.Module,
+    data: Iterable[Any],
+    metrics: Metrics = DEFAULT,
+    layers: str | Sequence[str] = "*",
+    *,
+    seed: int = 0,
+    groups: int = 8,
+    positions: int | None = None,
+    precision: str = "float32",
+    loss: Loss = summed_loss,
+    budget: float | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Result:
     """Measures the units of a model in one pass over the data, in eval mode, on the device where its parameters lie.
 
     data: batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
     each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob or a list.
-    groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None for all. precision: of products, float32 or float64
-    (rows that are float64 keep it).
+    groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None
+    for all. precision: of products, float32 or float64 (rows that are float64 keep it).
     loss: of (logits, labels), summed over the batch. budget: bytes the plan may take.
 
     Raises ValueError for names without a match, data that do not fit the model and labels that a metric needs but are not
@@ -61,7 +84,11 @@ def analyze(model: nn.Module, data: Iterable[Any], metrics: Metrics = DEFAULT, l
     passed = time.perf_counter()
     result = finish(plan, taken, device)
     seconds = {"plan": planned - started, "pass": passed - planned, "table": time.perf_counter() - passed}
-    result.metadata |= {"seed": seed, "seconds": seconds, "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)}}
+    result.metadata |= {
+        "seed": seed,
+        "seconds": seconds,
+        "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)},
+    }
     return result
 
 
@@ -90,14 +117,24 @@ def finish(plan: Plan, taken: Pass, device: torch.device) -> Result:
     for accumulator in sums.values():
         accumulator.to(torch.device("cpu"))
     table = make_table(plan, sums, samples)
-    rows = [{"layer": layer, "statistic": str(need), "rows": int(a.value.tensors()["n"].sum()) if a.value else 0}
-            for (layer, need), a in sums.items()]
+    rows = [
+        {"layer": layer, "statistic": str(need), "rows": int(a.value.tensors()["n"].sum()) if a.value else 0}
+        for (layer, need), a in sums.items()
+    ]
     metadata = provenance() | {
         "metrics": {name: describe(metric) for name, metric in plan.metrics.items()},
-        "samples": int(samples.sum()), "groups": plan.groups, "samples_by_group": samples.tolist(), "positions": plan.positions, "precision": plan.precision,
-        "processes": world()[1], "rows": rows, "missing": table.missing, "counts": table.counts,
+        "samples": int(samples.sum()),
+        "groups": plan.groups,
+        "samples_by_group": samples.tolist(),
+        "positions": plan.positions,
+        "precision": plan.precision,
+        "processes": world()[1],
+        "rows": rows,
+        "missing": table.missing,
+        "counts": table.counts,
         "left_out": [{"site": str(s), "rows": n} for s, n in zip(taken.collectors, left_out, strict=True) if n],
-        "never_called": plan.never_called, "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],
+        "never_called": plan.never_called,
+        "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
     }
     return Result(table.units, table.layers, table.matrices, metadata)
@@ -118,8 +155,14 @@ def as_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 def describe(metric: Metric) -> dict[str, Any]:
     """What a column is: the metric's name, options, needs, when NaN."""
-    return {"metric": metric.names[0], "options": metric.options, "kind": metric.shape, "nan": metric.nan, "source": metric.source(),
-            "needs": {name: str(need) for name, need in metric.needs().items()}}
+    return {
+        "metric": metric.names[0],
+        "options": metric.options,
+        "kind": metric.shape,
+        "nan": metric.nan,
+        "source": metric.source(),
+        "needs": {name: str(need) for name, need in metric.needs().items()},
+    }
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -51,8 +51,10 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     for override in parsed:
         _check_choice(override, folders)
         if override.is_sweep_override() and not flags.multirun:
-            raise MistakeError(f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
-                          f"write {override.key_or_group}=[...]")
+            raise MistakeError(
+                f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
+                f"write {override.key_or_group}=[...]"
+            )
     search = [f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in folders[1:])}]"] if folders[1:] else []
     for lines in _jobs(parsed):
         yield _compose(task, parsed, lines, search)
@@ -62,8 +64,10 @@ def _parsed(lines: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(lines))
     except OverrideParseException as error:
-        raise MistakeError(f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
-                      "with = in it as \"ckpt_path='a=b.ckpt'\"") from None
+        raise MistakeError(
+            f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
+            "with = in it as \"ckpt_path='a=b.ckpt'\""
+        ) from None
 
 
 def _check_choice(override: Override, folders: list[Path]) -> None:
@@ -80,8 +84,9 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
             if name is None and group != "experiment":
                 raise MistakeError(f"{group}=null chooses nothing: choose one of {', '.join(options)}")
             if name is not None and str(name) not in options:
-                raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} "
-                                   f"Available: {', '.join(options)}")
+                raise MistakeError(
+                    f"{group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {', '.join(options)}"
+                )
 
 
 def _jobs(parsed: list[Override]) -> list[list[str]]:
@@ -116,8 +121,9 @@ def _explain(task: str, parsed: list[Override], search: list[str], error: Except
         key = override.key_or_group
         unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
         if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
-            raise MistakeError(f"no key {key!r} in the config of {task}.{nearest(key, keys)} "
-                               f"(python {task}.py --cfg job shows all)") from None
+            raise MistakeError(
+                f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job shows all)"
+            ) from None
     raise MistakeError(_reason(error)) from None
 
 

@@ -66,14 +66,23 @@ def _seen(layer: Layer, shows: list, samples: int, logits: torch.Tensor) -> Seen
     rows = layer.rows(tensor, samples)
     _, width, positions = rows.raw.shape
     final = tensor.data_ptr() == logits.data_ptr() and tensor.shape == logits.shape
-    return Seen(width, positions, tensor.ndim == 2 and len(tensor) == samples, len(shows), tensor.nbytes // samples,
-                tensor._version != version, final)
+    return Seen(
+        width,
+        positions,
+        tensor.ndim == 2 and len(tensor) == samples,
+        len(shows),
+        tensor.nbytes // samples,
+        tensor._version != version,
+        final,
+    )
 
 
 def _unfit(model: nn.Module, frame: Frame, error: Exception) -> str:
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (f"{type(model).__name__} cannot take the data, {frame.describe()}: {cause}; change the data's channels and size "
-            "(dataset.channels=, dataset.size=), or the model")
+    return (
+        f"{type(model).__name__} cannot take the data, {frame.describe()}: {cause}; change the data's channels and size "
+        "(dataset.channels=, dataset.size=), or the model"
+    )
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,17 @@ class Plan:
     precision: str = "float32"  # of products; rows that are float64 keep it
 
     @classmethod
-    def of(cls, model: nn.Module, layers: list[Layer], metrics: Mapping[str, Metric], recording: Recording, groups: int = 8,
-           positions: int | None = None, optional: bool = False, precision: str = "float32") -> "Plan":
+    def of(
+        cls,
+        model: nn.Module,
+        layers: list[Layer],
+        metrics: Mapping[str, Metric],
+        recording: Recording,
+        groups: int = 8,
+        positions: int | None = None,
+        optional: bool = False,
+        precision: str = "float32",
+    ) -> "Plan":
         """A plan for a model's layers, after one recorded forward of a few samples.
 
         ``optional`` leaves out layers that the forward never calls (and says so); otherwise such a layer is an error, and
@@ -103,14 +121,18 @@ class Plan:
             raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")
         silent = [layer for layer in layers if f"{layer.name}.output" not in recording.seen]
         if silent and (not optional or len(silent) == len(layers)):
-            raise ValueError(f"layer {silent[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
-                             "its weight directly): name another layer, such as the module that takes its output")
+            raise ValueError(
+                f"layer {silent[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
+                "its weight directly): name another layer, such as the module that takes its output"
+            )
         layers = [layer for layer in layers if layer not in silent]
         for name, metric in metrics.items():
             bare = next((layer for layer in layers if metric.weighted and layer.weight is None), None)
             if bare is not None:
-                raise ValueError(f"metric {name!r} needs weights, layer {bare.name!r} ({type(bare.module).__name__}) has none: "
-                                 "leave the metric out, or the layer (layers=)")
+                raise ValueError(
+                    f"metric {name!r} needs weights, layer {bare.name!r} ({type(bare.module).__name__}) has none: "
+                    "leave the metric out, or the layer (layers=)"
+                )
         return cls(layers, metrics, recording, groups, positions, [layer.name for layer in silent], precision)
 
     def seen(self, layer: Layer, port: str) -> Seen:
@@ -191,15 +213,26 @@ class Plan:
         if budget is None or self.total_bytes <= budget:
             return
         layer, need = max(((a, b) for a in self.layers for b in self.needs(a)), key=lambda pair: self.nbytes(*pair))
-        raise MemoryError(f"the plan takes {self.total_bytes / 2**20:,.0f} MiB, budget.memory is {budget / 2**20:,.0f} MiB; the "
-                          f"largest is {need} at {layer.name} with {self.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers "
-                          "(layers=), fewer groups (groups=1), other metrics, or a larger budget")
+        raise MemoryError(
+            f"the plan takes {self.total_bytes / 2**20:,.0f} MiB, budget.memory is {budget / 2**20:,.0f} MiB; the "
+            f"largest is {need} at {layer.name} with {self.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers "
+            "(layers=), fewer groups (groups=1), other metrics, or a larger budget"
+        )
 
     def rows(self) -> list[dict]:
         """The plan as a table: a row a statistic of a layer."""
-        return [{"layer": layer.name, "statistic": str(need), "width": self.seen(layer, need.port).width,
-                 "rows_per_sample": self._rows_a_sample(layer, need), "groups": self.groups_of(layer, need),
-                 "bytes": self.nbytes(layer, need)} for layer in self.layers for need in self.needs(layer)]
+        return [
+            {
+                "layer": layer.name,
+                "statistic": str(need),
+                "width": self.seen(layer, need.port).width,
+                "rows_per_sample": self._rows_a_sample(layer, need),
+                "groups": self.groups_of(layer, need),
+                "bytes": self.nbytes(layer, need),
+            }
+            for layer in self.layers
+            for need in self.needs(layer)
+        ]
 
     def _rows_a_sample(self, layer: Layer, need: Need) -> int:
         positions = self.seen(layer, need.port).positions
@@ -208,7 +241,9 @@ class Plan:
         return min(positions, self.positions or positions) if self.sampled(need) else positions
 
     def _one_view(self, layer: Layer, need: Need) -> Need:
-        return need._replace(view="samples") if self.seen(layer, need.port).flat and self.seen(layer, need.port).calls == 1 else need
+        return (
+            need._replace(view="samples") if self.seen(layer, need.port).flat and self.seen(layer, need.port).calls == 1 else need
+        )
 
     def _provider(self, need: Need, wanted: set[Need]) -> Need:
         gram = need._replace(statistic=Gram)

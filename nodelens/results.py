@@ -118,8 +118,14 @@ def _installed(name: str) -> bool:
 def _commit() -> str | None:
     here = Path(__file__).parent
     try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True,
-                             timeout=5, check=False)
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
     except OSError:  # no git on this machine
         return None
     return run.stdout.strip() or None if (here.parent / ".git").exists() else None

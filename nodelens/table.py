@@ -105,8 +105,10 @@ def _statistics(metric: Metric, plan: Plan, layer: Layer, sums: Sums, without: i
 
 def _nothing(metric: Metric, layer: Layer, need: Need, without: int | None) -> str:
     if need.port == "output*grad":
-        return (f"{metric.names[0]}: no gradient reached layer {layer.name!r}: the loss does not depend on it; leave the layer "
-                "out (layers=)")
+        return (
+            f"{metric.names[0]}: no gradient reached layer {layer.name!r}: the loss does not depend on it; leave the layer "
+            "out (layers=)"
+        )
     rest = "" if without is None else f" outside group {without}"
     return f"{metric.names[0]}: no rows were seen at layer {layer.name!r}{rest}: the data are empty, or the layer did not run"
 
@@ -117,9 +119,13 @@ def _explain(table: Table, plan: Plan, layer: Layer, name: str, metric: Metric, 
         table.missing.append({"layer": layer.name, "column": name, "count": lost, "reason": metric.nan})
     if error is not None and int(error.isnan().sum()) > 0:
         wide = any(plan.groups_of(layer, plan.lookup(layer, need)[0]) == 1 for need in metric.needs().values())
-        reason = (f"pair sums wider than {GROUPED_WIDTH} are kept once, not once a group" if wide and plan.groups > 1 else
-                  "fewer than two groups of samples" if int((error.isnan() & ~value.isnan()).sum()) and plan.groups < 2 else
-                  f"the value, or one without a group of samples, has none: {metric.nan}")
+        reason = (
+            f"pair sums wider than {GROUPED_WIDTH} are kept once, not once a group"
+            if wide and plan.groups > 1
+            else "fewer than two groups of samples"
+            if int((error.isnan() & ~value.isnan()).sum()) and plan.groups < 2
+            else f"the value, or one without a group of samples, has none: {metric.nan}"
+        )
         table.missing.append({"layer": layer.name, "column": f"{name}_se", "count": int(error.isnan().sum()), "reason": reason})
 
 

@@ -48,8 +48,10 @@ def summed_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
     if logits.ndim == 3 and y.ndim == 2:
         logits, y = logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()
     if logits.ndim != 2 or y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"cross-entropy wants logits (B, K) and class labels (B,), not {tuple(logits.shape)} and "
-                         f"{tuple(y.shape)} {y.dtype}; give loss=, a function of (logits, labels) that sums over the batch")
+        raise ValueError(
+            f"cross-entropy wants logits (B, K) and class labels (B,), not {tuple(logits.shape)} and "
+            f"{tuple(y.shape)} {y.dtype}; give loss=, a function of (logits, labels) that sums over the batch"
+        )
     valid = y[y != IGNORE]
     if len(valid) and (int(valid.max()) >= logits.shape[1] or int(valid.min()) < 0):
         raise ValueError(f"the model has {logits.shape[1]} classes, the labels run from {int(valid.min())} to {int(valid.max())}")

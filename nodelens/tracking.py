@@ -13,8 +13,12 @@ def scalars(result: Result) -> dict[str, float]:
     means = result.units[[c for c in result.units if not c.endswith("_se")]].groupby(level="layer", sort=False).mean()
     own = result.layers.select_dtypes("float")
     own = own[[c for c in own if not c.endswith("_se")]]
-    found = {f"{kind}/{layer}/{metric}": float(value) for kind, table in (("units", means), ("layers", own))
-             for layer, row in table.iterrows() for metric, value in row.items()}
+    found = {
+        f"{kind}/{layer}/{metric}": float(value)
+        for kind, table in (("units", means), ("layers", own))
+        for layer, row in table.iterrows()
+        for metric, value in row.items()
+    }
     return {name: value for name, value in found.items() if value == value}
 
 

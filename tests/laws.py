@@ -65,8 +65,12 @@ def make(statistic: type[Statistic], x: Tensor, start: int = 0, **options: Any) 
 
 def values(s: Statistic) -> dict[str, Tensor]:
     """What can be read off a statistic, whatever its shift."""
-    named = {Moments: ("mean", "variance", "mean_square"), Gram: ("mean", "covariance"), Patches: ("mean", "variance"),
-             Cross: ("covariance", "target_covariance", "target_mean")}
+    named = {
+        Moments: ("mean", "variance", "mean_square"),
+        Gram: ("mean", "covariance"),
+        Patches: ("mean", "variance"),
+        Cross: ("covariance", "target_covariance", "target_mean"),
+    }
     found = {name: getattr(s, name) for name in named.get(type(s), ())} | {"n": s.tensors()["n"]}
     if isinstance(s, ByClass):
         seen = s.only(s.n > 1)
@@ -85,8 +89,14 @@ def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> d
     w = torch.randn(units, fan_in, generator=g, dtype=torch.float64)
     y = x @ w.T
     logits = torch.randn(n, 3, generator=g, dtype=torch.float64) + y[:, :1]
-    return {"inputs": x, "weights": w, "outputs": y, "labels": torch.randint(3, (n,), generator=g), "logits": logits,
-            "gradients": torch.randn(n, units, generator=g, dtype=torch.float64)}
+    return {
+        "inputs": x,
+        "weights": w,
+        "outputs": y,
+        "labels": torch.randint(3, (n,), generator=g),
+        "logits": logits,
+        "gradients": torch.randn(n, units, generator=g, dtype=torch.float64),
+    }
 
 
 EVERY_METRIC: list[Metric] = [m() for m in METRICS]

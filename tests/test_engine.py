@@ -34,7 +34,7 @@ def test_the_model_is_as_it_was():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     nl.analyze(net, batches(*images(), 16))
     assert hooks(net) == 0
-    assert net.training and not net.bn.training and net.stem.training
+    assert (net.training, net.bn.training, net.stem.training) == (True, False, True)
     assert [n for n, p in net.named_parameters() if not p.requires_grad] == ["head.weight"]
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -135,8 +135,13 @@ def test_a_pass_goes_on_where_it_was_saved(tmp_path):
 
 
 def test_gradients_reach_a_model_that_reads_token_ids():
-    data = [{"input_ids": torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(0)),
-             "attention_mask": torch.ones(6, 5, dtype=torch.long), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}]
+    data = [
+        {
+            "input_ids": torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(0)),
+            "attention_mask": torch.ones(6, 5, dtype=torch.long),
+            "labels": torch.tensor([0, 1, 2, 0, 1, 2]),
+        }
+    ]
     assert (nl.analyze(build(Tokens), data, ["taylor"]).units["taylor"] > 0).all()
 
 
@@ -172,19 +177,35 @@ class Unreached(nn.Module):
         return self.b(x)
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: nl.analyze(build(Mixed), [], ["rq"]), "the data are empty"),
-    (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq"], "unused"), "layer 'unused' is never called by Mixed.forward"),
-    (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq"], ["bn", "stem"]), r"metric 'rq' needs weights, layer 'bn' \(BatchNorm2d\) has none"),
-    (lambda: nl.analyze(build(Mixed), [torch.zeros(4, 1, 9, 9)], ["rq"]), r"Mixed cannot take the data, input 0 \(2, 1, 9, 9\) float32: .*channels"),
-    (lambda: nl.analyze(build(Mixed), [images()[0]], ["class_mi"]), "target 'label' needs labels, the data have none"),
-    (lambda: nl.analyze(build(Mixed), [images()[0]], ["taylor"]), "target 'loss' needs labels"),
-    (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1] + 9)], ["synergy"]), "the model has 4 classes, a label is 12"),
-    (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1][:5])], ["synergy"]), "a batch has 96 samples and 5 labels"),
-    (lambda: nl.analyze(build(Mixed), [(1, 2, 3)], ["rq"]), r"not a tuple of 3: \(int, int, int\)"),
-    (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq", "rq"]), "metric 'rq' is asked for twice"),
-    (lambda: nl.analyze(Unreached(), [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))], ["taylor"], "a"), "no gradient reached layer 'a'"),
-], ids=range(11))
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: nl.analyze(build(Mixed), [], ["rq"]), "the data are empty"),
+        (
+            lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq"], "unused"),
+            "layer 'unused' is never called by Mixed.forward",
+        ),
+        (
+            lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq"], ["bn", "stem"]),
+            r"metric 'rq' needs weights, layer 'bn' \(BatchNorm2d\) has none",
+        ),
+        (
+            lambda: nl.analyze(build(Mixed), [torch.zeros(4, 1, 9, 9)], ["rq"]),
+            r"Mixed cannot take the data, input 0 \(2, 1, 9, 9\) float32: .*channels",
+        ),
+        (lambda: nl.analyze(build(Mixed), [images()[0]], ["class_mi"]), "target 'label' needs labels, the data have none"),
+        (lambda: nl.analyze(build(Mixed), [images()[0]], ["taylor"]), "target 'loss' needs labels"),
+        (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1] + 9)], ["synergy"]), "the model has 4 classes, a label is 12"),
+        (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1][:5])], ["synergy"]), "a batch has 96 samples and 5 labels"),
+        (lambda: nl.analyze(build(Mixed), [(1, 2, 3)], ["rq"]), r"not a tuple of 3: \(int, int, int\)"),
+        (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq", "rq"]), "metric 'rq' is asked for twice"),
+        (
+            lambda: nl.analyze(Unreached(), [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))], ["taylor"], "a"),
+            "no gradient reached layer 'a'",
+        ),
+    ],
+    ids=range(11),
+)
 def test_refusals_name_the_thing_and_the_way_out(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -11,11 +11,30 @@ from torch.testing import assert_close
 from nodelens.metrics import get_metric, list_metrics
 from nodelens.targets import logit_pc1, target_of
 
-FILES = ("activations", "activations_conv", "rayleigh_quotient_linear", "rayleigh_quotient_conv_1", "rayleigh_quotient_conv_2",
-         "pairwise_redundancy_gaussian", "pairwise_redundancy_gaussian_conv", "gaussian_pid_synergy_mmi", "targets", "mi_about_class",
-         "taylor_saliency", "taylor_saliency_conv")
-LATER = {"outlier_index", "outlier_index_q", "class_norm_mean", "class_norm_max", "class_norm_variance", "class_norm_ratio", "layer",
-         "binning"}
+FILES = (
+    "activations",
+    "activations_conv",
+    "rayleigh_quotient_linear",
+    "rayleigh_quotient_conv_1",
+    "rayleigh_quotient_conv_2",
+    "pairwise_redundancy_gaussian",
+    "pairwise_redundancy_gaussian_conv",
+    "gaussian_pid_synergy_mmi",
+    "targets",
+    "mi_about_class",
+    "taylor_saliency",
+    "taylor_saliency_conv",
+)
+LATER = {
+    "outlier_index",
+    "outlier_index_q",
+    "class_norm_mean",
+    "class_norm_max",
+    "class_norm_variance",
+    "class_norm_ratio",
+    "layer",
+    "binning",
+}
 
 
 def cases(doc):

@@ -7,8 +7,11 @@ from torch.testing import assert_close
 
 from nodelens.metrics import METRICS, PairwiseRedundancy, Synergy, get_metric, list_metrics
 
-every = pytest.mark.parametrize("metric", [*EVERY_METRIC, PairwiseRedundancy(reduce="none"), Synergy(reduce="none")],
-                                ids=lambda m: m.names[-1] + ("_pairs" if m.shape == "pair" else ""))
+every = pytest.mark.parametrize(
+    "metric",
+    [*EVERY_METRIC, PairwiseRedundancy(reduce="none"), Synergy(reduce="none")],
+    ids=lambda m: m.names[-1] + ("_pairs" if m.shape == "pair" else ""),
+)
 INFORMATION = ("redundancy", "synergy", "synergy_continuous_target", "class_mi")
 
 
@@ -55,8 +58,20 @@ def test_a_constant_added_to_the_units_changes_nothing(name):
     assert_close(get_metric(name).compute(**t), get_metric(name).compute(**moved), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "power"), [("activation_variance", 2), ("activation_mean", 1), ("activation_rms", 1), ("redundancy", 0),
-                                             ("synergy", 0), ("class_mi", 0), ("effective_rank", 0), ("d_pr", 0), ("zero_fraction", 0)])
+@pytest.mark.parametrize(
+    ("name", "power"),
+    [
+        ("activation_variance", 2),
+        ("activation_mean", 1),
+        ("activation_rms", 1),
+        ("redundancy", 0),
+        ("synergy", 0),
+        ("class_mi", 0),
+        ("effective_rank", 0),
+        ("d_pr", 0),
+        ("zero_fraction", 0),
+    ],
+)
 def test_scaled_rows_scale_the_answer(name, power):
     t = everything()
     scaled = t | {"outputs": t["outputs"] * 3}
@@ -77,20 +92,29 @@ def test_the_docstring_says_what_a_reader_needs(metric):
     assert metric.source()
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: get_metric("synergi"), "no metric is called 'synergi'; did you mean 'synergy'"),
-    (lambda: get_metric("rq", relativ=False), "rq has no option 'relativ'; did you mean 'relative'"),
-    (lambda: get_metric("taylor", mode="max"), "mode is 'max'; it takes 'abs_mean', 'mean_abs', 'sq_mean'"),
-    (lambda: get_metric("rq").compute(inputs=torch.ones(3, 2)), "needs weights="),
-    (lambda: get_metric("taylor").compute(outputs=torch.ones(3, 2)), "needs gradients="),
-    (lambda: get_metric("class_mi").compute(outputs=torch.ones(3, 2)), "target 'label' needs labels"),
-    (lambda: get_metric("synergy").compute(outputs=torch.ones(3, 2)), "target 'logit_margin' needs logits"),
-    (lambda: get_metric("rq").compute(activations=torch.ones(3, 2)), "compute\\(\\) takes inputs"),
-    (lambda: get_metric("rq").compute(inputs=torch.randn(9, 5), outputs=torch.randn(9, 2), weights=torch.ones(2, 6)),
-     "the weight reads 6 inputs, the rows are 5 wide"),
-    (lambda: get_metric("rq").compute(outputs=torch.randn(9, 3), inputs=torch.randn(9, 6), weights=torch.ones(2, 6)),
-     "the weight has 2 units, the rows are 3 wide"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: get_metric("synergi"), "no metric is called 'synergi'; did you mean 'synergy'"),
+        (lambda: get_metric("rq", relativ=False), "rq has no option 'relativ'; did you mean 'relative'"),
+        (lambda: get_metric("taylor", mode="max"), "mode is 'max'; it takes 'abs_mean', 'mean_abs', 'sq_mean'"),
+        (lambda: get_metric("rq").compute(inputs=torch.ones(3, 2)), "needs weights="),
+        (lambda: get_metric("rq", regularization=-1.0).compute(**everything()), "regularization is -1.0; .* 0 or more"),
+        (lambda: get_metric("taylor").compute(outputs=torch.ones(3, 2)), "needs gradients="),
+        (lambda: get_metric("class_mi").compute(outputs=torch.ones(3, 2)), "target 'label' needs labels"),
+        (lambda: get_metric("synergy").compute(outputs=torch.ones(3, 2)), "target 'logit_margin' needs logits"),
+        (lambda: get_metric("rq").compute(activations=torch.ones(3, 2)), "compute\\(\\) takes inputs"),
+        (
+            lambda: get_metric("rq").compute(inputs=torch.randn(9, 5), outputs=torch.randn(9, 2), weights=torch.ones(2, 6)),
+            "the weight reads 6 inputs, the rows are 5 wide",
+        ),
+        (
+            lambda: get_metric("rq").compute(outputs=torch.randn(9, 3), inputs=torch.randn(9, 6), weights=torch.ones(2, 6)),
+            "the weight has 2 units, the rows are 3 wide",
+        ),
+    ],
+    ids=str,
+)
 def test_mistakes_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -115,7 +115,9 @@ def test_permuted_units_permute_a_covariance():
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 5000])
 def test_a_mean_of_a_thousand_spreads_costs_no_precision(batch):
-    x = torch.randn(5000, 6, generator=torch.Generator().manual_seed(1)) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(5000, 6, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+        6, 6, generator=torch.Generator().manual_seed(2)
+    )
     x = (x + 1000 * x.std(0)).float()
     shift = x[:batch].double().mean(0)
     grams = [Gram.of(part, shift=shift) for part in x.split(batch)]

@@ -21,7 +21,10 @@ LAYERS = ["stem", "grouped", "dilated", "up", "point", "head"]
 
 def outputs_of(net, x, names=LAYERS):
     seen = {}
-    handles = [net.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: seen.__setitem__(n, (a[0].clone(), o.clone()))) for n in names]
+    handles = [
+        net.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: seen.__setitem__(n, (a[0].clone(), o.clone())))
+        for n in names
+    ]
     with torch.no_grad():
         logits = net(x)
     for handle in handles:
@@ -56,7 +59,9 @@ def test_every_unit_of_every_layer_has_a_row_and_what_is_never_called_is_said(ne
     assert result.metadata["outputs"] == ["head"]
     assert not result.units.isna().any().any()
     assert result.metadata["missing"] == []
-    assert {f"{m}_se" for m in DEFAULT if m not in ("magnitude", "effective_rank", "participation_ratio")} <= set(result.units.columns)
+    assert {f"{m}_se" for m in DEFAULT if m not in ("magnitude", "effective_rank", "participation_ratio")} <= set(
+        result.units.columns
+    )
 
 
 def test_activation_metrics_are_those_of_all_rows(net, result):
@@ -64,18 +69,33 @@ def test_activation_metrics_are_those_of_all_rows(net, result):
     net.float()
     for name in LAYERS:
         y, table = rows(seen[name][1]), result.units.loc[name]
-        for column, truth in (("activation_mean", y.abs().mean(0)), ("activation_variance", y.var(0)),
-                              ("activation_rms", y.square().mean(0).sqrt()), ("zero_fraction", (y == 0).double().mean(0))):
+        for column, truth in (
+            ("activation_mean", y.abs().mean(0)),
+            ("activation_variance", y.var(0)),
+            ("activation_rms", y.square().mean(0).sqrt()),
+            ("zero_fraction", (y == 0).double().mean(0)),
+        ):
             np.testing.assert_allclose(table[column], truth, rtol=2e-6, atol=1e-9, err_msg=f"{name} {column}")
 
 
 @pytest.mark.parametrize("name", ["stem", "grouped", "dilated", "point"])
 def test_rayleigh_quotient_is_the_unfold_definition(net, name):
-    result = nl.analyze(net.double(), batches(*images(dtype=torch.float64), 17), {"raw": get_metric("rq", relative=False), "rq": get_metric("rq")}, name)
+    result = nl.analyze(
+        net.double(),
+        batches(*images(dtype=torch.float64), 17),
+        {"raw": get_metric("rq", relative=False), "rq": get_metric("rq")},
+        name,
+    )
     x = outputs_of(net, images(dtype=torch.float64)[0])[0][name][0]
     module = net.get_submodule(name)
     net.float()
-    padding = ([(0, 0), (0, 0)] if module.padding == 0 else [(2, 2), (1, 1)] if module.padding == "same" else [(p, p) for p in module.padding])
+    padding = (
+        [(0, 0), (0, 0)]
+        if module.padding == 0
+        else [(2, 2), (1, 1)]
+        if module.padding == "same"
+        else [(p, p) for p in module.padding]
+    )
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = functional.pad(x, (*padding[1], *padding[0]), mode=mode)
     patches = functional.unfold(x, module.kernel_size, module.dilation, 0, module.stride).movedim(1, -1).flatten(0, 1)
@@ -115,7 +135,9 @@ def test_synergy_and_redundancy_are_a_double_loop_over_all_pairs(net):
     for name in LAYERS:
         means = seen[name][1].flatten(2).mean(2) if seen[name][1].ndim == 4 else seen[name][1]
         every = rows(seen[name][1])
-        for i, (loop, column) in itertools.product(range(min(4, means.shape[1])), ((synergy_loop, "synergy"), (redundancy_loop, "redundancy"))):
+        for i, (loop, column) in itertools.product(
+            range(min(4, means.shape[1])), ((synergy_loop, "synergy"), (redundancy_loop, "redundancy"))
+        ):
             truth = loop(means if column == "synergy" else every, z, i)
             assert result.units.loc[(name, i), column] == pytest.approx(truth, rel=1e-8, abs=1e-12), (name, column)
 
@@ -154,7 +176,9 @@ def test_class_information_and_taylor_are_their_definitions(net):
         np.testing.assert_allclose(result.units.loc[name]["taylor"], q.abs().mean(0), rtol=1e-9, err_msg=name)
         m = y.flatten(2).mean(2) if y.ndim == 4 else y
         within = sum((labels == c).double().mean() * m[labels == c].var(0).log() for c in range(4))
-        np.testing.assert_allclose(result.units.loc[name]["class_mi"], 0.5 * (m.var(0).log() - within), rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            result.units.loc[name]["class_mi"], 0.5 * (m.var(0).log() - within), rtol=1e-9, atol=1e-12, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
@@ -222,11 +246,25 @@ def test_padding_does_not_count(pad):
         for k, t in enumerate(texts):
             ids[k, shift[k] : shift[k] + len(t)] = t
             mask[k, shift[k] : shift[k] + len(t)] = 1
-        return [{"input_ids": ids[k : k + 8], "attention_mask": mask[k : k + 8], "labels": labels[k : k + 8], "ids": torch.arange(k, k + 8)}
-                for k in range(0, 40, 8)]
+        return [
+            {
+                "input_ids": ids[k : k + 8],
+                "attention_mask": mask[k : k + 8],
+                "labels": labels[k : k + 8],
+                "ids": torch.arange(k, k + 8),
+            }
+            for k in range(0, 40, 8)
+        ]
 
-    bare = [{"input_ids": t[None], "attention_mask": torch.ones(1, len(t), dtype=torch.long), "labels": labels[k : k + 1], "ids": torch.tensor([k])}
-            for k, t in enumerate(texts)]
+    bare = [
+        {
+            "input_ids": t[None],
+            "attention_mask": torch.ones(1, len(t), dtype=torch.long),
+            "labels": labels[k : k + 1],
+            "ids": torch.tensor([k]),
+        }
+        for k, t in enumerate(texts)
+    ]
     truth = nl.analyze(net, bare, names)
     for width, value in ((8, 0), (13, 5)):
         found = nl.analyze(net, padded(width, value), names)
@@ -242,7 +280,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted():
     keep = [k for k in range(50) if k not in (3, 20)]
     names = ["activation_mean", "activation_variance", "redundancy", "zero_fraction", "rq"]
     found = nl.analyze(net, bad.split(7), names)
-    close(found.units[[n for n in names]], nl.analyze(net, x[keep].split(7), names).units[[n for n in names]], 1e-5)
+    close(found.units[names], nl.analyze(net, x[keep].split(7), names).units[names], 1e-5)
     assert {e["site"]: e["rows"] for e in found.metadata["left_out"]} == {"0.output": 2, "0.input": 2}
 
 
@@ -269,8 +307,11 @@ def test_channels_last_and_one_dimensional_convolutions():
     net = build(Mixed)
     plain = nl.analyze(net, batches(*images(), 16), ["activation_variance", "redundancy", "rq", "taylor"])
     x, y = images()
-    last = nl.analyze(net.to(memory_format=torch.channels_last), batches(x.to(memory_format=torch.channels_last), y, 16),
-                      ["activation_variance", "redundancy", "rq", "taylor"])
+    last = nl.analyze(
+        net.to(memory_format=torch.channels_last),
+        batches(x.to(memory_format=torch.channels_last), y, 16),
+        ["activation_variance", "redundancy", "rq", "taylor"],
+    )
     close(last.units, plain.units, 1e-4)
     line = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 2, 2))
     x = torch.randn(30, 3, 11, generator=torch.Generator().manual_seed(0))

@@ -36,7 +36,12 @@ def test_processes_add_up(tmp_path, shares):
     from test_laws_statistics import same
     from test_measure import close
 
-    mp.start_processes(_work, (len(shares), str(tmp_path), shares), len(shares), start_method="fork" if not torch.cuda.is_initialized() else "spawn")
+    mp.start_processes(
+        _work,
+        (len(shares), str(tmp_path), shares),
+        len(shares),
+        start_method="fork" if not torch.cuda.is_initialized() else "spawn",
+    )
     state = torch.load(tmp_path / "sums.pt", weights_only=True)
     for statistic in STATISTICS:
         together = Accumulator(statistic, groups=2)

@@ -78,8 +78,10 @@ def _pair(arrays: _Arrays, suffix: str, file: Path) -> tuple[Tensor, Tensor]:
     names = f"x{suffix}", f"y{suffix}"
     missing = [name for name in names if name not in arrays]
     if missing:
-        raise ValueError(f"{file} has no array {' and '.join(missing)}, it has {', '.join(arrays) or 'none'}; "
-                         f"name the arrays x, y, or x_train, y_train, x_test, y_test")
+        raise ValueError(
+            f"{file} has no array {' and '.join(missing)}, it has {', '.join(arrays) or 'none'}; "
+            f"name the arrays x, y, or x_train, y_train, x_test, y_test"
+        )
     x, y = (arrays[name] for name in names)
     if len(x) != len(y):
         raise ValueError(f"{file}: {names[0]} has {len(x)} samples and {names[1]} has {len(y)}; they must be as many")
@@ -101,6 +103,8 @@ def _images(x: np.ndarray, name: str) -> Tensor:
 def _joined(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     (x, y), (x_test, y_test) = train, test
     if x.shape[1:] != x_test.shape[1:] or x.dtype != x_test.dtype:
-        raise ValueError(f"training images are {x.dtype} {tuple(x.shape[1:])}, test images {x_test.dtype} "
-                         f"{tuple(x_test.shape[1:])} (channels, height, width); store both alike")
+        raise ValueError(
+            f"training images are {x.dtype} {tuple(x.shape[1:])}, test images {x_test.dtype} "
+            f"{tuple(x_test.shape[1:])} (channels, height, width); store both alike"
+        )
     return torch.cat([x, x_test]), torch.cat([y, y_test])

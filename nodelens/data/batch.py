@@ -8,6 +8,6 @@ from torch import Tensor
 class Batch(NamedTuple):
     """Images with their labels and numbers."""
 
-    x: Tensor    # (B, C, H, W)  float32  normalised
-    y: Tensor    # (B,)          int64    class, 0 .. classes - 1
+    x: Tensor  # (B, C, H, W)  float32  normalised
+    y: Tensor  # (B,)          int64    class, 0 .. classes - 1
     ids: Tensor  # (B,)          int64    the sample's number in its source: test rows follow the training rows

@@ -27,8 +27,10 @@ def label_column(features: datasets.Features, key: str | None, what: str) -> str
     name = _chosen(found, key, features, "label", what)
     feature = features[name]
     if not isinstance(feature, datasets.ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
-        raise ValueError(f"{what}: column '{name}' is {getattr(feature, 'dtype', feature)}; labels are integers: store "
-                         f"it as a ClassLabel (Dataset.class_encode_column), or set dataset.label_key")
+        raise ValueError(
+            f"{what}: column '{name}' is {getattr(feature, 'dtype', feature)}; labels are integers: store "
+            f"it as a ClassLabel (Dataset.class_encode_column), or set dataset.label_key"
+        )
     return name
 
 

@@ -56,8 +56,10 @@ class Convert:
             return x.expand(-1, 3, -1, -1)
         if (have, want) == (3, 1):
             return (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        raise ValueError(f"images have {have} channels, dataset.channels is {want}; only 1 to 3 and 3 to 1 are "
-                         f"converted: set dataset.channels={have}")
+        raise ValueError(
+            f"images have {have} channels, dataset.channels is {want}; only 1 to 3 and 3 to 1 are "
+            f"converted: set dataset.channels={have}"
+        )
 
     def _resized(self, x: Tensor) -> Tensor:
         if self.size is None or x.shape[2:] == (self.size, self.size):
@@ -67,8 +69,9 @@ class Convert:
     def _per_channel(self, name: str, value: float | Sequence[float], x: Tensor) -> Tensor:
         values = x.new_tensor([value] if isinstance(value, (int, float)) else list(value))
         if len(values) not in (1, x.shape[1]):
-            raise ValueError(f"dataset.{name} has {len(values)} values, the images have {x.shape[1]} channels; "
-                             f"give one number, or one a channel")
+            raise ValueError(
+                f"dataset.{name} has {len(values)} values, the images have {x.shape[1]} channels; give one number, or one a channel"
+            )
         if name == "std" and not (values > 0).all():
             raise ValueError(f"dataset.std is {values.tolist()}; every value must be above 0")
         return values.view(1, -1, 1, 1)

@@ -52,8 +52,10 @@ class Hub(ImageData):
         if self.test_split is not None or "test" in sets:
             test = _split(sets, self.test_split or "test", "test", what)
         if test is train:
-            raise ValueError(f"{what}: train and test are the same split '{self.train_split}'; "
-                             f"set dataset.test_split=null to hold out a share of it")
+            raise ValueError(
+                f"{what}: train and test are the same split '{self.train_split}'; "
+                f"set dataset.test_split=null to hold out a share of it"
+            )
         self.unsplit = test is None
         parts = [train] if test is None else [train, test]
         features = train.features or datasets.Features()
@@ -97,8 +99,7 @@ class Hub(ImageData):
         source = self._ready()
         if not isinstance(source, StreamSource):
             raise RuntimeError("the data were read as a table; set streaming before setup()")
-        stream = Stream(source, ids, self._convert(), batch_size, self.classes or 0, self.workers,
-                        self.seed if shuffle else None)
+        stream = Stream(source, ids, self._convert(), batch_size, self.classes or 0, self.workers, self.seed if shuffle else None)
         return DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available())
 
 

@@ -26,16 +26,19 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
     if place.exists():
         return _local(place, name, streaming)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"no folder at {place.resolve()}; set dataset.path to a folder with images or parquet, "
-                                f"or to a hub id")
+        raise FileNotFoundError(
+            f"no folder at {place.resolve()}; set dataset.path to a folder with images or parquet, or to a hub id"
+        )
     try:
         with _without_retries():
             return _by_name(datasets.load_dataset(path, name, streaming=streaming))
     except (ConnectionError, FileNotFoundError) as error:
         reached = isinstance(error, DatasetNotFoundError)
         why = "the hub does not have it or wants a login" if reached else "the hub cannot be reached"
-        raise FileNotFoundError(f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
-                                f"dataset.path=<folder with images or parquet>") from error
+        raise FileNotFoundError(
+            f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
+            f"dataset.path=<folder with images or parquet>"
+        ) from error
 
 
 def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
@@ -44,8 +47,10 @@ def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
             return _by_name(datasets.load_dataset("parquet", data_files=str(place), streaming=streaming))
         return _by_name(datasets.load_dataset(str(place), name, streaming=streaming))
     except (FileNotFoundError, DatasetGenerationError) as error:
-        raise FileNotFoundError(f"nothing to read at {place.resolve()}; dataset.path is a folder with one folder of "
-                                f"images a class, with parquet files, or from save_to_disk") from error
+        raise FileNotFoundError(
+            f"nothing to read at {place.resolve()}; dataset.path is a folder with one folder of "
+            f"images a class, with parquet files, or from save_to_disk"
+        ) from error
 
 
 def _by_name(sets: Any) -> dict[str, Any]:

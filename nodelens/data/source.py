@@ -23,13 +23,16 @@ class Source(Protocol):
     def classes(self) -> int | None:
         """As many as the source declares or shows; None where it does neither."""
         ...
+
     @property
     def labels(self) -> Tensor | None:
         """(rows + own_test,) int64; None where they are seen only while streaming."""
         ...
+
     def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
         """The converted images of `ids`, (len(ids), C, H, W)."""
         ...
+
     def fingerprint(self) -> str:
         """A hash that changes with the samples."""
         ...
@@ -39,7 +42,7 @@ class Source(Protocol):
 class ArraySource:
     """Images in memory."""
 
-    x: Tensor       # (n, C, H, W)  uint8 or float32
+    x: Tensor  # (n, C, H, W)  uint8 or float32
     labels: Tensor  # (n,)          int64
     own_test: int = 0
 

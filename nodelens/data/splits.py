@@ -12,9 +12,7 @@ from torch import Tensor
 NAMES = ("train", "val", "test", "calibration", "all")
 
 
-def make_splits(
-    rows: int, own_test: int, val: float, test: float, calibration: int, seed: int
-) -> dict[str, Tensor]:
+def make_splits(rows: int, own_test: int, val: float, test: float, calibration: int, seed: int) -> dict[str, Tensor]:
     """Sorted sample numbers (int64) of train, val, test and calibration; together each number once.
 
     rows:         training rows of the source, numbered from 0; its `own_test` test rows follow
@@ -30,8 +28,10 @@ def make_splits(
     held = {"test": 0 if own_test else round(test * rows), "val": round(val * rows)}
     free = rows - held["test"] - held["val"]
     if free < 1:
-        raise ValueError(f"no sample is left to train on: {rows} samples, of which {held['val']} go to val and "
-                         f"{held['test']} to test; lower dataset.val and dataset.test")
+        raise ValueError(
+            f"no sample is left to train on: {rows} samples, of which {held['val']} go to val and "
+            f"{held['test']} to test; lower dataset.val and dataset.test"
+        )
     held["calibration"] = min(int(calibration), free // 2)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     parts = order.split([*held.values(), rows - sum(held.values())])

@@ -55,8 +55,10 @@ class StreamSource:
                     yield start + seen, row[self.image], row[self.label]
                 seen += 1
             if seen <= last:
-                raise ValueError(f"dataset {self.name} was to have {count} samples and its stream ended after {seen}; "
-                                 f"set dataset.streaming=false")
+                raise ValueError(
+                    f"dataset {self.name} was to have {count} samples and its stream ended after {seen}; "
+                    f"set dataset.streaming=false"
+                )
             start += count
 
     def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
@@ -89,8 +91,16 @@ class Stream(IterableDataset[Batch]):
     Threads and not processes: `datasets` would deal its files out to processes, and lose the running number.
     """
 
-    def __init__(self, source: StreamSource, ids: Tensor, convert: Convert, batch_size: int, classes: int,
-                 threads: int = 0, seed: int | None = None):
+    def __init__(
+        self,
+        source: StreamSource,
+        ids: Tensor,
+        convert: Convert,
+        batch_size: int,
+        classes: int,
+        threads: int = 0,
+        seed: int | None = None,
+    ):
         self.source, self.ids, self.convert, self.batch_size = source, ids, convert, batch_size
         self.classes, self.threads = classes, threads
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -13,8 +13,18 @@ from .spectrum import EffectiveRank, ParticipationRatio
 from .weight import WeightMagnitude
 
 METRICS: tuple[type[Metric], ...] = (
-    ActivationMean, ActivationVariance, ActivationNorm, ActivationZeroFraction, RayleighQuotient, PairwiseRedundancy, Synergy,
-    ClassInformation, Taylor, EffectiveRank, ParticipationRatio, WeightMagnitude,
+    ActivationMean,
+    ActivationVariance,
+    ActivationNorm,
+    ActivationZeroFraction,
+    RayleighQuotient,
+    PairwiseRedundancy,
+    Synergy,
+    ClassInformation,
+    Taylor,
+    EffectiveRank,
+    ParticipationRatio,
+    WeightMagnitude,
 )
 _BY_NAME = {name: metric for metric in METRICS for name in metric.names}
 

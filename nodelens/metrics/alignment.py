@@ -40,6 +40,8 @@ class RayleighQuotient(Metric):
         units, fan_in = weight.shape
         if units != len(y.total):
             raise ValueError(f"the weight has {units} units, the rows are {len(y.total)} wide")
+        if self.regularization < 0:
+            raise ValueError(f"regularization is {self.regularization}; it is added to a variance: 0 or more")
         raw = y.variance / weight.double().square().sum(1) + self.regularization
         if not self.relative:
             return raw

@@ -40,7 +40,8 @@ class Metric:
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {', '.join(map(repr, get_args(hint)))}")
+                fit = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {fit}")
 
     def needs(self) -> dict[str, Need]:
         """What ``__call__`` takes, by the name of its argument."""

@@ -51,7 +51,7 @@ class ClassInformation(Metric):
 
     def counts(self, weight: Tensor | None, y: ByClass) -> dict[str, int]:  # type: ignore[override]
         total, within, _ = self._variances(y)
-        return {"degenerate": int((within < SILENT * total).any(0).sum()), "classes_left_out": int(((y.n == 1)).sum())}
+        return {"degenerate": int((within < SILENT * total).any(0).sum()), "classes_left_out": int((y.n == 1).sum())}
 
     def _seen(self, y: ByClass) -> ByClass:
         return y.only(y.n > 1)

@@ -1,7 +1,7 @@
 """What units tell: about each other, and together about a target. Gaussian, in nats."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -121,8 +121,3 @@ def _joint(rho: Tensor, r: Tensor) -> Tensor:
     r2 = r.square()
     explained = (r2[:, None] + r2 - 2 * r[:, None] * r * rho) / (1 - rho.square()).clamp_min(TWIN)
     return gaussian_information(explained)
-
-
-def options_note(metric: Any) -> str:
-    """A metric's options in words, for tables and pages."""
-    return ", ".join(f"{k}={v}" for k, v in metric.options.items())

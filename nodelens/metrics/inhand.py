@@ -18,7 +18,10 @@ def compute(metric: Metric, tensors: dict[str, Any]) -> Tensor:
     """The value of a metric from the tensors that ``Metric.compute`` documents."""
     unknown = set(tensors) - set(_GEOMETRY) - set(_TENSORS)
     if unknown:
-        raise ValueError(f"{metric.names[0]}: compute() takes {', '.join(_TENSORS)} and a convolution's geometry, not {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"{metric.names[0]}: compute() takes {', '.join(_TENSORS)} and a convolution's geometry, "
+            f"not {', '.join(sorted(unknown))}"
+        )
     weight = tensors.get("weights")
     if metric.weighted and weight is None:
         raise ValueError(f"{metric.names[0]} needs weights=")
@@ -61,7 +64,7 @@ def _convolution(tensors: dict[str, Any]) -> nn.Module | None:
     weight = tensors.get("weights")
     if weight is None or weight.ndim == 2:
         return None
-    kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
+    kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
     options: dict[str, Any] = {k: tensors[k] for k in ("stride", "padding", "dilation", "groups", "padding_mode") if k in tensors}
     groups = options.get("groups", 1)
     conv = kind(weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]), bias=False, **options).to(weight)

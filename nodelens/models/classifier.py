@@ -57,13 +57,14 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.make_optimizer is None:
-            raise ValueError("the model has no optimizer, so it cannot be trained; "
-                             "set model.optimizer, as {_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}")
+            raise ValueError(
+                "the model has no optimizer, so it cannot be trained; "
+                "set model.optimizer, as {_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}"
+            )
         optimizer = self.make_optimizer(p for p in self.net.parameters() if p.requires_grad)
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer,
-                "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "monitor": "val/loss"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "monitor": "val/loss"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.config is not None:
@@ -93,8 +94,10 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the network returned {type(output).__name__}; expected a tensor of logits (B, classes) "
-                        f"or an output with .logits: wrap the network so that it returns one of them")
+        raise TypeError(
+            f"the network returned {type(output).__name__}; expected a tensor of logits (B, classes) "
+            f"or an output with .logits: wrap the network so that it returns one of them"
+        )
     return logits
 
 
@@ -113,5 +116,7 @@ def _check_plain(value: Any, where: str) -> None:
         for key, item in items:
             _check_plain(item, f"{where}.{key}")
     elif type(value) not in _PLAIN:
-        raise TypeError(f"{where} is {type(value).__name__}; a checkpoint holds plain dicts, lists, strings and "
-                        f"numbers only: convert it first, for instance with OmegaConf.to_container(config, resolve=True)")
+        raise TypeError(
+            f"{where} is {type(value).__name__}; a checkpoint holds plain dicts, lists, strings and "
+            f"numbers only: convert it first, for instance with OmegaConf.to_container(config, resolve=True)"
+        )

@@ -62,8 +62,9 @@ def resnet(
     stem = ("small" if size <= 32 else "imagenet") if stem == "auto" else stem
     widths = [width * (1 if kind == "basic" else 4) * 2**i for i in range(4)]
     more: dict[str, Any] = {"num_labels": classes, "stem": stem}  # no fields of the class, kept in config.json
-    return ResNet(ResNetConfig(num_channels=channels, embedding_size=width, hidden_sizes=widths, depths=blocks,
-                               layer_type=kind, **more))
+    return ResNet(
+        ResNetConfig(num_channels=channels, embedding_size=width, hidden_sizes=widths, depths=blocks, layer_type=kind, **more)
+    )
 
 
 def vit(
@@ -91,11 +92,21 @@ def vit(
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     patch = patch or min(divisors, key=lambda d: (abs(d - size / 8), d))
     if patch not in divisors:
-        raise ValueError(f"vit: patch {patch} does not divide size {size}; "
-                         f"set model.net.patch to one of {', '.join(map(str, divisors))}")
+        raise ValueError(
+            f"vit: patch {patch} does not divide size {size}; set model.net.patch to one of {', '.join(map(str, divisors))}"
+        )
     if hidden % heads:
         raise ValueError(f"vit: {heads} heads do not divide hidden {hidden}; change model.net.heads or .hidden")
     more: dict[str, Any] = {"num_labels": classes}
-    return ViTForImageClassification(ViTConfig(
-        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=mlp,
-        image_size=size, patch_size=patch, num_channels=channels, **more))
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_hidden_layers=depth,
+            intermediate_size=mlp,
+            image_size=size,
+            patch_size=patch,
+            num_channels=channels,
+            **more,
+        )
+    )

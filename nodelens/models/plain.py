@@ -53,8 +53,10 @@ def cnn(classes: int, channels: int, size: int, widths: Sequence[int] = (16, 32,
     """
     least = 2 ** (len(widths) - 1)
     if size < least:
-        raise ValueError(f"cnn: {len(widths)} widths need images of at least {least} pixels, size is {size}; "
-                         f"give fewer model.net.widths or set a larger dataset.size")
+        raise ValueError(
+            f"cnn: {len(widths)} widths need images of at least {least} pixels, size is {size}; "
+            f"give fewer model.net.widths or set a larger dataset.size"
+        )
     return CNN(channels, classes, widths)
 
 

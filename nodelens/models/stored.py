@@ -33,8 +33,10 @@ def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
         else:
             raise _not_here(path, _why(path)) from error
     if config.model_type != kind.model_type:
-        raise ValueError(f"'{path}' holds a model of type {config.model_type}, asked for is {kind.model_type}; "
-                         f"choose another model, or another model.net.path")
+        raise ValueError(
+            f"'{path}' holds a model of type {config.model_type}, asked for is {kind.model_type}; "
+            f"choose another model, or another model.net.path"
+        )
     return config
 
 
@@ -49,8 +51,10 @@ def load_stored(
         found = getattr(config, name, "imagenet" if name == "stem" else None)
         if found != value:
             what = _NAMES.get(name, name)
-            raise ValueError(f"'{path}' was stored with {what} {found}, asked for is {what} {value}; change the "
-                             f"model or dataset config to the stored value, or leave model.net.path null to start from scratch")
+            raise ValueError(
+                f"'{path}' was stored with {what} {found}, asked for is {what} {value}; change the "
+                f"model or dataset config to the stored value, or leave model.net.path null to start from scratch"
+            )
     if config.num_labels != classes:
         _log.info("'%s' has a head of %d classes; it is replaced by a new one of %d", path, config.num_labels, classes)
     same = config.num_labels == classes
@@ -61,8 +65,10 @@ def load_stored(
     strange = sorted(str(k) for k in [*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])])
     strange = [name for name in strange if not name.startswith("classifier")]
     if strange:
-        raise ValueError(f"the weights at '{path}' do not fit their own config: {len(strange)} are missing or of "
-                         f"another shape ({', '.join(strange[:3])}); save them again with model.save_pretrained(folder)")
+        raise ValueError(
+            f"the weights at '{path}' do not fit their own config: {len(strange)} are missing or of "
+            f"another shape ({', '.join(strange[:3])}); save them again with model.save_pretrained(folder)"
+        )
     if same and info["missing_keys"]:
         _log.info("'%s' has no head; a new one of %d classes is made", path, classes)
     return net
@@ -80,13 +86,17 @@ def _from_pretrained(
     except OSError as error:
         raise _not_here(path, "it has a config.json and no model.safetensors") from error
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights at '{path}' cannot be read, or do not fit its config.json; "
-                         f"save them again with model.save_pretrained(folder)") from error
+        raise ValueError(
+            f"the weights at '{path}' cannot be read, or do not fit its config.json; "
+            f"save them again with model.save_pretrained(folder)"
+        ) from error
 
 
 def _not_here(path: str, why: str) -> OSError:
-    return OSError(f"no model to load at '{path}': {why}; give a local folder written by save_pretrained as "
-                   f"model.net.path, or leave it null to start from scratch")
+    return OSError(
+        f"no model to load at '{path}': {why}; give a local folder written by save_pretrained as "
+        f"model.net.path, or leave it null to start from scratch"
+    )
 
 
 def _why(path: str) -> str:

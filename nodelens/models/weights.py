@@ -48,8 +48,9 @@ def _find(path: str | Path) -> Path:
     if file.is_dir():
         file = file / "model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"no weights at {file.resolve()}; give a .safetensors file, a folder that holds "
-                                f"model.safetensors, or a checkpoint")
+        raise FileNotFoundError(
+            f"no weights at {file.resolve()}; give a .safetensors file, a folder that holds model.safetensors, or a checkpoint"
+        )
     return file.resolve()
 
 
@@ -67,8 +68,10 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _not_weights(file: Path) -> ValueError:
-    return ValueError(f"{file} is not a safetensors file or a weights-only checkpoint (it may be a pickle that holds "
-                      f"code, which is never run, or be cut short); re-save it with {_SAVE}")
+    return ValueError(
+        f"{file} is not a safetensors file or a weights-only checkpoint (it may be a pickle that holds "
+        f"code, which is never run, or be cut short); re-save it with {_SAVE}"
+    )
 
 
 def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
@@ -91,18 +94,22 @@ def _check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], file: P
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     if missing or extra:
-        raise ValueError(f"{file} does not fit the model: {len(missing)} of its {len(own)} weights are missing"
-                         f"{_shown(missing)}, {len(extra)} in the file are not expected{_shown(extra)}; "
-                         f"set the model to the one that was saved")
+        raise ValueError(
+            f"{file} does not fit the model: {len(missing)} of its {len(own)} weights are missing"
+            f"{_shown(missing)}, {len(extra)} in the file are not expected{_shown(extra)}; "
+            f"set the model to the one that was saved"
+        )
 
 
 def _check_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> None:
     wrong = [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         name = wrong[0]
-        raise ValueError(f"{file} does not fit the model: {name} is {tuple(state[name].shape)} in the file and "
-                         f"{tuple(own[name].shape)} in the model ({len(wrong)} of {len(own)} weights differ in shape); "
-                         f"set the model's widths, classes, channels and size to the saved ones")
+        raise ValueError(
+            f"{file} does not fit the model: {name} is {tuple(state[name].shape)} in the file and "
+            f"{tuple(own[name].shape)} in the model ({len(wrong)} of {len(own)} weights differ in shape); "
+            f"set the model's widths, classes, channels and size to the saved ones"
+        )
 
 
 def _shown(names: list[str]) -> str:

@@ -44,8 +44,15 @@ def plan_of(cell: Cell, units: pd.DataFrame, criterion: Mapping[str, float] | st
     return remove(scored, cell.amount, cell.seed, mode)
 
 
-def run_sweep(folder: Path, units: pd.DataFrame, criteria: Criteria, todo: Sequence[Cell], evaluate: Evaluate, mode: Mode = "low",
-              progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> list[dict[str, Any]]:
+def run_sweep(
+    folder: Path,
+    units: pd.DataFrame,
+    criteria: Criteria,
+    todo: Sequence[Cell],
+    evaluate: Evaluate,
+    mode: Mode = "low",
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[dict[str, Any]]:
     """Evaluates every cell and writes it to ``folder/cells``; a cell that is there already is read, not computed.
 
     Cells that remove the same units (a criterion without chance, at several seeds) are evaluated once.
@@ -65,8 +72,16 @@ def run_sweep(folder: Path, units: pd.DataFrame, criteria: Criteria, todo: Seque
         plan = plan_of(cell, units, criteria[cell.criterion], mode)
         same = done.get(plan.key)
         found = {k: same[k] for k in OF_EVALUATION} if same else dict(evaluate(plan))
-        row = {"criterion": cell.criterion, "amount": cell.amount, "seed": cell.seed, "mode": mode, "units": len(units),
-               "removed": plan.count, **{k: found[k] for k in OF_EVALUATION}, "plan": plan.key}
+        row = {
+            "criterion": cell.criterion,
+            "amount": cell.amount,
+            "seed": cell.seed,
+            "mode": mode,
+            "units": len(units),
+            "removed": plan.count,
+            **{k: found[k] for k in OF_EVALUATION},
+            "plan": plan.key,
+        }
         evaluated = same["name"] if same else cell.name
         write_json(path, row | {"removed_units": plan.removed, "evaluated_as": evaluated, "name": cell.name})
         done.setdefault(plan.key, row | {"name": cell.name})

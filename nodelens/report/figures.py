@@ -16,8 +16,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _COLOURS = ("#2f6db3", "#d1632e", "#3a8f4c", "#8a4fa8", "#b08a1d", "#c43d62", "#2a9d9d", "#5c6470")
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
-                     "axes.edgecolor": "#9aa2ad", "figure.dpi": 130})
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 9,
+        "axes.edgecolor": "#9aa2ad",
+        "figure.dpi": 130,
+    }
+)
 
 
 def distributions(result: Result) -> bytes:
@@ -26,22 +34,35 @@ def distributions(result: Result) -> bytes:
     names = list(dict.fromkeys(result.units.index.get_level_values("layer")))
     across = min(3, max(1, len(columns)))
     down = -(-len(columns) // across)
-    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 1.1 * down + 0.17 * down * len(names)), squeeze=False,
-                                sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(4.2 * across, 1.1 * down + 0.17 * down * len(names)),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
     by_layer = dict(list(result.units.groupby(level="layer", sort=False)))
     for k, column in enumerate(columns):
         axis = axes.flat[k]
         values = [by_layer[n][column].dropna().to_numpy() for n in names]
-        axis.boxplot(values, orientation="horizontal", widths=0.6, flierprops={"markersize": 1.5, "markeredgecolor": "#9aa2ad"},
-                     medianprops={"color": _COLOURS[1]}, boxprops={"color": _COLOURS[0]}, whiskerprops={"color": "#9aa2ad"},
-                     capprops={"color": "#9aa2ad"})
+        axis.boxplot(
+            values,
+            orientation="horizontal",
+            widths=0.6,
+            flierprops={"markersize": 1.5, "markeredgecolor": "#9aa2ad"},
+            medianprops={"color": _COLOURS[1]},
+            boxprops={"color": _COLOURS[0]},
+            whiskerprops={"color": "#9aa2ad"},
+            capprops={"color": "#9aa2ad"},
+        )
         axis.set_title(column)
         axis.set_yticks(range(1, len(names) + 1), [_short(n) for n in names])
         spread = np.unique(np.concatenate(values)) if values else np.empty(0)
         if len(spread) == 1:  # an axis of its own would make a scale out of nothing
             axis.set_xticks(spread)
     axes.flat[0].invert_yaxis()
-    for axis in list(axes.flat)[len(columns):]:
+    for axis in list(axes.flat)[len(columns) :]:
         axis.remove()
     return _png(figure)
 
@@ -76,8 +97,9 @@ def layers(result: Result) -> bytes:
     """Values of whole layers, a panel a metric, with standard errors."""
     columns = [c for c in result.layers.select_dtypes("float") if not c.endswith("_se")]
     names = list(result.layers.index)
-    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 1.4 + 0.2 * len(names)), squeeze=False, sharey=True,
-                                layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(4.2 * len(columns), 1.4 + 0.2 * len(names)), squeeze=False, sharey=True, layout="constrained"
+    )
     place = np.arange(len(names))
     for axis, column in zip(axes.flat, columns, strict=True):
         error = result.layers.get(f"{column}_se")

@@ -36,9 +36,13 @@ def write_page(folder: str | Path) -> Path:
     if (folder / "sweep.parquet").is_file():
         sweep = pd.read_parquet(folder / "sweep.parquet")
         parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
-    parts += _section("Units", [
-        _figure(folder, "units", figures.distributions(result), _UNITS),
-        _figure(folder, "agreement", figures.agreement(result), _AGREEMENT)])
+    parts += _section(
+        "Units",
+        [
+            _figure(folder, "units", figures.distributions(result), _UNITS),
+            _figure(folder, "agreement", figures.agreement(result), _AGREEMENT),
+        ],
+    )
     if _layer_metrics(result):
         parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
     parts += _section("Means over units", [_table(_means(result))])
@@ -50,19 +54,25 @@ def write_page(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
-_CURVES = ("Accuracy on the test set against the share of units removed from every layer; "
-           "bands are one standard deviation over seeds.")
+_CURVES = (
+    "Accuracy on the test set against the share of units removed from every layer; bands are one standard deviation over seeds."
+)
 _UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
-_AGREEMENT = ("Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; "
-              "grey where a metric is the same for every unit.")
+_AGREEMENT = (
+    "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; "
+    "grey where a metric is the same for every unit."
+)
 _LAYERS = "Values of whole layers with one jackknife standard error; the number of units is the upper bound."
 
 
 def _head(result: Result) -> str:
     m = result.metadata
     config, found = m.get("config") or {}, m.get("evaluation")
-    lead = [f"{m.get('model', {}).get('class', 'model')} with {len(result.units):,} units in {len(result.layers)} layers",
-            f"measured on {m['samples']:,} samples of the split {m.get('data', {}).get('split', '?')}", f"seed {m.get('seed')}"]
+    lead = [
+        f"{m.get('model', {}).get('class', 'model')} with {len(result.units):,} units in {len(result.layers)} layers",
+        f"measured on {m['samples']:,} samples of the split {m.get('data', {}).get('split', '?')}",
+        f"seed {m.get('seed')}",
+    ]
     if found:
         lead.append(f"accuracy {100 * found['accuracy']:.2f} % on {found['samples']:,} samples of the split {found['split']}")
     if not (m.get("weights") or {}).get("ckpt_path") and not (config.get("model") or {}).get("weights"):
@@ -84,8 +94,10 @@ def _figure(folder: Path, name: str, png: bytes, caption: str) -> str:
 def _table(frame: pd.DataFrame, words: bool = False) -> str:
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in [frame.index.name or "", *frame.columns])
     kind = " class='words'" if words else ""
-    body = "".join(f"<tr><td>{html.escape(str(i))}</td>" + "".join(f"<td{kind}>{_cell(v)}</td>" for v in row) + "</tr>"
-                   for i, row in zip(frame.index, frame.itertuples(index=False), strict=True))
+    body = "".join(
+        f"<tr><td>{html.escape(str(i))}</td>" + "".join(f"<td{kind}>{_cell(v)}</td>" for v in row) + "</tr>"
+        for i, row in zip(frame.index, frame.itertuples(index=False), strict=True)
+    )
     return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
 
 
@@ -113,9 +125,15 @@ def _sweep_table(sweep: pd.DataFrame) -> str:
 
 
 def _definitions(result: Result) -> str:
-    rows = {column: {"metric": m["metric"], "options": ", ".join(f"{k}={v}" for k, v in m["options"].items()) or "none",
-                     "reads": ", ".join(m["needs"].values()) or "weights", "source": m.get("source", "")}
-            for column, m in result.metadata["metrics"].items()}
+    rows = {
+        column: {
+            "metric": m["metric"],
+            "options": ", ".join(f"{k}={v}" for k, v in m["options"].items()) or "none",
+            "reads": ", ".join(m["needs"].values()) or "weights",
+            "source": m.get("source", ""),
+        }
+        for column, m in result.metadata["metrics"].items()
+    }
     return _table(pd.DataFrame(rows).T.rename_axis("column"), words=True)
 
 

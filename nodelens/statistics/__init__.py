@@ -7,5 +7,4 @@ from .patches import Maps, Patches
 
 STATISTICS: tuple[type[Statistic], ...] = (Moments, Sizes, Zeros, Gram, Cross, ByClass, Patches)
 
-__all__ = ["STATISTICS", "Accumulator", "ByClass", "Cross", "Gram", "Maps", "Moments", "Patches", "Sizes",
-           "Statistic", "Zeros"]
+__all__ = ["STATISTICS", "Accumulator", "ByClass", "Cross", "Gram", "Maps", "Moments", "Patches", "Sizes", "Statistic", "Zeros"]

@@ -24,8 +24,14 @@ class Statistic:
         """The same sums about other shifts, exactly."""
         return self
 
+    @classmethod
+    @cache
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names."""
+        return tuple(f.name for f in fields(cls))
+
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in _names(type(self))}
+        return {name: getattr(self, name) for name in self.names()}
 
     def __add__(self, other: Self) -> Self:
         mine, theirs = self.tensors(), other.tensors()
@@ -46,11 +52,6 @@ class Statistic:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
-
-
-@cache
-def _names(statistic: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(statistic))
 
 
 class Accumulator:

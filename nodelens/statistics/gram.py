@@ -123,8 +123,10 @@ class ByClass(Statistic):
         """Rows (n, d), one a sample; target (n,) of classes from 0, below 0 for none."""
         rows = Rows.of(x, weights, shift)
         if rows.raw.shape[2] != 1 or target.shape != (len(rows),) or target.is_floating_point():
-            raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet labels {tuple(target.shape)} "
-                             f"of {target.dtype}: one class number a row")
+            raise ValueError(
+                f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet labels {tuple(target.shape)} "
+                f"of {target.dtype}: one class number a row"
+            )
         keep = target >= 0 if rows.keep is None else (target >= 0) & rows.keep[:, 0]
         classes = int(target.max()) + 1 if len(target) else 0
         member = torch.nn.functional.one_hot(target.clamp_min(0), max(classes, 1)).where(keep[:, None], 0).double()

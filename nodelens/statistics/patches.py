@@ -24,8 +24,13 @@ class Patches(Moments):
     by_sample: ClassVar[str | None] = None
 
     @classmethod
-    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None,
-           geometry: Geometry | None = None) -> Self:
+    def of(
+        cls,
+        x: Rows | SampleSums | Tensor,
+        weights: Tensor | None = None,
+        shift: Tensor | None = None,
+        geometry: Geometry | None = None,
+    ) -> Self:
         if geometry is None:
             return super().of(x, weights, shift)
         rows = Rows.of(x, weights, shift)  # type: ignore[arg-type]
@@ -68,9 +73,12 @@ class Maps:
         return lost
 
     def read(self, groups: list[int] | None = None) -> dict[int, Patches]:
-        """The statistic of some groups, else of those that have samples, read through every kernel offset; the sums begin anew."""
+        """The statistic of some groups, else of those with samples, read through every kernel offset; the sums begin anew."""
         present = groups if groups is not None else [g for g, n in enumerate(self.samples) if n]
-        maps, valid = self.sums[present].double().unflatten(3, self.grid), torch.ones((), dtype=torch.float64, device=self.sums.device)
+        maps, valid = (
+            self.sums[present].double().unflatten(3, self.grid),
+            torch.ones((), dtype=torch.float64, device=self.sums.device),
+        )
         outputs = math.prod(self.geometry.outputs(dim, size) for dim, size in enumerate(self.grid))
         for dim, size in reversed(list(enumerate(self.grid))):
             readers = self.geometry.readers(dim, size).to(maps.device)

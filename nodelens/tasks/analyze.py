@@ -71,9 +71,19 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
     if not metrics:
         raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
     try:
-        return measure_units(net, loader, metrics, _layers(cfg), seed=cfg.seed, groups=cfg.groups, positions=cfg.positions,
-                             precision=cfg.precision, budget=in_bytes(cfg.budget.memory), on_plan=on_plan,
-                             progress=bar("measuring", _batches(loader), rank == 0))
+        return measure_units(
+            net,
+            loader,
+            metrics,
+            _layers(cfg),
+            seed=cfg.seed,
+            groups=cfg.groups,
+            positions=cfg.positions,
+            precision=cfg.precision,
+            budget=in_bytes(cfg.budget.memory),
+            on_plan=on_plan,
+            progress=bar("measuring", _batches(loader), rank == 0),
+        )
     except _PlanOnlyError:
         import pandas as pd
 
@@ -96,8 +106,11 @@ def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, st
 
 def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
     """What the metadata say of config, data and weights."""
-    return {"config": plain(resolved(cfg)), "data": {"split": split, "fingerprint": data.fingerprint()},
-            "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)}}
+    return {
+        "config": plain(resolved(cfg)),
+        "data": {"split": split, "fingerprint": data.fingerprint()},
+        "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)},
+    }
 
 
 def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:

@@ -53,8 +53,10 @@ def check_settings(cfg: DictConfig) -> None:
     old, new = flatten(read_json(folder / "settings.json")), flatten(_settings(cfg))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            raise ValueError(f"{folder} holds a run with {key}={_shown(old.get(key))}, this one has {key}={_shown(new.get(key))}: "
-                             "choose another folder (hydra.run.dir=), or the same settings to go on")
+            raise ValueError(
+                f"{folder} holds a run with {key}={_shown(old.get(key))}, this one has {key}={_shown(new.get(key))}: "
+                "choose another folder (hydra.run.dir=), or the same settings to go on"
+            )
 
 
 def claim(cfg: DictConfig) -> Path:
@@ -79,8 +81,9 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
     try:
         fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
     except ValueError as error:
-        raise ValueError(f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several "
-                         "processes") from error
+        raise ValueError(
+            f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several processes"
+        ) from error
     quiet()
     with in_one_line():
         return fabric.launch(lambda fabric: work(fabric.device))
@@ -126,6 +129,7 @@ def load_module(cfg: DictConfig) -> tuple[Any, dict[str, Any] | None]:
 
 def bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
     """A progress bar around an iterable, on a terminal; silent elsewhere."""
+
     def around(items: Iterable[Any]) -> Iterable[Any]:
         if not (show and sys.stderr.isatty()):
             yield from items

@@ -94,7 +94,7 @@ def _check_criteria(criteria: dict[str, Any], cfg: DictConfig) -> None:
     for name, terms in criteria.items():
         if not isinstance(terms, dict) and terms != RANDOM:
             raise ValueError(f"criterion.{name} is {terms!r}; it is metrics and their weights, as {{taylor: 1.0}}, or random")
-        for metric, weight in (terms.items() if isinstance(terms, dict) else ()):
+        for metric, weight in terms.items() if isinstance(terms, dict) else ():
             shape = get_metric(metric).shape
             if shape != "unit":
                 raise ValueError(f"criterion.{name}: a criterion ranks units; {metric} gives a value a {shape}")

@@ -19,11 +19,18 @@ def show_plan(console: Console, plan: Plan) -> None:
         needs = plan.needs(layer)
         groups = sorted({plan.groups_of(layer, need) for need in needs})
         size = sum(plan.nbytes(layer, need) for need in needs) / 2**20
-        table.add_row(layer.name, str(plan.seen(layer, "output").width), ", ".join(map(str, needs)) or "none",
-                      "/".join(map(str, groups)), f"{size:.2f}")
+        table.add_row(
+            layer.name,
+            str(plan.seen(layer, "output").width),
+            ", ".join(map(str, needs)) or "none",
+            "/".join(map(str, groups)),
+            f"{size:.2f}",
+        )
     console.print(table)
-    console.print(f"sums take {plan.total_bytes / 2**20:,.1f} MiB at most, buffers included; estimated overhead over the bare "
-                  f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %")
+    console.print(
+        f"sums take {plan.total_bytes / 2**20:,.1f} MiB at most, buffers included; estimated overhead over the bare "
+        f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %"
+    )
     if plan.never_called:
         console.print(f"left out, never called by the model's forward: {', '.join(plan.never_called)}", markup=False)
 
@@ -48,9 +55,11 @@ def show_result(console: Console, result: Result) -> None:
         console.print(f"{entry['site']}: {entry['rows']} rows were not finite and left out", markup=False)
     found = result.metadata.get("evaluation")
     if found:
-        console.print(f"accuracy {100 * found['accuracy']:.2f} % (loss {found['loss']:.4f}) on {found['samples']} samples of the "
-                      f"split {found['split']!r}; units measured on "
-                      f"{result.metadata['samples']} of {result.metadata['data']['split']!r}")
+        console.print(
+            f"accuracy {100 * found['accuracy']:.2f} % (loss {found['loss']:.4f}) on {found['samples']} samples of the "
+            f"split {found['split']!r}; units measured on "
+            f"{result.metadata['samples']} of {result.metadata['data']['split']!r}"
+        )
 
 
 def _labels(names: list[str], width: int) -> list[str]:

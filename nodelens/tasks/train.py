@@ -87,8 +87,10 @@ def fits(net: Any, data: Any) -> None:
     batch = next(iter(data.loader("train")))
     recording = Recording.of(net, [], Frame.of(batch))
     if recording.classes < data.classes:
-        raise ValueError(f"{type(net).__name__} has {recording.classes} outputs, the data have {data.classes} classes: set the "
-                         "model's classes, or dataset.classes=")
+        raise ValueError(
+            f"{type(net).__name__} has {recording.classes} outputs, the data have {data.classes} classes: set the "
+            "model's classes, or dataset.classes="
+        )
 
 
 def _with_bar(trainer: DictConfig) -> DictConfig:

@@ -108,18 +108,21 @@ def test_grey_floats_are_taken_as_they_are(tmp_path):
     assert_close(gathered(data.loader("all")).x[:, 2], torch.from_numpy(x).float())
 
 
-@pytest.mark.parametrize(("stored", "words"), [
-    ({"x": arrays()["x"]}, "has no array y, it has x; name the arrays x, y, or x_train"),
-    ({"a": np.ones(3)}, "has no array x and y, it has a"),
-    ({"x_train": arrays()["x"], "y_train": arrays()["y"]}, "has no array x_test and y_test, it has x_train, y_train"),
-    (arrays() | {"y": np.arange(29)}, "x has 30 samples and y has 29; they must be as many"),
-    (arrays() | {"y": np.ones(30)}, r"y is float64 \(30,\); labels are integers"),
-    (arrays() | {"y": np.ones((30, 1), int)}, r"y is int64 \(30, 1\)"),
-    (arrays() | {"x": arrays()["x"].astype(int)}, "x is int64; images are uint8"),
-    (arrays() | {"x": np.moveaxis(arrays()["x"], -1, 1)}, r"shape \(30, 3, 8, 8\).*numpy.moveaxis\(x, 1, -1\)"),
-    (arrays() | {"x": np.ones((30, 4))}, r"x has shape \(30, 4\); images are"),
-    (arrays() | {"y": np.arange(30) - 1}, "labels run from -1 to 28, .*leave out the samples without a label"),
-])
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"x": arrays()["x"]}, "has no array y, it has x; name the arrays x, y, or x_train"),
+        ({"a": np.ones(3)}, "has no array x and y, it has a"),
+        ({"x_train": arrays()["x"], "y_train": arrays()["y"]}, "has no array x_test and y_test, it has x_train, y_train"),
+        (arrays() | {"y": np.arange(29)}, "x has 30 samples and y has 29; they must be as many"),
+        (arrays() | {"y": np.ones(30)}, r"y is float64 \(30,\); labels are integers"),
+        (arrays() | {"y": np.ones((30, 1), int)}, r"y is int64 \(30, 1\)"),
+        (arrays() | {"x": arrays()["x"].astype(int)}, "x is int64; images are uint8"),
+        (arrays() | {"x": np.moveaxis(arrays()["x"], -1, 1)}, r"shape \(30, 3, 8, 8\).*numpy.moveaxis\(x, 1, -1\)"),
+        (arrays() | {"x": np.ones((30, 4))}, r"x has shape \(30, 4\); images are"),
+        (arrays() | {"y": np.arange(30) - 1}, "labels run from -1 to 28, .*leave out the samples without a label"),
+    ],
+)
 def test_arrays_that_do_not_fit(stored, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         Npz(npz(tmp_path, **stored)).setup()
@@ -182,8 +185,15 @@ def one_thread():
 def test_the_default_learns_the_digits(tmp_path):
     lightning.seed_everything(0, verbose=False)
     module = Classifier(MLP(64, 10, [64, 64]), partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.01))
-    run = lightning.Trainer(max_epochs=20, accelerator="cpu", logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    run = lightning.Trainer(
+        max_epochs=20,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
     data = Digits(mean=0.3053, std=0.376)
     run.fit(module, data)
     assert run.test(module, data, verbose=False)[0]["test/acc"] >= 0.95

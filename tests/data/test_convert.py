@@ -47,11 +47,15 @@ def test_images_of_several_sizes_become_one_batch():
         Convert(size=5).every([one, two])
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"channels": 2}, "images have 3 channels, dataset.channels is 2; only 1 to 3 and 3 to 1 .*dataset.channels=3"),
-    ({"mean": [0.1, 0.2]}, "dataset.mean has 2 values, the images have 3 channels"),
-    ({"std": [1, 0, 1]}, r"dataset.std is \[1.0, 0.0, 1.0\]; every value must be above 0"),
-], ids=["channels", "mean", "std"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"channels": 2}, "images have 3 channels, dataset.channels is 2; only 1 to 3 and 3 to 1 .*dataset.channels=3"),
+        ({"mean": [0.1, 0.2]}, "dataset.mean has 2 values, the images have 3 channels"),
+        ({"std": [1, 0, 1]}, r"dataset.std is \[1.0, 0.0, 1.0\]; every value must be above 0"),
+    ],
+    ids=["channels", "mean", "std"],
+)
 def test_what_cannot_be_converted(options, words):
     with pytest.raises(ValueError, match=words):
         Convert(**options)(images())

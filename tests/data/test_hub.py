@@ -104,8 +104,15 @@ def test_fingerprints_follow_the_samples(stored, table, tmp_path):
 def test_a_trainer_runs_on_it(streaming, stored, tmp_path):
     data = Hub(stored["imagefolder"], streaming=streaming, batch_size=8)
     module = Classifier(CNN(3, 3, [4]), partial(torch.optim.SGD, lr=0.1))
-    run = lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    run = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
     run.fit(module, data)
     assert 0 <= run.test(module, data, verbose=False)[0]["test/acc"] <= 1
 
@@ -116,8 +123,10 @@ def test_a_dataset_that_is_not_here_is_one_line_at_once(monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     start = time.monotonic()
-    words = (r"^dataset 'nobody/nothing' is not on this machine and the hub cannot be reached; use dataset=digits, or "
-             r"dataset.path=<folder with images or parquet>$")
+    words = (
+        r"^dataset 'nobody/nothing' is not on this machine and the hub cannot be reached; use dataset=digits, or "
+        r"dataset.path=<folder with images or parquet>$"
+    )
     for streaming in (False, True):
         with pytest.raises(FileNotFoundError, match=words):
             Hub("nobody/nothing", streaming=streaming).setup()
@@ -132,14 +141,17 @@ def test_a_folder_that_is_not_there_or_empty(tmp_path):
         Hub(str(tmp_path)).setup()
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"train_split": "all"}, "has no split 'all', it has train; set dataset.train_split"),
-    ({"test_split": "valid"}, "has no split 'valid', it has train; set dataset.test_split"),
-    ({"test_split": "train"}, "train and test are the same split 'train'"),
-    ({"image_key": "img"}, "has no column 'img', it has image, label; set dataset.image_key"),
-    ({"label_key": "fine"}, "has no column 'fine', it has image, label; set dataset.label_key"),
-    ({"classes": 2}, "labels run from 0 to 2, dataset.classes is 2; set dataset.classes=3"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_split": "all"}, "has no split 'all', it has train; set dataset.train_split"),
+        ({"test_split": "valid"}, "has no split 'valid', it has train; set dataset.test_split"),
+        ({"test_split": "train"}, "train and test are the same split 'train'"),
+        ({"image_key": "img"}, "has no column 'img', it has image, label; set dataset.image_key"),
+        ({"label_key": "fine"}, "has no column 'fine', it has image, label; set dataset.label_key"),
+        ({"classes": 2}, "labels run from 0 to 2, dataset.classes is 2; set dataset.classes=3"),
+    ],
+)
 def test_splits_and_columns_that_are_not_there(options, words, stored):
     with pytest.raises(ValueError, match=words):
         Hub(stored["saved"], **options).setup()

@@ -33,9 +33,16 @@ def classifier(**options) -> Classifier:
 
 
 def trainer(folder, **options) -> lightning.Trainer:
-    return lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                             enable_checkpointing=False, default_root_dir=folder, log_every_n_steps=1,
-                             **{"max_epochs": 2} | options)
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        log_every_n_steps=1,
+        **{"max_epochs": 2} | options,
+    )
 
 
 def test_loss_and_accuracy_are_those_of_all_samples(tmp_path):

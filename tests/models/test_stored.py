@@ -57,11 +57,15 @@ def test_other_classes_get_a_new_head_and_one_line(folder, caplog, capsys):
     assert "REPORT" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"channels": 1}, "stored with channels 3, asked for is channels 1"),
-    ({"depth": 34}, r"stored with depths \[2, 2, 2, 2\], asked for is depths \[3, 4, 6, 3\]"),
-    ({"stem": "imagenet"}, "stored with stem small, asked for is stem imagenet"),
-], ids=["channels", "depth", "stem"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"channels": 1}, "stored with channels 3, asked for is channels 1"),
+        ({"depth": 34}, r"stored with depths \[2, 2, 2, 2\], asked for is depths \[3, 4, 6, 3\]"),
+        ({"stem": "imagenet"}, "stored with stem small, asked for is stem imagenet"),
+    ],
+    ids=["channels", "depth", "stem"],
+)
 def test_a_resnet_of_another_shape_is_refused(options, words, folder):
     with pytest.raises(ValueError, match=words):
         resnet(**{"depth": 18, "classes": 10, "channels": 3, "size": 32, "path": folder} | options)
@@ -97,8 +101,11 @@ def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     start = time.monotonic()
-    with pytest.raises(OSError, match=r"no model to load at 'nobody/nothing': it is no folder here, it is not in the "
-                                      "cache, and this machine cannot reach the hub; give a local folder"):
+    with pytest.raises(
+        OSError,
+        match=r"no model to load at 'nobody/nothing': it is no folder here, it is not in the "
+        "cache, and this machine cannot reach the hub; give a local folder",
+    ):
         resnet(18, 10, 3, 32, path="nobody/nothing")
     with pytest.raises(OSError, match=r"the folder holds no readable config.json"):
         vit(10, 3, 8, path=str(tmp_path))

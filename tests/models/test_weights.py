@@ -106,8 +106,11 @@ def test_names_that_differ_are_named_on_both_sides(tmp_path):
     before.load_state_dict(target.state_dict())
     state = net().state_dict() | {f"extra{i}": torch.ones(1) for i in range(5)}
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"2 of its 6 weights are missing \(fc2.weight, fc2.bias\), "
-                                         r"5 in the file are not expected \(extra0, extra1, extra2, ...\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of its 6 weights are missing \(fc2.weight, fc2.bias\), "
+        r"5 in the file are not expected \(extra0, extra1, extra2, ...\)",
+    ):
         load_weights(target, tmp_path / "w.safetensors")
     same(target, before)
 

@@ -35,8 +35,11 @@ def test_the_default_patch_divides_the_image(size, patch):
     assert vit(3, 1, size, hidden=6, depth=1, mlp=4).config.patch_size == patch
 
 
-@pytest.mark.parametrize("make", [mlp, cnn, lambda *a: resnet(18, *a, width=4),
-                                  lambda *a: vit(*a, hidden=6, depth=1, mlp=4)], ids=["mlp", "cnn", "resnet", "vit"])
+@pytest.mark.parametrize(
+    "make",
+    [mlp, cnn, lambda *a: resnet(18, *a, width=4), lambda *a: vit(*a, hidden=6, depth=1, mlp=4)],
+    ids=["mlp", "cnn", "resnet", "vit"],
+)
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 12)])
 def test_every_family_takes_the_same_numbers(make, channels, size):
     output = make(7, channels, size)(torch.ones(2, channels, size, size))
@@ -48,13 +51,17 @@ def test_mlp_and_cnn_are_what_they_say():
     assert CNN(1, 3)(torch.ones(2, 1, 9, 13)).shape == (2, 3)
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: resnet(19, 10, 3, 32), "depth 19 is not available; choose from 18, 34, 50"),
-    (lambda: resnet(18, 10, 3, 32, stem="big"), "stem 'big' is not available; choose from auto, small, imagenet"),
-    (lambda: vit(10, 3, 28, patch=8), "patch 8 does not divide size 28; set model.net.patch to one of 1, 2, 4, 7"),
-    (lambda: vit(10, 3, 8, hidden=10, heads=4), "4 heads do not divide hidden 10"),
-    (lambda: cnn(10, 1, 3), "3 widths need images of at least 4 pixels, size is 3"),
-], ids=["depth", "stem", "patch", "heads", "pixels"])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: resnet(19, 10, 3, 32), "depth 19 is not available; choose from 18, 34, 50"),
+        (lambda: resnet(18, 10, 3, 32, stem="big"), "stem 'big' is not available; choose from auto, small, imagenet"),
+        (lambda: vit(10, 3, 28, patch=8), "patch 8 does not divide size 28; set model.net.patch to one of 1, 2, 4, 7"),
+        (lambda: vit(10, 3, 8, hidden=10, heads=4), "4 heads do not divide hidden 10"),
+        (lambda: cnn(10, 1, 3), "3 widths need images of at least 4 pixels, size is 3"),
+    ],
+    ids=["depth", "stem", "patch", "heads", "pixels"],
+)
 def test_what_cannot_be_built_is_said(call, words):
     with pytest.raises(ValueError, match=words):
         call()
