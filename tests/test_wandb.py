@@ -1,4 +1,5 @@
 import json
+import time
 
 import pandas as pd
 import pytest
@@ -18,6 +19,10 @@ def quiet_wandb(monkeypatch):
 
 def run_of(folder):
     (path,) = folder.rglob("run-*.wandb")
+    for _ in range(100):  # its writer is another process
+        if wandb_run.ended(path):
+            break
+        time.sleep(0.2)
     return path, wandb_run.history(path)
 
 

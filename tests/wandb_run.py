@@ -37,3 +37,10 @@ def history(path: Path) -> list[dict[str, Any]]:
         found = record.request.partial_history if record.HasField("request") else record.history
         rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in found.item})
     return [row for row in rows if row]
+
+
+def ended(path: Path) -> bool:
+    """Whether the run's last record has been written: the service that writes it is a process of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    return any(Record.FromString(frame).HasField("exit") for frame in frames(path))
