@@ -1,5 +1,7 @@
 """A trained network and real images, from the command line: the class lies in a file outside the package."""
 
+import sys
+
 import numpy as np
 import pytest
 from command import command
@@ -9,6 +11,7 @@ import nodelens as nl
 
 @pytest.fixture
 def resnet20(real_data, quiet_home, monkeypatch):
+    monkeypatch.delitem(sys.modules, "nets", raising=False)  # the tests' own networks go by the same name
     monkeypatch.syspath_prepend(str(real_data))
     return [
         "model.net._target_=nets.CifarResNet",
