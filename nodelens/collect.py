@@ -183,6 +183,7 @@ class Collector:
     def _shift(self, view: str, first: Rows) -> tuple[Tensor, bool]:
         if view not in self.shift:
             long = any(need.view == view and need.statistic in PAIRS for need in self.sums)
+            # without products only sums of a few hundred samples are formed in float32: a far mean costs less there
             pilot = first.finite().pilot(FAR if long else 8 * FAR)
             self.shift[view] = pilot, bool(pilot.any())
         return self.shift[view]

@@ -79,12 +79,6 @@ class Frame:
         moved = self.map(lambda t: t.to(device, non_blocking=True))
         return replace(moved, keys=self.keys, group=self.group)
 
-    def slices(self) -> list[tuple[int, int, int]]:
-        """(group, first, last) of each run of samples of one group, in order."""
-        groups, counts = torch.unique_consecutive(self.group, return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        return [(g, end - n, end) for g, n, end in zip(groups.tolist(), counts.tolist(), ends, strict=True)]
-
     def run(self, model: nn.Module) -> Any:
         """The model's output for this batch."""
         return model(*self.args, **self.kwargs)

@@ -22,7 +22,7 @@ class RayleighQuotient(Metric):
     Shapes: weight (units, d), y over rows of width units, x over rows of width d -> (units,)
     Unit:   none, in [0, 1], 1/d for white input; ``relative: false``: that of x squared, at most C's first eigenvalue
     NaN:    a unit whose weights are all zero; every unit when the input does not vary
-    Raises: ValueError when weight and rows differ in width
+    Raises: ValueError when weight and rows differ in width, or regularization is below 0
     Source: Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
     """
 
