@@ -16,7 +16,8 @@ from nodelens.layers import find_layers
 from nodelens.measure import DEFAULT, _forward, as_metrics
 from nodelens.models import resnet
 from nodelens.modes import frozen
-from nodelens.plan import Plan, Recording
+from nodelens.plan import Plan
+from nodelens.recording import Recording
 from nodelens.targets import summed_loss
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch

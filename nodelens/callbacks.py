@@ -17,7 +17,8 @@ from .layers import Layer, find_layers
 from .measure import analyze, finish
 from .metrics import Metric
 from .models import load_weights
-from .plan import Plan, Recording
+from .plan import Plan
+from .recording import Recording
 from .results import Result
 from .tracking import close, log_result, scalars
 
@@ -40,10 +41,14 @@ class Measure(Callback):
         positions: int | None = None,
         precision: str = "float32",
         budget: str | float | None = None,
+        pairs: str | list[list[str]] = "consecutive",
+        bias: bool = False,
         seed: int = 0,
     ):
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
+        self.pairs, self.bias = pairs, bias
+        self.start: dict[str, Tensor] | None = None  # the weights before training, for metrics of their change
         self.capture: Capture | None = None
         self.plan: Plan | None = None
         self.taken: Pass | None = None
@@ -52,6 +57,16 @@ class Measure(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
+        if self.start is None and any(metric.parameter == "change" for metric in self.metrics.values()):
+            self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr, operator]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights before training: a run that goes on compares with them too."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.start = state_dict.get("start")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.on == "train" and self._due(trainer):
@@ -87,11 +102,14 @@ class Measure(Callback):
                 groups=self.groups,
                 positions=self.positions,
                 precision=self.precision,
+                pairs=self.pairs,
+                initial=self.start,
+                bias=self.bias,
                 budget=in_bytes(self.budget),
             )
         elif self.taken is not None and self.plan is not None:
             self.taken.flush()
-            self.result = finish(self.plan, self.taken, pl_module.device)
+            self.result = finish(self.plan, self.taken, pl_module.device, self.bias, self.seed)
         self.close()
         if trainer.is_global_zero and self.result is not None:
             self._write(trainer, self.result, time.perf_counter() - started)
@@ -114,7 +132,7 @@ class Measure(Callback):
 
     def _open(self, module: LightningModule, frame: Frame) -> None:
         net: Any = module.net
-        layers = find_layers(net, self.layers)
+        layers = find_layers(net, self.layers, self.start)
         self.plan = Plan.of(
             net,
             layers,
@@ -124,6 +142,7 @@ class Measure(Callback):
             self.positions,
             self.layers == "*",
             self.precision,
+            self.pairs,
         )
         self.plan.check(in_bytes(self.budget))
         self.taken = Pass(self.plan, self.seed)

@@ -40,6 +40,9 @@ class Common:
     groups: int = 8
     positions: int | None = None
     precision: str = "float32"
+    pairs: Any = "consecutive"
+    bias: bool = False
+    initial_path: str | None = None
     budget: Budget = field(default_factory=Budget)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import Accumulator, ByClass, Statistic
+from .statistics import Accumulator, ClassStatistic, Statistic
 
 
 def world() -> tuple[int, int]:
@@ -39,21 +39,37 @@ def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> None:
     if world()[1] == 1:
         return
     for accumulator in sums.values():
-        shapes = [None if part is None else {k: tuple(t.shape) for k, t in part.tensors().items()} for part in accumulator.parts]
+        if accumulator.statistic.merged:
+            _merge(accumulator, device)
+            continue
+        forms = [part and {k: (tuple(t.shape), t.dtype) for k, t in part.tensors().items()} for part in accumulator.parts]
         every: list[Any] = [None] * world()[1]
-        dist.all_gather_object(every, shapes)
+        dist.all_gather_object(every, forms)
         for group, part in enumerate(accumulator.parts):
-            known = [shape[group] for shape in every if shape[group] is not None]
+            known = [form[group] for form in every if form[group] is not None]
             if known:
-                whole = max(known, key=lambda s: s["n"])  # classes seen differ between processes
+                whole = max(known, key=lambda form: form["n"][0])  # classes seen differ between processes
                 accumulator.parts[group] = _reduce(accumulator.statistic, part, whole, device)
 
 
-def _reduce(statistic: type[Statistic], part: Statistic | None, shapes: dict[str, tuple], device: torch.device) -> Statistic:
+def _merge(accumulator: Accumulator, device: torch.device) -> None:
+    """Every process's parts, put together in the order of their ranks."""
+    every: list[Any] = [None] * world()[1]
+    parts = [part and {k: t.cpu() for k, t in part.tensors().items()} for part in accumulator.parts]
+    dist.all_gather_object(every, parts)
+    accumulator.parts = [None] * len(parts)
+    for held in every:
+        for group, tensors in enumerate(held):
+            if tensors is not None:
+                accumulator.add(accumulator.statistic(**tensors), group)
+    accumulator.to(device)
+
+
+def _reduce(statistic: type[Statistic], part: Statistic | None, form: dict[str, tuple], device: torch.device) -> Statistic:
     if part is None:
-        part = statistic(**{k: torch.zeros(s, dtype=_dtype(statistic, k), device=device) for k, s in shapes.items()})
-    if isinstance(part, ByClass):
-        part = part.widen(shapes["n"][0])
+        part = statistic(**{k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in form.items()})
+    if isinstance(part, ClassStatistic):
+        part = part.widen(form["n"][0][0])
     part = part.about(**_agree(part)) if part.shifts else part
     summed = {k: t if k in part.shifts else reduce_tensor(t.contiguous()) for k, t in part.tensors().items()}
     return statistic(**summed)
@@ -64,7 +80,3 @@ def _agree(part: Statistic) -> dict[str, Tensor]:
     n = part.tensors()["n"].sum().double()
     total = reduce_tensor(n).clamp_min(1)
     return {name: reduce_tensor(part.tensors()[name] * n) / total for name in part.shifts}
-
-
-def _dtype(statistic: type[Statistic], field: str) -> torch.dtype:
-    return torch.int64 if field in ("n", "zeros") else torch.float64

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .keys import content_keys, mix
+from .targets import IGNORE
 
 _LABELS = ("labels", "label", "y")
 _IDS = ("ids", "sample_ids")
@@ -42,11 +43,20 @@ class Frame:
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
+        if isinstance(mask, Tensor) and labels is not None and labels.shape == mask.shape:
+            labels = labels.where(mask.bool(), IGNORE)  # a padded token is nobody's next one
         keys = content_keys(first).cpu() if ids is None else mix(ids.reshape(-1).long().cpu())
         return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups, targets)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Predicted tokens of each sample, (B,): labels behind the first; 1 for a class a sample."""
+        if self.labels is None or self.labels.ndim < 2:
+            return torch.ones(len(self))
+        return (self.labels[:, 1:] != IGNORE).sum(1)
 
     def map(self, change: Any) -> "Frame":
         """The frame with a function applied to each tensor that has a row a sample."""

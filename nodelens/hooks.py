@@ -23,14 +23,15 @@ class Site(NamedTuple):
         return f"{self.layer.name}.{self.port}"
 
 
-See = Callable[[Site, Tensor], None]
+See = Callable[[Site, Any], None]
 
 
 class Capture(AbstractContextManager["Capture"]):
     """Calls ``see(site, tensor)`` for what passes at each site while it is open and the gate is up.
 
-    ``output*grad`` shows the product of the output and its gradient, during the backward pass. ``cloned`` names the layers
-    whose output a later operation overwrites in place.
+    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad``
+    input, output and gradient; ``change`` what the weights' change since the start puts out. ``cloned`` names the layers whose
+    output a later operation overwrites in place.
     """
 
     def __init__(self, sites: Iterable[Site], see: See, cloned: Iterable[str] = ()):
@@ -43,7 +44,7 @@ class Capture(AbstractContextManager["Capture"]):
     def open(self) -> "Capture":
         for site in self.sites:
             module = site.layer.module  # an input is read before the module can change it in place
-            pre = site.port == "input"
+            pre = site.port in ("input", "change") or site.layer.side == "input"
             register = module.register_forward_pre_hook if pre else module.register_forward_hook
             self.handles.append(register(partial(self._hook, site), with_kwargs=True))
         return self
@@ -63,24 +64,36 @@ class Capture(AbstractContextManager["Capture"]):
     def _hook(self, site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
         if not self.gate:
             return
-        seen = (args or tuple(kwargs.values())) if site.port == "input" else output
+        seen = (args or tuple(kwargs.values())) if output is None else output
         tensor = tensor_of(seen)
         if tensor is None:
             raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")
         self.fired[str(site)] += 1
-        if site.port == "output*grad":
+        if "grad" in site.port:
             if torch.is_grad_enabled():
-                if not tensor.requires_grad:  # the graph begins here: nothing before a first layer is differentiated
-                    tensor.requires_grad_()
-                value = tensor.detach().clone() if site.layer.name in self.cloned else tensor.detach()
-                tensor.register_hook(partial(self._gradient, site, value))
-        else:
-            with torch.no_grad():
-                self.see(site, tensor.detach())
-
-    def _gradient(self, site: Site, value: Tensor, gradient: Tensor) -> None:
+                self._await_gradient(site, tensor, args)
+            return
         with torch.no_grad():
-            self.see(site, value * gradient if self.scale == 1.0 else value * (gradient * self.scale))
+            if site.port == "change":
+                self.gate = False  # the module's own hooks
+                tensor = site.layer.apply(tensor, site.layer.tensor - site.layer.start)  # type: ignore[operator]
+                self.gate = True
+            self.see(site, tensor.detach())
+
+    def _await_gradient(self, site: Site, tensor: Tensor, args: tuple) -> None:
+        if not tensor.requires_grad:  # the graph begins here: nothing before a first layer is differentiated
+            tensor.requires_grad_()
+        value = tensor.detach().clone() if site.layer.name in self.cloned else tensor.detach()
+        read = tensor_of(args) if site.port.startswith("weight") else None
+        tensor.register_hook(partial(self._gradient, site, value, None if read is None else read.detach()))
+
+    def _gradient(self, site: Site, value: Tensor, read: Tensor | None, gradient: Tensor) -> None:
+        with torch.no_grad():
+            gradient = gradient if self.scale == 1.0 else gradient * self.scale
+            if site.port.startswith("output*grad"):
+                self.see(site, value * gradient)
+            else:
+                self.see(site, gradient if read is None else (read, value, gradient))
 
 
 @contextmanager

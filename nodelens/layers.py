@@ -1,17 +1,19 @@
 """Layers: the modules whose outputs have units, found by name."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .geometry import Geometry
 from .rows import Rows
 
-PORTS = ("input", "output", "output*grad")
+PORTS = ("input", "output", "grad", "output*grad", "change", "weight*grad")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHANNELS_SECOND = (
@@ -29,25 +31,61 @@ _CHANNELS_SECOND = (
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module whose output has units; a site is one of its ports: ``input``, ``output`` or ``output*grad``."""
+    """A module whose output has units, or, with ``side`` input, whose input has: hidden channels before the layer that reads them.
+
+    ``start`` is the weight before training, where it is known, as the module stores it.
+    """
 
     name: str
     module: nn.Module
+    side: str = "output"
+    start: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The weight as it is stored, detached; None where no unit has weights of its own (a ReLU, a norm, a block)."""
+        weighs = isinstance(self.module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or _is_hf_conv1d(self.module)
+        weight: Any = self.module.weight if weighs and self.side == "output" else None
+        return None if weight is None else weight.detach()
 
     @property
     def weight(self) -> Tensor | None:
-        """(units, fan_in), detached; None where no unit has weights of its own (a ReLU, a norm, a block)."""
-        weight: Any = getattr(self.module, "weight", None)
-        if isinstance(self.module, nn.Linear):
-            return weight.detach()
-        if isinstance(self.module, _CONVOLUTIONS):
-            return weight.detach().flatten(1)
+        """(units, fan_in), detached; None where there is no ``tensor``."""
+        return None if self.tensor is None else self._by_unit(self.tensor)
+
+    @property
+    def change(self) -> Tensor | None:
+        """The weight less that at the start, (units, fan_in); None where either is not known."""
+        return None if self.tensor is None or self.start is None else self._by_unit(self.tensor - self.start.to(self.tensor))
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the module would put out with another weight, as stored, and no bias."""
+        bias = getattr(self.module, "bias", None)
+        other = {"weight": weight} | ({} if bias is None else {"bias": torch.zeros_like(bias)})
+        return torch.func.functional_call(self.module, other, (x,))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What the units read, row by row, (rows, groups x fan_in): costly, for what sums over samples cannot tell.
+
+        Raises ValueError for a transposed convolution, which reads no patches.
+        """
+        if isinstance(self.module, _TRANSPOSED):
+            raise ValueError(f"layer {self.name!r} is a transposed convolution: its units read no patches")
+        if not isinstance(self.module, _CONVOLUTIONS):
+            return x.reshape(-1, x.shape[-1])
+        conv: Any = self.module
+        channels, kernel = conv.in_channels, conv.kernel_size
+        options = {k: getattr(conv, k) for k in ("stride", "padding", "dilation", "padding_mode")}
+        every = math.prod(kernel)
+        reader = type(conv)(channels, channels * every, kernel, groups=channels, bias=False, device="meta", **options)
+        each = torch.eye(every, dtype=x.dtype, device=x.device).reshape(every, 1, *kernel).repeat(channels, 1, *[1] * len(kernel))
+        return Layer(self.name, reader).apply(x, each).flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def _by_unit(self, weight: Tensor) -> Tensor:
         if isinstance(self.module, _TRANSPOSED):  # stored (in, out / groups, kernel)
-            by_group = weight.detach().unflatten(0, (self.module.groups, -1)).transpose(1, 2)
+            by_group = weight.unflatten(0, (self.module.groups, -1)).transpose(1, 2)
             return by_group.flatten(0, 1).flatten(1)
-        if _is_hf_conv1d(self.module):  # GPT-2 stores the transpose
-            return weight.detach().T
-        return None
+        return weight.T if _is_hf_conv1d(self.module) else weight.flatten(1)  # GPT-2 stores the transpose
 
     @property
     def geometry(self) -> Geometry | None:
@@ -82,22 +120,43 @@ class Layer:
         return tensor.ndim >= 4 and not isinstance(self.module, (nn.Linear, nn.LayerNorm)) and not _is_hf_conv1d(self.module)
 
 
-def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*") -> list[Layer]:
+def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Mapping[str, Tensor] | None = None) -> list[Layer]:
     """The layers of a model that match a name, a glob, or a list of them, in the model's own order.
 
-    ``"*"`` means every layer with weights (Linear, convolutions); a name or any other glob finds any module. A model that
-    is itself a layer goes by its class's name. Raises ValueError for a pattern without a match.
+    ``"*"`` means every layer with weights (Linear, convolutions); a name or any other glob finds any module, and with
+    ``.input`` behind it the units that the module reads, such as ``*.mlp.down_proj.input``. A model that is itself a layer
+    goes by its class's name. start: a state dict of before training. Raises ValueError for a pattern without a match, or a
+    start that has not this model's weights.
     """
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
-    layers = {name: Layer(name, module) for name, module in modules.items()}
+    layers: dict[str, Layer] = {}
+    for name, module in modules.items():
+        layers |= {name: Layer(name, module), f"{name}.input": Layer(f"{name}.input", module, "input")}
+    layers |= {name: Layer(name, module) for name, module in modules.items()}  # a submodule may be called input
     weighted = [name for name, layer in layers.items() if layer.weight is not None]
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = weighted if pattern == "*" else [name for name in layers if fnmatchcase(name, pattern)]
+        every = layers if pattern.endswith(".input") else modules
+        names = weighted if pattern == "*" else [name for name in every if fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(_no_match(pattern, list(layers), weighted))
+            raise ValueError(_no_match(pattern, list(modules), weighted))
         chosen.update(names)
-    return [layer for name, layer in layers.items() if name in chosen]
+    found = [layer for name, layer in layers.items() if name in chosen]
+    return found if start is None else [_started(layer, start) for layer in found]
+
+
+def _started(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
+    """A layer with its weight at the start."""
+    now = layer.tensor
+    if now is None:
+        return layer
+    name = f"{layer.name}.weight" if f"{layer.name}.weight" in start else "weight"  # the model itself is the layer
+    if name not in start or start[name].shape != now.shape:
+        there = f"has {tuple(start[name].shape)}" if name in start else "does not have it"
+        raise ValueError(
+            f"layer {layer.name!r} has a weight {tuple(now.shape)}, the start {there}: give weights of the same network"
+        )
+    return replace(layer, start=start[name].detach().clone())
 
 
 def _no_match(pattern: str, names: list[str], weighted: list[str]) -> str:

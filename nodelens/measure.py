@@ -16,8 +16,10 @@ from .hooks import Capture
 from .layers import find_layers
 from .metrics import Metric, get_metric
 from .modes import frozen
-from .plan import Plan, Recording
+from .plan import Plan
+from .recording import Recording
 from .results import Result, fingerprint, provenance
+from .statistics import Statistic
 from .table import make_table
 from .targets import summed_loss
 
@@ -50,6 +52,9 @@ def analyze(
     groups: int = 8,
     positions: int | None = None,
     precision: str = "float32",
+    pairs: str | Sequence[Sequence[str]] = "consecutive",
+    initial: nn.Module | Mapping[str, Tensor] | None = None,
+    bias: bool = False,
     loss: Loss = summed_loss,
     budget: float | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -60,7 +65,9 @@ def analyze(
     data: batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
     each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob or a list.
     groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None
-    for all. precision: of products, float32 or float64 (rows that are float64 keep it).
+    for all. precision: of products, float32 or float64 (rows that are float64 keep it). pairs: of layers that edge metrics
+    compare: consecutive, all, or names. initial: the network before training, or its state dict, for metrics of the weights'
+    change. bias: write the jackknife's estimate of each value's bias beside it, ``<metric>_bias``; nothing is subtracted.
     loss: of (logits, labels), summed over the batch. budget: bytes the plan may take.
 
     Raises ValueError for names without a match, data that do not fit the model and labels that a metric needs but are not
@@ -70,11 +77,11 @@ def analyze(
     chosen, device = as_metrics(metrics), device_of(model)
     batches = iter(data)
     head = next(batches, None)
-    found = find_layers(model, layers)
+    found = find_layers(model, layers, initial.state_dict() if isinstance(initial, nn.Module) else initial)
     recording = first_of(None if head is None else Recording.of(model, found, Frame.of(head, groups, seed).to(device)))
     if recording is None:
         raise ValueError("the data are empty: not one batch to measure")
-    plan = Plan.of(model, found, chosen, recording, groups, positions, layers == "*", precision)
+    plan = Plan.of(model, found, chosen, recording, groups, positions, layers == "*", precision, pairs)
     plan.check(budget)
     if on_plan:
         on_plan(plan)
@@ -82,7 +89,7 @@ def analyze(
     every = [] if head is None else itertools.chain([head], batches)
     taken = run_pass(model, plan, progress(every), seed, loss)
     passed = time.perf_counter()
-    result = finish(plan, taken, device)
+    result = finish(plan, taken, device, bias, seed)
     seconds = {"plan": planned - started, "pass": passed - planned, "table": time.perf_counter() - passed}
     result.metadata |= {
         "seed": seed,
@@ -108,7 +115,7 @@ def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, l
     return taken
 
 
-def finish(plan: Plan, taken: Pass, device: torch.device) -> Result:
+def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, seed: int = 0) -> Result:
     """The result of a pass; under a process group of all processes' passes together. Collective."""
     sums = taken.sums()
     reduce_sums(sums, device)
@@ -116,11 +123,8 @@ def finish(plan: Plan, taken: Pass, device: torch.device) -> Result:
     left_out = reduce_tensor(torch.tensor([c.left_out for c in taken.collectors.values()], device=device)).tolist()
     for accumulator in sums.values():
         accumulator.to(torch.device("cpu"))
-    table = make_table(plan, sums, samples)
-    rows = [
-        {"layer": layer, "statistic": str(need), "rows": int(a.value.tensors()["n"].sum()) if a.value else 0}
-        for (layer, need), a in sums.items()
-    ]
+    table = make_table(plan, sums, samples, bias, seed)
+    rows = [{"layer": layer, "statistic": str(need), "rows": _rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {
         "metrics": {name: describe(metric) for name, metric in plan.metrics.items()},
         "samples": int(samples.sum()),
@@ -132,12 +136,19 @@ def finish(plan: Plan, taken: Pass, device: torch.device) -> Result:
         "rows": rows,
         "missing": table.missing,
         "counts": table.counts,
+        "model_values": table.model,
         "left_out": [{"site": str(s), "rows": n} for s, n in zip(taken.collectors, left_out, strict=True) if n],
         "never_called": plan.never_called,
         "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
     }
-    return Result(table.units, table.layers, table.matrices, metadata)
+    return Result(table.units, table.layers, table.matrices, metadata, table.edges)
+
+
+def _rows_of(value: Statistic | None) -> int:
+    """Rows that a statistic saw."""
+    counted = {} if value is None else value.tensors()
+    return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
 
 
 def as_metrics(metrics: Metrics) -> dict[str, Metric]:
@@ -157,7 +168,7 @@ def describe(metric: Metric) -> dict[str, Any]:
     """What a column is: the metric's name, options, needs, when NaN."""
     return {
         "metric": metric.names[0],
-        "options": metric.options,
+        "options": {k: getattr(v, "__name__", v) if callable(v) else v for k, v in metric.options.items()},
         "kind": metric.shape,
         "nan": metric.nan,
         "source": metric.source(),

@@ -1,5 +1,6 @@
 """What is wrong with a command line, in one line: Hydra's own messages are long, or name no way out."""
 
+import importlib.util
 import itertools
 import re
 from argparse import Namespace
@@ -20,6 +21,8 @@ from .checks import nearest
 from .config import CONF
 
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+_SEARCHPATH = "hydra.searchpath"
+_SHOWN = 16
 _MOST = 64  # jobs of a sweep that are composed beforehand
 
 
@@ -47,7 +50,7 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     fit, the nearest name beside it.
     """
     parsed = _parsed(flags.overrides)
-    folders = [CONF] + ([Path(flags.config_dir)] if flags.config_dir else [])
+    folders = [CONF, *([Path(flags.config_dir)] if flags.config_dir else []), *_searched(parsed)]
     for override in parsed:
         _check_choice(override, folders)
         if override.is_sweep_override() and not flags.multirun:
@@ -55,8 +58,9 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
                 f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
                 f"write {override.key_or_group}=[...]"
             )
-    search = [f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in folders[1:])}]"] if folders[1:] else []
-    for lines in _jobs(parsed):
+    places = ",".join(f"'file://{folder.absolute()}'" for folder in folders[1:])
+    search = [f"{_SEARCHPATH}=[{places}]"] if places else []
+    for lines in _jobs([override for override in parsed if override.key_or_group != _SEARCHPATH]):
         yield _compose(task, parsed, lines, search)
 
 
@@ -68,6 +72,27 @@ def _parsed(lines: Sequence[str]) -> list[Override]:
             f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
             "with = in it as \"ckpt_path='a=b.ckpt'\""
         ) from None
+
+
+def _searched(parsed: list[Override]) -> list[Path]:
+    """The folders that hydra.searchpath names. Raises MistakeError for one that is not there."""
+    value: Any = next((override.value() for override in parsed if override.key_or_group == _SEARCHPATH), None) or []
+    folders = []
+    for place in [value] if isinstance(value, str) else value:
+        scheme, _, rest = place.rpartition("://")
+        folder = _folder_of_package(rest) if scheme == "pkg" else Path(rest).absolute()
+        if folder is None or not folder.is_dir():
+            raise MistakeError(f"{_SEARCHPATH}: no folder at {folder or place}")
+        folders.append(folder)
+    return folders
+
+
+def _folder_of_package(name: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(name.replace("/", "."))
+    except (ImportError, ValueError):
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
 def _check_choice(override: Override, folders: list[Path]) -> None:
@@ -82,11 +107,15 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
         for name in choice if isinstance(choice, list) else [choice]:
             name = name.text if isinstance(name, QuotedString) else name
             if name is None and group != "experiment":
-                raise MistakeError(f"{group}=null chooses nothing: choose one of {', '.join(options)}")
+                raise MistakeError(f"{group}=null chooses nothing: choose one of {_listed(options)}")
             if name is not None and str(name) not in options:
-                raise MistakeError(
-                    f"{group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {', '.join(options)}"
-                )
+                raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {_listed(options)}")
+
+
+def _listed(options: list[str]) -> str:
+    """Names, in a line that can be read: metrics have more than a hundred."""
+    rest = len(options) - _SHOWN
+    return ", ".join(options) if rest <= _SHOWN else f"{', '.join(options[:_SHOWN])} and {rest} more, which --help lists"
 
 
 def _jobs(parsed: list[Override]) -> list[list[str]]:

@@ -1,95 +1,32 @@
 """The plan of a pass: which statistic is kept at which site, what it will take, and whether that is allowed."""
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
-from .frame import Frame, logits_of
-from .hooks import Capture, Site
+from .hooks import Site
 from .layers import Layer
 from .metrics import Metric, Need
-from .modes import frozen
-from .statistics import ByClass, Cross, Gram, Moments, Patches, Sizes, Zeros
+from .metrics.base import Other
+from .recording import Recording, Seen
+from .statistics import Gram, Moments, Statistic
+from .statistics.costs import PAIRS, SAMPLED, numbers, serves
 
 GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
 BALANCE = 32.0  # float32 operations in the time of one byte of rows, found with ResNet-18 at 32, 64 and 224 pixels
-CAPACITY = {"rows": 4096, "sums": 1024, "samples": 1024}  # what waits for company, so that no small product is formed
-PAIRS = (Gram,)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one recorded forward saw at a site, a sample of the batch."""
-
-    width: int
-    positions: int
-    flat: bool  # (B, width): one row a sample whatever the input's size
-    calls: int
-    nbytes: int
-    overwritten: bool = False  # by a later operation, in place
-    final: bool = False  # it is the model's output
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One small forward pass, looked at: what fired, with which shapes, at what cost."""
-
-    seen: dict[str, Seen]  # by str(site)
-    flops: int  # of the forward pass, a sample
-    classes: int  # width of the logits
-
-    @classmethod
-    def of(cls, model: nn.Module, layers: Iterable[Layer], frame: Frame) -> "Recording":
-        """Runs the first samples of a batch. Raises ValueError, with the input's shape, where the model cannot take them."""
-        shown: dict[str, list] = {}
-        layers = list(layers)
-        sites = [Site(layer, port) for layer in layers for port in ("input", "output")]
-        frame = frame.head(2).map(torch.clone)  # tensors made in inference mode would have no version to compare
-        capture = Capture(sites, lambda site, tensor: shown.setdefault(str(site), []).append((tensor, tensor._version)))
-        capture.gate = True
-        with frozen(model), torch.inference_mode(False), torch.no_grad(), capture, FlopCounterMode(display=False) as counter:
-            try:
-                logits = logits_of(frame.run(model))
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(_unfit(model, frame, error)) from error
-        by_name = {str(site): site.layer for site in sites}
-        seen = {name: _seen(by_name[name], shows, len(frame), logits) for name, shows in shown.items()}
-        return cls(seen, counter.get_total_flops() // len(frame), logits.shape[-1])
-
-
-def _seen(layer: Layer, shows: list, samples: int, logits: torch.Tensor) -> Seen:
-    tensor, version = shows[0]
-    rows = layer.rows(tensor, samples)
-    _, width, positions = rows.raw.shape
-    final = tensor.data_ptr() == logits.data_ptr() and tensor.shape == logits.shape
-    return Seen(
-        width,
-        positions,
-        tensor.ndim == 2 and len(tensor) == samples,
-        len(shows),
-        tensor.nbytes // samples,
-        tensor._version != version,
-        final,
-    )
-
-
-def _unfit(model: nn.Module, frame: Frame, error: Exception) -> str:
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"{type(model).__name__} cannot take the data, {frame.describe()}: {cause}; change the data's channels and size "
-        "(dataset.channels=, dataset.size=), or the model"
-    )
+CAPACITY = {"rows": 4096, "sums": 1024, "samples": 1024, "entries": 128}  # what waits for company: no small product is formed
+Place = tuple[Layer, Layer | None]  # where a metric is taken: a layer, and for some the one behind it
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every statistic once, however many metrics ask for it.
 
-    ``needs`` holds, for each site, what is added up there; ``lookup`` says which of those serves a metric's need.
+    ``needs`` holds, for each layer, what is added up there; ``lookup`` says which of those serves a metric's need.
     """
 
     layers: list[Layer]
@@ -99,6 +36,7 @@ class Plan:
     positions: int | None = None  # a sample of positions an image for pair statistics; None for all
     never_called: list[str] = field(default_factory=list)
     precision: str = "float32"  # of products; rows that are float64 keep it
+    pairs: list[tuple[Layer, Layer]] = field(default_factory=list)  # of layers that edge metrics compare
 
     @classmethod
     def of(
@@ -111,11 +49,12 @@ class Plan:
         positions: int | None = None,
         optional: bool = False,
         precision: str = "float32",
+        pairs: str | Sequence[Sequence[str]] = "consecutive",
     ) -> "Plan":
         """A plan for a model's layers, after one recorded forward of a few samples.
 
         ``optional`` leaves out layers that the forward never calls (and says so); otherwise such a layer is an error, and
-        so is a metric that needs weights at a layer without.
+        so is a metric that needs weights at a layer without. ``pairs`` of layers for edges: consecutive, all, or names.
         """
         if precision not in ("float32", "float64"):
             raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")
@@ -126,66 +65,160 @@ class Plan:
                 "its weight directly): name another layer, such as the module that takes its output"
             )
         layers = [layer for layer in layers if layer not in silent]
+        plan = cls(
+            layers,
+            metrics,
+            recording,
+            groups,
+            positions,
+            [layer.name for layer in silent],
+            precision,
+            pairs_of(layers, pairs),
+        )
         for name, metric in metrics.items():
-            bare = next((layer for layer in layers if metric.weighted and layer.weight is None), None)
-            if bare is not None:
-                raise ValueError(
-                    f"metric {name!r} needs weights, layer {bare.name!r} ({type(bare.module).__name__}) has none: "
-                    "leave the metric out, or the layer (layers=)"
-                )
-        return cls(layers, metrics, recording, groups, positions, [layer.name for layer in silent], precision)
+            plan._check_parameter(name, metric, optional)
+        return plan
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.recording.seen[f"{layer.name}.{'input' if port == 'input' else 'output'}"]
 
-    def wanted(self, layer: Layer) -> set[Need]:
-        """What the metrics want of a layer; a row a sample is the same in either view."""
-        needs = {need for metric in self.metrics.values() for need in metric.needs().values()}
-        return {self._one_view(layer, need) for need in needs}
+    def parameter(self, layer: Layer, metric: Metric) -> Tensor | None:
+        """What a metric reads of a layer beside sums, on the CPU; None where the layer has none."""
+        if metric.parameter == "norm":
+            norm = self.recording.norms.get(layer.name)
+            found = getattr(norm.module, "weight", None) if norm else None
+        else:
+            found = getattr(layer, metric.parameter)
+        return None if found is None else found.detach().cpu()
+
+    def _check_parameter(self, name: str, metric: Metric, optional: bool) -> None:
+        if not metric.weighted:
+            return
+        bare = [layer for layer in self.layers if self.parameter(layer, metric) is None]
+        some = optional and metric.parameter == "norm" and len(bare) < len(self.layers)
+        if bare and not some:
+            words = {
+                "norm": "has no batch norm behind it, whose scale the metric reads",
+                "change": "is compared with its weights at the start, which are not known (initial=, initial_path=)",
+            }
+            kind = type(bare[0].module).__name__
+            raise ValueError(
+                f"metric {name!r} needs weights, layer {bare[0].name!r} ({kind}) {words.get(metric.parameter, 'has none')}: "
+                "leave the metric out, or the layer (layers=)"
+            )
+
+    def places(self, metric: Metric) -> list[Place]:
+        """Where a metric is taken: layers, the pairs of an edge metric, or layers with the next one."""
+        if metric.kind == "edge":
+            return list(self.pairs)
+        if any(need.port == "next" or need.target == "next" for need in metric.needs().values()):
+            return [(layer, self.next.get(layer)) for layer in self.layers]
+        return [(layer, None) for layer in self.layers]
+
+    @cached_property
+    def next(self) -> dict[Layer, Layer]:
+        """The layer behind each but the last."""
+        return dict(itertools.pairwise(self.layers))
+
+    def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
+        """What a metric needs at a place: for each argument the layer where it is added up, and the need there.
+
+        Empty where it needs a next layer and there is none. Sites whose rows stand beside each other but lie at different
+        positions are compared by samples, and so is all that the metric (or the part of a composite) needs.
+        """
+        layer, other = place
+        needs = metric.needs()
+        if other is None and any(need.port == "next" or need.target == "next" for need in needs.values()):
+            return {}
+        apart = {name.rpartition(".")[0] for name, need in needs.items() if self._apart(need, layer, other)}
+        return {name: self._resolved(need, layer, other, name.rpartition(".")[0] in apart) for name, need in needs.items()}
+
+    def _resolved(self, need: Need, layer: Layer, other: Layer | None, apart: bool) -> tuple[Layer, Need]:
+        owner = other if need.port == "next" and other is not None else layer
+        view = need.view
+        if view == "whole":
+            view = "positions" if self.recording.tokens else "samples"
+        if apart and view == "positions":
+            view = "samples"
+        target = need.target
+        if target in ("next", "input"):
+            target = Other(other.name, "output") if target == "next" and other is not None else Other(layer.name, "input")
+        port = "output" if need.port in ("next", "projection") else need.port
+        return owner, self._one_view(owner, Need(need.statistic, port, view, target))
+
+    def _apart(self, need: Need, layer: Layer, other: Layer | None) -> bool:
+        if need.target not in ("next", "input"):
+            return False
+        here = self.seen(other if need.port == "next" and other is not None else layer, need.port)
+        there = self.seen(other, "output") if need.target == "next" and other is not None else self.seen(layer, "input")
+        return (here.grid, here.positions) != (there.grid, there.positions) or here.calls > 1 or there.calls > 1
+
+    @cached_property
+    def _wanted(self) -> dict[str, set[Need]]:
+        wanted: dict[str, set[Need]] = {layer.name: set() for layer in self.layers}
+        for metric in self.metrics.values():
+            for place in self.places(metric):
+                for owner, need in self.resolve(metric, place).values():
+                    wanted[owner.name].add(need)
+        return wanted
 
     def needs(self, layer: Layer) -> list[Need]:
         """What is added up at a layer: moments of rows whose products are kept are read off those."""
-        wanted = self.wanted(layer)
+        wanted = self._wanted[layer.name]
         return sorted((need for need in wanted if self._provider(need, wanted) == need), key=str)
 
-    def lookup(self, layer: Layer, need: Need) -> tuple[Need, bool]:
-        """The need that serves another, and whether its moments do."""
-        need = self._one_view(layer, need)
-        provider = self._provider(need, self.wanted(layer))
-        return provider, provider != need
+    def lookup(self, layer: Layer, need: Need) -> Need:
+        """The need that serves another; ``adapt`` makes of its value what was asked for."""
+        return self._provider(need, self._wanted[layer.name])
 
     def sites(self) -> list[Site]:
-        ports = {layer: sorted({need.port for need in self.needs(layer)}) for layer in self.layers}
-        return [Site(layer, port) for layer in self.layers for port in ports[layer]]
+        """Every site that is read, each layer's own and those whose rows stand beside others'."""
+        ports: dict[str, set[str]] = {layer.name: {need.port for need in self.needs(layer)} for layer in self.layers}
+        for other in self.others:
+            ports[other.layer].add(other.port)
+        return [Site(layer, port) for layer in self.layers for port in sorted(ports[layer.name])]
+
+    @cached_property
+    def others(self) -> set[Other]:
+        """Sites whose rows stand beside those of another."""
+        return {need.target for layer in self.layers for need in self.needs(layer) if isinstance(need.target, Other)}
 
     @property
     def overwritten(self) -> set[str]:
         return {layer.name for layer in self.layers if self.seen(layer, "output").overwritten}
 
     @property
-    def targets(self) -> set[str]:
-        return {need.target for layer in self.layers for need in self.needs(layer) if need.target}
+    def targets(self) -> set:
+        """What is made of logits and labels for each sample."""
+        every = {need.target for layer in self.layers for need in self.needs(layer) if need.target}
+        return {target for target in every if not isinstance(target, Other)}
 
     @property
     def gradients(self) -> bool:
-        return any(site.port == "output*grad" for site in self.sites())
+        return any("grad" in site.port for site in self.sites())
 
     def sampled(self, need: Need) -> bool:
         """Whether a need reads a sample of the positions only."""
-        return self.positions is not None and need.statistic in PAIRS and need.view == "positions"
+        return self.positions is not None and need.statistic in SAMPLED and need.view == "positions"
 
     def groups_of(self, layer: Layer, need: Need) -> int:
-        wide = need.statistic in PAIRS and self.seen(layer, need.port).width > GROUPED_WIDTH
+        wide = need.statistic in PAIRS and max(self._widths(layer, need)) > GROUPED_WIDTH
         return 1 if wide else self.groups
+
+    def _widths(self, layer: Layer, need: Need) -> tuple[int, int]:
+        """Units at a need's port, and columns of what stands beside them."""
+        width = self.seen(layer, need.port).width
+        if layer.geometry is not None and need.statistic.entries:
+            width *= math.prod(layer.geometry.kernel)
+        if isinstance(need.target, Other):
+            return width, self.recording.seen[str(need.target)].width
+        beside = self.recording.classes if isinstance(need.target, str) and "logits" in need.target else 1
+        return width, beside
 
     def nbytes(self, layer: Layer, need: Need) -> int:
         """Bytes of a statistic's sums over all its groups."""
-        d, classes = self.seen(layer, need.port).width, self.recording.classes
-        if need.statistic is Patches and layer.geometry is not None:
-            d *= math.prod(layer.geometry.kernel)
-        t = classes if need.target == "logits" else 1
-        size = {Gram: d * d + 2 * d, Cross: d * t + 2 * d + 2 * t + t * t, ByClass: 2 * classes * d + d, Sizes: d, Zeros: d}
-        return 8 * self.groups_of(layer, need) * size.get(need.statistic, 3 * d)
+        width, beside = self._widths(layer, need)
+        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, beside, self.recording.classes)
 
     def overhead(self) -> float:
         """Estimated cost of the pass over a bare forward (with its backward, where gradients are taken), as a share."""
@@ -193,20 +226,31 @@ class Plan:
         for layer in self.layers:
             for need in self.needs(layer):
                 seen = self.seen(layer, need.port)
-                rows = min(seen.positions, self.positions or seen.positions) if self.sampled(need) else seen.positions
-                rows = rows if need.view == "positions" else 1
-                products = 2 * seen.width**2 * rows if need.statistic in PAIRS else 0
+                rows = self._rows_a_sample(layer, need)
+                width, beside = self._widths(layer, need)
+                beside = beside if isinstance(need.target, Other) else width
+                products = 2 * width * beside * rows if need.statistic in PAIRS else 0
                 extra += products + BALANCE * seen.nbytes * rows / seen.positions
         return extra / max(1, self.recording.flops * (3 if self.gradients else 1))
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.nbytes(layer, need) for layer in self.layers for need in self.needs(layer)) + self.waiting_bytes
+        sums = sum(self.nbytes(layer, need) for layer in self.layers for need in self.needs(layer))
+        return sums + self.waiting_bytes + self.held_bytes
 
     @property
     def waiting_bytes(self) -> int:
         """Rows that wait for company: buffers of small maps and of a row a sample."""
         return sum(4 * sum(CAPACITY.values()) * self.seen(*site).width for site in self.sites())
+
+    @property
+    def held_bytes(self) -> int:
+        """Rows that wait for those of another site, of one batch."""
+        held = {o for layer in self.layers for o in [layer] if any(self._meets(need) for need in self.needs(o))}
+        return sum(self.recording.samples * self.seen(layer, "output").nbytes for layer in held)
+
+    def _meets(self, need: Need) -> bool:
+        return isinstance(need.target, Other) and need.view == "positions"
 
     def check(self, budget: float | None) -> None:
         """Raises MemoryError, with the ways out, where the plan takes more bytes than the budget."""
@@ -229,6 +273,7 @@ class Plan:
                 "rows_per_sample": self._rows_a_sample(layer, need),
                 "groups": self.groups_of(layer, need),
                 "bytes": self.nbytes(layer, need),
+                "waits_for": str(need.target) if self._meets(need) else None,
             }
             for layer in self.layers
             for need in self.needs(layer)
@@ -241,10 +286,35 @@ class Plan:
         return min(positions, self.positions or positions) if self.sampled(need) else positions
 
     def _one_view(self, layer: Layer, need: Need) -> Need:
-        return (
-            need._replace(view="samples") if self.seen(layer, need.port).flat and self.seen(layer, need.port).calls == 1 else need
-        )
+        """A row a sample is the same in either view."""
+        seen = self.seen(layer, need.port)
+        return need._replace(view="samples") if seen.flat and seen.calls == 1 else need
 
     def _provider(self, need: Need, wanted: set[Need]) -> Need:
-        gram = need._replace(statistic=Gram)
-        return gram if need.statistic is Moments and gram in wanted and not self.sampled(gram) else need
+        for statistic in serves(need.statistic):
+            richer = need._replace(statistic=statistic)
+            if richer in wanted and self.sampled(richer) == self.sampled(need):
+                return self._provider(richer, wanted)  # which may itself be read off one that is richer still
+        return need
+
+
+def adapt(value: Statistic, need: Need) -> Statistic:
+    """What was asked for, of the value that serves it."""
+    return value.moments if need.statistic is Moments and isinstance(value, Gram) else value
+
+
+def pairs_of(layers: list[Layer], pairs: str | Sequence[Sequence[str]]) -> list[tuple[Layer, Layer]]:
+    """Pairs of layers, in order. Raises ValueError for a name that is not among the layers, or another word."""
+    if pairs == "consecutive":
+        return list(itertools.pairwise(layers))
+    if pairs == "all":
+        return [(a, b) for k, a in enumerate(layers) for b in layers[k + 1 :]]
+    by_name = {layer.name: layer for layer in layers}
+    if isinstance(pairs, str):
+        raise ValueError(f"pairs is {pairs!r}; it is consecutive, all, or a list of pairs of layer names")
+    unknown = [name for pair in pairs for name in pair if name not in by_name]
+    if unknown or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"pairs names {unknown[0] if unknown else 'other than two layers at once'}; measured are {', '.join(by_name)}"
+        )
+    return [(by_name[a], by_name[b]) for a, b in pairs]

@@ -16,6 +16,7 @@ from torch import nn
 from .files import read_json, write, write_json
 
 SCHEMA = 1
+BESIDE = ("_se", "_bias", "_null", "_p")  # what may stand beside a column, by its suffix
 _PACKAGES = ("nodelens", "torch", "lightning", "hydra-core", "transformers", "datasets", "numpy", "pandas")
 
 
@@ -24,24 +25,34 @@ class Result:
     """What a run found.
 
     units: index (layer, unit), a column a metric, ``<metric>_se`` beside it; layers: a row a layer; matrices:
-    {(layer, name): (units, units)}; metadata: definitions, rows seen, reasons for NaN, versions, config.
+    {(layer, name): (units, units)}, or (inputs,) for a value an input feature; metadata: definitions, rows seen, reasons for
+    NaN, versions, config; edges: index (layer, next), a row a pair of layers.
     """
 
     units: pd.DataFrame
     layers: pd.DataFrame
     matrices: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    edges: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tables, then the metadata that says they are complete. Raises OSError where it cannot."""
         folder = Path(folder)
         write(folder / "units.parquet", self.units.to_parquet)
         write(folder / "layers.parquet", self.layers.to_parquet)
+        if len(self.edges):
+            write(folder / "edges.parquet", self.edges.to_parquet)
         if self.matrices:
             arrays = {f"{layer}::{name}": np.ascontiguousarray(a) for (layer, name), a in self.matrices.items()}
             write(folder / "matrices.safetensors", lambda path: save_file(arrays, str(path)))
         write_json(folder / "metadata.json", self.metadata)
         return folder
+
+
+def values_of(frame: pd.DataFrame) -> list[str]:
+    """The numeric columns that are metrics: not the error, bias, null or p-value that stand beside one."""
+    numeric = [str(c) for c in frame.select_dtypes("number") if c != "units"]
+    return [c for c in numeric if not any(c.endswith(s) and c.removesuffix(s) in numeric for s in BESIDE)]
 
 
 def load(folder: str | Path) -> Result:
@@ -55,7 +66,8 @@ def load(folder: str | Path) -> Result:
             layer, name = key.rsplit("::", 1)
             matrices[layer, name] = array
     units, layers = (pd.read_parquet(folder / f"{name}.parquet") for name in ("units", "layers"))
-    return Result(units, layers, matrices, read_json(folder / "metadata.json"))
+    edges = pd.read_parquet(folder / "edges.parquet") if (folder / "edges.parquet").is_file() else pd.DataFrame()
+    return Result(units, layers, matrices, read_json(folder / "metadata.json"), edges)
 
 
 def load_runs(pattern: str) -> pd.DataFrame:

@@ -69,6 +69,15 @@ class Rows:
         """The same rows in memory of their own."""
         return Rows(self.raw.clone(), self.keep, self.shift, self.grid)
 
+    def kept(self, keep: Tensor | None) -> "Rows":
+        """The same rows, those kept that are marked, (samples, positions) bool."""
+        return Rows(self.raw, keep, self.shift, self.grid, self.moved)
+
+    def double(self) -> "Rows":
+        """The same rows in float64."""
+        double = self.raw.dtype == torch.float64
+        return self if double else Rows(self.raw.double(), self.keep, self.shift, self.grid, self.moved)
+
     def mask(self) -> Tensor:
         """Which rows count, (samples, positions) bool."""
         return torch.ones_like(self.raw[:, 0], dtype=torch.bool) if self.keep is None else self.keep
@@ -109,6 +118,11 @@ class Rows:
         """Sums about the shift over each sample's positions, (samples, width)."""
         return self.x[:, :, 0] if self.x.shape[2] == 1 else self.x.sum(2)
 
+    @cached_property
+    def norms(self) -> Tensor:
+        """Squared length of each row about the shift, (samples, positions); 0 where a row is not kept."""
+        return self.x.square().sum(1)
+
     @property
     def total(self) -> Tensor:
         """Sum about the shift, (width,) float64."""
@@ -122,17 +136,28 @@ class Rows:
 
     @property
     def outer(self) -> Tensor:
-        """Sum of products about the shift, (width, width) float64, by the product that suits the layout."""
-        x = self.x if self.x.shape[1] > NARROW else self.x.double()
-        _, width, positions = x.shape
+        """Sum of products about the shift, (width, width) float64."""
+        return self.products(self)
+
+    def products(self, other: "Rows") -> Tensor:
+        """Sum of products with the same rows of another site, (width, other width) float64, by the product that suits the layout.
+
+        Each about its shift, and both with 0 where a row is not kept.
+        """
+        x = self.x
+        z = x if other is self else other.x
+        if min(x.shape[1], z.shape[1]) <= NARROW or x.dtype != z.dtype:
+            x = x.double()
+            z = x if other is self else z.double()
+        (_, width, positions), beside = x.shape, z.shape[1]
         with exact_products():
-            if x.stride(1) == 1 or positions == 1:
+            if positions == 1 or (x.stride(1) == 1 and z.stride(1) == 1):
                 flat = x.transpose(1, 2).reshape(-1, width)
-                return (flat.T @ flat).double()
-            if positions >= width:
-                return x.new_zeros(width, width).addbmm_(x, x.transpose(1, 2)).double()
+                return (flat.T @ (flat if z is x else z.transpose(1, 2).reshape(-1, beside))).double()
+            if positions >= min(width, beside):
+                return x.new_zeros(width, beside).addbmm_(x, z.transpose(1, 2)).double()
             flat = x.transpose(0, 1).reshape(width, -1)
-            return (flat @ flat.T).double()
+            return (flat @ (flat if z is x else z.transpose(0, 1).reshape(beside, -1)).T).double()
 
     @property
     def mean(self) -> Tensor:
@@ -183,10 +208,16 @@ class Rows:
         return self.by_sample().totals()
 
     def by_sample(self, *more: str) -> "SampleSums":
-        """Sums over each sample's positions; of ``squares``, ``absolutes`` and ``nonzeros`` those that are named."""
+        """Sums over each sample's positions; of ``squares``, ``absolutes`` and ``nonzeros`` those that are named.
+
+        ``fourths`` come with the powers below them.
+        """
         found: dict[str, Tensor] = {}
-        if "squares" in more:
+        if "squares" in more or "fourths" in more:
             found["squares"] = torch.linalg.vector_norm(self.x, dim=2).square()
+        if "fourths" in more:
+            square = self.x.square()
+            found["cubes"], found["fourths"] = (square * self.x).sum(2), torch.linalg.vector_norm(square, dim=2).square()
         if "absolutes" in more or "nonzeros" in more:
             found["absolutes"] = self.magnitude.sum(2)
         if "nonzeros" in more:
@@ -208,13 +239,16 @@ class SampleSums:
     squares: Tensor | None = None
     absolutes: Tensor | None = None
     nonzeros: Tensor | None = None
+    cubes: Tensor | None = None
+    fourths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def tables(self) -> dict[str, Tensor]:
         """What has a row a sample, by name; ``of_tables`` goes back."""
-        found = {name: getattr(self, name) for name in ("counts", "sums", "squares", "absolutes", "nonzeros")}
+        names = ("counts", "sums", "squares", "absolutes", "nonzeros", "cubes", "fourths")
+        found = {name: getattr(self, name) for name in names}
         return {name: table for name, table in found.items() if table is not None}
 
     @classmethod
@@ -246,6 +280,14 @@ class SampleSums:
     @property
     def square(self) -> Tensor:
         return _known(self.squares).sum(0, dtype=torch.float64)
+
+    @property
+    def cube(self) -> Tensor:
+        return _known(self.cubes).sum(0, dtype=torch.float64)
+
+    @property
+    def fourth(self) -> Tensor:
+        return _known(self.fourths).sum(0, dtype=torch.float64)
 
     @property
     def absolute(self) -> Tensor:

@@ -10,101 +10,164 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .control import null_of
 from .layers import Layer
 from .metrics import Metric, Need
-from .plan import GROUPED_WIDTH, Plan
-from .statistics import Accumulator, Gram, Statistic
+from .metrics.sampling import jackknife
+from .plan import GROUPED_WIDTH, Place, Plan, adapt
+from .statistics import Accumulator
 
 Sums = Mapping[tuple[str, Need], Accumulator]
 
 
 @dataclass
 class Table:
-    """What the metrics say of a model: units (layer, unit), layers, matrices of pairs, and how it came about."""
+    """What the metrics say of a model: units (layer, unit), layers, edges, matrices of pairs, and how it came about."""
 
     units: pd.DataFrame
     layers: pd.DataFrame
+    edges: pd.DataFrame
     matrices: dict[tuple[str, str], np.ndarray]
     missing: list[dict[str, Any]] = field(default_factory=list)  # where there is no number, how many, and why
     counts: list[dict[str, Any]] = field(default_factory=list)  # how often a rule for an edge case was used
+    model: dict[str, float] = field(default_factory=dict)  # of all layers together
 
 
-def make_table(plan: Plan, sums: Sums, samples: Tensor) -> Table:
-    """Every metric at every layer of a plan, from complete sums; samples (groups,) int64 weigh the jackknife."""
-    table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), {}), [], []
+@dataclass(frozen=True)
+class Measured:
+    """A metric's value at a place, by suffix of its column: '', _se, and where they were asked for _bias, _null, _p."""
+
+    columns: dict[str, Tensor]
+    counts: dict[str, int] = field(default_factory=dict)
+    reason: str = ""  # of every NaN, where it is the place's and not the metric's
+
+    @property
+    def value(self) -> Tensor:
+        return self.columns[""]
+
+
+def make_table(plan: Plan, sums: Sums, samples: Tensor, bias: bool = False, seed: int = 0) -> Table:
+    """Every metric at every place of a plan, from complete sums; samples (groups,) int64 weigh the jackknife."""
+    table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), {}), [], []
     for layer in plan.layers:
-        units, row = _measure_layer(table, plan, layer, sums, samples)
-        frames.append(units)
+        width = plan.seen(layer, "output").width
+        index = pd.MultiIndex.from_product([[layer.name], range(width)], names=["layer", "unit"])
+        columns: dict[str, np.ndarray] = {}
+        row: dict[str, Any] = {"layer": layer.name, "type": type(layer.module).__name__, "units": width}
+        for name, metric in plan.metrics.items():
+            if metric.kind != "edge":
+                place = next(p for p in plan.places(metric) if p[0] is layer)
+                found = measure(metric, plan, place, sums, samples, bias, seed)
+                _note(table, layer.name, name, metric, found, plan, place)
+                _put(table, columns, row, name, metric, found)
+        frames.append(pd.DataFrame(columns, index=index))
         rows.append(row)
     table.units = pd.concat(frames)
     table.layers = pd.DataFrame(rows).set_index("layer")
+    table.edges = _edges(table, plan, sums, samples, bias, seed)
+    table.model = _of_model(plan, table)
     return table
 
 
-def _measure_layer(table: Table, plan: Plan, layer: Layer, sums: Sums, samples: Tensor) -> tuple[pd.DataFrame, dict]:
-    width = plan.seen(layer, "output").width
-    index = pd.MultiIndex.from_product([[layer.name], range(width)], names=["layer", "unit"])
-    columns: dict[str, np.ndarray] = {}
-    row: dict[str, Any] = {"layer": layer.name, "type": type(layer.module).__name__, "units": width}
-    for name, metric in plan.metrics.items():
-        value, error = measure(metric, plan, layer, sums, samples)
-        if metric.shape == "pair":
-            table.matrices[layer.name, name] = value.numpy()
+def _put(table: Table, columns: dict, row: dict, name: str, metric: Metric, found: Measured) -> None:
+    """Files a value where its shape belongs."""
+    for suffix, value in found.columns.items():
+        if metric.shape in ("pair", "input"):
+            table.matrices[row["layer"], name + suffix] = value.numpy()
         elif metric.shape == "layer":
-            row[name] = float(value)
-            row |= {} if error is None else {f"{name}_se": float(error)}
+            row[name + suffix] = float(value)
         else:
-            columns[name] = value.numpy()
-            columns |= {} if error is None else {f"{name}_se": error.numpy()}
-        _explain(table, plan, layer, name, metric, value, error)
-        statistics = _statistics(metric, plan, layer, sums)
-        used = metric.counts(_weight(layer), **statistics)
-        table.counts += [{"layer": layer.name, "metric": name, "rule": k, "count": v} for k, v in used.items() if v]
-    return pd.DataFrame(columns, index=index), row
+            columns[name + suffix] = value.numpy()
 
 
-def measure(metric: Metric, plan: Plan, layer: Layer, sums: Sums, samples: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A metric's value at a layer and its standard error, None where no data are read or it is of pairs."""
-    weight = _weight(layer)
-    value = metric(weight, **_statistics(metric, plan, layer, sums))
-    if not metric.needs() or metric.shape == "pair":
-        return value, None
-    held = [plan.lookup(layer, need)[0] for need in metric.needs().values()]
-    present = [g for g, n in enumerate(samples.tolist()) if n]
-    if any(plan.groups_of(layer, need) == 1 for need in held) or len(present) < 2:
-        return value, torch.full_like(value, math.nan)
-    left = [metric(weight, **_statistics(metric, plan, layer, sums, without=g)) for g in present]
-    return value, jackknife(value, torch.stack(left), samples[present])
+def _edges(table: Table, plan: Plan, sums: Sums, samples: Tensor, bias: bool, seed: int) -> pd.DataFrame:
+    chosen = {name: metric for name, metric in plan.metrics.items() if metric.kind == "edge"}
+    rows = []
+    for place in plan.pairs if chosen else ():
+        first, second = place
+        row: dict[str, Any] = {"layer": first.name, "next": second.name}
+        for name, metric in chosen.items():
+            found = measure(metric, plan, place, sums, samples, bias, seed)
+            row["view"] = next(need.view for _, need in plan.resolve(metric, place).values())
+            row |= {name + suffix: float(value) for suffix, value in found.columns.items()}
+            _note(table, f"{first.name} -> {second.name}", name, metric, found, plan, place)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["layer", "next"]).set_index(["layer", "next"])
 
 
-def jackknife(value: Tensor, left: Tensor, samples: Tensor) -> Tensor:
-    """Standard error of a value from the values without each of G groups of samples, which may be unequal.
-
-    Shapes: value (...), left (G, ...), samples (G,) -> (...)
-    Source: Busing, Meijer & van der Leeden 1999, Statistics and Computing 9:3-8, eq. 3; equal groups give
-            sqrt((G - 1)/G sum (left - mean)^2), Tukey 1958
-    """
-    shape = (-1, *[1] * value.ndim)
-    h = (samples.sum() / samples.double()).reshape(shape)
-    mean = len(left) * value - ((1 - 1 / h) * left).sum(0)
-    pseudo = h * value - (h - 1) * left
-    return ((pseudo - mean).square() / (h - 1)).mean(0).sqrt()
-
-
-def _statistics(metric: Metric, plan: Plan, layer: Layer, sums: Sums, without: int | None = None) -> dict[str, Statistic]:
+def _of_model(plan: Plan, table: Table) -> dict[str, float]:
+    """Totals over all layers of metrics that have one."""
+    sizes = [0 if layer.tensor is None else layer.tensor.numel() for layer in plan.layers]
     found = {}
-    for name, need in metric.needs().items():
-        key, derived = plan.lookup(layer, need)
-        accumulator = sums[layer.name, key]
-        value = accumulator.value if without is None else accumulator.without(without)
-        if value is None:
-            raise ValueError(_nothing(metric, layer, need, without))
-        found[name] = value.moments if derived and isinstance(value, Gram) else value
+    for name, metric in plan.metrics.items():
+        if metric.shape == "layer" and hasattr(metric, "of_model"):
+            values = [torch.tensor(v, dtype=torch.float64) for v in table.layers[name]]
+            found[name] = float(metric.of_model(values, sizes))
     return found
 
 
+def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tensor, bias: bool = False, seed: int = 0) -> Measured:
+    """A metric at a place, with its standard error where data are read and the value is not of pairs."""
+    layer = place[0]
+    resolved, weight = plan.resolve(metric, place), plan.parameter(layer, metric)
+    width = plan.seen(layer, "output").width
+    if metric.needs() and not resolved:
+        return _absent(width, "there is no next layer", ("", "_se", "_bias") if bias else ("", "_se"))
+    if metric.weighted and weight is None:
+        return _absent(width, "no batch norm follows the layer")
+    parts = _Parts(metric, plan, resolved, sums)
+    present = [g for g, n in enumerate(samples.tolist()) if n]
+    if metric.grouped:
+        whole = {name: [values[g] for g in present] for name, values in parts.by_group(len(samples)).items()}
+        return Measured({"": metric(weight, **whole)})
+    statistics = parts.whole()
+    columns = {"": metric(weight, **statistics)}
+    counts = metric.counts(weight, **statistics)
+    if resolved and metric.shape != "pair":
+        if parts.single or len(present) < 2:
+            columns["_se"] = torch.full_like(columns[""], math.nan)
+        else:
+            left = torch.stack([metric(weight, **parts.without(g)) for g in present])
+            columns["_se"], lean = jackknife(columns[""], left, samples[present])
+            columns |= {"_bias": lean} if bias else {}
+    if resolved and metric.options.get("control"):
+        columns |= null_of(metric, weight, {k: need for k, (_, need) in resolved.items()}, statistics, seed)
+    return Measured(columns, counts)
+
+
+def _absent(width: int, reason: str, suffixes: tuple[str, ...] = ("",)) -> Measured:
+    """No value for any unit of a layer."""
+    return Measured({s: torch.full((width,), math.nan, dtype=torch.float64) for s in suffixes}, reason=reason)
+
+
+class _Parts:
+    """The sums that a metric reads at a place: the whole, and the whole but for one group."""
+
+    def __init__(self, metric: Metric, plan: Plan, resolved: dict[str, tuple[Layer, Need]], sums: Sums):
+        self.metric, self.resolved = metric, resolved
+        self.held = {name: sums[layer.name, plan.lookup(layer, need)] for name, (layer, need) in resolved.items()}
+        self.single = plan.groups < 2 or any(len(accumulator.parts) < 2 for accumulator in self.held.values())
+
+    def whole(self) -> dict[str, Any]:
+        return {name: self._adapted(name, accumulator.value) for name, accumulator in self.held.items()}
+
+    def without(self, group: int) -> dict[str, Any]:
+        return {name: self._adapted(name, a.without(group), group) for name, a in self.held.items()}
+
+    def by_group(self, groups: int) -> dict[str, Any]:
+        if self.single:
+            return {name: [self._adapted(name, a.value)] * groups for name, a in self.held.items()}
+        return {name: [None if p is None else adapt(p, self.resolved[name][1]) for p in a.parts] for name, a in self.held.items()}
+
+    def _adapted(self, name: str, value: Any, group: int | None = None) -> Any:
+        layer, need = self.resolved[name]
+        if value is None:
+            raise ValueError(_nothing(self.metric, layer, need, group))
+        return adapt(value, need)
+
+
 def _nothing(metric: Metric, layer: Layer, need: Need, without: int | None) -> str:
-    if need.port == "output*grad":
+    if "grad" in need.port:
         return (
             f"{metric.names[0]}: no gradient reached layer {layer.name!r}: the loss does not depend on it; leave the layer "
             "out (layers=)"
@@ -113,22 +176,22 @@ def _nothing(metric: Metric, layer: Layer, need: Need, without: int | None) -> s
     return f"{metric.names[0]}: no rows were seen at layer {layer.name!r}{rest}: the data are empty, or the layer did not run"
 
 
-def _explain(table: Table, plan: Plan, layer: Layer, name: str, metric: Metric, value: Tensor, error: Tensor | None) -> None:
-    lost = int(value.isnan().sum())
-    if lost:
-        table.missing.append({"layer": layer.name, "column": name, "count": lost, "reason": metric.nan})
-    if error is not None and int(error.isnan().sum()) > 0:
-        wide = any(plan.groups_of(layer, plan.lookup(layer, need)[0]) == 1 for need in metric.needs().values())
-        reason = (
-            f"pair sums wider than {GROUPED_WIDTH} are kept once, not once a group"
-            if wide and plan.groups > 1
-            else "fewer than two groups of samples"
-            if int((error.isnan() & ~value.isnan()).sum()) and plan.groups < 2
-            else f"the value, or one without a group of samples, has none: {metric.nan}"
-        )
-        table.missing.append({"layer": layer.name, "column": f"{name}_se", "count": int(error.isnan().sum()), "reason": reason})
-
-
-def _weight(layer: Layer) -> Tensor | None:
-    weight = layer.weight
-    return None if weight is None else weight.cpu()
+def _note(table: Table, where: str, name: str, metric: Metric, found: Measured, plan: Plan, place: Place) -> None:
+    """Writes down why a number is missing, and how often a rule was used."""
+    table.counts += [{"layer": where, "metric": name, "rule": k, "count": v} for k, v in found.counts.items() if v]
+    for suffix, value in found.columns.items():
+        lost = int(value.isnan().sum())
+        if not lost:
+            continue
+        reason = found.reason or metric.nan
+        if suffix in ("_se", "_bias") and not found.reason:
+            wide = any(plan.groups_of(owner, need) == 1 for owner, need in plan.resolve(metric, place).values())
+            alone = bool((value.isnan() & ~found.value.isnan()).any()) and plan.groups < 2
+            reason = (
+                f"pair sums wider than {GROUPED_WIDTH} are kept once, not once a group"
+                if wide and plan.groups > 1
+                else "fewer than two groups of samples"
+                if alone
+                else f"the value, or one without a group of samples, has none: {reason}"
+            )
+        table.missing.append({"layer": where, "column": name + suffix, "count": lost, "reason": reason})

@@ -5,17 +5,17 @@ from typing import Any
 
 import pandas as pd
 
-from .results import Result
+from .results import Result, values_of
 
 
 def scalars(result: Result) -> dict[str, float]:
-    """``units/<layer>/<metric>``: means over a layer's units; ``layers/<layer>/<metric>``: a layer's own."""
-    means = result.units[[c for c in result.units if not c.endswith("_se")]].groupby(level="layer", sort=False).mean()
-    own = result.layers.select_dtypes("float")
-    own = own[[c for c in own if not c.endswith("_se")]]
+    """``units/<layer>/<metric>``: means over units; ``layers/<layer>/<metric>``: a layer's own; ``edges/<a>-<b>/<metric>``."""
+    means = result.units[values_of(result.units)].groupby(level="layer", sort=False).mean()
+    edges = result.edges[values_of(result.edges)] if len(result.edges) else pd.DataFrame()
+    edges.index = [f"{a}-{b}" for a, b in edges.index]
     found = {
         f"{kind}/{layer}/{metric}": float(value)
-        for kind, table in (("units", means), ("layers", own))
+        for kind, table in (("units", means), ("layers", result.layers[values_of(result.layers)]), ("edges", edges))
         for layer, row in table.iterrows()
         for metric, value in row.items()
     }
@@ -29,6 +29,8 @@ def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float]
         if hasattr(logger, "log_table"):
             logger.log_table("units", dataframe=result.units.reset_index())
             logger.log_table("layers", dataframe=result.layers.reset_index())
+            if len(result.edges):
+                logger.log_table("edges", dataframe=result.edges.reset_index())
 
 
 def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, float]) -> None:

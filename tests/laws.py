@@ -7,9 +7,34 @@ import torch
 from torch import Tensor
 
 from nodelens.geometry import Geometry
-from nodelens.metrics import METRICS, Metric
+from nodelens.keys import mix
+from nodelens.metrics import METRICS, Metric, get_metric
 from nodelens.rows import Rows
-from nodelens.statistics import STATISTICS, ByClass, Cross, Gram, Moments, Patches, Sizes, Statistic, Zeros
+from nodelens.statistics import (
+    STATISTICS,
+    ByClass,
+    ClassCross,
+    ClassGram,
+    ClassSizes,
+    ClassStatistic,
+    Cosines,
+    Cross,
+    Directions,
+    Gram,
+    Higher,
+    MeanSizes,
+    Moments,
+    NormedGram,
+    NormedPair,
+    Pair,
+    Patches,
+    PatchesByClass,
+    Quantiles,
+    Sample,
+    Sizes,
+    Statistic,
+    Zeros,
+)
 
 CONV = Geometry((3,), (2,), (1,), ((1, 1),))
 Make = Callable[[Tensor, Tensor | None], Statistic]
@@ -43,10 +68,23 @@ MAKERS: dict[type[Statistic], Callable[..., Statistic]] = {
     Moments: lambda x, at, **k: Moments.of(x, **k),
     Sizes: lambda x, at, **k: Sizes.of(x, **k),
     Zeros: lambda x, at, **k: Zeros.of(x, **k),
+    Higher: lambda x, at, **k: Higher.of(x, **k),
+    MeanSizes: lambda x, at, **k: MeanSizes.of(x, **k),
+    Quantiles: lambda x, at, **k: Quantiles.of(x, **k),
     Gram: lambda x, at, **k: Gram.of(x, **k),
+    NormedGram: lambda x, at, **k: NormedGram.of(x, **k),
+    Directions: lambda x, at, **k: Directions.of(x, **k),
+    Pair: lambda x, at, **k: Pair.of(x, target(400)[at], **k),
+    NormedPair: lambda x, at, **k: NormedPair.of(x, target(400)[at], **k),
+    Cosines: lambda x, at, **k: Cosines.of(x, target(400).repeat(1, 3)[at, : x.shape[1]], **k),
     Cross: lambda x, at, **k: Cross.of(x, target(400)[at], **k),
     ByClass: lambda x, at, **k: ByClass.of(x, labels(400)[at], **k),
+    ClassSizes: lambda x, at, **k: ClassSizes.of(x, labels(400)[at], **k),
+    ClassGram: lambda x, at, **k: ClassGram.of(x, labels(400)[at], **k),
+    ClassCross: lambda x, at, **k: ClassCross.of(x, torch.cat([labels(400)[:, None], target(400)], 1)[at], **k),
     Patches: lambda x, at, **k: Patches.of(_as_maps(x, **k), geometry=CONV),
+    PatchesByClass: lambda x, at, **k: PatchesByClass.of(_as_maps(x, **k), labels(400)[at], geometry=CONV),
+    Sample: lambda x, at, **k: Sample.of(x, target(400)[at], keys=mix(torch.arange(400))[at], **k),
 }
 assert set(MAKERS) == set(STATISTICS), "a statistic without its laws"
 
@@ -65,21 +103,40 @@ def make(statistic: type[Statistic], x: Tensor, start: int = 0, **options: Any) 
 
 def values(s: Statistic) -> dict[str, Tensor]:
     """What can be read off a statistic, whatever its shift."""
-    named = {
-        Moments: ("mean", "variance", "mean_square"),
-        Gram: ("mean", "covariance"),
-        Patches: ("mean", "variance"),
-        Cross: ("covariance", "target_covariance", "target_mean"),
-    }
-    found = {name: getattr(s, name) for name in named.get(type(s), ())} | {"n": s.tensors()["n"]}
-    if isinstance(s, ByClass):
+    if isinstance(s, ClassStatistic):
         seen = s.only(s.n > 1)
-        found = {"n": s.n, "variance": seen.variance(), "mean": seen.shift + seen.total / seen.n[:, None]}
-    if isinstance(s, Sizes):
-        found["absolute"] = s.absolute
-    if isinstance(s, Zeros):
-        found["zeros"] = s.zeros
-    return found
+        return {"n": s.n} | {name: _read(seen, name) for name in READ[type(s)]}
+    return {name: _read(s, name) for name in READ[type(s)]}
+
+
+READ: dict[type[Statistic], tuple[str, ...]] = {
+    Moments: ("n", "mean", "variance", "mean_square"),
+    Sizes: ("n", "absolute"),
+    Zeros: ("n", "zeros"),
+    Higher: ("n", "mean", "variance", "mean_square", "kurtosis", "skewness"),
+    MeanSizes: ("n", "square"),
+    Quantiles: ("n", "counts"),
+    Gram: ("n", "mean", "covariance"),
+    NormedGram: ("n", "mean", "covariance", "norm_mean", "norm_square_sum", "norm_variance"),
+    Directions: ("n", "mean", "covariance", "outer", "shift"),
+    Pair: ("n", "mean", "target_mean", "covariance"),
+    NormedPair: ("n", "mean", "target_mean", "covariance", "centre_mixed", "centre_left", "centre_right", "centre_e"),
+    Cosines: ("n", "mean"),
+    Cross: ("n", "covariance", "target_covariance", "target_mean"),
+    ByClass: ("mean", "variance", "mean_square"),
+    ClassSizes: ("absolute", "mean"),
+    ClassGram: ("mean", "covariance"),
+    ClassCross: ("covariance", "variance", "target_variance"),
+    Patches: ("n", "mean", "variance"),
+    PatchesByClass: ("mean", "variance"),
+    Sample: ("seen", "keys", "rows", "beside"),
+}
+
+
+def _read(s: Statistic, name: str) -> Tensor:
+    field = name.removeprefix("centre_")  # what has no property is read about the means
+    value = getattr(s.centred() if name != field else s, field)
+    return value() if callable(value) else value
 
 
 def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> dict[str, Tensor]:
@@ -96,7 +153,10 @@ def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> d
         "labels": torch.randint(3, (n,), generator=g),
         "logits": logits,
         "gradients": torch.randn(n, units, generator=g, dtype=torch.float64),
+        "initial_weights": w + torch.randn(units, fan_in, generator=g, dtype=torch.float64),
+        "norm_weights": torch.randn(units, generator=g, dtype=torch.float64),
+        "next_outputs": y @ torch.randn(units, units, generator=g, dtype=torch.float64) + 1,
     }
 
 
-EVERY_METRIC: list[Metric] = [m() for m in METRICS]
+EVERY_METRIC: list[Metric] = [get_metric(name) for m in METRICS for name in (m.names[0], *m.presets)]

@@ -40,7 +40,7 @@ MISTAKES = [
     ("analyze metrics.rq.relative=maybe", "metrics.rq.relative is 'maybe'; nodelens.metrics.RayleighQuotient wants bool"),
     ("train trainer.max_epochs=abc", "trainer.max_epochs is 'abc'; lightning.pytorch.Trainer wants int or null"),
     ("analyze model.net.hidden=7", "model.net.hidden is 7; nodelens.models.mlp wants"),
-    ("analyze metrics.synergy.target=foo", "wants 'logit_margin' or 'correct_logit'"),
+    ("analyze metrics.synergy.target=foo", "target is 'foo'; it takes logit_margin, correct_logit"),
     ("analyze groups=0", "groups is 0; it is 1 or more"),
     ("analyze positions=0", "positions is 0"),
     ("analyze budget.memory=lots", "a size such as 4GB"),
@@ -182,4 +182,4 @@ def test_help_needs_no_torch_and_names_the_groups(tmp_path):
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "metrics: activation_l2_norm" in ended.stdout
+    assert "metrics: activation, activation_" in ended.stdout

@@ -29,10 +29,18 @@ def tasks_with(group):
     }.get(group, ("analyze",))
 
 
-EVERY = [(task, group, option) for group in GROUPS for option in options(group) for task in tasks_with(group)]
+NAMED = set(nl.list_metrics()) - {"composite"}  # a file each, composed together: there are hundreds
+SETS = {"default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
+EVERY = [
+    (task, group, option)
+    for group in GROUPS
+    for option in options(group)
+    if group not in ("metrics", "criterion") or option not in NAMED
+    for task in tasks_with(group)
+]
 
 
-@pytest.mark.parametrize(("task", "group", "option"), EVERY, ids="-".join)
+@pytest.mark.parametrize(("task", "group", "option"), EVERY, ids=map("-".join, EVERY))
 def test_every_option_composes_and_fits_its_code(task, group, option):
     more = ["model.net._target_=torch.nn.Identity"] if option == "custom" else []
     more += ["dataset.path=somewhere"] if option in ("npz", "imagefolder") else []
@@ -84,9 +92,55 @@ def test_a_metric_file_says_what_its_class_says(name):
 
 
 def test_there_is_a_file_for_every_metric_and_a_criterion_for_every_metric_of_units():
-    assert set(options("metrics")) == {*nl.list_metrics(), "default"}
-    of_units = {name for m in METRICS if m().shape == "unit" for name in m.names}
+    assert not SETS & set(nl.list_metrics()), "a set that is called like a metric would hide it"
+    assert set(options("metrics")) == {*nl.list_metrics(), *SETS}
+    of_units = {name for name in nl.list_metrics() if get_metric(name).shape == "unit"}
     assert set(options("criterion")) == of_units | {"random", "composite"}
+
+
+def test_every_metric_can_be_chosen_at_once():
+    names = nl.list_metrics()
+    cfg = nl.load_config("analyze", [f"metrics=[{','.join(names)}]"])
+    check(resolved(cfg)["metrics"], "metrics")
+    assert list(cfg.metrics) == names
+    criteria = sorted(set(names) & set(options("criterion")))
+    assert list(nl.load_config("prune", [f"criterion=[{','.join(criteria)}]"]).criterion) == criteria
+
+
+@pytest.mark.parametrize("name", options("criterion"))
+def test_a_criterion_file_reads_its_metric_and_says_which_way(name):
+    ((key, terms),) = yaml.safe_load((CONF / "criterion" / f"{name}.yaml").read_text()).items()
+    assert key == name
+    if name not in ("random", "composite"):
+        assert set(terms) == {name}
+        assert abs(terms[name]) == 1
+        metric = get_metric(name).names[0]
+        alike = "similarity" in metric or "redundancy" in metric
+        assert terms[name] == (-1 if alike or "zero_fraction" in name else 1)
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_a_set_of_metrics_builds(name):
+    assert build(nl.load_config("analyze", [f"metrics={name}"]).metrics, "metrics")
+
+
+def test_sets_hold_what_their_names_say():
+    def chosen(name):
+        return build(nl.load_config("analyze", [f"metrics={name}"]).metrics, "metrics")
+
+    def reads(metric):
+        return {part for need in metric.needs().values() for part in (need.port, str(need.target))}
+
+    edges = {type(m) for m in chosen("edges").values()}
+    assert edges == {m for m in METRICS if m.kind == "edge"}
+    forward = {type(m) for m in chosen("forward").values()}
+    for metric in (m() for m in METRICS):
+        beyond = any("grad" in r or r == "next" for r in reads(metric)) or metric.parameter not in ("weight", "tensor")
+        assert (type(metric) in forward) == (metric.shape in ("unit", "layer") and not beyond), metric.names[0]
+    variants = {"raw", "token_l2", "token_rms", "feature_standardized"}
+    for name, metric in chosen("normalization_ablation").items():
+        column, variant = next((name.removesuffix(f"_{v}"), v) for v in variants if name.endswith(f"_{v}"))
+        assert metric == get_metric(column, rows=variant)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +161,8 @@ def test_metrics_are_chosen_as_a_list(words, names):
 
 def test_the_default_set_has_a_metric_of_every_family():
     cfg = nl.load_config("analyze", ["metrics=default", "metrics.rq.relative=false"])
-    kinds = {type(m).__module__ for m in build(cfg.metrics, "metrics").values()}
-    assert kinds == {m.__module__ for m in METRICS}
+    kinds = {type(m).__module__.rpartition(".")[2] for m in build(cfg.metrics, "metrics").values()}
+    assert kinds == {"activation", "alignment", "information", "synergy", "classes", "gradient", "spectrum", "weight"}
     assert cfg.metrics.rq.relative is False
 
 

@@ -13,7 +13,8 @@ from nodelens.keys import content_keys, mix
 from nodelens.layers import find_layers
 from nodelens.linalg import exact_products
 from nodelens.measure import as_metrics, finish, run_pass
-from nodelens.plan import Plan, Recording
+from nodelens.plan import Plan
+from nodelens.recording import Recording
 
 
 def hooks(net):

@@ -7,12 +7,12 @@ import pytest
 
 HOME = Path(__file__).parents[1] / "nodelens"
 LEVELS = (
-    "buffer linalg keys rows geometry files checks",
+    "buffer linalg keys rows runs geometry files checks",
     "layers",
     "hooks frame statistics targets modes",
     "metrics",
-    "plan table results distributed",
-    "collect measure pruning evaluate",
+    "recording plan control table results distributed",
+    "collector collect measure pruning evaluate wrapper",
     "callbacks report tracking",
     "config tasks overrides cli",
 )

@@ -1,32 +1,64 @@
 """The catalogue: every metric, by its long name and its short ones."""
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from .activation import ActivationMean, ActivationNorm, ActivationVariance, ActivationZeroFraction
-from .alignment import RayleighQuotient
+from . import (
+    activation,
+    alignment,
+    binning,
+    cca,
+    cka,
+    class_activation,
+    class_synergy,
+    classes,
+    composite,
+    conditional,
+    decay,
+    directions,
+    downstream,
+    edge,
+    gradient,
+    information,
+    multivariate,
+    sampling,
+    spectrum,
+    subspace,
+    synergy,
+    weight,
+)
 from .base import Metric, Need
-from .classes import ClassInformation
-from .gradient import Taylor
-from .information import PairwiseRedundancy, Synergy
-from .spectrum import EffectiveRank, ParticipationRatio
-from .weight import WeightMagnitude
 
 METRICS: tuple[type[Metric], ...] = (
-    ActivationMean,
-    ActivationVariance,
-    ActivationNorm,
-    ActivationZeroFraction,
-    RayleighQuotient,
-    PairwiseRedundancy,
-    Synergy,
-    ClassInformation,
-    Taylor,
-    EffectiveRank,
-    ParticipationRatio,
-    WeightMagnitude,
+    *activation.METRICS,
+    *class_activation.METRICS,
+    *alignment.METRICS,
+    *information.METRICS,
+    *synergy.METRICS,
+    *conditional.METRICS,
+    *binning.METRICS,
+    *multivariate.METRICS,
+    *classes.METRICS,
+    *class_synergy.METRICS,
+    *gradient.METRICS,
+    *weight.METRICS,
+    *spectrum.METRICS,
+    *decay.METRICS,
+    *directions.METRICS,
+    *edge.METRICS,
+    *cka.METRICS,
+    *subspace.METRICS,
+    *cca.METRICS,
+    *downstream.METRICS,
+    *sampling.METRICS,
+    *composite.METRICS,
 )
-_BY_NAME = {name: metric for metric in METRICS for name in metric.names}
+globals().update({metric.__name__: metric for metric in METRICS})
+_BY_NAME: dict[str, tuple[type[Metric], Mapping[str, Any]]] = {
+    name: (metric, metric.presets.get(name, {})) for metric in METRICS for name in (*metric.names, *metric.presets)
+}
 
 
 def list_metrics() -> list[str]:
@@ -44,12 +76,12 @@ def get_metric(name: str, **options: Any) -> Metric:
     """
     if name not in _BY_NAME:
         raise ValueError(f"no metric is called {name!r}{_nearest(name, _BY_NAME)}; nl.list_metrics() has them all")
-    metric = _BY_NAME[name]
-    known = [f for f in metric.__dataclass_fields__ if f not in ("names", "kind", "weighted", "nan")]
+    metric, preset = _BY_NAME[name]
+    known = [f.name for f in fields(metric)]
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}{_nearest(option, known)}; it takes {', '.join(known) or 'none'}")
-    return metric(**options)
+    return metric(**{**preset, **options})
 
 
 def _nearest(word: str, words: Any) -> str:

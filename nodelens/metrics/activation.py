@@ -1,18 +1,21 @@
-"""How much a unit does: sizes, spreads and silences of its activation."""
+"""How much a unit does: sizes, spreads, tails and silences of its activation."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from ..statistics import Moments, Sizes, Zeros
+from ..linalg import constant
+from ..statistics import Gram, Higher, MeanSizes, Moments, Quantiles, Sizes, Zeros
 from .base import Metric, Need, View
 
 
 @dataclass(frozen=True)
 class ActivationMean(Metric):
-    """Mean size of a unit's activation, E|y|; ``absolute: false`` gives the mean itself, E y.
+    """Mean size of a unit's activation; ``absolute: false`` gives the mean itself, E y.
 
+    Formula: E|y|, y the unit's output, E the mean over rows
     Shapes: y over rows of width units -> (units,)
     Unit:   that of y; >= 0 with ``absolute``. N(0, 1) rows: 0.7979
     NaN:    no rows
@@ -35,6 +38,7 @@ class ActivationMean(Metric):
 class ActivationVariance(Metric):
     """Unbiased variance of a unit's activation.
 
+    Formula: sum (y - mean)^2 / (n - 1), y the unit's output in n rows
     Shapes: y over rows of width units -> (units,)
     Unit:   that of y squared, >= 0. N(0, 1) rows: 1; behind a ReLU 0.3408
     NaN:    fewer than two rows
@@ -54,10 +58,12 @@ class ActivationVariance(Metric):
 
 @dataclass(frozen=True)
 class ActivationNorm(Metric):
-    """Root mean square of a unit's activation, sqrt(sum y^2 / n).
+    """Root mean square of a unit's activation.
 
-    ``normalize: none`` does not divide by n: the value then grows with the square root of the rows.
+    ``normalize: none`` does not divide by n: the value then grows with the square root of the rows. ``spatial: mean_abs``
+    takes the mean of |y| over a sample's positions first, one row a sample, whatever ``view`` says.
 
+    Formula: sqrt(sum y^2 / n), y the unit's output in n rows
     Shapes: y over rows of width units -> (units,)
     Unit:   that of y, >= 0. N(0, 1) rows: 1; behind a ReLU 0.7071
     NaN:    no rows, with ``normalize: rows``
@@ -67,20 +73,106 @@ class ActivationNorm(Metric):
     names: ClassVar = ("activation_l2_norm", "activation_norm", "activation_rms")
     nan: ClassVar = "no rows"
     normalize: Literal["rows", "none"] = "rows"
+    spatial: Literal["all", "mean_abs"] = "all"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
-        return {"y": Need(Moments, "output", self.view)}
+        rows = Need(Moments, "output", self.view) if self.spatial == "all" else Need(MeanSizes, "output", "positions")
+        return {"y": rows}
 
-    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:  # type: ignore[override]
-        mean_square = y.mean_square.clamp_min(0)
-        return (mean_square if self.normalize == "rows" else mean_square * y.n).sqrt()
+    def __call__(self, weight: Tensor | None, y: Moments | MeanSizes) -> Tensor:  # type: ignore[override]
+        square = y.mean_square.clamp_min(0) * y.n if isinstance(y, Moments) else y.square
+        return (square / y.n if self.normalize == "rows" else square.where(y.n > 0, 0)).sqrt()
+
+
+@dataclass(frozen=True)
+class ActivationOutlierIndex(Metric):
+    """How far a unit's largest activations stand above its usual size.
+
+    Quantiles are linear between order statistics and exact to 1 %. With n (1 - quantile) < 1 the value is the largest
+    of the rows and little more: flagged ``largest_value``.
+
+    Formula: Q / E|y|, Q the quantile of |y| (0.999), y the unit's output, E the mean over rows
+    Shapes: y over rows of width units -> (units,)
+    Unit:   none, >= 0. N(0, 1) rows: 4.124
+    NaN:    a unit that is always 0; no rows
+    Raises: ValueError when quantile is not between 0 and 1
+    Source: definition
+    """
+
+    names: ClassVar = ("activation_outlier_index",)
+    nan: ClassVar = "the unit is always 0, or there are no rows"
+    quantile: float = 0.999
+    view: View = "positions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"{self.names[0]}: quantile is {self.quantile}; it is a share of the rows, between 0 and 1")
+
+    def needs(self) -> dict[str, Need]:
+        return {"tails": Need(Quantiles, "output", self.view), "y": Need(Sizes, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, tails: Quantiles, y: Sizes) -> Tensor:  # type: ignore[override]
+        return _ratio(tails.quantile(self.quantile), y.absolute / y.n)
+
+    def counts(self, weight: Tensor | None, tails: Quantiles, y: Sizes) -> dict[str, int]:  # type: ignore[override]
+        return {"largest_value": int(y.n.double() * (1 - self.quantile) < 1)}
+
+
+@dataclass(frozen=True)
+class ActivationKurtosis(Metric):
+    """How heavy the tails of a unit's activation are; 3, a Gaussian's, is not taken off.
+
+    Formula: m4 / m2^2, m_k = E (y - E y)^k, y the unit's output, E the mean over rows
+    Shapes: y over rows of width units -> (units,)
+    Unit:   none, >= 1. N(0, 1) rows: 3; two values equally often: 1; 1 active row of many, n: about n
+    NaN:    a constant unit; fewer than two rows
+    Source: definition; Pearson 1905, Biometrika 4:169
+    """
+
+    names: ClassVar = ("activation_kurtosis",)
+    nan: ClassVar = "the unit is constant, or there are fewer than two rows"
+    view: View = "positions"
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Higher, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Higher) -> Tensor:  # type: ignore[override]
+        return y.kurtosis.where(~constant(y.variance, y.mean), torch.nan)
+
+
+@dataclass(frozen=True)
+class ActivationMaxRatio(Metric):
+    """How far a unit's largest activation stands above its median one. Grows with the rows; quantiles are exact to 1 %.
+
+    Formula: max|y| / median|y|, y the unit's output
+    Shapes: y over rows of width units -> (units,)
+    Unit:   none, >= 1. 10,000 N(0, 1) rows: about 5.7; massive activations: 1,000 and more
+    NaN:    a unit that is 0 in half of the rows; no rows
+    Source: Sun et al. 2024, 2402.17762, section 2
+    """
+
+    names: ClassVar = ("activation_max_ratio",)
+    nan: ClassVar = "the unit is 0 in half of the rows, or there are no rows"
+    view: View = "positions"
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Quantiles, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Quantiles) -> Tensor:  # type: ignore[override]
+        return _ratio(y.quantile(1.0), y.quantile(0.5))
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return above / below.where(below > 0, torch.nan)
 
 
 @dataclass(frozen=True)
 class ActivationZeroFraction(Metric):
     """Share of rows in which a unit is exactly zero.
 
+    Formula: (number of rows with y = 0) / n, y the unit's output in n rows
     Shapes: y over rows of width units -> (units,)
     Unit:   none, in [0, 1]. A dead unit behind a ReLU: 1; a unit before its activation: about 0
     NaN:    no rows
@@ -96,3 +188,52 @@ class ActivationZeroFraction(Metric):
 
     def __call__(self, weight: Tensor | None, y: Zeros) -> Tensor:  # type: ignore[override]
         return y.zeros / y.n.double()
+
+
+@dataclass(frozen=True)
+class ActivationCosine(Metric):
+    """How alike two units are over the rows, their means included: units that are always active look alike.
+
+    Over all partners, or the matrix with ``reduce: none`` (diagonal 0). A unit that is always 0 has no direction: its
+    entries are NaN, and it is no other unit's partner (counted as ``zero``).
+
+    Formula: mean over j != i of y_i.y_j / (|y_i| |y_j|), y_i the outputs of unit i in all rows; no mean is taken off
+    Shapes: y over rows of width units -> (units,), or (units, units) with ``reduce: none``
+    Unit:   none, in [-1, 1]; equal units 1, N(0, 1) rows about 0; behind a ReLU 0.3183
+    NaN:    the unit is always 0, or no other unit is not
+    Source: definition
+    """
+
+    names: ClassVar = ("activation_cosine_similarity",)
+    kind: ClassVar = "pair"
+    nan: ClassVar = "the unit is always 0, or it has no partner"
+    reduce: Literal["mean", "none"] = "mean"
+    view: View = "positions"
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Gram, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+        outer = y.about(shift=torch.zeros_like(y.shift)).outer
+        size = outer.diagonal().clamp_min(0).sqrt()
+        pairs = outer / size.where(size > 0, torch.nan).outer(size.where(size > 0, torch.nan))
+        pairs.fill_diagonal_(0)
+        if self.reduce == "none":
+            return pairs
+        live = size > 0
+        return (pairs.nansum(1) / (live.sum() - 1)).where(live & (live.sum() > 1), torch.nan)
+
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+        return {"zero": int((y.about(shift=torch.zeros_like(y.shift)).outer.diagonal() <= 0).sum())}
+
+
+METRICS: tuple[type[Metric], ...] = (
+    ActivationMean,
+    ActivationVariance,
+    ActivationNorm,
+    ActivationOutlierIndex,
+    ActivationKurtosis,
+    ActivationMaxRatio,
+    ActivationZeroFraction,
+    ActivationCosine,
+)

@@ -3,22 +3,57 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..linalg import constant
-from ..statistics import Moments, Patches
+from ..statistics import ByClass, Moments, Patches, PatchesByClass
 from .base import Metric, Need
 
 
 @dataclass(frozen=True)
-class RayleighQuotient(Metric):
-    """Share of the input variance along each unit's weights: w'Cw / (w'w tr C), C the covariance of what the unit reads.
+class _Quotient(Metric):
+    """What the quotients share: two options and one formula."""
+
+    weighted: ClassVar = True
+    relative: bool = True
+    regularization: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.regularization >= 0:
+            raise ValueError(f"{self.names[0]}: regularization is {self.regularization}; it is added to a variance: 0 or more")
+
+    def quotient(self, weight: Tensor, along: Tensor, inputs: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The quotient of units (units, fan_in) whose outputs have the variance ``along`` (..., units).
+
+        inputs: variance and mean of what the layer reads, (..., d), where the quotient is relative.
+        """
+        units, fan_in = weight.shape
+        if units != along.shape[-1]:
+            raise ValueError(f"the weight has {units} units, the rows are {along.shape[-1]} wide")
+        raw = along / weight.double().square().sum(1) + self.regularization
+        if inputs is None:
+            return raw
+        variance, mean = inputs
+        entries, groups = variance.shape[-1], variance.shape[-1] // fan_in
+        if entries % fan_in or units % max(groups, 1):
+            raise ValueError(f"the weight reads {fan_in} inputs, the rows are {entries} wide")
+        varies = variance.where(~constant(variance, mean), variance * 0)
+        trace = varies.unflatten(-1, (groups, fan_in)).sum(-1) + self.regularization * fan_in
+        return raw / trace.where(trace > 0, torch.nan).repeat_interleave(units // groups, -1)
+
+
+@dataclass(frozen=True)
+class RayleighQuotient(_Quotient):
+    """Share of the input variance that lies along each unit's weights.
 
     w'Cw is the variance of the unit's own output before any norm or activation, so no covariance is formed, for a Linear
     and for a convolution of any stride, padding, dilation or groups alike; tr C is the summed variance of the inputs, of
     a convolution that of its patch entries (a group sees its own channels). Within a layer the two forms rank alike;
     compare layers by the relative one. ``regularization`` r gives w'Cw/w'w + r and tr C + r d.
 
+    Formula: w'Cw / (w'w tr C), w the unit's weights, C the covariance of what it reads; ``relative: false``: w'Cw / w'w
     Shapes: weight (units, d), y over rows of width units, x over rows of width d -> (units,)
     Unit:   none, in [0, 1], 1/d for white input; ``relative: false``: that of x squared, at most C's first eigenvalue
     NaN:    a unit whose weights are all zero; every unit when the input does not vary
@@ -27,28 +62,120 @@ class RayleighQuotient(Metric):
     """
 
     names: ClassVar = ("rayleigh_quotient", "rq")
-    weighted: ClassVar = True
     nan: ClassVar = "the unit's weights are all zero, the input does not vary, or there are fewer than two rows"
-    relative: bool = True
-    regularization: float = 0.0
 
     def needs(self) -> dict[str, Need]:
-        output = {"y": Need(Moments, "output")}
+        output = {"y": Need(Moments, "projection")}
         return output | {"x": Need(Patches, "input")} if self.relative else output
 
     def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:  # type: ignore[override]
-        units, fan_in = weight.shape
-        if units != len(y.total):
-            raise ValueError(f"the weight has {units} units, the rows are {len(y.total)} wide")
-        if self.regularization < 0:
-            raise ValueError(f"regularization is {self.regularization}; it is added to a variance: 0 or more")
-        raw = y.variance / weight.double().square().sum(1) + self.regularization
-        if not self.relative:
-            return raw
-        assert x is not None  # the plan gives what needs() names
-        entries, groups = len(x.total), len(x.total) // fan_in
-        if entries % fan_in or units % max(groups, 1):
-            raise ValueError(f"the weight reads {fan_in} inputs, the rows are {entries} wide")
-        varies = x.variance.where(~constant(x.variance, x.mean), x.variance * 0)
-        trace = varies.reshape(groups, fan_in).sum(1) + self.regularization * fan_in
-        return raw / trace.repeat_interleave(units // groups)
+        return self.quotient(weight, y.variance, None if x is None else (x.variance, x.mean))
+
+
+@dataclass(frozen=True)
+class ConditionalRayleighQuotient(_Quotient):
+    """Rayleigh quotient within the classes, averaged: what a unit keeps of the variance that the class does not explain.
+
+    A label holds for all positions of its sample. Classes of fewer than two rows are left out of sum and shares alike,
+    and counted. Relative: each class by its own tr C_c. Options as in ``rayleigh_quotient``.
+
+    Formula: sum over classes c of p_c RQ_c, p_c = n_c/n, RQ_c = w'C_c w / (w'w tr C_c), C_c the inputs' covariance in class c
+    Shapes: weight (units, d), y over rows of width units and x over rows of width d, by class -> (units,)
+    Unit:   none, in [0, 1], 1/d for inputs white in each class; ``relative: false``: that of x squared
+    NaN:    a unit whose weights are all zero; every unit when no class has two rows or the input does not vary in one
+    Raises: ValueError when weight and rows differ in width, regularization is below 0, or there are no labels
+    Source: definition; Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
+    """
+
+    names: ClassVar = ("conditional_rayleigh_quotient", "conditional_rq", "cond_rq")
+    nan: ClassVar = "the unit's weights are all zero, no class has two rows, or the input does not vary in a class"
+
+    def needs(self) -> dict[str, Need]:
+        output = {"y": Need(ByClass, "projection", "positions", "label")}
+        return output | {"x": Need(PatchesByClass, "input", "positions", "label")} if self.relative else output
+
+    def __call__(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> Tensor:  # type: ignore[override]
+        seen, inputs = y.n > 1, None
+        if x is not None:
+            classes = max(len(y.n), len(x.n))
+            y, x = y.widen(classes), x.widen(classes)
+            seen = (y.n > 1) & (x.n > 1)
+            x = x.only(seen)
+            inputs = x.variance(), x.mean
+        y = y.only(seen)
+        within = self.quotient(weight, y.variance(), inputs)
+        return y.n.double() @ within / y.n.sum()
+
+    def counts(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> dict[str, int]:  # type: ignore[override]
+        return {"classes_left_out": int((y.n == 1).sum())}
+
+
+@dataclass(frozen=True)
+class DeltaRayleighQuotient(_Quotient):
+    """How much of a unit's Rayleigh quotient the classes' means explain.
+
+    The relative form compares shares of two traces and may be negative; so may, by ddof 1 in each class, the other one
+    where the means do not differ: it then lies about 0. Two classes of shares p and 1 - p whose means lie D apart along
+    w, else alike: p (1 - p) D^2 with ``relative: false``. Options as in ``rayleigh_quotient``.
+
+    Formula: RQ - sum over classes c of p_c RQ_c, the quotient of all rows less that within the classes
+    Shapes: weight (units, d), y and x as in rayleigh_quotient and, by class, conditional_rayleigh_quotient -> (units,)
+    Unit:   none, in [-1, 1]; ``relative: false``: that of x squared. Classes alike: 0
+    NaN:    where one of the two quotients is
+    Raises: ValueError when weight and rows differ in width, regularization is below 0, or there are no labels
+    Source: definition; law of total variance, Casella & Berger 2002, Statistical Inference, 2nd ed., theorem 4.4.7
+    """
+
+    names: ClassVar = ("delta_rq", "delta_rayleigh_quotient")
+    nan: ClassVar = "the unit's weights are all zero, no class has two rows, or the input does not vary in a class"
+
+    def needs(self) -> dict[str, Need]:
+        every, within = self._parts()
+        return every.needs() | {f"{name}_by_class": need for name, need in within.needs().items()}
+
+    def __call__(  # type: ignore[override]
+        self,
+        weight: Tensor,
+        y: Moments,
+        y_by_class: ByClass,
+        x: Patches | None = None,
+        x_by_class: PatchesByClass | None = None,
+    ) -> Tensor:
+        every, within = self._parts()
+        return every(weight, y, x) - within(weight, y_by_class, x_by_class)
+
+    def counts(self, weight: Tensor, y_by_class: ByClass, **others: Moments) -> dict[str, int]:  # type: ignore[override]
+        return self._parts()[1].counts(weight, y_by_class)
+
+    def _parts(self) -> tuple[RayleighQuotient, ConditionalRayleighQuotient]:
+        return RayleighQuotient(**self.options), ConditionalRayleighQuotient(**self.options)
+
+
+@dataclass(frozen=True)
+class DeltaAlignment(_Quotient):
+    """Share of the input variance along what training has added to each unit's weights.
+
+    The variance is that of what the layer would put out with the change alone: the output's own does not serve, for the
+    change is not the layer. Options as in ``rayleigh_quotient``.
+
+    Formula: dw'C dw / (dw'dw tr C), dw = w - w_0, w_0 the unit's weights at the start; ``relative: false``: without tr C
+    Shapes: change (units, d), y over rows of what it puts out, x over rows of width d -> (units,)
+    Unit:   none, in [0, 1], 1/d for white input or a random change; ``relative: false``: that of x squared
+    NaN:    a unit whose weights have not changed; every unit when the input does not vary
+    Raises: ValueError when the weights at the start are not given, widths differ, or regularization is below 0
+    Source: Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
+    """
+
+    names: ClassVar = ("delta_alignment",)
+    parameter: ClassVar = "change"
+    nan: ClassVar = "the unit's weights have not changed, the input does not vary, or there are fewer than two rows"
+
+    def needs(self) -> dict[str, Need]:
+        output = {"y": Need(Moments, "change")}
+        return output | {"x": Need(Patches, "input")} if self.relative else output
+
+    def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:  # type: ignore[override]
+        return self.quotient(weight, y.variance, None if x is None else (x.variance, x.mean))
+
+
+METRICS: tuple[type[Metric], ...] = (RayleighQuotient, ConditionalRayleighQuotient, DeltaRayleighQuotient, DeltaAlignment)

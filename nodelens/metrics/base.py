@@ -1,6 +1,7 @@
 """What a metric is: a pure function of statistics and weights, that says which it needs."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -9,18 +10,37 @@ from torch import Tensor
 from ..statistics import Statistic
 
 View = Literal["positions", "samples"]
+Target = str | Callable[..., Tensor]  # a name of targets.py, or a function of (logits, labels)
+_SECTIONS = ("Formula", "Shapes", "Unit", "NaN", "Raises", "Source")
+
+
+class Other(NamedTuple):
+    """Rows of another site, as a target: a plan puts them in the place of ``input`` and ``next``."""
+
+    layer: str
+    port: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.port}"
 
 
 class Need(NamedTuple):
-    """A statistic of the rows at a port, in a view, with the target that stands beside them."""
+    """A statistic of the rows at a port, in a view, with the target that stands beside them.
+
+    port: ``input``, ``output``, ``projection`` (what the weights make of the inputs: the output, but for a bias), ``grad``,
+    ``output*grad``, ``weight*grad``, ``change`` (what the weights' change would put out) or ``next``, the next layer's output;
+    ``/tokens`` behind a gradient divides it by the sample's predicted tokens.
+    view: ``positions``, ``samples``, or ``whole``: samples for images, a token a row for language models.
+    target: a name or function of ``targets.py``, several names joined by +, or another port, whose rows stand beside.
+    """
 
     statistic: type[Statistic]
     port: str
     view: str = "positions"
-    target: str | None = None
+    target: Target | Other | None = None
 
     def __str__(self) -> str:
-        beside = f" with {self.target}" if self.target else ""
+        beside = f" with {getattr(self.target, '__name__', self.target)}" if self.target else ""
         return f"{self.statistic.__name__}({self.port}, {self.view}{beside})"
 
 
@@ -29,12 +49,17 @@ class Metric:
     """Statistics and weights in, a value a unit (or a pair of units, or a layer) out.
 
     Options are fields: the config sets them and the table's metadata names them. Subclasses state ``names`` (the first is
-    the long one), ``kind``, ``nan`` (when there is no answer) and ``source``.
+    the long one), ``kind``, ``nan`` (when there is no answer) and, in their docstring, formula and source.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
-    kind: ClassVar[str] = "unit"  # unit | pair | layer
-    weighted: ClassVar[bool] = False  # whether it reads the layer's weights
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further names, each with options of its own
+    kind: ClassVar[str] = "unit"  # unit | pair | layer | edge (two layers) | input (a value an input feature)
+    weighted: ClassVar[bool] = False  # whether it reads a parameter of the layer
+    parameter: ClassVar[str] = (
+        "weight"  # which: weight (units, fan_in) | tensor, as stored | change W - W0 | norm, the gamma behind
+    )
+    grouped: ClassVar[bool] = False  # whether it takes the groups' sums, a list, in place of the whole
     nan: ClassVar[str] = "never"
 
     def __post_init__(self) -> None:
@@ -56,10 +81,16 @@ class Metric:
         return {}
 
     @classmethod
+    def section(cls, title: str) -> str:
+        """A part of the docstring on one line: ``Formula``, ``Shapes``, ``Unit``, ``NaN``, ``Raises`` or ``Source``."""
+        titles = "|".join(_SECTIONS)
+        found = re.search(rf"^ *{title}:(.*?)(?=^ *(?:{titles}):|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+        return " ".join(found[1].split()) if found else ""
+
+    @classmethod
     def source(cls) -> str:
-        """Where the definition can be read: the docstring's own line."""
-        after = (cls.__doc__ or "").partition("Source:")[2]
-        return " ".join(after.split())
+        """Where the definition can be read."""
+        return cls.section("Source")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """What a unit tells about the class."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..linalg import constant
-from ..statistics import ByClass
+from ..statistics import ByClass, Sample
 from .base import Metric, Need
+from .beside import check_target, with_control
+from .binning import check_bins, plug_in, still
 
 SILENT = 1e-6  # of the variance: a class in which a unit is quieter would have no logarithm
 
@@ -18,40 +20,72 @@ class ClassInformation(Metric):
     """Information of a unit's activation about the class, 0.5 ln Var - sum_c p_c 0.5 ln Var_c.
 
     Gaussian within and over classes: a mixture is over-read (classes at -+3, sd 1: 1.151 where the truth is 0.689).
-    ``method: pooled`` takes one variance for all classes, -0.5 ln(1 - eta^2), and ddof 0. Not clipped: with ddof 1 a
-    unit that tells nothing may fall below 0. Classes of fewer than two rows are left out. A class in which the unit is
-    silent (Var_c < 1e-6 Var): 1e-6 Var is added to total and classes alike, counted as ``degenerate``.
+    ``method: pooled`` takes one variance for all classes, -0.5 ln(1 - eta^2), and ddof 0; ``binning`` counts in ``bins`` of
+    equal width between the unit's smallest and largest value, on 2,048 samples that hang on what is in them, all while
+    there are no more (``rows_left_out``). Not clipped: with ddof 1 a unit that tells nothing may fall below 0. Classes of
+    one row are left out, but for binning. A class in which the unit is silent (Var_c < 1e-6 Var): 1e-6 Var is added to
+    total and classes alike, ``degenerate``. ``bias: gaussian`` subtracts what a unit reads that tells nothing.
 
+    Formula: 0.5 ln Var - sum_c p_c 0.5 ln Var_c, Var_c the variance within class c, p_c its share of the rows, Var that of all
+             rows; bias: c(n) - sum_c p_c c(n_c), c(m) = [psi((m-1)/2) - ln((m-ddof)/2)]/2, n_c rows of class c, psi digamma;
+             pooled: [psi((n-1)/2) - psi((n-K)/2)]/2, K classes
     Shapes: y over rows of width units, by class -> (units,)
     Unit:   nats, at most 6.9; N(-1, 1) against N(1, 1): 0.3466. Independent of the class: about (K - 1)/(2n) for
-            ``gaussian`` with ddof 1, and for ``pooled``
-    NaN:    fewer than two rows in every class
-    Raises: ValueError when there are no labels
+            ``gaussian`` with ddof 1, and for ``pooled``; (K - 1)(bins - 1)/(2n) for ``binning``
+    NaN:    fewer than two rows in every class; binning: fewer than two rows
+    Raises: ValueError when there are no labels; for a bias of binning, and fewer than two bins
     Source: definition, Cover & Thomas 2006, ch. 8; pooled: eta^2, Pearson's correlation ratio
     """
 
     names: ClassVar = ("mi_about_class", "mi_class", "class_mi")
     nan: ClassVar = "no class has two rows"
-    method: Literal["gaussian", "pooled"] = "gaussian"
+    method: Literal["gaussian", "pooled", "binning"] = "gaussian"
     ddof: Literal[0, 1] = 1
+    bins: int = 10
+    bias: Literal["none", "gaussian"] = "none"
+    control: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bins(self.names[0], self.bins)
+        check_target(self.names[0], "label", self.control, names=("label",))
+        if self.method == "binning" and self.bias != "none":
+            raise ValueError(f"{self.names[0]}: bias: gaussian is of the Gaussian methods; with method: binning it is none")
 
     def needs(self) -> dict[str, Need]:
-        return {"y": Need(ByClass, "output", "samples", "label")}
+        statistic = Sample if self.method == "binning" else ByClass
+        return with_control({"y": Need(statistic, "output", "samples", "label")}, self.control, "label")
 
-    def __call__(self, weight: Tensor | None, y: ByClass) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> Tensor:  # type: ignore[override]
+        if isinstance(y, Sample):
+            return self._binned(*_labelled(y))
         total, within, share = self._variances(y)
         mute = (within < SILENT * total).any(0)
         total, within = total + SILENT * total * mute, within + SILENT * total * mute
         if self.method == "pooled":
-            within = (share @ within)[None]
-            share = share.sum()[None]
+            within, share = (share @ within)[None], share.sum()[None]
         value = 0.5 * (total.log() - share @ within.log())
+        if self.bias == "gaussian":
+            value = value - self._lean(y)
         value = value.where(~constant(total, self._seen(y).moments.mean), 0.0)
         return value if bool((y.n > 1).any()) else torch.full_like(value, torch.nan)
 
-    def counts(self, weight: Tensor | None, y: ByClass) -> dict[str, int]:  # type: ignore[override]
-        total, within, _ = self._variances(y)
-        return {"degenerate": int((within < SILENT * total).any(0).sum()), "classes_left_out": int((y.n == 1).sum())}
+    def counts(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> dict[str, int]:  # type: ignore[override]
+        if isinstance(y, Sample):
+            return {"constant": int(still(_labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
+        total, within, _share = self._variances(y)
+        mute = (within < SILENT * total).any(0)
+        silent = constant(total, self._seen(y).moments.mean)
+        return {
+            "constant": int(silent.sum()),
+            "degenerate": int((mute & ~silent).sum()),
+            "classes_left_out": int((y.n == 1).sum()),
+        }
+
+    def _binned(self, rows: Tensor, label: Tensor) -> Tensor:
+        if len(rows) < 2:
+            return rows.new_full(rows.shape[1:], torch.nan)
+        return plug_in(rows, label, self.bins, int(label.max()) + 1)
 
     def _seen(self, y: ByClass) -> ByClass:
         return y.only(y.n > 1)
@@ -60,5 +94,22 @@ class ClassInformation(Metric):
         """Variance of all rows (units,), within classes (K, units), shares of the classes (K,)."""
         y, ddof = self._seen(y), 0 if self.method == "pooled" else self.ddof
         every = y.moments
-        scale = (every.n.double() - 1) / (every.n.double() - ddof)
-        return every.variance * scale, y.variance(ddof), y.n / y.n.sum().double()
+        total = every.variance * (every.n.double() - 1) / (every.n.double() - ddof)
+        return total, y.variance(ddof), y.n / y.n.sum().double()
+
+    def _lean(self, y: ByClass) -> Tensor:
+        """What the estimate reads, on average, of a unit whose distribution is the same in all classes, ()."""
+        n = self._seen(y).n.double()
+        if self.method == "pooled":
+            return 0.5 * (torch.special.digamma((n.sum() - 1) / 2) - torch.special.digamma((n.sum() - len(n)) / 2))
+        each, whole = (torch.special.digamma((m - 1) / 2) - ((m - self.ddof) / 2).log() for m in (n, n.sum()))
+        return 0.5 * (whole - n / n.sum() @ each)
+
+
+def _labelled(y: Sample) -> tuple[Tensor, Tensor]:
+    """Rows that have a class, (n, units), and which, (n,) int64."""
+    label = y.beside[:, 0].round().long()
+    return y.rows[label >= 0], label[label >= 0]
+
+
+METRICS: tuple[type[Metric], ...] = (ClassInformation,)

@@ -1,16 +1,17 @@
-"""What units tell: about each other, and together about a target. Gaussian, in nats."""
+"""What units tell: about each other, about a target, about their input. Gaussian, in nats."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..linalg import MI_CEILING, constant, correlation, gaussian_information
-from ..statistics import Cross, Gram
-from .base import Metric, Need, View, mean_of_partners
+from ..linalg import MI_CEILING, constant, correlation, gaussian_information, joint_bias, principal_axes
+from ..statistics import Cross, Gram, Moments, Pair
+from .base import Metric, Need, Target, View, mean_of_partners
+from .beside import beside_rows, check_target, idle, target_rows, whitening, with_control, with_targets
 
-TWIN = 1e-6  # of 1 - rho^2: below, a partner adds nothing
+CLOSE = 1.1  # of the first eigenvalue over the second: below, their axes are a matter of chance
 
 
 @dataclass(frozen=True)
@@ -18,92 +19,254 @@ class PairwiseRedundancy(Metric):
     """Gaussian mutual information of two units' activations, -0.5 ln(1 - rho_ij^2), over ALL pairs.
 
     ``reduce: mean`` is the mean over the N - 1 partners, a value a unit; ``none`` the matrix, its diagonal 0. A unit that
-    does not vary tells nothing: 0, counted as ``constant``; pairs at the ceiling are counted as ``saturated``.
-    Independent units read about 1/(2n), not 0: rows that are positions of one image count for less than n.
+    does not vary tells nothing: 0, ``constant``; pairs at the ceiling are ``saturated``. Independent units read about
+    1/(2n), not 0, which ``bias: gaussian`` subtracts: rows that are positions of one image count for less than n.
 
+    Formula: -0.5 ln(1 - rho_ij^2), rho_ij = corr(y_i, y_j); bias: [psi((n-1)/2) - psi((n-2)/2)]/2, n rows, psi digamma
     Shapes: y over rows of width units -> (units,) or (units, units)
     Unit:   nats, in [0, 6.908]; rho = 0.6: 0.2231
-    NaN:    fewer than two rows; the mean of a layer of one unit
-    Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8
+    NaN:    fewer than two rows, three with a bias; the mean of a layer of one unit
+    Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
     names: ClassVar = ("pairwise_redundancy_gaussian", "redundancy")
     kind: ClassVar = "pair"
-    nan: ClassVar = "fewer than two rows, or a layer of one unit"
+    nan: ClassVar = "fewer than two rows (three with a bias), or a layer of one unit"
     reduce: Literal["mean", "none"] = "mean"
     view: View = "positions"
+    bias: Literal["none", "gaussian"] = "none"
 
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "output", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
-        pairs = gaussian_information(correlation_of(y).square()).fill_diagonal_(0)
+        pairs = pair_information(y, self.bias)
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
-        at_ceiling = torch.triu(correlation_of(y).square() >= MI_CEILING, 1)
-        return {"constant": int(silent(y).sum()), "saturated": int(at_ceiling.sum())}
+        return {"constant": int(silent(y).sum()), "saturated": saturated(y)}
 
 
 @dataclass(frozen=True)
-class Synergy(Metric):
-    """What two units tell of a target beyond the better of them: I(z; y_i, y_j) - max(I(z; y_i), I(z; y_j)), ALL pairs.
+class AverageRedundancy(PairwiseRedundancy):
+    """Gaussian mutual information of two units, read from the input side: of what their weights make of the inputs.
 
-    With Gaussian variables 0.5 ln[(1 - max(r_i^2, r_j^2))/(1 - R_ij^2)], R_ij^2 = (r_i^2 + r_j^2 - 2 r_i r_j rho_ij)
-    / (1 - rho_ij^2), r the correlations with z. Where 1 - rho_ij^2 < 1e-6 a twin adds nothing: 0, counted as ``twins``.
-    Targets, a value a sample: the logit margin z_y - max_{k != y} z_k, the correct logit, the centred logits on their
-    first principal axis, the sample's loss, or ``given``. Several target columns: each information is averaged over them
-    before max and difference (``target_reduce: mean``). With several targets this is not the only decomposition.
+    On a Linear or a convolution the same number as pairwise_redundancy_gaussian, as a bias does not vary: in a pass the
+    outputs' products serve both. From tensors in hand, inputs and weights come before outputs. Options as there.
 
-    Shapes: y over rows of width units, z of them with the target -> (units,) or (units, units)
-    Unit:   nats, in [0, 6.908]; z = y_1 + y_2 + e, all N(0, 1): 0.3466
-    NaN:    fewer than two samples; the mean of a layer of one unit
-    Raises: ValueError when labels or logits that the target is made of are missing
-    Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
+    Formula: -0.5 ln(1 - rho_ij^2), rho_ij = w_i'Cw_j / sqrt(w_i'Cw_i w_j'Cw_j), w the units' weights, C the inputs' covariance
+    Shapes: y = x W' over rows of width units -> (units,) or (units, units)
+    Unit:   nats, in [0, 6.908]; rho = 0.6: 0.2231
+    NaN:    fewer than two rows, three with a bias; the mean of a layer of one unit
+    Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
-    names: ClassVar = ("gaussian_pid_synergy_mmi", "synergy", "synergy_continuous_target")
-    kind: ClassVar = "pair"
-    nan: ClassVar = "fewer than two samples, or a layer of one unit"
-    target: Literal["logit_margin", "correct_logit", "logit_pc1", "loss", "given"] = "logit_margin"
-    reduce: Literal["mean", "none"] = "mean"
-    target_reduce: Literal["mean"] = "mean"
+    names: ClassVar = ("average_redundancy", "redundancy_gaussian")
 
     def needs(self) -> dict[str, Need]:
-        target = "logits" if self.target == "logit_pc1" else self.target
-        return {"y": Need(Gram, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-
-    def __call__(self, weight: Tensor | None, y: Gram, z: Cross) -> Tensor:  # type: ignore[override]
-        rho, r = correlation_of(y), self._with_target(y, z)
-        pairs = torch.zeros_like(rho)
-        for column in r.T:  # few: one, or the columns of a given target
-            pairs += _joint(rho, column)
-        single = gaussian_information(r.square()).mean(1)
-        pairs = (pairs / r.shape[1] - torch.maximum(single[:, None], single)).fill_diagonal_(0)
-        pairs = pairs.where(_distinct(rho) | ~rho.isfinite(), 0)
-        return mean_of_partners(pairs) if self.reduce == "mean" else pairs
-
-    def counts(self, weight: Tensor | None, y: Gram, z: Cross) -> dict[str, int]:  # type: ignore[override]
-        twins = torch.triu(~_distinct(correlation_of(y)), 1)
-        return {"constant": int(silent(y).sum()), "twins": int(twins.sum())}
-
-    def _with_target(self, y: Gram, z: Cross) -> Tensor:
-        """Correlations of units with the target's columns, (units, t)."""
-        if self.target == "logit_pc1":
-            covariance = z.target_covariance
-            if not covariance.isfinite().all():
-                return torch.full_like(z.cross[:, :1], torch.nan)
-            z = z.project(torch.linalg.eigh(covariance).eigenvectors[:, -1:])
-        variance, target = y.covariance.diagonal(), z.target_covariance.diagonal()
-        live = ~silent(y)[:, None] & ~constant(target, z.target_mean)
-        scale = variance[:, None].where(live, 1.0).sqrt() * target.where(live, 1.0).sqrt()
-        r = torch.where(live, z.covariance / scale, 0.0)
-        return r.where((y.n > 1) & (z.n > 1), torch.nan)
+        return {"y": Need(Gram, "projection", self.view)}
 
 
-def silent(y: Gram) -> Tensor:
+@dataclass(frozen=True)
+class LayerRedundancy(Metric):
+    """Mean Gaussian mutual information of two units of a layer, over ALL pairs: the mean of pairwise_redundancy_gaussian.
+
+    Formula: sum_ij -0.5 ln(1 - rho_ij^2) / (N (N - 1)) over i != j, rho_ij = corr(y_i, y_j), N units; bias as there
+    Shapes: y over rows of width units -> ()
+    Unit:   nats, in [0, 6.908]; all rho = 0.6: 0.2231
+    NaN:    fewer than two rows, three with a bias; a layer of one unit
+    Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8
+    """
+
+    names: ClassVar = ("layer_redundancy",)
+    kind: ClassVar = "layer"
+    nan: ClassVar = "fewer than two rows (three with a bias), or a layer of one unit"
+    view: View = "positions"
+    bias: Literal["none", "gaussian"] = "none"
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Gram, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+        return mean_of_partners(pair_information(y, self.bias)).mean()
+
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+        return {"constant": int(silent(y).sum()), "saturated": saturated(y)}
+
+
+@dataclass(frozen=True)
+class NodeRedundancy(Metric):
+    """How much each input feature goes with the others: mean absolute correlation. Of a convolution a feature is a channel.
+
+    A feature that does not vary goes with none: 0, ``constant``. Independent features read about 0.8/sqrt(n), not 0.
+
+    Formula: sum_j |corr(x_i, x_j)| / (d - 1) over j != i, x the d input features
+    Shapes: x over rows of width d -> (d,)
+    Unit:   none, in [0, 1]
+    NaN:    fewer than two rows; an input of one feature
+    Source: Pearson's correlation, definition
+    """
+
+    names: ClassVar = ("node_redundancy", "input_redundancy")
+    kind: ClassVar = "input"
+    nan: ClassVar = "fewer than two rows, or an input of one feature"
+    view: View = "positions"
+
+    def needs(self) -> dict[str, Need]:
+        return {"x": Need(Gram, "input", self.view)}
+
+    def __call__(self, weight: Tensor | None, x: Gram) -> Tensor:  # type: ignore[override]
+        return mean_of_partners(correlation_of(x).abs().fill_diagonal_(0))
+
+    def counts(self, weight: Tensor | None, x: Gram) -> dict[str, int]:  # type: ignore[override]
+        return {"constant": int(silent(x).sum())}
+
+
+@dataclass(frozen=True)
+class MutualInformation(Metric):
+    """Gaussian mutual information of a unit with a target, a value or several a sample; or with the input's first component.
+
+    Targets: logit_margin z_y - max_{k != y} z_k, correct_logit, logits, logit_pc1 (their first principal axis), the sample's
+    loss, given; several joined by +; or a function of (logits, labels). Several columns: their information together
+    (``target_reduce: joint``), or the mean of each one's (``mean``). ``reference: input_pc1`` reads positions and no target;
+    where the two largest variances of the input are close (``close_eigenvalues``) its axis is a matter of chance. Independent
+    ones read about 1/(2n) a column, which ``bias: gaussian`` subtracts. ``control`` adds the null of a permuted target.
+
+    Formula: -0.5 ln(1 - r'R_z^-1 r), r = corr(y, z) with the columns of the target z, R_z their correlations; input_pc1: z = v'x, v
+             the first principal axis of the input x; bias: of one column [psi((n-1)/2) - psi((n-2)/2)]/2, n rows, psi digamma
+    Shapes: y over rows of width units, with a target beside -> (units,)
+    Unit:   nats, in [0, 6.908]; corr 0.6: 0.2231
+    NaN:    fewer than two rows; with a bias no more rows than target columns and one
+    Raises: ValueError for an unknown target, a control of input_pc1, and when what the target is made of is missing
+    Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
+    """
+
+    names: ClassVar = ("mutual_information_gaussian", "mi_gaussian", "mi_0", "mutual_information", "mi")
+    nan: ClassVar = "fewer than two rows, or with a bias no more than there are target columns and one"
+    target: Target = "logit_margin"
+    reference: Literal["target", "input_pc1"] = "target"
+    target_reduce: Literal["joint", "mean"] = "joint"
+    bias: Literal["none", "gaussian"] = "none"
+    control: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_target(self.names[0], self.target, self.control)
+        if self.control and self.reference == "input_pc1":
+            raise ValueError(f"{self.names[0]}: control permutes a target, and reference: input_pc1 has none; set one of the two")
+
+    def needs(self) -> dict[str, Need]:
+        if self.reference == "input_pc1":
+            x, both = Need(Gram, "input"), Need(Pair, "output", "positions", "input")
+            return {"y": Need(Gram, "output"), "z": both, "x": x}
+        target = beside_rows(self.target)
+        needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
+        return with_control(needs, self.control, target)
+
+    def __call__(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+        y = y.moments if isinstance(y, Gram) else y
+        if x is not None:
+            r = _with_first_axis(y, z, x)  # type: ignore[arg-type]
+            varying = ~silent(x).all() * 1.0
+        else:
+            z = target_rows(z, self.target)  # type: ignore[arg-type]
+            r = with_targets(y, z)
+            varying = (~idle(z)).double().mean()
+        if self.target_reduce == "joint" and x is None:
+            r = r @ whitening(z)  # type: ignore[arg-type]
+            value, lean = gaussian_information(r.square().sum(1)), joint_bias(z.n, 1, r.shape[1])
+        else:
+            value, lean = gaussian_information(r.square()).mean(1), joint_bias(z.n, 1, 1) * varying
+        return value if self.bias == "none" else value - lean * ~silent(y)
+
+    def counts(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> dict[str, int]:  # type: ignore[override]
+        found = {"constant": int(silent(y).sum())}
+        if x is None:
+            return found | {"without_target": int(y.n - z.n)}
+        first, *others = principal_axes(x.covariance)[0].tolist()
+        return found | {"close_eigenvalues": int(bool(others) and first < CLOSE * others[0])}
+
+
+@dataclass(frozen=True)
+class AnalyticInformation(Metric):
+    """What a unit would tell of a Gaussian input through noise of a given size: its variance, on a logarithmic scale.
+
+    A magnitude in disguise: noise_std is in the unit of y and decides the answer, so say which. See mi_in_proxy for one that
+    the layer's own variances set.
+
+    Formula: 0.5 ln(1 + w'Cw / s^2), w'Cw = Var y, C the covariance of the input, w the weights, s = noise_std
+    Shapes: y over rows of width units -> (units,)
+    Unit:   nats, 0 and above; Var y = s^2: 0.3466
+    NaN:    fewer than two rows
+    Raises: ValueError when noise_std is not above 0
+    Source: Cover & Thomas 2006, Elements of Information Theory, section 9.1, capacity of the Gaussian channel
+    """
+
+    names: ClassVar = ("gaussian_mi_analytic",)
+    nan: ClassVar = "fewer than two rows"
+    noise_std: float = 0.1
+    view: View = "positions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_noise(self.names[0], "noise_std", self.noise_std)
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Moments, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:  # type: ignore[override]
+        return 0.5 * torch.log1p(y.variance.where(~silent(y) | (y.n < 2), 0.0) / self.noise_std**2)
+
+
+@dataclass(frozen=True)
+class ProxyInformation(Metric):
+    """gaussian_mi_analytic with the noise that the layer's own variances set: a unit's variance against its layer's.
+
+    ``noise`` is the median, mean, 75th or 90th percentile of the layer's variances, or a number, in the unit of y squared.
+
+    Formula: 0.5 ln(1 + Var y / s^2), s^2 = noise, percentiles by linear interpolation
+    Shapes: y over rows of width units -> (units,)
+    Unit:   nats, 0 and above; noise median: the median unit of an odd number has 0.3466
+    NaN:    fewer than two rows; where the noise is 0, as when half of the units do not vary
+    Raises: ValueError for another noise, and when it is not above 0
+    Source: Cover & Thomas 2006, Elements of Information Theory, section 9.1, capacity of the Gaussian channel
+    """
+
+    names: ClassVar = ("mi_in_proxy", "ixy")
+    nan: ClassVar = "fewer than two rows, or the noise is 0"
+    noise: str | float = "median"
+    view: View = "positions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_noise(self.names[0], "noise", self.noise, ("mean", *_PERCENTILES))
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Moments, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:  # type: ignore[override]
+        variance = y.variance.where(~silent(y) | (y.n < 2), 0.0)
+        if isinstance(self.noise, str):
+            noise = variance.mean() if self.noise == "mean" else variance.quantile(_PERCENTILES[self.noise])
+        else:
+            noise = variance.new_tensor(self.noise)
+        return 0.5 * torch.log1p(variance / noise.where(noise > 0, torch.nan))
+
+
+_PERCENTILES = {"median": 0.5, "p75": 0.75, "p90": 0.9}
+
+
+def check_noise(metric: str, option: str, noise: object, names: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for a noise that is neither of the names nor a number above 0."""
+    number = isinstance(noise, (int, float)) and not isinstance(noise, bool)
+    if not (noise in names or (number and noise > 0)):  # type: ignore[operator]
+        other = f"{', '.join(names)}, or " if names else ""
+        raise ValueError(f"{metric}: {option} is {noise!r}; it is {other}a number above 0")
+
+
+def silent(y: Gram | Moments) -> Tensor:
     """Units that do not vary, (units,) bool."""
-    return constant(y.covariance.diagonal(), y.mean)
+    return constant(y.covariance.diagonal() if isinstance(y, Gram) else y.variance, y.mean)
 
 
 def correlation_of(y: Gram) -> Tensor:
@@ -112,12 +275,35 @@ def correlation_of(y: Gram) -> Tensor:
     return rho.where(y.n > 1, torch.nan)
 
 
-def _distinct(rho: Tensor) -> Tensor:
-    return 1 - rho.square() >= TWIN
+def saturated(y: Gram) -> int:
+    """How many pairs of units are at the ceiling."""
+    return int(torch.triu(correlation_of(y).square() >= MI_CEILING, 1).sum())
 
 
-def _joint(rho: Tensor, r: Tensor) -> Tensor:
-    """Information of each pair of units with one target column, (units, units)."""
-    r2 = r.square()
-    explained = (r2[:, None] + r2 - 2 * r[:, None] * r * rho) / (1 - rho.square()).clamp_min(TWIN)
-    return gaussian_information(explained)
+def pair_information(y: Gram, bias: str) -> Tensor:
+    """Information of each pair of units, (units, units), the diagonal 0; less its bias where asked for."""
+    pairs = gaussian_information(correlation_of(y).square())
+    if bias == "gaussian":
+        live = ~silent(y)
+        pairs = pairs - joint_bias(y.n, 1, 1) * (live[:, None] & live)
+    return pairs.fill_diagonal_(0)
+
+
+def _with_first_axis(y: Moments, xy: Pair, x: Gram) -> Tensor:
+    """Correlations of units with the first principal component of the input, (units, 1)."""
+    values, axes = principal_axes(x.covariance)
+    live = ~silent(y) & ~silent(x).all()
+    scale = y.variance.where(live, 1.0).sqrt() * values[0].where(live, 1.0).sqrt()
+    r = torch.where(live, xy.covariance @ axes[:, 0] / scale, 0.0)
+    return r.where((y.n > 1) & (xy.n > 1), torch.nan)[:, None]
+
+
+METRICS: tuple[type[Metric], ...] = (
+    PairwiseRedundancy,
+    AverageRedundancy,
+    LayerRedundancy,
+    NodeRedundancy,
+    MutualInformation,
+    AnalyticInformation,
+    ProxyInformation,
+)

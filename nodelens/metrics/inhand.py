@@ -2,16 +2,39 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..geometry import Geometry
+from ..layers import Layer
 from ..rows import Rows
-from ..statistics import ByClass, Cross, Patches, Statistic
+from ..statistics import Statistic
+from ..statistics.weight_sums import WeightSums
 from ..targets import target_of
-from .base import Metric, Need
+from .base import Metric, Need, Other
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "type", "bias")
-_TENSORS = ("inputs", "outputs", "weights", "labels", "targets", "logits", "gradients")
+_TENSORS = (
+    "inputs",
+    "outputs",
+    "weights",
+    "labels",
+    "targets",
+    "logits",
+    "gradients",
+    "initial_weights",
+    "next_outputs",
+    "norm_weights",
+)
+_PORTS = {
+    "input": ["inputs"],
+    "output": ["outputs"],
+    "projection": ["projections"],
+    "next": ["next_outputs"],
+    "grad": ["gradients"],
+    "output*grad": ["outputs", "gradients"],
+    "weight*grad": ["inputs", "outputs", "gradients"],
+    "change": ["inputs", "weights", "initial_weights"],
+}
 
 
 def compute(metric: Metric, tensors: dict[str, Any]) -> Tensor:
@@ -22,62 +45,107 @@ def compute(metric: Metric, tensors: dict[str, Any]) -> Tensor:
             f"{metric.names[0]}: compute() takes {', '.join(_TENSORS)} and a convolution's geometry, "
             f"not {', '.join(sorted(unknown))}"
         )
-    weight = tensors.get("weights")
-    if metric.weighted and weight is None:
-        raise ValueError(f"{metric.names[0]} needs weights=")
-    if tensors.get("outputs") is None and weight is not None and tensors.get("inputs") is not None:
-        tensors = tensors | {"outputs": _apply(tensors)}
+    tensors = {k: t for k, t in tensors.items() if t is not None}
+    _check_widths(tensors)
+    if "weights" in tensors and "inputs" in tensors:
+        dtype = torch.promote_types(tensors["inputs"].dtype, tensors["weights"].dtype)
+        made = _layer(tensors).apply(tensors["inputs"].to(dtype), tensors["weights"].detach().to(dtype))
+        tensors = {"outputs": made} | tensors | {"projections": made}
+    elif "outputs" in tensors:
+        tensors = tensors | {"projections": tensors["outputs"]}
+    parameter = _parameter(metric, tensors)
     statistics = {name: _statistic(metric, need, tensors) for name, need in metric.needs().items()}
-    return metric(None if weight is None else weight.flatten(1), **statistics)
+    return metric(parameter, **{k: [v] if metric.grouped else v for k, v in statistics.items()})
+
+
+def _parameter(metric: Metric, tensors: dict[str, Any]) -> Tensor | None:
+    """What a metric reads beside sums."""
+    needed = {"norm": ["norm_weights"], "change": ["weights", "initial_weights"]}.get(metric.parameter, ["weights"])
+    if metric.weighted:
+        _check(metric, needed, tensors)
+    found = [tensors.get(name) for name in needed]
+    if any(f is None for f in found):
+        return None
+    if metric.parameter == "change":
+        return (found[0] - found[1]).flatten(1)  # type: ignore[operator]
+    return found[0].flatten(1) if metric.parameter == "weight" else found[0]  # type: ignore[union-attr]
 
 
 def _statistic(metric: Metric, need: Need, tensors: dict[str, Any]) -> Statistic:
-    rows = _rows(metric, need, tensors)
-    if need.view == "samples":
-        rows = rows.sample_totals() if need.port == "output*grad" else rows.sample_means()
+    if issubclass(need.statistic, WeightSums):
+        _check(metric, _PORTS["weight*grad"], tensors)
+        layer = _layer(tensors)
+        y, gradient = (layer.rows(tensors[k], len(tensors[k])).raw.transpose(1, 2).flatten(0, 1) for k in ("outputs", "gradients"))
+        return need.statistic.of(layer.patches(tensors["inputs"]), y, gradient, groups=getattr(layer.module, "groups", 1))
+    rows = _rows(metric, need.port, tensors)
+    samples = need.view == "samples" or (need.view == "whole" and rows.grid != ())
+    if samples:
+        rows = rows.sample_totals() if "grad" in need.port else rows.sample_means()
     rows = rows.about(rows.mean)
-    if issubclass(need.statistic, (Cross, ByClass)):
-        labels, given = tensors.get("labels"), tensors.get("targets")
-        name = "given" if given is not None and need.target != "label" else need.target or ""
-        return need.statistic.of(rows, target_of(name, tensors.get("logits"), labels, given))
-    if issubclass(need.statistic, Patches):
-        return need.statistic.of(rows, geometry=_geometry(tensors))
-    return need.statistic.of(rows)  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"keys": torch.arange(len(rows))} if need.statistic.keyed else {}
+    if need.statistic.entries:
+        options["geometry"] = _layer(tensors).geometry if tensors.get("weights") is not None else None
+    beside = [] if need.target is None else [_beside(metric, need, tensors, samples)]
+    return need.statistic.of(rows, *beside, **options)  # type: ignore[attr-defined]
 
 
-def _rows(metric: Metric, need: Need, tensors: dict[str, Any]) -> Rows:
-    names = {"input": ["inputs"], "output": ["outputs"], "output*grad": ["outputs", "gradients"]}[need.port]
-    missing = [name for name in names if tensors.get(name) is None]
-    if missing:
-        raise ValueError(f"{metric.names[0]} needs {' and '.join(f'{m}=' for m in missing)}")
-    x = tensors[names[0]]
-    x = x if len(names) == 1 else x * tensors["gradients"]
+def _beside(metric: Metric, need: Need, tensors: dict[str, Any], samples: bool) -> Rows | Tensor:
+    if need.target in ("next", "input"):
+        rows = _rows(metric, str(need.target), tensors)
+        rows = rows.sample_means() if samples else rows
+        return rows.about(rows.mean)
+    labels, given = tensors.get("labels"), tensors.get("targets")
+    parts = need.target.split("+") if isinstance(need.target, str) else [need.target]
+    if given is not None and parts[-1] != "label":  # targets in hand stand for those that a pass would make
+        own = ["label"] if parts[0] == "label" else []
+        return target_of("+".join([*own, "given"]), tensors.get("logits"), labels, given)
+    assert not isinstance(need.target, Other)
+    return target_of(need.target or "", tensors.get("logits"), labels, given)
+
+
+def _rows(metric: Metric, port: str, tensors: dict[str, Any]) -> Rows:
+    port, _, by_token = port.partition("/")
+    names = _PORTS[port]
+    _check(metric, names, tensors)
+    if port == "change":
+        x = _layer(tensors).apply(tensors["inputs"], (tensors["weights"] - tensors["initial_weights"]).detach())
+    else:
+        x = tensors[names[0]] if len(names) == 1 else tensors[names[0]] * tensors[names[1]]
     weight = tensors.get("weights")
     maps = x.ndim >= 4 or (weight is not None and weight.ndim == x.ndim == 3)
     if not maps and x.ndim > 2:
         x = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
+        if by_token:  # the last token predicts none
+            x = x / max(1, x.shape[2] - 1)
     rows = Rows.of(x.flatten(2) if x.ndim > 2 else x)
-    return Rows(rows.raw, rows.keep, rows.shift, tuple(x.shape[2:]))
+    return Rows(rows.raw, rows.keep, rows.shift, tuple(x.shape[2:]) if maps else ())
 
 
-def _convolution(tensors: dict[str, Any]) -> nn.Module | None:
-    weight = tensors.get("weights")
-    if weight is None or weight.ndim == 2:
-        return None
+def _layer(tensors: dict[str, Any]) -> Layer:
+    """A layer with the weights in hand: a Linear, or a convolution of the geometry in hand."""
+    weight = tensors["weights"]
+    if weight.ndim == 2:
+        return Layer("given", nn.Linear(weight.shape[1], len(weight), bias=False, device="meta"))
     kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
     options: dict[str, Any] = {k: tensors[k] for k in ("stride", "padding", "dilation", "groups", "padding_mode") if k in tensors}
     groups = options.get("groups", 1)
-    conv = kind(weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]), bias=False, **options).to(weight)
-    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    return conv
+    conv = kind(weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]), bias=False, device="meta", **options)
+    return Layer("given", conv)
 
 
-def _geometry(tensors: dict[str, Any]) -> Geometry | None:
-    conv = _convolution(tensors)
-    return None if conv is None else Geometry.of(conv)
+def _check_widths(tensors: dict[str, Any]) -> None:
+    """Raises ValueError where weights, inputs and outputs in hand are not of one layer."""
+    if "weights" not in tensors:
+        return
+    weight, axis = tensors["weights"], 1 if tensors["weights"].ndim > 2 else -1
+    read = weight.shape[1] * (tensors.get("groups", 1) if weight.ndim > 2 else 1)
+    if "inputs" in tensors and tensors["inputs"].shape[axis] != read:
+        raise ValueError(f"the weight reads {read} inputs, the rows are {tensors['inputs'].shape[axis]} wide")
+    if "outputs" in tensors and tensors["outputs"].shape[axis] != len(weight):
+        raise ValueError(f"the weight has {len(weight)} units, the rows are {tensors['outputs'].shape[axis]} wide")
 
 
-def _apply(tensors: dict[str, Any]) -> Tensor:
-    """The outputs that inputs and weights give; a bias does not matter to any metric that may do without them."""
-    conv, x = _convolution(tensors), tensors["inputs"]
-    return x @ tensors["weights"].T if conv is None else conv(x).detach()
+def _check(metric: Metric, names: list[str], tensors: dict[str, Any]) -> None:
+    missing = [name for name in names if tensors.get(name) is None]
+    if missing:
+        raise ValueError(f"{metric.names[0]} needs {' and '.join(f'{m}=' for m in missing)}")

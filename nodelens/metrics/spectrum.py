@@ -1,23 +1,116 @@
-"""In how many directions a layer varies."""
+"""In how many directions a layer varies: what the eigenvalues of its covariance say."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..linalg import entropy_count, spectrum
-from ..statistics import Gram
+from ..linalg import components, correlation, entropy_count, spectrum
+from ..statistics import Directions, Gram
 from .base import Metric, Need, View
+from .information import silent
 
 
 @dataclass(frozen=True)
-class EffectiveRank(Metric):
-    """exp of the entropy of the singular values' shares, s_k/sum s, s = sqrt of the covariance's eigenvalues.
+class SpectrumMetric(Metric):
+    """A function of the eigenvalues of a layer's covariance, ``of``.
 
-    Eigenvalues below 2.4e-7 of the largest count as 0: a layer wider than what it reads has such, and float32 sums do not
-    resolve them.
+    rows: ``raw``; each row at length 1, ``token_l2``, or at root mean square 1, ``token_rms``, which differs by the factor
+    units and so in no value; ``feature_standardized``: each unit at variance 1, the correlation matrix. Eigenvalues below
+    2.4e-7 of the largest count as 0: a layer wider than what it reads has such, and float32 sums do not resolve them.
+    A unit that does not vary adds an eigenvalue of 0 (``constant``).
+    """
 
+    kind: ClassVar = "layer"
+    nan: ClassVar = "fewer than two rows, or no variance"
+    rows: Literal["raw", "token_l2", "token_rms", "feature_standardized"] = "raw"
+    view: View = "positions"
+
+    def needs(self) -> dict[str, Need]:
+        return {"y": Need(Directions if self.rows.startswith("token") else Gram, "output", self.view)}
+
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+        return self.of(spectrum(self.covariance(y)))
+
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        """The value from eigenvalues, (d,), largest first -> ()."""
+        raise TypeError(f"{type(self).__name__} has no formula")
+
+    def covariance(self, y: Gram) -> Tensor:
+        """What the eigenvalues are of, (units, units)."""
+        if self.rows == "feature_standardized":
+            return correlation(y.covariance, silent(y)).where(y.n > 1, torch.nan)
+        return live_covariance(y)
+
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+        return {"constant": int(silent(y).sum())}
+
+
+def live_covariance(y: Gram) -> Tensor:
+    """The covariance, (units, units), 0 for units that do not vary, which leaves their rounding out; NaN below two rows."""
+    live = ~silent(y)
+    return y.covariance.where(live[:, None] & live, 0).where(y.n > 1, torch.nan)
+
+
+@dataclass(frozen=True)
+class ParticipationRatio(SpectrumMetric):
+    """How many directions share the variance, by second moments: the harmonic mean of the variance's shares. No eigenvalues needed.
+
+    Read low from few rows: 1/value is about 1/n + 1/truth; ``d_pr_debiased`` is not. ``normalize`` divides by the width.
+
+    Formula: (sum_i lam_i)^2 / sum_i lam_i^2 = (tr C)^2 / ||C||_F^2, C the covariance, lam its eigenvalues; /units
+    Shapes: y over rows of width units -> ()
+    Unit:   directions, in [1, units]; normalized: a share, in [1/units, 1]; eigenvalues 4, 2, 1, 1: 2.909
+    NaN:    fewer than two rows, or no variance
+    Source: Gao et al. 2017, bioRxiv 214262, eq. 5
+    """
+
+    names: ClassVar = ("participation_ratio", "d_pr", "sv_participation_ratio")
+    presets: ClassVar = {"d_pr_norm": {"normalize": True}}
+    normalize: bool = False
+
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+        c = self.covariance(y)
+        return self._scaled(c.trace().square() / c.square().sum(), len(c))
+
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        return self._scaled(eigenvalues.sum().square() / eigenvalues.square().sum(), len(eigenvalues))
+
+    def _scaled(self, value: Tensor, units: int) -> Tensor:
+        return value / units if self.normalize else value
+
+
+@dataclass(frozen=True)
+class EntropyDimension(SpectrumMetric):
+    """How many directions share the variance, by entropy: exp of the entropy of the eigenvalues' shares.
+
+    Gives small eigenvalues more weight than the participation ratio does. ``normalize`` divides by the width.
+
+    Formula: exp(-sum_i p_i ln p_i), p_i = lam_i/sum lam, lam the eigenvalues of the covariance; /units
+    Shapes: y over rows of width units -> ()
+    Unit:   directions, in [1, units]; normalized: a share, in [1/units, 1]; eigenvalues 4, 2, 1, 1: 3.364
+    NaN:    fewer than two rows, or no variance
+    Source: Roy & Vetterli 2007, EUSIPCO, definition 1, with eigenvalues in place of singular values
+    """
+
+    names: ClassVar = ("d_entropy",)
+    presets: ClassVar = {"d_entropy_norm": {"normalize": True}}
+    normalize: bool = False
+
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        value = entropy_count(eigenvalues)
+        return value / len(eigenvalues) if self.normalize else value
+
+
+@dataclass(frozen=True)
+class EffectiveRank(SpectrumMetric):
+    """Exp of the entropy of the singular values' shares.
+
+    The singular values of the centred rows go as the roots of the covariance's eigenvalues, so the tail weighs more here
+    than in ``d_entropy``, rounding with it.
+
+    Formula: exp(-sum_i p_i ln p_i), p_i = s_i/sum s, s = sqrt(lam), lam the eigenvalues of the covariance
     Shapes: y over rows of width units -> ()
     Unit:   directions, in [1, units]; eigenvalues 4, 2, 1, 1: 3.828
     NaN:    fewer than two rows, or no variance
@@ -25,36 +118,77 @@ class EffectiveRank(Metric):
     """
 
     names: ClassVar = ("effective_rank", "sv_effective_rank")
-    kind: ClassVar = "layer"
-    nan: ClassVar = "fewer than two rows, or no variance"
-    view: View = "positions"
 
-    def needs(self) -> dict[str, Need]:
-        return {"y": Need(Gram, "output", self.view)}
-
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
-        return entropy_count(spectrum(y.covariance).sqrt())
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        return entropy_count(eigenvalues.sqrt())
 
 
 @dataclass(frozen=True)
-class ParticipationRatio(Metric):
-    """(sum lam)^2 / sum lam^2 = (tr C)^2 / ||C||_F^2 of the covariance C: no eigenvalues are needed.
+class StableRank(SpectrumMetric):
+    """The variance in units of that along the first direction: never above the rank, and steady where small eigenvalues are not.
 
-    Read low from few rows: 1/value is about 1/n + 1/truth.
-
+    Formula: sum_i lam_i / lam_1, lam the eigenvalues of the covariance, largest first
     Shapes: y over rows of width units -> ()
-    Unit:   directions, in [1, units]; eigenvalues 4, 2, 1, 1: 2.909
+    Unit:   directions, in [1, units]; eigenvalues 4, 2, 1, 1: 2
     NaN:    fewer than two rows, or no variance
-    Source: Gao et al. 2017, bioRxiv 214262, eq. 5
+    Source: Rudelson & Vershynin 2007, J. ACM 54(4), section 1, math/0503442
     """
 
-    names: ClassVar = ("participation_ratio", "d_pr")
-    kind: ClassVar = "layer"
-    nan: ClassVar = "fewer than two rows, or no variance"
-    view: View = "positions"
+    names: ClassVar = ("stable_rank", "sv_stable_rank")
 
-    def needs(self) -> dict[str, Need]:
-        return {"y": Need(Gram, "output", self.view)}
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        return eigenvalues.sum() / eigenvalues[0]
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
-        return y.covariance.trace().square() / torch.linalg.matrix_norm(y.covariance).square()
+
+@dataclass(frozen=True)
+class TopShare(SpectrumMetric):
+    """Share of the variance that the k leading directions hold; k beyond the width is the width.
+
+    Formula: sum_{i<=k} lam_i / sum_i lam_i, lam the eigenvalues of the covariance, largest first
+    Shapes: y over rows of width units -> ()
+    Unit:   none, in [k/units, 1]; eigenvalues 4, 2, 1, 1 and k = 1: 0.5
+    NaN:    fewer than two rows, or no variance
+    Raises: ValueError when k is below 1
+    Source: Jolliffe 2002, Principal Component Analysis, 2nd ed., section 6.1.1
+    """
+
+    names: ClassVar = ("top_share",)
+    presets: ClassVar = {f"top{k}_share": {"k": k} for k in (1, 10, 32)} | {f"ve_{k}": {"k": k} for k in (4, 8, 16, 32)}
+    k: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"{self.names[0]}: k is {self.k}; it takes 1 or more directions")
+
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        return eigenvalues[: self.k].sum() / eigenvalues.sum()
+
+
+@dataclass(frozen=True)
+class ComponentCount(SpectrumMetric):
+    """The fewest leading directions that hold a share of the variance.
+
+    Formula: min k with sum_{i<=k} lam_i / sum_i lam_i >= share - 1e-12, lam the eigenvalues of the covariance, largest first
+    Shapes: y over rows of width units -> ()
+    Unit:   directions, whole, in [1, units]; eigenvalues 4, 2, 1, 1 and share 0.9: 4
+    NaN:    fewer than two rows, or no variance
+    Raises: ValueError when share is not in (0, 1]
+    Source: Jolliffe 2002, Principal Component Analysis, 2nd ed., section 6.1.1
+    """
+
+    names: ClassVar = ("component_count",)
+    presets: ClassVar = {"k90": {"share": 0.9}, "k95": {"share": 0.95}}
+    share: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ValueError(f"{self.names[0]}: share is {self.share}; it takes a number above 0, at most 1")
+
+    def of(self, eigenvalues: Tensor) -> Tensor:
+        count = components(eigenvalues, self.share)
+        return count.to(eigenvalues.dtype).where(eigenvalues.sum() > 0, torch.nan)
+
+
+METRICS: tuple[type[Metric], ...] = (EffectiveRank, ParticipationRatio, EntropyDimension, StableRank, TopShare, ComponentCount)

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from ..keys import mix
+from ..results import values_of
 
 RANDOM = "random"
 
@@ -22,7 +23,7 @@ def scores(units: pd.DataFrame, terms: Mapping[str, float]) -> pd.Series:
         raise ValueError("a criterion needs a term at least, such as {taylor: 1.0}")
     missing = [name for name in terms if name not in units]
     if missing:
-        there = ", ".join(c for c in units if not c.endswith("_se"))
+        there = ", ".join(values_of(units))
         raise ValueError(f"the criterion reads {', '.join(missing)}; the table has {there}")
     if len(terms) == 1:
         ((name, weight),) = terms.items()

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..frame import Frame
-from ..hooks import Capture, Site, edit
+from ..hooks import edit
 from ..layers import Layer
-from ..modes import frozen
+from ..recording import Recording
 from .removal import RemovalPlan
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def gates(model: nn.Module, layers: Iterable[Layer], frame: Frame) -> dict[str, Layer]:
@@ -22,16 +20,8 @@ def gates(model: nn.Module, layers: Iterable[Layer], frame: Frame) -> dict[str, 
     Found by one recorded forward of a few samples: whose output is the very tensor that a norm reads.
     """
     layers = list(layers)
-    norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
-    shown: dict[Site, Tensor] = {}
-    sites = [Site(layer, "output") for layer in layers] + [Site(norm, "input") for norm in norms]
-    capture = Capture(sites, shown.__setitem__)
-    capture.gate = True
-    with frozen(model), torch.no_grad(), capture:
-        frame.head(2).run(model)
-    readers = {(t.data_ptr(), t.shape): site.layer for site, t in shown.items() if site.port == "input"}
-    outputs = {site.layer: t for site, t in shown.items() if site.port == "output"}
-    return {layer.name: readers.get((outputs[layer].data_ptr(), outputs[layer].shape), layer) for layer in layers}
+    norms = Recording.of(model, layers, frame).norms
+    return {layer.name: norms.get(layer.name, layer) for layer in layers}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..pruning.ranking import areas
 from ..pruning.ranking import curves as curve_of
-from ..results import Result
+from ..results import Result, values_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ plt.rcParams.update(
 
 def distributions(result: Result) -> bytes:
     """A box a layer, a panel a metric."""
-    columns = [c for c in result.units if not c.endswith("_se")]
+    columns = values_of(result.units)
     names = list(dict.fromkeys(result.units.index.get_level_values("layer")))
     across = min(3, max(1, len(columns)))
     down = -(-len(columns) // across)
@@ -69,7 +69,7 @@ def distributions(result: Result) -> bytes:
 
 def agreement(result: Result) -> bytes:
     """A matrix of rank correlations of metrics."""
-    columns = [c for c in result.units if not c.endswith("_se")]
+    columns = values_of(result.units)
     total, weight = np.zeros((len(columns),) * 2), np.zeros((len(columns),) * 2)
     for _, rows in result.units[columns].groupby(level="layer", sort=False):
         with warnings.catch_warnings():
@@ -95,19 +95,36 @@ def agreement(result: Result) -> bytes:
 
 def layers(result: Result) -> bytes:
     """Values of whole layers, a panel a metric, with standard errors."""
-    columns = [c for c in result.layers.select_dtypes("float") if not c.endswith("_se")]
-    names = list(result.layers.index)
+    names = [f"{_short(str(n))} ({u})" for n, u in result.layers["units"].items()]
+    return _dots(result.layers, names)
+
+
+def edges(result: Result) -> bytes:
+    """Values of pairs of layers, a panel a metric, with standard errors."""
+    return _dots(result.edges, [f"{_short(str(a), 20)} \u2192 {_short(str(b), 20)}" for a, b in result.edges.index])
+
+
+def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
+    columns = values_of(table)
+    across = min(4, max(1, len(columns)))
+    down = -(-len(columns) // across)
     figure, axes = plt.subplots(
-        1, len(columns), figsize=(4.2 * len(columns), 1.4 + 0.2 * len(names)), squeeze=False, sharey=True, layout="constrained"
+        down,
+        across,
+        figsize=(3.4 * across, (1.0 + 0.2 * len(names)) * down),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     place = np.arange(len(names))
-    for axis, column in zip(axes.flat, columns, strict=True):
-        error = result.layers.get(f"{column}_se")
-        axis.errorbar(result.layers[column], place, xerr=error, fmt="o", markersize=4, color=_COLOURS[0], capsize=2)
-        axis.set_title(f"{column} (directions)")
-        axis.set_yticks(place, [f"{_short(n)} ({u})" for n, u in result.layers["units"].items()])
-        axis.set_xlim(left=0)
+    for axis, column in zip(axes.flat, columns, strict=False):
+        error = table.get(f"{column}_se")
+        axis.errorbar(table[column], place, xerr=error, fmt="o", markersize=4, color=_COLOURS[0], capsize=2)
+        axis.set_title(column)
+        axis.set_yticks(place, names)
     axes.flat[0].set_ylim(len(names) - 0.4, -0.6)
+    for axis in list(axes.flat)[len(columns) :]:
+        axis.remove()
     return _png(figure)
 
 

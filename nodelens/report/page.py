@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..files import write
-from ..results import Result, load
+from ..results import Result, load, values_of
 
 _STYLE = """
 :root { --ink: #1c1f24; --soft: #5c6470; --line: #dfe3e8; }
@@ -36,15 +36,18 @@ def write_page(folder: str | Path) -> Path:
     if (folder / "sweep.parquet").is_file():
         sweep = pd.read_parquet(folder / "sweep.parquet")
         parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
-    parts += _section(
-        "Units",
-        [
-            _figure(folder, "units", figures.distributions(result), _UNITS),
-            _figure(folder, "agreement", figures.agreement(result), _AGREEMENT),
-        ],
-    )
+    if values_of(result.units):
+        parts += _section(
+            "Units",
+            [
+                _figure(folder, "units", figures.distributions(result), _UNITS),
+                _figure(folder, "agreement", figures.agreement(result), _AGREEMENT),
+            ],
+        )
     if _layer_metrics(result):
         parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
+    if len(result.edges):
+        parts += _section("Pairs of layers", [_figure(folder, "edges", figures.edges(result), _EDGES)])
     parts += _section("Means over units", [_table(_means(result))])
     parts += _section("Definitions", [_definitions(result)])
     parts += _section("What is missing, and why", [_missing(result)])
@@ -62,7 +65,11 @@ _AGREEMENT = (
     "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; "
     "grey where a metric is the same for every unit."
 )
-_LAYERS = "Values of whole layers with one jackknife standard error; the number of units is the upper bound."
+_LAYERS = "Values of whole layers with one jackknife standard error; in brackets the number of units."
+_EDGES = (
+    "How pairs of layers compare, with one jackknife standard error; by positions where both have the same, else by samples "
+    "(means over positions)."
+)
 
 
 def _head(result: Result) -> str:
@@ -108,12 +115,11 @@ def _cell(value: Any) -> str:
 
 
 def _layer_metrics(result: Result) -> list[str]:
-    return [c for c in result.layers.select_dtypes("float") if not c.endswith("_se")]
+    return values_of(result.layers)
 
 
 def _means(result: Result) -> pd.DataFrame:
-    own = [c for c in result.units if not c.endswith("_se")]
-    means = result.units[own].groupby(level="layer", sort=False).mean()
+    means = result.units[values_of(result.units)].groupby(level="layer", sort=False).mean()
     return result.layers[["type", "units"]].join(means).join(result.layers[_layer_metrics(result)])
 
 

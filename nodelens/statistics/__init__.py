@@ -1,10 +1,61 @@
 """Sums over rows, as values that add."""
 
 from .base import Accumulator, Statistic
-from .gram import ByClass, Cross, Gram
-from .moments import Moments, Sizes, Zeros
-from .patches import Maps, Patches
+from .by_class import ByClass, ClassCross, ClassGram, ClassSizes, ClassStatistic
+from .gram import Cross, Gram
+from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
+from .norms import Directions, NormedGram
+from .pair import Cosines, NormedPair, Pair
+from .patches import Patches, PatchesByClass
+from .quantiles import Quantiles
+from .sample import Sample
 
-STATISTICS: tuple[type[Statistic], ...] = (Moments, Sizes, Zeros, Gram, Cross, ByClass, Patches)
+STATISTICS: tuple[type[Statistic], ...] = (
+    Moments,
+    Higher,
+    Sizes,
+    MeanSizes,
+    Zeros,
+    Quantiles,
+    Gram,
+    NormedGram,
+    Directions,
+    Cross,
+    Pair,
+    NormedPair,
+    Cosines,
+    ByClass,
+    ClassSizes,
+    ClassGram,
+    ClassCross,
+    Patches,
+    PatchesByClass,
+    Sample,
+)
 
-__all__ = ["STATISTICS", "Accumulator", "ByClass", "Cross", "Gram", "Maps", "Moments", "Patches", "Sizes", "Statistic", "Zeros"]
+__all__ = [
+    "STATISTICS",
+    "Accumulator",
+    "ByClass",
+    "ClassCross",
+    "ClassGram",
+    "ClassSizes",
+    "ClassStatistic",
+    "Cosines",
+    "Cross",
+    "Directions",
+    "Gram",
+    "Higher",
+    "MeanSizes",
+    "Moments",
+    "NormedGram",
+    "NormedPair",
+    "Pair",
+    "Patches",
+    "PatchesByClass",
+    "Quantiles",
+    "Sample",
+    "Sizes",
+    "Statistic",
+    "Zeros",
+]

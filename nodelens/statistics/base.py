@@ -19,6 +19,9 @@ class Statistic:
 
     shifts: ClassVar[tuple[str, ...]] = ()
     by_sample: ClassVar[str | None] = None  # the sums over a sample's positions it is made of, beside their plain sum
+    entries: ClassVar[bool] = False  # whether its rows are what the units of a layer read, patches of a convolution
+    keyed: ClassVar[bool] = False  # whether it takes the samples' keys
+    merged: ClassVar[bool] = False  # whether parts are put together otherwise than field by field
 
     def about(self, **shifts: Tensor) -> Self:
         """The same sums about other shifts, exactly."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from ..linalg import exact_products
@@ -16,7 +15,7 @@ from .moments import Moments, free
 class Gram(Statistic):
     """Count, sum and outer-product sum of rows of width d, about a shift."""
 
-    shifts: ClassVar = ("shift",)
+    shifts: ClassVar[tuple[str, ...]] = ("shift",)
     n: Tensor  # (1,)    int64    rows
     shift: Tensor  # (d,)    float64  a guess of the mean
     total: Tensor  # (d,)    float64  sum of x - shift
@@ -106,59 +105,3 @@ class Cross(Statistic):
         outer = axes.T @ self.target_outer @ axes
         shift, total = self.target_shift @ axes, self.target_total @ axes
         return Cross(self.n, self.shift, shift, self.total, total, outer, self.cross @ axes)
-
-
-@dataclass(frozen=True, eq=False)
-class ByClass(Statistic):
-    """Moments of each unit in each class. Parts that saw fewer classes add to those that saw more."""
-
-    shifts: ClassVar = ("shift",)
-    n: Tensor  # (K,)    int64    rows of the class
-    shift: Tensor  # (d,)    float64
-    total: Tensor  # (K, d)  float64  sum of x - shift
-    square: Tensor  # (K, d)  float64  sum of (x - shift)^2
-
-    @classmethod
-    def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows (n, d), one a sample; target (n,) of classes from 0, below 0 for none."""
-        rows = Rows.of(x, weights, shift)
-        if rows.raw.shape[2] != 1 or target.shape != (len(rows),) or target.is_floating_point():
-            raise ValueError(
-                f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet labels {tuple(target.shape)} "
-                f"of {target.dtype}: one class number a row"
-            )
-        keep = target >= 0 if rows.keep is None else (target >= 0) & rows.keep[:, 0]
-        classes = int(target.max()) + 1 if len(target) else 0
-        member = torch.nn.functional.one_hot(target.clamp_min(0), max(classes, 1)).where(keep[:, None], 0).double()
-        values = rows.x[:, :, 0].double().where(keep[:, None], 0)
-        return cls(member.sum(0).long(), rows.shift, member.T @ values, member.T @ values.square())
-
-    def about(self, shift: Tensor) -> Self:
-        step, n = self.shift - shift, self.n[:, None]
-        square = self.square + 2 * step * self.total + n * step.square()
-        return type(self)(self.n, shift, self.total + n * step, square)
-
-    def __add__(self, other: Self) -> Self:
-        classes = max(len(self.n), len(other.n))
-        return Statistic.__add__(self.widen(classes), other.widen(classes))
-
-    def widen(self, classes: int) -> Self:
-        """The same sums with room for more classes."""
-        more = classes - len(self.n)
-        pad = torch.nn.functional.pad
-        return type(self)(pad(self.n, (0, more)), self.shift, pad(self.total, (0, 0, 0, more)), pad(self.square, (0, 0, 0, more)))
-
-    def variance(self, ddof: int = 1) -> Tensor:
-        """Variance within each class, (K, d); NaN for a class of ddof rows or fewer."""
-        n = self.n[:, None]
-        spare = torch.where(n > ddof, n.double() - ddof, torch.nan)
-        return (self.square - self.total.square() / n).clamp_min(0) / spare
-
-    def only(self, classes: Tensor) -> Self:
-        """The classes marked, (K,) bool."""
-        return type(self)(self.n[classes], self.shift, self.total[classes], self.square[classes])
-
-    @property
-    def moments(self) -> Moments:
-        """Of all rows that have a class."""
-        return Moments(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.square.sum(0))

@@ -1,4 +1,4 @@
-"""First and second moments a unit, sums of sizes and of zeros."""
+"""Moments a unit, sums of sizes and of zeros."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..linalg import constant
 from ..rows import Rows, SampleSums
 from .base import Statistic
 
@@ -49,6 +50,41 @@ class Moments(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
+class Higher(Moments):
+    """Moments, and sums of the third and the fourth power."""
+
+    by_sample: ClassVar[str | None] = "fourths"
+    cube: Tensor  # (d,)  float64  sum of (x - shift)^3
+    fourth: Tensor  # (d,)  float64  sum of (x - shift)^4
+
+    @classmethod
+    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift).by_sample("fourths")
+        return cls(rows.n, rows.shift, rows.total, rows.square, rows.cube, rows.fourth)
+
+    def about(self, shift: Tensor) -> Self:
+        a, n = self.shift - shift, self.n
+        square = self.square + 2 * a * self.total + n * a**2
+        cube = self.cube + 3 * a * self.square + 3 * a**2 * self.total + n * a**3
+        fourth = self.fourth + 4 * a * self.cube + 6 * a**2 * self.square + 4 * a**3 * self.total + n * a**4
+        return type(self)(n, shift, self.total + n * a, square, cube, fourth)
+
+    @property
+    def skewness(self) -> Tensor:
+        """m3 / m2^1.5 of the rows' own central moments, (d,); 0 for what is symmetric, NaN below two rows and for a constant."""
+        return self._central("cube") / self._central("square") ** 1.5
+
+    @property
+    def kurtosis(self) -> Tensor:
+        """m4 / m2^2 of the rows' own central moments, (d,); 3 for a Gaussian, NaN below two rows and for a constant."""
+        return self._central("fourth") / self._central("square").square()
+
+    def _central(self, power: str) -> Tensor:
+        value = getattr(self.about(shift=self.mean), power) / self.n
+        return value.where(~constant(self.variance, self.mean), math.nan)
+
+
+@dataclass(frozen=True, eq=False)
 class Sizes(Statistic):
     """Count and sum of |x| of each unit."""
 
@@ -60,6 +96,21 @@ class Sizes(Statistic):
     def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift)
         return cls(rows.n, rows.absolute)
+
+
+@dataclass(frozen=True, eq=False)
+class MeanSizes(Statistic):
+    """Count of samples, and the sum over them of the square of the mean of |x| over a sample's positions."""
+
+    by_sample: ClassVar = "absolutes"
+    n: Tensor  # (1,)  int64    samples with a row
+    square: Tensor  # (d,)  float64  sum of (mean of |x|)^2
+
+    @classmethod
+    def of(cls, x: Rows | SampleSums | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        sums = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift).by_sample("absolutes")
+        means = sums.tables()["absolutes"].double() / sums.counts.clamp_min(1)
+        return cls((sums.counts > 0).sum().reshape(1), means.square().sum(0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """analyze.py: the units of a network, measured in one pass."""
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..checks import in_bytes
 from ..config import build, resolved
 from ..distributed import world
 from ..files import plain
+from ..models import load_weights
 from ..plan import Plan
 from ..results import Result, load
 from .common import bar, build_all, claim, console, launch, load_module, say
@@ -80,6 +82,9 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
+            pairs=cfg.pairs if isinstance(cfg.pairs, str) else plain(cfg.pairs),
+            initial=_initial(cfg, net),
+            bias=cfg.bias,
             budget=in_bytes(cfg.budget.memory),
             on_plan=on_plan,
             progress=bar("measuring", _batches(loader), rank == 0),
@@ -131,6 +136,15 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
 
 def _layers(cfg: DictConfig) -> Any:
     return cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
+
+
+def _initial(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
+    """The network before training, where a file of its weights is named."""
+    if cfg.initial_path is None:
+        return None
+    start = copy.deepcopy(net)
+    load_weights(start, cfg.initial_path)
+    return start
 
 
 def _batches(loader: Any) -> int | None:

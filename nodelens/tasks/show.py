@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plan import Plan
-from ..results import Result
+from ..results import Result, values_of
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -41,14 +41,11 @@ def show_result(console: Console, result: Result) -> None:
     own = [c for c in values if c in result.layers and c != "units"]
     console.print("mean over a layer's units" + (f"; of {', '.join(own)} the layer's own value" if own else ""), markup=False)
     labels = _labels(list(map(str, values.index)), console.width)
-    for names in _fitting(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
-        table = Table()
-        table.add_column("layer", overflow="fold")
-        for name in names:
-            table.add_column(name, justify="right", no_wrap=True)
-        for label, (_, row) in zip(labels, values[names].iterrows(), strict=True):
-            table.add_row(label, *(_number(v) for v in row))
-        console.print(table)
+    _show_table(console, values, labels, "layer")
+    if len(result.edges):
+        console.print("pairs of layers")
+        edges = result.edges[values_of(result.edges)]
+        _show_table(console, edges, [f"{a} -> {b}" for a, b in edges.index], "edge")
     for entry in result.metadata.get("missing", [])[:12]:
         console.print(f"{entry['layer']}: {entry['count']} NaN in {entry['column']}: {entry['reason']}", markup=False)
     for entry in result.metadata.get("left_out", []):
@@ -60,6 +57,18 @@ def show_result(console: Console, result: Result) -> None:
             f"split {found['split']!r}; units measured on "
             f"{result.metadata['samples']} of {result.metadata['data']['split']!r}"
         )
+
+
+def _show_table(console: Console, values: pd.DataFrame, labels: list[str], what: str) -> None:
+    """A frame as one table or, where it is too wide for the terminal, as several."""
+    for names in _fitting(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
+        table = Table()
+        table.add_column(what, overflow="fold")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for label, (_, row) in zip(labels, values[names].iterrows(), strict=True):
+            table.add_row(label, *(_number(v) for v in row))
+        console.print(table)
 
 
 def _labels(names: list[str], width: int) -> list[str]:
@@ -87,10 +96,8 @@ def _fitting(columns: list[str], width: int) -> list[list[str]]:
 
 def summary(result: Result) -> pd.DataFrame:
     """A row a layer, a column a metric: means over units, and the layers' own values."""
-    own = [c for c in result.units if not c.endswith("_se")]
-    means = result.units[own].groupby(level="layer", sort=False).mean()
-    layers = result.layers[[c for c in result.layers if not c.endswith("_se") and c != "type"]]
-    return layers.join(means)
+    means = result.units[values_of(result.units)].groupby(level="layer", sort=False).mean()
+    return result.layers[["units", *values_of(result.layers)]].join(means)
 
 
 def _number(value: float) -> str:

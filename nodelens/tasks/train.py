@@ -82,7 +82,7 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
 def fits(net: Any, data: Any) -> None:
     """Raises ValueError, with the input's shape and the way out, where the network cannot take the data."""
     from ..frame import Frame
-    from ..plan import Recording
+    from ..recording import Recording
 
     batch = next(iter(data.loader("train")))
     recording = Recording.of(net, [], Frame.of(batch))

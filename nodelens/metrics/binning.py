@@ -1,0 +1,92 @@
+"""Information without a Gaussian: counts in bins of equal width."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import constant
+from ..statistics import Sample
+from .base import Metric, Need, Target
+from .beside import beside_rows, check_target, with_control
+
+
+@dataclass(frozen=True)
+class BinnedInformation(Metric):
+    """Information of a unit about a target by counting both in bins of equal width between their smallest and largest value.
+
+    It sees what is not linear, and reads too much: about (bins - 1)^2/(2n) for independent ones, 0.02 at n = 2,048. One
+    extreme value stretches the bins of all. Taken on 2,048 samples, on all of them while there are no more; which ones
+    hangs on what is in them, not on batches or their order (``rows_left_out`` counts the others). Of several target
+    columns the mean. Targets as in mutual_information_gaussian.
+
+    Formula: sum_ab p_ab ln(p_ab / (p_a p_b)), p_ab the share of samples with the unit in its bin a and the target in its bin b
+    Shapes: y over rows of width units, with a target beside -> (units,)
+    Unit:   nats, in [0, ln bins]; a unit that follows from the target, its bins equally full: ln 10 = 2.3026
+    NaN:    fewer than two samples
+    Raises: ValueError for an unknown target, fewer than two bins, and when what the target is made of is missing
+    Source: plug-in estimate; bias: Panzeri & Treves 1996, Network 7:87, eq. 10
+    """
+
+    names: ClassVar = ("mutual_information_binning", "mi_binning", "mi_1")
+    nan: ClassVar = "fewer than two samples"
+    target: Target = "logit_margin"
+    bins: int = 10
+    control: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_target(self.names[0], self.target, self.control)
+        check_bins(self.names[0], self.bins)
+
+    def needs(self) -> dict[str, Need]:
+        target = beside_rows(self.target)
+        return with_control({"y": Need(Sample, "output", "samples", target)}, self.control, target)
+
+    def __call__(self, weight: Tensor | None, y: Sample, **_: Any) -> Tensor:  # type: ignore[override]
+        z = first_axis(y.beside) if self.target == "logit_pc1" else y.beside
+        if len(y.rows) < 2:
+            return y.rows.new_full(y.rows.shape[1:], torch.nan)
+        each = [plug_in(y.rows, column[:, 0], self.bins, self.bins) for column in bins_of(z, self.bins).split(1, 1)]
+        return torch.stack(each).mean(0)
+
+    def counts(self, weight: Tensor | None, y: Sample, **_: Any) -> dict[str, int]:  # type: ignore[override]
+        return {"constant": int(still(y.rows).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
+
+
+def check_bins(metric: str, bins: int) -> None:
+    """Raises ValueError for fewer than two bins."""
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+        raise ValueError(f"{metric}: bins is {bins!r}; it is a whole number, 2 or more")
+
+
+def first_axis(z: Tensor) -> Tensor:
+    """Rows (n, t) about their mean on their first principal axis, (n, 1)."""
+    centred = z - z.mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:1].T if len(z) else centred[:, :1]
+
+
+def still(x: Tensor) -> Tensor:
+    """Columns that do not vary, (n, d) -> (d,) bool."""
+    return constant(x.var(0), x.mean(0)) if len(x) > 1 else torch.ones_like(x[:1].sum(0), dtype=torch.bool)
+
+
+def bins_of(x: Tensor, bins: int) -> Tensor:
+    """Which of the bins between its smallest and largest value each entry of a column lies in, (n, d) -> (n, d) int64."""
+    low, high = x.amin(0), x.amax(0)
+    width = torch.where(high > low, high - low, 1.0)
+    return ((x - low) / width * bins).long().clamp_max(bins - 1)
+
+
+def plug_in(x: Tensor, among: Tensor, bins: int, kinds: int) -> Tensor:
+    """Information of each column's bin about what each row is among kinds: (n, d), (n,) int64 -> (d,); 0 where it is constant."""
+    n, d = x.shape
+    place = (torch.arange(d, device=x.device) * kinds + among[:, None]) * bins + bins_of(x, bins)
+    share = torch.bincount(place.flatten(), minlength=d * kinds * bins).reshape(d, kinds, bins).double() / n
+    entropy = torch.special.entr
+    value = entropy(share.sum(1)).sum(1) + entropy(share.sum(2)).sum(1) - entropy(share).sum((1, 2))
+    return value.where(~still(x), 0.0)
+
+
+METRICS: tuple[type[Metric], ...] = (BinnedInformation,)

@@ -1,0 +1,123 @@
+"""How far one layer is a linear function of another: canonical correlations, and the distance after the best rotation."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import components, principal_axes, spectrum
+from ..statistics import Gram, Pair
+from .base import Metric, Need
+from .edge import EdgeMetric, live_cross
+from .spectrum import live_covariance
+
+ROWS = 5  # a direction of either layer; with fewer, correlations are found where there are none
+
+
+@dataclass(frozen=True)
+class CCA(EdgeMetric):
+    """Mean canonical correlation of two layers: how far either is a linear function of the other, whatever the directions' sizes.
+
+    ``keep`` 1 takes all directions with variance; ``svcca`` keeps, on either side, the leading ones with 99 % of it. Read
+    high from few rows: without a cut, fewer than 5 rows a direction give no value (``too_few_rows``), not an error, which
+    would stop a run for one wide layer; with a cut there is no such guard, and unrelated layers read well above 0.
+
+    Formula: mean of the singular values of C_xx^-1/2 C_xy C_yy^-1/2, C covariances on the directions kept
+    Shapes: x over rows of width d_x, y of width d_y -> ()
+    Unit:   none, in [0, 1]; y = x A with an invertible A: 1
+    NaN:    a layer without variance; without a cut, fewer rows than 5 times the directions of both layers
+    Raises: ValueError when keep is not in (0, 1]
+    Source: Raghu et al. 2017, 1706.05806, section 2.1
+    """
+
+    names: ClassVar = ("cca_mean",)
+    presets: ClassVar = {"svcca": {"keep": 0.99}}
+    nan: ClassVar = "a layer without variance, or fewer rows than 5 times the directions of both layers"
+    keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"{self.names[0]}: keep is {self.keep}; it takes a share of the variance above 0, at most 1")
+
+    def needs(self) -> dict[str, Need]:
+        return self.both()
+
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:  # type: ignore[override]
+        (lam_x, u_x), (lam_y, u_y) = (principal_axes(live_covariance(side)) for side in (x, y))
+        if not (lam_x[0] > 0 and lam_y[0] > 0) or self._too_few(xy, lam_x, lam_y):
+            return lam_x.new_full((), torch.nan)
+        k_x, k_y = (int(components(lam, self.keep)) for lam in (lam_x, lam_y))
+        cross = u_x[:, :k_x].T @ live_cross(x, y, xy) @ u_y[:, :k_y]
+        turned, r, _ = torch.linalg.svd(cross / lam_x[:k_x, None].sqrt() / lam_y[:k_y].sqrt(), full_matrices=False)
+        return self.summary(r.clamp_max(1), turned, u_x[:, :k_x] * lam_x[:k_x].sqrt())
+
+    def summary(self, r: Tensor, turned: Tensor, spread: Tensor) -> Tensor:
+        """Of the canonical correlations, (k,), x's directions on its axes, (k_x, k), and the axes at their size, (d_x, k_x)."""
+        return r.mean()
+
+    def _too_few(self, xy: Pair, *spectra: Tensor) -> bool:
+        return self.keep == 1 and int(xy.n) < ROWS * sum(int((lam > 0).sum()) for lam in spectra)
+
+    def counts(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> dict[str, int]:  # type: ignore[override]
+        return {"too_few_rows": int(self._too_few(xy, spectrum(live_covariance(x)), spectrum(live_covariance(y))))}
+
+
+@dataclass(frozen=True)
+class ProjectionWeightedCCA(CCA):
+    """Mean canonical correlation of two layers, each weighted by how much of the first layer its direction holds.
+
+    Not symmetric: the weights are x's. ``keep`` and few rows as in cca_mean.
+
+    Formula: sum_i a_i r_i/sum_i a_i, a_i = sum_j |h_i.x_j|, r and u the singular values and left vectors of
+             C_xx^-1/2 C_xy C_yy^-1/2, h_i = x C_xx^-1/2 u_i the canonical variates of x, x_j the units of x, centred
+    Shapes: x over rows of width d_x, y of width d_y -> ()
+    Unit:   none, in [0, 1]; y = x A with an invertible A: 1
+    NaN:    a layer without variance; without a cut, fewer rows than 5 times the directions of both layers
+    Raises: ValueError when keep is not in (0, 1]
+    Source: Morcos, Raghu & Bengio 2018, 1806.05759, section 2.2
+    """
+
+    names: ClassVar = ("pwcca",)
+    presets: ClassVar = {}
+
+    def summary(self, r: Tensor, turned: Tensor, spread: Tensor) -> Tensor:
+        weights = (spread @ turned).abs().sum(0)
+        return (weights * r).sum() / weights.sum()
+
+
+@dataclass(frozen=True)
+class Procrustes(EdgeMetric):
+    """Squared distance of two layers after the best rotation of one onto the other; the narrower is padded with zeros.
+
+    Grows with the rows and their scale; ``angular`` is free of both.
+
+    Formula: tr S_xx + tr S_yy - 2||S_xy||_*, S scatter sums, ||.||_* the sum of singular values;
+             angular: arccos(||S_xy||_*/sqrt(tr S_xx tr S_yy))
+    Shapes: x over rows of width d_x, y of width d_y -> ()
+    Unit:   that of x squared, 0 or above; angular: radians, in [0, pi/2]; y = x Q with an orthogonal Q: 0
+    NaN:    fewer than two rows; angular: a layer without variance
+    Source: Schoenemann 1966, Psychometrika 31:1; Williams et al. 2021, 2110.14739, eq. 5
+    """
+
+    names: ClassVar = ("procrustes",)
+    presets: ClassVar = {"procrustes_angular": {"angular": True}}
+    nan: ClassVar = "fewer than two rows; angular: a layer without variance"
+    angular: bool = False
+
+    def needs(self) -> dict[str, Need]:
+        return self.both()
+
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:  # type: ignore[override]
+        own, other = (live_covariance(side).trace() for side in (x, y))
+        cross = live_cross(x, y, xy)
+        if not cross.isfinite().all():
+            return own.new_full((), torch.nan)
+        common = torch.linalg.svdvals(cross).sum()
+        if self.angular:
+            return (common / (own * other).sqrt()).clamp_max(1).arccos()
+        return (own + other - 2 * common).clamp_min(0) * (xy.n.squeeze() - 1)
+
+
+METRICS: tuple[type[Metric], ...] = (CCA, ProjectionWeightedCCA, Procrustes)

@@ -1,0 +1,194 @@
+"""Several views as one score: a weighted sum of other metrics, each on the scale of its layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Metric, Need
+
+_RQ_MINUS_REDUNDANCY = {"weights": {"rayleigh_quotient": 1.0, "pairwise_redundancy_gaussian": -0.3}, "log": ()}
+
+
+@dataclass(frozen=True)
+class CompositeImportance(Metric):
+    """Weighted sum of other metrics, each scaled over the layer's units first.
+
+    ``log`` names the parts, where they are among them, that enter by their logarithm; ``metrics`` gives parts options, as
+    {rayleigh_quotient: {relative: false}}. A scaled value says where a unit stands in ITS layer: it does not compare layers,
+    and with ``minmax`` one extreme unit sets the scale of all. A part that fails is an error. The standard error is the
+    jackknife's of the sum as a whole.
+
+    Formula: sum_k w_k norm(s_k), s_k the parts (ln s_k for those in log), w_k their weights; norm minmax: (s - min)/(max - min),
+             0.5 where all are equal; rank: (mean rank - 1)/(N - 1), N units; robust_z: (s - median)/(1.4826 MAD), MAD the
+             median of |s - median|, 0 at the median where it is 0; none: s
+    Shapes: parts of shape (units,) each -> (units,)
+    Unit:   none; between the sums of the negative and of the positive weights with minmax and rank
+    NaN:    where a part is, or its logarithm (0 and below); off the median where MAD = 0
+    Raises: ValueError for an unknown part, one that is no value a unit, one that reads another parameter than the weight
+    Source: definition
+    """
+
+    names: ClassVar = ("composite_importance", "composite", "combined_score")
+    presets: ClassVar = {
+        "node_scoring": {
+            "weights": {
+                "mutual_information_gaussian": 0.3,
+                "gaussian_pid_synergy_mmi": 0.2,
+                "pairwise_redundancy_gaussian": -0.3,
+                "rayleigh_quotient": 0.2,
+            },
+        },
+        "alignment_minus_redundancy": _RQ_MINUS_REDUNDANCY,
+        "rq_minus_r": _RQ_MINUS_REDUNDANCY,
+        "composite_vision": {
+            "weights": {"rayleigh_quotient": 1.0, "gaussian_pid_synergy_mmi": 0.5, "pairwise_redundancy_gaussian": -0.3},
+            "log": (),
+        },
+        "cross_layer_importance": {
+            "weights": {
+                "rayleigh_quotient": 0.25,
+                "downstream_importance": 0.35,
+                "pairwise_redundancy_gaussian": -0.25,
+                "activation_mean": 0.15,
+            },
+            "log": (),
+        },
+        "within_layer_importance": {"weights": {"activation_mean": 0.6, "pairwise_redundancy_gaussian": -0.4}, "log": ()},
+    }
+    nan: ClassVar = "a part has no value, or its logarithm none (0 and below), or its spread is 0 (robust_z)"
+    weights: Mapping[str, float] = field(
+        default_factory=lambda: {"rayleigh_quotient": 1.0, "mi_about_class": 0.5, "pairwise_redundancy_gaussian": -0.3},
+        hash=False,
+    )
+    log: Sequence[str] = ("rayleigh_quotient",)
+    normalize: Literal["minmax", "rank", "robust_z", "none"] = "minmax"
+    metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = {"weights": dict(self.weights), "log": tuple(self.log), "metrics": {k: dict(v) for k, v in self.metrics.items()}}
+        for name, value in plain.items():  # the same whether the options came as a list from YAML or as a tuple from code
+            object.__setattr__(self, name, value)
+        _check(self)
+
+    @cached_property
+    def parts(self) -> dict[str, Metric]:
+        """The metrics of the sum, by name. Raises ValueError for one that does not fit."""
+        parts = {name: _lookup(name, self.metrics.get(name, {})) for name in self.weights}
+        for name, part in parts.items():
+            if part.shape != "unit":
+                raise ValueError(
+                    f"{self.names[0]} adds values a unit; {name} gives a value a {_SHAPES.get(part.shape, part.shape)}"
+                )
+            if part.weighted and part.parameter != "weight":
+                raise ValueError(f"{self.names[0]} reads the layer's weight; {name} reads another parameter, {part.parameter}")
+            if part.grouped:
+                raise ValueError(f"{self.names[0]} reads complete sums; {name} reads those of each group of samples")
+        return parts
+
+    @cached_property
+    def logs(self) -> set[str]:
+        """The parts that enter by their logarithm, whichever of its names a metric goes by."""
+        aliases = set().union(*(_aliases(name) for name in self.log))
+        return aliases & set(self.weights)
+
+    @property
+    def weighted(self) -> bool:  # type: ignore[override]
+        """Whether a part reads the weight."""
+        return any(part.weighted for part in self.parts.values())
+
+    def needs(self) -> dict[str, Need]:
+        return {f"{name}.{key}": need for name, part in self.parts.items() for key, need in part.needs().items()}
+
+    def __call__(self, weight: Tensor | None, **statistics: Any) -> Tensor:
+        scaled = {name: _SCALES[self.normalize](s) for name, s in self._scores(weight, statistics).items()}
+        return torch.stack([self.weights[name] * s for name, s in scaled.items()]).sum(0)
+
+    def counts(self, weight: Tensor | None, **statistics: Any) -> dict[str, int]:
+        of_parts = {name: part.counts(weight, **_of(name, statistics)) for name, part in self.parts.items()}
+        return {f"{name}.{rule}": count for name, counts in of_parts.items() for rule, count in counts.items()}
+
+    def _scores(self, weight: Tensor | None, statistics: Mapping[str, Any]) -> dict[str, Tensor]:
+        scores = {name: part(weight, **_of(name, statistics)).double() for name, part in self.parts.items()}
+        return {name: s.where(s > 0, torch.nan).log() if name in self.logs else s for name, s in scores.items()}
+
+
+_SHAPES = {"pair": "pair of units (reduce: none)", "edge": "pair of layers", "input": "input feature"}
+
+
+def _check(metric: CompositeImportance) -> None:
+    """Raises ValueError for options that do not fit each other or the catalogue: before a pass, not after it."""
+    if not metric.weights:
+        raise ValueError(f"{metric.names[0]}: weights is empty; give some, as in {{rayleigh_quotient: 1.0}}")
+    for name, weight in metric.weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ValueError(f"{metric.names[0]}: weights.{name} is {weight!r}; it is a number")
+    for name in metric.metrics:
+        if name not in metric.weights:
+            raise ValueError(f"{metric.names[0]}: metrics names {name!r}, the parts are {', '.join(metric.weights)}")
+    metric.parts, metric.logs  # noqa: B018 - looked up here for what they refuse
+
+
+def _lookup(name: str, options: Mapping[str, Any]) -> Metric:
+    from . import get_metric
+
+    try:
+        return get_metric(name, **options)
+    except ValueError as error:
+        raise ValueError(f"{CompositeImportance.names[0]}: {error}") from None
+
+
+def _aliases(name: str) -> set[str]:
+    names = _lookup(name, {}).names
+    return set(names) if name in names else {name}  # a preset is a metric of its own
+
+
+def _of(part: str, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(f"{part}."): s for name, s in statistics.items() if name.startswith(f"{part}.")}
+
+
+def _minmax(s: Tensor) -> Tensor:
+    low, high = _range(s)
+    return (s - low) / (high - low) if high > low else _all(s, 0.5)
+
+
+def _rank(s: Tensor) -> Tensor:
+    """Mean ranks: equal values share theirs. Units without a value have no rank and take none."""
+    low, high = _range(s)
+    if high <= low:
+        return _all(s, 0.5)
+    ordered = s[s.isfinite()].sort().values
+    mean = (torch.searchsorted(ordered, s) + torch.searchsorted(ordered, s, right=True) - 1) / 2  # from 0
+    return (mean.double() / (len(ordered) - 1)).where(s.isfinite(), torch.nan)
+
+
+def _robust_z(s: Tensor) -> Tensor:
+    low, high = _range(s)
+    if high <= low:
+        return _all(s, 0.0)
+    away = s - s.nanquantile(0.5)
+    spread = 1.4826 * away.abs().nanquantile(0.5)
+    return away / spread if spread > 0 else away.where(away == 0, torch.nan)
+
+
+def _range(s: Tensor) -> tuple[float, float]:
+    """The smallest and largest value; the same one twice where they differ by rounding, which would become the whole scale."""
+    known = s[s.isfinite()]
+    if not len(known):
+        return 0.0, 0.0
+    low, high = float(known.min()), float(known.max())
+    return (low, high) if high - low > _ROUNDING * max(abs(low), abs(high)) else (low, low)
+
+
+def _all(s: Tensor, value: float) -> Tensor:
+    return torch.full_like(s, value).where(s.isfinite(), torch.nan)
+
+
+_ROUNDING = 1e-9
+_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"minmax": _minmax, "rank": _rank, "robust_z": _robust_z, "none": lambda s: s}
+
+METRICS: tuple[type[Metric], ...] = (CompositeImportance,)

@@ -1,0 +1,149 @@
+"""How the leading directions of two layers lie to each other."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import principal_axes, spectrum
+from ..statistics import Gram
+from .base import Metric, Need
+from .edge import EdgeMetric
+from .spectrum import live_covariance
+
+CLOSE = 1.05  # ratio of the eigenvalues on both sides of a cut, below which the cut is arbitrary
+
+
+@dataclass(frozen=True)
+class SubspaceMetric(EdgeMetric):
+    """A function of the ``novelty_k`` leading principal axes of two layers in the same basis.
+
+    k is at most the rank of either: axes without variance are arbitrary (``cut_to_rank``). Where the eigenvalues at a cut
+    are within 5 %, so is the choice of the last axis (``close_eigenvalues``, a count of sides).
+    """
+
+    nan: ClassVar = "layers of different width, fewer than two rows, or a layer without variance"
+    novelty_k: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.novelty_k < 1:
+            raise ValueError(f"{self.names[0]}: novelty_k is {self.novelty_k}; it takes 1 or more axes")
+
+    def needs(self) -> dict[str, Need]:
+        return self.both(pair=None)
+
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram) -> Tensor:  # type: ignore[override]
+        if len(x.shift) != len(y.shift):
+            return x.shift.new_full((), torch.nan)
+        before, after = live_covariance(x), live_covariance(y)
+        (lam_x, u_x), (lam_y, u_y) = principal_axes(before), principal_axes(after)
+        k = self._k(self.cut(lam_x, lam_y))
+        return self.between(u_x[:, :k], u_y[:, :k], after) if k else x.shift.new_full((), torch.nan)
+
+    def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
+        """The value from the axes of either, (d, k), and the covariance of the next layer, (d, d)."""
+        raise TypeError(f"{type(self).__name__} has no formula")
+
+    def cut(self, before: Tensor, after: Tensor) -> list[Tensor]:
+        """The spectra that a cut goes through."""
+        return [before, after]
+
+    def _k(self, spectra: list[Tensor]) -> int:
+        return min(self.novelty_k, *(int((lam > 0).sum()) for lam in spectra))
+
+    def counts(self, weight: Tensor | None, x: Gram, y: Gram) -> dict[str, int]:  # type: ignore[override]
+        if len(x.shift) != len(y.shift):
+            return {"unequal_widths": 1}
+        spectra = self.cut(spectrum(live_covariance(x)), spectrum(live_covariance(y)))
+        k = self._k(spectra)
+        close = sum(bool(lam[k - 1] < CLOSE * lam[k]) for lam in spectra if 0 < k < len(lam))
+        return {"close_eigenvalues": close, "cut_to_rank": int(k < self.novelty_k)}
+
+
+def _sines(u_x: Tensor, u_y: Tensor) -> Tensor:
+    """Sines of the principal angles, (k,): of what is left of u_x beside u_y, which keeps small angles that 1 - s^2 would lose."""
+    return torch.linalg.svdvals(u_x - u_y @ (u_y.T @ u_x)).clamp_max(1)
+
+
+@dataclass(frozen=True)
+class SubspaceNovelty(SubspaceMetric):
+    """How far the leading directions of the next layer are new: mean sine of the angles between the two spaces.
+
+    Formula: mean_i sqrt(1 - s_i^2), s the singular values of U_x'U_y, U the k leading eigenvectors of the covariances
+    Shapes: x, y over rows of the same width -> ()
+    Unit:   none, in [0, 1]; the same space 0, orthogonal ones 1
+    NaN:    layers of different width, fewer than two rows, or a layer without variance
+    Raises: ValueError when novelty_k is below 1
+    Source: Bjorck & Golub 1973, Math. Comp. 27:579, theorem 1 (the angles between subspaces)
+    """
+
+    names: ClassVar = ("feature_subspace_novelty",)
+
+    def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
+        return _sines(u_x, u_y).mean()
+
+
+@dataclass(frozen=True)
+class SubspaceOverlap(SubspaceMetric):
+    """Share of the leading directions that two layers have in common: mean squared cosine of the angles between the spaces.
+
+    Random spaces of k of d directions read k/d.
+
+    Formula: ||U_x'U_y||_F^2/k, U the k leading eigenvectors of the covariances
+    Shapes: x, y over rows of the same width -> ()
+    Unit:   none, in [0, 1]; the same space 1, orthogonal ones 0
+    NaN:    layers of different width, fewer than two rows, or a layer without variance
+    Raises: ValueError when novelty_k is below 1
+    Source: Bjorck & Golub 1973, Math. Comp. 27:579, theorem 1 (the cosines of the angles)
+    """
+
+    names: ClassVar = ("subspace_overlap",)
+
+    def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
+        return (u_x.T @ u_y).square().sum() / u_x.shape[1]
+
+
+@dataclass(frozen=True)
+class SubspaceChordal(SubspaceMetric):
+    """Chordal distance of the spaces of the leading directions.
+
+    Formula: sqrt(sum_i (1 - s_i^2)), s the singular values of U_x'U_y, U the k leading eigenvectors of the covariances
+    Shapes: x, y over rows of the same width -> ()
+    Unit:   none, in [0, sqrt(k)]; the same space 0, orthogonal ones sqrt(k)
+    NaN:    layers of different width, fewer than two rows, or a layer without variance
+    Raises: ValueError when novelty_k is below 1
+    Source: Conway, Hardin & Sloane 1996, math/0208004, section 2
+    """
+
+    names: ClassVar = ("subspace_chordal",)
+
+    def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(u_x - u_y @ (u_y.T @ u_x))
+
+
+@dataclass(frozen=True)
+class EnergyNovelty(SubspaceMetric):
+    """Share of the next layer's variance outside the leading directions of this one.
+
+    Only the axes of this layer enter, so k is at most its own rank, and only its cut can be close.
+
+    Formula: 1 - tr(U_x'C_y U_x)/tr C_y, U_x the k leading eigenvectors of this layer's covariance, C_y the next one's
+    Shapes: x, y over rows of the same width -> ()
+    Unit:   none, in [0, 1]; y = x of rank k or less: 0; no common direction: 1
+    NaN:    layers of different width, fewer than two rows, or a layer without variance
+    Raises: ValueError when novelty_k is below 1
+    Source: Jolliffe 2002, Principal Component Analysis, 2nd ed., section 2.1 (variance along axes)
+    """
+
+    names: ClassVar = ("energy_novelty",)
+
+    def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
+        return 1 - ((after @ u_x) * u_x).sum() / after.trace()
+
+    def cut(self, before: Tensor, after: Tensor) -> list[Tensor]:
+        return [before]
+
+
+METRICS: tuple[type[Metric], ...] = (SubspaceNovelty, SubspaceOverlap, SubspaceChordal, EnergyNovelty)

@@ -1,0 +1,100 @@
+"""A recording: one small forward pass, looked at before the real one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .frame import Frame, logits_of
+from .hooks import Capture, Site
+from .layers import Layer
+from .modes import frozen
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a recorded forward saw at a site, a sample of the batch."""
+
+    width: int
+    positions: int
+    flat: bool  # (B, width): one row a sample whatever the input's size
+    calls: int
+    nbytes: int
+    overwritten: bool = False  # by a later operation, in place
+    final: bool = False  # it is the model's output
+    grid: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What fired, with which shapes, at what cost."""
+
+    seen: dict[str, Seen]  # by str(site)
+    flops: int  # of the forward pass, a sample
+    classes: int  # width of the logits
+    tokens: bool = False  # whether each token has logits of its own
+    samples: int = 2  # in the batch it was taken from
+    norms: dict[str, Layer] = field(default_factory=dict)  # the batch norm that reads a layer's output
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Iterable[Layer], frame: Frame) -> "Recording":
+        """Runs the first samples of a batch. Raises ValueError, with the input's shape, where the model cannot take them."""
+        shown: dict[Site, list[tuple[Tensor, int]]] = {}
+        layers, samples = list(layers), len(frame)
+        norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
+        sites = [Site(layer, port) for layer in layers for port in ("input", "output")]
+        readers = [Site(norm, "input") for norm in norms]
+        frame = frame.head(2).map(torch.clone)  # tensors made in inference mode would have no version to compare
+        capture = Capture(sites + readers, lambda site, tensor: shown.setdefault(site, []).append((tensor, tensor._version)))
+        capture.gate = True
+        with frozen(model), torch.inference_mode(False), torch.no_grad(), capture, FlopCounterMode(display=False) as counter:
+            try:
+                logits = logits_of(frame.run(model))
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(_unfit(model, frame, error)) from error
+        seen = {str(site): _seen(site, shown[site], len(frame), logits) for site in sites if site in shown}
+        read = {_identity(shown[site][0][0]): site.layer for site in readers if site in shown}
+        behind = {
+            site.layer.name: read.get(_identity(shown[site][0][0])) for site in sites if site in shown and site.port == "output"
+        }
+        return cls(
+            seen,
+            counter.get_total_flops() // len(frame),
+            logits.shape[-1],
+            logits.ndim == 3,
+            samples,
+            {name: norm for name, norm in behind.items() if norm is not None},
+        )
+
+
+def _seen(site: Site, shows: list[tuple[Tensor, int]], samples: int, logits: Tensor) -> Seen:
+    tensor, version = shows[0]
+    rows = site.layer.rows(tensor, samples)
+    _, width, positions = rows.raw.shape
+    return Seen(
+        width,
+        positions,
+        tensor.ndim == 2 and len(tensor) == samples,
+        len(shows),
+        tensor.nbytes // samples,
+        tensor._version != version,
+        _identity(tensor) == _identity(logits),
+        rows.grid,
+    )
+
+
+def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
+    """What two names of one tensor have in common."""
+    return tensor.data_ptr(), tensor.shape
+
+
+def _unfit(model: nn.Module, frame: Frame, error: Exception) -> str:
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"{type(model).__name__} cannot take the data, {frame.describe()}: {cause}; change the data's channels and size "
+        "(dataset.channels=, dataset.size=), or the model"
+    )

@@ -1,0 +1,264 @@
+"""Sums of each class: moments, sizes, and second moments of pairs within it."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..linalg import exact_products
+from ..rows import Rows, SampleSums
+from .base import Statistic
+from .gram import Gram
+from .moments import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class ClassStatistic(Statistic):
+    """Sums of each class: every field but the shifts has an entry a class.
+
+    Parts that saw fewer classes add to those that saw more.
+    """
+
+    n: Tensor  # (K,)  int64  rows of the class
+
+    def __add__(self, other: Self) -> Self:
+        classes = max(len(self.n), len(other.n))
+        return Statistic.__add__(self.widen(classes), other.widen(classes))
+
+    def widen(self, classes: int) -> Self:
+        """The same sums with room for more classes."""
+        more = classes - len(self.n)
+        return type(self)(**{k: t if k in self.shifts else _longer(t, more) for k, t in self.tensors().items()})
+
+    def only(self, classes: Tensor) -> Self:
+        """The classes marked, (K,) bool."""
+        return type(self)(**{k: t if k in self.shifts else t[classes] for k, t in self.tensors().items()})
+
+    def free(self, ddof: int) -> Tensor:
+        """Degrees of freedom of each class, (K,) float64; NaN for a class of ddof rows or fewer."""
+        return torch.where(self.n > ddof, self.n.double() - ddof, torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class ByClass(ClassStatistic):
+    """Moments of each unit in each class."""
+
+    shifts: ClassVar = ("shift",)
+    by_sample: ClassVar = "squares"
+    shift: Tensor  # (d,)    float64
+    total: Tensor  # (K, d)  float64  sum of x - shift
+    square: Tensor  # (K, d)  float64  sum of (x - shift)^2
+
+    @classmethod
+    def of(cls, x: Rows | SampleSums | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        """Rows or their sums over samples; target (samples,) of classes from 0, below 0 for none."""
+        rows = _sums(x, "squares", weights, shift)
+        member = _member(rows, target)
+        squares = rows.tables()["squares"]
+        return cls(_count(member, rows), rows.shift, member.T @ rows.sums.double(), member.T @ squares.double())
+
+    def about(self, shift: Tensor) -> Self:
+        step, n = self.shift - shift, self.n[:, None]
+        square = self.square + 2 * step * self.total + n * step.square()
+        return type(self)(self.n, shift, self.total + n * step, square)
+
+    @property
+    def mean(self) -> Tensor:
+        """(K, d), in the unit of x; NaN for a class without rows."""
+        return self.shift + self.total / self.n[:, None]
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean of x^2 in each class, (K, d); NaN for a class without rows."""
+        return self.about(shift=torch.zeros_like(self.shift)).square / self.n[:, None]
+
+    def variance(self, ddof: int = 1) -> Tensor:
+        """Variance within each class, (K, d); NaN for a class of ddof rows or fewer."""
+        return _spread(self.square, self.total, self.n) / self.free(ddof)[:, None]
+
+    @property
+    def moments(self) -> Moments:
+        """Of all rows that have a class."""
+        return Moments(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.square.sum(0))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSizes(ClassStatistic):
+    """Sum of |x| of each unit in each class."""
+
+    by_sample: ClassVar = "absolutes"
+    absolute: Tensor  # (K, d)  float64  sum of |x|
+
+    @classmethod
+    def of(cls, x: Rows | SampleSums | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        """Rows or their sums over samples; target (samples,) of classes from 0, below 0 for none."""
+        rows = _sums(x, "absolutes", weights, shift)
+        member = _member(rows, target)
+        return cls(_count(member, rows), member.T @ rows.tables()["absolutes"].double())
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of |x| in each class, (K, d); NaN for a class without rows."""
+        return self.absolute / self.n[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassGram(ClassStatistic):
+    """Sum and outer-product sum of the rows of each class, about one shift."""
+
+    shifts: ClassVar = ("shift",)
+    shift: Tensor  # (d,)       float64
+    total: Tensor  # (K, d)     float64  sum of x - shift
+    outer: Tensor  # (K, d, d)  float64  sum of (x - shift)(x - shift)'
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        """Rows, whose positions are all of their sample's class; target (samples,) of classes from 0, below 0 for none."""
+        rows = Rows.of(x, weights, shift)
+        member = _member(rows, target)
+        width = rows.raw.shape[1]
+        outer = torch.zeros(member.shape[1], width, width, dtype=torch.float64, device=rows.raw.device)
+        for c in member.any(0).nonzero().flatten().tolist():
+            outer[c] = rows.index(member[:, c].bool()).outer
+        return cls(_count(member, rows), rows.shift, member.T @ rows.sample_sums.double(), outer)
+
+    def about(self, shift: Tensor) -> Self:
+        step, n = self.shift - shift, self.n[:, None]
+        mixed = self.total[:, :, None] * step
+        outer = self.outer + mixed + mixed.mT + n[:, None] * step.outer(step)
+        return type(self)(self.n, shift, self.total + n * step, outer)
+
+    @property
+    def mean(self) -> Tensor:
+        """(K, d), in the unit of x; NaN for a class without rows."""
+        return self.shift + self.total / self.n[:, None]
+
+    def covariance(self, ddof: int = 1) -> Tensor:
+        """Covariance within each class, (K, d, d); NaN for a class of ddof rows or fewer."""
+        return _scatter(self.outer, self.total, self.total, self.n) / self.free(ddof)[:, None, None]
+
+    @property
+    def by_class(self) -> ByClass:
+        """The same rows' moments in each class."""
+        return ByClass(self.n, self.shift, self.total, self.outer.diagonal(dim1=1, dim2=2))
+
+    @property
+    def gram(self) -> Gram:
+        """Of all rows that have a class."""
+        return Gram(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.outer.sum(0))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassCross(ClassStatistic):
+    """Second moments, within each class, of rows (width d) with targets (width t), one target row a row."""
+
+    shifts: ClassVar = ("shift", "target_shift")
+    shift: Tensor  # (d,)       float64
+    target_shift: Tensor  # (t,)       float64
+    total: Tensor  # (K, d)     float64  sum of x - shift
+    square: Tensor  # (K, d)     float64  sum of (x - shift)^2
+    target_total: Tensor  # (K, t)     float64  sum of z - target_shift
+    target_square: Tensor  # (K, t)     float64
+    cross: Tensor  # (K, d, t)  float64  sum of (x - shift)(z - target_shift)'
+
+    @classmethod
+    def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+        """Rows (n, d), one a sample; target (n, 1 + t), its first column the class, NaN or below 0 for none.
+
+        Raises ValueError where their numbers differ.
+        """
+        rows = Rows.of(x, weights, shift)
+        if rows.raw.shape[2] != 1 or target.ndim != 2 or target.shape[1] < 2 or len(target) != len(rows):
+            raise ValueError(
+                f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet targets {tuple(target.shape)}: "
+                "one row (class, target, ...) a row"
+            )
+        label, z = target[:, 0].nan_to_num(-1).long(), target[:, 1:].double()
+        keep = z.isfinite().all(1) & rows.mask()[:, 0]
+        rows = rows.kept(keep[:, None])
+        member = _member(rows, label)
+        z_shift = z.where(keep[:, None], 0).sum(0) / keep.sum().clamp_min(1)
+        z = (z - z_shift).where(keep[:, None], 0)
+        values = rows.x[:, :, 0].double()
+        marked = (member[:, :, None] * z[:, None]).flatten(1)  # (n, K t)
+        with exact_products():
+            cross = (marked.T @ values).unflatten(0, (member.shape[1], z.shape[1])).mT
+        return cls(
+            _count(member, rows),
+            rows.shift,
+            z_shift,
+            member.T @ values,
+            member.T @ values.square(),
+            member.T @ z,
+            member.T @ z.square(),
+            cross.contiguous(),
+        )
+
+    def about(self, shift: Tensor, target_shift: Tensor) -> Self:
+        a, b, n = self.shift - shift, self.target_shift - target_shift, self.n[:, None]
+        mixed = self.total[:, :, None] * b + a[:, None] * self.target_total[:, None]
+        return type(self)(
+            self.n,
+            shift,
+            target_shift,
+            self.total + n * a,
+            self.square + 2 * a * self.total + n * a.square(),
+            self.target_total + n * b,
+            self.target_square + 2 * b * self.target_total + n * b.square(),
+            self.cross + mixed + n[:, None] * a.outer(b),
+        )
+
+    def covariance(self, ddof: int = 1) -> Tensor:
+        """Covariance of units and targets within each class, (K, d, t); NaN for a class of ddof rows or fewer."""
+        return _scatter(self.cross, self.total, self.target_total, self.n) / self.free(ddof)[:, None, None]
+
+    def variance(self, ddof: int = 1) -> Tensor:
+        """Variance of each unit within each class, (K, d); NaN for a class of ddof rows or fewer."""
+        return _spread(self.square, self.total, self.n) / self.free(ddof)[:, None]
+
+    def target_variance(self, ddof: int = 1) -> Tensor:
+        """Variance of each target within each class, (K, t); NaN for a class of ddof rows or fewer."""
+        return _spread(self.target_square, self.target_total, self.n) / self.free(ddof)[:, None]
+
+    @property
+    def by_class(self) -> ByClass:
+        """The same rows' moments in each class."""
+        return ByClass(self.n, self.shift, self.total, self.square)
+
+
+def _sums(x: Rows | SampleSums | Tensor, table: str, weights: Tensor | None, shift: Tensor | None) -> SampleSums:
+    """Sums over samples; of a row a sample in float64: it is not many numbers, and a variance is a difference."""
+    if isinstance(x, SampleSums):
+        return x
+    rows = Rows.of(x, weights, shift)
+    return (rows.double() if rows.raw.shape[2] == 1 else rows).by_sample(table)
+
+
+def _member(rows: Rows | SampleSums, target: Tensor) -> Tensor:
+    """Which class each sample is of, (samples, K) float64 of 0 and 1. Raises ValueError where labels do not fit."""
+    if target.shape != (len(rows),) or target.is_floating_point():
+        raise ValueError(
+            f"{len(rows)} samples meet labels {tuple(target.shape)} of {target.dtype}: one class number a sample, a whole number"
+        )
+    keep = (target >= 0) & (rows.counts[:, 0] > 0)
+    classes = int(target.max()) + 1 if len(target) else 0
+    return torch.nn.functional.one_hot(target.clamp_min(0).long(), max(classes, 1)).where(keep[:, None], 0).double()
+
+
+def _count(member: Tensor, rows: Rows | SampleSums) -> Tensor:
+    return (member.T @ rows.counts.double())[:, 0].round().long()
+
+
+def _longer(table: Tensor, more: int) -> Tensor:
+    return torch.cat([table, table.new_zeros(more, *table.shape[1:])]) if more else table
+
+
+def _spread(square: Tensor, total: Tensor, n: Tensor) -> Tensor:
+    """Sum of squares about each class's mean, (K, d); NaN for a class without rows."""
+    return (square - total.square() / n[:, None]).clamp_min(0)
+
+
+def _scatter(cross: Tensor, left: Tensor, right: Tensor, n: Tensor) -> Tensor:
+    """Sum of products about each class's means, (K, d, t); NaN for a class without rows."""
+    return cross - left[:, :, None] * right[:, None] / n[:, None, None]

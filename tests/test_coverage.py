@@ -1,0 +1,91 @@
+"""Intervals from the standard errors hold the truth as often as they say, in a simulation whose truth is known."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import t as student
+from torch import nn
+
+import nodelens as nl
+from nodelens.metrics import get_metric
+
+DRAWS, SAMPLES, GROUPS = 300, 600, 8
+MIX = torch.tensor([[1.0, 0.4, 0.0, 0.2], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, -0.6], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+WEIGHT = torch.tensor([[1.0, 0.5, 0.0, 0.0], [0.6, -1.0, 0.4, 0.0], [0.0, 0.8, 1.0, 0.5]], dtype=torch.float64)
+CENTRE = torch.tensor([0.6, -0.4, 0.9, 0.0], dtype=torch.float64)  # of a class, and its negative of the other
+READ = torch.tensor([0.9, 0.7, -0.5], dtype=torch.float64)  # how the target reads the units
+SLOPE = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)  # of the loss
+METRICS = {
+    "variance": get_metric("activation_variance"),
+    "rq": get_metric("rq"),
+    "redundancy": get_metric("redundancy"),
+    "synergy": get_metric("synergy", target="given"),
+    "class_mi": get_metric("class_mi"),
+    "taylor": get_metric("taylor"),
+}
+
+
+def batch(seed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (SAMPLES,), generator=g)
+    noise = torch.randn(SAMPLES, 4, generator=g, dtype=torch.float64)
+    x = noise @ MIX.T + (2 * labels[:, None] - 1) * CENTRE
+    targets = x @ WEIGHT.T @ READ + torch.randn(SAMPLES, generator=g, dtype=torch.float64)
+    return {"x": x, "labels": labels, "targets": targets}
+
+
+def truth():
+    """The same formulas of the distribution's own moments."""
+    within = WEIGHT @ MIX @ MIX.T @ WEIGHT.T
+    middle = WEIGHT @ CENTRE
+    total = within + middle.outer(middle)
+    inputs = MIX @ MIX.T + CENTRE.outer(CENTRE)
+    variance = total.diagonal()
+    rho = total / variance.sqrt().outer(variance.sqrt())
+    pairs = -0.5 * torch.log1p(-rho.square().fill_diagonal_(0))
+    with_target = total @ READ / (variance * (READ @ total @ READ + 1)).sqrt()
+    synergy = torch.zeros(3, 3, dtype=torch.float64)
+    for i in range(3):
+        for j in range(3):
+            if i != j:
+                r, pair = with_target[[i, j]], rho[[i, j]][:, [i, j]]
+                joint = float(r @ torch.linalg.solve(pair, r))
+                synergy[i, j] = -0.5 * math.log(1 - joint) + 0.5 * math.log(1 - float(r.square().max()))
+    spread, size = within.diagonal().sqrt(), middle.abs()
+    folded = spread * math.sqrt(2 / math.pi) * (-(size**2) / (2 * spread**2)).exp() + size * torch.erf(size / spread / math.sqrt(2))
+    return {
+        "variance": variance,
+        "rq": variance / WEIGHT.square().sum(1) / inputs.trace(),
+        "redundancy": pairs.sum(1) / 2,
+        "synergy": synergy.sum(1) / 2,
+        "class_mi": 0.5 * (variance / within.diagonal()).log(),
+        "taylor": folded * SLOPE.abs(),
+    }
+
+
+@pytest.fixture(scope="module")
+def draws():
+    net = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    net.weight.data.copy_(WEIGHT)
+    tables = [
+        nl.analyze(net, [batch(seed)], METRICS, groups=GROUPS, loss=lambda logits, labels: (logits * SLOPE).sum()).units
+        for seed in range(DRAWS)
+    ]
+    return {name: torch.stack([torch.tensor(table[[name, f"{name}_se"]].to_numpy()) for table in tables]) for name in METRICS}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_95_percent_intervals_cover_95_percent(draws, name):
+    value, error = draws[name].unbind(2)
+    reach = float(student.ppf(0.975, GROUPS - 1)) * error
+    covered = ((value - truth()[name]).abs() <= reach).double().mean()
+    assert 0.92 <= float(covered) <= 0.98, f"{name}: {float(covered):.3f}"
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_error_is_that_of_repeated_draws(draws, name):
+    """Its square is unbiased to the (1 + 2/(G - 1)) spread of a variance from 8 groups, over 300 draws."""
+    value, error = draws[name].unbind(2)
+    ratio = error.square().mean(0) / value.var(0)
+    assert bool(((ratio > 0.8) & (ratio < 1.3)).all()), f"{name}: {ratio}"

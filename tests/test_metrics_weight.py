@@ -1,0 +1,195 @@
+"""What weights alone say."""
+
+import json
+
+import pytest
+import torch
+from real import folder
+from torch.testing import assert_close
+
+from nodelens.metrics import get_metric, weight
+from nodelens.metrics.weight import (
+    GeometricMedian,
+    L1Norm,
+    L2Norm,
+    NormScale,
+    NuclearNorm,
+    Sparsity,
+    SpectralGap,
+    SpectralNormRatio,
+    WeightCosine,
+    WeightMagnitude,
+)
+
+OF_UNITS = [WeightMagnitude(), WeightMagnitude(p=1), GeometricMedian(), WeightCosine()]
+OF_LAYERS = [L1Norm(), L2Norm(), NuclearNorm(), Sparsity(eps=0.3), SpectralGap(), SpectralNormRatio()]
+named = {"ids": lambda m: m.names[0]}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_golden_norms_of_layers_and_of_the_model_agree():
+    doc = json.loads((folder("NODELENS_GOLDEN") / "weight_norms.json").read_text())
+    layers = [torch.tensor(w, dtype=torch.float64) for name, w in doc["inputs"]["state_dict"].items() if "weight" in name]
+    for name in ("l1_norm", "l2_norm", "nuc_norm", "sparsity"):
+        values = [get_metric(name)(w) for w in layers]
+        assert_close(torch.stack(values), torch.tensor(doc["expected"][name], dtype=torch.float64), **doc["tolerance"])
+    share = Sparsity.of_model(values, [w.numel() for w in layers])
+    assert_close(float(share), doc["expected"]["sparsity_model"], **doc["tolerance"])
+
+
+def test_the_model_s_number_is_that_of_its_weights_in_one():
+    layers = [normal(6, 5), normal(4, 6, seed=1), normal(3, 2, 3, 3, seed=2)]
+    sizes, every = [w.numel() for w in layers], torch.cat([w.flatten() for w in layers])
+    for metric in (L1Norm(), L2Norm(), Sparsity(eps=0.5)):
+        assert_close(metric.of_model([metric(w) for w in layers], sizes), metric(every))
+    nuclear = NuclearNorm()
+    values = [nuclear(w) for w in layers]
+    assert values[2].isnan(), "a convolution's weight is no matrix"
+    assert_close(nuclear.of_model(values, sizes), values[0] + values[1])
+    assert nuclear.of_model(values[2:], sizes[2:]).isnan()
+
+
+@pytest.mark.parametrize("metric", OF_UNITS, **named)
+def test_permuted_units_permute_the_answer(metric):
+    w, order = normal(7, 5), torch.tensor([3, 0, 6, 1, 2, 5, 4])
+    assert_close(metric(w[order]), metric(w)[order])
+
+
+@pytest.mark.parametrize("metric", OF_LAYERS, **named)
+def test_a_layer_does_not_see_the_order_of_its_units(metric):
+    w = normal(7, 5)
+    assert metric(w).shape == ()
+    assert_close(metric(w.flip(0).flip(1)), metric(w))
+
+
+@pytest.mark.parametrize(
+    ("metric", "power"),
+    [
+        (WeightMagnitude(), 1),
+        (GeometricMedian(), 1),
+        (WeightCosine(), 0),
+        (L1Norm(), 1),
+        (L2Norm(), 2),
+        (NuclearNorm(), 1),
+        (SpectralGap(), 0),
+        (SpectralNormRatio(), 0),
+        (NormScale(), 1),
+    ],
+    ids=lambda m: m.names[0] if isinstance(m, weight.Metric) else str(m),
+)
+def test_scaled_weights_scale_the_answer(metric, power):
+    w = normal(7, 5)
+    assert_close(metric(3 * w), 3**power * metric(w))
+
+
+@pytest.mark.parametrize("metric", [*OF_UNITS, *OF_LAYERS], **named)
+def test_float32_weights_are_read_in_float64(metric):
+    w = normal(6, 4).float()
+    assert_close(metric(w), metric(w.double()), rtol=1e-12, atol=0)
+
+
+def test_the_sum_of_distances_is_what_a_loop_gives():
+    w = normal(40, 9) + 1000  # a common part takes nothing of the differences
+    w[5], w[6], w[7] = w[3], 0, w[8] + 1e-9  # equal, dead and almost equal ones
+    loop = torch.stack([torch.stack([(a - b).norm() for b in w]).sum() for a in w])
+    assert_close(GeometricMedian()(w), loop, rtol=1e-10, atol=0)
+
+
+def test_the_sum_of_distances_does_not_depend_on_the_chunk(monkeypatch):
+    w = normal(40, 9)
+    whole = GeometricMedian()(w)
+    monkeypatch.setattr(weight, "CHUNK", 100)
+    assert_close(GeometricMedian()(w), whole, rtol=1e-14, atol=0)
+
+
+def test_the_unit_at_the_middle_is_nearest_to_all():
+    ring = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [0, 0]])
+    value = GeometricMedian()(ring)
+    assert_close(value[4], torch.tensor(4.0, dtype=torch.float64))
+    assert value.argmin() == 4
+    assert_close(value[0], torch.tensor(1 + 2 + 2 * 2**0.5, dtype=torch.float64))
+
+
+def test_equal_units_lie_at_no_distance_and_in_one_direction():
+    w = normal(1, 300).expand(20, -1)
+    assert GeometricMedian()(w).abs().max() == 0
+    assert_close(WeightCosine()(w), torch.ones(20, dtype=torch.float64))
+    assert_close(SpectralGap()(w), torch.tensor(1.0, dtype=torch.float64))
+    assert_close(SpectralNormRatio()(w), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_the_mean_cosine_is_what_a_loop_gives():
+    w = normal(6, 5) + 0.5
+    cosines = torch.nn.functional.cosine_similarity(w[:, None], w[None], dim=2)
+    assert_close(WeightCosine()(w), (cosines.sum(1) - 1) / 5)
+    assert_close(WeightCosine()(w * torch.arange(1, 7)[:, None]), WeightCosine()(w))
+
+
+def test_a_unit_without_weights_has_no_direction_and_is_nobody_s_partner():
+    w = normal(6, 5)
+    without = WeightCosine()(w[[0, 1, 3, 4, 5]])
+    w[2] = 0
+    value = WeightCosine()(w)
+    assert value[2].isnan()
+    assert_close(value[[0, 1, 3, 4, 5]], without)
+    assert WeightCosine().counts(w) == {"zero": 1}
+
+
+def test_a_unit_alone():
+    w = normal(1, 5)
+    assert_close(GeometricMedian()(w), torch.zeros(1, dtype=torch.float64))
+    assert WeightCosine()(w).isnan().all()
+    assert_close(SpectralGap()(w), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_orthonormal_rows_share_the_norm_evenly():
+    w = torch.linalg.qr(normal(8, 4)).Q.T
+    assert_close(SpectralGap()(w), torch.tensor(0.0, dtype=torch.float64))
+    assert_close(SpectralNormRatio()(w), torch.tensor(0.5, dtype=torch.float64))
+    assert_close(NuclearNorm()(w), torch.tensor(4.0, dtype=torch.float64))
+    assert_close(WeightCosine()(w), torch.zeros(4, dtype=torch.float64))
+
+
+def test_singular_values_by_hand():
+    w = torch.diag(torch.tensor([-4.0, 3, 0]))
+    assert_close(SpectralGap()(w), torch.tensor(0.25, dtype=torch.float64))
+    assert_close(SpectralNormRatio()(w), torch.tensor(0.8, dtype=torch.float64))
+    assert_close(NuclearNorm()(w), torch.tensor(7.0, dtype=torch.float64))
+    for metric in (SpectralGap(), SpectralNormRatio()):
+        assert metric(torch.zeros(3, 2)).isnan(), "no weights, no direction"
+
+
+def test_the_size_of_a_norm_s_factor():
+    gamma = torch.tensor([0.5, -2.0, 0.0])
+    assert_close(NormScale()(gamma), torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64))
+    assert NormScale.parameter == "norm"
+
+
+def test_sparsity_counts_what_is_smaller_than_eps():
+    w = torch.tensor([[0.0, 5e-4, -5e-4, 1e-3], [1.0, -1.0, 0.0, 2e-3]], dtype=torch.float64)
+    assert float(Sparsity()(w)) == 0.5
+    assert float(Sparsity(eps=3.0)(w)) == 1
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan")])
+def test_sparsity_wants_a_size_above_zero(eps):
+    with pytest.raises(ValueError, match=r"sparsity: eps is .*: above 0"):
+        Sparsity(eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("alias", "metric"),
+    [
+        ("network_slimming", NormScale),
+        ("fpgm", GeometricMedian),
+        ("cosine_similarity", WeightCosine),
+        ("magnitude", WeightMagnitude),
+        ("spectral_gap", SpectralGap),
+        ("spectral_norm_ratio", SpectralNormRatio),
+    ],
+)
+def test_names(alias, metric):
+    assert type(get_metric(alias)) is metric
