@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .measure import analyze
     from .metrics import get_metric, list_metrics
     from .results import Result, load, load_runs
+    from .wrapper import ModelWrapper
 
 _HOMES = {
     "analyze": "measure",
@@ -20,9 +21,21 @@ _HOMES = {
     "load_runs": "results",
     "load_config": "config",
     "run": "config",
+    "ModelWrapper": "wrapper",
 }
 
-__all__ = ["Result", "analyze", "find_layers", "get_metric", "list_metrics", "load", "load_config", "load_runs", "run"]
+__all__ = [
+    "ModelWrapper",
+    "Result",
+    "analyze",
+    "find_layers",
+    "get_metric",
+    "list_metrics",
+    "load",
+    "load_config",
+    "load_runs",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,17 @@
+"""``python -m nodelens.metrics`` prints the catalogue, ``python -m nodelens.metrics rq`` one entry of it."""
+
+import sys
+
+from .catalogue import catalogue, entry_of
+
+
+def main(names: list[str]) -> None:
+    """Prints the entries of some names, or all; a name that is none ends in one line and exit code 1."""
+    try:
+        print("\n".join(map(entry_of, names)) if names else catalogue(), end="")
+    except ValueError as error:
+        sys.exit(f"nodelens: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

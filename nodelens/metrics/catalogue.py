@@ -1,0 +1,151 @@
+"""The catalogue in words, made of the classes: for a terminal, and as a page."""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from itertools import groupby
+from textwrap import fill
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from . import METRICS, get_metric
+from .base import Metric
+
+_WIDTH = 110
+_PER = {
+    "unit": "a unit",
+    "pair": "a pair of units",
+    "layer": "a layer",
+    "edge": "a pair of layers",
+    "input": "an input feature",
+}
+_PARAMETERS = {
+    "weight": "the weight (units, fan_in)",
+    "tensor": "the weight as it is stored",
+    "change": "the weight's change since the start",
+    "norm": "the scale of the norm behind the layer",
+}
+_HEAD = """# Metrics
+
+Every metric, by family. `python -m nodelens.metrics` prints this page, `python -m nodelens.metrics rq` one entry.
+All names of a metric work alike: `metrics=[rq]` on the command line, `nl.get_metric("rq")` in a notebook; options
+are `metrics.rq.relative=false` there and `nl.get_metric("rq", relative=False)` here. *Reads* says what is added up
+in the pass: statistic(port, view). Information is in nats, variances are unbiased, and what reads data has a
+standard error `<name>_se`, a jackknife over groups of samples.
+"""
+
+
+def catalogue() -> str:
+    """Every metric as Markdown, grouped by family: a module's docstring, then an entry a metric."""
+    families = groupby(METRICS, key=lambda metric: metric.__module__)
+    sections = ["\n".join([_heading(module), *map(_entry, metrics)]) for module, metrics in families]
+    return "\n".join([_HEAD, *sections])
+
+
+def entry_of(name: str) -> str:
+    """The entry of the metric that has a name. Raises ValueError for an unknown name, with the nearest one."""
+    return _entry(type(get_metric(name)))
+
+
+def _heading(module: str) -> str:
+    doc = sys.modules[module].__doc__ or ""
+    title, _, rest = _flat(doc.split("\n\n")[0]).rstrip(".").partition(":")
+    family = module.rpartition(".")[2].capitalize().replace("_", " ")
+    return f"## {family}: {title[:1].lower()}{title[1:]}\n" + (
+        f"\n{_wrapped(rest.strip()[:1].upper() + rest.strip()[1:] + '.')}\n" if rest else ""
+    )
+
+
+def _entry(metric: type[Metric]) -> str:
+    instance = metric()
+    what, notes = _prose(metric)
+    lines = {
+        "also": ", ".join(f"`{name}`" for name in metric.names[1:]),
+        "formula": _code(metric.section("Formula")),
+        "per": _per(instance),
+        "reads": _reads(instance),
+        "unit": _escaped(metric.section("Unit")),
+        "NaN": _escaped(metric.section("NaN")),
+        "raises": _escaped(metric.section("Raises")),
+        "options": "; ".join(_option(f, hint) for f, hint in _options(metric)),
+        "presets": "; ".join(_preset(names, options) for names, options in _presets(metric)),
+        "source": _escaped(metric.source()),
+    }
+    listed = "\n".join(_wrapped(f"- {key}: {value}", "  ") for key, value in lines.items() if value)
+    return "\n".join([f"### {metric.names[0]}\n", *(f"{_wrapped(p)}\n" for p in (what, notes) if p), listed, ""])
+
+
+def _prose(metric: type[Metric]) -> tuple[str, str]:
+    """What it is, and the notes under it."""
+    before = re.split(r"^ *(?:Formula|Shapes):", metric.__doc__ or "", maxsplit=1, flags=re.MULTILINE)[0]
+    what, _, notes = before.strip().partition("\n\n")
+    return _escaped(_flat(what)), _escaped(_flat(notes))
+
+
+def _per(metric: Metric) -> str:
+    return _PER[metric.shape] + (f"; reduce none: {_PER[metric.kind]}" if metric.shape != metric.kind else "")
+
+
+def _reads(metric: Metric) -> str:
+    weight = [_PARAMETERS[metric.parameter]] if metric.weighted else []
+    return ", ".join([*weight, *dict.fromkeys(f"`{need}`" for need in metric.needs().values())])
+
+
+def _options(metric: type[Metric]) -> Iterable[tuple[Field[Any], Any]]:
+    hints = get_type_hints(metric)
+    return [(f, hints[f.name]) for f in fields(metric)]
+
+
+def _option(field: Field[Any], hint: Any) -> str:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    choices = [str(c) for c in get_args(hint) if str(c) != str(default)] if get_origin(hint) is Literal else []
+    return f"`{field.name}: {_plain(default)}`" + (f" (or {', '.join(f'`{c}`' for c in choices)})" if choices else "")
+
+
+def _presets(metric: type[Metric]) -> list[tuple[list[str], Mapping[str, Any]]]:
+    """Presets with the same options are names of one."""
+    found: list[tuple[list[str], Mapping[str, Any]]] = []
+    for name, options in metric.presets.items():
+        same = next((names for names, others in found if others == options), None)
+        if same is None:
+            found.append(([name], options))
+        else:
+            same.append(name)
+    return found
+
+
+def _preset(names: list[str], options: Mapping[str, Any]) -> str:
+    return f"{', '.join(f'`{n}`' for n in names)} (" + ", ".join(f"`{k}: {_plain(v)}`" for k, v in options.items()) + ")"
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML has it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.replace("``", "`").split())
+
+
+def _code(formula: str) -> str:
+    formula = _flat(formula).replace("`", "")
+    return f"`{formula}`" if formula else ""
+
+
+def _escaped(text: str) -> str:
+    """Stars and angles as they are, and not as Markdown; what stands between backticks is left alone."""
+    parts = _flat(text).split("`")
+    return "`".join(
+        part if k % 2 else re.sub(r"(?<! )\*|\*(?! )|<(?=[a-zA-Z/!])", r"\\\g<0>", part) for k, part in enumerate(parts)
+    )
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Lines of the page's width; none breaks short code or begins with what Markdown would take for a list or a quotation."""
+    bound = re.sub(r" (?=([-+*>#]|\d+[.)]) )", "\0", text)
+    bound = re.sub(r"`[^`]{1,60}`", lambda code: code[0].replace(" ", "\0"), bound)
+    return fill(bound, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
