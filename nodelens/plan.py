@@ -97,14 +97,15 @@ class Plan:
         bare = [layer for layer in self.layers if self.parameter(layer, metric) is None]
         some = optional and metric.parameter == "norm" and len(bare) < len(self.layers)
         if bare and not some:
+            where = f"layer {bare[0].name!r} ({type(bare[0].module).__name__})"
             words = {
-                "norm": "has no batch norm behind it, whose scale the metric reads",
-                "change": "is compared with its weights at the start, which are not known (initial=, initial_path=)",
+                "norm": f"reads the scale of a batch norm, and none is behind {where}",
+                "change": f"reads the change of the weights, and those of {where} at the start are not known: give "
+                "initial_path= (initial= in Python)",
             }
-            kind = type(bare[0].module).__name__
             raise ValueError(
-                f"metric {name!r} needs weights, layer {bare[0].name!r} ({kind}) {words.get(metric.parameter, 'has none')}: "
-                "leave the metric out, or the layer (layers=)"
+                f"metric {name!r} {words.get(metric.parameter, f'needs weights, {where} has none')}; or leave the metric out, or "
+                "the layer (layers=)"
             )
 
     def places(self, metric: Metric) -> list[Place]:

@@ -105,7 +105,7 @@ def edges(result: Result) -> bytes:
 
 
 def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
-    columns = values_of(table)
+    columns = [c for c in values_of(table) if table[c].notna().any()]  # an empty panel would have an axis out of nothing
     across = min(4, max(1, len(columns)))
     down = -(-len(columns) // across)
     figure, axes = plt.subplots(

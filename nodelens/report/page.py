@@ -46,7 +46,7 @@ def write_page(folder: str | Path) -> Path:
         )
     if _layer_metrics(result):
         parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
-    if len(result.edges):
+    if len(result.edges) and result.edges[values_of(result.edges)].notna().any(axis=None):
         parts += _section("Pairs of layers", [_figure(folder, "edges", figures.edges(result), _EDGES)])
     parts += _section("Means over units", [_table(_means(result))])
     parts += _section("Definitions", [_definitions(result)])
@@ -115,7 +115,7 @@ def _cell(value: Any) -> str:
 
 
 def _layer_metrics(result: Result) -> list[str]:
-    return values_of(result.layers)
+    return [c for c in values_of(result.layers) if result.layers[c].notna().any()]
 
 
 def _means(result: Result) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plan import Plan
-from ..results import Result, values_of
+from ..results import BESIDE, Result, values_of
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -46,8 +46,8 @@ def show_result(console: Console, result: Result) -> None:
         console.print("pairs of layers")
         edges = result.edges[values_of(result.edges)]
         _show_table(console, edges, [f"{a} -> {b}" for a, b in edges.index], "edge")
-    for entry in result.metadata.get("missing", [])[:12]:
-        console.print(f"{entry['layer']}: {entry['count']} NaN in {entry['column']}: {entry['reason']}", markup=False)
+    for line in _gaps(result.metadata.get("missing", [])):
+        console.print(line, markup=False)
     for entry in result.metadata.get("left_out", []):
         console.print(f"{entry['site']}: {entry['rows']} rows were not finite and left out", markup=False)
     found = result.metadata.get("evaluation")
@@ -57,6 +57,22 @@ def show_result(console: Console, result: Result) -> None:
             f"split {found['split']!r}; units measured on "
             f"{result.metadata['samples']} of {result.metadata['data']['split']!r}"
         )
+
+
+def _gaps(missing: list[dict], most: int = 12) -> list[str]:
+    """What has no number and why: a line a column and reason; an error that is missing with its value goes without saying."""
+    without = {(m["layer"], m["column"]) for m in missing}
+    found: dict[tuple[str, str], list[dict]] = {}
+    for m in missing:
+        stem = next((m["column"].removesuffix(s) for s in BESIDE if m["column"].endswith(s)), None)
+        if (m["layer"], stem) not in without:
+            found.setdefault((m["column"], m["reason"]), []).append(m)
+    lines = []
+    for (column, reason), entries in found.items():
+        where = entries[0]["layer"] + (f" and {len(entries) - 1} more" if len(entries) > 1 else "")
+        lines.append(f"{column}: {sum(m['count'] for m in entries)} NaN at {where}: {reason}")
+    rest = len(lines) - most
+    return lines[:most] + ([f"and {rest} more such lines in metadata.json"] if rest > 0 else [])
 
 
 def _show_table(console: Console, values: pd.DataFrame, labels: list[str], what: str) -> None:
