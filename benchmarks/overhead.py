@@ -1,6 +1,7 @@
 """What a pass costs over the bare forward (and backward): python benchmarks/overhead.py [--rounds 9] [--profile NAME]
 
-ResNet-18, random weights and images, all 21 layers with weights; forward metrics and gradient metrics apart.
+ResNet-18, random weights and images, all 21 layers with weights: the default set's forward metrics, every forward metric of
+the catalogue at once (metrics=forward), and a gradient metric.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from timing import interleaved
 from torch import nn
 
 from nodelens.collect import Pass
+from nodelens.config import load_config
 from nodelens.frame import Frame
 from nodelens.hooks import Capture
 from nodelens.layers import find_layers
@@ -21,6 +23,7 @@ from nodelens.recording import Recording
 from nodelens.targets import summed_loss
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch
+EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
 FORWARD = [name for name in DEFAULT if name not in ("taylor", "magnitude")]
 
 
@@ -61,18 +64,19 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio of the measured pass to the bare one")
-    print(
-        f"{'pixels':>6} {'batch':>5} {'bare s':>8} {'forward, all':>13} {'forward, 64 pos.':>17} {'fwd+bwd s':>10} {'gradient':>9}"
-    )
+    print(f"{len(FORWARD)} default forward metrics; all {len(EVERY)}; with 64 positions an image for pairs and quantiles")
+    heads = ("pixels", "batch", "bare s", "default", "64 pos.", "all", "64 pos.", "fwd+bwd s", "gradient")
+    print("".join(f"{head:>10}" for head in heads))
     for size in options.sizes:
         stem, count = SIZES[size]
         model = resnet(depth=18, classes=10, channels=3, size=size, stem=stem).eval()
         generator = torch.Generator().manual_seed(0)
         batch = torch.randn(count, 3, size, size, generator=generator), torch.randint(10, (count,), generator=generator)
-        bare, every = overhead(model, batch, FORWARD, options.rounds)
-        _, some = overhead(model, batch, FORWARD, options.rounds, positions=64)
+        sets = [(FORWARD, None), (FORWARD, 64), (EVERY, None), (EVERY, 64)]
+        found = [overhead(model, batch, names, options.rounds, positions) for names, positions in sets]
         both, gradient = overhead(model, batch, ["taylor"], options.rounds)
-        print(f"{size:>6} {count:>5} {bare:>8.3f} {every:>12.2f}x {some:>16.2f}x {both:>10.3f} {gradient:>8.2f}x", flush=True)
+        ratios = "".join(f"{ratio:>9.2f}x" for _, ratio in found)
+        print(f"{size:>10}{count:>10}{found[0][0]:>10.3f}{ratios}{both:>10.3f}{gradient:>9.2f}x", flush=True)
 
 
 if __name__ == "__main__":

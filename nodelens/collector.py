@@ -198,7 +198,8 @@ class Collector:
         """Forms what rows of one group are needed whole for, or at the positions drawn."""
         for need in self.whole:
             some = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
-            self.put(need, group, need.statistic.of(some))  # type: ignore[attr-defined]
+            sums = self.sums[need]
+            sums.add_rows(some, group if len(sums.parts) > 1 else 0)
 
     def _add_sums(self, needs: list[Need], sums: SampleSums, group: Tensor, label: dict[str, Tensor]) -> None:
         for g, a, b in runs_of(group) if needs else ():

@@ -5,7 +5,8 @@ import torch
 from laws import drifting, make, values
 from torch.testing import assert_close
 
-from nodelens.statistics import STATISTICS, Accumulator, ClassStatistic, Cosines, Cross, Gram, Moments, Pair, Sample
+from nodelens.rows import Rows
+from nodelens.statistics import STATISTICS, Accumulator, ClassStatistic, Cosines, Cross, Gram, Moments, Pair, Quantiles, Sample
 
 every = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda s: s.__name__)
 
@@ -99,6 +100,16 @@ def test_an_accumulator_changes_no_value_it_was_given(statistic):
         accumulator.add(parts[1].about(**{s: parts[0].tensors()[s] for s in statistic.shifts}))
     assert all(torch.equal(t, kept[k]) for k, t in parts[0].tensors().items())
     same(first.value, second.value)
+
+
+@pytest.mark.parametrize("statistic", [Gram, Moments, Quantiles], ids=lambda s: s.__name__)
+def test_rows_taken_in_are_the_rows_values(statistic):
+    x = drifting(300)
+    rows = Rows.of(x, torch.arange(300) % 7 != 0).about(x.mean(0))
+    accumulator = Accumulator(statistic)
+    for a, b in ((0, 5), (5, 6), (6, 250), (250, 300)):
+        accumulator.add_rows(rows.take(a, b))
+    same(statistic.of(rows), accumulator.value)
 
 
 def test_a_saved_state_of_more_groups_is_refused():

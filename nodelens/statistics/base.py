@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..rows import Rows
+
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
@@ -52,6 +54,10 @@ class Statistic:
                 t.add_(theirs[k])
         return True
 
+    def take_rows(self, rows: Rows) -> bool:
+        """Adds rows in place where that costs less than a value made of them; says whether it did."""
+        return False
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
@@ -72,6 +78,12 @@ class Accumulator:
             self.parts[group] = type(value)(**own)
         elif not held.take_in(value):
             self.parts[group] = held + value
+
+    def add_rows(self, rows: Rows, group: int = 0) -> None:
+        """Takes rows in."""
+        held = self.parts[group]
+        if held is None or not held.take_rows(rows):
+            self.add(self.statistic.of(rows), group)  # type: ignore[attr-defined]
 
     @property
     def value(self) -> Statistic | None:

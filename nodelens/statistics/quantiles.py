@@ -26,10 +26,19 @@ class Quantiles(Statistic):
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
         width = rows.raw.shape[1]
-        place = _bin(rows.magnitude) + torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=rows.raw.device)[:, None]
-        counts = torch.bincount(place.flatten(), minlength=width * BINS).reshape(width, BINS)
+        counts = torch.bincount(_places(rows), minlength=width * BINS).reshape(width, BINS)
         counts[:, 0] -= rows.mask().numel() - rows.n  # rows that are not kept were counted as zeros
         return cls(rows.n, counts)
+
+    def take_rows(self, rows: Rows) -> bool:
+        """In place where there are fewer values than bins: a table of its own would cost more than the counting."""
+        places = _places(rows)
+        if len(places) >= self.counts.numel():
+            return False
+        self.counts.view(-1).scatter_add_(0, places.long(), torch.ones_like(self.n).expand(len(places)))
+        self.counts[:, 0] -= rows.mask().numel() - rows.n
+        self.n.add_(rows.n)
+        return True
 
     def quantile(self, q: float) -> Tensor:
         """The q-quantile of |x|, (d,), linear between order statistics; to 1 %. NaN without rows."""
@@ -54,6 +63,13 @@ class Quantiles(Statistic):
         edges = _edges(self.counts.device)
         low, high = edges[bins[:, 0]], edges[bins[:, 0] + 1]
         return ((low + high) / 2 + along * (beside / count).clamp_max(1) * (high - low)).where(bins[:, 0] > 0, 0)
+
+
+def _places(rows: Rows) -> Tensor:
+    """Where each value is counted in a table of bins by unit, int32."""
+    width = rows.raw.shape[1]
+    first = torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=rows.raw.device)[:, None]
+    return (_bin(rows.magnitude) + first).flatten()
 
 
 def _bin(size: Tensor) -> Tensor:
