@@ -14,7 +14,7 @@ from .metrics import Metric, Need
 from .metrics.base import Other
 from .recording import Recording, Seen
 from .statistics import Gram, Moments, Statistic
-from .statistics.costs import PAIRS, SAMPLED, numbers, serves
+from .statistics.costs import PAIRS, SAMPLED, SQUARE, numbers, serves
 
 GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
 BALANCE = 32.0  # float32 operations in the time of one byte of rows, found with ResNet-18 at 32, 64 and 224 pixels
@@ -166,11 +166,11 @@ class Plan:
     def needs(self, layer: Layer) -> list[Need]:
         """What is added up at a layer: moments of rows whose products are kept are read off those."""
         wanted = self._wanted[layer.name]
-        return sorted((need for need in wanted if self._provider(need, wanted) == need), key=str)
+        return sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
 
     def lookup(self, layer: Layer, need: Need) -> Need:
         """The need that serves another; ``adapt`` makes of its value what was asked for."""
-        return self._provider(need, self._wanted[layer.name])
+        return self._provider(layer, need, self._wanted[layer.name])
 
     def sites(self) -> list[Site]:
         """Every site that is read, each layer's own and those whose rows stand beside others'."""
@@ -203,7 +203,7 @@ class Plan:
         return self.positions is not None and need.statistic in SAMPLED and need.view == "positions"
 
     def groups_of(self, layer: Layer, need: Need) -> int:
-        wide = need.statistic in PAIRS and max(self._widths(layer, need)) > GROUPED_WIDTH
+        wide = need.statistic in SQUARE and max(self._widths(layer, need)) > GROUPED_WIDTH
         return 1 if wide else self.groups
 
     def _widths(self, layer: Layer, need: Need) -> tuple[int, int]:
@@ -291,11 +291,13 @@ class Plan:
         seen = self.seen(layer, need.port)
         return need._replace(view="samples") if seen.flat and seen.calls == 1 else need
 
-    def _provider(self, need: Need, wanted: set[Need]) -> Need:
+    def _provider(self, layer: Layer, need: Need, wanted: set[Need]) -> Need:
+        """What a need is read off: a statistic that holds more, of the same rows in the same groups."""
         for statistic in serves(need.statistic):
             richer = need._replace(statistic=statistic)
-            if richer in wanted and self.sampled(richer) == self.sampled(need):
-                return self._provider(richer, wanted)  # which may itself be read off one that is richer still
+            alike = self.sampled(richer) == self.sampled(need) and self.groups_of(layer, richer) == self.groups_of(layer, need)
+            if richer in wanted and alike:
+                return self._provider(layer, richer, wanted)  # which may itself be read off one that is richer still
         return need
 
 

@@ -102,6 +102,16 @@ def test_each_statistic_is_kept_once_and_moments_come_from_products():
     assert head == ["Gram(output, samples)", "Patches(input, samples)"], "a row a sample is the same in either view"
 
 
+def test_pairs_too_wide_for_groups_leave_the_errors_of_the_rest():
+    net = nn.Sequential(nn.Linear(6, 1100), nn.ReLU(), nn.Linear(1100, 3)).eval()
+    data = batches(torch.randn(80, 6, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 3, 20)
+    found = nl.analyze(net, data, ["rq", "redundancy", "synergy_gaussian_mmi"], layers="0")
+    assert found.units[["rq", "rq_se", "redundancy", "synergy_gaussian_mmi"]].notna().all(axis=None)
+    assert found.units[["redundancy_se", "synergy_gaussian_mmi_se"]].isna().all(axis=None)
+    reasons = {m["column"]: m["reason"] for m in found.metadata["missing"]}
+    assert reasons["redundancy_se"] == "pair sums wider than 1024 are kept once, not once a group"
+
+
 def test_the_plan_tells_its_bytes_and_stands_by_them():
     net = build(Mixed)
     plan = plan_for(net, nl.measure.DEFAULT)

@@ -12,6 +12,7 @@ from .sample import ROWS, Sample
 from .weight_sums import WeightSums
 
 PAIRS = (Gram, NormedGram, Directions, Pair, NormedPair)  # products of units: square in the width
+SQUARE = (*PAIRS, ClassGram)  # what grows with the square of the width
 SAMPLED = (*PAIRS, Quantiles, Cosines)  # what reads a sample of each map's positions where one is asked for
 _RICHER: dict[type[Statistic], tuple[type[Statistic], ...]] = {
     Moments: (Higher, Gram, NormedGram),
