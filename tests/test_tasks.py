@@ -184,3 +184,61 @@ def test_options_reach_the_numbers(quiet_home):
         atol=0,
     )
     assert not list(quiet_home.rglob("metrics.csv"))
+
+
+def test_the_change_of_the_weights_is_measured_from_the_start_of_training_on(tmp_path):
+    ended = command(
+        "train",
+        f"hydra.run.dir={tmp_path}/t",
+        "metrics=[delta_alignment]",
+        "callbacks=measure",
+        "trainer.max_epochs=2",
+        "logger=none",
+    )
+    assert ended.code == 0, ended.err
+    epochs = [pd.read_parquet(tmp_path / f"t/epochs/units_00{k}.parquet") for k in range(2)]
+    assert all(e["delta_alignment"].between(0, 1).all() for e in epochs)
+    assert (epochs[1]["delta_alignment"] != epochs[0]["delta_alignment"]).all()
+
+
+def test_a_file_of_the_weights_at_the_start_and_every_pair_of_layers(tmp_path):
+    from safetensors.torch import save_file
+
+    net = nl.config.build(nl.load_config("analyze").model, "model").net
+    save_file({k: torch.zeros_like(v) for k, v in net.state_dict().items()}, tmp_path / "zero.safetensors")
+    ended = command(
+        "analyze",
+        f"hydra.run.dir={tmp_path}/a",
+        "metrics=[delta_alignment,rq,linear_cka]",
+        f"initial_path={tmp_path}/zero.safetensors",
+        "pairs=all",
+        "bias=true",
+        "logger=none",
+        *SHORT[:1],
+    )
+    assert ended.code == 0, ended.err
+    found = nl.load(tmp_path / "a")
+    assert found.units["delta_alignment"].to_numpy() == pytest.approx(found.units["rq"].to_numpy(), rel=1e-5)
+    assert "rq_bias" in found.units
+    assert len(found.edges) == 3
+    assert "head" in ended.out
+    assert (tmp_path / "a/edges.parquet").is_file()
+    assert (tmp_path / "a/figures/edges.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["metrics=[delta_alignment]"], "at the start are not known: give initial_path="),
+        (["metrics=[linear_cka]", "pairs=[[fc1,fc9]]"], "pairs names fc9; measured are fc1, fc2, head"),
+        (["metrics=[linear_cka]", "pairs=some"], "pairs is 'some'; it is consecutive, all, or a list"),
+        (["metrics=[bn_scale]"], "reads the scale of a batch norm, and none is behind layer 'fc1'"),
+        (["metrics=[rq]", "layers='fc1.input'"], "metric 'rq' needs weights, layer 'fc1.input' (Linear) has none"),
+        (["metrics=[mi]", "metrics.mi.control=-1"], "control is -1"),
+    ],
+    ids=str,
+)
+def test_what_a_metric_lacks_is_said_in_a_line(tmp_path, overrides, words):
+    ended = command("analyze", f"hydra.run.dir={tmp_path}/x", "logger=none", *SHORT[:1], *overrides)
+    assert ended.code != 0
+    assert words in ended.err

@@ -82,7 +82,7 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
-            pairs=cfg.pairs if isinstance(cfg.pairs, str) else plain(cfg.pairs),
+            pairs=resolved(cfg)["pairs"],
             initial=_initial(cfg, net),
             bias=cfg.bias,
             budget=in_bytes(cfg.budget.memory),
