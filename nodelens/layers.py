@@ -1,6 +1,7 @@
 """Layers: the modules whose outputs have units, found by name."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,6 +144,23 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
         chosen.update(names)
     found = [layer for name, layer in layers.items() if name in chosen]
     return found if start is None else [_started(layer, start) for layer in found]
+
+
+def pairs_of(layers: list[Layer], pairs: str | Sequence[Sequence[str]]) -> list[tuple[Layer, Layer]]:
+    """Pairs of layers, in order. Raises ValueError for a name that is not among the layers, or another word."""
+    if pairs == "consecutive":
+        return list(itertools.pairwise(layers))
+    if pairs == "all":
+        return [(a, b) for k, a in enumerate(layers) for b in layers[k + 1 :]]
+    by_name = {layer.name: layer for layer in layers}
+    if isinstance(pairs, str):
+        raise ValueError(f"pairs is {pairs!r}; it is consecutive, all, or a list of pairs of layer names")
+    unknown = [name for pair in pairs for name in pair if name not in by_name]
+    if unknown or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"pairs names {unknown[0] if unknown else 'other than two layers at once'}; measured are {', '.join(by_name)}"
+        )
+    return [(by_name[a], by_name[b]) for a, b in pairs]
 
 
 def _started(layer: Layer, start: Mapping[str, Tensor]) -> Layer:

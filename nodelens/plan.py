@@ -9,11 +9,10 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from .hooks import Site
-from .layers import Layer
+from .layers import Layer, pairs_of
 from .metrics import Metric, Need
 from .metrics.base import Other
 from .recording import Recording, Seen
-from .statistics import Gram, Moments, Statistic
 from .statistics.costs import PAIRS, SAMPLED, SQUARE, numbers, serves
 
 GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
@@ -169,7 +168,7 @@ class Plan:
         return sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
 
     def lookup(self, layer: Layer, need: Need) -> Need:
-        """The need that serves another; ``adapt`` makes of its value what was asked for."""
+        """The need that serves another."""
         return self._provider(layer, need, self._wanted[layer.name])
 
     def sites(self) -> list[Site]:
@@ -299,25 +298,3 @@ class Plan:
             if richer in wanted and alike:
                 return self._provider(layer, richer, wanted)  # which may itself be read off one that is richer still
         return need
-
-
-def adapt(value: Statistic, need: Need) -> Statistic:
-    """What was asked for, of the value that serves it."""
-    return value.moments if need.statistic is Moments and isinstance(value, Gram) else value
-
-
-def pairs_of(layers: list[Layer], pairs: str | Sequence[Sequence[str]]) -> list[tuple[Layer, Layer]]:
-    """Pairs of layers, in order. Raises ValueError for a name that is not among the layers, or another word."""
-    if pairs == "consecutive":
-        return list(itertools.pairwise(layers))
-    if pairs == "all":
-        return [(a, b) for k, a in enumerate(layers) for b in layers[k + 1 :]]
-    by_name = {layer.name: layer for layer in layers}
-    if isinstance(pairs, str):
-        raise ValueError(f"pairs is {pairs!r}; it is consecutive, all, or a list of pairs of layer names")
-    unknown = [name for pair in pairs for name in pair if name not in by_name]
-    if unknown or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"pairs names {unknown[0] if unknown else 'other than two layers at once'}; measured are {', '.join(by_name)}"
-        )
-    return [(by_name[a], by_name[b]) for a, b in pairs]

@@ -14,8 +14,9 @@ from .control import null_of
 from .layers import Layer
 from .metrics import Metric, Need
 from .metrics.sampling import jackknife
-from .plan import GROUPED_WIDTH, Place, Plan, adapt
+from .plan import GROUPED_WIDTH, Place, Plan
 from .statistics import Accumulator
+from .statistics.costs import adapt
 
 Sums = Mapping[tuple[str, Need], Accumulator]
 
@@ -157,13 +158,16 @@ class _Parts:
     def by_group(self, groups: int) -> dict[str, Any]:
         if self.single:
             return {name: [self._adapted(name, a.value)] * groups for name, a in self.held.items()}
-        return {name: [None if p is None else adapt(p, self.resolved[name][1]) for p in a.parts] for name, a in self.held.items()}
+        return {
+            name: [None if p is None else adapt(p, self.resolved[name][1].statistic) for p in a.parts]
+            for name, a in self.held.items()
+        }
 
     def _adapted(self, name: str, value: Any, group: int | None = None) -> Any:
         layer, need = self.resolved[name]
         if value is None:
             raise ValueError(_nothing(self.metric, layer, need, group))
-        return adapt(value, need)
+        return adapt(value, need.statistic)
 
 
 def _nothing(metric: Metric, layer: Layer, need: Need, without: int | None) -> str:

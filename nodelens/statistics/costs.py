@@ -26,6 +26,11 @@ def serves(statistic: type[Statistic]) -> tuple[type[Statistic], ...]:
     return _RICHER.get(statistic, ())
 
 
+def adapt(value: Statistic, asked: type[Statistic]) -> Statistic:
+    """What was asked for, of the value that serves it."""
+    return value.moments if asked is Moments and isinstance(value, Gram) else value
+
+
 def numbers(statistic: type[Statistic], width: int, beside: int, classes: int) -> int:
     """How many numbers a statistic holds, for rows of a width with columns beside them."""
     d, t, k = width, beside, classes
