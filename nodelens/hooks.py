@@ -97,12 +97,9 @@ class Capture(AbstractContextManager["Capture"]):
 
 
 @contextmanager
-def edit(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, what each module puts out passes through its function first, in the container it came in.
-
-    Observers see the edited value; nothing is written into the model. Functions return a new tensor.
-    """
-    handles = [module.register_forward_hook(partial(_replace, change), prepend=True) for module, change in edits.items()]
+def observed(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple, dict, Any], None]) -> Iterator[None]:
+    """Inside, ``see(module, args, kwargs, output)`` is called for each call of the modules."""
+    handles = [module.register_forward_hook(partial(_shown, see), with_kwargs=True) for module in modules]
     try:
         yield
     finally:
@@ -110,12 +107,41 @@ def edit(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None
             handle.remove()
 
 
-def _replace(change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, output: Any) -> Any:
+def _shown(see: Callable, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    see(module, args, kwargs, output)
+
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def edit(outputs: Mapping[nn.Module, Edit], inputs: Mapping[nn.Module, Edit] | None = None) -> Iterator[None]:
+    """Inside, what each module puts out, or reads, passes through its function first, in the container it came in.
+
+    Observers see the edited value; nothing is written into the model. Functions return a new tensor.
+    """
+    handles = [module.register_forward_hook(partial(_replace, change), prepend=True) for module, change in outputs.items()]
+    for module, change in (inputs or {}).items():
+        handles.append(module.register_forward_pre_hook(partial(_replace_read, change), prepend=True, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replace_read(change: Edit, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if args:
+        return _replace(change, module, (), args), kwargs
+    return args, _replace(change, module, (), dict(kwargs))
+
+
+def _replace(change: Edit, module: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, Tensor):
         return change(output)
     old = tensor_of(output)
     if old is None:
-        raise ValueError(f"{type(module).__name__} puts out {type(output).__name__} without a tensor: nothing to edit")
+        raise ValueError(f"{type(module).__name__} shows {type(output).__name__} without a tensor: nothing to edit")
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
         return tuple(change(v) if v is old else v for v in output)
     for key, v in output.items():

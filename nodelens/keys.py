@@ -36,3 +36,9 @@ def _shift(z: Tensor, by: int) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def generator(seed: int, *words: str) -> torch.Generator:
+    """A generator that belongs to a seed and names, in any process or order."""
+    numbers = [n for word in words for n in (len(word), *word.encode())]
+    return torch.Generator().manual_seed(int(mix(seed, *numbers)))

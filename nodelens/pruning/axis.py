@@ -1,0 +1,203 @@
+"""What goes together when units are removed: cuts through tensors, and axes made of them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["producer", "consumer", "tied"]
+KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn")
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Where an axis's units lie in one dimension of one tensor.
+
+    module: the path of the module that holds it, "" for the model itself; tensor: its name there, such as ``weight``.
+    index (units, span) int64: the places of each unit along ``dim``. role: ``producer`` (rows that make the unit),
+    ``consumer`` (columns that read it), ``tied`` (a norm's parameters, a depthwise filter, a per-head entry).
+    reads (units, places): where the unit lies in the consumer's input, where that is not ``index`` (a grouped convolution).
+    entry: the expert that is cut, of a tensor that has one a row in dimension 0; ``dim`` counts from the whole tensor.
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    index: Tensor
+    role: Role
+    reads: Tensor | None = None
+    entry: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+    @property
+    def places(self) -> Tensor:
+        """(units, places) in a consumer's input."""
+        return self.index if self.reads is None else self.reads
+
+    def of(self, model: nn.Module) -> Tensor:
+        """The tensor itself; of an expert its own part."""
+        tensor = getattr(model.get_submodule(self.module), self.tensor).detach()
+        return tensor if self.entry is None else tensor[self.entry]
+
+    def by_unit(self, model: nn.Module) -> Tensor:
+        """The unit's entries, (units, the rest)."""
+        tensor = self.of(model)
+        moved = tensor.movedim(self.dim - (self.entry is not None), 0)
+        return moved[self.index.to(tensor.device)].flatten(1)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A number that a module keeps beside its tensors and that falls by ``step`` with each removed unit.
+
+    attribute: its name; ``config.x`` is the field of a config, which is then the module's own copy.
+    """
+
+    module: str
+    attribute: str
+    step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Units that can be removed one by one, and all that has to go with each.
+
+    name: its own in the model; kind: one of ``KINDS``. exact: whether a slice gives what a mask gives (no norm reduces over
+    the axis). together: axes of this name keep the same number of units (experts of a layer). multiple: of which the kept number
+    has to be one. attention: multiplications a unit and pair of positions beside those of its tensors.
+    """
+
+    name: str
+    kind: str
+    n: int
+    cuts: tuple[Cut, ...]
+    patches: tuple[Patch, ...] = ()
+    exact: bool = True
+    together: str | None = None
+    multiple: int = 1
+    attention: int = 0
+
+    def by_role(self, *roles: Role) -> list[Cut]:
+        return [cut for cut in self.cuts if cut.role in roles]
+
+    @property
+    def gated(self) -> bool:
+        """Whether each consumer is a module of its own, at whose input a unit can be seen and shut off."""
+        return all(cut.entry is None for cut in self.by_role("consumer"))
+
+    def describe(self) -> str:
+        """Cuts in a line, such as ``conv1.weight[0] > conv2.weight[1]``."""
+        makes = ", ".join(dict.fromkeys(c.name for c in self.by_role("producer") if c.tensor != "bias"))
+        reads = ", ".join(dict.fromkeys(c.name for c in self.by_role("consumer")))
+        return f"{makes} > {reads}"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is not pruned, and why."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Axes(Sequence[Axis]):
+    """The axes of a model, in order, and the report of what was left out."""
+
+    axes: tuple[Axis, ...]
+    frozen: tuple[Frozen, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.axes)
+
+    def __getitem__(self, k: int) -> Axis:  # type: ignore[override]
+        return self.axes[k]
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self.axes)
+
+    def named(self, name: str) -> Axis:
+        """Raises ValueError for a name that no axis has."""
+        found = next((axis for axis in self.axes if axis.name == name), None)
+        if found is None:
+            raise ValueError(f"there is no axis {name!r}; the model has {shown([a.name for a in self.axes])}")
+        return found
+
+    def chosen(self, scope: str | Sequence[str] = "*", freeze: str | Sequence[str] = (), inexact: bool = False) -> "Axes":
+        """The axes that a scope names, by name, pattern or kind, without frozen and, unless asked for, inexact ones.
+
+        Raises ValueError where a word of the scope or of ``freeze`` matches nothing, or no axis is left.
+        """
+        wanted, shut = self._matched(scope, "scope"), self._matched(freeze, "freeze")
+        kept, report = [], list(self.frozen)
+        for axis in self.axes:
+            if axis.name not in wanted:
+                continue
+            if axis.name in shut:
+                report.append(Frozen(axis.name, "named by freeze"))
+            elif not axis.exact and not inexact:
+                report.append(Frozen(axis.name, "inexact: a norm reduces over its units (inexact=true takes it)"))
+            else:
+                kept.append(axis)
+        if not kept:
+            why = "; ".join(f"{f.what}: {f.reason}" for f in report[:6]) or "the model has none"
+            raise ValueError(f"scope {scope!r} leaves no axis to prune: {why}")
+        return Axes(tuple(kept), tuple(report))
+
+    def coverage(self, model: nn.Module) -> float:
+        """The share of the parameters that lie in some axis's cuts."""
+        cut = {(c.module, c.tensor) for axis in self.axes for c in axis.cuts}
+        parameters = {id(p): p.numel() for p in model.parameters()}
+        inside = {id(getattr(model.get_submodule(m), t)) for m, t in cut}
+        return sum(n for key, n in parameters.items() if key in inside) / max(1, sum(parameters.values()))
+
+    def _matched(self, patterns: str | Sequence[str], what: str) -> set[str]:
+        found: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            names = {a.name for a in self.axes if pattern in (a.name, a.kind) or fnmatchcase(a.name, pattern)}
+            if not names and len(self.axes):
+                kinds = shown(sorted({a.kind for a in self.axes}))
+                raise ValueError(
+                    f"{what} {pattern!r} matches no axis; there are {shown([a.name for a in self.axes])}, of the kinds {kinds}"
+                )
+            found |= names
+        return found
+
+
+def identity(n: int) -> Tensor:
+    """A unit a place, (n, 1)."""
+    return torch.arange(n)[:, None]
+
+
+def span(n: int, width: int, start: int = 0) -> Tensor:
+    """``width`` neighbouring places a unit, from ``start``, (n, width)."""
+    return start + torch.arange(n * width).reshape(n, width)
+
+
+def offsets(parts: Iterable[Tensor]) -> Tensor:
+    """The same units in several blocks of one tensor, (n, the sum of their spans)."""
+    return torch.cat(list(parts), 1)
+
+
+def kept_units(axis: Axis, removed: Mapping[str, Sequence[int]]) -> Tensor:
+    """Ascending ids of what stays."""
+    stays = torch.ones(axis.n, dtype=torch.bool)
+    stays[list(removed.get(axis.name, ()))] = False
+    return stays.nonzero()[:, 0]
+
+
+def shown(names: Sequence[str], most: int = 12) -> str:
+    """Names in a line."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
+
+
+def units_of(axes: Iterable[Axis]) -> int:
+    """How many units there are."""
+    return sum(axis.n for axis in axes)

@@ -1,0 +1,141 @@
+"""What a model costs when units are gone: parameters, and multiply-accumulates (MACs) a sample."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..frame import Frame, tensor_of
+from ..hooks import observed
+from ..modes import frozen
+from .axis import Axis, Cut
+
+Budget = Literal["units", "params", "macs"]
+_Owned = tuple[str, str]  # a module's path, a tensor's name there
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A tensor, or an expert's part of one: each dimension less what axes take from it, times how often it counts."""
+
+    often: float
+    size: tuple[int, ...]
+    taken: tuple[tuple[int, str, int], ...] = ()  # (dimension, axis, places a unit)
+
+    def __call__(self, removed: Mapping[str, int]) -> float:
+        left = list(self.size)
+        for dim, axis, places in self.taken:
+            left[dim] -= places * removed.get(axis, 0)
+        return self.often * math.prod(left)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and MACs as functions of kept counts, {axis: units}: a convolution costs what it reads times what it puts out.
+
+    Parameters: distinct tensors, tied ones once. MACs: of Linear layers, convolutions, routers and experts, positions times
+    weights (two FLOPs each), and the products of queries with keys and of scores with values of attention that has an axis, a
+    causal one counted full. Biases, norms, embeddings and activations are not counted. MACs are 0 where no sample was shown.
+    """
+
+    units: Mapping[str, int]
+    weights: tuple[_Block, ...]
+    products: tuple[_Block, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, axes: Iterable[Axis], frame: Frame | None = None) -> "Cost":
+        """Counts; MACs by one forward of two samples of the frame."""
+        axes = list(axes)
+        cuts: dict[_Owned, list[tuple[Axis, Cut]]] = defaultdict(list)
+        for axis in axes:
+            for cut in axis.cuts:
+                cuts[cut.module, cut.tensor].append((axis, cut))
+        weights = _blocks({_owned(name): (p, 1.0) for name, p in model.named_parameters()}, cuts)
+        if frame is None:
+            return cls({a.name: a.n for a in axes}, weights, ())
+        positions = _positions(model, frame)
+        products = _blocks(positions, cuts)
+        attention = [_Block(a.attention * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in axes if a.attention]
+        return cls({a.name: a.n for a in axes}, weights, (*products, *attention))
+
+    def params(self, kept: Mapping[str, int] | None = None) -> int:
+        """Parameters with these counts; an axis that is not named keeps all."""
+        return self._sum(self.weights, kept or {})
+
+    def macs(self, kept: Mapping[str, int] | None = None) -> int:
+        """MACs a sample with these counts."""
+        return self._sum(self.products, kept or {})
+
+    def price(self, budget: Budget, kept: Mapping[str, int] | None = None) -> int:
+        """What a budget counts."""
+        if budget == "units":
+            return sum((kept or {}).get(name, n) for name, n in self.units.items())
+        return self.params(kept) if budget == "params" else self.macs(kept)
+
+    def _sum(self, blocks: Iterable[_Block], kept: Mapping[str, int]) -> int:
+        removed = {name: self.units[name] - count for name, count in kept.items()}
+        return round(math.fsum(block(removed) for block in blocks))
+
+
+def _blocks(tensors: Mapping[_Owned, tuple[Tensor, float]], cuts: Mapping[_Owned, list[tuple[Axis, Cut]]]) -> tuple[_Block, ...]:
+    """A block a tensor that axes cut, an expert one each; all that no axis cuts in one."""
+    fixed, found = 0.0, []
+    for owned, (tensor, often) in tensors.items():
+        here = cuts.get(owned, [])
+        if not here:
+            fixed += often * tensor.numel()
+        elif here[0][1].entry is None:
+            taken = tuple((cut.dim, axis.name, cut.index.shape[1]) for axis, cut in here)
+            found.append(_Block(often, tuple(tensor.shape), taken))
+        else:
+            for expert in range(len(tensor)):
+                own = tuple((cut.dim - 1, axis.name, cut.index.shape[1]) for axis, cut in here if cut.entry == expert)
+                found.append(_Block(often, tuple(tensor.shape[1:]), own))
+    return (*found, _Block(fixed, ()))
+
+
+def _positions(model: nn.Module, frame: Frame) -> dict[_Owned, tuple[Tensor, float]]:
+    """How often a sample multiplies each weight, with the weight itself."""
+    paths = {module: path for path, module in model.named_modules()}
+    frame, often = frame.head(2), defaultdict[_Owned, float](float)
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        for tensor, times in _multiplied(module, (*args, *kwargs.values()), output).items():
+            often[paths[module], tensor] += times / len(frame)
+
+    matrices = [m for m in model.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+    with frozen(model), torch.no_grad(), observed(matrices, see):
+        frame.run(model)
+    return {owned: (getattr(model.get_submodule(owned[0]), owned[1]), times) for owned, times in often.items()}
+
+
+def _multiplied(module: nn.Module, read: tuple, output: Any) -> dict[str, float]:
+    """{tensor: times} of one call: positions of a layer, tokens an expert on average."""
+    x = tensor_of(read)
+    experts = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    if experts and not isinstance(module, nn.modules.conv._ConvNd):
+        choices = [v for v in read if isinstance(v, Tensor) and not v.is_floating_point()]
+        tokens = choices[0].numel() if choices else x.numel() // x.shape[-1] if x is not None else 0
+        return {name: tokens / len(getattr(module, name)) for name in experts if name != "bias" and "bias" not in name}
+    weight = getattr(module, "weight", None)
+    if x is None or not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
+        return {}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        seen = x if module.transposed else tensor_of(output)
+        return {"weight": seen.numel() / seen.shape[1]}  # type: ignore[union-attr]
+    return {"weight": x.numel() / x.shape[-1]} if weight.ndim == 2 else {}
+
+
+def _pairs(axis: Axis, positions: Mapping[_Owned, tuple[Tensor, float]]) -> float:
+    """Pairs of positions that attention compares: those of its queries times those of its keys."""
+    made = [positions[cut.module, cut.tensor][1] for cut in axis.by_role("producer") if (cut.module, cut.tensor) in positions]
+    return made[0] * made[-1] if made else 0.0
+
+
+def _owned(name: str) -> _Owned:
+    path, _, tensor = name.rpartition(".")
+    return path, tensor
