@@ -1,0 +1,92 @@
+"""What a published criterion is: an axis, the model's weights and sums of a pass in, a score a unit out; high means keep."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from ..axis import Axis, Cut, Role
+from .passes import Need
+
+Kind = Literal["weights", "reads", "maps", "gates", "gradients", "sample_gradients", "training"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an axis is scored by: the model's weights, the seed, and the sums that criteria need."""
+
+    model: nn.Module
+    seed: int
+    sums: Mapping[Need, Any]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A published criterion. Options are fields; subclasses state formula and source in their docstring.
+
+    needs: what it reads beside the axis: ``weights`` alone; ``reads``, what consumers read; ``maps``, images of it; ``gates``,
+    slopes of the loss in gates on units; ``gradients`` of parameters, of all data together or ``sample_gradients``; ``training``.
+    P(u) are the rows of weights that make a unit, K(u) the columns that read it; biases and norms are in neither.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further names, each with options of its own
+    needs: ClassVar[Kind] = "weights"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            hint, value = hints[field.name], getattr(self, field.name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                fit = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"{self.names[0]}: {field.name} is {value!r}; it takes {fit}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def sums(self) -> tuple[Need, ...]:
+        """What a pass has to add up."""
+        return ()
+
+    def __call__(self, axis: Axis, found: Found) -> Tensor:
+        """The score of each unit, (units,) float64 on the CPU."""
+        raise TypeError(f"{type(self).__name__} has no formula")
+
+    def check(self, name: str, axes: Sequence[Axis], data: Iterable[Any] | None) -> None:
+        """Raises ValueError where data are missing, or a unit cannot be seen where the criterion looks."""
+        if self.needs != "weights" and data is None:
+            raise ValueError(f"{name} is measured on data: give data=, or a criterion of weights such as magnitude")
+        for axis in axes:
+            cuts = axis.by_role("producer", "consumer")
+            if not axis.by_role("producer") or not axis.by_role("consumer"):
+                raise ValueError(f"{name}: axis {axis.name!r} has no producer or no consumer: nothing to score its units by")
+            if self.needs in ("reads", "maps", "gates") and any(cut.entry is not None for cut in cuts):
+                raise ValueError(
+                    f"{name} looks at what passes, and no hook sees the units of axis {axis.name!r}: its experts lie in one "
+                    "tensor; score it by weights (magnitude, group_l2), or by gradient or llm_pruner"
+                )
+
+
+def matrices(model: nn.Module, axis: Axis, *roles: Role) -> list[Cut]:
+    """The cuts of weights: an axis's without biases."""
+    return [cut for cut in axis.by_role(*roles) if cut.of(model).ndim > 1]
+
+
+def entries(cut: Cut, tensor: Tensor) -> Tensor:
+    """The units' entries of a tensor in the shape of the one that is cut, (units, the rest)."""
+    part = tensor if cut.entry is None else tensor[cut.entry]
+    moved = part.movedim(cut.dim - (cut.entry is not None), 0)
+    return moved[cut.index.to(part.device)].flatten(1)
+
+
+def whole(model: nn.Module, cut: Cut) -> Tensor:
+    """The tensor that is cut, all experts of it, as the model holds it."""
+    return getattr(model.get_submodule(cut.module), cut.tensor)
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of parts that may lie on several devices, on the CPU."""
+    return torch.stack([part.cpu() for part in parts]).sum(0)

@@ -1,0 +1,181 @@
+"""Criteria of gates: slopes of the summed loss in a factor on the unit, taken sample by sample."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...frame import Frame
+from ...hooks import Edit
+from ..apply import channel_axis
+from ..axis import Axis, Cut
+from .base import Baseline, Found
+from .passes import Need, Sums
+
+Side = Literal["consumer", "producer"]
+Unit = Literal["sequence", "token"]
+
+
+class GateSums(Sums):
+    """Sums of q^2 and |q| over samples, or over tokens that are not padded, and how many there are.
+
+    q = dL/dz of one gate z = 1 a sample and unit, which multiplies what every consumer reads of the unit (or every producer puts
+    out for it): the sum of x dL/dx over positions, places and consumers, formed before any square.
+    """
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis], side: Side = "consumer", unit: Unit = "sequence"):
+        super().__init__(model, axes)
+        self.side, self.unit = side, unit
+        self.gated: dict[str, list[tuple[Axis, Cut]]] = {}
+        for axis in axes:
+            cuts = [cut for cut in axis.by_role(side) if cut.of(model).ndim > 1]
+            for cut in cuts:
+                self.gated.setdefault(cut.module, []).append((axis, cut))
+            if unit == "token" and (len(cuts) > 1 or channel_axis(model.get_submodule(cuts[0].module)) != -1):
+                reads = ", ".join(f"{c.module} ({type(model.get_submodule(c.module)).__name__})" for c in cuts)
+                raise ValueError(
+                    f"axis {axis.name!r} has no tokens of its own: it is read by {reads}, not by one linear layer; "
+                    "take unit: sequence"
+                )
+        self.paths = list(self.gated)
+        for axis in axes:
+            self.totals |= {(axis.name, what): self.zeros(axis.n) for what in ("square", "absolute")}
+            self.totals[axis.name, "rows"] = self.zeros(1)
+        self.gates: dict[str, Tensor] = {}
+        self.owners: dict[tuple[Cut, int], Tensor] = {}
+
+    def begin(self, frame: Frame) -> None:
+        super().begin(frame)
+        self.gates = {}
+
+    def edits(self) -> tuple[Mapping[str, Edit], Mapping[str, Edit]]:
+        own = {path: partial(self._multiply, path) for path in self.gated}
+        return ({}, own) if self.side == "consumer" else (own, {})
+
+    def leaves(self) -> list[Tensor]:
+        return list(self.gates.values())
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        for (name, gate), gradient in zip(self.gates.items(), gradients, strict=True):
+            q = (torch.zeros_like(gate) if gradient is None else gradient).double()  # (samples, rows, units)
+            mask = self.frame.mask
+            q = q[mask] if self.unit == "token" and mask is not None and mask.shape == q.shape[:2] else q.flatten(0, 1)
+            self.totals[name, "square"] += q.square().sum(0)
+            self.totals[name, "absolute"] += q.abs().sum(0)
+            self.totals[name, "rows"] += len(q)
+
+    def mean(self, axis: Axis, what: Literal["square", "absolute"]) -> Tensor:
+        """E q^2 or E|q| a unit."""
+        return (self.totals[axis.name, what] / self.totals[axis.name, "rows"]).cpu()
+
+    def _multiply(self, path: str, x: Tensor) -> Tensor:
+        """What passes, times the gates of its units; half precision is multiplied, and its slopes summed, in float32."""
+        samples, dim = len(self.frame), channel_axis(self.model.get_submodule(path)) % x.ndim
+        if len(x) % samples:
+            raise ValueError(f"{path} shows {len(x)} rows for a batch of {samples} samples: rows must belong to samples")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        behind = x.shape[dim + 1 :].numel()
+        rows = wide.reshape(samples, -1, x.shape[dim], behind)
+        for axis, cut in self.gated[path]:
+            gate = self._gate(axis, rows)
+            padded = torch.cat([gate, gate.new_ones(*gate.shape[:2], 1)], 2)
+            rows = rows * padded[..., self._owner(axis, cut, x.shape[dim])].to(rows.dtype)[..., None]
+        return rows.reshape(x.shape).to(x.dtype)
+
+    def _gate(self, axis: Axis, rows: Tensor) -> Tensor:
+        """The axis's gates in this batch, (samples, 1 or tokens, units): the same for all that is multiplied by them."""
+        if axis.name not in self.gates:
+            tokens = rows.shape[1] if self.unit == "token" else 1
+            dtype = torch.float64 if tokens == 1 else rows.dtype  # a gate a token would take twice the rows' memory
+            ones = torch.ones(len(rows), tokens, axis.n, dtype=dtype, device=rows.device)
+            self.gates[axis.name] = ones.requires_grad_()
+        return self.gates[axis.name].to(rows.device)
+
+    def _owner(self, axis: Axis, cut: Cut, width: int) -> Tensor:
+        """The unit at each place, (width,); the number of units where there is none."""
+        if (cut, width) not in self.owners:
+            places = cut.places if self.side == "consumer" else cut.index
+            owner = torch.full((width,), axis.n)
+            owner[places.flatten()] = torch.arange(axis.n).repeat_interleave(places.shape[1])
+            self.owners[cut, width] = owner.to(self.device)
+        return self.owners[cut, width]
+
+
+@dataclass(frozen=True)
+class Taylor(Baseline):
+    """First-order change of a sample's loss when the unit goes, at a gate before all that read it.
+
+    The paper squares per mini-batch; here it is per sample, so that the batch size does not matter. ``abs`` takes sizes.
+
+    Formula: E_n q^2, or E_n|q|; q = sum of x_u dL/dx_u over positions, places and consumers, L the sample's summed loss
+    Shapes: x of what consumers read -> (units,)
+    Unit:   that of the loss squared (of the loss with ``abs``), >= 0
+    NaN:    never
+    Source: Molchanov et al. 2019, 1906.10771, eq. 8 (gates); 2017, 1611.06440, eq. 7 (sizes)
+    """
+
+    names: ClassVar = ("taylor",)
+    needs: ClassVar = "gates"
+    abs: bool = False
+
+    def sums(self) -> tuple[Need, ...]:
+        return (Need(GateSums),)
+
+    def __call__(self, axis: Axis, found: Found) -> Tensor:
+        return found.sums[Need(GateSums)].mean(axis, "absolute" if self.abs else "square")
+
+
+@dataclass(frozen=True)
+class TaylorProducer(Baseline):
+    """First-order change of a sample's loss when what makes the unit is zeroed, its bias included.
+
+    It is not ``taylor``: what a norm's shift or a curved activation puts behind the producer stays. Behind a batch norm in train
+    mode it would be 0; scores are taken in eval mode.
+
+    Formula: E_n (sum of y_u dL/dy_u)^2 over positions and producers, y their own outputs; = E_n (sum of w g_nw over P(u), biases
+             included)^2
+    Shapes: y of what producers put out -> (units,)
+    Unit:   that of the loss squared, >= 0
+    NaN:    never
+    Source: Molchanov et al. 2019, 1906.10771, eq. 8 (weights of a filter)
+    """
+
+    names: ClassVar = ("taylor_producer",)
+    needs: ClassVar = "gates"
+
+    def sums(self) -> tuple[Need, ...]:
+        return (Need(GateSums, ("producer",)),)
+
+    def __call__(self, axis: Axis, found: Found) -> Tensor:
+        return found.sums[self.sums()[0]].mean(axis, "square")
+
+
+@dataclass(frozen=True)
+class LossProxy(Baseline):
+    """What a unit's removal costs in a second-order model of the loss whose Hessian is the empirical Fisher information.
+
+    ``unit: sequence`` adds q over a sample first (for images the order is ``taylor``'s), ``token`` takes every token alone.
+
+    Formula: 0.5 E q^2, q = sum of x_u dL/dx_u over places, and over positions and consumers of a sequence
+    Shapes: x of what consumers read -> (units,)
+    Unit:   that of the loss squared, >= 0
+    NaN:    never
+    Raises: ValueError for ``token`` where other than one linear layer reads the axis
+    Source: 2604.23475; LeCun et al. 1990, Optimal Brain Damage, eq. 5
+    """
+
+    names: ClassVar = ("loss_proxy",)
+    needs: ClassVar = "gates"
+    unit: Unit = "sequence"
+
+    def sums(self) -> tuple[Need, ...]:
+        return (Need(GateSums, ("consumer", "token")) if self.unit == "token" else Need(GateSums),)
+
+    def __call__(self, axis: Axis, found: Found) -> Tensor:
+        return 0.5 * found.sums[self.sums()[0]].mean(axis, "square")
+
+
+BASELINES: tuple[type[Baseline], ...] = (Taylor, TaylorProducer, LossProxy)

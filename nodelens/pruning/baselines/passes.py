@@ -1,0 +1,197 @@
+"""One pass over the data, and what it adds up for the published criteria."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...distributed import reduce_tensor
+from ...frame import Frame, logits_of
+from ...hooks import Capture, Edit, Site, edit
+from ...layers import Layer
+from ...measure import device_of
+from ...modes import frozen
+from ...rows import Rows
+from ..axis import Axis, Cut
+
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+class Sums:
+    """What a pass adds up, in float64, for the units of some axes: each batch is shown once.
+
+    paths: modules that have to run; where ``reads`` is true, what they read is shown. parameters: what the summed loss is
+    differentiated in, beside the ``leaves`` that a batch's forward pass makes. rounds: how often the data are read.
+    forward: whether the model itself has to run.
+    """
+
+    reads: ClassVar[bool] = False
+    forward: ClassVar[bool] = True
+    rounds = 1
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis]):
+        self.model, self.axes, self.device = model, axes, device_of(model)
+        self.paths: list[str] = []
+        self.parameters: list[Tensor] = []
+        self.totals: dict[Any, Tensor] = {}  # what adds up over processes as it is
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum before anything was added."""
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+
+    def begin(self, frame: Frame) -> None:
+        self.frame = frame
+
+    def edits(self) -> tuple[Mapping[str, Edit], Mapping[str, Edit]]:
+        """Changes of what modules put out, and of what they read, by path."""
+        return {}, {}
+
+    def see(self, path: str, rows: Rows) -> None:
+        """Takes what a module reads; padded tokens are not kept."""
+
+    def leaves(self) -> list[Tensor]:
+        """What the loss of the batch is differentiated in."""
+        return self.parameters
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Takes the gradients of the leaves."""
+
+    def end(self, logits: Tensor | None, loss: Loss) -> None:
+        """Ends the batch, all edits undone and no graph recorded; logits are None where no sums wanted the model to run."""
+
+    def reduce(self) -> None:
+        """Makes sums those of all processes. Collective."""
+        self.totals = {key: reduce_tensor(total) for key, total in self.totals.items()}
+
+
+class Need(NamedTuple):
+    """Sums that a criterion wants, with their options: equal ones are formed once."""
+
+    sums: type[Sums]
+    options: tuple[Any, ...] = ()
+
+
+def collect(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    needs: Iterable[Need],
+    data: Iterable[Any],
+    seed: int,
+    loss: Loss,
+    progress: Progress,
+) -> dict[Need, Any]:
+    """The sums of every need, of all processes' data. The model is as before when it ends, however it ends.
+
+    Raises ValueError where the data are empty, a module that is to be read never runs, the loss does not depend on the units,
+    or data are wanted again that can be read once only.
+    """
+    found = {need: need.sums(model, axes, *need.options) for need in dict.fromkeys(needs)}
+    rounds = max((sums.rounds for sums in found.values()), default=0)
+    if rounds > 1 and iter(data) is data:
+        raise ValueError(f"the data are read {rounds} times, and are an iterator: give a loader or a list of batches")
+    for k in range(rounds):
+        _read(model, [sums for sums in found.values() if sums.rounds > k], progress(data), seed, loss)
+    for sums in found.values():
+        sums.reduce()
+    return found
+
+
+def consumers(axes: Iterable[Axis]) -> list[Cut]:
+    """Every cut that reads units."""
+    return [cut for axis in axes for cut in axis.by_role("consumer")]
+
+
+@contextmanager
+def differentiable(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, tensors take a gradient; afterwards those that did not do not."""
+    changed = [t for t in tensors if not t.requires_grad]
+    try:
+        for t in changed:
+            t.requires_grad_(True)
+        yield
+    finally:
+        for t in changed:
+            t.requires_grad_(False)
+
+
+def _read(model: nn.Module, every: list[Sums], data: Iterable[Any], seed: int, loss: Loss) -> None:
+    """Shows every batch to the sums."""
+    device, samples = device_of(model), 0
+    sites = {path: Site(Layer(path, model.get_submodule(path)), "input") for sums in every for path in sums.paths}
+    frame: Frame
+
+    def see(site: Site, tensor: Tensor) -> None:
+        path = site.layer.name
+        taking = [sums for sums in every if sums.reads and path in sums.paths]
+        if taking:
+            rows = _rows(site.layer, tensor, frame)
+            for sums in taking:
+                sums.see(path, rows)
+
+    capture = Capture(sites.values(), see)
+    with frozen(model), differentiable([p for sums in every for p in sums.parameters]), capture:
+        for batch in data:
+            frame = Frame.of(batch, seed=seed).to(device)
+            samples += len(frame)
+            for sums in every:
+                sums.begin(frame)
+            logits = _forward(model, frame, every, capture, loss) if any(sums.forward for sums in every) else None
+            with torch.no_grad():
+                for sums in every:
+                    sums.end(logits, loss)
+    if not int(reduce_tensor(torch.tensor(samples, device=device))):
+        raise ValueError("the data are empty: not one batch to score units by")
+    silent = [path for path, site in sites.items() if not capture.fired[str(site)]]
+    if samples and silent:
+        raise ValueError(
+            f"module {silent[0]!r} is never called by {type(model).__name__}.forward (its parent may read its weight "
+            "directly): leave its axis out of the scope, or score it by weights"
+        )
+
+
+def _forward(model: nn.Module, frame: Frame, every: list[Sums], capture: Capture, loss: Loss) -> Tensor:
+    """One batch forward and, where something is differentiated, backward; the logits."""
+    changes = [sums.edits() for sums in every]
+    outputs, inputs = (_composed(model, [change[side] for change in changes]) for side in (0, 1))
+    wanted = bool(outputs or inputs or any(sums.parameters for sums in every))
+    capture.gate = True
+    with edit(outputs, inputs), torch.set_grad_enabled(wanted):
+        logits = logits_of(frame.run(model))
+        capture.gate = False
+        if wanted:
+            _differentiate(loss(logits, frame.labels), every)
+    return logits.detach()
+
+
+def _differentiate(total: Tensor, every: list[Sums]) -> None:
+    leaves = [sums.leaves() for sums in every]
+    if not any(leaves):
+        return  # no gate's module ran
+    if not total.requires_grad:
+        raise ValueError("the loss does not depend on the units: loss= gives a number without a gradient")
+    gradients = list(torch.autograd.grad(total, [leaf for held in leaves for leaf in held], allow_unused=True))
+    for sums, held in zip(every, leaves, strict=True):
+        sums.take(gradients[: len(held)])
+        del gradients[: len(held)]
+
+
+def _composed(model: nn.Module, changes: Iterable[Mapping[str, Edit]]) -> dict[nn.Module, Edit]:
+    """One function a module, of those that several sums have for it."""
+    by_module: dict[nn.Module, list[Edit]] = {}
+    for change in changes:
+        for path, function in change.items():
+            by_module.setdefault(model.get_submodule(path), []).append(function)
+    return {module: lambda x, each=each: reduce(lambda v, f: f(v), each, x) for module, each in by_module.items()}  # type: ignore[misc]
+
+
+def _rows(layer: Layer, tensor: Tensor, frame: Frame) -> Rows:
+    """What a module reads, as rows about zero, without padded tokens."""
+    rows = layer.rows(tensor, len(frame))
+    if frame.mask is not None and frame.mask.shape == (len(rows), rows.raw.shape[2]):
+        rows = rows.kept(frame.mask)
+    zero = torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=tensor.device)
+    return rows.about(zero, moved=False).finite()
