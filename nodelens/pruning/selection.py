@@ -1,0 +1,167 @@
+"""Which units of each axis go: by constraint, then by score, then by a seeded permutation."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..checks import nearest
+from ..keys import mix
+from .axis import Axis, shown
+
+Mode = Literal["low", "high", "random"]
+Nan = Literal["remove", "keep"]
+Units = Mapping[str, Iterable[int]]
+
+EARLIER, FIRST, UNKNOWN, SCORED, UNKNOWN_LAST, PROTECTED = range(6)  # the classes of units, in the order in which they go
+
+
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """What decides, beside the scores, in which order an axis's units go.
+
+    mode: ``low`` removes the smallest scores, ``high`` the largest, ``random`` takes a uniform draw for every score.
+    nan: units without a score go before those that have one (``remove``) or after them (``keep``).
+    protected units never go, ``first`` go before the rest, ``removed`` are gone already: {axis: unit ids}.
+    """
+
+    mode: Mode
+    seed: int
+    nan: Nan
+    protected: Mapping[str, np.ndarray]
+    first: Mapping[str, np.ndarray]
+    removed: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        axes: Sequence[Axis],
+        mode: Mode = "low",
+        seed: int = 0,
+        nan: Nan = "remove",
+        protected: Units | None = None,
+        first: Units | None = None,
+        removed: Units | None = None,
+    ) -> "Rules":
+        """Raises ValueError for an unknown word, axis or unit, or a unit that is both protected and removed."""
+        if mode not in ("low", "high", "random"):
+            raise ValueError(f"mode is {mode!r}: low removes the smallest scores, high the largest, random any")
+        if nan not in ("remove", "keep"):
+            raise ValueError(f"nan is {nan!r}: units without a score go first (remove) or last (keep)")
+        sets = {"protected": protected, "first": first, "removed": removed}
+        rules = cls(mode, seed, nan, **{what: _ids(axes, units or {}, what) for what, units in sets.items()})
+        for name, gone in rules.removed.items():
+            both = np.intersect1d(gone, rules.protected.get(name, ()))
+            if len(both):
+                raise ValueError(f"axis {name!r}: unit {int(both[0])} is protected, and an earlier plan has removed it")
+        return rules
+
+    def keys(self, axis: Axis, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Class, score and tie-breaking draw a unit, (n,) each: what comes lower goes earlier, but the score in mode ``high``."""
+        draws = torch.rand(axis.n, generator=generator(self.seed, axis.name), dtype=torch.float64).numpy()
+        scores = draws if values is None or self.mode == "random" else values
+        classes = np.where(np.isnan(scores), UNKNOWN if self.nan == "remove" else UNKNOWN_LAST, SCORED).astype(np.int8)
+        for kind, units in ((FIRST, self.first), (PROTECTED, self.protected), (EARLIER, self.removed)):
+            classes[units.get(axis.name, [])] = kind
+        return classes, scores, draws
+
+    def order(self, axis: Axis, values: np.ndarray | None) -> np.ndarray:
+        """Unit ids, the first to go first, (n,) int64."""
+        classes, scores, draws = self.keys(axis, values)
+        return np.lexsort((draws, -scores if self.mode == "high" else scores, classes))
+
+
+def select(
+    axes: Sequence[Axis],
+    scores: pd.Series | None,
+    kept: Mapping[str, int],
+    mode: Mode = "low",
+    seed: int = 0,
+    protected: Units | None = None,
+    first: Units | None = None,
+    removed: Units | None = None,
+    nan: Nan = "remove",
+) -> dict[str, list[int]]:
+    """The units that go so that ``kept[axis]`` stay: {axis: ascending ids}, only of axes that lose some.
+
+    scores: index (axis, unit), high means keep; mode ``random`` reads none. An axis that ``kept`` does not name loses nothing.
+    The constraints are those of ``Rules``; an earlier plan (``removed``) is contained in the answer. Equal scores are
+    decided by a permutation that belongs to the seed and the axis's name.
+    Raises ValueError for scores that do not cover an axis, an unknown name, or a count that the constraints do not allow.
+    """
+    rules = Rules.of(axes, mode, seed, nan, protected, first, removed)
+    _known(axes, kept, "kept")
+    losing = [axis for axis in axes if kept.get(axis.name, axis.n) != axis.n or len(rules.removed.get(axis.name, ()))]
+    values = {} if mode == "random" else by_axis(losing, scores)
+    chosen = {}
+    for axis in losing:
+        count = axis.n - kept.get(axis.name, axis.n)
+        _check_count(axis, count, rules)
+        chosen[axis.name] = np.sort(rules.order(axis, values.get(axis.name))[:count]).tolist()
+    return chosen
+
+
+def by_axis(axes: Sequence[Axis], scores: pd.Series | None) -> dict[str, np.ndarray]:
+    """The scores of each axis, by unit, (n,) float64. Raises ValueError where an axis's units are not each there once."""
+    if not axes:
+        return {}
+    if scores is None or scores.index.nlevels != 2:
+        raise ValueError("scores are a series with the index (axis, unit), one a unit; only mode random reads none")
+    index = scores.index
+    codes = np.asarray(index.codes[0])
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(len(index.levels[0]) + 1))
+    units, values = index.get_level_values(1).to_numpy()[order], scores.to_numpy(dtype=np.float64)[order]
+    place = {name: k for k, name in enumerate(index.levels[0])}
+    found = {}
+    for axis in axes:
+        k = place.get(axis.name)
+        rows = slice(0, 0) if k is None else slice(ends[k], ends[k + 1])
+        if not np.array_equal(np.sort(units[rows]), np.arange(axis.n)):
+            raise ValueError(
+                f"axis {axis.name!r} has the units 0 to {axis.n - 1}, the scores have {len(units[rows])} rows for it: "
+                "give each unit one, NaN where there is no answer"
+            )
+        found[axis.name] = np.empty(axis.n)
+        found[axis.name][units[rows]] = values[rows]
+    return found
+
+
+def generator(seed: int, *words: str) -> torch.Generator:
+    """A generator that belongs to a seed and words, in any process or order; torch's own is left alone."""
+    parts: list[int] = []
+    for word in words:
+        text = word.encode()
+        parts += [len(text), *(int.from_bytes(text[k : k + 7]) for k in range(0, len(text), 7))]
+    return torch.Generator().manual_seed(int(mix(seed, *parts)))
+
+
+def _ids(axes: Sequence[Axis], units: Units, what: str) -> dict[str, np.ndarray]:
+    _known(axes, units, what)
+    sizes = {axis.name: axis.n for axis in axes}
+    found = {name: np.unique(np.array(list(ids), dtype=np.int64)) for name, ids in units.items()}
+    for name, ids in found.items():
+        if len(ids) and not 0 <= ids[0] <= ids[-1] < sizes[name]:
+            outside = int(ids[0] if ids[0] < 0 else ids[-1])
+            raise ValueError(f"{what} names unit {outside} of axis {name!r}, which has the units 0 to {sizes[name] - 1}")
+    return found
+
+
+def _known(axes: Sequence[Axis], named: Iterable[str], what: str) -> None:
+    names = [axis.name for axis in axes]
+    unknown = sorted(set(named) - set(names))
+    if unknown:
+        raise ValueError(f"{what} names the axis {unknown[0]!r}.{nearest(unknown[0], names)} There are {shown(names)}")
+
+
+def _check_count(axis: Axis, count: int, rules: Rules) -> None:
+    protected, gone = len(rules.protected.get(axis.name, ())), len(rules.removed.get(axis.name, ()))
+    if not 0 <= count < axis.n:
+        raise ValueError(f"axis {axis.name!r} has {axis.n} units, {axis.n - count} are to stay: say from 1 to {axis.n}")
+    if count > axis.n - protected:
+        raise ValueError(f"axis {axis.name!r}: {count} of {axis.n} units are to go, but {protected} are protected")
+    if count < gone:
+        raise ValueError(f"axis {axis.name!r}: {count} of {axis.n} units are to go, but an earlier plan has removed {gone}")
