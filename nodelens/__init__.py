@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import load_config, run
+    from .finetune import Finetune
     from .layers import find_layers
     from .measure import analyze
     from .metrics import get_metric, list_metrics
+    from .pruning.artefact import load_pruned
+    from .pruning.prune import prune
+    from .pruning.strategies import PruningConfig, get_pruning_strategy, list_pruning_strategies
     from .results import Result, load, load_runs
     from .wrapper import ModelWrapper
 
@@ -22,18 +26,30 @@ _HOMES = {
     "load_config": "config",
     "run": "config",
     "ModelWrapper": "wrapper",
+    "Finetune": "finetune",
+    "prune": "pruning.prune",
+    "load_pruned": "pruning.artefact",
+    "PruningConfig": "pruning.strategies",
+    "get_pruning_strategy": "pruning.strategies",
+    "list_pruning_strategies": "pruning.strategies",
 }
 
 __all__ = [
+    "Finetune",
     "ModelWrapper",
+    "PruningConfig",
     "Result",
     "analyze",
     "find_layers",
     "get_metric",
+    "get_pruning_strategy",
     "list_metrics",
+    "list_pruning_strategies",
     "load",
     "load_config",
+    "load_pruned",
     "load_runs",
+    "prune",
     "run",
 ]
 

@@ -24,6 +24,21 @@ class Budget:
 
 
 @dataclass
+class PruneBudget(Budget):
+    """Limits of a pass, and what an amount is a share of: units, params or macs."""
+
+    amount: str = "units"
+
+
+@dataclass
+class Latency:
+    """Batch sizes at which models are timed ([]: not at all), and how often."""
+
+    batches: list[int] = field(default_factory=lambda: [1])
+    repeats: int = 30
+
+
+@dataclass
 class Common:
     """Keys that every task has; a group's values come from its file."""
 
@@ -36,18 +51,24 @@ class Common:
     logger: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    layers: Any = "*"
     groups: int = 8
     positions: int | None = None
     precision: str = "float32"
-    pairs: Any = "consecutive"
-    bias: bool = False
     initial_path: str | None = None
     budget: Budget = field(default_factory=Budget)
 
 
 @dataclass
-class Train(Common):
+class Measured(Common):
+    """Keys of the tasks that measure layers."""
+
+    layers: Any = "*"
+    pairs: Any = "consecutive"
+    bias: bool = False
+
+
+@dataclass
+class Train(Measured):
     """train.py"""
 
     task: str = "train"
@@ -55,7 +76,7 @@ class Train(Common):
 
 
 @dataclass
-class Analyze(Common):
+class Analyze(Measured):
     """analyze.py"""
 
     task: str = "analyze"
@@ -69,9 +90,25 @@ class Prune(Common):
 
     task: str = "prune"
     criterion: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    recover: dict[str, Any] | None = None
     amounts: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    mode: str = "low"
+    mode: Any = "low"
+    compensate: Any = "none"
+    apply: str = "slice"
+    scope: Any = "*"
+    freeze: Any = field(default_factory=list)
+    protect: dict[str, Any] = field(default_factory=dict)
+    axes: list[Any] = field(default_factory=list)
+    inexact: bool = False
+    reduce: str = "sum"
+    nan: str = "remove"
+    budget: PruneBudget = field(default_factory=PruneBudget)  # type: ignore[assignment]
+    latency: Latency = field(default_factory=Latency)
+    save: str | None = "best"
+    plan_only: bool = False
 
 
 def register() -> None:

@@ -38,11 +38,17 @@ def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, floa
     for logger in loggers:
         logger.log_metrics({f"final/dense_{k}": v for k, v in dense.items()})
         for amount, rows in table.groupby("amount"):
-            means = rows.groupby("criterion")["accuracy"].mean()
-            curve = {f"prune/{criterion}/accuracy": float(value) for criterion, value in means.items()}
+            means = rows.groupby(_varied(table))["accuracy"].mean().dropna()
+            names = ["/".join(key) if isinstance(key, tuple) else str(key) for key in means.index]
+            curve = {f"prune/{name}/accuracy": float(value) for name, value in zip(names, means, strict=True)}
             logger.log_metrics(curve | {"prune/amount": float(amount)}, step=round(100 * float(amount)))
         if hasattr(logger, "log_table"):
-            logger.log_table("sweep", dataframe=table)
+            logger.log_table("sweep", dataframe=table.astype(object).where(table.notna(), None))  # it takes plain values
+
+
+def _varied(table: pd.DataFrame) -> list[str]:
+    """What tells curves apart: the criterion, and whatever else differs."""
+    return [k for k in ("criterion", "allocation", "compensate", "mode") if k == "criterion" or table[k].nunique() > 1]
 
 
 def close(loggers: Iterable[Any]) -> None:

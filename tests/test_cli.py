@@ -47,7 +47,7 @@ MISTAKES = [
     ("analyze budget.memory=1KB", "or a larger budget"),
     ("analyze split=tset", "did you mean 'test'?"),
     ("analyze layers=conv*", "the model has: fc1, fc2, head"),
-    ("prune layers=conv*", "no layer matches 'conv*'"),
+    ("prune scope=conv*", "scope 'conv*' matches no axis; there are fc1, fc2"),
     ("train callbacks=measure layers=conv*", "no layer matches 'conv*'"),
     ("analyze ckpt_path=nope.ckpt", "nope.ckpt; give a .safetensors file"),
     ("train ckpt_path=nope.ckpt", "nope.ckpt; give a .safetensors file"),
@@ -73,12 +73,12 @@ MISTAKES = [
     ("analyze trainer.accelerator=abacus", "trainer=cpu works everywhere"),
     ("analyze trainer=ddp layers=conv*", "no layer matches 'conv*'"),
     ("prune amounts=[1.0]", "amount is 1.0"),
-    ("prune amounts=[]", "the sweep has no amounts"),
+    ("prune amounts=[]", "the sweep has no amount"),
     ("prune mode=lo", "mode is 'lo'"),
     ("prune criterion=tailor", "Did you mean 'taylor'?"),
-    ("prune +criterion.x=rand", "criterion.x is 'rand'"),
+    ("prune +criterion.x=rand", "no metric is called 'rand'"),
     ("prune +criterion.x.effective_rank=1", "effective_rank gives a value a layer"),
-    ("prune +criterion.x.taylor=much", "criterion.x.taylor is 'much'"),
+    ("prune +criterion.x.taylor=much", "criterion 'x': taylor is 'much'"),
 ]
 
 
@@ -121,7 +121,10 @@ def test_a_mistake_that_was_set_right_may_use_the_same_folder(quiet_home):
 def test_a_network_of_outputs_only_has_nothing_to_prune(quiet_home):
     ended = command("prune", "model.net.hidden=[]")
     assert ended.code == 1
-    assert ended.err == "nodelens: nothing to prune: the only layers are the model's outputs, head\n"
+    assert ended.err == (
+        "nodelens: scope '*' leaves no axis to prune: the input of head: 64 units: reads the model's input; "
+        "head: 10 units: the model's output\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import nodelens as nl
 from nodelens.checks import check, in_bytes
 from nodelens.config import CONF, TASKS, build, resolved
 from nodelens.metrics import METRICS, get_metric
+from nodelens.pruning.baselines import names as baseline_names
 
 GROUPS = ("dataset", "model", "metrics", "trainer", "logger", "callbacks", "criterion", "experiment", "pruning", "paths")
+GROUPS += ("allocation", "schedule", "recover")
 
 
 def options(group):
@@ -23,6 +25,9 @@ def tasks_with(group):
         "callbacks": ("train",),
         "criterion": ("prune",),
         "pruning": ("prune",),
+        "allocation": ("prune",),
+        "schedule": ("prune",),
+        "recover": ("prune",),
         "experiment": TASKS,
         "logger": ("train",),
         "trainer": ("train",),
@@ -43,6 +48,7 @@ EVERY = [
 @pytest.mark.parametrize(("task", "group", "option"), EVERY, ids=map("-".join, EVERY))
 def test_every_option_composes_and_fits_its_code(task, group, option):
     more = ["model.net._target_=torch.nn.Identity"] if option == "custom" else []
+    more += ["allocation.dict.shares={fc1:0.5}"] if option == "dict" else []
     more += ["dataset.path=somewhere"] if option in ("npz", "imagefolder") else []
     cfg = nl.load_config(task, [f"{group}={option}", *more])
     for part in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
@@ -95,7 +101,7 @@ def test_there_is_a_file_for_every_metric_and_a_criterion_for_every_metric_of_un
     assert not SETS & set(nl.list_metrics()), "a set that is called like a metric would hide it"
     assert set(options("metrics")) == {*nl.list_metrics(), *SETS}
     of_units = {name for name in nl.list_metrics() if get_metric(name).shape == "unit"}
-    assert set(options("criterion")) == of_units | {"random", "composite"}
+    assert set(options("criterion")) == of_units | set(baseline_names()) | {"composite"}
 
 
 def test_every_metric_can_be_chosen_at_once():
@@ -114,7 +120,7 @@ def test_a_criterion_file_reads_its_metric_and_says_which_way(name):
     if name not in ("random", "composite"):
         assert set(terms) == {name}
         assert abs(terms[name]) == 1
-        metric = get_metric(name).names[0]
+        metric = name if name in baseline_names() else get_metric(name).names[0]
         alike = "similarity" in metric or "redundancy" in metric
         assert terms[name] == (-1 if alike or "zero_fraction" in name else 1)
 

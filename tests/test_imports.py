@@ -13,14 +13,14 @@ LEVELS = (
     "metrics",
     "recording plan control table results distributed",
     "collector collect measure pruning evaluate wrapper",
-    "callbacks report tracking",
+    "callbacks report tracking finetune",
     "config tasks overrides cli",
 )
 LEVEL = {name: k for k, names in enumerate(LEVELS) for name in names.split()}
 BESIDE = {"models", "data"}
 WALLS = {
     "hydra": {"config.py", "overrides.py", "cli.py"},
-    "lightning": {"callbacks.py", "tasks/train.py", "models", "data"},
+    "lightning": {"callbacks.py", "finetune.py", "tasks/train.py", "models", "data"},
     "matplotlib": {"report"},
     "plotly": {"report"},
     "wandb": set(),

@@ -15,17 +15,20 @@ from torch import nn
 
 import nodelens as nl
 from nodelens.frame import Frame
-from nodelens.layers import find_layers
-from nodelens.pruning import Cell, RemovalPlan, cells, gates, masked, random_scores, remove, run_sweep, scores
+from nodelens.pruning.criteria import Criterion
+from nodelens.pruning.ranking import areas
+from nodelens.pruning.removal import RemovalPlan
+from nodelens.pruning.subject import Subject
+from nodelens.pruning.sweep import Sweep, cells
 
 ROOT = Path(__file__).parents[1]
 TWELVE = ("criterion=[rq,random]", "amounts=[0.25,0.5,0.75]", "seeds=[0,1]", "dataset.calibration=64", "logger=none")
 
 
-def units(**columns):
-    n = len(next(iter(columns.values()))) // 2
-    index = pd.MultiIndex.from_tuples([(layer, u) for layer in ("a", "b") for u in range(n)], names=["layer", "unit"])
-    return pd.DataFrame(columns, index=index)
+def timeless(folder):
+    """The table without the clock's columns."""
+    table = pd.read_parquet(folder / "sweep.parquet")
+    return table[[c for c in table if "latency" not in c and not c.endswith("_s") and c != "seconds"]]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_table(undisturbed, tmp_pa
     after = snapshot(tmp_path / "run/cells")
     assert {k: after[k] for k in done if not k.startswith(".")} == {k: v for k, v in done.items() if not k.startswith(".")}
     assert (tmp_path / "run/units.parquet").stat().st_mtime_ns == measured
-    assert_frame_equal(pd.read_parquet(tmp_path / "run/sweep.parquet"), pd.read_parquet(undisturbed / "sweep.parquet"))
+    assert_frame_equal(timeless(tmp_path / "run"), timeless(undisturbed))
 
 
 def test_a_finished_sweep_is_shown_again_and_stays_as_it_is(undisturbed):
@@ -81,89 +84,114 @@ def test_a_sweep_has_a_row_a_cell_and_the_page_its_curve(undisturbed):
     assert rq.groupby("amount")["plan"].nunique().eq(1).all(), "a criterion without chance does not vary with the seed"
     assert (undisturbed / "figures/curves.png").is_file()
     assert "no checkpoint was given" in (undisturbed / "report.html").read_text()
-    assert [c for c in nl.load(undisturbed).units if not c.endswith("_se")] == ["rq"], "measured once, for the criteria alone"
+    assert list(nl.load(undisturbed).units) == ["rq"], "measured once, for the criteria alone"
+    assert (table["macs"] < table["dense_macs"]).all()
+    assert (table["latency_batch1_ms"] > 0).all()
+    assert (table[["val_accuracy", "val_pruned_accuracy", "val_dense_accuracy", "accuracy_se"]].notna()).all(axis=None)
+    assert set(json.loads((undisturbed / "splits.json").read_text())) >= {"test", "val", "calibration", "fingerprint"}
 
 
-def test_the_other_end_of_the_scale(quiet_home):
+def test_the_pruned_folder_holds_the_best_cell_on_validation_data(undisturbed):
+    table = pd.read_parquet(undisturbed / "sweep.parquet")
+    largest = table[table["amount"] == 0.75]
+    best = largest.loc[largest["val_accuracy"].idxmax()]
+    plan = RemovalPlan.load(undisturbed / "pruned/plan.json")
+    assert plan.key == best["plan"]
+    net = nl.load_pruned(undisturbed / "pruned")
+    assert sum(p.numel() for p in net.parameters()) == best["params"]
+    assert net(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_every_choice_in_one_command(quiet_home):
     ended = command(
-        "prune", "criterion=composite", "amounts=[0,0.99]", "hydra.run.dir=run", "dataset.calibration=64", "+model.net.hidden=[8,1]"
+        "prune",
+        "model=cnn",
+        "criterion=[l2,random]",
+        "allocation=[uniform,global]",
+        "compensate=[none,bias,batch_norm]",
+        "mode=[low,high]",
+        "amounts=[0.5]",
+        "budget.amount=macs",
+        "schedule=iterative",
+        "schedule.steps=2",
+        "recover=finetune",
+        "recover.epochs=1",
+        "latency.batches=[]",
+        "dataset.calibration=64",
+        "hydra.run.dir=run",
+        "save=l2-global-bias-low-0.5-0",
     )
     assert ended.code == 0, ended.err
-    table = pd.read_parquet("run/sweep.parquet").set_index("amount")
-    assert table.loc[0.0, "accuracy"] == table.loc[0.0, "dense_accuracy"]
-    assert table.loc[0.0, "removed"] == 0
-    assert table.loc[0.99, "removed"] == 7, "a unit stays in every layer"
-    assert json.loads(Path("run/cells/composite-0.99-0.json").read_text())["removed_units"].keys() == {"fc1"}
+    table = pd.read_parquet("run/sweep.parquet")
+    assert len(table) == 2 * 2 * 3 * 2
+    assert table["status"].eq("done").all()
+    assert ((1 - table["macs_share"]) - 0.5).abs().max() < 0.05
+    assert table["schedule"].eq("iterative:2").all()
+    assert (table["val_accuracy"] >= table["val_pruned_accuracy"]).all(), "the best epoch, or the one before the first"
+    assert RemovalPlan.load("run/pruned/plan.json").key == table.set_index("name").loc["l2-global-bias-low-0.5-0", "plan"]
 
 
-def test_cells_that_remove_the_same_units_are_evaluated_once(tmp_path):
-    calls = []
+def test_a_cell_that_cannot_be_is_a_row_with_its_reason(quiet_home):
+    ended = command(
+        "prune",
+        "criterion=[magnitude]",
+        "compensate=[none,batch_norm]",
+        "amounts=[0,0.99]",
+        "hydra.run.dir=run",
+        "dataset.calibration=64",
+        "+model.net.hidden=[8,1]",
+    )
+    assert ended.code == 0, ended.err
+    table = pd.read_parquet("run/sweep.parquet").set_index(["compensate", "amount"]).sort_index()
+    assert table.loc[("none", 0.0), "accuracy"] == table["dense_accuracy"].iloc[0]
+    assert table.loc[("none", 0.0), "units_removed"] == 0
+    assert table.loc[("none", 0.99), "units_removed"] == 7, "a unit stays in every layer"
+    assert table.loc["batch_norm", "status"].eq("infeasible").all()
+    assert "has no batch norm to re-estimate" in table.loc[("batch_norm", 0.0), "error"]
+    assert "cells infeasible" in ended.out
 
-    def evaluate(plan):
-        calls.append(plan.key)
-        return {"accuracy": 0.5, "loss": 1.0, "ece": 0.1}
 
-    todo = cells({"m": {"m": 1.0}, "random": "random"}, [0.5], [0, 1, 2])
-    rows = run_sweep(tmp_path, units(m=[1.0, 2, 3, 4] * 2), {"m": {"m": 1.0}, "random": "random"}, todo, evaluate)
+def test_plan_only_prints_every_axis_and_what_is_frozen(quiet_home):
+    ended = command("prune", "model=cnn", "plan_only=true", "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    for words in ("params/unit", "MACs/unit", "frozen:", "the model's output", "axes,"):
+        assert words in ended.out, words
+    assert not (quiet_home / "run/sweep.parquet").exists()
+
+
+def subject():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    return Subject.of(net, Frame.of(torch.rand(2, 4)))
+
+
+def test_cells_that_remove_the_same_units_are_carried_out_once(tmp_path):
+    calls, it = [], subject()
+    criteria = [Criterion.of("magnitude"), Criterion.of("random")]
+    todo = cells(criterion=criteria, amount=[0.5], seed=[0, 1, 2])
+    sweep = Sweep(tmp_path, it, it.table(criteria), lambda pruned: calls.append(pruned.plan.key) or {"accuracy": 0.5})
+    rows = sweep.run(todo)
     assert len(rows) == 6
     assert len(calls) == len(set(calls)) == len({r["plan"] for r in rows})
-    assert Cell("m", 0.5, 0).name == "m-0.5-0"
+    assert todo[0].name == "magnitude-uniform-none-low-0.5-0"
+    again = Sweep(tmp_path, it, it.table(criteria), lambda pruned: pytest.fail("it was there"))
+    assert again.run(todo) == [json.loads((tmp_path / f"cells/{c.name}.json").read_text()) for c in todo]
+    with pytest.raises(ValueError, match="was carried out with other settings"):
+        again.run(cells(criterion=criteria[:1], amount=[0.5], seed=[0], nan=["keep"]))
+    with pytest.raises(ValueError, match="the sweep has no amount"):
+        cells(criterion=criteria, amount=[])
+    with pytest.raises(ValueError, match=r"the cell magnitude-uniform-none-low-0\.5-0 twice"):
+        cells(criterion=criteria[:1] * 2, amount=[0.5])
 
 
-def test_ties_are_broken_by_the_seed_and_the_same_way_twice():
-    tied = units(m=[1.0] * 20)["m"]
-    first, again, other = (remove(tied, 0.5, seed) for seed in (0, 0, 1))
-    assert first == again
-    assert first.removed != other.removed
-    assert first.removed["a"] != first.removed["b"]
-    assert first.removed["a"] != list(range(5)), "ties do not fall to the first units"
-
-
-def test_the_lowest_go_a_unit_without_a_score_stays_and_high_is_the_other_way():
-    scored = units(m=[3.0, float("nan"), 1, 2, 1, 2, 3, 4])["m"]
-    assert remove(scored, 0.5).removed == {"a": [2, 3], "b": [0, 1]}
-    assert remove(scored, 0.5, mode="high").removed == {"a": [0, 3], "b": [2, 3]}
-    assert remove(scored, 0.75).removed["a"] == [0, 2, 3]
-    assert remove(scored, 0.99).count == 6
-    assert remove(scored, 0.0) == RemovalPlan({})
-
-
-@pytest.mark.parametrize(
-    ("amount", "mode", "said"), [(1.0, "low", "amount is 1.0"), (-0.1, "low", "amount is -0.1"), (0.5, "lo", "mode is 'lo'")]
-)
-def test_what_cannot_be_removed_is_refused(amount, mode, said):
-    with pytest.raises(ValueError, match=said):
-        remove(units(m=[1.0, 2])["m"], amount, mode=mode)
-
-
-def test_a_composite_adds_ranks_with_their_signs():
-    table = units(big=[1000.0, 3000, 2000, 5, 6, 7], small=[0.3, 0.1, 0.2, 0.1, 0.1, 0.1])
-    assert scores(table, {"big": 1.0, "small": -0.5}).tolist() == [-0.5, 1.0, 0.25, -0.25, 0.25, 0.75]
-    assert scores(table, {"big": -2.0}).tolist() == [-2000, -6000, -4000, -10, -12, -14]
-    with pytest.raises(ValueError, match="the criterion reads huge; the table has big, small"):
-        scores(table, {"huge": 1.0})
-    assert random_scores(table, 0).equals(random_scores(table, 0))
-    assert not random_scores(table, 0).equals(random_scores(table, 1))
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_what_is_removed_is_zero_where_it_is_read(norm):
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), *([nn.BatchNorm2d(4)] if norm else []), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten())
-    for p in net.parameters():
-        nn.init.constant_(p, 0.7)  # a norm's bias of 0.7 would pass the ReLU
-    x, net = torch.rand(3, 1, 6, 6), net.eval()
-    doors = gates(net, find_layers(net, "*"), Frame.of(x))
-    assert doors["0"].name == ("1" if norm else "0")
-    seen = []
-    net[-2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    before = net(x)
-    with masked(doors, RemovalPlan({"0": [1, 3]})):
-        net(x)
-    assert (seen[1][:, [1, 3]] == 0).all()
-    assert (seen[1][:, [0, 2]] > 0).all()
-    assert torch.equal(net(x), before), "nothing is left behind"
-    with (
-        pytest.raises(ValueError, match="the plan removes units of 9; there are gates for 0"),
-        masked(doors, RemovalPlan({"9": [0]})),
-    ):
-        pass
+def test_areas_compare_over_the_range_that_all_reach():
+    rows = [("a", 0.5, 0.8, 0.5), ("a", 1.0, 0.6, 0.9), ("b", 0.5, 0.9, 0.6), ("b", 1.0, 0.5, 1.0)]
+    table = pd.DataFrame(rows, columns=["criterion", "amount", "accuracy", "gone"])
+    table = table.assign(allocation="uniform", compensate="none", mode="low", macs_share=1 - table["gone"], dense_accuracy=1.0)
+    found = areas(table)
+    assert found["upto"].eq(0.9).all()
+    a = ((1 + 0.8) / 2 * 0.5 + (0.8 + 0.6) / 2 * 0.4) / 0.9
+    b = ((1 + 0.9) / 2 * 0.6 + (0.9 + 0.6) / 2 * 0.3) / 0.9
+    assert found["area"].tolist() == pytest.approx([b, a])
+    assert found.index[0] == ("b", "uniform", "none", "low")

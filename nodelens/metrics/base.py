@@ -83,9 +83,7 @@ class Metric:
     @classmethod
     def section(cls, title: str) -> str:
         """A part of the docstring on one line: ``Formula``, ``Shapes``, ``Unit``, ``NaN``, ``Raises`` or ``Source``."""
-        titles = "|".join(_SECTIONS)
-        found = re.search(rf"^ *{title}:(.*?)(?=^ *(?:{titles}):|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
-        return " ".join(found[1].split()) if found else ""
+        return section_of(cls.__doc__ or "", title)
 
     @classmethod
     def source(cls) -> str:
@@ -116,6 +114,13 @@ class Metric:
 def mean_of_partners(pairs: Tensor) -> Tensor:
     """Mean over the partners j != i of a matrix with a zero diagonal, (N, N) -> (N,); NaN for a unit alone."""
     return pairs.sum(1) / (len(pairs) - 1) if len(pairs) > 1 else pairs.new_full((len(pairs),), float("nan"))
+
+
+def section_of(text: str, title: str) -> str:
+    """A part of a docstring on one line; empty where there is none."""
+    titles = "|".join(_SECTIONS)
+    found = re.search(rf"^ *{title}:(.*?)(?=^ *(?:{titles}):|\Z)", text, re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _hints(cls: type[Metric]) -> Mapping[str, Any]:

@@ -1,50 +1,165 @@
-"""Criteria: a signed sum of metrics, or chance; high means keep."""
+"""Criteria: signed sums of columns, high means keep."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 
-from ..keys import mix
+from ..keys import generator
 from ..results import values_of
 
 RANDOM = "random"
+Normalise = Literal["none", "rank", "minmax", "z", "robust_z", "mean", "l2", "sum"]
+Through = Literal["none", "log", "sqrt", "abs", "rank"]
+Spec = str | Mapping[str, Any]
+_LONG = ("terms", "normalise", "combine")
 
 
-def scores(units: pd.DataFrame, terms: Mapping[str, float]) -> pd.Series:
-    """A score a unit from columns of a unit table, index (layer, unit); high means keep.
+@dataclass(frozen=True)
+class Term:
+    """A column's part in a criterion: the weight's sign says whether much of it is worth keeping."""
 
-    One term is its column times its weight. Several are first turned into ranks within the layer, from 0 (smallest) to 1,
-    ties averaged: sums of quantities in different units would follow the widest. NaN where a term is.
-    Raises ValueError for a column that is not there, or an empty criterion.
+    weight: float = 1.0
+    through: Through = "none"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """score(u) = sum over terms of weight N(T(u)), or, with ``combine: product``, exp of the sum of weight log T(u), T > 0.
+
+    T is a column of the score table, N a normalisation within each axis: ``rank`` from 0 (smallest) to 1, ties averaged, where
+    there are several terms, because sums of quantities in different units follow the widest; ``none`` for one term alone.
     """
-    if not terms:
-        raise ValueError("a criterion needs a term at least, such as {taylor: 1.0}")
-    missing = [name for name in terms if name not in units]
-    if missing:
-        there = ", ".join(values_of(units))
-        raise ValueError(f"the criterion reads {', '.join(missing)}; the table has {there}")
-    if len(terms) == 1:
-        ((name, weight),) = terms.items()
-        return units[name] * weight
-    parts = [_ranks(units[name]) * weight for name, weight in terms.items()]
-    return sum(parts[1:], parts[0])
+
+    name: str
+    terms: Mapping[str, Term]
+    normalise: Normalise = "rank"
+    combine: Literal["sum", "product"] = "sum"
+
+    @classmethod
+    def of(cls, spec: Spec, name: str | None = None) -> "Criterion":
+        """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalise, combine}.
+
+        A term of the long form is a weight or {weight, through}. Raises ValueError for anything else.
+        """
+        if isinstance(spec, str):
+            return cls(name or spec, {spec: Term()}, "none")
+        long = "terms" in spec
+        called = name or "+".join(spec["terms"] if long else spec)
+        if long and set(spec) - set(_LONG):
+            raise ValueError(f"criterion {called!r} has {', '.join(sorted(set(spec) - set(_LONG)))}; it takes {', '.join(_LONG)}")
+        given = spec["terms"] if long else spec
+        if not isinstance(given, Mapping) or not given:
+            raise ValueError(f"criterion {called!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")
+        terms = {column: _term(called, column, value) for column, value in given.items()}
+        options: dict[str, Any] = {"normalise": "none" if len(terms) == 1 else "rank", "combine": "sum"}
+        options |= {k: spec[k] for k in options if k in spec} if long else {}
+        for what, fit in (("normalise", get_args(Normalise)), ("combine", ("sum", "product"))):
+            if options[what] not in fit:
+                raise ValueError(f"criterion {called!r}: {what} is {options[what]!r}; it is {', '.join(fit)}")
+        return cls(called, terms, **options)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The long form, as plain values."""
+        terms = {k: t.weight if t.through == "none" else {"weight": t.weight, "through": t.through} for k, t in self.terms.items()}
+        return {"terms": terms, "normalise": self.normalise, "combine": self.combine}
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether the seed decides."""
+        return RANDOM in self.terms
+
+    def score(self, table: pd.DataFrame, seed: int = 0) -> pd.Series:
+        """A score a unit of a table with index (axis, unit); NaN where a term is.
+
+        ``random`` is drawn anew for each seed and axis. Raises ValueError for a column that is not there, a product of terms that
+        are not positive, or an axis without a single number.
+        """
+        missing = [column for column in self.terms if column != RANDOM and column not in table]
+        if missing:
+            there = ", ".join(values_of(table)) or "none"
+            raise ValueError(f"criterion {self.name!r} reads {', '.join(missing)}; the table has {there}")
+        parts = []
+        for column, term in self.terms.items():
+            values = random_scores(table.index, seed) if column == RANDOM else table[column].astype(float)
+            values = _through(values, term.through)
+            if self.combine == "product":
+                if bool((values <= 0).any()):
+                    raise ValueError(f"criterion {self.name!r} multiplies, {column} has values of 0 or less: use combine: sum")
+                parts.append(np.log(values) * term.weight)
+            else:
+                parts.append(normalised(values, self.normalise) * term.weight)
+        total = sum(parts[1:], parts[0])
+        total = np.exp(total) if self.combine == "product" else total
+        return self._checked(total)
+
+    def _checked(self, score: pd.Series) -> pd.Series:
+        found = score.groupby(level="axis", sort=False).count()
+        empty = list(found.index[found == 0])
+        if empty:
+            raise ValueError(
+                f"criterion {self.name!r} has no number for any unit of {', '.join(map(str, empty[:4]))}"
+                + (f" and {len(empty) - 4} more axes" if len(empty) > 4 else "")
+                + ": choose another, or leave them out with freeze="
+            )
+        return score.rename(self.name)
 
 
-def random_scores(units: pd.DataFrame, seed: int) -> pd.Series:
-    """Uniform scores in [0, 1), drawn anew for each seed and layer, by a generator of their own."""
-    drawn = []
-    for layer, rows in units.groupby(level="layer", sort=False):
-        drawn.append(torch.rand(len(rows), generator=generator(seed, str(layer)), dtype=torch.float64).numpy())
-    return pd.Series(np.concatenate(drawn), index=units.index)
+def normalised(values: pd.Series, how: Normalise) -> pd.Series:
+    """Values within each axis as ranks from 0 to 1, between 0 and 1, in standard deviations, or as multiples of a size.
+
+    ``z``, ``robust_z`` and ``minmax`` of an axis whose units are alike are 0.
+    """
+    by = values.groupby(level="axis", sort=False)
+    if how == "none":
+        return values
+    if how == "rank":
+        return ((by.rank() - 1) / (by.transform("count") - 1).clip(lower=1)).where(values.notna())
+    if how in ("mean", "l2", "sum"):
+        size = {"mean": lambda x: x.mean(), "l2": lambda x: np.sqrt((x**2).sum()), "sum": lambda x: x.sum()}[how]
+        return values / by.transform(size).where(lambda s: s != 0, 1.0)
+    if how == "minmax":
+        low, spread = by.transform("min"), by.transform("max") - by.transform("min")
+    elif how == "z":
+        low, spread = by.transform("mean"), by.transform("std", ddof=0)
+    else:
+        low = by.transform("median")
+        spread = (values - low).abs().groupby(level="axis", sort=False).transform("median")
+    return (values - low) / spread.where(spread != 0, 1.0)
 
 
-def generator(seed: int, layer: str) -> torch.Generator:
-    """A generator that belongs to a seed and a layer's name, in any process or order."""
-    return torch.Generator().manual_seed(int(mix(seed, *layer.encode())))
+def random_scores(index: pd.Index, seed: int) -> pd.Series:
+    """Uniform scores in [0, 1), drawn anew for each seed and axis, by generators of their own."""
+    drawn = pd.Series(0.0, index=index)
+    for axis, rows in drawn.groupby(level="axis", sort=False):
+        drawn.loc[rows.index] = np.array(_uniform(len(rows), seed, str(axis)))
+    return drawn
 
 
-def _ranks(column: pd.Series) -> pd.Series:
-    by_layer = column.groupby(level="layer", sort=False)
-    return ((by_layer.rank() - 1) / (by_layer.transform("size") - 1).clip(lower=1)).where(column.notna())
+def _uniform(n: int, seed: int, axis: str) -> list[float]:
+    import torch
+
+    return torch.rand(n, generator=generator(seed, axis), dtype=torch.float64).tolist()
+
+
+def _term(criterion: str, column: str, value: Any) -> Term:
+    if isinstance(value, Mapping) and "weight" in value and not set(value) - {"weight", "through"}:
+        weight, through = value["weight"], value.get("through", "none")
+    else:
+        weight, through = value, "none"
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise ValueError(f"criterion {criterion!r}: {column} is {weight!r}; it is a weight, a number, or {{weight, through}}")
+    if through not in get_args(Through):
+        raise ValueError(f"criterion {criterion!r}: {column} goes through {through!r}; it is {', '.join(get_args(Through))}")
+    return Term(float(weight), through)
+
+
+def _through(values: pd.Series, how: Through) -> pd.Series:
+    if how == "rank":
+        return normalised(values, "rank")
+    function = {"log": np.log, "sqrt": np.sqrt, "abs": np.abs}.get(how)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return values if function is None else function(values)

@@ -1,21 +1,47 @@
-"""How criteria compare: the area under each one's curve."""
+"""How criteria compare: accuracy against what was really saved, and the area under each curve."""
 
 import numpy as np
 import pandas as pd
 
-
-def curves(table: pd.DataFrame, measure: str = "accuracy") -> pd.DataFrame:
-    """Mean and standard deviation over seeds, index (criterion, amount), columns mean, std, seeds."""
-    by = table.groupby(["criterion", "amount"], sort=False)[measure]
-    return by.agg(mean="mean", std="std", seeds="count")
+KEY = ["criterion", "allocation", "compensate", "mode"]
 
 
-def areas(table: pd.DataFrame, measure: str = "accuracy") -> pd.Series:
-    """Area under the mean curve over amounts from 0 (the dense model) to the largest, divided by that range; best first."""
-    found = {}
-    for criterion, curve in curves(table, measure)["mean"].groupby(level="criterion", sort=False):
-        amounts = curve.index.get_level_values("amount").to_numpy()
-        x = np.concatenate([[0.0], amounts]) if amounts[0] > 0 else amounts
-        y = np.concatenate([[table[f"dense_{measure}"].iloc[0]], curve.to_numpy()]) if amounts[0] > 0 else curve.to_numpy()
-        found[criterion] = float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
-    return pd.Series(found, name="area").sort_values(ascending=False)
+def curves(table: pd.DataFrame, measure: str = "accuracy", saved: str = "macs") -> pd.DataFrame:
+    """Mean and standard deviation over seeds, index (criterion, allocation, compensate, mode, amount).
+
+    Columns mean, std, seeds, and saved: the mean share of the ``macs``, ``params`` or ``units`` that went. Cells without a number
+    (infeasible ones) do not count.
+    """
+    table = table.assign(saved=removed_share(table, saved)).dropna(subset=[measure])
+    by = table.groupby([*KEY, "amount"], sort=False)
+    return by[measure].agg(mean="mean", std="std", seeds="count").join(by["saved"].mean())
+
+
+def areas(table: pd.DataFrame, measure: str = "accuracy", saved: str = "macs") -> pd.DataFrame:
+    """Area under each mean curve, best first: index (criterion, allocation, compensate, mode), columns area and upto.
+
+    From 0 saved (the dense model) to ``upto``, the largest share that every curve reaches, divided by it; straight lines between
+    the amounts. All are thus compared over one range.
+    """
+    found = curves(table, measure, saved)
+    dense = table[f"dense_{measure}"].iloc[0]
+    lines = {}
+    for key, curve in found.groupby(level=KEY, sort=False):
+        points = curve.sort_values("saved")
+        lines[key] = (np.concatenate([[0.0], points["saved"]]), np.concatenate([[dense], points["mean"]]))
+    upto = min((float(x[-1]) for x, _ in lines.values()), default=0.0)
+    rows = {}
+    for key, (x, y) in lines.items():
+        inside = x[x < upto]
+        grid = np.concatenate([inside, [upto]])
+        rows[key] = float(np.trapezoid(np.interp(grid, x, y), grid) / upto) if upto > 0 else float(y.mean())
+    area = pd.Series(rows, name="area", dtype=float)
+    area.index = pd.MultiIndex.from_tuples(list(rows), names=KEY) if rows else pd.MultiIndex.from_arrays([[]] * 4, names=KEY)
+    return area.sort_values(ascending=False, kind="stable").to_frame().assign(upto=upto)
+
+
+def removed_share(table: pd.DataFrame, of: str = "macs") -> pd.Series:
+    """The share of MACs, parameters or units that went; of units where MACs were not counted."""
+    if of == "units" or (of == "macs" and table["macs_share"].isna().all()):
+        return table["units_removed"] / table["units"]
+    return 1 - table[f"{of}_share"]

@@ -2,28 +2,26 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import pandas as pd
-import torch
+from ..files import read_json, write_json
 
-from .criteria import generator
-
-Mode = Literal["low", "high"]
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """Removed units by layer, sorted; layers that lose none are absent."""
+    """Removed units by axis, sorted; axes that lose none are absent. ``about``: where it comes from and what it achieves."""
 
     removed: Mapping[str, Sequence[int]]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """A hash: equal plans, equal key."""
+        """A hash of the units: equal plans, equal key."""
         text = json.dumps({k: list(v) for k, v in sorted(self.removed.items())})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -31,29 +29,36 @@ class RemovalPlan:
     def count(self) -> int:
         return sum(len(units) for units in self.removed.values())
 
+    def kept(self, units: Mapping[str, int]) -> dict[str, int]:
+        """{axis: kept units} of {axis: units}."""
+        return {name: n - len(self.removed.get(name, ())) for name, n in units.items()}
+
+    def save(self, path: str | Path, **more: Any) -> Path:
+        """A JSON file, with more beside the plan."""
+        path = Path(path)
+        write_json(path, {"schema": SCHEMA, "key": self.key, "removed": self.removed, "about": self.about, **more})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RemovalPlan":
+        """Raises ValueError for a file that is no plan, or whose units are not those it was saved with."""
+        return cls.read(read_json(Path(path)), str(path))
+
+    @classmethod
+    def read(cls, found: Any, where: str) -> "RemovalPlan":
+        """A plan from what its file holds; raises as ``load``."""
+        if not isinstance(found, dict) or not isinstance(found.get("removed"), dict):
+            raise ValueError(f"{where} is no removal plan: it has no units by axis under 'removed'")
+        removed = {str(axis): [int(u) for u in units] for axis, units in found["removed"].items()}
+        plan = cls(removed, found.get("about") or {})
+        if found.get("key") != plan.key:
+            raise ValueError(f"{where}: its units have the hash {plan.key}, it was saved with {found.get('key')}: it was changed")
+        return plan
+
 
 def check_removal(amount: float, mode: str) -> None:
     """Raises ValueError for an amount outside [0, 1) or an unknown mode."""
-    if not 0 <= amount < 1:
-        raise ValueError(f"amount is {amount}: a share of the units to remove, from 0 up to but not including 1")
-    if mode not in ("low", "high"):
-        raise ValueError(f"mode is {mode!r}: low removes the smallest scores, high the largest")
-
-
-def remove(scored: pd.Series, amount: float, seed: int = 0, mode: Mode = "low", min_keep: int = 1) -> RemovalPlan:
-    """The same share of every layer: floor(amount n + 1/2) units with the lowest (``high``: highest) score go.
-
-    Ties are broken by a seeded permutation of the layer. A unit without a score (NaN) stays as long as others can go.
-    ``min_keep`` units stay in every layer. Raises ValueError for an amount outside [0, 1) or an unknown mode.
-    """
-    check_removal(amount, mode)
-    removed: dict[str, list[int]] = {}
-    for layer, values in scored.groupby(level="layer", sort=False):
-        n = len(values)
-        count = min(math.floor(amount * n + 0.5), max(0, n - min_keep))
-        order = torch.as_tensor(values.to_numpy() * (1 if mode == "low" else -1), dtype=torch.float64).nan_to_num(math.inf)
-        shuffle = torch.randperm(n, generator=generator(seed, str(layer)))
-        ranked = shuffle[torch.argsort(order[shuffle], stable=True)]
-        if count:
-            removed[str(layer)] = sorted(ranked[:count].tolist())
-    return RemovalPlan(removed)
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount < 1:
+        raise ValueError(f"amount is {amount}: a share to remove, from 0 up to but not including 1")
+    if mode not in ("low", "high", "random"):
+        raise ValueError(f"mode is {mode!r}: low removes the smallest scores, high the largest, random any")

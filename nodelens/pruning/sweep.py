@@ -1,5 +1,9 @@
-"""A sweep: criterion x amount x seed, one file a finished cell, one table."""
+"""A sweep: criterion x allocation x compensation x mode x amount x seed, one file a finished cell, one table."""
 
+import hashlib
+import itertools
+import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,90 +11,144 @@ from typing import Any
 
 import pandas as pd
 
+from ..distributed import first_of
 from ..files import read_json, write_json
-from .criteria import RANDOM, random_scores, scores
-from .removal import Mode, RemovalPlan, remove
+from .planning import Recipe, plan_removal
+from .prune import Apply, Pruned, Recover, carry_out
+from .removal import RemovalPlan
+from .subject import Subject
 
-Criteria = Mapping[str, Mapping[str, float] | str]
-Evaluate = Callable[[RemovalPlan], Mapping[str, float]]
-OF_EVALUATION = ("accuracy", "loss", "ece")
+CLOCK = ("plan_s", "apply_s", "recover_s", "evaluate_s", "seconds")
+Evaluate = Callable[[Pruned], Mapping[str, Any]]
+Show = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a sweep."""
+    """One point of a sweep, with a name that is a file's."""
 
-    criterion: str
-    amount: float
-    seed: int
+    recipe: Recipe
 
     @property
     def name(self) -> str:
-        return f"{self.criterion}-{self.amount:g}-{self.seed}"
+        r = self.recipe
+        return f"{r.criterion.name}-{r.allocation.kind}-{r.compensate}-{r.mode}-{r.amount:g}-{r.seed}"
+
+    @property
+    def key(self) -> str:
+        """A hash of all that was asked for."""
+        return hashlib.sha256(json.dumps(self.recipe.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def cells(criteria: Criteria, amounts: Iterable[float], seeds: Iterable[int]) -> list[Cell]:
-    """Every cell, in order. Raises ValueError where an axis is empty."""
-    amounts, seeds = list(amounts), list(seeds)
-    for axis, values in (("criterion", criteria), ("amounts", amounts), ("seeds", seeds)):
-        if not values:
-            raise ValueError(f"the sweep has no {axis}: give one at least")
-    return [Cell(c, float(a), int(s)) for c in criteria for a in sorted(set(amounts)) for s in sorted(set(seeds))]
+def cells(**asked: Sequence[Any]) -> list[Cell]:
+    """Every combination of a recipe's fields, each a list, in order. Raises ValueError for an empty list, or a cell named twice."""
+    for what, values in asked.items():
+        if not len(values):
+            raise ValueError(f"the sweep has no {what}: give one at least")
+    found = [Cell(Recipe(**dict(zip(asked, point, strict=True)))) for point in itertools.product(*asked.values())]
+    names = [cell.name for cell in found]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice:
+        raise ValueError(f"the sweep has the cell {twice} twice: give criteria and allocations that differ in name")
+    return found
 
 
-def plan_of(cell: Cell, units: pd.DataFrame, criterion: Mapping[str, float] | str, mode: Mode = "low") -> RemovalPlan:
-    """Which units a cell removes, from one table of measured units."""
-    scored = random_scores(units, cell.seed) if criterion == RANDOM else scores(units, criterion)  # type: ignore[arg-type]
-    return remove(scored, cell.amount, cell.seed, mode)
+class Sweep:
+    """Carries out cells, writes each to ``folder/cells`` when it is done, and reads it again where it is there.
 
-
-def run_sweep(
-    folder: Path,
-    units: pd.DataFrame,
-    criteria: Criteria,
-    todo: Sequence[Cell],
-    evaluate: Evaluate,
-    mode: Mode = "low",
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> list[dict[str, Any]]:
-    """Evaluates every cell and writes it to ``folder/cells``; a cell that is there already is read, not computed.
-
-    Cells that remove the same units (a criterion without chance, at several seeds) are evaluated once.
+    Scores and moments are those of the subject, measured once. Cells that remove the same units in the same way (a criterion
+    without chance, at several seeds) are carried out once.
     """
-    done: dict[str, dict[str, Any]] = {}
-    files = {cell: folder / "cells" / f"{cell.name}.json" for cell in todo}
-    for path in files.values():
-        if path.is_file():
-            found = read_json(path)
-            done.setdefault(found["plan"], found)
-    results = []
-    for cell in progress(todo):
-        path = files[cell]
-        if path.is_file():
-            results.append(read_json(path))
-            continue
-        plan = plan_of(cell, units, criteria[cell.criterion], mode)
-        same = done.get(plan.key)
-        found = {k: same[k] for k in OF_EVALUATION} if same else dict(evaluate(plan))
-        row = {
-            "criterion": cell.criterion,
-            "amount": cell.amount,
-            "seed": cell.seed,
-            "mode": mode,
-            "units": len(units),
-            "removed": plan.count,
-            **{k: found[k] for k in OF_EVALUATION},
-            "plan": plan.key,
+
+    def __init__(
+        self,
+        folder: Path,
+        subject: Subject,
+        table: pd.DataFrame,
+        evaluate: Evaluate,
+        apply: Apply = "slice",
+        recover: Callable[[int], Recover] | None = None,
+        write: bool = True,
+    ):
+        self.folder, self.subject, self.table, self.evaluate = folder, subject, table, evaluate
+        self.apply, self.recover, self.write = apply, recover, write
+        self.done: dict[str, dict[str, Any]] = {}
+
+    def run(self, todo: Sequence[Cell], progress: Show = iter) -> list[dict[str, Any]]:
+        """A row a cell. Raises ValueError where a finished cell was another's."""
+        found = first_of({cell.name: read_json(path) for cell in todo if (path := self._path(cell)).is_file()})
+        for cell in todo:
+            row = found.get(cell.name)
+            if row is not None:
+                if row["cell"] != cell.key:
+                    raise ValueError(f"{self._path(cell)} was carried out with other settings: choose another folder")
+                self.done.setdefault(row["way"], row)
+        return [found.get(cell.name) or self._new(cell) for cell in progress(todo)]
+
+    def carried_out(self, cell: Cell) -> Pruned:
+        """The pruned model of a cell."""
+        recover = self.recover(cell.recipe.seed) if self.recover else None
+        return carry_out(self.subject, cell.recipe, self.table, self.apply, recover)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def _new(self, cell: Cell) -> dict[str, Any]:
+        started = time.perf_counter()
+        row: dict[str, Any] = {"name": cell.name, "cell": cell.key}
+        try:
+            row |= self._outcome(cell)
+        except ValueError as error:  # a budget that floors make impossible is an answer too
+            row |= {"status": "infeasible", "error": str(error), "way": "", **_asked(cell)}
+        row["seconds"] = time.perf_counter() - started
+        if self.write:
+            write_json(self._path(cell), row)
+        return row
+
+    def _outcome(self, cell: Cell) -> dict[str, Any]:
+        recipe, started = cell.recipe, time.perf_counter()
+        one_shot = recipe.schedule.kind == "one_shot"
+        plan = plan_removal(self.subject, recipe.criterion.score(self.table, recipe.seed), recipe) if one_shot else None
+        planned = time.perf_counter() - started
+        way = self._way(cell, plan)
+        same = self.done.get(way)
+        if same is None:
+            pruned = self.carried_out(cell)
+            applied = time.perf_counter() - started - planned
+            same = {"result": dict(self.evaluate(pruned)), "removed": pruned.plan.removed, "about": pruned.plan.about}
+            same |= {"name": cell.name, "recovered": dict(pruned.recovered)}
+            same["clock"] = {"plan_s": planned, "apply_s": applied, "evaluate_s": time.perf_counter() - started - planned - applied}
+            self.done[way] = same | {"way": way}
+        about = same["about"] | (plan.about if plan else {})
+        return {
+            "status": "done",
+            "error": None,
+            "way": way,
+            "carried_out_as": same["name"],
+            **_asked(cell),
+            **{k: same[k] for k in ("result", "removed", "about", "recovered", "clock")},
+            "about": about,
+            "plan": RemovalPlan(same["removed"]).key,
         }
-        evaluated = same["name"] if same else cell.name
-        write_json(path, row | {"removed_units": plan.removed, "evaluated_as": evaluated, "name": cell.name})
-        done.setdefault(plan.key, row | {"name": cell.name})
-        results.append(row)
-    return results
+
+    def _way(self, cell: Cell, plan: RemovalPlan | None) -> str:
+        """What decides the outcome: the units, where one plan says them; else all that was asked."""
+        if plan is None:
+            return cell.key
+        chance = cell.recipe.seed if self.recover else None
+        return f"{plan.key}-{cell.recipe.compensate}-{chance}"
 
 
-def table_of(results: Iterable[Mapping[str, Any]], dense: Mapping[str, float]) -> pd.DataFrame:
-    """A row a cell, with the dense model's numbers beside it; no column depends on the machine or the clock."""
-    columns = ["criterion", "amount", "seed", "mode", "units", "removed", *OF_EVALUATION, "plan"]
-    table = pd.DataFrame([{k: row[k] for k in columns} for row in results])
-    return table.assign(dense_accuracy=dense["accuracy"], dense_loss=dense["loss"])
+def _asked(cell: Cell) -> dict[str, Any]:
+    r = cell.recipe
+    schedule = r.schedule.kind if r.schedule.kind == "one_shot" else f"{r.schedule.kind}:{r.schedule.steps}"
+    return {
+        "criterion": r.criterion.name,
+        "allocation": r.allocation.kind,
+        "compensate": r.compensate,
+        "mode": r.mode,
+        "amount": r.amount,
+        "seed": r.seed,
+        "budget": r.budget,
+        "schedule": schedule,
+    }

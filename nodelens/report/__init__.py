@@ -1,5 +1,5 @@
-"""Figures and one page, made of the saved files only."""
+"""Figures and pages, made of the saved files only."""
 
-from .page import write_page
+from .page import write_page, write_pruning_page
 
-__all__ = ["write_page"]
+__all__ = ["write_page", "write_pruning_page"]

@@ -129,26 +129,49 @@ def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
 
 
 def curves(sweep: pd.DataFrame) -> bytes:
-    """Accuracy against the share of units removed, a line a criterion, best area first."""
-    found, order = curve_of(sweep), areas(sweep)
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    """Accuracy against the share of MACs that went, a line a criterion; panels: allocations down, compensations across."""
+    found, order = curve_of(sweep), areas(sweep)["area"]
+    ways = [list(dict.fromkeys(sweep[k])) for k in ("allocation", "compensate", "mode")]
+    down, across = len(ways[0]) * len(ways[2]), len(ways[1])
+    best = order.groupby(level="criterion").max().sort_values(ascending=False).index
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(max(5.0, 3.3 * across) + 1.7, 3.1 * down + 0.3),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
     dense = sweep["dense_accuracy"].iloc[0]
-    axis.axhline(dense, color="#9aa2ad", linewidth=1, linestyle=":")
-    for k, (criterion, area) in enumerate(order.items()):
-        curve = found.loc[[criterion]].droplevel("criterion")
-        if curve.index[0] > 0:
-            start = pd.DataFrame({"mean": dense, "std": 0.0, "seeds": 1}, index=pd.Index([0.0], name="amount"))
-            curve = pd.concat([start, curve])
-        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": "--" if criterion == "random" else "-"}
-        axis.plot(curve.index, curve["mean"], marker="o", markersize=3.5, label=f"{criterion} ({area:.3f})", **style)
-        spread = curve["std"].fillna(0)
-        low, high = curve["mean"] - spread, curve["mean"] + spread
-        axis.fill_between(curve.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axis.set_xlabel("share of units removed from every layer")
-    axis.set_ylabel("test accuracy")
-    axis.set_ylim(0, 1.02)
-    axis.legend(title="criterion (area)", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for row, (allocation, mode) in enumerate((a, m) for a in ways[0] for m in ways[2]):
+        for column, compensate in enumerate(ways[1]):
+            axis = axes[row, column]
+            axis.axhline(dense, color="#9aa2ad", linewidth=1, linestyle=":")
+            for k, criterion in enumerate(best):
+                if (criterion, allocation, compensate, mode) in order.index:
+                    _curve(axis, found.loc[(criterion, allocation, compensate, mode)], dense, str(criterion), k)
+            axis.set_title(", ".join([f"{allocation}, compensate {compensate}", *([mode] if len(ways[2]) > 1 else [])]))
+            axis.set_ylim(0, 1.02)
+    for axis in axes[-1]:
+        axis.set_xlabel("share of MACs removed" if sweep["macs_share"].notna().any() else "share of units removed")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="criterion, best area first", fontsize=8, loc="outside right upper", frameon=False)
     return _png(figure)
+
+
+def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k: int) -> None:
+    """One criterion's line from the dense model on, with a band of one standard deviation over seeds."""
+    curve = curve.sort_values("saved")
+    x, mean = np.concatenate([[0.0], curve["saved"]]), np.concatenate([[dense], curve["mean"]])
+    spread = np.concatenate([[0.0], curve["std"].fillna(0)])
+    chance = criterion == "random"
+    style: dict[str, Any] = {"color": "#1c1f24" if chance else _COLOURS[k % len(_COLOURS)]}
+    dash = "--" if chance else ("-", "-.", ":")[k // len(_COLOURS) % 3]
+    axis.plot(x, mean, marker="o", markersize=2.5, linewidth=1.2, linestyle=dash, label=criterion, **style)
+    axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, linewidth=0, **style)
 
 
 def _short(name: str, most: int = 40) -> str:

@@ -24,7 +24,7 @@ th:first-child, td:first-child { text-align: left; } td.words { white-space: nor
 
 
 def write_page(folder: str | Path) -> Path:
-    """Draws what a run's folder holds (units, sweep) and writes ``report.html`` with its figures inside, and ``figures/``.
+    """Draws what a run's folder holds and writes ``report.html`` with its figures inside, and ``figures/``.
 
     Raises FileNotFoundError for a folder without a finished run.
     """
@@ -33,9 +33,6 @@ def write_page(folder: str | Path) -> Path:
     folder = Path(folder)
     result = load(folder)
     parts = [_head(result)]
-    if (folder / "sweep.parquet").is_file():
-        sweep = pd.read_parquet(folder / "sweep.parquet")
-        parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
     if values_of(result.units):
         parts += _section(
             "Units",
@@ -51,6 +48,29 @@ def write_page(folder: str | Path) -> Path:
     parts += _section("Means over units", [_table(_means(result))])
     parts += _section("Definitions", [_definitions(result)])
     parts += _section("What is missing, and why", [_missing(result)])
+    return _write(folder, parts)
+
+
+def write_pruning_page(folder: str | Path) -> Path:
+    """The page of a pruning run: curves, ranking, axes, scores. Raises FileNotFoundError for a folder without a finished run."""
+    from . import figures
+
+    folder = Path(folder)
+    result = load(folder)
+    sweep = pd.read_parquet(folder / "sweep.parquet")
+    parts = [_head(result)]
+    parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
+    parts += _section("Axes", [_table(result.layers)])
+    frozen = result.metadata.get("frozen") or []
+    parts += _section("What is frozen", [_table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
+    if values_of(result.units):
+        scores = [_figure(folder, "units", figures.distributions(result), _UNITS)]
+        parts += _section("Scores", [*scores, _figure(folder, "agreement", figures.agreement(result), _AGREEMENT)])
+        parts += _section("Definitions", [_definitions(result)])
+    return _write(folder, parts)
+
+
+def _write(folder: Path, parts: list[str]) -> Path:
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>"
     page = f"{head}{''.join(parts)}</html>"
     write(folder / "report.html", lambda path: path.write_text(page))
@@ -58,7 +78,9 @@ def write_page(folder: str | Path) -> Path:
 
 
 _CURVES = (
-    "Accuracy on the test set against the share of units removed from every layer; bands are one standard deviation over seeds."
+    "Accuracy on the test set against the share of multiply-accumulates that went; bands are one standard deviation over seeds, "
+    "the dotted line is the dense network. In the table, area is the mean accuracy up to the share that every line reaches; "
+    "columns are requested amounts."
 )
 _UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
 _AGREEMENT = (
@@ -126,8 +148,10 @@ def _means(result: Result) -> pd.DataFrame:
 def _sweep_table(sweep: pd.DataFrame) -> str:
     from ..pruning.ranking import areas, curves
 
-    means = curves(sweep)["mean"].unstack("amount")
-    return _table(means.loc[areas(sweep).index].assign(area=areas(sweep)))
+    area = areas(sweep)
+    means = curves(sweep)["mean"].unstack("amount").loc[area.index]
+    table = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
+    return _table(table.set_index("criterion"))
 
 
 def _definitions(result: Result) -> str:

@@ -83,7 +83,7 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             positions=cfg.positions,
             precision=cfg.precision,
             pairs=resolved(cfg)["pairs"],
-            initial=_initial(cfg, net),
+            initial=initial_of(cfg, net),
             bias=cfg.bias,
             budget=in_bytes(cfg.budget.memory),
             on_plan=on_plan,
@@ -138,7 +138,7 @@ def _layers(cfg: DictConfig) -> Any:
     return cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
 
 
-def _initial(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
+def initial_of(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
     """The network before training, where a file of its weights is named."""
     if cfg.initial_path is None:
         return None

@@ -1,5 +1,8 @@
-"""prune.py: units measured once, removed by every criterion, amount and seed, and the network evaluated each time."""
+"""prune.py: units scored once, removed in every way that is asked for, and what is left evaluated."""
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,111 +12,242 @@ from omegaconf import DictConfig
 
 from ..config import build, resolved
 from ..distributed import world
-from ..files import read_json, write, write_json
-from ..layers import Layer
-from ..metrics import get_metric
-from ..pruning.criteria import RANDOM
+from ..evaluate import evaluate
+from ..files import plain, read_json, write, write_json
+from ..frame import Frame
+from ..measure import describe
+from ..metrics import Metric
+from ..metrics.base import section_of
+from ..pruning.criteria import Criterion
+from ..pruning.latency import latency
+from ..pruning.prune import Pruned
 from ..pruning.ranking import areas
-from ..pruning.removal import check_removal
-from ..pruning.sweep import cells
-from ..results import Result, load
-from .analyze import about, measure
+from ..pruning.scoring import columns_of
+from ..pruning.subject import Subject
+from ..pruning.sweep import Cell, Sweep, cells
+from ..pruning.tabulate import axes_table, sweep_table
+from ..results import Result, fingerprint, load, provenance
+from .analyze import about
 from .common import bar, build_all, claim, console, launch, load_module, say
-from .show import show_sweep
+from .show_pruning import show_axes, show_sweep
 
 
 def prune(cfg: DictConfig) -> float:
-    """Runs the sweep and returns the area under the best criterion's curve of accuracy over amount."""
-    _check_criteria(resolved(cfg)["criterion"], cfg)
+    """Runs the sweep and returns the area under the best curve of accuracy over the MACs that went."""
+    asked_of(cfg)
     folder = claim(cfg)
     if (folder / "sweep.parquet").is_file() and (folder / "report.html").is_file():
         say(f"already finished: {folder}")
         table = pd.read_parquet(folder / "sweep.parquet")
         show_sweep(console(), table)
-        return float(areas(table).max())
+        return float(areas(table)["area"].max())
     return launch(cfg, lambda device: _work(cfg, folder, device))
 
 
-def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
-    from ..evaluate import evaluate
-    from ..frame import Frame
-    from ..pruning import gates, masked, run_sweep, table_of
-    from ..report import write_page
+def asked_of(cfg: DictConfig) -> list[Cell]:
+    """Every cell that a config asks for. Raises ValueError for what a sweep cannot use, before anything is measured."""
+    values = resolved(cfg)
+    criteria = [Criterion.of(spec, name) for name, spec in values["criterion"].items() if spec is not None]
+    columns_of(criteria, dict.fromkeys(values["metrics"] or {}))
+    if values["apply"] not in ("slice", "mask"):
+        raise ValueError(f"apply is {values['apply']!r}; it is slice or mask")
+    return cells(
+        criterion=criteria,
+        allocation=list(build_all(cfg.allocation, "allocation").values()),
+        compensate=_listed(values["compensate"]),
+        mode=_listed(values["mode"]),
+        amount=sorted(set(map(float, _listed(values["amounts"])))),
+        seed=sorted(set(_listed(values["seeds"]))),
+        schedule=[build(cfg.schedule, "schedule")],
+        budget=[values["budget"]["amount"]],
+        protect=[values["protect"]],
+        nan=[values["nan"]],
+    )
 
-    criteria = resolved(cfg)["criterion"]
-    todo = cells(criteria, cfg.amounts, cfg.seeds)
-    rank, processes = world()
+
+def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
+    from ..report import write_pruning_page
+
+    rank, _ = world()
     data = build(cfg.dataset, "dataset")
     data.setup()
     module, trained_by = load_module(cfg)
-    module.to(device)
-    result = _measured(cfg, folder, module.net, data, criteria, trained_by)
-    frame = Frame.of(next(iter(data.loader("test")))).to(device)
-    units, layers = _prunable(module.net, result)
-    doors = gates(module.net, layers, frame)
-
-    def test() -> dict[str, float]:
-        return evaluate(module.net, data.loader("test", rank=rank, world=processes))
-
-    def cell(plan: Any) -> dict[str, float]:
-        with masked(doors, plan):
-            return test()
-
-    dense = _once(folder / "dense.json", test)
-    rows = run_sweep(folder, units, criteria, todo, cell, cfg.mode, bar("sweep", len(todo), rank == 0))
-    table = table_of(rows, dense)
+    subject = subject_of(cfg, module.net.to(device).eval(), data)
     if rank == 0:
-        write(folder / "sweep.parquet", table.to_parquet)
-        page = write_page(folder)
-        _log(cfg, table, dense)
-        show_sweep(console(), table)
-        say(f"gates: {', '.join(f'{k} at {v.name}' for k, v in doors.items() if k != v.name) or 'at the layers themselves'}")
-        say(f"page: {page}")
-    return float(areas(table).max())
+        show_axes(console(), subject)
+    if cfg.plan_only:
+        return math.nan
+    todo = asked_of(cfg)
+    result = _measured(cfg, folder, subject, data, todo, trained_by)
+    judge = Judge(cfg, subject, data)
+    dense = _once(folder / "dense.json", lambda: judge.of(subject.model, "dense_"))
+    table = result.units.rename_axis(index=["axis", "unit"])
+    sweep = Sweep(folder, subject, table, judge, cfg.apply, _recover(cfg, data), rank == 0)
+    rows = sweep.run(todo, bar("sweep", len(todo), rank == 0))
+    found = sweep_table(rows, dense)
+    if rank == 0:
+        _finish(cfg, folder, found, dense)
+    _keep(cfg, folder, sweep, todo, found, module)
+    if rank == 0:
+        say(f"page: {write_pruning_page(folder)}")
+    return float(areas(found)["area"].max()) if found["accuracy"].notna().any() else math.nan
 
 
-def _measured(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, criteria: dict, trained_by: dict | None) -> Result:
-    """The table that every criterion reads, measured once: again only where it is not in the folder."""
+def subject_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> Subject:
+    """The network with its axes, and the calibration data of this process."""
+    rank, processes = world()
+    values = resolved(cfg)
+    loader = data.loader("calibration", rank=rank, world=processes)
+    frame = Frame.of(next(iter(data.loader("calibration", batch_size=2))))
+    options = {k: values[k] for k in ("groups", "positions", "precision")}
+    if cfg.initial_path is not None:
+        from .analyze import initial_of
+
+        options["initial"] = initial_of(cfg, net)
+    return Subject.of(
+        net,
+        frame,
+        loader,
+        scope=values["scope"],
+        freeze=values["freeze"],
+        inexact=values["inexact"],
+        axes=values["axes"],
+        seed=cfg.seed,
+        reduce=values["reduce"],
+        columns=build_all(cfg.metrics, "metrics"),
+        whole=data.loader("calibration"),
+        progress=bar("measuring", None, rank == 0),
+        options=options,
+    )
+
+
+class Judge:
+    """What a finished model is worth: accuracy and loss on validation and test data, and its latency."""
+
+    def __init__(self, cfg: DictConfig, subject: Subject, data: Any):
+        rank, processes = world()
+        self.rank, self.subject = rank, subject
+        self.batches, self.repeats = list(cfg.latency.batches or []), cfg.latency.repeats
+        self.loaders = {split: data.loader(split, rank=rank, world=processes) for split in ("test", "val")}
+        self.has_val = len(data.loader("val")) > 0
+        self.frame = Frame.of(next(iter(data.loader("calibration"))))
+        self.timed: dict[tuple, Mapping[str, float]] = {}
+
+    def __call__(self, pruned: Pruned) -> dict[str, Any]:
+        found = self.of(pruned.model)
+        before = pruned.recovered.get("before")
+        for key in ("accuracy", "loss"):
+            found[f"val_pruned_{key}"] = before[key] if before else found[f"val_{key}"]
+        return {**found, **self._latency(pruned)}
+
+    def of(self, model: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
+        """Accuracy with its standard error, loss and ece of the test set; accuracy and loss of validation data."""
+        test = evaluate(model, self.loaders["test"])
+        val = evaluate(model, self.loaders["val"]) if self.has_val else {"accuracy": math.nan, "loss": math.nan}
+        error = math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["samples"])
+        found = {f"{prefix}{k}": test[k] for k in ("accuracy", "loss", "ece")} | {f"{prefix}accuracy_se": error}
+        found |= {f"val_{prefix}{k}": val[k] for k in ("accuracy", "loss")}
+        return found if prefix else found | {"samples": test["samples"]}
+
+    def _latency(self, pruned: Pruned) -> Mapping[str, float]:
+        """Milliseconds, beside the dense model's in the same minute; once for models of the same widths."""
+        if not self.batches or self.rank:
+            return {}
+        widths = tuple(sorted((k, len(v)) for k, v in pruned.plan.removed.items()))
+        if widths not in self.timed:
+            models = {"": pruned.model, "dense_": self.subject.model}
+            found = latency(models, self.frame, self.batches, self.repeats)
+            self.timed[widths] = {
+                f"{which}{name.replace('median', 'ms')}": ms
+                for which, times in (("latency_", found[""]), ("dense_latency_", found["dense_"]))
+                for name, ms in times.items()
+            }
+        return self.timed[widths]
+
+
+def _measured(cfg: DictConfig, folder: Path, subject: Subject, data: Any, todo: list[Cell], trained_by: Any) -> Result:
+    """The scores that every criterion reads, measured once: again only where they are not in the folder."""
     if (folder / "metadata.json").is_file():
         return load(folder)
-    chosen = build_all(cfg.metrics, "metrics")
-    names = {name for terms in criteria.values() if isinstance(terms, dict) for name in terms}
-    metrics = {name: chosen.get(name) or get_metric(name) for name in sorted(names)} or {"magnitude": get_metric("magnitude")}
-    result = measure(cfg, net, data, "calibration", metrics)
-    result.metadata |= about(cfg, data, "calibration", trained_by)
+    criteria = list({cell.recipe.criterion.name: cell.recipe.criterion for cell in todo}.values())
+    columns = columns_of(criteria, subject.columns)
+    units = subject.table(criteria).rename_axis(index=["layer", "unit"])
+    samples = len(data.indices["calibration"]) if hasattr(data, "indices") else None
+    result = Result(units, axes_table(subject.model, subject.axes, subject.cost))
+    result.metadata |= provenance() | about(cfg, data, "calibration", trained_by)
+    result.metadata |= {
+        "metrics": {name: described(term) for name, term in columns.items()},
+        "seed": cfg.seed,
+        "samples": samples,
+        "model": {"class": type(subject.model).__name__, "fingerprint": fingerprint(subject.model)},
+        "frozen": [{"what": f.what, "reason": f.reason} for f in subject.axes.frozen],
+        "coverage": subject.axes.coverage(subject.model),
+    }
     if world()[0] == 0:
         result.save(folder)
+        data.save_splits(folder)
     return result
 
 
-def _check_criteria(criteria: dict[str, Any], cfg: DictConfig) -> None:
-    """Raises ValueError for what a sweep cannot use, before anything is measured."""
-    cells(criteria, cfg.amounts, cfg.seeds)
-    for amount in cfg.amounts:
-        check_removal(amount, cfg.mode)
-    for name, terms in criteria.items():
-        if not isinstance(terms, dict) and terms != RANDOM:
-            raise ValueError(f"criterion.{name} is {terms!r}; it is metrics and their weights, as {{taylor: 1.0}}, or random")
-        for metric, weight in terms.items() if isinstance(terms, dict) else ():
-            shape = get_metric(metric).shape
-            if shape != "unit":
-                raise ValueError(f"criterion.{name}: a criterion ranks units; {metric} gives a value a {shape}")
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise ValueError(f"criterion.{name}.{metric} is {weight!r}; it is a weight: a number")
+def described(term: Any) -> dict[str, Any]:
+    """What a column is, of a metric or a published criterion."""
+    if isinstance(term, Metric):
+        return describe(term)
+    return {
+        "metric": term.names[0],
+        "options": term.options,
+        "needs": {"reads": term.needs},
+        "source": section_of(type(term).__doc__ or "", "Source"),
+        "kind": "unit",
+    }
 
 
-def _prunable(net: torch.nn.Module, result: Result) -> tuple[Any, list[Layer]]:
-    """Units that may go: not the model's own outputs."""
-    outputs = set(result.metadata["outputs"])
-    units = result.units[~result.units.index.get_level_values("layer").isin(outputs)]
-    if not len(units):
-        raise ValueError(f"nothing to prune: the only layers are the model's outputs, {', '.join(outputs)}")
-    names = list(dict.fromkeys(units.index.get_level_values("layer")))
-    modules = {name or type(net).__name__: module for name, module in net.named_modules()}
-    return units, [Layer(name, modules[name]) for name in names]
+def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, float]) -> None:
+    from ..tracking import close, log_sweep
+
+    write(folder / "sweep.parquet", table.to_parquet)
+    loggers = list(build_all(cfg.logger, "logger").values())
+    try:
+        log_sweep(loggers, table, dense)
+    finally:
+        close(loggers)
+    show_sweep(console(), table)
 
 
-def _once(path: Path, compute: Any) -> dict[str, float]:
+def _keep(cfg: DictConfig, folder: Path, sweep: Sweep, todo: list[Cell], table: pd.DataFrame, module: Any) -> None:
+    """Writes the pruned model of a cell, and loads it again: the best on validation data at the largest amount, or those named."""
+    names = [cell.name for cell in todo]
+    if cfg.save == "best":
+        finished = table[(table["status"] == "done") & (table["amount"] == table["amount"].max())]
+        measure = "val_accuracy" if finished["val_accuracy"].notna().any() else "params_share"
+        best = finished.sort_values(measure, ascending=measure == "params_share", kind="stable")["name"].head(1)
+        chosen = list(best)
+    else:
+        chosen = names if cfg.save == "all" else [] if cfg.save in (None, "none") else [cfg.save]
+    for name in chosen:
+        if name not in names:
+            raise ValueError(f"save is {name!r}; it is best, all, none, or a cell, such as {names[0]}")
+        place = folder / "pruned" / name if cfg.save == "all" else folder / "pruned"
+        if (place / "plan.json").is_file():
+            continue
+        pruned = sweep.carried_out(todo[names.index(name)])
+        if "transformers" not in pruned.origin:
+            pruned = replace(pruned, origin={"net": plain(resolved(cfg)["model"].get("net") or {}), **pruned.origin})
+        if world()[0] == 0:
+            pruned.save(place)
+            say(f"{place} holds {name}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")
+
+
+def _recover(cfg: DictConfig, data: Any) -> Callable[[int], Any] | None:
+    """Seed to fine-tuning on the training split, selected on validation; None where nothing is asked."""
+    if not cfg.recover:
+        return None
+    if not len(data.loader("val")):
+        raise ValueError("recovery keeps the best epoch on validation data, and there are none: give dataset.val=0.1")
+    return lambda seed: build(cfg.recover, "recover", train=data.train_dataloader(), val=data.loader("val"), seed=seed)
+
+
+def _once(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
     if not path.is_file():
         value = compute()
         if world()[0] == 0:
@@ -122,11 +256,5 @@ def _once(path: Path, compute: Any) -> dict[str, float]:
     return read_json(path)
 
 
-def _log(cfg: DictConfig, table: Any, dense: dict[str, float]) -> None:
-    from ..tracking import close, log_sweep
-
-    loggers = list(build_all(cfg.logger, "logger").values())
-    try:
-        log_sweep(loggers, table, dense)
-    finally:
-        close(loggers)
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

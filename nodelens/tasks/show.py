@@ -120,22 +120,3 @@ def _number(value: float) -> str:
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
         return str(int(value))
     return "NaN" if math.isnan(value) else f"{value:.4g}"
-
-
-def show_sweep(console: Console, table: pd.DataFrame) -> None:
-    """Accuracy by criterion and amount, mean over seeds (standard deviation), best area under the curve first."""
-    from ..pruning.ranking import areas, curves
-
-    means, area = curves(table), areas(table)
-    amounts = sorted(table["amount"].unique())
-    shown = Table(title=f"test accuracy, dense {table['dense_accuracy'].iloc[0]:.4f}; area under the curve", title_justify="left")
-    for name in ("criterion", "area", *(f"{a:g}" for a in amounts)):
-        shown.add_column(name, justify="left" if name == "criterion" else "right")
-    for criterion in area.index:
-        cells = [means.loc[(criterion, a)] for a in amounts]
-        shown.add_row(criterion, f"{area[criterion]:.4f}", *(_with_spread(c) for c in cells))
-    console.print(shown)
-
-
-def _with_spread(cell: pd.Series) -> str:
-    return f"{cell['mean']:.4f}" + (f" ({cell['std']:.4f})" if cell["seeds"] > 1 and cell["std"] > 0 else "")

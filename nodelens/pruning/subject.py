@@ -1,0 +1,95 @@
+"""A model that is to lose units, and what is known of it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from ..frame import Frame
+from ..measure import device_of
+from ..results import fingerprint
+from ..targets import summed_loss
+from .axis import Axes, Axis
+from .compensate import norms_behind
+from .cost import Cost
+from .criteria import Criterion
+from .find import find_axes
+from .moments import input_moments
+from .scoring import Reduce, columns_of, score_table
+
+
+@dataclass
+class Subject:
+    """A model that is to lose units: its axes, their cost, and what was measured of them, each thing once.
+
+    data: calibration batches that can be read again and again; None where nothing is measured.
+    """
+
+    model: nn.Module
+    axes: Axes
+    cost: Cost
+    frame: Frame | None = None
+    data: Iterable[Any] | None = None
+    whole: Iterable[Any] | None = None  # where data are one process's share: those of all processes
+    seed: int = 0
+    reduce: Reduce = "sum"
+    loss: Any = summed_loss
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    options: Mapping[str, Any] = field(default_factory=dict)  # of nl.analyze
+    _moments: dict[bool, Any] = field(default_factory=dict)
+    _norms: dict[str, str] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        frame: Frame | None,
+        data: Iterable[Any] | None = None,
+        *,
+        scope: str | Sequence[str] = "*",
+        freeze: str | Sequence[str] = (),
+        inexact: bool = False,
+        axes: Sequence[Axis | Mapping[str, Any]] = (),
+        **options: Any,
+    ) -> "Subject":
+        """Finds the axes and counts what they cost. Raises ValueError as ``find_axes`` and ``Axes.chosen`` do."""
+        frame = None if frame is None else frame.head(2).to(device_of(model))
+        every = find_axes(model, frame, axes)
+        return cls(model, every.chosen(scope, freeze, inexact), Cost.of(model, every, frame), frame, data, **options)
+
+    def table(self, criteria: Iterable[Criterion]) -> pd.DataFrame:
+        """What the criteria read, a row a unit, measured now."""
+        columns = columns_of(criteria, self.columns)
+        keywords = {"reduce": self.reduce, "seed": self.seed, "loss": self.loss, "progress": self.progress, **self.options}
+        return score_table(self.model, self.axes, columns, self.data, **keywords)
+
+    def moments(self, products: bool) -> Any:
+        """What consumers read on average, measured once."""
+        if self.data is None:
+            raise ValueError("compensation needs data: give data=, or compensate=none")
+        if products not in self._moments:
+            self._moments[products] = input_moments(self.model, self.axes, self.data, products, self.progress)
+        return self._moments[products]
+
+    def norms(self) -> dict[str, str]:
+        """{consumer: the batch norm behind it}."""
+        if self._norms is None:
+            self._norms = {} if self.frame is None else norms_behind(self.model, self.axes, self.frame)
+        return self._norms
+
+    @property
+    def every_batch(self) -> Iterable[Any]:
+        """The calibration batches of all processes. Raises ValueError without data."""
+        found = self.data if self.whole is None else self.whole
+        if found is None:
+            raise ValueError("re-estimating batch norms needs data: give data=, or another compensate=")
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model's weights."""
+        return fingerprint(self.model)
