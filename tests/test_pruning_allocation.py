@@ -66,10 +66,14 @@ def half_up(x):
 
 
 @pytest.mark.parametrize("amount", [0, 0.01, 0.25, 0.5, 0.9, 0.99])
-def test_uniform_rounds_in_each_axis_and_leaves_one(amount):
+def test_uniform_is_exact_in_all_and_within_one_unit_in_each_axis(amount):
     axes = [axis(f"x{n}", n) for n in (1, 2, 3, 4, 5, 6, 7, 10, 50, 101)]
     lost = removed_by(axes, allocate(axes, None, amount))
-    assert lost == [min(half_up(amount * a.n), a.n - 1) for a in axes]
+    asked = [min(amount * a.n, a.n - 1) for a in axes]
+    assert sum(lost) == half_up(sum(asked))
+    assert all(abs(x - y) < 1 for x, y in zip(lost, asked, strict=True))
+    alike = [axis(name, 16) for name in "abcdefghi"]
+    assert sorted(removed_by(alike, allocate(alike, None, 0.3))) == [4, 4, 5, 5, 5, 5, 5, 5, 5], "43.2 of 144"
 
 
 def test_uniform_leaves_as_many_as_asked():

@@ -85,11 +85,11 @@ def allocate(
     for ``per_cost``; unit_price: what ``per_cost`` divides by, where that is not ``price``. shapes: what erk reads.
     Constraints as in ``select``; axes that belong ``together`` keep the same count.
 
-    Removed units are exact: floor(amount N + 1/2) of N. Only ``uniform`` rounds so in each axis instead, where an axis too narrow
-    to leave ``min_keep`` gives fewer. Parameters and multiplications are off by at most half the dearest unit. Where kept
-    counts are multiples, or axes belong together, read for a unit a step: the units that such axes can only lose at once (of
-    ``uniform`` in each axis again); an axis narrower than its multiple keeps all. An earlier plan (``removed``) that has taken
-    more than ``amount`` stays.
+    Removed units are exact: floor(amount N + 1/2) of N; of ``uniform`` each axis is within one unit of its share besides, and what
+    an axis too narrow to leave ``min_keep`` cannot give, the others do not make up for. Parameters and multiplications are off by
+    at most half the dearest unit. Where kept counts are multiples, or axes belong together, read for a unit a step: the units
+    that such axes can only lose at once (of ``uniform`` half a step in each such axis); an axis narrower than its multiple keeps
+    all. An earlier plan (``removed``) that has taken more than ``amount`` stays.
     Raises ValueError for an amount outside [0, 1), one that floors, caps and protected units make impossible (it states the
     largest possible), or a missing price, score or shape.
     """
@@ -101,13 +101,24 @@ def allocate(
         return ladder.kept(_literal(ladder, axes, allocation))
     goal = _goal(ladder, amount, budget, price)
     if allocation.kind == "uniform" and budget == "units":
-        wanted = ladder.rounded(ladder.n * amount, allocation.min_keep)
-        rungs = ladder.nearest(ladder.n * amount)
-        if not ladder.unmet(rungs, wanted).any():
-            return ladder.kept(rungs)
-        goal = goal._replace(left=max(goal.left, goal.dense - ladder.members @ wanted))
+        return ladder.kept(_same_share(ladder, amount, allocation.min_keep))
     wish = _wish(axes, scores, allocation, rules, ladder, shapes, unit_price or price)
     return ladder.kept(_solved(ladder, wish, goal, f"amount {amount} of the {budget}"))
+
+
+def _same_share(ladder: Ladder, amount: float, min_keep: int) -> np.ndarray:
+    """The same share of every axis: to the nearest of kept multiples; of the others so that their sum is exact."""
+    free = (ladder.step == 1) & (ladder.members == 1)
+    rungs = ladder.nearest(ladder.n * amount)
+    asked = np.minimum(ladder.width * amount, np.maximum(0, ladder.width - min_keep))
+    lost = math.floor(float(asked[free].sum()) + 0.5) + ladder.members[~free] @ ladder.lost(rungs)[~free]
+    units = int(ladder.n.sum())
+    goal = _Goal(ladder.left, units, units - float(lost))
+
+    def wish(share: float) -> np.ndarray:
+        return ladder.n * np.where(free[ladder.group], share, amount)
+
+    return _solved(ladder, wish, goal, f"amount {amount} of the units")
 
 
 class _Goal(NamedTuple):

@@ -205,6 +205,7 @@ def described(term: Any) -> dict[str, Any]:
 def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, float]) -> None:
     from ..tracking import close, log_sweep
 
+    write(folder / "ranking.parquet", areas(table).reset_index().to_parquet)
     write(folder / "sweep.parquet", table.to_parquet)
     loggers = list(build_all(cfg.logger, "logger").values())
     try:
