@@ -13,7 +13,7 @@ from torch import nn
 from ..frame import Frame
 from ..targets import summed_loss
 from .allocation import Allocation
-from .apply import gates_of, scale, zero
+from .apply import Removed, gates_of, scale, zero
 from .artefact import origin_of, save_pruned, structure
 from .axis import Axes, Axis
 from .compensate import Compensate, compensate_units, renew_batch_norm
@@ -64,48 +64,50 @@ def carry_out(
 ) -> Pruned:
     """Prunes a copy of the subject's model. table: scores that are there already; later steps of a schedule measure their own."""
     model = copy.deepcopy(subject.model)
-    numbers: Mapping[str, Any] = {}
     now = replace(subject, model=model)
-    removed: Mapping[str, Sequence[int]] = {}
-    grown: list[str] = []
+    removed: Removed = {}
     recovered: Mapping[str, Any] = {}
-    steps = recipe.schedule.shares(recipe.amount)
-    for step, share in enumerate(steps):
-        if step or table is None:
+    grown: set[str] = set()
+    shares = recipe.schedule.shares(recipe.amount)
+    for step, share in enumerate(shares, 1):
+        if table is None or step > 1:
             table = now.table([recipe.criterion])
         plan = plan_removal(now, recipe.criterion.score(table, recipe.seed), recipe, share, removed)
-        fresh = {k: sorted(set(v) - set(removed.get(k, ()))) for k, v in plan.removed.items()}
-        removed = plan.removed
-        if recipe.compensate in ("bias", "least_squares"):
-            measured = now if step else subject  # the dense model's moments serve every cell
-            moments = measured.moments(recipe.compensate == "least_squares")
-            grown += compensate_units(model, now.axes, fresh, moments, recipe.compensate, subject.norms())
-        last = step == len(steps) - 1
-        if last and apply == "slice":
-            numbers = patched(model, now.axes, removed)
-            slice_units(model, now.axes, removed)
-        elif last and apply == "scale":
-            scale(model, now.axes, {k: 1 - (1 - gate) * (1 - v) for k, v in gates_of(now.axes, removed).items()})
-        else:
-            zero(model, now.axes, removed)
+        measured = subject if step == 1 else now  # the dense model's moments serve every cell of a sweep
+        grown |= _made_up_for(measured, model, plan.removed, removed, recipe)
+        removed, how = plan.removed, apply if step == len(shares) else "mask"
+        numbers = _applied(model, now.axes, removed, how, gate)
         if recipe.compensate == "batch_norm":
             renew_batch_norm(model, subject.every_batch)
         if recover is not None:
-            masked = {} if last and apply != "mask" else dict(removed)
-            recovered = recover(model, partial(zero, axes=now.axes, removed=masked))
+            recovered = recover(model, partial(zero, axes=now.axes, removed=removed if how == "mask" else {}))
         now = replace(now, _moments={})
-    about = {**plan.about, "added_bias": sorted(set(grown)), "dense_fingerprint": subject.fingerprint}
-    return Pruned(
-        model,
-        RemovalPlan(plan.removed, about),
-        table,
-        now.axes,
-        apply,
-        origin_of(subject.model),
-        structure(subject.model),
-        numbers,
-        recovered,
-    )
+    about = {**plan.about, "added_bias": sorted(grown), "dense_fingerprint": subject.fingerprint}
+    plan = RemovalPlan(removed, about)
+    dense = structure(subject.model)
+    return Pruned(model, plan, table, now.axes, apply, origin_of(subject.model), dense, numbers, recovered)
+
+
+def _made_up_for(measured: Subject, model: nn.Module, removed: Removed, before: Removed, recipe: Recipe) -> set[str]:
+    """Compensates for what has gone since ``before``; returns the modules that were given a bias."""
+    if recipe.compensate not in ("bias", "least_squares"):
+        return set()
+    fresh = {name: sorted({*units} - {*before.get(name, ())}) for name, units in removed.items()}
+    moments = measured.moments(recipe.compensate == "least_squares")
+    return set(compensate_units(model, measured.axes, fresh, moments, recipe.compensate, measured.norms()))
+
+
+def _applied(model: nn.Module, axes: Axes, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
+    """Takes units away, in place; the numbers that modules keep beside their tensors and that a slice changed."""
+    if apply == "slice":
+        numbers = patched(model, axes, removed)
+        slice_units(model, axes, removed)
+        return numbers
+    if apply == "scale":
+        scale(model, axes, {k: 1 - (1 - gate) * (1 - v) for k, v in gates_of(axes, removed).items()})
+    else:
+        zero(model, axes, removed)
+    return {}
 
 
 def prune(
