@@ -39,6 +39,8 @@ def _signed(value: int) -> int:
 
 
 def generator(seed: int, *words: str) -> torch.Generator:
-    """A generator that belongs to a seed and names, in any process or order."""
-    numbers = [n for word in words for n in (len(word), *word.encode())]
-    return torch.Generator().manual_seed(int(mix(seed, *numbers)))
+    """A generator that belongs to a seed and names, in any process or order; torch's own is left alone."""
+    parts: list[int] = []
+    for text in map(str.encode, words):
+        parts += [len(text), *(int.from_bytes(text[k : k + 7]) for k in range(0, len(text), 7))]
+    return torch.Generator().manual_seed(int(mix(seed, *parts)))

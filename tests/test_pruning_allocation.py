@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from nodelens.checks import check
+from nodelens.keys import generator
 from nodelens.pruning.allocation import Allocation, allocate
 from nodelens.pruning.axis import Axis, Cut, identity
 from nodelens.pruning.densities import NORMALISERS, scopes_of, shapes_of_axes
-from nodelens.pruning.selection import generator, select
+from nodelens.pruning.selection import select
 
 RANKED = ("global", "isomorphic", "lamp")
 KINDS = (*RANKED, "uniform", "erk", "dict")

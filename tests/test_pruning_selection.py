@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
+from nodelens.keys import generator
 from nodelens.pruning.axis import Axis
 from nodelens.pruning.schedule import kept_shares
-from nodelens.pruning.selection import by_axis, generator, select
+from nodelens.pruning.selection import by_axis, select
 
 SIGNED = [-9.0, -1.0, 0.5, 3.0]
 

@@ -1,6 +1,6 @@
 """What goes together when units are removed: cuts through tensors, and axes made of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -185,19 +185,7 @@ def offsets(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(parts), 1)
 
 
-def kept_units(axis: Axis, removed: Mapping[str, Sequence[int]]) -> Tensor:
-    """Ascending ids of what stays."""
-    stays = torch.ones(axis.n, dtype=torch.bool)
-    stays[list(removed.get(axis.name, ()))] = False
-    return stays.nonzero()[:, 0]
-
-
 def shown(names: Sequence[str], most: int = 12) -> str:
     """Names in a line."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
-
-
-def units_of(axes: Iterable[Axis]) -> int:
-    """How many units there are."""
-    return sum(axis.n for axis in axes)

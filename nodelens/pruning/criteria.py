@@ -67,11 +67,6 @@ class Criterion:
         terms = {k: t.weight if t.through == "none" else {"weight": t.weight, "through": t.through} for k, t in self.terms.items()}
         return {"terms": terms, "normalise": self.normalise, "combine": self.combine}
 
-    @property
-    def by_chance(self) -> bool:
-        """Whether the seed decides."""
-        return RANDOM in self.terms
-
     def score(self, table: pd.DataFrame, seed: int = 0) -> pd.Series:
         """A score a unit of a table with index (axis, unit); NaN where a term is.
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ..checks import nearest
-from ..keys import mix
+from ..keys import generator
 from .axis import Axis, shown
 
 Mode = Literal["low", "high", "random"]
@@ -128,15 +128,6 @@ def by_axis(axes: Sequence[Axis], scores: pd.Series | None) -> dict[str, np.ndar
         found[axis.name] = np.empty(axis.n)
         found[axis.name][units[rows]] = values[rows]
     return found
-
-
-def generator(seed: int, *words: str) -> torch.Generator:
-    """A generator that belongs to a seed and words, in any process or order; torch's own is left alone."""
-    parts: list[int] = []
-    for word in words:
-        text = word.encode()
-        parts += [len(text), *(int.from_bytes(text[k : k + 7]) for k in range(0, len(text), 7))]
-    return torch.Generator().manual_seed(int(mix(seed, *parts)))
 
 
 def _ids(axes: Sequence[Axis], units: Units, what: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """A plan applied for good: tensors lose the removed units' entries, and modules know their new sizes."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -120,8 +120,3 @@ def _dropped(tensor: Tensor, gone: Iterable[tuple[int, Tensor]]) -> Tensor:
         stays[torch.cat(lists)] = False
         tensor = tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
     return tensor.contiguous().clone()
-
-
-def shapes_of(model: nn.Module) -> Mapping[str, list[int]]:
-    """{name: shape} of everything in the state dict."""
-    return {name: list(t.shape) for name, t in model.state_dict().items()}
