@@ -195,3 +195,16 @@ def test_areas_compare_over_the_range_that_all_reach():
     b = ((1 + 0.9) / 2 * 0.6 + (0.9 + 0.6) / 2 * 0.3) / 0.9
     assert found["area"].tolist() == pytest.approx([b, a])
     assert found.index[0] == ("b", "uniform", "none", "low")
+
+
+def test_a_criterion_that_cannot_score_an_axis_leaves_the_others_alone(quiet_home):
+    words = ("model=cnn", "amounts=[0.5]", "dataset.calibration=64", "latency.batches=[]")
+    ended = command("prune", *words, "criterion=[l2,hrank,wanda]", "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    table = pd.read_parquet("run/sweep.parquet").set_index("criterion")
+    assert table["status"].to_dict() == {"l2": "done", "hrank": "infeasible", "wanda": "done"}
+    assert "by no two-dimensional convolution; leave it out with freeze=" in table.loc["hrank", "error"]
+    assert list(nl.load("run").units) == ["l2", "wanda"]
+    ended = command("prune", *words, "criterion=[hrank]", "hydra.run.dir=alone")
+    assert ended.code == 1
+    assert "leave it out with freeze=" in ended.err

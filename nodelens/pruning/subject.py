@@ -67,6 +67,26 @@ class Subject:
         keywords = {"reduce": self.reduce, "seed": self.seed, "loss": self.loss, "progress": self.progress, **self.options}
         return score_table(self.model, self.axes, columns, self.data, **keywords)
 
+    def tables(self, criteria: Sequence[Criterion]) -> tuple[pd.DataFrame, dict[str, str]]:
+        """What those criteria read that can score these axes, and {criterion: why it cannot}. Raises ValueError where none can."""
+        try:
+            return self.table(criteria), {}
+        except ValueError as error:
+            if len(criteria) == 1:
+                raise
+            first = error
+        found, refused = pd.DataFrame(), dict[str, str]()
+        for criterion in criteria:
+            try:
+                table = self.table([criterion])
+            except ValueError as error:
+                refused[criterion.name] = str(error)
+            else:
+                found = table if found.empty else found.join(table[[c for c in table if c not in found]])
+        if len(refused) == len(criteria):
+            raise first
+        return found, refused
+
     def moments(self, products: bool) -> Any:
         """What consumers read on average, measured once."""
         if self.data is None:

@@ -57,7 +57,7 @@ class Sweep:
     """Carries out cells, writes each to ``folder/cells`` when it is done, and reads it again where it is there.
 
     Scores and moments are those of the subject, measured once. Cells that remove the same units in the same way (a criterion
-    without chance, at several seeds) are carried out once.
+    without chance, at several seeds) are carried out once. refused: criteria that cannot score these axes, and why.
     """
 
     def __init__(
@@ -69,9 +69,11 @@ class Sweep:
         apply: Apply = "slice",
         recover: Callable[[int], Recover] | None = None,
         write: bool = True,
+        refused: Mapping[str, str] | None = None,
     ):
         self.folder, self.subject, self.table, self.evaluate = folder, subject, table, evaluate
         self.apply, self.recover, self.write = apply, recover, write
+        self.refused = refused or {}
         self.done: dict[str, dict[str, Any]] = {}
 
     def run(self, todo: Sequence[Cell], progress: Show = iter) -> list[dict[str, Any]]:
@@ -107,6 +109,8 @@ class Sweep:
 
     def _outcome(self, cell: Cell) -> dict[str, Any]:
         recipe, started = cell.recipe, time.perf_counter()
+        if recipe.criterion.name in self.refused:
+            raise ValueError(self.refused[recipe.criterion.name])
         one_shot = recipe.schedule.kind == "one_shot"
         plan = plan_removal(self.subject, recipe.criterion.score(self.table, recipe.seed), recipe) if one_shot else None
         planned = time.perf_counter() - started

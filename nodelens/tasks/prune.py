@@ -82,7 +82,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     judge = Judge(cfg, subject, data)
     dense = _once(folder / "dense.json", lambda: judge.of(subject.model, "dense_"))
     table = result.units.rename_axis(index=["axis", "unit"])
-    sweep = Sweep(folder, subject, table, judge, cfg.apply, _recover(cfg, data), rank == 0)
+    sweep = Sweep(folder, subject, table, judge, cfg.apply, _recover(cfg, data), rank == 0, result.metadata["refused"])
     rows = sweep.run(todo, bar("sweep", len(todo), rank == 0))
     found = sweep_table(rows, dense)
     if rank == 0:
@@ -171,12 +171,14 @@ def _measured(cfg: DictConfig, folder: Path, subject: Subject, data: Any, todo: 
         return load(folder)
     criteria = list({cell.recipe.criterion.name: cell.recipe.criterion for cell in todo}.values())
     columns = columns_of(criteria, subject.columns)
-    units = subject.table(criteria).rename_axis(index=["layer", "unit"])
+    table, refused = subject.tables(criteria)
+    units = table.rename_axis(index=["layer", "unit"])
     samples = len(data.indices["calibration"]) if hasattr(data, "indices") else None
     result = Result(units, axes_table(subject.model, subject.axes, subject.cost))
     result.metadata |= provenance() | about(cfg, data, "calibration", trained_by)
     result.metadata |= {
-        "metrics": {name: described(term) for name, term in columns.items()},
+        "metrics": {name: described(term) for name, term in columns.items() if name in units},
+        "refused": refused,
         "seed": cfg.seed,
         "samples": samples,
         "model": {"class": type(subject.model).__name__, "fingerprint": fingerprint(subject.model)},

@@ -40,13 +40,18 @@ class MapSums(Sums):
             if isinstance(self.model.get_submodule(cut.module), _IMAGES):
                 return cut
         kinds = ", ".join(f"{c.module or 'the model'} ({type(self.model.get_submodule(c.module)).__name__})" for c in cuts)
-        raise ValueError(f"{self.name} wants maps: axis {axis.name!r} is read by {kinds}, by no two-dimensional convolution")
+        raise ValueError(
+            f"{self.name} wants maps: axis {axis.name!r} is read by {kinds}, by no two-dimensional convolution; leave it out "
+            "with freeze="
+        )
 
     def see(self, path: str, rows: Rows) -> None:
         for name, cut in self.cuts.items():
             if cut.module == path:
                 if len(rows.grid) != 2 or min(rows.grid) < 2:
-                    raise ValueError(f"{self.name} wants maps: those of axis {name!r} are {' x '.join(map(str, rows.grid))}")
+                    raise ValueError(
+                        f"{self.name} wants maps: those of axis {name!r} are {' x '.join(map(str, rows.grid)) or 'single numbers'}"
+                    )
                 maps = rows.x[:, cut.places.to(rows.raw.device)].unflatten(3, rows.grid)
                 for part in maps.split(max(1, BUDGET // maps[0].numel())):
                     self.totals[name] += self.of(part).sum(0)
