@@ -96,6 +96,9 @@ def test_a_reloaded_model_is_equal_bit_for_bit(data, tmp_path):
         assert torch.equal(logits(again, x), logits(pruned.model, x))
         assert not again.training
         assert [p.dtype for p in again.parameters()] == [p.dtype for p in pruned.model.parameters()]
+    masked = nl.prune(resnet(), "l2", 0.5, data=data, apply="mask")
+    masked.save(tmp_path / "masked")
+    assert torch.equal(logits(nl.load_pruned(tmp_path / "masked"), data[0][0]), logits(masked.model, data[0][0]))
     tied = nl.load_pruned(tmp_path / "1")
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     plan = json.loads((tmp_path / "1/plan.json").read_text())

@@ -50,7 +50,7 @@ class Pruned:
     recovered: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes weights and plan, so that ``load_pruned`` makes the model again. Raises ValueError for a masked model."""
+        """Writes weights and plan, so that ``load_pruned`` makes the model again: smaller, or, of a mask, with its zeros."""
         return save_pruned(self, Path(folder))
 
 
