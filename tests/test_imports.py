@@ -12,7 +12,7 @@ LEVELS = (
     "hooks frame statistics targets modes",
     "metrics",
     "recording plan control table results distributed",
-    "collector collect measure pruning evaluate wrapper",
+    "collector collect measure analysis pruning evaluate wrapper",
     "callbacks report tracking finetune",
     "config tasks overrides cli",
 )

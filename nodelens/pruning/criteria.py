@@ -1,12 +1,14 @@
 """Criteria: signed sums of columns, high means keep."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 
+from ..analysis.supernodes import largest, share_of
 from ..keys import generator
 from ..results import values_of
 
@@ -14,7 +16,7 @@ RANDOM = "random"
 Normalise = Literal["none", "rank", "minmax", "z", "robust_z", "mean", "l2", "sum"]
 Through = Literal["none", "log", "sqrt", "abs", "rank"]
 Spec = str | Mapping[str, Any]
-_LONG = ("terms", "normalise", "combine")
+_LONG = ("terms", "normalise", "combine", "protect")
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,18 @@ class Criterion:
 
     T is a column of the score table, N a normalisation within each axis: ``rank`` from 0 (smallest) to 1, ties averaged, where
     there are several terms, because sums of quantities in different units follow the widest; ``none`` for one term alone.
+    protect: {column: share}, units that stay in every mode: of each axis the share largest by a column, one at least.
     """
 
     name: str
     terms: Mapping[str, Term]
     normalise: Normalise = "rank"
     combine: Literal["sum", "product"] = "sum"
+    protect: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: Spec, name: str | None = None) -> "Criterion":
-        """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalise, combine}.
+        """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalise, combine, protect}.
 
         A term of the long form is a weight or {weight, through}. Raises ValueError for anything else.
         """
@@ -59,13 +63,32 @@ class Criterion:
         for what, fit in (("normalise", get_args(Normalise)), ("combine", ("sum", "product"))):
             if options[what] not in fit:
                 raise ValueError(f"criterion {called!r}: {what} is {options[what]!r}; it is {', '.join(fit)}")
-        return cls(called, terms, **options)
+        protect = dict(spec.get("protect") or {}) if long else {}
+        for column, share in protect.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise ValueError(f"criterion {called!r}: protect.{column} is {share!r}; it is a share of an axis, between 0 and 1")
+        return cls(called, terms, **options, protect=protect)
 
     @property
     def spec(self) -> dict[str, Any]:
         """The long form, as plain values."""
         terms = {k: t.weight if t.through == "none" else {"weight": t.weight, "through": t.through} for k, t in self.terms.items()}
-        return {"terms": terms, "normalise": self.normalise, "combine": self.combine}
+        protect = {"protect": dict(self.protect)} if self.protect else {}
+        return {"terms": terms, "normalise": self.normalise, "combine": self.combine, **protect}
+
+    @property
+    def columns(self) -> list[str]:
+        """What it reads."""
+        return list(dict.fromkeys([*self.terms, *self.protect]))
+
+    def protected(self, table: pd.DataFrame) -> dict[str, list[int]]:
+        """{axis: the units that the criterion keeps}."""
+        found: dict[str, list[int]] = {}
+        for column, share in self.protect.items():
+            for axis, values in table[column].groupby(level="axis", sort=False):
+                best = largest(torch.tensor(values.to_numpy(float)), share_of(len(values), share))
+                found[str(axis)] = sorted({*found.get(str(axis), ()), *best.tolist()})
+        return found
 
     def score(self, table: pd.DataFrame, seed: int = 0) -> pd.Series:
         """A score a unit of a table with index (axis, unit); NaN where a term is.
@@ -73,7 +96,7 @@ class Criterion:
         ``random`` is drawn anew for each seed and axis. Raises ValueError for a column that is not there, a product of terms that
         are not positive, or an axis without a single number.
         """
-        missing = [column for column in self.terms if column != RANDOM and column not in table]
+        missing = [column for column in self.columns if column != RANDOM and column not in table]
         if missing:
             there = ", ".join(values_of(table)) or "none"
             raise ValueError(f"criterion {self.name!r} reads {', '.join(missing)}; the table has {there}")
@@ -135,8 +158,6 @@ def random_scores(index: pd.Index, seed: int) -> pd.Series:
 
 
 def _uniform(n: int, seed: int, axis: str) -> list[float]:
-    import torch
-
     return torch.rand(n, generator=generator(seed, axis), dtype=torch.float64).tolist()
 
 

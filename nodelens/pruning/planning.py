@@ -83,14 +83,20 @@ class Recipe:
 
 def plan_removal(
     subject: Subject,
-    scores: pd.Series,
+    table: pd.DataFrame,
     recipe: Recipe,
     share: float | None = None,
     removed: Mapping[str, Sequence[int]] | None = None,
 ) -> RemovalPlan:
-    """Which units go, and what that achieves. share: of the budget, where it is not the recipe's; removed: earlier, in any case."""
+    """Which units go by a table of scores, and what that achieves.
+
+    share: of the budget, where it is not the recipe's; removed: earlier, in any case.
+    """
     removed, amount = removed or {}, recipe.amount if share is None else share
+    scores = recipe.criterion.score(table, recipe.seed)
     protect = _protected(subject.axes, recipe.protect)
+    for name, units in recipe.criterion.protected(table).items():
+        protect[name] = sorted({*protect.get(name, ()), *units} - {*removed.get(name, ())})
     budget, cost = recipe.budget, subject.cost
     keep = allocate(
         subject.axes,

@@ -72,7 +72,7 @@ def carry_out(
     for step, share in enumerate(shares, 1):
         if table is None or step > 1:
             table = now.table([recipe.criterion])
-        plan = plan_removal(now, recipe.criterion.score(table, recipe.seed), recipe, share, removed)
+        plan = plan_removal(now, table, recipe, share, removed)
         measured = subject if step == 1 else now  # the dense model's moments serve every cell of a sweep
         grown |= _made_up_for(measured, model, plan.removed, removed, recipe)
         removed, how = plan.removed, apply if step == len(shares) else "mask"

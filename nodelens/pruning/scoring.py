@@ -33,7 +33,7 @@ def columns_of(criteria: Iterable[Criterion], given: Mapping[str, Any] | None = 
     """
     found: dict[str, Metric | Baseline] = {}
     for criterion in criteria:
-        for column in criterion.terms:
+        for column in criterion.columns:
             if column == RANDOM or column in found:
                 continue
             term = (given or {}).get(column)

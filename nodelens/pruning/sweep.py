@@ -112,7 +112,7 @@ class Sweep:
         if recipe.criterion.name in self.refused:
             raise ValueError(self.refused[recipe.criterion.name])
         one_shot = recipe.schedule.kind == "one_shot"
-        plan = plan_removal(self.subject, recipe.criterion.score(self.table, recipe.seed), recipe) if one_shot else None
+        plan = plan_removal(self.subject, self.table, recipe) if one_shot else None
         planned = time.perf_counter() - started
         way = self._way(cell, plan)
         same = self.done.get(way)

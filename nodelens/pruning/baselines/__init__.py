@@ -11,7 +11,7 @@ from torch import nn
 
 from ...targets import summed_loss
 from ..axis import Axis
-from . import gates, gradients, maps, reads, training, weights
+from . import gates, gradients, maps, reads, scar, training, weights
 from .base import Baseline, Found
 from .passes import Loss, Progress, collect
 
@@ -22,6 +22,7 @@ BASELINES: tuple[type[Baseline], ...] = (
     *gates.BASELINES,
     *gradients.BASELINES,
     *training.BASELINES,
+    *scar.BASELINES,
 )
 _BY_NAME: dict[str, tuple[type[Baseline], Mapping[str, Any]]] = {
     name: (kind, kind.presets.get(name, {})) for kind in BASELINES for name in (*kind.names, *kind.presets)

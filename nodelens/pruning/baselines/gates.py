@@ -63,9 +63,13 @@ class GateSums(Sums):
             q = (torch.zeros_like(gate) if gradient is None else gradient).double()  # (samples, rows, units)
             mask = self.frame.mask
             q = q[mask] if self.unit == "token" and mask is not None and mask.shape == q.shape[:2] else q.flatten(0, 1)
-            self.totals[name, "square"] += q.square().sum(0)
-            self.totals[name, "absolute"] += q.abs().sum(0)
-            self.totals[name, "rows"] += len(q)
+            self.add(name, q)
+
+    def add(self, name: str, q: Tensor) -> None:
+        """Takes rows of an axis's q, (rows, units) float64."""
+        self.totals[name, "square"] += q.square().sum(0)
+        self.totals[name, "absolute"] += q.abs().sum(0)
+        self.totals[name, "rows"] += len(q)
 
     def mean(self, axis: Axis, what: Literal["square", "absolute"]) -> Tensor:
         """E q^2 or E|q| a unit."""

@@ -63,6 +63,9 @@ class Sums:
     def end(self, logits: Tensor | None, loss: Loss) -> None:
         """Ends the batch, all edits undone and no graph recorded; logits are None where no sums wanted the model to run."""
 
+    def again(self) -> None:
+        """Called between two rounds over the data."""
+
     def reduce(self) -> None:
         """Makes sums those of all processes. Collective."""
         self.totals = {key: reduce_tensor(total) for key, total in self.totals.items()}
@@ -94,6 +97,9 @@ def collect(
     if rounds > 1 and iter(data) is data:
         raise ValueError(f"the data are read {rounds} times, and are an iterator: give a loader or a list of batches")
     for k in range(rounds):
+        for sums in found.values():
+            if 0 < k < sums.rounds:
+                sums.again()
         _read(model, [sums for sums in found.values() if sums.rounds > k], progress(data), seed, loss)
     for sums in found.values():
         sums.reduce()

@@ -1,0 +1,134 @@
+"""Loss-critical channels: the loss proxy, less what the channels repeat that carry most of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...analysis.supernodes import connectivity, halo, largest, protection, redundancy_to_core, share_of
+from ...distributed import reduce_tensor
+from ..axis import Axis
+from .base import Baseline, Found
+from .gates import GateSums, Unit
+from .passes import Need
+from .reads import kernels
+
+
+class CoreSums(GateSums):
+    """Sums of q^2 in a first round over the data; in a second those of q and of its products with the core's units."""
+
+    rounds = 2
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis], unit: Unit, fraction: float):
+        super().__init__(model, axes, "consumer", unit)
+        self.fraction = fraction
+        self.cores: dict[str, Tensor] = {}
+
+    def again(self) -> None:
+        for axis in self.axes:
+            for what in ("square", "absolute", "rows"):
+                self.totals[axis.name, what] = reduce_tensor(self.totals[axis.name, what])
+            core = largest(self.totals[axis.name, "square"], share_of(axis.n, self.fraction))
+            self.cores[axis.name] = core
+            self.totals |= {(axis.name, "sum"): self.zeros(axis.n), (axis.name, "products"): self.zeros(axis.n, len(core))}
+
+    def add(self, name: str, q: Tensor) -> None:
+        if not self.cores:
+            super().add(name, q)
+            return
+        self.totals[name, "sum"] += q.sum(0)
+        self.totals[name, "products"] += q.T @ q[:, self.cores[name]]
+
+    def reduce(self) -> None:
+        for key in self.totals:
+            if key[1] in ("sum", "products"):
+                self.totals[key] = reduce_tensor(self.totals[key])
+
+    def correlation(self, axis: Axis) -> Tensor:
+        """Correlations of each unit's q with those of the core, (units, core); no epsilon: q varies by 1e-7 and less."""
+        n = self.totals[axis.name, "rows"]
+        total, square, core = self.totals[axis.name, "sum"], self.totals[axis.name, "square"], self.cores[axis.name]
+        shared = self.totals[axis.name, "products"] - total[:, None] * total[core] / n
+        spread = (square - total.square() / n).clamp_min(0)
+        return (shared / (spread[:, None] * spread[core]).sqrt()).clamp(-1, 1).cpu()
+
+
+@dataclass(frozen=True)
+class ScarProt(Baseline):
+    """Loss proxy of a channel, lowered in the halo by what the core repeats of it.
+
+    The core are the ``core_fraction`` channels of largest loss proxy L; the halo those that write most where the core writes. The
+    core is kept by the criterion's own constraint (``protect``), not by its score. Data are read twice.
+
+    Formula: L Protect, L = 0.5 E q^2, q = u dL/du a token, Protect by the rank of the redundancy to the core: f + (1 - f)(1 - r^g)
+    Shapes: q over tokens of what one linear layer reads -> (units,)
+    Unit:   that of the loss squared, >= 0
+    NaN:    never
+    Raises: ValueError where other than one linear layer reads the axis (``unit: sequence`` takes any)
+    Source: 2604.23475
+    """
+
+    names: ClassVar = ("scar_prot", "supernode_protection_score")
+    needs: ClassVar = "gates"
+    unit: Unit = "token"
+    core_fraction: float = 0.01
+    halo_fraction: float = 0.1
+    connectivity_topk: int = 256
+    connectivity_mass_fraction: float | None = None
+    redundancy_topk: int = 5
+    redundancy_reduce: Literal["topk_mean", "max"] = "topk_mean"
+    positive_redundancy: bool = True
+    protection_floor: float = 0.2
+    protection_rank_power: float = 8.0
+
+    def sums(self) -> tuple[Need, ...]:
+        return (Need(CoreSums, (self.unit, self.core_fraction)),)
+
+    def parts(self, axis: Axis, found: Found) -> dict[str, Tensor]:
+        """Loss proxy, connectivity, redundancy to the core (NaN outside the halo), protection, (units,); ids of core and halo."""
+        sums: CoreSums = found.sums[self.sums()[0]]
+        core, proxy = sums.cores[axis.name].cpu(), 0.5 * sums.mean(axis, "square")
+        weights = torch.cat([_columns(found.model, axis, k) for k in range(len(axis.by_role("consumer")))])
+        connected = connectivity(weights, core, self.connectivity_topk, self.connectivity_mass_fraction)
+        members = halo(connected, core, self.halo_fraction)
+        redundancy = torch.full_like(proxy, torch.nan)
+        every = redundancy_to_core(sums.correlation(axis), self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        redundancy[members] = every[members]
+        kept = protection(redundancy, members, "rank_power", self.protection_floor, self.protection_rank_power)
+        values = {"proxy": proxy, "connectivity": connected, "redundancy": redundancy, "protection": kept}
+        return values | {"core": core, "halo": members}
+
+    def __call__(self, axis: Axis, found: Found) -> Tensor:
+        parts = self.parts(axis, found)
+        return parts["proxy"] * parts["protection"]
+
+
+@dataclass(frozen=True)
+class ScarConn(ScarProt):
+    """As ``scar_prot``, the protection only of the part of a channel that is connected to the core.
+
+    Formula: L ((1 - Conn) + Conn Protect), L, Conn and Protect as there
+    Shapes: q over tokens of what one linear layer reads -> (units,)
+    Unit:   that of the loss squared, >= 0
+    NaN:    a channel that nothing reads
+    Raises: ValueError where other than one linear layer reads the axis (``unit: sequence`` takes any)
+    Source: 2604.23475
+    """
+
+    names: ClassVar = ("scar_conn", "supernode_connectivity_score")
+
+    def __call__(self, axis: Axis, found: Found) -> Tensor:
+        parts = self.parts(axis, found)
+        return parts["proxy"] * ((1 - parts["connectivity"]) + parts["connectivity"] * parts["protection"])
+
+
+def _columns(model: nn.Module, axis: Axis, k: int) -> Tensor:
+    """What one consumer makes of each unit, kernels summed, (outputs, units): over a head's places the sum of sizes."""
+    cut = axis.by_role("consumer")[k]
+    by_place = kernels(model, cut).sum(2).cpu()  # (places, outputs)
+    return by_place[cut.places].abs().sum(1).T
+
+
+BASELINES: tuple[type[Baseline], ...] = (ScarProt, ScarConn)
