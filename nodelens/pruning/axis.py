@@ -92,10 +92,24 @@ class Axis:
         return all(cut.entry is None for cut in self.by_role("consumer"))
 
     def describe(self) -> str:
-        """Cuts in a line, such as ``conv1.weight[0] > conv2.weight[1]``."""
-        makes = ", ".join(dict.fromkeys(c.name for c in self.by_role("producer") if c.tensor != "bias"))
-        reads = ", ".join(dict.fromkeys(c.name for c in self.by_role("consumer")))
-        return f"{makes} > {reads}"
+        """What makes and what reads the units, such as ``layer1.0: conv1 > conv2``: what all share of a path stands once."""
+        makes, reads = (
+            list(dict.fromkeys(_spoken(cut) for cut in self.by_role(role) if cut.tensor != "bias"))
+            for role in ("producer", "consumer")
+        )
+        shared = 0
+        for parts in zip(*(name.split(".")[:-1] for name in (*makes, *reads)), strict=False):
+            if len(set(parts)) > 1:
+                break
+            shared += 1
+        ends = [", ".join(".".join(name.split(".")[shared:]) for name in names) for names in (makes, reads)]
+        prefix = ".".join(makes[0].split(".")[:shared]) + ": " if shared else ""
+        return f"{prefix}{ends[0]} > {ends[1]}"
+
+
+def _spoken(cut: Cut) -> str:
+    """A layer by its path; a tensor of another name by its own."""
+    return cut.module if cut.tensor == "weight" and cut.module else cut.name
 
 
 @dataclass(frozen=True)
