@@ -35,12 +35,13 @@ def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float]
 
 def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, float]) -> None:
     """A sweep's curves, a step an amount in per cent, and its table."""
+    measure = "perplexity" if "perplexity" in table else "accuracy"
     for logger in loggers:
-        logger.log_metrics({f"final/dense_{k}": v for k, v in dense.items()})
+        logger.log_metrics({f"final/{k}": v for k, v in dense.items()})
         for amount, rows in table.groupby("amount"):
-            means = rows.groupby(_varied(table))["accuracy"].mean().dropna()
+            means = rows.groupby(_varied(table))[measure].mean().dropna()
             names = ["/".join(key) if isinstance(key, tuple) else str(key) for key in means.index]
-            curve = {f"prune/{name}/accuracy": float(value) for name, value in zip(names, means, strict=True)}
+            curve = {f"prune/{name}/{measure}": float(value) for name, value in zip(names, means, strict=True)}
             logger.log_metrics(curve | {"prune/amount": float(amount)}, step=round(100 * float(amount)))
         if hasattr(logger, "log_table"):
             logger.log_table("sweep", dataframe=table.astype(object).where(table.notna(), None))  # it takes plain values

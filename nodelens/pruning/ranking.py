@@ -1,4 +1,4 @@
-"""How criteria compare: accuracy against what was really saved, and the area under each curve."""
+"""How criteria compare: accuracy or perplexity against what was really saved, and the area under each curve."""
 
 import numpy as np
 import pandas as pd
@@ -6,23 +6,35 @@ import pandas as pd
 KEY = ["criterion", "allocation", "compensate", "mode"]
 
 
-def curves(table: pd.DataFrame, measure: str = "accuracy", saved: str = "macs") -> pd.DataFrame:
+def measure_of(table: pd.DataFrame) -> str:
+    """What a sweep is judged by: ``perplexity`` of a language model (lower is better), else ``accuracy``."""
+    return "perplexity" if "perplexity" in table else "accuracy"
+
+
+def best_first(values: pd.Series, measure: str) -> pd.Series:
+    """Sorted, the best first; ties in the order they came in."""
+    return values.sort_values(ascending=measure in ("perplexity", "loss"), kind="stable")
+
+
+def curves(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") -> pd.DataFrame:
     """Mean and standard deviation over seeds, index (criterion, allocation, compensate, mode, amount).
 
     Columns mean, std, seeds, and saved: the mean share of the ``macs``, ``params`` or ``units`` that went. Cells without a number
     (infeasible ones) do not count.
     """
+    measure = measure or measure_of(table)
     table = table.assign(saved=removed_share(table, saved)).dropna(subset=[measure])
     by = table.groupby([*KEY, "amount"], sort=False)
     return by[measure].agg(mean="mean", std="std", seeds="count").join(by["saved"].mean())
 
 
-def areas(table: pd.DataFrame, measure: str = "accuracy", saved: str = "macs") -> pd.DataFrame:
+def areas(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") -> pd.DataFrame:
     """Area under each mean curve, best first: index (criterion, allocation, compensate, mode), columns area and upto.
 
     From 0 saved (the dense model) to ``upto``, the largest share that every curve reaches, divided by it; straight lines between
     the amounts. All are thus compared over one range.
     """
+    measure = measure or measure_of(table)
     found = curves(table, measure, saved)
     dense = table[f"dense_{measure}"].iloc[0]
     lines = {}
@@ -37,7 +49,7 @@ def areas(table: pd.DataFrame, measure: str = "accuracy", saved: str = "macs") -
         rows[key] = float(np.trapezoid(np.interp(grid, x, y), grid) / upto) if upto > 0 else float(y.mean())
     area = pd.Series(rows, name="area", dtype=float)
     area.index = pd.MultiIndex.from_tuples(list(rows), names=KEY) if rows else pd.MultiIndex.from_arrays([[]] * 4, names=KEY)
-    return area.sort_values(ascending=False, kind="stable").to_frame().assign(upto=upto)
+    return best_first(area, measure).to_frame().assign(upto=upto)
 
 
 def removed_share(table: pd.DataFrame, of: str = "macs") -> pd.Series:

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from ..pruning.ranking import areas
+from ..pruning.ranking import areas, best_first, measure_of
 from ..pruning.ranking import curves as curve_of
 from ..results import Result, values_of
 
@@ -129,11 +129,13 @@ def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
 
 
 def curves(sweep: pd.DataFrame) -> bytes:
-    """Accuracy against the share of MACs that went, a line a criterion; panels: allocations down, compensations across."""
+    """Accuracy or perplexity against the share of MACs that went: a line a criterion, a panel an allocation and compensation."""
     found, order = curve_of(sweep), areas(sweep)["area"]
     ways = [list(dict.fromkeys(sweep[k])) for k in ("allocation", "compensate", "mode")]
     down, across = len(ways[0]) * len(ways[2]), len(ways[1])
-    best = order.groupby(level="criterion").max().sort_values(ascending=False).index
+    measure = measure_of(sweep)
+    by = order.groupby(level="criterion", sort=False)
+    best = best_first(by.max() if measure == "accuracy" else by.min(), measure).index
     figure, axes = plt.subplots(
         down,
         across,
@@ -143,7 +145,7 @@ def curves(sweep: pd.DataFrame) -> bytes:
         sharey=True,
         layout="constrained",
     )
-    dense = sweep["dense_accuracy"].iloc[0]
+    dense = sweep[f"dense_{measure}"].iloc[0]
     for row, (allocation, mode) in enumerate((a, m) for a in ways[0] for m in ways[2]):
         for column, compensate in enumerate(ways[1]):
             axis = axes[row, column]
@@ -152,11 +154,14 @@ def curves(sweep: pd.DataFrame) -> bytes:
                 if (criterion, allocation, compensate, mode) in order.index:
                     _curve(axis, found.loc[(criterion, allocation, compensate, mode)], dense, str(criterion), k)
             axis.set_title(", ".join([f"{allocation}, compensate {compensate}", *([mode] if len(ways[2]) > 1 else [])]))
-            axis.set_ylim(0, 1.02)
+            if measure == "accuracy":
+                axis.set_ylim(0, 1.02)
+            else:
+                axis.set_yscale("log")
     for axis in axes[-1]:
         axis.set_xlabel("share of MACs removed" if sweep["macs_share"].notna().any() else "share of units removed")
     for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy")
+        axis.set_ylabel(f"test {measure}")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, title="criterion, best area first", fontsize=8, loc="outside right upper", frameon=False)
     return _png(figure)

@@ -78,9 +78,9 @@ def _write(folder: Path, parts: list[str]) -> Path:
 
 
 _CURVES = (
-    "Accuracy on the test set against the share of multiply-accumulates that went; bands are one standard deviation over seeds, "
-    "the dotted line is the dense network. In the table, area is the mean accuracy up to the share that every line reaches; "
-    "columns are requested amounts."
+    "Accuracy (of a language model perplexity) on the test set against the share of multiply-accumulates that went; bands are one "
+    "standard deviation over seeds, the dotted line is the dense network. In the table, area is the mean up to the share that "
+    "every line reaches; columns are requested amounts."
 )
 _UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
 _AGREEMENT = (

@@ -21,7 +21,7 @@ from ..metrics.base import section_of
 from ..pruning.criteria import Criterion
 from ..pruning.latency import latency
 from ..pruning.prune import Pruned
-from ..pruning.ranking import areas
+from ..pruning.ranking import areas, measure_of
 from ..pruning.scoring import columns_of
 from ..pruning.subject import Subject
 from ..pruning.sweep import Cell, Sweep, cells
@@ -40,8 +40,13 @@ def prune(cfg: DictConfig) -> float:
         say(f"already finished: {folder}")
         table = pd.read_parquet(folder / "sweep.parquet")
         show_sweep(console(), table)
-        return float(areas(table)["area"].max())
+        return _number(table)
     return launch(cfg, lambda device: _work(cfg, folder, device))
+
+
+def _number(table: pd.DataFrame) -> float:
+    """The best curve's area."""
+    return float(areas(table)["area"].iloc[0]) if table["accuracy"].notna().any() else math.nan
 
 
 def asked_of(cfg: DictConfig) -> list[Cell]:
@@ -90,7 +95,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     _keep(cfg, folder, sweep, todo, found, module)
     if rank == 0:
         say(f"page: {write_pruning_page(folder)}")
-    return float(areas(found)["area"].max()) if found["accuracy"].notna().any() else math.nan
+    return _number(found)
 
 
 def subject_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> Subject:
@@ -141,11 +146,11 @@ class Judge:
         return {**found, **self._latency(pruned)}
 
     def of(self, model: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
-        """Accuracy with its standard error, loss and ece of the test set; accuracy and loss of validation data."""
+        """Accuracy, its standard error, loss, ece (of texts perplexity) of the test set; accuracy and loss of validation data."""
         test = evaluate(model, self.loaders["test"])
         val = evaluate(model, self.loaders["val"]) if self.has_val else {"accuracy": math.nan, "loss": math.nan}
-        error = math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["samples"])
-        found = {f"{prefix}{k}": test[k] for k in ("accuracy", "loss", "ece")} | {f"{prefix}accuracy_se": error}
+        test.setdefault("accuracy_se", math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["samples"]))
+        found = {f"{prefix}{k}": v for k, v in test.items() if k not in ("samples", "tokens")}
         found |= {f"val_{prefix}{k}": val[k] for k in ("accuracy", "loss")}
         return found if prefix else found | {"samples": test["samples"]}
 
@@ -222,8 +227,9 @@ def _keep(cfg: DictConfig, folder: Path, sweep: Sweep, todo: list[Cell], table: 
     names = [cell.name for cell in todo]
     if cfg.save == "best":
         finished = table[(table["status"] == "done") & (table["amount"] == table["amount"].max())]
-        measure = "val_accuracy" if finished["val_accuracy"].notna().any() else "params_share"
-        best = finished.sort_values(measure, ascending=measure == "params_share", kind="stable")["name"].head(1)
+        lower = "val_loss" if measure_of(table) == "perplexity" else "params_share"
+        measure = "val_accuracy" if lower == "params_share" and finished["val_accuracy"].notna().any() else lower
+        best = finished.sort_values(measure, ascending=measure != "val_accuracy", kind="stable")["name"].head(1)
         chosen = list(best)
     else:
         chosen = names if cfg.save == "all" else [] if cfg.save in (None, "none") else [cfg.save]

@@ -4,7 +4,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ..pruning.ranking import KEY, areas, curves
+from ..pruning.ranking import KEY, areas, curves, measure_of
 from ..pruning.subject import Subject
 from ..pruning.tabulate import axes_table
 
@@ -38,13 +38,14 @@ def show_axes(console: Console, subject: Subject) -> None:
 
 
 def show_sweep(console: Console, table: pd.DataFrame) -> None:
-    """Accuracy by amount, mean over seeds (standard deviation), the largest area under the curve over saved MACs first."""
+    """Accuracy or perplexity by amount, mean over seeds (standard deviation), the best area under the curve first."""
     means, area = curves(table), areas(table)
     amounts = sorted(table["amount"].unique())
     varied = [k for k in KEY if table[k].nunique() > 1 or k == "criterion"]
     upto = f"{100 * area['upto'].iloc[0]:.0f} %" if len(area) else "0 %"
-    dense = f"dense {table['dense_accuracy'].iloc[0]:.4f}"
-    title = f"test accuracy by amount, {dense}; area: mean accuracy up to {upto} of the MACs saved"
+    measure = measure_of(table)
+    dense = f"dense {table[f'dense_{measure}'].iloc[0]:.4f}"
+    title = f"test {measure} by amount, {dense}; area: its mean up to {upto} of the MACs saved"
     shown = Table(title=title, title_justify="left")
     for name in (*varied, "area", *(f"{a:g}" for a in amounts)):
         shown.add_column(name, justify="left" if name in KEY else "right")
