@@ -174,7 +174,7 @@ def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k:
     spread = np.concatenate([[0.0], curve["std"].fillna(0)])
     chance = criterion == "random"
     style: dict[str, Any] = {"color": "#1c1f24" if chance else _COLOURS[k % len(_COLOURS)]}
-    dash = "--" if chance else ("-", "-.", ":")[k // len(_COLOURS) % 3]
+    dash: Any = "--" if chance else ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[k // len(_COLOURS) % 4]
     axis.plot(x, mean, marker="o", markersize=2.5, linewidth=1.2, linestyle=dash, label=criterion, **style)
     axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, linewidth=0, **style)
 
