@@ -122,13 +122,16 @@ class Layer:
 
 
 def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Mapping[str, Tensor] | None = None) -> list[Layer]:
-    """The layers of a model that match a name, a glob, or a list of them, in the model's own order.
+    """The layers of a model that match a name, a glob, a role, or a list of them, in the model's own order.
 
     ``"*"`` means every layer with weights (Linear, convolutions); a name or any other glob finds any module, and with
-    ``.input`` behind it the units that the module reads, such as ``*.mlp.down_proj.input``. A model that is itself a layer
-    goes by its class's name. start: a state dict of before training. Raises ValueError for a pattern without a match, or a
-    start that has not this model's weights.
+    ``.input`` behind it the units that the module reads, such as ``*.mlp.down_proj.input``. What matches neither may be a
+    role of ``roles_of``, such as ``blocks[n//2:].mlp.hidden`` or ``final_norm``: the layers go by their modules' names all the
+    same. A model that is itself a layer goes by its class's name. start: a state dict of before training. Raises ValueError
+    for a pattern without a match, a role that is not there, or a start that has not this model's weights.
     """
+    from .roles import roles_of  # which makes layers
+
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     for name, module in modules.items():
@@ -136,11 +139,15 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
     layers |= {name: Layer(name, module) for name, module in modules.items()}  # a submodule may be called input
     weighted = [name for name, layer in layers.items() if layer.weight is not None]
     chosen: set[str] = set()
+    roles = None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         every = layers if pattern.endswith(".input") else modules
         names = weighted if pattern == "*" else [name for name in every if fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(_no_match(pattern, list(modules), weighted))
+            roles = roles or roles_of(model)
+            names = [layer.name for layer in roles.layers(pattern)]
+        if not names:
+            raise ValueError(_no_match(pattern, list(modules), weighted, str(roles)))
         chosen.update(names)
     found = [layer for name, layer in layers.items() if name in chosen]
     return found if start is None else [_started(layer, start) for layer in found]
@@ -177,11 +184,12 @@ def _started(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
     return replace(layer, start=start[name].detach().clone())
 
 
-def _no_match(pattern: str, names: list[str], weighted: list[str]) -> str:
+def _no_match(pattern: str, names: list[str], weighted: list[str], roles: str) -> str:
     near = difflib.get_close_matches(pattern.strip("*"), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     shown = ", ".join(weighted[:12]) + (f" and {len(weighted) - 12} more" if len(weighted) > 12 else "")
-    return f"no layer matches {pattern!r}{hint} the model has: {shown or 'no layer with weights'}"
+    also = f"; its roles are {roles}" if roles else ""
+    return f"no layer matches {pattern!r}{hint} the model has: {shown or 'no layer with weights'}{also}"
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from .modes import frozen
 from .plan import Plan
 from .recording import Recording
 from .results import Result, fingerprint, provenance
+from .roles import resolved
 from .statistics import Statistic
 from .table import make_table
 from .targets import summed_loss
@@ -93,6 +94,7 @@ def analyze(
     seconds = {"plan": planned - started, "pass": passed - planned, "table": time.perf_counter() - passed}
     result.metadata |= {
         "seed": seed,
+        "layers": resolved(model, layers),
         "seconds": seconds,
         "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)},
     }

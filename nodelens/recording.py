@@ -46,7 +46,7 @@ class Recording:
         shown: dict[Site, list[tuple[Tensor, int]]] = {}
         layers, samples = list(layers), len(frame)
         norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
-        sites = [Site(layer, port) for layer in layers for port in ("input", "output")]
+        sites = [Site(layer, port) for layer in layers for port in ("input", "output") if port == "output" or not _reads_ids(layer)]
         readers = [Site(norm, "input") for norm in norms]
         frame = frame.head(2).map(torch.clone)  # tensors made in inference mode would have no version to compare
         capture = Capture(sites + readers, lambda site, tensor: shown.setdefault(site, []).append((tensor, tensor._version)))
@@ -85,6 +85,11 @@ def _seen(site: Site, shows: list[tuple[Tensor, int]], samples: int, logits: Ten
         _identity(tensor) == _identity(logits),
         rows.grid,
     )
+
+
+def _reads_ids(layer: Layer) -> bool:
+    """Whether what a module reads are numbers of entries, no rows."""
+    return isinstance(layer.module, nn.Embedding)
 
 
 def _identity(tensor: Tensor) -> tuple[int, torch.Size]:

@@ -7,8 +7,8 @@ import pytest
 
 HOME = Path(__file__).parents[1] / "nodelens"
 LEVELS = (
-    "buffer linalg keys rows runs geometry files checks",
-    "layers",
+    "anatomy buffer linalg keys rows runs geometry files checks expressions",
+    "layers roles",
     "hooks frame statistics targets modes",
     "metrics",
     "recording plan control table results distributed",

@@ -1,0 +1,156 @@
+"""Roles: the parts of a transformer by what they do, whatever its family calls them."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from . import anatomy
+from .expressions import parse_index
+from .layers import Layer, find_layers
+
+PARTS = ("input", "output", "attention", "heads", "mlp", "mlp.hidden")
+_EXPRESSION = re.compile(r"(\w+)(?:\[([^][]*)\])?((?:\.\w+)*)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: for each of ``PARTS`` the layer where it is read, or why there is none.
+
+    ``heads``: how many groups of equal width the columns at ``.heads`` make; None where that is not known.
+    """
+
+    name: str
+    kind: str  # its class
+    parts: Mapping[str, Layer | str]
+    heads: int | None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The blocks of a model, and what stands before and behind them: embedding, final_norm, head."""
+
+    model: str  # its class
+    blocks: tuple[Block, ...]
+    single: Mapping[str, Layer | str]
+    reason: str = ""  # why there are no blocks
+
+    def layers(self, expression: str) -> list[Layer]:
+        """The layers of ``final_norm``, ``blocks[n//2:].mlp.hidden`` and the like; empty for a text of another form.
+
+        ``blocks`` without an index are all of them, without a part their outputs; what is single has ``.input`` and ``.output``.
+        Raises ValueError for a part that is not there or not clear, and for an index that is none.
+        """
+        match = _EXPRESSION.fullmatch(expression)
+        role, index, part = match.groups() if match else ("", None, "")
+        if role == "blocks" and (index is not None or part[1:] in ("", *PARTS)):
+            return [self._part(expression, self.blocks[k], part[1:] or "output") for k in self._chosen(expression, index)]
+        return [self._single(expression, role, part[1:])] if role in self.single and index is None else []
+
+    def _chosen(self, expression: str, index: str | None) -> list[int]:
+        if not self.blocks:
+            raise ValueError(f"{expression!r}: {self.model} has no blocks: {self.reason}; a module can be named directly")
+        try:
+            return parse_index("all" if index is None else index, len(self.blocks))
+        except ValueError as error:
+            raise ValueError(f"{expression!r}: {error}") from None
+
+    def _part(self, expression: str, block: Block, part: str) -> Layer:
+        found = block.parts.get(part)
+        if isinstance(found, Layer):
+            return found
+        if found is None:
+            raise ValueError(f"{expression!r}: a block has no part {part!r}; the roles of {self.model} are {self}")
+        there = [str(k) for k, other in enumerate(self.blocks) if isinstance(other.parts[part], Layer)]
+        raise ValueError(
+            f"{expression!r}: no .{part} is found in block {block.name} ({block.kind}) of {self.model}: {found}; a "
+            "module can be named directly" + (f", and blocks[{','.join(there)}].{part} are found" if there else "")
+        )
+
+    def _single(self, expression: str, role: str, part: str) -> Layer:
+        found = self.single[role]
+        if isinstance(found, str):
+            raise ValueError(f"{expression!r}: no {role} is found in {self.model}: {found}; a module can be named directly")
+        if part not in ("", "input", "output"):
+            raise ValueError(f"{expression!r}: {role} has no part {part!r}; it has input and output")
+        return Layer(f"{found.name}.input", found.module, "input") if part == "input" else found
+
+    def __str__(self) -> str:
+        parts = [part for part in PARTS if any(isinstance(block.parts[part], Layer) for block in self.blocks)]
+        single = [role for role, found in self.single.items() if isinstance(found, Layer)]
+        return ", ".join([f"blocks[0:{len(self.blocks)}].{part}" for part in parts] + single)
+
+
+def roles_of(model: nn.Module) -> Roles:
+    """The roles of a model's modules, by the names that families give them, by structure where no name is known.
+
+    Blocks are the shallowest list of modules as long as the config says; without a config the longest that lies in no other.
+    A block's ``input`` and ``output`` are the residual stream; ``attention`` and ``mlp`` what these two put out, before any
+    norm or scale with which the block adds it to the stream; ``heads`` and ``mlp.hidden`` the inputs of the linear layers that
+    write it. Nothing is run. A role that is not there or not clear says so when it is asked for.
+    """
+    config = anatomy.config_of(model)
+    names = {module: name for name, module in model.named_modules()}
+    tried = partial(_tried, names)
+    listed = tried(anatomy.list_of_blocks, model, config)
+    if isinstance(listed, str):
+        return Roles(type(model).__name__, (), {}, listed)
+    uses = Counter(module for block in listed for module in set(block.modules()))
+    single = {
+        "embedding": tried(anatomy.embedding_of, model),
+        "final_norm": tried(anatomy.final_norm_of, model, names[listed]),
+        "head": tried(anatomy.head_of, model, names[listed]),
+    }
+    return Roles(
+        type(model).__name__,
+        tuple(_block(block, config, names, uses) for block in listed),
+        {role: tried(_layer, module, names, "output", 1) for role, module in single.items()},
+    )
+
+
+def resolved(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, list[str]]:
+    """{pattern: names of its layers}, of what ``find_layers`` takes."""
+    every = [patterns] if isinstance(patterns, str) else patterns
+    return {pattern: [layer.name for layer in find_layers(model, pattern)] for pattern in every}
+
+
+def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: Mapping[nn.Module, int]) -> Block:
+    tried, width = partial(_tried, names), anatomy.width_of(block, config)
+    attention = tried(anatomy.attention_of, block)
+    heads = tried(anatomy.attention_writer, attention, width)
+    mlp = tried(anatomy.mlp_of, block, None if isinstance(attention, str) else attention)
+    hidden = tried(anatomy.mlp_writer, mlp, width)
+    stream = tried(anatomy.stream_of, block)
+    sites = {
+        "input": (stream, "input"),
+        "output": (stream, "output"),
+        "attention": (tried(anatomy.put_out, attention, heads, block), "output"),
+        "heads": (heads, "input"),
+        "mlp": (tried(anatomy.put_out, mlp, hidden, block), "output"),
+        "mlp.hidden": (hidden, "input"),
+    }
+    parts = {part: tried(_layer, module, names, side, uses.get(module, 0)) for part, (module, side) in sites.items()}
+    n = None if isinstance(heads, str) else anatomy.heads_of(attention, heads, config)
+    return Block(names[block], type(block).__name__, parts, n)
+
+
+def _layer(module: nn.Module, names: Mapping[nn.Module, str], side: str, blocks: int) -> Layer:
+    if blocks > 1:
+        raise anatomy.UnclearError(f"it is part of {blocks} blocks, and its calls cannot be told apart")
+    if side == "input" and "input" in module._modules:
+        raise anatomy.UnclearError("what it reads would go by the name of its own module input")
+    return Layer(f"{names[module]}.input" if side == "input" else names[module], module, side)
+
+
+def _tried(names: Mapping[nn.Module, str], find: Callable[..., Any], given: nn.Module | str, *more: Any) -> Any:
+    """What a function finds, or where and why it does not; a reason in place of its first argument is passed on."""
+    if isinstance(given, str):
+        return given
+    try:
+        return find(given, *more)
+    except anatomy.UnclearError as reason:
+        return f"{names[given]}: {reason}" if names[given] else str(reason)
