@@ -75,7 +75,7 @@ class Measure(Callback):
                 self._open(pl_module, frame)
             assert self.taken is not None
             assert self.capture is not None
-            self.capture.scale = _undo_scaling(trainer, len(frame))
+            self.capture.scale = _undo_scaling(trainer, int(frame.tokens.sum()))
             self.taken.begin(frame)
             self.capture.gate = True
 
@@ -206,7 +206,7 @@ def _on(data: Any, module: LightningModule) -> Any:
     return (module.transfer_batch_to_device(batch, module.device, 0) for batch in data)
 
 
-def _undo_scaling(trainer: Trainer, samples: int) -> float:
+def _undo_scaling(trainer: Trainer, terms: int) -> float:
     """From the gradient of a mean loss, divided by accumulation and multiplied by a loss scale, to the summed loss's."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return samples * trainer.accumulate_grad_batches / (scaler.get_scale() if scaler is not None else 1.0)
+    return terms * trainer.accumulate_grad_batches / (scaler.get_scale() if scaler is not None else 1.0)

@@ -20,7 +20,8 @@ class Frame:
 
     Shapes: labels (B,) or (B, T) or None; targets (B,) or (B, t) or None, given by the user;
             mask (B, T) bool, true where a token counts, or None for all;
-            keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G)
+            keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G);
+            bytes (B,) int64 or None, UTF-8 bytes of the text that a sample's predicted tokens stand for
     """
 
     args: tuple[Any, ...]
@@ -30,23 +31,28 @@ class Frame:
     keys: Tensor
     group: Tensor
     targets: Tensor | None = None
+    bytes: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Frame":
         """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
+        Labels of tokens stand at the tokens themselves, and those of padding, or right behind it, do not count: no row that is
+        masked takes part in a loss. What a dict holds beside labels, targets, ids and bytes is the model's, such as the
+        position_ids that a model with absolute positions needs for texts padded on the left.
+
         Sample numbers come with the batch (``ids``), else from the samples' content: equal for equal samples, so that
-        groups do not depend on batching. Raises ValueError for anything else.
+        groups do not depend on batching or padding. Raises ValueError for anything else.
         """
-        args, kwargs, labels, ids, targets = _read(batch)
+        args, kwargs, labels, ids, targets, size = _read(batch)
         mask = kwargs.get("attention_mask")
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
         if isinstance(mask, Tensor) and labels is not None and labels.shape == mask.shape:
-            labels = labels.where(mask.bool(), IGNORE)  # a padded token is nobody's next one
-        keys = content_keys(first).cpu() if ids is None else mix(ids.reshape(-1).long().cpu())
-        return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups, targets)
+            labels = labels.where(_behind_a_token(mask.bool()), IGNORE)
+        keys = _keys_of(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
+        return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups, targets, size)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -73,6 +79,7 @@ class Frame:
             keys=each(self.keys),
             group=each(self.group),
             targets=each(self.targets),
+            bytes=each(self.bytes),
         )
 
     def sorted(self) -> "Frame":
@@ -128,20 +135,35 @@ def tensor_of(value: Any) -> Tensor | None:
     return None
 
 
-def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None, Tensor | None]:
+def _keys_of(first: Tensor, mask: Any) -> Tensor:
+    """Keys of the samples' content, padding left out, (B,) on the CPU."""
+    if not isinstance(mask, Tensor) or mask.shape != first.shape or bool(mask.all()):
+        return content_keys(first).cpu()
+    rows = zip(first.cpu(), mask.bool().cpu(), strict=True)
+    return torch.cat([content_keys(row[keep][None]) for row, keep in rows])
+
+
+def _behind_a_token(mask: Tensor) -> Tensor:
+    """(B, T) bool: true for tokens that are no padding and, but for the first of a row, have none right before them."""
+    before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
+    return mask & before
+
+
+def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Arguments by place and by name, labels, sample numbers, targets, bytes."""
     if isinstance(batch, Tensor):
-        return (batch,), {}, None, None, None
+        return (batch,), {}, None, None, None, None
     if isinstance(batch, Mapping):
         rest = dict(batch)
         labels = next((rest.pop(k) for k in _LABELS if k in rest), None)
         ids = next((rest.pop(k) for k in _IDS if k in rest), None)
-        targets = rest.pop("targets", None)
+        targets, size = rest.pop("targets", None), rest.pop("bytes", None)
         x = rest.pop("x", None)
-        return (() if x is None else (x,)), rest, labels, ids, targets
+        return (() if x is None else (x,)), rest, labels, ids, targets, size
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         ids = getattr(batch, "ids", None)
         if len(batch) <= 2 or ids is not None:
-            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None
+            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None, None
     raise ValueError(
         f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
         "a loader of another form needs a function that makes one of these of it"

@@ -76,20 +76,30 @@ def logit_pc1(logits: Tensor) -> Tensor:
     return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[0]
 
 
-def summed_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Cross-entropy summed over valid labels: of (B, K) with (B,), or of (B, T, V) with (B, T) (the next token's)."""
+def predictions(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits (..., K) and the labels (...) that they predict, IGNORE where a label does not count.
+
+    Of (B, K) with (B,) these themselves; of (B, T, V) with (B, T) the logits at each token and the next one's label.
+    Raises ValueError for other shapes, and for labels that the model does not have.
+    """
     y = _need("loss", "labels", labels)
     if logits.ndim == 3 and y.ndim == 2:
-        logits, y = logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()
-    if logits.ndim != 2 or y.ndim != 1 or y.is_floating_point():
+        logits, y = logits[:, :-1], y[:, 1:]
+    if logits.shape[:-1] != y.shape or logits.ndim not in (2, 3) or y.is_floating_point():
         raise ValueError(
             f"cross-entropy wants logits (B, K) and class labels (B,), not {tuple(logits.shape)} and "
             f"{tuple(y.shape)} {y.dtype}; give loss=, a function of (logits, labels) that sums over the batch"
         )
     valid = y[y != IGNORE]
-    if len(valid) and (int(valid.max()) >= logits.shape[1] or int(valid.min()) < 0):
-        raise ValueError(f"the model has {logits.shape[1]} classes, the labels run from {int(valid.min())} to {int(valid.max())}")
-    return nn.functional.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
+    if len(valid) and (int(valid.max()) >= logits.shape[-1] or int(valid.min()) < 0):
+        raise ValueError(f"the model has {logits.shape[-1]} classes, the labels run from {int(valid.min())} to {int(valid.max())}")
+    return logits, y
+
+
+def summed_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Cross-entropy summed over labels that count: of (B, K) with (B,), or of (B, T, V) with (B, T) (the next token's)."""
+    z, y = predictions(logits, labels)
+    return nn.functional.cross_entropy(z.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def _need(name: str, what: str, value: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ MISTAKES = [
     ("analyze metrics=rq,synergy", "write metrics=[...]"),
     ("analyze -m metrics=[rq],[synergi]", "Did you mean 'synergy'?"),
     ("analyze -m metrics.rq.relativ=true,false", "Did you mean 'metrics.rq.relative'?"),
-    ("analyze model=resnet", "Available: cnn, custom, mlp, resnet18"),
+    ("analyze model=resnet", "Available: causal_lm, cnn, custom, mlp, resnet18"),
     ("analyze hydra/launcher=submitit_lokal", "submitit_local"),
     ("analyze foo", "'foo' sets nothing: settings are key=value"),
     ("analyze --bogus", "--bogus: there is no such flag"),

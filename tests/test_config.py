@@ -50,6 +50,7 @@ def test_every_option_composes_and_fits_its_code(task, group, option):
     more = ["model.net._target_=torch.nn.Identity"] if option == "custom" else []
     more += ["allocation.dict.shares={fc1:0.5}"] if option == "dict" else []
     more += ["dataset.path=somewhere"] if option in ("npz", "imagefolder") else []
+    more += ["model=tiny_lm"] if option == "text" else ["model.path=somewhere"] if option == "causal_lm" else []
     cfg = nl.load_config(task, [f"{group}={option}", *more])
     for part in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
         if part in cfg:

@@ -1,4 +1,4 @@
-"""Image data modules with fixed, disjoint splits; they know nothing of measuring."""
+"""Data modules of images and texts with fixed, disjoint splits; they know nothing of measuring."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from nodelens.data.arrays import Digits, Npz
     from nodelens.data.hub import Hub
     from nodelens.data.images import ImageData
+    from nodelens.data.text import Text
+    from nodelens.data.tokens import ByteTokenizer
 
-__all__ = ["Batch", "Digits", "Hub", "ImageData", "Npz"]
+__all__ = ["Batch", "ByteTokenizer", "Digits", "Hub", "ImageData", "Npz", "Text"]
 
-_HOME = {"Digits": "arrays", "Hub": "hub", "ImageData": "images", "Npz": "arrays"}
+_HOME = {"Digits": "arrays", "Hub": "hub", "ImageData": "images", "Npz": "arrays", "Text": "text", "ByteTokenizer": "tokens"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Classifiers and the small zoo behind `model=`; they know nothing of measuring.
+"""Classifiers, language models and the small zoo behind `model=`; they know nothing of measuring.
 
 Names load on first use: Lightning costs seconds, and a multilayer perceptron needs none of it.
 """
@@ -9,14 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nodelens.models.classifier import Classifier, logits_of
     from nodelens.models.hf import resnet, vit
+    from nodelens.models.language import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
     from nodelens.models.plain import CNN, MLP, cnn, mlp
     from nodelens.models.weights import load_weights, training_state
 
-__all__ = ["CNN", "MLP", "Classifier", "cnn", "load_weights", "logits_of", "mlp", "resnet", "training_state", "vit"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "Classifier",
+    "LanguageModel",
+    "causal_lm",
+    "check_vocabulary",
+    "cnn",
+    "language_config",
+    "load_weights",
+    "logits_of",
+    "mlp",
+    "resnet",
+    "tiny_lm",
+    "training_state",
+    "vit",
+]
 
 _HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "resnet": "hf", "vit": "hf"}
 _HOME["training_state"] = "weights"
 _HOME |= dict.fromkeys(("CNN", "MLP", "cnn", "mlp"), "plain")
+_HOME |= dict.fromkeys(("LanguageModel", "causal_lm", "check_vocabulary", "language_config", "tiny_lm"), "language")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,8 @@ from ..results import Result, load
 from .common import bar, build_all, claim, console, launch, load_module, say
 from .show import show_plan, show_result
 
+_FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", "_target_"}  # keys that cut no sample otherwise
+
 
 def analyze(cfg: DictConfig) -> float:
     """Measures, evaluates, saves, draws; returns the accuracy. A run that is finished in the same folder is shown again."""
@@ -40,7 +42,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     rank, processes = world()
     data = build(cfg.dataset, "dataset")
     data.setup()
-    module, trained_by = load_module(cfg)
+    module, trained_by = load_module(cfg, data.classes)
     module.to(device)
     measured, evaluated = splits(cfg, data, trained_by)
     result = measure(cfg, module.net, data, measured)
@@ -103,10 +105,22 @@ def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, st
     """
     chosen = cfg.get("split")
     here = trained_by is not None and (trained_by.get("dataset") or {}).get("path") == cfg.dataset.get("path")
+    if here:
+        _check_same_cut(resolved(cfg)["dataset"], trained_by["dataset"])  # type: ignore[index]
     whole = data.unsplit and not here
     if chosen is None:
         return ("all", "all") if whole else ("calibration", "test")
     return chosen, chosen if chosen in ("all", "val", "train") else "test"
+
+
+def _check_same_cut(now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Raises ValueError where the data of a training are cut otherwise: its training samples would be in the test set."""
+    for key in sorted((now.keys() | then.keys()) - _FREE):
+        if key in then and now.get(key) != then[key]:
+            raise ValueError(
+                f"the weights were trained on this data set with dataset.{key}={then[key]}, here it is {now.get(key)}: training "
+                "samples would be in the test set; give the same value"
+            )
 
 
 def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:

@@ -114,17 +114,39 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="The number of training batches")
 
 
-def load_module(cfg: DictConfig) -> tuple[Any, dict[str, Any] | None]:
-    """The Lightning module with its weights, and the config of the run that trained them, where that is known."""
+def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[str, Any] | None]:
+    """The Lightning module with its weights, and the config of the run that trained them, where that is known.
+
+    classes: of the data. Raises ValueError where a language model knows fewer tokens.
+    """
     with torch.random.fork_rng(devices=[]):  # weights that are not loaded are drawn: the same in every process and run
         torch.manual_seed(cfg.seed)
         module = build(cfg.model, "model")
     trained_by = None
+    if classes is not None:
+        check_tokens(module.net, classes)
     if cfg.ckpt_path:
         trained_by = load_weights(module.net, cfg.ckpt_path)
     elif not cfg.model.get("weights") and not (cfg.model.get("net") or {}).get("path"):
         say(f"the weights of {type(module.net).__name__} were never trained: what is measured is their start (give ckpt_path=)")
     return module, trained_by
+
+
+def check_tokens(net: torch.nn.Module, classes: int) -> None:
+    """Raises ValueError where the data have more tokens than a language model knows."""
+    if hasattr(net, "get_input_embeddings"):
+        from ..models import check_vocabulary  # costs a second that no other network needs
+
+        check_vocabulary(net, classes)
+
+
+def in_words(score: dict[str, Any]) -> str:
+    """Accuracy and, of texts, perplexity, of how many."""
+    if "perplexity" not in score:
+        return f"accuracy {100 * score['accuracy']:.2f} % (loss {score['loss']:.4f}) on {score['samples']} samples"
+    size = f", {score['bits_per_byte']:.3f} bits a byte" if score.get("bits_per_byte") else ""
+    nats = f"perplexity {score['perplexity']:.3f} ({score['loss']:.4f} nats a token{size})"
+    return f"{nats}, next-token accuracy {100 * score['accuracy']:.2f} % on {score['tokens']} tokens"
 
 
 def bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:

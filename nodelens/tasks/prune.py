@@ -76,7 +76,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     rank, _ = world()
     data = build(cfg.dataset, "dataset")
     data.setup()
-    module, trained_by = load_module(cfg)
+    module, trained_by = load_module(cfg, data.classes)
     subject = subject_of(cfg, module.net.to(device).eval(), data)
     if rank == 0:
         show_axes(console(), subject)

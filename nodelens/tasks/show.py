@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ..plan import Plan
 from ..results import BESIDE, Result, values_of
+from .common import in_words
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -53,9 +54,8 @@ def show_result(console: Console, result: Result) -> None:
     found = result.metadata.get("evaluation")
     if found:
         console.print(
-            f"accuracy {100 * found['accuracy']:.2f} % (loss {found['loss']:.4f}) on {found['samples']} samples of the "
-            f"split {found['split']!r}; units measured on "
-            f"{result.metadata['samples']} of {result.metadata['data']['split']!r}"
+            f"{in_words(found)} of the split {found['split']!r}; units measured on {result.metadata['samples']} of "
+            f"{result.metadata['data']['split']!r}"
         )
 
 

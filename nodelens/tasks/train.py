@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import build, resolved
 from ..files import plain, read_json
-from .common import build_all, claim, in_one_line, quiet, say
+from .common import build_all, check_tokens, claim, in_one_line, in_words, quiet, say
 
 
 def train(cfg: DictConfig) -> float:
@@ -28,6 +28,7 @@ def train(cfg: DictConfig) -> float:
     data.setup()
     module = build(cfg.model, "model")
     module.config = plain(resolved(cfg))
+    check_tokens(module.net, data.classes)
     fits(module.net, data)
     start = starting_point(cfg, folder, module.net)
     data.save_splits(folder)
@@ -56,7 +57,7 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     if not outcome.path.is_file():  # nothing was left to train: it had ended before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
-    say(f"test accuracy {100 * found['accuracy']:.2f} % on {found['samples']} samples")
+    say(f"test {in_words(found)}")
     if found["checkpoint"]:
         say(f"checkpoint: {found['checkpoint']}")
     return float(found["accuracy"])

@@ -1,0 +1,218 @@
+"""The data module of texts: samples of tokens for causal language models."""
+
+import warnings
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nodelens.data.blocks import Samples, TokenStream, packed, separate
+from nodelens.data.corpus import Corpus
+from nodelens.data.splits import make_splits, pick, shard, write_splits
+from nodelens.data.tokens import Tokenizer, open_tokenizer
+
+TextBatch = dict[str, Tensor]
+
+
+class Text(lightning.LightningDataModule):
+    """Texts in tokens, cut into samples, with disjoint train, val, test and calibration splits of the samples.
+
+    A batch is a dict: input_ids and labels (B, T), bytes (B,), ids (B,) and, where it is padded, attention_mask and for padding
+    on the left position_ids (B, T); see ``Samples.batch``.
+
+    path, name, text_key, separator, train_split, test_split, streaming: the documents; see ``Corpus``
+    documents, max_tokens: how many are read at most, of each part; None: all
+    tokenizer:   a folder or hub id with a tokenizer of transformers; None: UTF-8 bytes (256 + BOS, EOS, padding)
+    mode:        pack: documents are joined and cut into blocks of exactly `length` tokens; pad: a document a sample, cut to
+                 `length`, padded on `side`
+    stride:      tokens from one block's begin to the next one's; None: blocks do not overlap. Each token is predicted once
+    remainder:   drop: what is left after the last whole block is left out; keep: it is one more, shorter block
+    bos:         document: before each; block: before each sample; None: nowhere. eos: behind each document
+    classes:     the model's vocabulary, which the tokenizer's has to fit into; None: as many as the tokenizer has
+    val, test, calibration, seed, workers: as in ``ImageData``
+    Raises: at `setup`, FileNotFoundError when text or tokenizer are not to be had; ValueError for options that do not fit.
+    """
+
+    unsplit: bool = False  # the text came as one set, so the test set is a held-out share of it
+
+    def __init__(
+        self,
+        path: str | None = None,
+        name: str | None = None,
+        *,
+        text_key: str = "text",
+        separator: str | None = None,
+        train_split: str = "train",
+        test_split: str | None = None,
+        streaming: bool = False,
+        documents: int | None = None,
+        max_tokens: int | None = None,
+        tokenizer: str | None = None,
+        mode: Literal["pack", "pad"] = "pack",
+        length: int = 256,
+        stride: int | None = None,
+        remainder: Literal["drop", "keep"] = "drop",
+        bos: Literal["document", "block"] | None = "document",
+        eos: bool = False,
+        side: Literal["right", "left"] = "right",
+        classes: int | None = None,
+        batch_size: int = 16,
+        val: float = 0.1,
+        test: float = 0.2,
+        calibration: int = 128,
+        seed: int = 0,
+        workers: int = 0,
+    ):
+        super().__init__()
+        self.corpus = Corpus(path, name, text_key, separator, train_split, test_split, streaming)
+        self.documents, self.max_tokens, self.tokenizer = documents, max_tokens, tokenizer
+        self.mode, self.length, self.stride, self.remainder = mode, length, stride, remainder
+        self.bos, self.eos, self.side, self.classes = bos, eos, side, classes
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
+        self.source: Samples | None = None
+        self.indices: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # documents, tokens and bytes that were read, what of them is in no sample
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise, cut and split; the second call does nothing."""
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # more of them slow down what is in memory
+        if self.source is not None:
+            return
+        self._check()
+        tokenizer = open_tokenizer(self.tokenizer)
+        self._check_tokenizer(tokenizer)
+        parts = [self._cut(documents, tokenizer) for documents in self.corpus.open()]
+        own_test = sum(len(part) for part in parts[1:])
+        self.unsplit = len(parts) == 1
+        self.indices = make_splits(len(parts[0]), own_test, seed=self.seed, **self.shares)
+        self.source = parts[0] if self.unsplit else parts[0] + parts[1]
+        self.classes = self.classes or tokenizer.size
+
+    def train_dataloader(self) -> DataLoader[TextBatch]:
+        """Shuffled batches of the training split; the order is new each epoch and follows from `seed`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[TextBatch]:
+        return self._load(self._ids("val"), self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[TextBatch]:
+        return self._load(self._ids("test"), self.batch_size)
+
+    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[TextBatch]:
+        """Batches in a fixed order, of the samples at positions i with i % world == rank; maybe none.
+
+        split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
+        """
+        return self._load(shard(self._ids(split), rank, world), batch_size or self.batch_size)
+
+    def save_splits(self, folder: str | Path) -> Path:
+        """Write `splits.json` into `folder`: fingerprint, seed, counts, sizes, and the numbers of each split but train."""
+        about = {"fingerprint": self.fingerprint(), "seed": self.seed, "counts": self.counts}
+        return write_splits(folder, self.indices, about)
+
+    def fingerprint(self) -> str:
+        """A hash of the samples' tokens."""
+        return self._ready().fingerprint()
+
+    def _ids(self, split: str) -> Tensor:
+        self.setup()
+        return pick(self.indices, split)
+
+    def _ready(self) -> Samples:
+        self.setup()
+        assert self.source is not None
+        return self.source
+
+    def _load(self, ids: Tensor, batch_size: int, **options: Any) -> DataLoader[TextBatch]:
+        return DataLoader(
+            _Numbered(self._ready(), ids),
+            batch_size=batch_size,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _cut(self, documents: Any, tokenizer: Tokenizer) -> Samples:
+        """The samples of one part."""
+        some = islice(documents, self.documents)
+        stream = TokenStream.of(some, tokenizer, self.bos == "document", self.eos, self.max_tokens)
+        if not len(stream):
+            raise ValueError(f"{self._name} holds no text; set dataset.path")
+        prefix = tokenizer.bos if self.bos == "block" else None
+        if self.mode == "pad":
+            samples = separate(stream, self.length, prefix)
+        else:
+            samples = packed(stream, self.length, self.stride, self.remainder == "keep", prefix)
+        if not len(samples):
+            raise ValueError(f"{self._name} has {len(stream)} tokens, not one block of {self.length}; lower dataset.length")
+        self._count(stream, samples)
+        return replace(samples, pad=tokenizer.pad, side=self.side)
+
+    def _count(self, stream: TokenStream, samples: Samples) -> None:
+        covered = torch.zeros(len(stream) + 1, dtype=torch.int64)
+        covered.index_add_(0, samples.first, torch.ones_like(samples.first))
+        covered.index_add_(0, samples.first + samples.size, -torch.ones_like(samples.first))
+        lost = int((covered[:-1].cumsum(0) == 0).sum())
+        found = {"documents": stream.documents, "tokens": len(stream), "bytes": int(stream.nbytes.sum()), "unused_tokens": lost}
+        if self.mode == "pad":
+            found["cut_documents"] = int((stream.starts.diff() > self.length - (self.bos == "block")).sum())
+        self.counts = {name: self.counts.get(name, 0) + n for name, n in found.items()}
+
+    def _check(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        if self.length < 2:
+            raise ValueError(f"dataset.length is {self.length}; a token is predicted from one before it: give 2 or more")
+        most = self.length - (self.bos == "block")
+        if self.stride is not None and not (self.mode == "pack" and 1 <= self.stride <= most):
+            raise ValueError(f"dataset.stride is {self.stride}; it is 1 to {most} tokens, and for mode=pack only")
+        for name in ("documents", "max_tokens"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"dataset.{name} is {limit}; it is 1 or more, or null for all")
+
+    def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError for a token that there is not, or more tokens than the model has."""
+        for name, wanted, token in (("bos", self.bos, tokenizer.bos), ("eos", self.eos, tokenizer.eos)):
+            if wanted and token is None:
+                off = "null" if name == "bos" else "false"
+                raise ValueError(f"the tokenizer '{self.tokenizer}' has no {name.upper()} token; set dataset.{name}={off}")
+        if self.classes is not None and tokenizer.size > self.classes:
+            which = f"the tokenizer '{self.tokenizer}'" if self.tokenizer else "the byte-level tokenizer"
+            raise ValueError(
+                f"{which} has {tokenizer.size} ids, dataset.classes is {self.classes}: a model of that size lacks some; "
+                "set dataset.tokenizer to the model's own"
+            )
+
+    @property
+    def _name(self) -> str:
+        return "the embedded text" if self.corpus.path is None else f"'{self.corpus.path}'"
+
+
+class _Numbered(Dataset[TextBatch]):
+    """The samples `ids` of a source; a loader hands over a whole batch of positions at once."""
+
+    def __init__(self, source: Samples, ids: Tensor):
+        self.source, self.ids = source, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, position: int) -> TextBatch:
+        return {name: value[0] for name, value in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: list[int]) -> TextBatch:
+        ids = self.ids[torch.as_tensor(positions)]
+        return {**self.source.batch(ids), "ids": ids}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

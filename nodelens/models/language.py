@@ -1,0 +1,220 @@
+"""Causal language models: from a folder, the hub or a config, and the Lightning module that trains them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nodelens.models.classifier import Classifier, logits_of
+from nodelens.models.stored import _hub_is_reachable, _quiet, _why
+
+BYTES = 259  # ids of the byte-level tokenizer
+_IGNORE = -100  # a label that does not count, as in cross_entropy
+_BESIDE = ("labels", "ids", "bytes")  # of a batch, not for the model
+
+
+class LanguageModel(Classifier):
+    """Next-token training of any network that takes tokens.
+
+    net:   called with what a batch holds beside labels, ids and bytes (input_ids (B, T), attention_mask, position_ids); returns
+           logits (B, T, V), or an output that has them as `.logits`
+    path:  where the net came from, for a config that names it once
+    optimizer, scheduler, weights, config: as in ``Classifier``
+
+    A batch is a dict with labels (B, T): the ids of the tokens themselves, -100 where one is not to be predicted. Logs
+    {train,val,test}/loss, nats a predicted token, and /acc, the share of them that are the likeliest one, an epoch each.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[..., Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        weights: str | None = None,
+        path: str | None = None,
+    ):
+        super().__init__(net, optimizer, scheduler, weights)
+        self.path = path
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits, (B, T, V)."""
+        return logits_of(self.net(**{name: value for name, value in batch.items() if name not in _BESIDE}))
+
+    def on_fit_start(self) -> None:
+        self.net.train()  # stored models come in eval mode, without their dropout
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch)
+
+    def _step(self, batch: Any, stage: str) -> Tensor:
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            raise TypeError(f"a batch is {type(batch).__name__}; expected a dict with input_ids and labels")
+        behind = next_tokens(batch)
+        known = behind != _IGNORE
+        logits, y = self(batch)[:, :-1][known], behind[known]
+        loss = functional.cross_entropy(logits.float(), y, reduction="sum") / max(1, len(y))
+        if len(y):
+            accuracy = {"train": self.train_acc, "val": self.val_acc, "test": self.test_acc}[stage]
+            accuracy.update(logits.detach(), y)
+            log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(y), "prog_bar": stage != "train"}
+            self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **log)
+            self.log(f"{stage}/acc", accuracy, **log)
+        return loss
+
+
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """The token behind each but the last, (B, T - 1); -100 where it is not to be predicted or either of the two is padding."""
+    behind, mask = batch["labels"][:, 1:], batch.get("attention_mask")
+    return behind if mask is None else behind.where(mask[:, 1:].bool() & mask[:, :-1].bool(), _IGNORE)
+
+
+def causal_lm(
+    path: str | None = None,
+    model_type: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    attention: str | None = None,
+    revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Any causal language model of transformers.
+
+    path:       a folder written by save_pretrained, or a hub id; safetensors only, and no code that lies beside them is run.
+                None: random weights of a `model_type`, such as llama, with `config`
+    config:     values that differ from the stored (or the type's own) config
+    dtype:      auto: as stored
+    attention:  transformers' attn_implementation: eager, sdpa, flash_attention_2; None: its own choice
+    revision:   of a hub id; device_map: where the parts go (needs `accelerate`)
+    Raises: OSError, in one line, when `path` cannot be had; ValueError for anything that does not fit.
+    """
+    found = language_config(path, model_type, config, revision)
+    chosen = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {k: v for k, v in chosen.items() if v not in (None, "auto")}
+    name = repr(path or model_type)
+    try:
+        with _quiet():
+            if path is None:
+                return AutoModelForCausalLM.from_config(found, **options)
+            return _stored(path, found, {"dtype": dtype, "revision": revision, "device_map": device_map, **options})
+    except (ImportError, ValueError, KeyError) as error:  # KeyError: a device_map that misses a part
+        raise ValueError(f"{name} cannot be built: {_in_short(error)}") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights at {name} cannot be read, or do not fit its config; save them again with model.save_pretrained(folder)"
+        ) from error
+
+
+def language_config(
+    path: str | None = None,
+    model_type: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> PretrainedConfig:
+    """The config alone, as ``causal_lm`` takes it: no weights are read. Raises as it does."""
+    changes = dict(config or {})
+    if (path is None) == (model_type is None):
+        raise ValueError("give model.path, or model.net.model_type for random weights: one of the two")
+    try:
+        if model_type is not None:
+            found = AutoConfig.for_model(model_type, **changes)
+        elif path is not None:
+            found = _read_config(path, {"revision": revision, "trust_remote_code": False, **changes})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        cause = (isinstance(error, StrictDataclassError) and error.__cause__) or error
+        raise ValueError(f"'{path or model_type}' is no model that can be built: {_in_short(cause)}") from error
+    if type(found) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"'{path or model_type}' is a model of type {found.model_type}, which is no causal language model")
+    return found
+
+
+def tiny_lm(
+    classes: int | None = None,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    mlp: int = 352,
+    length: int = 2048,
+) -> LlamaForCausalLM:
+    """A small Llama with random weights, for texts of at most `length` tokens.
+
+    classes: its vocabulary; None: the 259 of the byte-level tokenizer. mlp: hidden units of each gated FFN.
+    Raises: ValueError for heads that do not divide the width, or kv_heads that do not divide the heads.
+    """
+    if width % heads or heads % kv_heads or (width // heads) % 2:
+        raise ValueError(
+            f"tiny_lm: width {width}, {heads} heads, {kv_heads} kv_heads; heads divide the width into parts of even size, "
+            "kv_heads divide the heads: change model.net"
+        )
+    no_tokens: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=BYTES if classes is None else classes,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=length,
+            **no_tokens,
+        )
+    )
+
+
+def check_vocabulary(net: nn.Module, classes: int) -> None:
+    """Raises ValueError where the tokens of the data, 0 to classes - 1, are more than a language model has embeddings for."""
+    try:
+        table = net.get_input_embeddings() if isinstance(net, PreTrainedModel) else None
+    except NotImplementedError:  # it reads images
+        table = None
+    size = getattr(table, "num_embeddings", None)
+    if isinstance(size, int) and size < classes:
+        raise ValueError(
+            f"the data's tokenizer has {classes} ids, {type(net).__name__} knows {size}; set dataset.tokenizer to the model's own, "
+            "or the model's classes"
+        )
+
+
+def _read_config(path: str, options: dict[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, **options)
+    except OSError as error:
+        if Path(path).is_dir() or not _hub_is_reachable():
+            raise _not_here(path, _why(path)) from error
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except OSError as error:
+        raise _not_here(path, "the hub has no such model, or it needs a login") from error
+
+
+def _stored(path: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    safe["local_files_only"] = Path(path).is_dir() or not _hub_is_reachable()
+    load: Any = AutoModelForCausalLM.from_pretrained  # its annotation does not know of output_loading_info
+    try:
+        net, info = load(path, config=config, **safe, **options)
+    except OSError as error:
+        raise _not_here(path, "it has a config.json and no model.safetensors") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing ({', '.join(missing[:3])}); save it again")
+    return net
+
+
+def _not_here(path: str, why: str) -> OSError:
+    return OSError(
+        f"no model to load at '{path}': {why}; give a folder written by save_pretrained, or a hub id, as model.path, "
+        "or take model=tiny_lm"
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    """The first sentence: some go on with every model there is."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(". ")[0].strip(" .:'\"")

@@ -1,0 +1,211 @@
+"""Language models: how they come about, what is logged while they train, what is refused."""
+
+import importlib.util
+import json
+import time
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as hf_logging
+
+from nodelens.data import ByteTokenizer, Text
+from nodelens.frame import Frame
+from nodelens.models import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
+from nodelens.models.language import BYTES, next_tokens
+from nodelens.targets import summed_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers.*")
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return tiny_lm(**{"width": 16, "layers": 1, "mlp": 24} | options)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("stored"))
+    small().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data():
+    return Text(length=32, max_tokens=2_000, calibration=0)
+
+
+def batches(side="left"):
+    texts = ["abcdef", "xyz", "The end.", "q", "12345", "ab", "abcabc"]
+    tokens = [torch.tensor([256, *text.encode()]) for text in texts]
+    for some in (tokens[:3], tokens[3:5], tokens[5:]):
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+        ids, mask = pad(some), pad([torch.ones_like(t) for t in some])
+        yield {"input_ids": ids, "labels": ids, "attention_mask": mask, "ids": torch.arange(len(some)), "bytes": mask.sum(1) - 1}
+
+
+def trainer(folder, **options):
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return lightning.Trainer(
+        accelerator="cpu", default_root_dir=folder, log_every_n_steps=1, **quiet, **{"max_epochs": 1} | options
+    )
+
+
+def test_a_tiny_model_knows_the_byte_level_tokens():
+    net = small()
+    assert net.config.vocab_size == BYTES == ByteTokenizer().size
+    assert net(torch.tensor([[256, 104, 105]])).logits.shape == (1, 3, 259)
+    assert small(classes=50).config.vocab_size == 50
+    assert len(small(layers=3).model.layers) == 3
+    for options in ({"heads": 3}, {"kv_heads": 3}, {"width": 12, "heads": 4}):
+        with pytest.raises(ValueError, match=r"^tiny_lm: width \d+, \d heads, \d kv_heads; heads divide the width"):
+            small(**options)
+
+
+def test_a_stored_model_comes_back_as_it_was(stored, capsys):
+    bar = hf_logging.is_progress_bar_enabled()
+    net, ids = causal_lm(stored), torch.tensor([[256, 104, 105]])
+    assert_close(net(ids).logits, small().eval()(ids).logits, rtol=0, atol=0)
+    half = causal_lm(stored, dtype="bfloat16", attention="eager")
+    assert half.dtype == torch.bfloat16
+    assert half.config._attn_implementation == "eager"
+    assert (
+        causal_lm(stored, config={"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}).config.rope_parameters[
+            "rope_theta"
+        ]
+        == 5
+    )
+    assert capsys.readouterr().err == ""
+    assert hf_logging.is_progress_bar_enabled() == bar
+
+
+def test_a_model_of_random_weights_comes_from_its_type_alone():
+    with torch.device("meta"):
+        net = causal_lm(model_type="gpt2", config={"n_embd": 32, "n_head": 4, "n_layer": 3})
+    assert next(net.parameters()).is_meta
+    assert len(net.transformer.h) == 3
+    assert language_config(model_type="llama", config=SHAPE).hidden_size == 16
+
+
+def test_a_stored_config_is_read_without_weights(stored):
+    assert language_config(stored, config={"num_hidden_layers": 7}).num_hidden_layers == 7
+
+
+def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    start = time.monotonic()
+    words = (
+        r"^no model to load at 'no/body': it is no folder here, .* cannot reach the hub; give a folder .* or take model=tiny_lm$"
+    )
+    with pytest.raises(OSError, match=words):
+        causal_lm("no/body")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
+    with pytest.raises(OSError, match=r"it has a config.json and no model.safetensors"):
+        causal_lm(str(tmp_path))
+    torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle is never read
+    with pytest.raises(OSError, match=r"it has a config.json and no model.safetensors"):
+        causal_lm(str(tmp_path))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "give model.path, or model.net.model_type for random weights: one of the two"),
+        ({"path": "stored", "model_type": "llama"}, "one of the two"),
+        ({"model_type": "lama"}, "^'lama' is no model that can be built: Unrecognized model identifier: lama$"),
+        ({"model_type": "t5"}, "^'t5' is a model of type t5, which is no causal language model$"),
+        ({"model_type": "llama", "config": {"hidden_size": 9}}, r"^'llama' is no .*: The hidden size \(9\) is not a multiple"),
+        ({"path": "stored", "attention": "fast"}, r'cannot be built: Specified `attn_implementation="fast"` is not supported$'),
+        ({"path": "stored", "config": {"num_hidden_layers": 2}}, r"9 of its weights are missing \(model.layers.1"),
+        ({"path": "stored", "config": {"hidden_size": 32}}, "cannot be read, or do not fit its config; save them again"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_is_one_line(options, words, stored):
+    options = {k: stored if v == "stored" else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=words) as refused:
+        causal_lm(**options)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_code_beside_the_weights_is_never_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}))
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ValueError, match=r"is no model that can be built: .* contains custom code"):
+        causal_lm(str(tmp_path))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is not None, reason="accelerate is here")
+def test_a_device_map_asks_for_accelerate(stored):
+    with pytest.raises(ValueError, match=r"cannot be built: .* requires `accelerate`$"):
+        causal_lm(stored, device_map="auto")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_and_accuracy_are_those_of_all_predicted_tokens(side, tmp_path):
+    module, every = LanguageModel(small()), DataLoader(list(batches(side)), batch_size=None)
+    found = trainer(tmp_path).test(module, every, verbose=False)[0]
+    right = total = 0
+    nats = 0.0
+    for batch in batches("right"):
+        frame = Frame.of(batch)
+        logits = frame.run(module.net).logits.detach()
+        nats += float(summed_loss(logits, frame.labels))
+        total += int(frame.tokens.sum())
+        right += int((logits[:, :-1].argmax(-1) == frame.labels[:, 1:]).sum())
+        assert torch.equal(next_tokens(batch), frame.labels[:, 1:])
+    assert_close(found["test/loss"], nats / total, rtol=1e-5, atol=0)
+    assert_close(found["test/acc"], right / total, rtol=1e-6, atol=0)
+
+
+def test_fit_learns_and_the_config_travels(data, tmp_path):
+    torch.manual_seed(0)
+    module, run = LanguageModel(small(), partial(torch.optim.AdamW, lr=1e-2)), trainer(tmp_path, max_epochs=2)
+    module.config = {"model": {"width": 16}}
+    run.fit(module, data)
+    assert {"train/loss", "train/acc", "val/loss", "val/acc"} <= run.callback_metrics.keys()
+    assert run.callback_metrics["train/loss"] < 5.5, "less than of equal chances, 5.56"
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = LanguageModel(small(), weights=str(tmp_path / "a.ckpt"))
+    assert again.config == module.config
+    assert_close(again.net.state_dict(), module.net.state_dict())
+
+
+def test_a_stored_model_is_trained_with_its_dropout(tmp_path, data):
+    config = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, bos_token_id=256, eos_token_id=257)
+    module = LanguageModel(GPT2LMHeadModel(config).eval(), partial(torch.optim.SGD, lr=0.1), path="somewhere")
+    seen = []
+    module.net.transformer.drop.forward = lambda x: seen.append(module.net.training) or x
+    trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, data)
+    assert seen == [True]
+    assert module.path == "somewhere"
+
+
+def test_a_batch_without_labels_is_refused():
+    with pytest.raises(TypeError, match="a batch is Tensor; expected a dict with input_ids and labels"):
+        LanguageModel(small()).training_step(torch.zeros(1, 2), 0)
+    logits = LanguageModel(small()).predict_step({"input_ids": torch.zeros(1, 2).long(), "ids": torch.zeros(1)}, 0)
+    assert logits.shape == (1, 2, 259)
+
+
+def test_a_batch_with_nothing_to_predict_costs_nothing():
+    module, ids = LanguageModel(small()), torch.tensor([[256]])
+    module.log = lambda *_, **__: None
+    assert module.training_step({"input_ids": ids, "labels": ids}, 0).item() == 0
+
+
+def test_tokens_that_the_model_does_not_know_are_counted():
+    check_vocabulary(small(), 259)
+    check_vocabulary(nn.Linear(2, 2), 10**6)
+    with pytest.raises(ValueError, match=r"the data's tokenizer has 512 ids, LlamaForCausalLM knows 259; set dataset.tokenizer"):
+        check_vocabulary(small(), 512)
