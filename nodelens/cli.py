@@ -1,6 +1,7 @@
 """The command line: ``python -m nodelens.cli analyze ...``, and what train.py, analyze.py and prune.py call."""
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from .config import CONF, TASKS, register, run, with_custom_model
 from .files import remove_traces
 from .overrides import MistakeError, configs, flags_of
 
+_ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
 _failed: list[str] = []  # lines of a multirun's failed jobs
 _there: list[Path] = []  # the folder above this run's that was there before
 
@@ -96,10 +98,10 @@ def _line(error: BaseException) -> str:
 
 
 def _rewrite(argv: Sequence[str]) -> list[str]:
-    """Flags first: Hydra refuses one between overrides."""
+    """Flags first: Hydra refuses one between overrides. ``layers=blocks[0].output`` is quoted: it takes the bracket for a list's."""
     overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
-    return rest + with_custom_model(overrides)
+    return rest + [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]
 
 
 def _check(cfg: DictConfig, multirun: bool) -> None:

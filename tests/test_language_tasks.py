@@ -211,3 +211,24 @@ def test_what_cannot_be_is_said_in_a_line(overrides, words, quiet_home):
     assert words in ended.err
     assert ended.err.startswith("nodelens: ")
     assert ended.err.count("\n") == 1
+
+
+def test_layers_by_role_on_the_command_line_and_a_sweep_by_perplexity(quiet_home):
+    words = ("model=tiny_lm", "dataset=text", *SMALL)
+    ended = command("analyze", *words, "layers=blocks[-1].mlp.hidden", "metrics=[scar_loss_proxy]", "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert "perplexity" in ended.out
+    metadata = json.loads((quiet_home / "run/metadata.json").read_text())
+    assert metadata["layers"] == {"blocks[-1].mlp.hidden": ["model.layers.0.mlp.down_proj.input"]}
+    criteria = "criterion=[wanda,scar_prot,random]"
+    ended = command(
+        "prune", *words, criteria, "amounts=[0.5]", "latency.batches=[]", "compensate=least_squares", "hydra.run.dir=cut"
+    )
+    assert ended.code == 0, ended.err
+    assert "test perplexity by amount" in ended.out
+    table = pd.read_parquet("cut/sweep.parquet")
+    assert (table["perplexity"] - torch.tensor(table["loss"].to_numpy()).exp().numpy()).abs().max() < 1e-6
+    assert {"bits_per_byte", "loss_se", "dense_perplexity"} <= set(table)
+    ranking = pd.read_parquet("cut/ranking.parquet")
+    assert ranking["area"].is_monotonic_increasing, "lower is better"
+    assert nl.load_pruned("cut/pruned").generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=3).shape == (1, 5)
