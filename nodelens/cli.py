@@ -98,7 +98,7 @@ def _line(error: BaseException) -> str:
 
 
 def _rewrite(argv: Sequence[str]) -> list[str]:
-    """Flags first: Hydra refuses one between overrides. ``layers=blocks[0].output`` is quoted: it takes the bracket for a list's."""
+    """Flags first: Hydra refuses one between overrides. ``layers=blocks[0].output`` is quoted: brackets are its lists."""
     overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
     return rest + [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]

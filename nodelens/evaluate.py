@@ -73,7 +73,8 @@ def _scores(sums: dict[str, Tensor]) -> dict[str, float]:
     score = {"accuracy": right / n, "loss": nats / n, "ece": ece, "samples": int(n)}
     if not sums["texts"]:
         return score
-    score |= {"samples": int(sums["texts"]), "tokens": int(n), "perplexity": float(torch.tensor(nats / n).double().exp())}
+    perplexity = float(torch.tensor(nats / n, dtype=torch.float64).exp())
+    score |= {"samples": int(sums["texts"]), "tokens": int(n), "perplexity": perplexity}
     for k, name in ((1, "accuracy"), (2, "loss")):
         score[f"{name}_se"] = _error(sums["products"][[0, k]][:, [0, k]], score[name], n)
     if sums["bytes"] > 0:  # NaN where a batch did not say
