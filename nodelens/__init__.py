@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.bundle import GeometryResult
+    from .analysis.geometry import analyze_model
     from .config import load_config, run
     from .finetune import Finetune
     from .layers import find_layers
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analyze": "measure",
+    "analyze_model": "analysis.geometry",
+    "GeometryResult": "analysis.bundle",
     "find_layers": "layers",
     "get_metric": "metrics",
     "list_metrics": "metrics",
@@ -36,10 +40,12 @@ _HOMES = {
 
 __all__ = [
     "Finetune",
+    "GeometryResult",
     "ModelWrapper",
     "PruningConfig",
     "Result",
     "analyze",
+    "analyze_model",
     "find_layers",
     "get_metric",
     "get_pruning_strategy",
