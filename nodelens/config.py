@@ -80,6 +80,7 @@ class Analyze(Measured):
     """analyze.py"""
 
     task: str = "analyze"
+    analysis: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
     plan_only: bool = False
 

@@ -75,7 +75,8 @@ def load_runs(pattern: str) -> pd.DataFrame:
 
     Raises FileNotFoundError where no run matches.
     """
-    folders = sorted({Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)})  # noqa: PTH207  absolute or not
+    found = {Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)}  # noqa: PTH207  absolute or not
+    folders = sorted(folder for folder in found if folder.parent not in found)  # the others are a run's analyses
     if not folders:
         raise FileNotFoundError(f"no finished run matches {pattern!r}")
     frames = []

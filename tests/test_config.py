@@ -35,7 +35,7 @@ def tasks_with(group):
 
 
 NAMED = set(nl.list_metrics()) - {"composite"}  # a file each, composed together: there are hundreds
-SETS = {"default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
+SETS = {"none", "default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
 EVERY = [
     (task, group, option)
     for group in GROUPS

@@ -60,6 +60,35 @@ class GeometryResult:
         write_json(folder / "metadata.json", self.metadata)
         return self.artifact_dir
 
+    def lines(self) -> list[str]:
+        """In words: the dimensions of each hook point from its first layer to its last, its largest step, the routers' load."""
+        found = []
+        steps_of = self.by_point(self.novelty)
+        for point, table in self.by_point(self.metrics).items():
+            first, last = table.iloc[0], table.iloc[-1]
+            if "d_pr" in table:
+                found.append(
+                    f"{point}: participation ratio {first.d_pr:.1f} at layer {first.layer}, {last.d_pr:.1f} at layer {last.layer}, "
+                    f"of {first.hidden_dim} dimensions; {first.tokens_observed} tokens"
+                )
+            steps = steps_of.get(point, pd.DataFrame())
+            if "linear_cka_debiased" in steps and steps.linear_cka_debiased.notna().any():
+                least = steps.loc[steps.linear_cka_debiased.idxmin()]
+                found.append(f"{point}: largest step {least.transition}, debiased CKA {least.linear_cka_debiased:.3f}")
+        if len(self.router):
+            busy = self.router.loc[self.router.load_imbalance.idxmax()]
+            found.append(
+                f"routers: the least even load is that of layer {busy.layer}, whose busiest expert takes "
+                f"{busy.load_imbalance:.2f} times its even share"
+            )
+        return found
+
+    def by_point(self, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """A table's rows by hook point, whose column is there only where there are several."""
+        if "hook_point" in table:
+            return {str(point): part for point, part in table.groupby("hook_point", sort=False)}
+        return {str(self.metadata.get("hook_point", "")): table} if len(table) else {}
+
     def _tables(self) -> dict[str, pd.DataFrame]:
         named = {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, "experts": self.experts}
         return named | {f"diagnostics/{name}": table for name, table in self.diagnostics.items()}

@@ -15,7 +15,7 @@ from ..results import Result, values_of
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_COLOURS = ("#2f6db3", "#d1632e", "#3a8f4c", "#8a4fa8", "#b08a1d", "#c43d62", "#2a9d9d", "#5c6470")
+COLOURS = ("#2f6db3", "#d1632e", "#3a8f4c", "#8a4fa8", "#b08a1d", "#c43d62", "#2a9d9d", "#5c6470")
 plt.rcParams.update(
     {
         "font.size": 9,
@@ -51,8 +51,8 @@ def distributions(result: Result) -> bytes:
             orientation="horizontal",
             widths=0.6,
             flierprops={"markersize": 1.5, "markeredgecolor": "#9aa2ad"},
-            medianprops={"color": _COLOURS[1]},
-            boxprops={"color": _COLOURS[0]},
+            medianprops={"color": COLOURS[1]},
+            boxprops={"color": COLOURS[0]},
             whiskerprops={"color": "#9aa2ad"},
             capprops={"color": "#9aa2ad"},
         )
@@ -64,7 +64,7 @@ def distributions(result: Result) -> bytes:
     axes.flat[0].invert_yaxis()
     for axis in list(axes.flat)[len(columns) :]:
         axis.remove()
-    return _png(figure)
+    return png(figure)
 
 
 def agreement(result: Result) -> bytes:
@@ -90,7 +90,7 @@ def agreement(result: Result) -> bytes:
             colour = "white" if abs(mean[i, j]) > 0.6 else "black"
             axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, label="Spearman correlation", shrink=0.7)
-    return _png(figure)
+    return png(figure)
 
 
 def layers(result: Result) -> bytes:
@@ -119,13 +119,13 @@ def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
     place = np.arange(len(names))
     for axis, column in zip(axes.flat, columns, strict=False):
         error = table.get(f"{column}_se")
-        axis.errorbar(table[column], place, xerr=error, fmt="o", markersize=4, color=_COLOURS[0], capsize=2)
+        axis.errorbar(table[column], place, xerr=error, fmt="o", markersize=4, color=COLOURS[0], capsize=2)
         axis.set_title(column)
         axis.set_yticks(place, names)
     axes.flat[0].set_ylim(len(names) - 0.4, -0.6)
     for axis in list(axes.flat)[len(columns) :]:
         axis.remove()
-    return _png(figure)
+    return png(figure)
 
 
 def curves(sweep: pd.DataFrame) -> bytes:
@@ -164,7 +164,7 @@ def curves(sweep: pd.DataFrame) -> bytes:
         axis.set_ylabel(f"test {measure}")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, title="criterion, best area first", fontsize=8, loc="outside right upper", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k: int) -> None:
@@ -173,8 +173,8 @@ def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k:
     x, mean = np.concatenate([[0.0], curve["saved"]]), np.concatenate([[dense], curve["mean"]])
     spread = np.concatenate([[0.0], curve["std"].fillna(0)])
     chance = criterion == "random"
-    style: dict[str, Any] = {"color": "#1c1f24" if chance else _COLOURS[k % len(_COLOURS)]}
-    dash: Any = "--" if chance else ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[k // len(_COLOURS) % 4]
+    style: dict[str, Any] = {"color": "#1c1f24" if chance else COLOURS[k % len(COLOURS)]}
+    dash: Any = "--" if chance else ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[k // len(COLOURS) % 4]
     axis.plot(x, mean, marker="o", markersize=2.5, linewidth=1.2, linestyle=dash, label=criterion, **style)
     axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, linewidth=0, **style)
 
@@ -186,7 +186,8 @@ def _short(name: str, most: int = 40) -> str:
     return name if len(name) <= most else "\u2026" + name[-most + 1 :]
 
 
-def _png(figure: plt.Figure) -> bytes:
+def png(figure: plt.Figure) -> bytes:
+    """The picture of a figure, which is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,32 @@ def write_page(folder: str | Path) -> Path:
         parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
     if len(result.edges) and result.edges[values_of(result.edges)].notna().any(axis=None):
         parts += _section("Pairs of layers", [_figure(folder, "edges", figures.edges(result), _EDGES)])
-    parts += _section("Means over units", [_table(_means(result))])
-    parts += _section("Definitions", [_definitions(result)])
-    parts += _section("What is missing, and why", [_missing(result)])
+    if len(result.layers):
+        parts += _section("Means over units", [_table(_means(result))])
+    parts += _analyses(folder)
+    if result.metadata["metrics"]:
+        parts += _section("Definitions", [_definitions(result)])
+        parts += _section("What is missing, and why", [_missing(result)])
     return _write(folder, parts)
+
+
+def _analyses(folder: Path) -> list[str]:
+    """A section for each analysis that lies finished below a run's folder."""
+    parts: list[str] = []
+    for name, (title, read, drawn) in _drawn().items():
+        if (folder / name / "metadata.json").is_file():
+            found = read(folder / name)
+            figures = [_figure(folder, f"{name}-{which}", png, words) for which, png, words in drawn(found)]
+            parts += _section(title, [*(f"<p>{html.escape(line)}</p>" for line in found.lines()), *figures])
+    return parts
+
+
+def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iterable[tuple[str, bytes, str]]]]]:
+    """By an analysis's folder: a title, what reads it, and what draws it."""
+    from ..analysis.bundle import load_bundle
+    from . import geometry
+
+    return {"geometry": ("Geometry of the residual stream", load_bundle, geometry.drawn)}
 
 
 def write_pruning_page(folder: str | Path) -> Path:
@@ -97,13 +119,19 @@ _EDGES = (
 def _head(result: Result) -> str:
     m = result.metadata
     config, found = m.get("config") or {}, m.get("evaluation")
-    lead = [
-        f"{m.get('model', {}).get('class', 'model')} with {len(result.units):,} units in {len(result.layers)} layers",
-        f"measured on {m['samples']:,} samples of the split {m.get('data', {}).get('split', '?')}",
-        f"seed {m.get('seed')}",
-    ]
+    name = m.get("model", {}).get("class", "model")
+    lead = [name]
+    if len(result.layers):
+        lead = [
+            f"{name} with {len(result.units):,} units in {len(result.layers)} layers",
+            f"measured on {m['samples']:,} samples of the split {m.get('data', {}).get('split', '?')}",
+        ]
+    lead.append(f"seed {m.get('seed')}")
     if found:
-        lead.append(f"accuracy {100 * found['accuracy']:.2f} % on {found['samples']:,} samples of the split {found['split']}")
+        of = f"{100 * found['accuracy']:.2f} % on {found['samples']:,} samples of the split {found['split']}"
+        lead.append(
+            f"perplexity {found['perplexity']:.3f}, next-token accuracy {of}" if "perplexity" in found else f"accuracy {of}"
+        )
     if not (m.get("weights") or {}).get("ckpt_path") and not (config.get("model") or {}).get("weights"):
         lead.append("no checkpoint was given")
     return f"<h1>nodelens {html.escape(str(config.get('task', '')))}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"

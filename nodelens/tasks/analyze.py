@@ -1,10 +1,11 @@
-"""analyze.py: the units of a network, measured in one pass."""
+"""analyze.py: the units of a network, measured in one pass, and the analyses that are asked for beside them."""
 
 import copy
 import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 
@@ -14,8 +15,8 @@ from ..distributed import world
 from ..files import plain
 from ..models import load_weights
 from ..plan import Plan
-from ..results import Result, load
-from .common import bar, build_all, claim, console, launch, load_module, say
+from ..results import Result, fingerprint, load, provenance
+from .common import bar, build_all, claim, console, in_words, launch, load_module, say
 from .show import show_plan, show_result
 
 _FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", "_target_"}  # keys that cut no sample otherwise
@@ -31,7 +32,7 @@ def analyze(cfg: DictConfig) -> float:
         result = load(folder)
         if not (folder / "report.html").is_file():  # it ended between the tables and the page
             write_page(folder)
-        show_result(console(), result)
+        _show(result)
         return float(result.metadata["evaluation"]["accuracy"])
     return launch(cfg, lambda device: _work(cfg, folder, device))
 
@@ -53,6 +54,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     score = evaluate(module.net, bar("evaluating", _batches(loader), rank == 0)(loader))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
     result.metadata |= about(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
+    result.metadata["analyses"] = _analyses(cfg, folder, module.net, data, (measured, evaluated))
     if rank == 0:
         _finish(cfg, folder, result)
     return score["accuracy"]
@@ -72,6 +74,8 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             raise _PlanOnlyError
 
     metrics = metrics or build_all(cfg.metrics, "metrics")
+    if not metrics and cfg.get("analysis"):
+        return _unmeasured(net, cfg.seed)
     if not metrics:
         raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
     try:
@@ -92,8 +96,6 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             progress=bar("measuring", _batches(loader), rank == 0),
         )
     except _PlanOnlyError:
-        import pandas as pd
-
         return Result(pd.DataFrame(), pd.DataFrame())
 
 
@@ -132,6 +134,33 @@ def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> di
     }
 
 
+def _unmeasured(net: torch.nn.Module, seed: int) -> Result:
+    """The result of a run that measures no units."""
+    about = {"metrics": {}, "samples": 0, "seed": seed, "seconds": {}, "missing": []}
+    model = {"class": type(net).__name__, "fingerprint": fingerprint(net)}
+    units = pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["layer", "unit"]))
+    layers = pd.DataFrame(index=pd.Index([], name="layer"))
+    return Result(units, layers, metadata=provenance() | about | {"model": model})
+
+
+def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, splits: tuple[str, str]) -> list[str]:
+    """Runs each analysis into a folder of its own name below the run's; one that is finished there is not repeated."""
+    rank, processes = world()
+    chosen = build_all(cfg.analysis, "analysis")
+    for name, analysis in chosen.items():
+        if (folder / name / "metadata.json").is_file():
+            say(f"{name}: already finished")
+            continue
+        measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in splits)
+        progress = bar(name, _batches(measured), rank == 0)
+        found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress)
+        if rank == 0:
+            found.save(folder / name)
+            for line in found.lines():
+                say(f"{name}: {line}")
+    return list(chosen)
+
+
 def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
     from ..report import write_page
     from ..tracking import close, log_result
@@ -144,8 +173,16 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
         log_result(loggers, result, score)
     finally:
         close(loggers)
-    show_result(console(), result)
+    _show(result)
     say(f"page: {page}")
+
+
+def _show(result: Result) -> None:
+    if len(result.layers):
+        show_result(console(), result)
+    else:
+        found = result.metadata["evaluation"]
+        say(f"{in_words(found)} of the split {found['split']!r}")
 
 
 def _layers(cfg: DictConfig) -> Any:

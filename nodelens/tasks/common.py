@@ -35,7 +35,7 @@ def verify(cfg: DictConfig) -> None:
     if unset:
         raise ValueError(f"{unset[0]} has no value: give {unset[0]}=...")
     values = resolved(cfg)
-    for group in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
+    for group in ("dataset", "model", "trainer", "metrics", "analysis", "logger", "callbacks"):
         if group in values and not isinstance(values[group], dict):
             raise ValueError(f"{group} is {values[group]!r}; it is a group: choose one of its files, as --help shows")
         check(values.get(group) or {}, group)

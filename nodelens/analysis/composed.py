@@ -1,0 +1,62 @@
+"""Analyses as a config composes them: options are fields, a call measures, what it returns is saved and says itself in lines."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from .bundle import GeometryResult
+from .geometry import analyze_model
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+class Finding(Protocol):
+    """What an analysis found."""
+
+    def save(self, folder: Any) -> Any:
+        """Writes it, ``metadata.json`` last."""
+        ...
+
+    def lines(self) -> list[str]:
+        """What it says, for a terminal."""
+        ...
+
+
+class Analysis(Protocol):
+    """What analyze.py calls for each member of the group ``analysis``: data and evaluation can be read several times."""
+
+    def __call__(
+        self, model: nn.Module, data: Iterable[Any], *, evaluation: Iterable[Any] | None, seed: int, progress: Progress
+    ) -> Finding: ...
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The geometry of a language model's residual stream; the fields are those of ``analyze_model``."""
+
+    max_tokens: int | None = 100_000
+    layers: str | list[int] = "all"
+    hook_point: str | list[str] = "residual_input"
+    metrics: str | list[str] = "default"
+    diagnostics: str | list[str] | None = None
+    sample_limit: int | None = 512
+    novelty_k: int = 32
+    tokenizer_name: str | None = None
+    dataset_name: str | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        evaluation: Iterable[Any] | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
+    ) -> GeometryResult:
+        return analyze_model(model, progress(data), **{name: _plain(value) for name, value in vars(self).items()})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
