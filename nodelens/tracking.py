@@ -1,6 +1,6 @@
 """Results in the experiment's logger: scalars as curves, tables as tables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -31,6 +31,15 @@ def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float]
             logger.log_table("layers", dataframe=result.layers.reset_index())
             if len(result.edges):
                 logger.log_table("edges", dataframe=result.edges.reset_index())
+
+
+def log_tables(loggers: Iterable[Any], prefix: str, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Tables, ``<prefix>/<name>``, to the loggers that take any."""
+    for logger in loggers:
+        for name, table in tables.items():
+            if hasattr(logger, "log_table") and len(table):
+                plain = table.astype(object).where(table.notna(), None)  # it takes plain values
+                logger.log_table(f"{prefix}/{name}", dataframe=plain)
 
 
 def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, float]) -> None:

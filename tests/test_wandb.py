@@ -76,3 +76,15 @@ def test_a_sweep_logs_its_curves(quiet_home):
     path, rows = run_of(quiet_home / "run")
     assert [row["prune/amount"] for row in rows if "prune/magnitude/accuracy" in row] == [0.25, 0.5, 0.75]
     assert len(table(path, rows, "sweep")["data"]) == 6
+
+
+def test_the_tables_of_an_analysis_are_logged(quiet_home):
+    words = ("model=tiny_lm", "model.net.width=16", "model.net.layers=2", "model.net.mlp=24", "dataset=text", "dataset.length=32")
+    words += ("dataset.max_tokens=2000", "metrics=none", "analysis=geometry", "logger=wandb", "hydra.run.dir=run")
+    ended = command("analyze", *words)
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "run")
+    logged = table(path, rows, "geometry/metrics")
+    saved = pd.read_csv(quiet_home / "run" / "geometry" / "metrics.csv")
+    where = logged["columns"].index("d_pr")
+    assert [row[where] for row in logged["data"]] == pytest.approx(list(saved.d_pr))

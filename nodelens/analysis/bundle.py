@@ -41,7 +41,7 @@ class GeometryResult:
         folder = folder_of(save_dir or self.artifact_dir, save_mode)
         (folder / "metadata.json").unlink(missing_ok=True)
         kind = "json" if save_mode == "json" else "csv"
-        tables = {name: table for name, table in self._tables().items() if len(table) or name in ("metrics", "novelty")}
+        tables = {name: table for name, table in self.tables().items() if len(table) or name in ("metrics", "novelty")}
         for name, table in tables.items():
             if kind == "json":
                 write_json(folder / f"{name}.json", table.to_dict(orient="records"))
@@ -89,7 +89,8 @@ class GeometryResult:
             return {str(point): part for point, part in table.groupby("hook_point", sort=False)}
         return {str(self.metadata.get("hook_point", "")): table} if len(table) else {}
 
-    def _tables(self) -> dict[str, pd.DataFrame]:
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by name."""
         named = {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, "experts": self.experts}
         return named | {f"diagnostics/{name}": table for name, table in self.diagnostics.items()}
 

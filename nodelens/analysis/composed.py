@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import pandas as pd
 from torch import nn
 
 from .bundle import GeometryResult
@@ -21,6 +22,10 @@ class Finding(Protocol):
 
     def lines(self) -> list[str]:
         """What it says, for a terminal."""
+        ...
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What it holds, for a logger that takes tables."""
         ...
 
 

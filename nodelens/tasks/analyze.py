@@ -54,9 +54,10 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     score = evaluate(module.net, bar("evaluating", _batches(loader), rank == 0)(loader))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
     result.metadata |= about(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
-    result.metadata["analyses"] = _analyses(cfg, folder, module.net, data, (measured, evaluated))
+    found = _analyses(cfg, folder, module.net, data, (measured, evaluated))
+    result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
     if rank == 0:
-        _finish(cfg, folder, result)
+        _finish(cfg, folder, result, found)
     return score["accuracy"]
 
 
@@ -143,27 +144,27 @@ def _unmeasured(net: torch.nn.Module, seed: int) -> Result:
     return Result(units, layers, metadata=provenance() | about | {"model": model})
 
 
-def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, splits: tuple[str, str]) -> list[str]:
+def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str]) -> dict[str, Any]:
     """Runs each analysis into a folder of its own name below the run's; one that is finished there is not repeated."""
     rank, processes = world()
-    chosen = build_all(cfg.analysis, "analysis")
-    for name, analysis in chosen.items():
+    every = {}
+    for name, analysis in build_all(cfg.analysis, "analysis").items():
         if (folder / name / "metadata.json").is_file():
             say(f"{name}: already finished")
             continue
-        measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in splits)
+        measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
         progress = bar(name, _batches(measured), rank == 0)
-        found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress)
+        every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress)
         if rank == 0:
             found.save(folder / name)
             for line in found.lines():
                 say(f"{name}: {line}")
-    return list(chosen)
+    return every
 
 
-def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
+def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, Any]) -> None:
     from ..report import write_page
-    from ..tracking import close, log_result
+    from ..tracking import close, log_result, log_tables
 
     result.save(folder)
     page = write_page(folder)
@@ -171,6 +172,8 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
     try:
         log_result(loggers, result, score)
+        for name, found in analyses.items():
+            log_tables(loggers, name, found.tables())
     finally:
         close(loggers)
     _show(result)
