@@ -15,6 +15,7 @@ import nodelens as nl
 from nodelens.data import Text
 from nodelens.evaluate import evaluate
 from nodelens.models import causal_lm
+from nodelens.tasks.common import placed
 
 TEXTS = ["abc", "The quick brown fox", "é\n", "jumps over the lazy dog.", "0123456789", "a b", "x = y", "Zzzz zzz zz z"]
 METRICS = ["activation_mean", "activation_variance", "activation_rms", "rq", "redundancy", "rankme", "taylor", "lp"]
@@ -232,3 +233,12 @@ def test_layers_by_role_on_the_command_line_and_a_sweep_by_perplexity(quiet_home
     ranking = pd.read_parquet("cut/ranking.parquet")
     assert ranking["area"].is_monotonic_increasing, "lower is better"
     assert nl.load_pruned("cut/pruned").generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=3).shape == (1, 5)
+
+
+@pytest.mark.parametrize("mark", [{"hf_device_map": {"": "cpu"}}, {"is_quantized": True}])
+def test_a_model_whose_parts_lie_where_they_were_put_is_not_moved(mark):
+    net = llama()
+    vars(net).update(mark)
+    assert placed(net, torch.device("meta")) is net
+    assert next(net.parameters()).device.type == "cpu"
+    assert next(placed(llama(), torch.device("meta")).parameters()).device.type == "meta"

@@ -16,7 +16,7 @@ from ..files import plain
 from ..models import load_weights
 from ..plan import Plan
 from ..results import Result, fingerprint, load, provenance
-from .common import bar, build_all, claim, console, in_words, launch, load_module, say
+from .common import bar, build_all, claim, console, in_words, launch, load_module, placed, say
 from .show import show_plan, show_result
 
 _FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", "_target_"}  # keys that cut no sample otherwise
@@ -44,7 +44,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     data = build(cfg.dataset, "dataset")
     data.setup()
     module, trained_by = load_module(cfg, data.classes)
-    module.to(device)
+    placed(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
     result = measure(cfg, module.net, data, measured)
     if cfg.plan_only:

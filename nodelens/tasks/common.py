@@ -132,6 +132,12 @@ def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[
     return module, trained_by
 
 
+def placed(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The network on a device, but for one whose parts lie where they were put (``device_map``) or that is quantised."""
+    stays = getattr(net, "hf_device_map", None) or getattr(net, "is_quantized", False)
+    return net if stays else net.to(device)
+
+
 def check_tokens(net: torch.nn.Module, classes: int) -> None:
     """Raises ValueError where the data have more tokens than a language model knows."""
     if hasattr(net, "get_input_embeddings"):

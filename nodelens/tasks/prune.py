@@ -28,7 +28,7 @@ from ..pruning.sweep import Cell, Sweep, cells
 from ..pruning.tabulate import axes_table, sweep_table
 from ..results import Result, fingerprint, load, provenance
 from .analyze import about
-from .common import bar, build_all, claim, console, launch, load_module, say
+from .common import bar, build_all, claim, console, launch, load_module, placed, say
 from .show_pruning import show_axes, show_sweep
 
 
@@ -77,7 +77,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     data = build(cfg.dataset, "dataset")
     data.setup()
     module, trained_by = load_module(cfg, data.classes)
-    subject = subject_of(cfg, module.net.to(device).eval(), data)
+    subject = subject_of(cfg, placed(module.net, device).eval(), data)
     if rank == 0:
         show_axes(console(), subject)
     if cfg.plan_only:
