@@ -19,7 +19,7 @@ class Frame:
     """One batch of B samples.
 
     Shapes: labels (B,) or (B, T) or None; targets (B,) or (B, t) or None, given by the user;
-            mask (B, T) bool, true where a token counts, or None for all;
+            mask (B, T) bool, true where a token counts as a row, or None for all;
             keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G);
             bytes (B,) int64 or None, UTF-8 bytes of the text that a sample's predicted tokens stand for
     """
@@ -37,22 +37,23 @@ class Frame:
     def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Frame":
         """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
-        Labels of tokens stand at the tokens themselves, and those of padding, or right behind it, do not count: no row that is
-        masked takes part in a loss. What a dict holds beside labels, targets, ids and bytes is the model's, such as the
-        position_ids that a model with absolute positions needs for texts padded on the left.
+        Labels of tokens stand at the tokens themselves, and those of padding, or right behind it, do not count: padding takes
+        part in no loss. ``select`` (B, T) bool, where a dict has it, says which real tokens count as rows; the loss and what the
+        model is given stay as they are. What a dict holds beside labels, targets, ids, bytes and select is the model's, such as
+        the position_ids that a model with absolute positions needs for texts padded on the left.
 
         Sample numbers come with the batch (``ids``), else from the samples' content: equal for equal samples, so that
         groups do not depend on batching or padding. Raises ValueError for anything else.
         """
         args, kwargs, labels, ids, targets, size = _read(batch)
-        mask = kwargs.get("attention_mask")
+        mask, select = kwargs.get("attention_mask"), kwargs.pop("select", None)
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
         if isinstance(mask, Tensor) and labels is not None and labels.shape == mask.shape:
             labels = labels.where(_behind_a_token(mask.bool()), IGNORE)
         keys = _keys_of(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
-        return cls(args, kwargs, labels, None if mask is None else mask.bool(), keys, mix(keys, seed) % groups, targets, size)
+        return cls(args, kwargs, labels, _counted(mask, select, first), keys, mix(keys, seed) % groups, targets, size)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -141,6 +142,16 @@ def _keys_of(first: Tensor, mask: Any) -> Tensor:
         return content_keys(first).cpu()
     rows = zip(first.cpu(), mask.bool().cpu(), strict=True)
     return torch.cat([content_keys(row[keep][None]) for row, keep in rows])
+
+
+def _counted(mask: Tensor | None, select: Tensor | None, first: Tensor) -> Tensor | None:
+    """Tokens that are no padding and are selected, as far as a batch says so."""
+    if select is None:
+        return None if mask is None else mask.bool()
+    shape = first.shape[:2] if mask is None else mask.shape
+    if select.shape != shape:
+        raise ValueError(f"select is {tuple(select.shape)}, the tokens are {tuple(shape)}: give true or false a token")
+    return select.bool() if mask is None else mask.bool() & select.to(mask.device).bool()
 
 
 def _behind_a_token(mask: Tensor) -> Tensor:

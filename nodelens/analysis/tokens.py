@@ -22,8 +22,9 @@ _NUMBERED = {"ids", "sample_ids"}
 class TokenBatch:
     """A batch of B samples of T tokens.
 
-    Shapes: inputs: what the model is called with, by name, ``x`` what has none; mask (B, T) bool, true where a token counts;
-            keys (B, T) int64, a number that is the token's own in any batch, order or padding
+    Shapes: inputs: what ``Frame.of`` reads, by name: what the model is called with, ``x`` what has none, and select (B, T) where
+            the batch has it; mask (B, T) bool, true where a token counts; keys (B, T) int64, a number that is the token's own in
+            any batch, order or padding
     """
 
     inputs: dict[str, Any]
@@ -45,20 +46,23 @@ class TokenBatch:
                 "nl.analyze measures any other network"
             )
         shape = tokens.shape[:2]
-        mask = torch.ones(shape, dtype=torch.bool) if frame.mask is None else frame.mask.cpu()
-        if mask.shape != shape:
-            raise ValueError(f"the attention_mask is {tuple(mask.shape)}, the tokens are {tuple(shape)}: give 0 or 1 a token")
-        place = mask.cumsum(1) - 1
+        given = frame.kwargs.get("attention_mask")
+        real = torch.ones(shape, dtype=torch.bool) if given is None else given.bool().cpu()
+        if real.shape != shape:
+            raise ValueError(f"the attention_mask is {tuple(real.shape)}, the tokens are {tuple(shape)}: give 0 or 1 a token")
+        mask = real if frame.mask is None else frame.mask.cpu()
+        place = real.cumsum(1) - 1
         named = isinstance(batch, Mapping) and not _NUMBERED.isdisjoint(batch)
         numbered = named or getattr(batch, "ids", None) is not None
-        sample = frame.keys if numbered else _content(tokens.cpu(), mask, place)
+        sample = frame.keys if numbered else _content(tokens.cpu(), real, place)
         first = {"input_ids" if "input_ids" in takes else "x": tokens} if frame.args else {}
-        given = {name: value for name, value in takes.items() if value is not None}
-        return cls(given | frame.kwargs | first, mask, mix(sample[:, None], place))._turned()
+        beside = {name: value for name, value in takes.items() if value is not None}
+        chosen = {"select": mask} if isinstance(batch, Mapping) and "select" in batch else {}
+        return cls(beside | frame.kwargs | first | chosen, mask, mix(sample[:, None], place))._turned(real)
 
-    def _turned(self) -> Self:
-        """Each sample from its first token that counts, what stood before it behind it."""
-        lead = self.mask.long().argmax(1, keepdim=True)
+    def _turned(self, real: Tensor) -> Self:
+        """Each sample from its first token that is no padding, what stood before it behind it."""
+        lead = real.long().argmax(1, keepdim=True)
         if not bool(lead.any()):
             return self
         rows, length = torch.arange(len(lead))[:, None], self.mask.shape[1]

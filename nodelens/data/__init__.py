@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from nodelens.data.arrays import Digits, Npz
     from nodelens.data.hub import Hub
     from nodelens.data.images import ImageData
+    from nodelens.data.selectors import select_tokens
     from nodelens.data.text import Text
     from nodelens.data.tokens import ByteTokenizer
 
-__all__ = ["Batch", "ByteTokenizer", "Digits", "Hub", "ImageData", "Npz", "Text"]
+__all__ = ["Batch", "ByteTokenizer", "Digits", "Hub", "ImageData", "Npz", "Text", "select_tokens"]
 
 _HOME = {"Digits": "arrays", "Hub": "hub", "ImageData": "images", "Npz": "arrays", "Text": "text", "ByteTokenizer": "tokens"}
+_HOME["select_tokens"] = "selectors"
 
 
 def __getattr__(name: str) -> Any:

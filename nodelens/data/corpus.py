@@ -1,11 +1,16 @@
 """Where documents come from: the embedded corpus, text files, JSON lines, and what `datasets` opens."""
 
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nodelens.data.cache import file_hash
+
+_STRETCH = 1 << 20  # characters
 _KINDS = "a text file, a folder of .txt files, .jsonl or .parquet with a text column, or a hub id"
 
 
@@ -20,7 +25,7 @@ class Corpus:
     separator:   a string at which plain text is cut into documents, without the white space around them; "\n" is a line's end
                  (so "\n\n" means empty lines). None: a file is one document, as it is
     train_split: the split to train on; test_split: the test set; None: "test" where there is one
-    streaming:   read a hub id in order, and store nothing
+    streaming:   read a hub id in order, and store nothing. Plain text is read a stretch at a time where a separator cuts it
     """
 
     path: str | None = None
@@ -50,16 +55,29 @@ class Corpus:
             raise FileNotFoundError(f"no text at {place.resolve()}; dataset.path is {_KINDS}")
         return self._tables()
 
+    def fingerprint(self) -> str:
+        """A hash of the text, and of how it is read; all of it is read for this. Raises as ``open`` does."""
+        place = Path(self.path or "").expanduser()
+        if self.path is None:
+            found = hashlib.blake2b("\0".join(_embedded()).encode(), digest_size=16).hexdigest()
+        elif place.exists():
+            found = file_hash([place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()))
+        else:
+            from nodelens.data.opening import stored_files
+
+            self.open()
+            found = file_hash(stored_files(self.path, self.name))
+        return hashlib.blake2b(f"{found} {astuple(self)[1:]} {self.path is None}".encode(), digest_size=16).hexdigest()
+
     def _files(self, files: list[Path]) -> Iterator[str]:
         for file in files:
             try:
-                text = file.read_text(encoding="utf-8")
+                if self.separator is None:
+                    yield file.read_text(encoding="utf-8")
+                else:
+                    yield from _between(file, self.separator.replace("\\n", "\n"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is no UTF-8 text (byte {error.start}); dataset.path is {_KINDS}") from error
-            if self.separator is None:
-                yield text
-            else:
-                yield from (part.strip() for part in text.split(self.separator.replace("\\n", "\n")))
 
     def _lines(self, file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8") as lines:
@@ -101,6 +119,16 @@ class Corpus:
         if not isinstance(text, str | None):
             raise ValueError(f"{where}: '{self.key}' is {type(text).__name__}, texts are strings; set dataset.text_key")
         return text or ""
+
+
+def _between(file: Path, separator: str) -> Iterator[str]:
+    """What lies between separators, without the white space around it; a stretch of the file is held at a time."""
+    rest = ""
+    with file.open(encoding="utf-8") as text:
+        for stretch in iter(partial(text.read, _STRETCH), ""):
+            *parts, rest = (rest + stretch).split(separator)
+            yield from (part.strip() for part in parts)
+    yield rest.strip()
 
 
 def _embedded() -> Iterator[str]:

@@ -41,6 +41,12 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
         ) from error
 
 
+def stored_files(path: str, name: str | None = None) -> list[Path]:
+    """Where this machine keeps the rows of a hub id, by split. Raises as ``open_sets`` does."""
+    sets = open_sets(path, name)
+    return [Path(part["filename"]) for key in sorted(sets) for part in sets[key].cache_files]
+
+
 def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
     try:
         if place.is_file():
@@ -61,14 +67,15 @@ def _by_name(sets: Any) -> dict[str, Any]:
 def _without_retries() -> Iterator[None]:
     """Use the cache alone when the hub does not answer: its own client retries for 23 seconds first."""
     offline = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = offline or not _hub_answers()
+    config.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
         yield
     finally:
         config.HF_HUB_OFFLINE = offline
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """One short look."""
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
     except urllib.error.HTTPError:

@@ -1,8 +1,9 @@
 """The data module of texts: samples of tokens for causal language models."""
 
+import hashlib
 import warnings
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nodelens.data.blocks import Samples, TokenStream, packed, separate
+from nodelens.data.blocks import Reader, Samples, TokenStream, packed, separate, unused
+from nodelens.data.cache import Parts, cached
 from nodelens.data.corpus import Corpus
+from nodelens.data.selectors import Selector, check_exact
 from nodelens.data.splits import make_splits, pick, shard, write_splits
+from nodelens.data.textstream import Blocks, TextStream, nothing_selected
 from nodelens.data.tokens import Tokenizer, open_tokenizer
 
 TextBatch = dict[str, Tensor]
@@ -23,9 +27,11 @@ class Text(lightning.LightningDataModule):
     """Texts in tokens, cut into samples, with disjoint train, val, test and calibration splits of the samples.
 
     A batch is a dict: input_ids and labels (B, T), bytes (B,), ids (B,) and, where it is padded, attention_mask and for padding
-    on the left position_ids (B, T); see ``Samples.batch``.
+    on the left position_ids (B, T); where not every token counts as a row, select (B, T); see ``Samples.batch``.
 
-    path, name, text_key, separator, train_split, test_split, streaming: the documents; see ``Corpus``
+    path, name, text_key, separator, train_split, test_split: the documents; see ``Corpus``
+    streaming:   read them in order and store nothing. With mode=pack blocks are cut while documents come: memory holds a few of
+                 them at most, and there is one split, all. With mode=pad the tokens are held, and split
     documents, max_tokens: how many are read at most, of each part; None: all
     tokenizer:   a folder or hub id with a tokenizer of transformers; None: UTF-8 bytes (256 + BOS, EOS, padding)
     mode:        pack: documents are joined and cut into blocks of exactly `length` tokens; pad: a document a sample, cut to
@@ -33,6 +39,9 @@ class Text(lightning.LightningDataModule):
     stride:      tokens from one block's begin to the next one's; None: blocks do not overlap. Each token is predicted once
     remainder:   drop: what is left after the last whole block is left out; keep: it is one more, shorter block
     bos:         document: before each; block: before each sample; None: nowhere. eos: behind each document
+    select:      which tokens count as rows, such as last, n//2: or phrase:<text>; see ``Selector``. No loss changes with it
+    special:     drop: BOS, EOS and padding ids of the tokenizer are no rows
+    cache:       a folder in which tokens are kept for the next time, and read where they lie; None: nowhere
     classes:     the model's vocabulary, which the tokenizer's has to fit into; None: as many as the tokenizer has
     val, test, calibration, seed, workers: as in ``ImageData``
     Raises: at `setup`, FileNotFoundError when text or tokenizer are not to be had; ValueError for options that do not fit.
@@ -60,6 +69,9 @@ class Text(lightning.LightningDataModule):
         bos: Literal["document", "block"] | None = "document",
         eos: bool = False,
         side: Literal["right", "left"] = "right",
+        select: str | int = "all",
+        special: Literal["keep", "drop"] = "keep",
+        cache: str | None = None,
         classes: int | None = None,
         batch_size: int = 16,
         val: float = 0.1,
@@ -73,26 +85,45 @@ class Text(lightning.LightningDataModule):
         self.documents, self.max_tokens, self.tokenizer = documents, max_tokens, tokenizer
         self.mode, self.length, self.stride, self.remainder = mode, length, stride, remainder
         self.bos, self.eos, self.side, self.classes = bos, eos, side, classes
+        self.select, self.special, self.cache = select, special, cache
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
         self.source: Samples | None = None
+        self.blocks: Blocks | None = None  # of a text that is not held
         self.indices: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # documents, tokens and bytes that were read, what of them is in no sample
+        # documents, tokens and bytes that were read, what of them is in no sample; of the samples' tokens those that are padding,
+        # special ones left out, not selected, and counted. Of a stream none
+        self.counts: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenise, cut and split; the second call does nothing."""
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # more of them slow down what is in memory
-        if self.source is not None:
+        if self.source is not None or self.blocks is not None:
             return
         self._check()
         tokenizer = open_tokenizer(self.tokenizer)
         self._check_tokenizer(tokenizer)
-        parts = [self._cut(documents, tokenizer) for documents in self.corpus.open()]
+        reader = Reader(tokenizer, self.bos == "document", self.eos, Selector.parse(self.select))
+        check_exact(tokenizer, reader.selector)
+        if self.corpus.streaming and self.mode == "pack":
+            self.blocks, self.unsplit = self._stream(reader), True
+        else:
+            self._hold(reader)
+        self.classes = self.classes or tokenizer.size
+
+    def _hold(self, reader: Reader) -> None:
+        """All samples, and which of them are in which split."""
+        if self.cache is None:
+            stream, edges = self._read(reader)
+        else:
+            stream, edges = cached(self.cache, self._about(reader), lambda: self._read(reader))
+        parts = [self._cut(stream, a, b, reader) for a, b in pairwise(edges)]
+        if not self.counts["counted"]:
+            raise ValueError(nothing_selected(reader.selector.text, self._name))
         own_test = sum(len(part) for part in parts[1:])
         self.unsplit = len(parts) == 1
         self.indices = make_splits(len(parts[0]), own_test, seed=self.seed, **self.shares)
         self.source = parts[0] if self.unsplit else parts[0] + parts[1]
-        self.classes = self.classes or tokenizer.size
 
     def train_dataloader(self) -> DataLoader[TextBatch]:
         """Shuffled batches of the training split; the order is new each epoch and follows from `seed`."""
@@ -110,6 +141,10 @@ class Text(lightning.LightningDataModule):
 
         split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
         """
+        self.setup()
+        if self.blocks is not None and split == "all":
+            shard(torch.empty(0), rank, world)  # are there such processes?
+            return _in_order(TextStream(self.blocks, batch_size or self.batch_size, rank, world), self.workers)
         return self._load(shard(self._ids(split), rank, world), batch_size or self.batch_size)
 
     def save_splits(self, folder: str | Path) -> Path:
@@ -118,11 +153,22 @@ class Text(lightning.LightningDataModule):
         return write_splits(folder, self.indices, about)
 
     def fingerprint(self) -> str:
-        """A hash of the samples' tokens."""
-        return self._ready().fingerprint()
+        """A hash of the samples' tokens; of a stream, which is not read for it, of what is asked for."""
+        self.setup()
+        if self.blocks is None:
+            return self._ready().fingerprint()
+        asked = {k: v for k, v in vars(self.blocks).items() if k not in ("documents", "reader")}
+        asked |= {"corpus": self.corpus, "first": self.documents, "tokenizer": self.blocks.reader.tokenizer.fingerprint()}
+        asked |= {"bos": self.bos, "eos": self.eos, "select": self.select}
+        return hashlib.blake2b(f"stream {asked}".encode(), digest_size=16).hexdigest()
 
     def _ids(self, split: str) -> Tensor:
         self.setup()
+        if self.blocks is not None:
+            raise ValueError(
+                f"there is no split '{split}': with dataset.streaming=true and mode=pack the text is one, 'all', read in order; "
+                "set dataset.streaming=false"
+            )
         return pick(self.indices, split)
 
     def _ready(self) -> Samples:
@@ -141,10 +187,37 @@ class Text(lightning.LightningDataModule):
             **options,
         )
 
-    def _cut(self, documents: Any, tokenizer: Tokenizer) -> Samples:
+    def _read(self, reader: Reader) -> Parts:
+        """All tokens, and where those of each part begin."""
+        parts = [TokenStream.join(reader.read(islice(part, self.documents), self.max_tokens)) for part in self.corpus.open()]
+        return TokenStream.join(parts), [0, *accumulate(map(len, parts))]
+
+    def _stream(self, reader: Reader) -> Blocks:
+        self.corpus.open()  # is it there?
+        prefix = reader.tokenizer.bos if self.bos == "block" else None
+        special = reader.tokenizer.special if self.special == "drop" else ()
+        return Blocks(
+            lambda: islice(self.corpus.open()[0], self.documents),
+            reader,
+            self.length,
+            self.stride,
+            self.remainder == "keep",
+            prefix,
+            self.max_tokens,
+            self.side,
+            special,
+            self._name,
+        )
+
+    def _about(self, reader: Reader) -> dict[str, Any]:
+        """What decides which tokens there are, and which of them are marked."""
+        marks = [repr(words) for words in reader.selector.words]
+        limits = {"documents": self.documents, "max_tokens": self.max_tokens, "bos": reader.bos, "eos": reader.eos}
+        return {"corpus": self.corpus.fingerprint(), "tokenizer": reader.tokenizer.fingerprint(), "marks": marks, **limits}
+
+    def _cut(self, whole: TokenStream, begin: int, end: int, reader: Reader) -> Samples:
         """The samples of one part."""
-        some = islice(documents, self.documents)
-        stream = TokenStream.of(some, tokenizer, self.bos == "document", self.eos, self.max_tokens)
+        stream, tokenizer = whole.between(begin, end), reader.tokenizer
         if not len(stream):
             raise ValueError(f"{self._name} holds no text; set dataset.path")
         prefix = tokenizer.bos if self.bos == "block" else None
@@ -154,17 +227,17 @@ class Text(lightning.LightningDataModule):
             samples = packed(stream, self.length, self.stride, self.remainder == "keep", prefix)
         if not len(samples):
             raise ValueError(f"{self._name} has {len(stream)} tokens, not one block of {self.length}; lower dataset.length")
+        special = tokenizer.special if self.special == "drop" else ()
+        samples = replace(samples, pad=tokenizer.pad, side=self.side, selector=reader.selector, special=special)
         self._count(stream, samples)
-        return replace(samples, pad=tokenizer.pad, side=self.side)
+        return samples.within(whole, begin)
 
     def _count(self, stream: TokenStream, samples: Samples) -> None:
-        covered = torch.zeros(len(stream) + 1, dtype=torch.int64)
-        covered.index_add_(0, samples.first, torch.ones_like(samples.first))
-        covered.index_add_(0, samples.first + samples.size, -torch.ones_like(samples.first))
-        lost = int((covered[:-1].cumsum(0) == 0).sum())
+        lost = unused(samples, len(stream))
         found = {"documents": stream.documents, "tokens": len(stream), "bytes": int(stream.nbytes.sum()), "unused_tokens": lost}
         if self.mode == "pad":
             found["cut_documents"] = int((stream.starts.diff() > self.length - (self.bos == "block")).sum())
+        found |= samples.counts(self.batch_size)
         self.counts = {name: self.counts.get(name, 0) + n for name, n in found.items()}
 
     def _check(self) -> None:
@@ -178,6 +251,8 @@ class Text(lightning.LightningDataModule):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"dataset.{name} is {limit}; it is 1 or more, or null for all")
+        if self.cache is not None and self.corpus.streaming:
+            raise ValueError("dataset.cache keeps tokens and dataset.streaming=true stores nothing; set one of the two only")
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError for a token that there is not, or more tokens than the model has."""
@@ -212,6 +287,11 @@ class _Numbered(Dataset[TextBatch]):
     def __getitems__(self, positions: list[int]) -> TextBatch:
         ids = self.ids[torch.as_tensor(positions)]
         return {**self.source.batch(ids), "ids": ids}
+
+
+def _in_order(stream: TextStream, workers: int) -> DataLoader[TextBatch]:
+    """Batches as they come; one process at most reads ahead: each would read all."""
+    return DataLoader(stream, batch_size=None, num_workers=min(1, workers), pin_memory=torch.cuda.is_available())
 
 
 def _as_it_is(batch: Any) -> Any:

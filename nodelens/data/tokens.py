@@ -1,5 +1,6 @@
 """From text to tokens: bytes as they are, or the tokenizer of a model; each token knows how many bytes it stands for."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,24 @@ class Tokenizer(Protocol):
     def eos(self) -> int | None: ...
     @property
     def pad(self) -> int: ...
+    @property
+    def special(self) -> tuple[int, ...]:
+        """The ids of BOS, EOS and padding, of those that it has."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bytes of each token are its own, and not a share."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Each text's tokens, no special ones added."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which tokens a text becomes."""
         ...
 
 
@@ -48,6 +64,8 @@ class ByteTokenizer:
     bos: int = 256
     eos: int = 257
     pad: int = 258
+    special: tuple[int, ...] = (256, 257, 258)
+    exact: bool = True
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         every = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
@@ -56,6 +74,9 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special ones left out; bytes that are no UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+    def fingerprint(self) -> str:
+        return "bytes"
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,7 @@ class StoredTokenizer:
     bos: int | None
     eos: int | None
     pad: int
+    special: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, path: str) -> "StoredTokenizer":
@@ -74,11 +96,19 @@ class StoredTokenizer:
 
         Raises: FileNotFoundError, in one line, when it cannot be had; ValueError when it cannot be built.
         """
-        tokenizer = _opened(path)
-        ids = tokenizer.get_vocab().values()
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)  # whichever: it is masked
-        return cls(tokenizer, max(ids) + 1, bos, eos, pad)
+        return cls.around(_opened(path))
+
+    @classmethod
+    def around(cls, tokenizer: Any) -> "StoredTokenizer":
+        """One that is open."""
+        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        special = tuple(dict.fromkeys(i for i in (bos, eos, pad) if i is not None))
+        pad = next((i for i in (pad, eos) if i is not None), 0)  # whichever: it is masked
+        return cls(tokenizer, max(tokenizer.get_vocab().values()) + 1, bos, eos, pad, special)
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.tokenizer.is_fast)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         fast = self.tokenizer.is_fast  # the others do not say where a token ends
@@ -90,17 +120,42 @@ class StoredTokenizer:
             every.append(Tokens(np.asarray(ids, np.int32), _bytes_of(text, np.asarray(ends, np.int64))))
         return every
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
+        return self.tokenizer.decode(list(ids))
+
+    def fingerprint(self) -> str:
+        if self.exact:
+            described = self.tokenizer.backend_tokenizer.to_str()
+        else:
+            described = repr((type(self.tokenizer), sorted(self.tokenizer.get_vocab().items()), self.tokenizer.init_kwargs))
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
 
 def open_tokenizer(path: str | None) -> Tokenizer:
     """The byte-level tokenizer, or the one at a path. Raises as ``StoredTokenizer.of`` does."""
     return ByteTokenizer() if path is None else StoredTokenizer.of(path)
 
 
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """One of the data's, or one of transformers in their form."""
+    return StoredTokenizer.around(tokenizer) if hasattr(tokenizer, "bos_token_id") else tokenizer
+
+
+def in_bytes(text: str, places: np.ndarray) -> np.ndarray:
+    """Places in a text, counted in characters, counted in bytes of its UTF-8."""
+    if text.isascii():
+        return places
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], widths.cumsum()])[places]
+
+
 def _opened(path: str) -> Any:
     from huggingface_hub import constants
     from transformers import AutoTokenizer
 
-    from nodelens.data.opening import _hub_answers
+    from nodelens.data.opening import hub_answers
 
     folder = Path(path).expanduser()
     options = {"trust_remote_code": False}  # asked for, it would wait for an answer at the terminal
@@ -112,7 +167,7 @@ def _opened(path: str) -> Any:
             "set dataset.tokenizer to such a folder, or to null for bytes"
         ) from error
     except OSError as error:
-        if folder.is_dir() or constants.HF_HUB_OFFLINE or not _hub_answers():
+        if folder.is_dir() or constants.HF_HUB_OFFLINE or not hub_answers():
             why = "the folder has none" if folder.is_dir() else "it is not on this machine and the hub cannot be reached"
             raise _not_here(path, why) from error
     try:
@@ -137,10 +192,6 @@ def _bytes_of(text: str, ends: np.ndarray) -> np.ndarray:
     """Bytes from the token before to the end of each: what lies between tokens goes to the next, the tail to the last."""
     if not len(ends):
         return ends.astype(np.int32)
-    if not text.isascii():
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
-        ends = np.concatenate([[0], widths.cumsum()])[ends]
-    ends = np.maximum.accumulate(ends)
+    ends = np.maximum.accumulate(in_bytes(text, ends))
     ends[-1] = len(text.encode())
     return np.diff(ends, prepend=0).astype(np.int32)

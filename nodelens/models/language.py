@@ -1,5 +1,6 @@
 """Causal language models: from a folder, the hub or a config, and the Lightning module that trains them."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,21 +10,29 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from nodelens.models.classifier import Classifier, logits_of
-from nodelens.models.stored import _hub_is_reachable, _quiet, _why
+from nodelens.models.stored import hub_is_reachable, quiet, why_missing
 
 BYTES = 259  # ids of the byte-level tokenizer
 _IGNORE = -100  # a label that does not count, as in cross_entropy
-_BESIDE = ("labels", "ids", "bytes")  # of a batch, not for the model
+_BESIDE = ("labels", "ids", "bytes", "select")  # of a batch, not for the model
 
 
 class LanguageModel(Classifier):
     """Next-token training of any network that takes tokens.
 
-    net:   called with what a batch holds beside labels, ids and bytes (input_ids (B, T), attention_mask, position_ids); returns
-           logits (B, T, V), or an output that has them as `.logits`
+    net:   called with what a batch holds beside labels, ids, bytes and select (input_ids (B, T), attention_mask, position_ids);
+           returns logits (B, T, V), or an output that has them as `.logits`
     path:  where the net came from, for a config that names it once
     optimizer, scheduler, weights, config: as in ``Classifier``
 
@@ -82,6 +91,7 @@ def causal_lm(
     attention: str | None = None,
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    quantization: Literal["8bit", "4bit"] | None = None,
 ) -> PreTrainedModel:
     """Any causal language model of transformers.
 
@@ -91,14 +101,17 @@ def causal_lm(
     dtype:      auto: as stored
     attention:  transformers' attn_implementation: eager, sdpa, flash_attention_2; None: its own choice
     revision:   of a hub id; device_map: where the parts go (needs `accelerate`)
+    quantization: the linear layers' weights in 8 or 4 bits, but for the head's (needs `bitsandbytes` and `accelerate`)
     Raises: OSError, in one line, when `path` cannot be had; ValueError for anything that does not fit.
     """
     found = language_config(path, model_type, config, revision)
     chosen = {"dtype": dtype, "attn_implementation": attention}
     options: dict[str, Any] = {k: v for k, v in chosen.items() if v not in (None, "auto")}
     name = repr(path or model_type)
+    if quantization is not None:
+        options["quantization_config"] = _quantized(quantization, path)
     try:
-        with _quiet():
+        with quiet():
             if path is None:
                 return AutoModelForCausalLM.from_config(found, **options)
             return _stored(path, found, {"dtype": dtype, "revision": revision, "device_map": device_map, **options})
@@ -167,6 +180,18 @@ def tiny_lm(
     )
 
 
+def _quantized(bits: str, path: str | None) -> BitsAndBytesConfig:
+    """Raises ValueError for another width, random weights, and where a library is not here."""
+    if bits not in ("8bit", "4bit"):
+        raise ValueError(f"model.net.quantization is {bits!r}; it is 8bit, 4bit or null")
+    if path is None:
+        raise ValueError(f"model.net.quantization={bits} is for stored weights: give model.path")
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"model.net.quantization={bits} needs {' and '.join(missing)}: pip install nodelens[quantized]")
+    return BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
+
+
 def check_vocabulary(net: nn.Module, classes: int) -> None:
     """Raises ValueError where the tokens of the data, 0 to classes - 1, are more than a language model has embeddings for."""
     try:
@@ -185,8 +210,8 @@ def _read_config(path: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, **options)
     except OSError as error:
-        if Path(path).is_dir() or not _hub_is_reachable():
-            raise _not_here(path, _why(path)) from error
+        if Path(path).is_dir() or not hub_is_reachable():
+            raise _not_here(path, why_missing(path)) from error
     try:
         return AutoConfig.from_pretrained(path, **options)
     except OSError as error:
@@ -195,7 +220,7 @@ def _read_config(path: str, options: dict[str, Any]) -> PretrainedConfig:
 
 def _stored(path: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    safe["local_files_only"] = Path(path).is_dir() or not _hub_is_reachable()
+    safe["local_files_only"] = Path(path).is_dir() or not hub_is_reachable()
     load: Any = AutoModelForCausalLM.from_pretrained  # its annotation does not know of output_loading_info
     try:
         net, info = load(path, config=config, **safe, **options)

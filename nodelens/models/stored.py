@@ -25,13 +25,13 @@ def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        if not Path(path).is_dir() and _hub_is_reachable():
+        if not Path(path).is_dir() and hub_is_reachable():
             try:
                 config = AutoConfig.from_pretrained(path)
             except (OSError, ValueError) as refused:
                 raise _not_here(path, "the hub has no such model, or it needs a login") from refused
         else:
-            raise _not_here(path, _why(path)) from error
+            raise _not_here(path, why_missing(path)) from error
     if config.model_type != kind.model_type:
         raise ValueError(
             f"'{path}' holds a model of type {config.model_type}, asked for is {kind.model_type}; "
@@ -58,7 +58,7 @@ def load_stored(
     if config.num_labels != classes:
         _log.info("'%s' has a head of %d classes; it is replaced by a new one of %d", path, config.num_labels, classes)
     same = config.num_labels == classes
-    with _quiet():
+    with quiet():
         if not same:
             config.num_labels = classes
         net, info = _from_pretrained(model, path, config, lenient=not same)
@@ -79,7 +79,7 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": lenient, "output_loading_info": True}
     options["use_safetensors"] = True  # never a pickle
-    options["local_files_only"] = Path(path).is_dir() or not _hub_is_reachable()
+    options["local_files_only"] = Path(path).is_dir() or not hub_is_reachable()
     load: Any = model.from_pretrained  # its annotation does not know of output_loading_info
     try:
         return load(path, **options)
@@ -99,13 +99,14 @@ def _not_here(path: str, why: str) -> OSError:
     )
 
 
-def _why(path: str) -> str:
+def why_missing(path: str) -> str:
+    """Why there is no config at a path."""
     if Path(path).is_dir():
         return "the folder holds no readable config.json"
     return "it is no folder here, it is not in the cache, and this machine cannot reach the hub"
 
 
-def _hub_is_reachable() -> bool:
+def hub_is_reachable() -> bool:
     """One short look: the hub's own client retries for 23 seconds on a machine without a network."""
     if constants.HF_HUB_OFFLINE:
         return False
@@ -119,7 +120,7 @@ def _hub_is_reachable() -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the loading report and bar of transformers, which repeat what the checks here say; its settings are put back."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

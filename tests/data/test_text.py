@@ -71,6 +71,10 @@ def test_blocks_hold_the_joined_documents(write):
         "tokens": len(stream),
         "bytes": len("".join(TEXTS).encode()),
         "unused_tokens": len(stream) % 16,
+        "padding": 0,
+        "special_left_out": 0,
+        "not_selected": 0,
+        "counted": len(stream) // 16 * 16,
     }
     batch = next(iter(data.loader("all", batch_size=2)))
     assert set(batch) == {"input_ids", "labels", "bytes", "ids"}

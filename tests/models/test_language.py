@@ -151,6 +151,31 @@ def test_a_device_map_asks_for_accelerate(stored):
         causal_lm(stored, device_map="auto")
 
 
+def test_weights_of_few_bits_need_a_library_and_stored_weights(stored, monkeypatch):
+    with pytest.raises(ValueError, match=r"^model.net.quantization is '3bit'; it is 8bit, 4bit or null$"):
+        causal_lm(stored, quantization="3bit")
+    with pytest.raises(ValueError, match=r"^model.net.quantization=8bit is for stored weights: give model.path$"):
+        causal_lm(model_type="llama", quantization="8bit")
+    monkeypatch.setattr("nodelens.models.language.importlib.util.find_spec", lambda name: None)
+    words = r"^model.net.quantization=4bit needs bitsandbytes and accelerate: pip install nodelens\[quantized\]$"
+    with pytest.raises(ValueError, match=words):
+        causal_lm(stored, quantization="4bit")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not here")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("bits", "share", "error"), [("8bit", 0.6, 0.05), ("4bit", 0.45, 0.4)])
+def test_weights_of_few_bits_are_smaller_and_nearly_right(bits, share, error, tmp_path):
+    torch.manual_seed(0)
+    tiny_lm(width=128, mlp=256, layers=2).save_pretrained(tmp_path)
+    exact, ids = causal_lm(str(tmp_path)), torch.arange(64)[None]
+    net = causal_lm(str(tmp_path), quantization=bits)
+    assert net.get_memory_footprint() < share * exact.get_memory_footprint()
+    with torch.no_grad():
+        true, found = exact(ids).logits, net(ids).logits.float()
+    assert (found - true).norm() < error * true.norm()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_and_accuracy_are_those_of_all_predicted_tokens(side, tmp_path):
     module, every = LanguageModel(small()), DataLoader(list(batches(side)), batch_size=None)

@@ -1,0 +1,222 @@
+r"""Which tokens count as rows: ``last``, ``n//2:``, ``phrase:Once upon``, ``regex:[0-9]+ & -1``; no loss changes with it."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nodelens.data.tokens import as_tokenizer, in_bytes
+from nodelens.expressions import parse_index
+
+_IGNORE = -100  # a label that does not count, as in cross_entropy
+_KINDS = "all, loss, last, positions such as 0, -1 or n//2:, phrase:<text>, regex:<pattern>; several joined by ' & '"
+_LENGTHS = (4, 1_000, 100_000)  # of samples in which a position that is meant has to name something
+_WORDS = re.compile(r"[a-zA-Z_]{2,}|[a-mo-zA-Z_]")  # letters that no position has
+
+
+@dataclass(frozen=True)
+class Selector:
+    r"""Terms joined by `` & ``; a token that meets them all is selected.
+
+    all:               every token
+    loss:              those that predict something: the label behind them counts, and is no padding
+    last, 0, n//2:, …  positions among the n real tokens of a sample, BOS among them, as ``parse_index`` reads them: the same for
+                       padding on either side. One that a short sample does not have names nothing there
+    phrase:<text>      tokens that hold any part of the text, at each place where it occurs, upper and lower case told apart
+    regex:<pattern>    tokens that hold any part of a match of Python's ``re``; one that backtracks without end is not stopped
+
+    A phrase or pattern with `` & `` in it is written as a regex with ``\x26``. It is looked for in a document, not in a sample.
+
+    >>> Selector.parse("loss & n//2:")(torch.zeros(1, 4), labels=torch.tensor([[1, 2, 3, 4]]))
+    tensor([[False, False,  True, False]])
+    """
+
+    text: str = "all"
+    loss: bool = False
+    places: tuple[str, ...] = ()
+    words: tuple["_Words", ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Selector":
+        """Raises ValueError, with the term, for one that is unknown, names no place anywhere or does not compile."""
+        terms = [term.lstrip() for term in str(text).split(" & ")]
+        words = tuple(_Words.parse(term) for term in terms if term.startswith(("phrase:", "regex:")))
+        rest = [term.strip() for term in terms if not term.startswith(("phrase:", "regex:"))]
+        places = tuple("-1" if term == "last" else term for term in rest if term not in ("all", "loss"))
+        for term in places:
+            _check_places(term)
+        return cls(str(text), "loss" in rest, places, words)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every token is selected."""
+        return not (self.loss or self.places or self.words)
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None, marks: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) bool: real tokens that are selected.
+
+        Shapes: ids, mask (1 or True: no padding), labels (the ids themselves, -100 where one is not predicted), marks (bool, of
+        ``marked``): (B, T) each. Raises ValueError where there are no labels to tell the loss, or no marks for a text.
+        """
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        found = real
+        if self.loss:
+            if labels is None:
+                raise ValueError(f"selector {self.text!r} asks for the loss and the batch has no labels: give labels (B, T)")
+            behind = (labels[:, 1:] != _IGNORE) & real[:, 1:]
+            found = found & torch.nn.functional.pad(behind, (0, 1))
+        for term in self.places:
+            found = found & _placed(term, real)
+        if self.words:
+            if marks is None:
+                raise ValueError(f"selector {self.text!r} looks for text, which the batch does not come with")
+            found = found & marks.to(found.device)
+        return found
+
+    def marked(self, text: str, nbytes: np.ndarray) -> np.ndarray:
+        """(n,) bool: the tokens of a document that all phrases and patterns touch; nbytes (n,): the UTF-8 each stands for."""
+        found = np.ones(len(nbytes), bool)
+        for words in self.words:
+            found &= _touched(in_bytes(text, words.spans(text)), nbytes)
+        return found
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A pattern; of a phrase the length, as the pattern only says where it begins: occurrences may overlap."""
+
+    pattern: re.Pattern[str]
+    length: int | None = None
+
+    @classmethod
+    def parse(cls, term: str) -> "_Words":
+        kind, _, words = term.partition(":")
+        if not words:
+            raise ValueError(f"selector {term!r} is empty: give a text behind the colon")
+        if kind == "phrase":
+            return cls(re.compile(f"(?={re.escape(words)})"), len(words))
+        try:
+            return cls(re.compile(words))
+        except re.error as error:
+            raise ValueError(f"selector {term!r} is no regular expression: {error}") from None
+
+    def spans(self, text: str) -> np.ndarray:
+        """Where each occurrence begins and ends in characters, (k, 2)."""
+        found = [(m.start(), m.end() if self.length is None else m.start() + self.length) for m in self.pattern.finditer(text)]
+        return np.asarray([span for span in found if span[0] < span[1]], np.int64).reshape(-1, 2)
+
+
+def select_tokens(
+    ids: Tensor,
+    selector: str | int = "all",
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    special: Literal["keep", "drop"] = "keep",
+    tokenizer: Any = None,
+    texts: Sequence[str] | None = None,
+) -> Tensor:
+    """Which tokens of a batch count as rows, (B, T) bool, for the key ``select`` of a batch of one's own.
+
+    ids, mask, labels: (B, T), as in ``Selector``, which has the selectors too
+    special:   drop: BOS, EOS and padding ids of the tokenizer do not count, wherever they stand
+    tokenizer: of transformers (a fast one, for phrases and patterns), or ``ByteTokenizer``
+    texts:     (B,) the text of each sample, for phrases and patterns; None: what the tokenizer decodes its ids to
+    Raises: ValueError for a selector that cannot be read, what it needs and is not given, or ids that are not those of a text.
+    """
+    chosen = Selector.parse(selector)
+    if special not in ("keep", "drop"):
+        raise ValueError(f"special is {special!r}; it is keep or drop")
+    if tokenizer is None and (chosen.words or special == "drop"):
+        raise ValueError(f"selector {chosen.text!r} with special={special} needs to know the tokenizer: give tokenizer=")
+    known = None if tokenizer is None else as_tokenizer(tokenizer)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    plain = real if known is None else without(real, ids, known.special)
+    marks = _marks_of(chosen, ids, plain, known, texts) if chosen.words else None
+    return chosen(ids, real, labels, marks) & (plain if special == "drop" else real)
+
+
+def without(mask: Tensor, ids: Tensor, special: Iterable[int]) -> Tensor:
+    """The mask, but for tokens of these ids, compared one by one."""
+    for token in special:
+        mask = mask & (ids != token)
+    return mask
+
+
+def _marks_of(selector: Selector, ids: Tensor, plain: Tensor, tokenizer: Any, texts: Sequence[str] | None) -> Tensor:
+    """Marks of each sample's text, at its tokens that are neither padding nor special."""
+    check_exact(tokenizer, selector)
+    own = [row[keep].tolist() for row, keep in zip(ids.cpu(), plain.cpu(), strict=True)]
+    texts = [tokenizer.decode(row) for row in own] if texts is None else list(texts)
+    if len(texts) != len(ids):
+        raise ValueError(f"a batch has {len(ids)} samples and {len(texts)} texts: one text a sample")
+    marks = torch.zeros(plain.shape, dtype=torch.bool)
+    for k, (text, tokens) in enumerate(zip(texts, tokenizer.encode(texts), strict=True)):
+        if tokens.ids[: len(own[k])].tolist() != own[k]:
+            raise ValueError(f"the ids of sample {k} are not those that the tokenizer makes of its text: give texts= as they were")
+        marks[k, plain[k].cpu()] = torch.from_numpy(selector.marked(text, tokens.nbytes)[: len(own[k])])
+    return marks
+
+
+def check_exact(tokenizer: Any, selector: Selector) -> None:
+    """Raises ValueError where a text is looked for and the tokenizer does not tell where its tokens lie."""
+    if selector.words and not tokenizer.exact:
+        raise ValueError(
+            f"selector {selector.text!r} looks for text, and this tokenizer does not say where in the text its tokens lie: "
+            "take a fast one (a folder with tokenizer.json), or bytes"
+        )
+
+
+def _check_places(term: str) -> None:
+    if _WORDS.search(term) or not term:
+        raise ValueError(f"no selector is called {term!r}; there are {_KINDS}")
+    for item in term.split(","):
+        for n in _LENGTHS:
+            try:
+                parse_index(item, n)
+                break
+            except ValueError as error:
+                reason = str(error).partition(": ")[2]
+        else:
+            raise ValueError(f"selector {term!r} names no token in samples of any length: {reason}")
+
+
+@lru_cache(maxsize=4096)
+def _named(term: str, n: int) -> list[int]:
+    """The places of a term among n tokens; what is out of range there is left out."""
+    found: list[int] = []
+    for item in term.split(","):
+        try:
+            found += parse_index(item, n)
+        except ValueError:  # it was read before: only n is too small
+            continue
+    return found
+
+
+def _placed(term: str, real: Tensor) -> Tensor:
+    """(B, T) bool: real tokens at the places of a term; one reading of it for each number of tokens that there is."""
+    lengths, row = real.sum(1).unique(return_inverse=True)
+    table = torch.zeros(len(lengths), real.shape[1], dtype=torch.bool)
+    for k, n in enumerate(lengths.tolist()):
+        table[k, _named(term, n)] = True
+    place = (real.cumsum(1) - 1).clamp_min(0)
+    return table.to(real.device)[row[:, None], place] & real
+
+
+def _touched(spans: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+    """(n,) bool: tokens that share a byte with a span (k, 2); one without bytes ends the letter of the token before."""
+    ends = nbytes.cumsum(dtype=np.int64)
+    first, behind = np.searchsorted(ends, spans[:, 0], "right"), np.searchsorted(ends - nbytes, spans[:, 1], "left")
+    change = np.zeros(len(nbytes) + 1, np.int64)
+    np.add.at(change, first, 1)
+    np.add.at(change, behind, -1)
+    found = change[:-1].cumsum() > 0
+    owner = np.maximum.accumulate(np.where(nbytes > 0, np.arange(len(nbytes)), -1)) if len(nbytes) else ends
+    return found[owner] & (owner >= 0)

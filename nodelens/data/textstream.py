@@ -1,0 +1,104 @@
+"""Blocks cut while documents arrive: as those of a text that was read whole, in memory that does not grow with it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from nodelens.data.blocks import Reader, Samples, TokenStream, packed
+
+_HEADROOM = 1 << 16  # tokens that wait at least, before blocks are cut of them
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a text is read and cut: `documents` opens it anew, up to `most` tokens of it."""
+
+    documents: Callable[[], Iterator[str]]
+    reader: Reader
+    length: int
+    stride: int | None = None
+    rest: bool = False
+    prefix: int | None = None
+    most: int | None = None
+    side: Literal["right", "left"] = "right"
+    special: tuple[int, ...] = ()
+    name: str = "the text"
+
+    def cut(self, least: int) -> Iterator[Samples]:
+        """All blocks in order, at least that many at a time but for the last."""
+        size = self.length - int(self.prefix is not None)
+        stride = self.stride or size
+        wanted = max(_HEADROOM, size + stride * least)
+        held, begun = list[TokenStream](), False
+        for part in self.reader.read(self.documents(), self.most):
+            held.append(part)
+            if sum(map(len, held)) >= wanted:
+                stream = TokenStream.join(held)
+                samples = self._samples(stream, rest=False, begun=begun)
+                yield samples
+                held, begun = [stream.between(len(samples) * stride, len(stream))], True
+        samples = self._samples(TokenStream.join(held), self.rest, begun)
+        if len(samples):
+            yield samples
+
+    def _samples(self, stream: TokenStream, rest: bool, begun: bool) -> Samples:
+        samples = packed(stream, self.length, self.stride, rest, self.prefix, begun)
+        tokenizer, selector = self.reader.tokenizer, self.reader.selector
+        return replace(samples, pad=tokenizer.pad, side=self.side, selector=selector, special=self.special)
+
+
+class TextStream(IterableDataset[dict[str, Tensor]]):
+    """Whole batches of the blocks i with i % world == rank, in order, each with its number i as `ids`.
+
+    Every process reads and tokenises all of the text. Raises ValueError, at the end, where it held no block, or a selector
+    selected nothing of it.
+    """
+
+    def __init__(self, blocks: Blocks, batch_size: int, rank: int = 0, world: int = 1):
+        self.blocks, self.batch_size, self.rank, self.world = blocks, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        total = own = selected = 0
+        for numbers, samples in self._rounds():
+            mine = torch.arange(len(numbers))[self.rank :: self.world]
+            for some in mine.split(self.batch_size) if len(mine) else ():
+                batch = samples.batch(some) | {"ids": numbers[some]}
+                selected += int(batch["select"].sum()) if "select" in batch else len(some)
+                own += len(some)
+                yield batch
+            total += len(numbers)
+        if not total:
+            raise ValueError(f"{self.blocks.name} has not one block of {self.blocks.length} tokens; lower dataset.length")
+        if own and not selected and self.world == 1:
+            raise ValueError(nothing_selected(self.blocks.reader.selector.text, self.blocks.name))
+
+    def _rounds(self) -> Iterator[tuple[Tensor, Samples]]:
+        """Numbered blocks, those of as many whole batches for every process as there are; at the end what is left."""
+        step, begin = self.batch_size * self.world, 0
+        waiting: Samples | None = None
+        for samples in self.blocks.cut(step):
+            waiting = samples if waiting is None else _behind(waiting, samples)
+            whole = len(waiting) // step * step
+            if whole:
+                yield torch.arange(begin, begin + whole), waiting.part(slice(whole))
+                begin, waiting = begin + whole, waiting.part(slice(whole, None))
+        if waiting is not None and len(waiting):
+            yield torch.arange(begin, begin + len(waiting)), waiting
+
+
+def nothing_selected(selector: str, name: str) -> str:
+    """What is wrong where no token counts."""
+    return f"dataset.select={selector!r} selects no token of {name}; give another selector, or dataset.special=keep"
+
+
+def _behind(samples: Samples, other: Samples) -> Samples:
+    """Samples of two streams, of the first one no more than is needed."""
+    begin = int(samples.first[0]) if len(samples) else len(samples.ids)
+    kept = len(samples.ids) - begin
+    marks = None if samples.marks is None else torch.cat([samples.marks[begin:], other.marks])  # type: ignore[list-item]
+    stream = TokenStream(torch.cat([samples.ids[begin:], other.ids]), torch.empty(0), torch.empty(0), marks)
+    return samples.within(stream, -begin) + other.within(stream, kept)
