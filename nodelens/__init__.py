@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from .analysis.bundle import GeometryResult
     from .analysis.geometry import analyze_model
     from .config import load_config, run
+    from .data.selectors import select_tokens
     from .finetune import Finetune
     from .layers import find_layers
     from .measure import analyze
-    from .metrics import get_metric, list_metrics
+    from .metrics import get_metric, list_metrics, register_metric
     from .pruning.artefact import load_pruned
     from .pruning.prune import prune
     from .pruning.strategies import PruningConfig, get_pruning_strategy, list_pruning_strategies
@@ -22,8 +23,10 @@ _HOMES = {
     "analyze_model": "analysis.geometry",
     "GeometryResult": "analysis.bundle",
     "find_layers": "layers",
+    "select_tokens": "data.selectors",
     "get_metric": "metrics",
     "list_metrics": "metrics",
+    "register_metric": "metrics",
     "Result": "results",
     "load": "results",
     "load_runs": "results",
@@ -56,7 +59,9 @@ __all__ = [
     "load_pruned",
     "load_runs",
     "prune",
+    "register_metric",
     "run",
+    "select_tokens",
 ]
 
 

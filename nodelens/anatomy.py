@@ -121,18 +121,27 @@ def mlp_of(block: nn.Module, attention: nn.Module | None) -> nn.Module:
 
 def mlp_writer(mlp: nn.Module, width: int | None) -> nn.Module:
     """The linear layer that reads the hidden units and writes to the stream. Raises UnclearError for none, two, or experts."""
-    convolved = {id(m.weight) for m in mlp.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    stacked = [
-        name for name, weight in mlp.named_parameters() if weight.ndim == 3 and len(weight) > 1 and id(weight) not in convolved
-    ]
+    stacked = stacked_in(mlp)
     experts = [name for name, _ in mlp.named_children() if "expert" in name and "shared" not in name]
     if stacked or experts:
-        shared = [name for name, m in mlp.named_modules() if "shared" in name and name.rpartition(".")[2] in _MLP_WRITERS]
+        shared = list(shared_writers(mlp))
         raise UnclearError(
             (f"its experts lie in one tensor, {stacked[0]}" if stacked else f"it has experts, {experts[0]}")
             + (f"; {shared[0]} belongs to an expert that every token passes, and is not the whole FFN" if shared else "")
         )
     return _pair(mlp) or _writer(mlp, _MLP_WRITERS, width)
+
+
+def stacked_in(mlp: nn.Module) -> list[str]:
+    """Tensors inside that hold the weights of several experts."""
+    convolved = {id(m.weight) for m in mlp.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    return [name for name, weight in mlp.named_parameters() if weight.ndim == 3 and len(weight) > 1 and id(weight) not in convolved]
+
+
+def shared_writers(mlp: nn.Module) -> dict[str, nn.Module]:
+    """What writes to the stream in the experts that every token passes."""
+    named = {name: m for name, m in mlp.named_modules() if "shared" in name}
+    return {name: m for name, m in named.items() if name.rpartition(".")[2] in _MLP_WRITERS and _is_linear(m)}
 
 
 def put_out(module: nn.Module, writer: nn.Module | str, block: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from .plan import Plan
 from .recording import Recording
 from .results import Result
 from .tracking import close, log_result, scalars
+from .wide import LIMIT, Wide
 
 
 class Measure(Callback):
@@ -44,10 +45,13 @@ class Measure(Callback):
         pairs: str | list[list[str]] = "consecutive",
         bias: bool = False,
         seed: int = 0,
+        wide: str | None = None,
+        width: int = LIMIT,
+        passes: int = 1,
     ):
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
-        self.pairs, self.bias = pairs, bias
+        self.pairs, self.bias, self.wide, self.width, self.passes = pairs, bias, wide, width, passes
         self.start: dict[str, Tensor] | None = None  # the weights before training, for metrics of their change
         self.capture: Capture | None = None
         self.plan: Plan | None = None
@@ -106,6 +110,9 @@ class Measure(Callback):
                 initial=self.start,
                 bias=self.bias,
                 budget=in_bytes(self.budget),
+                wide=self.wide,
+                width=self.width,
+                passes=self.passes,
             )
         elif self.taken is not None and self.plan is not None:
             self.taken.flush()
@@ -143,6 +150,7 @@ class Measure(Callback):
             self.layers == "*",
             self.precision,
             self.pairs,
+            wide=Wide.of(self.wide, self.width, self.seed),
         )
         self.plan.check(in_bytes(self.budget))
         self.taken = Pass(self.plan, self.seed)

@@ -1,6 +1,7 @@
 """One pass: every site's collector, one batch after another, and the sites whose rows meet."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from .collector import TERMS, Collector, WeightCollector
 from .frame import Frame
 from .hooks import Site
+from .keys import mix
 from .linalg import exact_products
 from .metrics import Need
 from .metrics.base import Other
@@ -16,7 +18,7 @@ from .plan import Plan
 from .rows import Rows
 from .runs import draw, runs_of
 from .statistics import Accumulator
-from .targets import target_of
+from .targets import target_of, token_target
 
 
 class Meeting:
@@ -32,7 +34,7 @@ class Meeting:
         plan = self.owner.plan
         drawn = None
         if plan.positions and plan.sampled(self.need):
-            drawn = draw(frame.keys, rows.raw.shape[2], plan.positions, self.owner.seed)
+            drawn = draw(frame.keys, rows.keep, rows.raw.shape[2], plan.positions, self.owner.seed)
         rows = (rows if drawn is None else rows.at(drawn)).finite()
         if site not in self.shift:
             self.shift[site] = rows.pilot()
@@ -48,11 +50,85 @@ class Meeting:
                 self.owner.put(self.need, g, self.need.statistic.of(x.take(a, b), z.take(a, b)))  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch that have a target.
+
+    Shapes: place (m,), where they are among all B x T; beside (m, t) float64, finite; group (m,) and keys (m,) on the CPU
+    """
+
+    shape: tuple[int, int]
+    place: Tensor
+    beside: Tensor
+    group: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(cls, beside: Tensor, frame: Frame, positions: int | None, seed: int) -> "Tokens":
+        """Of a target (B, T, t), NaN where a token has none; tokens of the padding, and those not drawn, are left out."""
+        samples, length = beside.shape[:2]
+        mask = frame.mask if frame.mask is not None and frame.mask.shape == (samples, length) else None
+        known = beside.isfinite().all(2)
+        known = known if mask is None else known & mask
+        drawn = draw(frame.keys, mask, length, positions, seed) if positions else None
+        if drawn is not None:
+            known = known & torch.zeros_like(known).scatter(1, drawn.to(known.device), True)
+        place = known.flatten().nonzero()[:, 0]
+        each, row = place.cpu(), (torch.ones(samples, length) if mask is None else mask.cpu()).cumsum(1).long().flatten()
+        sample = each // length
+        keys = mix(frame.keys[sample], row[each])  # a token's number among those that count: padding does not move it
+        return cls((samples, length), place, beside.flatten(0, 1)[place], frame.group[sample], keys)
+
+
+class Waiting:
+    """Rows of a site until the batch ends: the tokens' targets are made of its logits."""
+
+    def __init__(self, owner: Collector):
+        self.owner, self.held = owner, list[Rows]()
+        self.shift: Tensor | None = None
+        layer, port = owner.site
+        self.copied = owner.plan.seen(layer, port).overwritten
+
+    def see(self, rows: Rows) -> None:
+        """Takes the rows of one call."""
+        self.held.append(rows.copy() if self.copied else rows)
+
+    def end(self, tokens: Mapping[Any, Tokens]) -> None:
+        """Adds the rows at the tokens that have a target."""
+        for rows in self.held:
+            for target in dict.fromkeys(need.target for need in self.owner.by_token):
+                self._add(rows, tokens[target], [need for need in self.owner.by_token if need.target == target])
+        self.held = []
+
+    def _add(self, rows: Rows, at: Tokens, needs: list[Need]) -> None:
+        samples, _, positions = rows.raw.shape
+        if (samples, positions) != at.shape:
+            raise ValueError(
+                f"{self.owner.site} has {positions} rows a sample, and target {needs[0].target!r} is one for each of "
+                f"{at.shape[1]} tokens: leave the layer out (layers=), or metrics with a target"
+            )
+        flat = rows.raw.transpose(1, 2).flatten(0, 1)[at.place]
+        found = self.owner.only_finite(Rows(flat.T[None]))
+        if self.shift is None:
+            self.shift = found.pilot()
+        moved, keep = bool(self.shift.any()), None if found.keep is None else found.keep[0]
+        with exact_products():
+            for g, a, b in runs_of(at.group, TERMS):
+                kept = None if keep is None else keep[a:b]
+                one = Rows(flat[a:b].T[None], None if kept is None else kept[None], self.shift, (), moved)  # a sample of them
+                each = Rows(flat[a:b, :, None], None if kept is None else kept[:, None], self.shift, (), moved)
+                for need in needs:
+                    beside = at.beside[a:b, 0].long() if need.target == "label" else at.beside[a:b]
+                    keys = {"keys": at.keys[a:b]} if need.statistic.keyed else {}
+                    made = need.statistic.of(each, beside, **keys) if need.statistic.paired() else need.statistic.of(one)  # type: ignore[attr-defined]
+                    self.owner.put(need, g, made)
+
+
 class Pass:
     """All sites' collectors, one batch after another."""
 
     def __init__(self, plan: Plan, seed: int = 0):
-        self.plan = plan
+        self.plan, self.seed = plan, seed
         kinds = {site: WeightCollector if site.port == "weight*grad" else Collector for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # in each group
@@ -65,6 +141,7 @@ class Pass:
                     meeting = Meeting(need, collector, by_name[need.target])
                     for each in {site, meeting.other}:
                         self.meetings[each].append(meeting)
+        self.waiting = {site: Waiting(collector) for site, collector in self.collectors.items() if collector.by_token}
 
     def begin(self, frame: Frame) -> None:
         self.frame = frame
@@ -78,6 +155,8 @@ class Pass:
         collector.see(rows, self.frame)
         for meeting in self.meetings[site]:
             meeting.see(site, rows, self.frame)
+        if site in self.waiting:
+            self.waiting[site].see(rows)
 
     def end(self, logits: Tensor | None) -> None:
         """Ends a batch: targets are known, a row a sample is complete."""
@@ -86,6 +165,10 @@ class Pass:
         z = None if logits is None else logits.detach()
         with torch.no_grad():
             beside: dict[Any, Tensor] = {name: target_of(name, z, frame.labels, frame.targets) for name in self.plan.targets}
+            wanted = {need.target for waiting in self.waiting.values() for need in waiting.owner.by_token}
+            tokens = {name: self._tokens(name, z, frame) for name in wanted}
+            for waiting in self.waiting.values():
+                waiting.end(tokens)
             rows = {site: collector.close() for site, collector in self.collectors.items()}
             for site, own in rows.items():
                 if own is not None:
@@ -95,6 +178,12 @@ class Pass:
                 collector.end(rows[site], frame, beside)
         self.samples += torch.bincount(frame.group, minlength=len(self.samples))
         self.frame = None
+
+    def _tokens(self, name: Any, logits: Tensor | None, frame: Frame) -> Tokens:
+        if logits is None:
+            raise ValueError(f"target {name!r} needs logits, the model gave none")
+        value = token_target(name, logits, frame.labels, frame.targets)
+        return Tokens.of(value, frame, self.plan.positions, self.seed)
 
     def flush(self) -> None:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from .layers import Layer
 from .linalg import exact_products
 from .metrics import Need
 from .metrics.base import Other
-from .plan import CAPACITY, Plan
+from .plan import Plan
 from .rows import FAR, Rows, SampleSums
 from .runs import chunks_of, draw, runs_of
 from .statistics import Accumulator, Statistic
@@ -21,6 +21,7 @@ from .statistics.costs import PAIRS
 from .statistics.patches import Maps, read
 from .statistics.weight_sums import WeightSums
 from .targets import target_of
+from .waiting import CAPACITY, MOST, room
 
 CHUNK = 2 << 20  # bytes of rows that one round of reductions reads: they stay in the cache
 SAMPLES = 64  # of a group, whose maps are added up before patches are read from them
@@ -49,6 +50,7 @@ class Collector:
         self.reduced = [need for need in rest if need.statistic.by_sample is not None]
         self.tables = {need.statistic.by_sample for need in self.reduced} - {None}
         self.by_sample = [need for need in here if need.view == "samples"]
+        self.by_token = [need for need in here if need.view == "tokens"]
         self.targets = list(dict.fromkeys(need.target for need in self.by_sample if need.target))
         self.means_wanted = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
@@ -59,23 +61,21 @@ class Collector:
         self.left_out = 0
 
     def rows_of(self, tensor: Tensor, frame: Frame) -> Rows:
-        """What passes as rows, those of padded tokens left out."""
-        if self.site.port.endswith("/tokens"):
-            share = 1 / frame.tokens.clamp_min(1).to(tensor)
-            tensor = tensor * share.reshape(-1, *[1] * (tensor.ndim - 1))
-        rows = self.site.layer.rows(tensor.double() if self.plan.precision == "float64" else tensor, len(frame))
-        samples, width, positions = rows.raw.shape
-        if frame.mask is not None and frame.mask.shape == (samples, positions):
-            rows = Rows(rows.raw, frame.mask, rows.shift, rows.grid)
-        return rows.about(torch.zeros(width, dtype=torch.float64, device=tensor.device), moved=False)
+        """What passes as rows, those of padded tokens left out; narrower ones where the port says so."""
+        rows = self.site.layer.rows(tensor, len(frame), frame.mask)
+        rows = rows.double() if self.plan.precision == "float64" else rows
+        if "/tokens" in self.site.port:
+            share = 1 / frame.tokens.clamp_min(1).to(rows.raw)
+            rows = Rows(rows.raw * share[:, None, None], rows.keep, rows.shift, rows.grid)
+        rows = self.plan.wide.rows(rows, self.site.port)
+        return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), moved=False)
 
     def see(self, rows: Rows, frame: Frame) -> None:
         """Takes the rows of a batch's samples."""
-        samples, width, positions = rows.raw.shape
         label = self._labels(frame)
         if not (self.whole or self.reduced or self.entries or self.patches):
             self.means += [self._to_samples(self._finite(rows))] if self.means_wanted else []
-        elif samples * positions >= self.plan.groups * width and len(runs_of(frame.group)) <= 2 * self.plan.groups:
+        elif self._enough(rows) and len(runs_of(frame.group)) <= 2 * self.plan.groups:
             sums = self._digest(rows, frame.group, frame.keys, label)
             if self.reduced:
                 self._wait("sums", frame.group, sums.tables() | label)
@@ -83,6 +83,11 @@ class Collector:
         else:
             self._wait_whole(rows, frame, label)
             self.means += [self._to_samples(rows.finite())] if self.means_wanted else []
+
+    def _enough(self, rows: Rows) -> bool:
+        """Whether a batch needs no company: it has as many rows as products of a group want, or as would wait at all."""
+        samples, width, positions = rows.raw.shape
+        return samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MOST
 
     def _labels(self, frame: Frame) -> dict[str, Tensor]:
         return {"label": target_of("label", None, frame.labels)} if self.labelled else {}
@@ -117,9 +122,10 @@ class Collector:
 
     def _wait(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
         positions = tables["raw"].shape[2] if kind == "rows" else 1
+        tables = {"group": group, **tables}
         if kind not in self.waiting:
-            self.waiting[kind] = Buffer(max(1, CAPACITY[kind] // positions))
-        buffer, tables = self.waiting[kind], {"group": group, **tables}
+            self.waiting[kind] = Buffer(room(kind, sum(t[:1].nbytes for t in tables.values()), positions))
+        buffer = self.waiting[kind]
         if not buffer.fits(**tables):
             self._empty(kind)
         buffer.put(**tables)
@@ -154,7 +160,8 @@ class Collector:
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
         by_run = bool(self.whole or self.patches)
-        drawn = draw(keys, rows.raw.shape[2], self.plan.positions, self.seed) if self.plan.positions and self.whole else None
+        wanted = self.plan.positions and self.whole
+        drawn = draw(keys, rows.keep, rows.raw.shape[2], self.plan.positions, self.seed) if wanted else None  # type: ignore[arg-type]
         only_entries = not self.tables and not self.whole and not self.means_wanted
         with exact_products():
             for first, last, runs in chunks_of(runs_of(group, longest) if by_run else [], len(rows), step):
@@ -231,6 +238,11 @@ class Collector:
             pilot = first.finite().pilot(FAR if long else 8 * FAR)
             self.shift[view] = pilot, bool(pilot.any())
         return self.shift[view]
+
+    def only_finite(self, rows: Rows) -> Rows:
+        """Without rows that are not finite, which are counted where nothing else reads them."""
+        alone = not (self.whole or self.reduced or self.entries or self.patches or self.means_wanted)
+        return self._finite(rows) if alone else rows.finite()
 
     def _finite(self, rows: Rows) -> Rows:
         """Without rows that are not finite, which are counted."""

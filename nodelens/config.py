@@ -1,7 +1,8 @@
 """The config: composed by Hydra, checked against the code it names, built in one place."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from .checks import check
 
@@ -18,9 +20,15 @@ TASKS = ("train", "analyze", "prune")
 
 @dataclass
 class Budget:
-    """Limits of a pass: memory in bytes or as '4GB', null for none."""
+    """Limits of a pass: memory in bytes or as '4GB', null for none.
+
+    width: units beyond which products of all of them are not formed but as ``wide`` says. passes: how often the data may be read
+    where the sums of all layers do not fit into the memory at once; from 2 on products are formed whatever the width.
+    """
 
     memory: str | None = "8GB"
+    width: int = 4096
+    passes: int = 1
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Common:
     positions: int | None = None
     precision: str = "float32"
     initial_path: str | None = None
+    wide: str | None = None  # diagonal, sample:1024, sketch:1024
     budget: Budget = field(default_factory=Budget)
 
 
@@ -76,13 +85,26 @@ class Train(Measured):
 
 
 @dataclass
+class Forecast:
+    """What plan_only plans for: devices that share a copy of the model, bytes of each, ranks, hours, rows to read."""
+
+    devices: int = 1
+    memory: str | None = None
+    ranks: int = 1
+    hours: float = 1.0
+    rows: int | None = None
+
+
+@dataclass
 class Analyze(Measured):
     """analyze.py"""
 
     task: str = "analyze"
     analysis: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
     plan_only: bool = False
+    forecast: Forecast = field(default_factory=Forecast)
 
 
 @dataclass
@@ -174,7 +196,26 @@ def build(node: Any, path: str, **more: Any) -> Any:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The whole config as plain values."""
-    found = OmegaConf.to_container(cfg, resolve=True)
+    """The whole config as plain values. Raises ValueError for one that asks another group for what it does not have."""
+    with _in_words():
+        found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items()}
+
+
+def unset(cfg: DictConfig) -> list[str]:
+    """The keys without a value, sorted. Raises as ``resolved`` does."""
+    with _in_words():
+        return sorted(OmegaConf.missing_keys(cfg))
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except InterpolationKeyError as error:
+        line, key = str(error).splitlines()[0], str(error.full_key)
+        if key.startswith("model.") and "'dataset." in line:
+            line = f"{key} asks for what this dataset does not have ({line})"
+            line += ": an image model takes images, texts want model=tiny_lm or model=causal_lm"
+        raise ValueError(line) from None

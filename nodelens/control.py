@@ -46,7 +46,7 @@ def _made(needs: Mapping[str, Need], rows: Rows, beside: Tensor) -> dict[str, An
     for name, need in needs.items():
         if name == "control":
             continue
-        target = [] if not need.target else [beside[:, 0].long() if need.target == "label" else beside]
+        target = [beside[:, 0].long() if need.target == "label" else beside] * bool(need.target and need.statistic.paired())
         keys = {"keys": torch.arange(len(rows))} if need.statistic.keyed else {}
         made[name] = need.statistic.of(rows, *target, **keys)  # type: ignore[attr-defined]
     return made

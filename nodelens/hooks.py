@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .experts import Call, ExpertLayer, Routed
 from .frame import tensor_of
 from .layers import Layer
 
@@ -32,6 +33,9 @@ class Capture(AbstractContextManager["Capture"]):
     ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad``
     input, output and gradient; ``change`` what the weights' change since the start puts out. ``cloned`` names the layers whose
     output a later operation overwrites in place.
+
+    The hidden units of experts pass inside one module: they are made again of what it is called with, an expert's from its own
+    tokens, and shown as ``Routed``. At the first call of a module all experts together have to give what it put out.
     """
 
     def __init__(self, sites: Iterable[Site], see: See, cloned: Iterable[str] = ()):
@@ -40,13 +44,20 @@ class Capture(AbstractContextManager["Capture"]):
         self.scale = 1.0  # of the gradients, where a trainer divided or multiplied the summed loss
         self.handles: list[Any] = []
         self.fired: Counter[str] = Counter()
+        self.checked: set[nn.Module] = set()
 
     def open(self) -> "Capture":
+        mixed: dict[nn.Module, dict[ExpertLayer, list[Site]]] = {}
         for site in self.sites:
             module = site.layer.module  # an input is read before the module can change it in place
-            pre = site.port in ("input", "change") or site.layer.side == "input"
+            if isinstance(site.layer, ExpertLayer):
+                mixed.setdefault(module, {}).setdefault(site.layer, []).append(site)
+                continue
+            pre = site.port.startswith(("input", "change")) or site.layer.side == "input"
             register = module.register_forward_pre_hook if pre else module.register_forward_hook
             self.handles.append(register(partial(self._hook, site), with_kwargs=True))
+        for module, sites in mixed.items():
+            self.handles.append(module.register_forward_hook(partial(self._mixed, sites), with_kwargs=True))
         return self
 
     def close(self) -> None:
@@ -74,7 +85,7 @@ class Capture(AbstractContextManager["Capture"]):
                 self._await_gradient(site, tensor, args)
             return
         with torch.no_grad():
-            if site.port == "change":
+            if site.port.startswith("change"):
                 self.gate = False  # the module's own hooks
                 tensor = site.layer.apply(tensor, site.layer.tensor - site.layer.start)  # type: ignore[operator]
                 self.gate = True
@@ -94,6 +105,38 @@ class Capture(AbstractContextManager["Capture"]):
                 self.see(site, value * gradient)
             else:
                 self.see(site, gradient if read is None else (read, value, gradient))
+
+    def _mixed(self, sites: Mapping[ExpertLayer, list[Site]], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not self.gate:
+            return
+        name, experts = next((layer.mixture, layer.experts) for layer in sites)
+        awaited: dict[ExpertLayer, list[Site]] = {}
+        with torch.no_grad():
+            call = Call.of(experts, name, args, kwargs)
+            if module not in self.checked:
+                call.check(name, output)
+                self.checked.add(module)
+            for layer, own in sites.items():
+                self.fired.update(map(str, own))
+                awaited[layer] = [site for site in own if "grad" in site.port]
+                if shown := [site for site in own if site not in awaited[layer]]:
+                    share = call.share(layer.expert)
+                    values = Routed(call.hidden(layer.expert, share), share.tokens, call.tokens)
+                    for site in shown:
+                        self.see(site, values)
+        if any(awaited.values()) and torch.is_grad_enabled():
+            if not output.requires_grad:
+                output.requires_grad_()
+            output.register_hook(partial(self._routed_gradient, awaited, call.kept()))
+
+    def _routed_gradient(self, sites: Mapping[ExpertLayer, list[Site]], call: Call, gradient: Tensor) -> None:
+        with torch.no_grad():
+            for layer, own in sites.items():
+                share = call.share(layer.expert)
+                slope = call.slopes(layer.expert, share, gradient) * share.weights * self.scale
+                for site in own:  # the units are made again: keeping those of every layer would take more than the model's own
+                    times = call.hidden(layer.expert, share) if site.port.startswith("output*grad") else 1
+                    self.see(site, Routed(times * slope, share.tokens, call.tokens))
 
 
 @contextmanager

@@ -93,12 +93,16 @@ class Layer:
         """How a convolution reads its input; None for anything else."""
         return Geometry.of(self.module) if isinstance(self.module, (*_CONVOLUTIONS, *_TRANSPOSED)) else None
 
-    def rows(self, tensor: Tensor, samples: int) -> Rows:
-        """A tensor of one of the ports as rows, without a copy.
+    def rows(self, tensor: Any, samples: int, mask: Tensor | None = None) -> Rows:
+        """A tensor of one of the ports as rows, without a copy; kept are those that a mask (samples, positions) marks.
 
-        Units lie on axis 1 of convolutions, their norms and of any map of four or five axes, else on the last.
-        Raises ValueError where the first axis is no multiple of the samples.
+        Units lie on axis 1 of convolutions, their norms and of any map of four or five axes, else on the last. A mask of another
+        number of positions marks nothing here. Raises ValueError where the first axis is no multiple of the samples.
         """
+        rows = self._laid_out(tensor, samples)
+        return rows.kept(mask) if mask is not None and mask.shape == (len(rows), rows.raw.shape[2]) else rows
+
+    def _laid_out(self, tensor: Tensor, samples: int) -> Rows:
         if tensor.ndim < 2:
             raise ValueError(f"layer {self.name!r} shows a tensor of shape {tuple(tensor.shape)}: units need two axes at least")
         if len(tensor) % samples:
@@ -125,24 +129,27 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
     """The layers of a model that match a name, a glob, a role, or a list of them, in the model's own order.
 
     ``"*"`` means every layer with weights (Linear, convolutions); a name or any other glob finds any module, and with
-    ``.input`` behind it the units that the module reads, such as ``*.mlp.down_proj.input``. What matches neither may be a
-    role of ``roles_of``, such as ``blocks[n//2:].mlp.hidden`` or ``final_norm``: the layers go by their modules' names all the
-    same. A model that is itself a layer goes by its class's name. start: a state dict of before training. Raises ValueError
-    for a pattern without a match, a role that is not there, or a start that has not this model's weights.
+    ``.input`` behind it the units that the module reads, such as ``*.mlp.down_proj.input``; ``*.experts[*].hidden`` finds the
+    hidden units of experts that share tensors, a layer an expert. What matches none may be a role of ``roles_of``, such as
+    ``blocks[n//2:].mlp.hidden`` or ``final_norm``: the layers go by their modules' names all the same. A model that is itself a
+    layer goes by its class's name. start: a state dict of before training. Raises ValueError for a pattern without a match, a
+    role that is not there, or a start that has not this model's weights.
     """
+    from .experts import expert_layers  # which are layers
     from .roles import roles_of  # which makes layers
 
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     for name, module in modules.items():
         layers |= {name: Layer(name, module), f"{name}.input": Layer(f"{name}.input", module, "input")}
+        layers |= {layer.name: layer for layer in expert_layers(name, module)}
     layers |= {name: Layer(name, module) for name, module in modules.items()}  # a submodule may be called input
     weighted = [name for name, layer in layers.items() if layer.weight is not None]
     chosen: set[str] = set()
     roles = None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        every = layers if pattern.endswith(".input") else modules
-        names = weighted if pattern == "*" else [name for name in every if fnmatchcase(name, pattern)]
+        every = layers if pattern.endswith((".input", ".hidden")) else modules
+        names = weighted if pattern == "*" else [name for name in every if _matches(name, pattern)]
         if not names:
             roles = roles or roles_of(model)
             names = [layer.name for layer in roles.layers(pattern)]
@@ -151,6 +158,11 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
         chosen.update(names)
     found = [layer for name, layer in layers.items() if name in chosen]
     return found if start is None else [_started(layer, start) for layer in found]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a glob; brackets in a name are an expert's number, and stand for themselves in a glob too."""
+    return fnmatchcase(name, pattern) or ("[" in name and fnmatchcase(name, pattern.replace("[", "[[]")))
 
 
 def pairs_of(layers: list[Layer], pairs: str | Sequence[Sequence[str]]) -> list[tuple[Layer, Layer]]:

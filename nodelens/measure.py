@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from .collect import Pass
 from .distributed import first_of, reduce_sums, reduce_tensor, world
 from .frame import Frame, logits_of
-from .hooks import Capture
+from .hooks import Capture, edit
 from .layers import find_layers
 from .metrics import Metric, get_metric
+from .metrics.base import Other
 from .modes import frozen
+from .passes import check_again, divided, joined
 from .plan import Plan
 from .recording import Recording
 from .results import Result, fingerprint, provenance
@@ -23,6 +25,8 @@ from .roles import resolved
 from .statistics import Statistic
 from .table import make_table
 from .targets import summed_loss
+from .wide import LIMIT, Wide
+from .wide import describe as describe_wide
 
 DEFAULT = (
     "activation_mean",
@@ -32,7 +36,6 @@ DEFAULT = (
     "rq",
     "redundancy",
     "synergy",
-    "class_mi",
     "taylor",
     "effective_rank",
     "participation_ratio",
@@ -57,7 +60,10 @@ def analyze(
     initial: nn.Module | Mapping[str, Tensor] | None = None,
     bias: bool = False,
     loss: Loss = summed_loss,
+    wide: str | None = None,
+    width: int = LIMIT,
     budget: float | None = None,
+    passes: int = 1,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Result:
@@ -69,7 +75,10 @@ def analyze(
     for all. precision: of products, float32 or float64 (rows that are float64 keep it). pairs: of layers that edge metrics
     compare: consecutive, all, or names. initial: the network before training, or its state dict, for metrics of the weights'
     change. bias: write the jackknife's estimate of each value's bias beside it, ``<metric>_bias``; nothing is subtracted.
-    loss: of (logits, labels), summed over the batch. budget: bytes the plan may take.
+    loss: of (logits, labels), summed over the batch. wide: where products of units are wanted of
+    more than ``width`` of them: diagonal, sample:<count>, sketch:<count>, or None, an error that shows these choices
+    (nodelens.wide has what each means). budget: bytes the plan may take; passes: over how many readings of the data its layers
+    may be divided to fit.
 
     Raises ValueError for names without a match, data that do not fit the model and labels that a metric needs but are not
     there; MemoryError over the budget.
@@ -79,19 +88,30 @@ def analyze(
     batches = iter(data)
     head = next(batches, None)
     found = find_layers(model, layers, initial.state_dict() if isinstance(initial, nn.Module) else initial)
-    recording = first_of(None if head is None else Recording.of(model, found, Frame.of(head, groups, seed).to(device)))
-    if recording is None:
+    first = None if head is None else Frame.of(head, groups, seed).to(device)
+    seen = first_of(None if first is None else (Recording.of(model, found, first), _per_token(first)))
+    if seen is None:
         raise ValueError("the data are empty: not one batch to measure")
-    plan = Plan.of(model, found, chosen, recording, groups, positions, layers == "*", precision, pairs)
-    plan.check(budget)
+    recording, per_token = seen
+    beyond = Wide.of(wide, width, seed, passes)
+    plan = Plan.of(model, found, chosen, recording, groups, positions, layers == "*", precision, pairs, per_token, beyond)
+    parts = divided(plan, budget, passes)
+    check_again(batches is data, parts, device)
     if on_plan:
         on_plan(plan)
     planned = time.perf_counter()
     every = [] if head is None else itertools.chain([head], batches)
-    taken = run_pass(model, plan, progress(every), seed, loss)
-    passed = time.perf_counter()
-    result = finish(plan, taken, device, bias, seed)
-    seconds = {"plan": planned - started, "pass": passed - planned, "table": time.perf_counter() - passed}
+    seconds = {"plan": planned - started, "pass": 0.0, "table": 0.0}
+    results: list[Result] = []
+    for part in parts:
+        begun = time.perf_counter()
+        taken = run_pass(model, part, progress(data if results else every), seed, loss)
+        passed = time.perf_counter()
+        results.append(finish(part, taken, device, bias, seed))
+        del taken  # its sums make room for the next pass's
+        seconds["pass"] += passed - begun
+        seconds["table"] += time.perf_counter() - passed
+    result = joined(plan, results)
     result.metadata |= {
         "seed": seed,
         "layers": resolved(model, layers),
@@ -106,11 +126,14 @@ def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, l
     """Shows every batch to the plan's statistics. The model is as before when it ends, however it ends."""
     taken, device = Pass(plan, seed), device_of(model)
     capture = Capture(plan.sites(), taken.see, plan.overwritten)
-    with frozen(model), capture:
+    early = plan.gradients and bool(plan.overwritten)  # a graph that begins at a layer would not survive what is done in place
+    first = [module for module in model.modules() if early and isinstance(module, nn.Embedding)]
+    with frozen(model), edit(dict.fromkeys(first, _begun)), capture:
         for batch in data:
             frame = Frame.of(batch, plan.groups, seed).sorted().to(device)
-            if plan.gradients and plan.overwritten:  # a graph that begins at a layer would not survive what is done in place
-                frame = replace(frame, args=tuple(map(_differentiable, frame.args)))
+            if early:
+                named = {k: _differentiable(v) for k, v in frame.kwargs.items()}
+                frame = replace(frame, args=tuple(map(_differentiable, frame.args)), kwargs=named)
             taken.begin(frame)
             taken.end(_forward(model, frame, capture, loss if plan.gradients else None))
     taken.flush()
@@ -128,7 +151,7 @@ def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, se
     table = make_table(plan, sums, samples, bias, seed)
     rows = [{"layer": layer, "statistic": str(need), "rows": _rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {
-        "metrics": {name: describe(metric) for name, metric in plan.metrics.items()},
+        "metrics": {name: describe(metric) | _targets_of(plan, metric) for name, metric in plan.metrics.items()},
         "samples": int(samples.sum()),
         "groups": plan.groups,
         "samples_by_group": samples.tolist(),
@@ -143,6 +166,8 @@ def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, se
         "never_called": plan.never_called,
         "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
+        "passes": [{"layers": [la.name for la in plan.measured], "bytes": plan.total_bytes}],
+        "wide": describe_wide(plan),
     }
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 
@@ -178,10 +203,29 @@ def describe(metric: Metric) -> dict[str, Any]:
     }
 
 
+def _targets_of(plan: Plan, metric: Metric) -> dict[str, list[str]]:
+    """The targets that a metric has in this pass, in words: what became of ``auto``."""
+    needs = [need for place in plan.places(metric)[:1] for _, need in plan.resolve(metric, place).values()]
+    found = [need.target for need in needs if need.target and not isinstance(need.target, Other)]
+    return {"targets": list(dict.fromkeys(str(getattr(target, "__name__", target)) for target in found))} if found else {}
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's first parameter or buffer lies; the CPU for one without any."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def _per_token(frame: Frame) -> list[str]:
+    """Which of label and given the data have one of a token."""
+    inputs = [t for t in (*frame.args, *frame.kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1]
+    beside = {"label": frame.labels, "given": frame.targets}
+    return [k for k, t in beside.items() if t is not None and t.ndim > 1 and any(t.shape[1] == x.shape[1] for x in inputs)]
+
+
+def _begun(embedded: Tensor) -> Tensor:
+    """What an embedding puts out, as the begin of the graph, and as a copy that may be written into."""
+    return embedded.detach().requires_grad_().clone() if torch.is_grad_enabled() else embedded
 
 
 def _differentiable(value: Any) -> Any:

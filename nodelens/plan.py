@@ -2,22 +2,28 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
 from .hooks import Site
 from .layers import Layer, pairs_of
 from .metrics import Metric, Need
-from .metrics.base import Other
+from .metrics.base import Other, Target
 from .recording import Recording, Seen
+from .refusals import check_bytes, check_parameter
 from .statistics.costs import PAIRS, SAMPLED, SQUARE, numbers, serves
+from .statistics.weight_sums import WeightSums
+from .targets import check_token_target, of_tokens, settled
+from .waiting import company_bytes, held, held_bytes
+from .wide import KINDS, Wide, check_width, narrowed, whole
 
 GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
 BALANCE = 32.0  # float32 operations in the time of one byte of rows, found with ResNet-18 at 32, 64 and 224 pixels
-CAPACITY = {"rows": 4096, "sums": 1024, "samples": 1024, "entries": 128}  # what waits for company: no small product is formed
+_SITES = ("next", "input")  # targets that are rows of another site
 Place = tuple[Layer, Layer | None]  # where a metric is taken: a layer, and for some the one behind it
 
 
@@ -35,7 +41,10 @@ class Plan:
     positions: int | None = None  # a sample of positions an image for pair statistics; None for all
     never_called: list[str] = field(default_factory=list)
     precision: str = "float32"  # of products; rows that are float64 keep it
+    per_token: frozenset[str] = frozenset({"label", "given"})  # which the data have one of a token, where each token has logits
     pairs: list[tuple[Layer, Layer]] = field(default_factory=list)  # of layers that edge metrics compare
+    wide: Wide = field(default_factory=Wide)  # what becomes of products of units at wide sites
+    part: frozenset[str] | None = None  # the layers measured in this pass of several; None for all
 
     @classmethod
     def of(
@@ -49,11 +58,14 @@ class Plan:
         optional: bool = False,
         precision: str = "float32",
         pairs: str | Sequence[Sequence[str]] = "consecutive",
+        per_token: Iterable[str] = ("label", "given"),
+        wide: Wide | None = None,
     ) -> "Plan":
         """A plan for a model's layers, after one recorded forward of a few samples.
 
         ``optional`` leaves out layers that the forward never calls (and says so); otherwise such a layer is an error, and
         so is a metric that needs weights at a layer without. ``pairs`` of layers for edges: consecutive, all, or names.
+        ``per_token``: which of label and given the data have one of a token, where each token has logits of its own.
         """
         if precision not in ("float32", "float64"):
             raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")
@@ -64,56 +76,48 @@ class Plan:
                 "its weight directly): name another layer, such as the module that takes its output"
             )
         layers = [layer for layer in layers if layer not in silent]
-        plan = cls(
-            layers,
-            metrics,
-            recording,
-            groups,
-            positions,
-            [layer.name for layer in silent],
-            precision,
-            pairs_of(layers, pairs),
-        )
+        beside = frozenset(per_token), pairs_of(layers, pairs), wide or Wide()
+        never = [layer.name for layer in silent]
+        plan = cls(layers, metrics, recording, groups, positions, never, precision, *beside)
         for name, metric in metrics.items():
-            plan._check_parameter(name, metric, optional)
+            check_parameter(plan, name, metric, optional)
+            for need in metric.needs().values() if recording.tokens else ():
+                check_token_target(name, need.target, recording.classes, plan.per_token)  # type: ignore[arg-type]
+        check_width(plan)
         return plan
 
     def seen(self, layer: Layer, port: str) -> Seen:
-        return self.recording.seen[f"{layer.name}.{'input' if port == 'input' else 'output'}"]
+        return self.seen_at(layer.name, port)
 
-    def parameter(self, layer: Layer, metric: Metric) -> Tensor | None:
-        """What a metric reads of a layer beside sums, on the CPU; None where the layer has none."""
+    def seen_at(self, name: str, port: str) -> Seen:
+        """What was recorded at a layer's port, or the narrower rows that its suffix stands for."""
+        found = self.recording.seen[f"{name}.{'input' if whole(port) == 'input' else 'output'}"]
+        return replace(found, width=self.wide.count) if port.endswith(KINDS) else found
+
+    @property
+    def measured(self) -> list[Layer]:
+        """The layers that have a row in the table of this pass."""
+        return [layer for layer in self.layers if self.part is None or layer.name in self.part]
+
+    def stored(self, layer: Layer, metric: Metric) -> Tensor | None:
+        """What a metric reads of a layer beside sums, where it lies; None where the layer has none."""
         if metric.parameter == "norm":
             norm = self.recording.norms.get(layer.name)
-            found = getattr(norm.module, "weight", None) if norm else None
-        else:
-            found = getattr(layer, metric.parameter)
-        return None if found is None else found.detach().cpu()
+            return getattr(norm.module, "weight", None) if norm else None
+        return getattr(layer, metric.parameter)
 
-    def _check_parameter(self, name: str, metric: Metric, optional: bool) -> None:
-        if not metric.weighted:
-            return
-        bare = [layer for layer in self.layers if self.parameter(layer, metric) is None]
-        some = optional and metric.parameter == "norm" and len(bare) < len(self.layers)
-        if bare and not some:
-            where = f"layer {bare[0].name!r} ({type(bare[0].module).__name__})"
-            words = {
-                "norm": f"reads the scale of a batch norm, and none is behind {where}",
-                "change": f"reads the change of the weights, and those of {where} at the start are not known: give "
-                "initial_path= (initial= in Python)",
-            }
-            raise ValueError(
-                f"metric {name!r} {words.get(metric.parameter, f'needs weights, {where} has none')}; or leave the metric out, or "
-                "the layer (layers=)"
-            )
+    def parameter(self, layer: Layer, metric: Metric) -> Tensor | None:
+        """The same on the CPU."""
+        found = self.stored(layer, metric)
+        return None if found is None else found.detach().cpu()
 
     def places(self, metric: Metric) -> list[Place]:
         """Where a metric is taken: layers, the pairs of an edge metric, or layers with the next one."""
         if metric.kind == "edge":
-            return list(self.pairs)
+            return [pair for pair in self.pairs if self.part is None or pair[0].name in self.part]
         if any(need.port == "next" or need.target == "next" for need in metric.needs().values()):
-            return [(layer, self.next.get(layer)) for layer in self.layers]
-        return [(layer, None) for layer in self.layers]
+            return [(layer, self.next.get(layer)) for layer in self.measured]
+        return [(layer, None) for layer in self.measured]
 
     @cached_property
     def next(self) -> dict[Layer, Layer]:
@@ -123,17 +127,31 @@ class Plan:
     def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
         """What a metric needs at a place: for each argument the layer where it is added up, and the need there.
 
-        Empty where it needs a next layer and there is none. Sites whose rows stand beside each other but lie at different
-        positions are compared by samples, and so is all that the metric (or the part of a composite) needs.
+        Empty where it needs a next layer and there is none, and where ``wide`` leaves it out.
+        """
+        return narrowed(self, place[0], self.wanted(metric, place))
+
+    def wanted(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
+        """What a metric needs at a place, however wide the sites are.
+
+        Sites whose rows stand beside each other but lie at different positions are compared by samples, and so is all that the
+        metric (or the part of a composite) needs.
         """
         layer, other = place
         needs = metric.needs()
         if other is None and any(need.port == "next" or need.target == "next" for need in needs.values()):
             return {}
-        apart = {name.rpartition(".")[0] for name, need in needs.items() if self._apart(need, layer, other)}
-        return {name: self._resolved(need, layer, other, name.rpartition(".")[0] in apart) for name, need in needs.items()}
+        part = {name: name.rpartition(".")[0] for name in needs}  # of a composite
+        apart = {part[name] for name, need in needs.items() if self._apart(need, layer, other)}
+        tokens: dict[str, Any] = {n: need.target for n, need in needs.items() if need.target not in _SITES}
+        tokens = tokens if self.recording.tokens else {}
+        beside = {part[n]: settled(target, True) for n, target in tokens.items() if of_tokens(target, self.per_token)}
+        return {n: self._resolved(need, layer, other, part[n] in apart, beside.get(part[n])) for n, need in needs.items()}
 
-    def _resolved(self, need: Need, layer: Layer, other: Layer | None, apart: bool) -> tuple[Layer, Need]:
+    def _resolved(
+        self, need: Need, layer: Layer, other: Layer | None, apart: bool, beside: Target | None = None
+    ) -> tuple[Layer, Need]:
+        """What a need is here; ``beside``: the target of the metric's tokens, whose rows are those that have it."""
         owner = other if need.port == "next" and other is not None else layer
         view = need.view
         if view == "whole":
@@ -141,17 +159,22 @@ class Plan:
         if apart and view == "positions":
             view = "samples"
         target = need.target
-        if target in ("next", "input"):
+        if target in _SITES:
             target = Other(other.name, "output") if target == "next" and other is not None else Other(layer.name, "input")
+        elif beside is not None:
+            view, target = "tokens", beside
+        elif target is not None:
+            target = settled(target, tokens=False)  # type: ignore[arg-type]
         port = "output" if need.port in ("next", "projection") else need.port
         return owner, self._one_view(owner, Need(need.statistic, port, view, target))
 
     def _apart(self, need: Need, layer: Layer, other: Layer | None) -> bool:
-        if need.target not in ("next", "input"):
+        if need.target not in _SITES:
             return False
         here = self.seen(other if need.port == "next" and other is not None else layer, need.port)
         there = self.seen(other, "output") if need.target == "next" and other is not None else self.seen(layer, "input")
-        return (here.grid, here.positions) != (there.grid, there.positions) or here.calls > 1 or there.calls > 1
+        alone = any(seen.calls > 1 or seen.packed for seen in (here, there))
+        return alone or (here.grid, here.positions) != (there.grid, there.positions)
 
     @cached_property
     def _wanted(self) -> dict[str, set[Need]]:
@@ -190,7 +213,7 @@ class Plan:
     @property
     def targets(self) -> set:
         """What is made of logits and labels for each sample."""
-        every = {need.target for layer in self.layers for need in self.needs(layer) if need.target}
+        every = {need.target for layer in self.layers for need in self.needs(layer) if need.target and need.view != "tokens"}
         return {target for target in every if not isinstance(target, Other)}
 
     @property
@@ -199,7 +222,8 @@ class Plan:
 
     def sampled(self, need: Need) -> bool:
         """Whether a need reads a sample of the positions only."""
-        return self.positions is not None and need.statistic in SAMPLED and need.view == "positions"
+        reads = need.view == "tokens" or (need.statistic in SAMPLED and need.view == "positions")
+        return self.positions is not None and reads
 
     def groups_of(self, layer: Layer, need: Need) -> int:
         wide = need.statistic in SQUARE and max(self._widths(layer, need)) > GROUPED_WIDTH
@@ -211,14 +235,17 @@ class Plan:
         if layer.geometry is not None and need.statistic.entries:
             width *= math.prod(layer.geometry.kernel)
         if isinstance(need.target, Other):
-            return width, self.recording.seen[str(need.target)].width
-        beside = self.recording.classes if isinstance(need.target, str) and "logits" in need.target else 1
-        return width, beside
+            return width, self.seen_at(*need.target).width
+        if need.statistic is WeightSums:
+            return width, self.seen(layer, "input").width if layer.weight is None else layer.weight.shape[1]
+        parts = need.target.split("+") if isinstance(need.target, str) else [""] if need.target else []
+        return width, sum(self.recording.classes if part == "logits" else 1 for part in parts)
 
     def nbytes(self, layer: Layer, need: Need) -> int:
         """Bytes of a statistic's sums over all its groups."""
         width, beside = self._widths(layer, need)
-        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, beside, self.recording.classes)
+        repeats = getattr(layer.module, "groups", 1)
+        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, beside, self.recording.classes, repeats)
 
     def overhead(self) -> float:
         """Estimated cost of the pass over a bare forward (with its backward, where gradients are taken), as a share."""
@@ -240,28 +267,21 @@ class Plan:
 
     @property
     def waiting_bytes(self) -> int:
-        """Rows that wait for company: buffers of small maps and of a row a sample."""
-        return sum(4 * sum(CAPACITY.values()) * self.seen(*site).width for site in self.sites())
+        """Rows that wait for company, at most."""
+        return sum(company_bytes(self, site) for site in self.sites())
 
     @property
     def held_bytes(self) -> int:
-        """Rows that wait for those of another site, of one batch."""
-        held = {o for layer in self.layers for o in [layer] if any(self._meets(need) for need in self.needs(o))}
-        return sum(self.recording.samples * self.seen(layer, "output").nbytes for layer in held)
+        """Rows that wait for those of another site, or for the logits, of one batch."""
+        return sum(held_bytes(self, site) for site in held(self))
 
-    def _meets(self, need: Need) -> bool:
-        return isinstance(need.target, Other) and need.view == "positions"
+    def meets(self, need: Need) -> bool:
+        """Whether a need's rows wait for those of another site, or for the logits."""
+        return need.view == "tokens" or (isinstance(need.target, Other) and need.view == "positions")
 
     def check(self, budget: float | None) -> None:
         """Raises MemoryError, with the ways out, where the plan takes more bytes than the budget."""
-        if budget is None or self.total_bytes <= budget:
-            return
-        layer, need = max(((a, b) for a in self.layers for b in self.needs(a)), key=lambda pair: self.nbytes(*pair))
-        raise MemoryError(
-            f"the plan takes {self.total_bytes / 2**20:,.0f} MiB, budget.memory is {budget / 2**20:,.0f} MiB; the "
-            f"largest is {need} at {layer.name} with {self.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers "
-            "(layers=), fewer groups (groups=1), other metrics, or a larger budget"
-        )
+        check_bytes(self, budget)
 
     def rows(self) -> list[dict]:
         """The plan as a table: a row a statistic of a layer."""
@@ -273,7 +293,7 @@ class Plan:
                 "rows_per_sample": self._rows_a_sample(layer, need),
                 "groups": self.groups_of(layer, need),
                 "bytes": self.nbytes(layer, need),
-                "waits_for": str(need.target) if self._meets(need) else None,
+                "waits_for": str(getattr(need.target, "__name__", need.target)) if self.meets(need) else None,
             }
             for layer in self.layers
             for need in self.needs(layer)
@@ -288,7 +308,7 @@ class Plan:
     def _one_view(self, layer: Layer, need: Need) -> Need:
         """A row a sample is the same in either view."""
         seen = self.seen(layer, need.port)
-        return need._replace(view="samples") if seen.flat and seen.calls == 1 else need
+        return need._replace(view="samples") if seen.flat and seen.calls == 1 and need.view != "tokens" else need
 
     def _provider(self, layer: Layer, need: Need, wanted: set[Need]) -> Need:
         """What a need is read off: a statistic that holds more, of the same rows in the same groups."""

@@ -10,23 +10,25 @@ from typing import Any
 from torch import nn
 
 from . import anatomy
+from .experts import expert_layers
 from .expressions import parse_index
 from .layers import Layer, find_layers
 
 PARTS = ("input", "output", "attention", "heads", "mlp", "mlp.hidden")
+Hidden = tuple[Layer, ...]
 _EXPRESSION = re.compile(r"(\w+)(?:\[([^][]*)\])?((?:\.\w+)*)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block: for each of ``PARTS`` the layer where it is read, or why there is none.
+    """A residual block: for each of ``PARTS`` the layer where it is read, several of a mixture of experts, or why there is none.
 
     ``heads``: how many groups of equal width the columns at ``.heads`` make; None where that is not known.
     """
 
     name: str
     kind: str  # its class
-    parts: Mapping[str, Layer | str]
+    parts: Mapping[str, Layer | Hidden | str]
     heads: int | None
 
 
@@ -43,29 +45,31 @@ class Roles:
         """The layers of ``final_norm``, ``blocks[n//2:].mlp.hidden`` and the like; empty for a text of another form.
 
         ``blocks`` without an index are all of them, without a part their outputs; what is single has ``.input`` and ``.output``.
+        ``.mlp.hidden`` of a mixture are the hidden units of each expert, and of those that every token passes beside them.
         Raises ValueError for a part that is not there or not clear, and for an index that is none.
         """
         match = _EXPRESSION.fullmatch(expression)
         role, index, part = match.groups() if match else ("", None, "")
         if role == "blocks" and (index is not None or part[1:] in ("", *PARTS)):
-            return [self._part(expression, self.blocks[k], part[1:] or "output") for k in self._chosen(expression, index)]
+            chosen = [self.blocks[k] for k in self._chosen(expression, index)]
+            return [layer for block in chosen for layer in self._part(expression, block, part[1:] or "output")]
         return [self._single(expression, role, part[1:])] if role in self.single and index is None else []
 
     def _chosen(self, expression: str, index: str | None) -> list[int]:
         if not self.blocks:
             raise ValueError(f"{expression!r}: {self.model} has no blocks: {self.reason}; a module can be named directly")
         try:
-            return parse_index("all" if index is None else index, len(self.blocks))
+            return parse_index("all" if index in (None, "*") else index, len(self.blocks))
         except ValueError as error:
             raise ValueError(f"{expression!r}: {error}") from None
 
-    def _part(self, expression: str, block: Block, part: str) -> Layer:
+    def _part(self, expression: str, block: Block, part: str) -> Hidden:
         found = block.parts.get(part)
-        if isinstance(found, Layer):
-            return found
+        if isinstance(found, (Layer, tuple)):
+            return (found,) if isinstance(found, Layer) else found
         if found is None:
             raise ValueError(f"{expression!r}: a block has no part {part!r}; the roles of {self.model} are {self}")
-        there = [str(k) for k, other in enumerate(self.blocks) if isinstance(other.parts[part], Layer)]
+        there = [str(k) for k, other in enumerate(self.blocks) if not isinstance(other.parts[part], str)]
         raise ValueError(
             f"{expression!r}: no .{part} is found in block {block.name} ({block.kind}) of {self.model}: {found}; a "
             "module can be named directly" + (f", and blocks[{','.join(there)}].{part} are found" if there else "")
@@ -80,7 +84,7 @@ class Roles:
         return Layer(f"{found.name}.input", found.module, "input") if part == "input" else found
 
     def __str__(self) -> str:
-        parts = [part for part in PARTS if any(isinstance(block.parts[part], Layer) for block in self.blocks)]
+        parts = [part for part in PARTS if any(not isinstance(block.parts[part], str) for block in self.blocks)]
         single = [role for role, found in self.single.items() if isinstance(found, Layer)]
         return ", ".join([f"blocks[0:{len(self.blocks)}].{part}" for part in parts] + single)
 
@@ -91,7 +95,7 @@ def roles_of(model: nn.Module) -> Roles:
     Blocks are the shallowest list of modules as long as the config says; without a config the longest that lies in no other.
     A block's ``input`` and ``output`` are the residual stream; ``attention`` and ``mlp`` what these two put out, before any
     norm or scale with which the block adds it to the stream; ``heads`` and ``mlp.hidden`` the inputs of the linear layers that
-    write it. Nothing is run. A role that is not there or not clear says so when it is asked for.
+    write it, and the hidden units of experts. Nothing is run. A role that is not there or not clear says so when it is asked for.
     """
     config = anatomy.config_of(model)
     names = {module: name for name, module in model.named_modules()}
@@ -134,6 +138,9 @@ def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: 
         "mlp.hidden": (hidden, "input"),
     }
     parts = {part: tried(_layer, module, names, side, uses.get(module, 0)) for part, (module, side) in sites.items()}
+    fused = [] if isinstance(mlp, str) else [m for m in mlp.modules() if expert_layers(names[m], m)]
+    if len(fused) == 1:
+        parts["mlp.hidden"] = tried(_mixture, mlp, fused[0], names, uses)
     n = None if isinstance(heads, str) else anatomy.heads_of(attention, heads, config)
     return Block(names[block], type(block).__name__, parts, n)
 
@@ -144,6 +151,15 @@ def _layer(module: nn.Module, names: Mapping[nn.Module, str], side: str, blocks:
     if side == "input" and "input" in module._modules:
         raise anatomy.UnclearError("what it reads would go by the name of its own module input")
     return Layer(f"{names[module]}.input" if side == "input" else names[module], module, side)
+
+
+def _mixture(mlp: nn.Module, experts: nn.Module, names: Mapping[nn.Module, str], uses: Mapping[nn.Module, int]) -> Hidden:
+    """The hidden units of a mixture: each expert's, and those of shared experts."""
+    if other := [name for name in anatomy.stacked_in(mlp) if mlp.get_submodule(name.rpartition(".")[0]) is not experts]:
+        raise anatomy.UnclearError(f"its experts lie in one tensor, and beside them is {other[0]}")
+    path = _layer(experts, names, "output", uses.get(experts, 0)).name  # refused where its calls cannot be told apart
+    shared = anatomy.shared_writers(mlp).values()
+    return (*expert_layers(path, experts), *(_layer(writer, names, "input", uses.get(writer, 0)) for writer in shared))
 
 
 def _tried(names: Mapping[nn.Module, str], find: Callable[..., Any], given: nn.Module | str, *more: Any) -> Any:

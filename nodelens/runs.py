@@ -28,12 +28,23 @@ def chunks_of(runs: list[tuple[int, int, int]], samples: int, step: int) -> list
     return chunks
 
 
-def draw(keys: Tensor, positions: int, count: int, seed: int) -> Tensor | None:
+def draw(keys: Tensor, keep: Tensor | None, positions: int, count: int, seed: int) -> Tensor | None:
     """A place in each of ``count`` stretches of a sample's positions, (samples, count): the same in any batch or process.
 
-    None where there are no more positions than that.
+    Of the positions that count, ``keep`` (samples, positions) bool, so that padding moves none; a sample that has fewer than that
+    gives all of them, and places that do not count. None where there are no more positions than that.
     """
     if positions <= count:
         return None
+    if keep is None:
+        return _in_stretches(keys, torch.full((1, 1), positions), count, seed)
+    keep = keep.cpu()
+    counts = keep.sum(1, keepdim=True)
+    drawn = _in_stretches(keys, counts, count, seed).where(counts > count, torch.arange(count))
+    return torch.argsort(~keep, dim=1, stable=True).gather(1, drawn)
+
+
+def _in_stretches(keys: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:
+    """One of the first ``positions`` (samples, 1) in each of ``count`` stretches of them."""
     edges = torch.arange(count + 1) * positions // count
-    return edges[:-1] + mix(keys[:, None], torch.arange(count), seed) % (edges[1:] - edges[:-1])
+    return edges[:, :-1] + mix(keys[:, None], torch.arange(count), seed) % (edges[:, 1:] - edges[:, :-1]).clamp_min(1)

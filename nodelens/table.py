@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from .metrics.sampling import jackknife
 from .plan import GROUPED_WIDTH, Place, Plan
 from .statistics import Accumulator
 from .statistics.costs import adapt
+from .wide import Kept, absent, kept
 
 Sums = Mapping[tuple[str, Need], Accumulator]
 
@@ -41,6 +42,7 @@ class Measured:
     columns: dict[str, Tensor]
     counts: dict[str, int] = field(default_factory=dict)
     reason: str = ""  # of every NaN, where it is the place's and not the metric's
+    kept: Kept = field(default_factory=Kept)  # the units that are known, of a layer too wide for all
 
     @property
     def value(self) -> Tensor:
@@ -50,7 +52,7 @@ class Measured:
 def make_table(plan: Plan, sums: Sums, samples: Tensor, bias: bool = False, seed: int = 0) -> Table:
     """Every metric at every place of a plan, from complete sums; samples (groups,) int64 weigh the jackknife."""
     table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), {}), [], []
-    for layer in plan.layers:
+    for layer in plan.measured:
         width = plan.seen(layer, "output").width
         index = pd.MultiIndex.from_product([[layer.name], range(width)], names=["layer", "unit"])
         columns: dict[str, np.ndarray] = {}
@@ -66,7 +68,7 @@ def make_table(plan: Plan, sums: Sums, samples: Tensor, bias: bool = False, seed
     table.units = pd.concat(frames)
     table.layers = pd.DataFrame(rows).set_index("layer")
     table.edges = _edges(table, plan, sums, samples, bias, seed)
-    table.model = _of_model(plan, table)
+    table.model = of_model(plan, table.layers)
     return table
 
 
@@ -74,7 +76,8 @@ def _put(table: Table, columns: dict, row: dict, name: str, metric: Metric, foun
     """Files a value where its shape belongs."""
     for suffix, value in found.columns.items():
         if metric.shape in ("pair", "input"):
-            table.matrices[row["layer"], name + suffix] = value.numpy()
+            if value.ndim:  # no matrix of pairs where there are too many
+                table.matrices[row["layer"], name + suffix] = value.numpy()
         elif metric.shape == "layer":
             row[name + suffix] = float(value)
         else:
@@ -84,25 +87,25 @@ def _put(table: Table, columns: dict, row: dict, name: str, metric: Metric, foun
 def _edges(table: Table, plan: Plan, sums: Sums, samples: Tensor, bias: bool, seed: int) -> pd.DataFrame:
     chosen = {name: metric for name, metric in plan.metrics.items() if metric.kind == "edge"}
     rows = []
-    for place in plan.pairs if chosen else ():
+    for place in [pair for pair in plan.pairs if pair[0] in plan.measured] if chosen else ():
         first, second = place
         row: dict[str, Any] = {"layer": first.name, "next": second.name}
         for name, metric in chosen.items():
             found = measure(metric, plan, place, sums, samples, bias, seed)
-            row["view"] = next(need.view for _, need in plan.resolve(metric, place).values())
+            row["view"] = next(need.view for _, need in plan.wanted(metric, place).values())
             row |= {name + suffix: float(value) for suffix, value in found.columns.items()}
             _note(table, f"{first.name} -> {second.name}", name, metric, found, plan, place)
         rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else ["layer", "next"]).set_index(["layer", "next"])
 
 
-def _of_model(plan: Plan, table: Table) -> dict[str, float]:
+def of_model(plan: Plan, layers: pd.DataFrame) -> dict[str, float]:
     """Totals over all layers of metrics that have one."""
-    sizes = [0 if layer.tensor is None else layer.tensor.numel() for layer in plan.layers]
+    sizes = [0 if layer.tensor is None else layer.tensor.numel() for layer in plan.measured]
     found = {}
     for name, metric in plan.metrics.items():
         if metric.shape == "layer" and hasattr(metric, "of_model"):
-            values = [torch.tensor(v, dtype=torch.float64) for v in table.layers[name]]
+            values = [torch.tensor(v, dtype=torch.float64) for v in layers[name]]
             found[name] = float(metric.of_model(values, sizes))
     return found
 
@@ -111,16 +114,18 @@ def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tenso
     """A metric at a place, with its standard error where data are read and the value is not of pairs."""
     layer = place[0]
     resolved, weight = plan.resolve(metric, place), plan.parameter(layer, metric)
-    width = plan.seen(layer, "output").width
     if metric.needs() and not resolved:
-        return _absent(width, "there is no next layer", ("", "_se", "_bias") if bias else ("", "_se"))
+        reason = absent(plan, plan.wanted(metric, place)) or "there is no next layer"
+        return _absent(plan, metric, layer, reason, bias)
     if metric.weighted and weight is None:
-        return _absent(width, "no batch norm follows the layer")
+        return _absent(plan, metric, layer, "no batch norm follows the layer", bias)
+    known = kept(plan, layer, resolved)
+    weight = known.weight(weight, all(need.port != "input" for _, need in resolved.values()))
     parts = _Parts(metric, plan, resolved, sums)
     present = [g for g, n in enumerate(samples.tolist()) if n]
     if metric.grouped:
         whole = {name: [values[g] for g in present] for name, values in parts.by_group(len(samples)).items()}
-        return Measured({"": metric(weight, **whole)})
+        return _spread(Measured({"": metric(weight, **whole)}, kept=known), plan, metric, layer)
     statistics = parts.whole()
     columns = {"": metric(weight, **statistics)}
     counts = metric.counts(weight, **statistics)
@@ -133,12 +138,32 @@ def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tenso
             columns |= {"_bias": lean} if bias else {}
     if resolved and metric.options.get("control"):
         columns |= null_of(metric, weight, {k: need for k, (_, need) in resolved.items()}, statistics, seed)
-    return Measured(columns, counts)
+    return _spread(Measured(columns, counts, kept=known), plan, metric, layer)
 
 
-def _absent(width: int, reason: str, suffixes: tuple[str, ...] = ("",)) -> Measured:
-    """No value for any unit of a layer."""
-    return Measured({s: torch.full((width,), math.nan, dtype=torch.float64) for s in suffixes}, reason=reason)
+def _spread(found: Measured, plan: Plan, metric: Metric, layer: Layer) -> Measured:
+    """Values of the drawn units among all of the layer's, NaN for the others; a matrix of pairs stays as it is."""
+    side = _axis(metric)
+    ids = found.kept.inputs if side == "input" else found.kept.units
+    if ids is None or metric.shape not in ("unit", "input"):
+        return replace(found, kept=Kept())
+    every = {
+        suffix: value.new_full((plan.seen(layer, side).width,), math.nan).index_copy(0, ids, value)
+        for suffix, value in found.columns.items()
+    }
+    return replace(found, columns=every, kept=found.kept._replace(units=ids))
+
+
+def _absent(plan: Plan, metric: Metric, layer: Layer, reason: str, bias: bool) -> Measured:
+    """No value where a metric has one: for any unit of a layer, for the layer, for two of them."""
+    suffixes = ("",) if not metric.needs() or metric.shape == "pair" else ("", "_se", "_bias") if bias else ("", "_se")
+    width = [] if metric.shape in ("layer", "edge", "pair") else [plan.seen(layer, _axis(metric)).width]
+    return Measured({s: torch.full(width, math.nan, dtype=torch.float64) for s in suffixes}, reason=reason)
+
+
+def _axis(metric: Metric) -> str:
+    """The side of a layer that a metric has values of."""
+    return "input" if metric.shape == "input" else "output"
 
 
 class _Parts:
@@ -184,7 +209,10 @@ def _note(table: Table, where: str, name: str, metric: Metric, found: Measured, 
     """Writes down why a number is missing, and how often a rule was used."""
     table.counts += [{"layer": where, "metric": name, "rule": k, "count": v} for k, v in found.counts.items() if v]
     for suffix, value in found.columns.items():
-        lost = int(value.isnan().sum())
+        beyond = 0 if found.kept.units is None else len(value) - len(found.kept.units)
+        lost = int(value.isnan().sum()) - beyond
+        if beyond:
+            table.missing.append({"layer": where, "column": name + suffix, "count": beyond, "reason": found.kept.reason})
         if not lost:
             continue
         reason = found.reason or metric.nan

@@ -170,7 +170,7 @@ def test_metrics_are_chosen_as_a_list(words, names):
 def test_the_default_set_has_a_metric_of_every_family():
     cfg = nl.load_config("analyze", ["metrics=default", "metrics.rq.relative=false"])
     kinds = {type(m).__module__.rpartition(".")[2] for m in build(cfg.metrics, "metrics").values()}
-    assert kinds == {"activation", "alignment", "information", "synergy", "classes", "gradient", "spectrum", "weight"}
+    assert kinds == {"activation", "alignment", "information", "synergy", "gradient", "spectrum", "weight"}
     assert cfg.metrics.rq.relative is False
 
 

@@ -397,7 +397,7 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
             lambda: get_metric("synergy", target="margin"),
             "target is 'margin'; it takes logit_margin, correct_logit, .*, several joined",
         ),
-        (lambda: get_metric("mi", target="loss+nll"), "target is 'nll'; it takes"),
+        (lambda: get_metric("mi", target="loss+entropy"), "target is 'entropy'; it takes"),
         (lambda: get_metric("pid_unique", target="label"), "target is 'label'; it takes"),
         (lambda: get_metric("mi_1", target=3), "target is 3; it takes"),
         (lambda: get_metric("synergy", target="logit_pc1+loss"), "logit_pc1 is made of the logits of all samples"),

@@ -1,6 +1,7 @@
 """Roles of transformers: they resolve, fire, and are what they are said to be."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -51,7 +52,10 @@ GPTJ = ("attn", "attn.out_proj", "mlp", "mlp.fc_out")
 BERT = ("attention.output.dense", "attention.output.dense", "output.dense", "output.dense")
 NEOX = ("attention", "attention.dense", "mlp", "mlp.dense_4h_to_h")
 FALCON = ("self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h")
-EXPERTS = (*LLAMA[:3], None)
+ROUTES = tuple(f"experts[{e}].hidden" for e in range(4))
+SHARED = (*LLAMA[:3], (*(f"mlp.{route}" for route in ROUTES), "mlp.shared_expert.down_proj.input"))
+DEEPSEEK = (*LLAMA[:3], (*(f"mlp.{route}" for route in ROUTES), "mlp.shared_experts.down_proj.input"))
+EXPERTS = (*LLAMA[:3], tuple(f"mlp.{route}" for route in ROUTES))
 NONE = (None, None, None, None)
 
 # name: (config, its options, head; what is read for attention, heads, mlp, mlp.hidden in the last block, None for nothing)
@@ -127,23 +131,28 @@ FAMILIES = {
         ("self_attn", "self_attn.out_proj", "feed_forward", "feed_forward.w2"),
     ),
     "mixtral": ("Mixtral", ROTARY | {"num_local_experts": 4}, "CausalLM", EXPERTS),
-    "qwen2 moe": ("Qwen2Moe", ROTARY | SPARSE | {"num_experts": 4, "shared_expert_intermediate_size": 20}, "CausalLM", EXPERTS),
+    "qwen2 moe": ("Qwen2Moe", ROTARY | SPARSE | {"num_experts": 4, "shared_expert_intermediate_size": 20}, "CausalLM", SHARED),
     "olmoe": ("Olmoe", WIDE | {"num_experts": 4, "num_experts_per_tok": 2}, "CausalLM", EXPERTS),
     "gpt oss": ("GptOss", ROTARY | {"num_local_experts": 4, "num_experts_per_tok": 2}, "CausalLM", EXPERTS),
     "llama4": (
         "Llama4Text",
         ROTARY | {"num_local_experts": 4, "intermediate_size_mlp": 40},
         "CausalLM",
-        ("self_attn", "self_attn.o_proj", "feed_forward", None),
+        (
+            "self_attn",
+            "self_attn.o_proj",
+            "feed_forward",
+            (*(f"feed_forward.{route}" for route in ROUTES), "feed_forward.shared_expert.down_proj.input"),
+        ),
     ),
-    "deepseek v3": ("DeepseekV3", PLAIN | LATENT | SPARSE | ROUTED | {"first_k_dense_replace": 1}, "CausalLM", EXPERTS),
+    "deepseek v3": ("DeepseekV3", PLAIN | LATENT | SPARSE | ROUTED | {"first_k_dense_replace": 1}, "CausalLM", DEEPSEEK),
     "qwen3 next": (
         "Qwen3Next",
         ROTARY | SPARSE | LINEAR | MIXED | {"num_experts": 4, "shared_expert_intermediate_size": 20},
         "CausalLM",
-        ("linear_attn", "linear_attn.out_proj", "mlp", None),
+        ("linear_attn", "linear_attn.out_proj", "mlp", SHARED[3]),
     ),
-    "jamba": ("Jamba", ROTARY | JAMBA, "CausalLM", (None, None, "feed_forward", None)),
+    "jamba": ("Jamba", ROTARY | JAMBA, "CausalLM", (None, None, "feed_forward", tuple(f"feed_forward.{r}" for r in ROUTES))),
     "mamba": ("Mamba", MAMBA, "CausalLM", NONE),
     "falcon mamba": ("FalconMamba", MAMBA, "CausalLM", NONE),
     "rwkv": (
@@ -166,10 +175,12 @@ def seen(name):
     config, options, head, _ = FAMILIES[name]
     model = make(config, options, head)
     roles = roles_of(model)
-    layers = [x for x in (*(x for b in roles.blocks for x in b.parts.values()), *roles.single.values()) if isinstance(x, Layer)]
+    parts = [x if isinstance(x, tuple) else (x,) for b in roles.blocks for x in b.parts.values()]
+    layers = [x for x in (*itertools.chain(*parts), *roles.single.values()) if isinstance(x, Layer)]
     shown = {layer.name: [] for layer in layers}
     sites = {layer.name: Site(layer, layer.side) for layer in layers}.values()
-    with torch.no_grad(), Capture(sites, lambda site, x: shown[site.layer.name].append(x.clone())) as capture:
+    keep = lambda site, x: shown[site.layer.name].append(x.clone() if isinstance(x, torch.Tensor) else x)  # noqa: E731
+    with torch.no_grad(), Capture(sites, keep) as capture:
         capture.gate = True
         out = model(**batch_of(head), output_hidden_states=True)
     return roles, out, shown
@@ -212,6 +223,8 @@ def test_parts_go_by_the_path_of_their_module(name, family):
     for layer, path, side in zip(found[2:], family[3], ("output", "input") * 2, strict=True):
         if path is None:
             assert isinstance(layer, str)
+        elif isinstance(path, tuple):
+            assert [each.name for each in layer] == [f"{block.name}.{each}" for each in path]
         else:
             assert (layer.name, layer.side) == (f"{block.name}.{path}{'.input' * (side == 'input')}", side)
 
@@ -295,6 +308,22 @@ def test_expressions_find_layers_by_the_names_of_their_modules():
     assert names(model, "blocks[0].mlp", "model.layers.0.mlp", "*.0.mlp") == ["model.layers.0.mlp"]
 
 
+def test_experts_go_by_their_numbers():
+    model = lm("deepseek v3")
+    expert = "model.layers.{}.mlp.experts[{}].hidden".format
+    shared = "model.layers.{}.mlp.shared_experts.down_proj.input".format
+    dense = ["model.layers.0.mlp.down_proj.input"]
+    every = [*dense, *(name for k in (1, 2) for name in (*(expert(k, e) for e in range(4)), shared(k)))]
+    assert names(model, "blocks.mlp.hidden") == every
+    assert names(model, "blocks[0].mlp.hidden") == dense
+    assert names(model, "*.experts[*].hidden") == [expert(k, e) for k in (1, 2) for e in range(4)]
+    assert names(model, expert(2, 3), "*.1.mlp.experts[0].hidden") == [expert(1, 0), expert(2, 3)]
+    with pytest.raises(ValueError, match=r"no layer matches 'model.layers.1.mlp.experts\[4\].hidden'"):
+        find_layers(model, expert(1, 4))
+    (layer,) = find_layers(model, expert(2, 3))
+    assert (layer.expert, layer.mixture, layer.weight) == (3, "model.layers.2.mlp.experts", None)
+
+
 def test_what_patterns_stand_for_can_be_stored():
     assert resolved(lm("gpt2"), ["blocks[1:].heads", "*.0.mlp", "final_norm"]) == {
         "blocks[1:].heads": ["transformer.h.1.attn.c_proj.input", "transformer.h.2.attn.c_proj.input"],
@@ -327,12 +356,6 @@ MISSING = {
         r"\(MambaRMSNorm\), mixer \(MambaMixer\) is known as an attention; a module can be named directly$",
     ),
     "jamba": ("blocks.heads", r"block model.layers.0 \(JambaMambaDecoderLayer\).*directly, and blocks\[1\].heads are found$"),
-    "mixtral": ("blocks.mlp.hidden", r"model.layers.0.mlp: its experts lie in one tensor, experts.gate_up_proj; a module can be"),
-    "deepseek v3": (
-        "blocks.mlp.hidden",
-        r"model.layers.1.mlp: its experts lie in one tensor, experts.gate_up_proj; shared_experts.down_proj belongs to an expert "
-        r"that every token passes, and is not the whole FFN; .* and blocks\[0\].mlp.hidden are found",
-    ),
     "rwkv": ("blocks[-1].heads", r"rwkv.blocks.2.attention: it may be key or value or receptance or output; a module can be named"),
     "bert": ("final_norm", r"no final_norm is found in BertForMaskedLM: none of .* is known as a norm behind its blocks; a module"),
 }
@@ -445,6 +468,14 @@ def module(**parts):
     return net
 
 
+def fused(experts, units, rows):
+    """Experts in one tensor, understood where ``rows`` are twice the units."""
+    net = nn.Module()
+    net.gate_up_proj, net.down_proj = nn.Parameter(torch.ones(experts, rows, 6)), nn.Parameter(torch.ones(experts, 6, units))
+    net.act_fn = nn.SiLU()
+    return net
+
+
 def changed(**parts):
     """Roles of the first block of a model whose block has other modules."""
     block = OwnBlock()
@@ -467,6 +498,18 @@ def test_what_may_be_either_is_not_chosen():
     assert found.endswith("is known as an FFN")
     experts = module(gate=linear(), experts=nn.ModuleList([linear()]))
     assert text_of(changed(mlp=experts)["mlp.hidden"]) == "blocks.0.mlp: it has experts, experts"
+    odd = module(gate=linear(), experts=fused(3, 2, 5), shared=module(down_proj=linear()))
+    assert text_of(changed(mlp=odd)["mlp.hidden"]) == (
+        "blocks.0.mlp: its experts lie in one tensor, experts.gate_up_proj; shared.down_proj belongs to an expert that every token "
+        "passes, and is not the whole FFN"
+    )
+    two = module(experts=fused(3, 2, 4), shared=fused(2, 2, 4))
+    assert "its experts lie in one tensor, experts.gate_up_proj; " not in (found := text_of(changed(mlp=two)["mlp.hidden"]))
+    assert found.startswith("blocks.0.mlp: its experts lie in one tensor, experts.gate_up_proj")
+    beside = module(experts=fused(3, 2, 4), shared=fused(2, 2, 5))
+    assert text_of(changed(mlp=beside)["mlp.hidden"]) == (
+        "blocks.0.mlp: its experts lie in one tensor, and beside them is shared.gate_up_proj"
+    )
     hidden = type("Hidden", (nn.Module,), {"forward": lambda self, x, residual: x})()
     hidden.inner = nn.Sequential(nn.Linear(6, 9))
     assert "what Hidden puts out may hold the residual, and blocks.0.mlp: none of inner" in text_of(changed(mlp=hidden)["mlp"])

@@ -12,7 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nodelens as nl
 from nodelens.analysis.supernodes import (
     concentration,
+    concentration_curve,
     connectivity,
+    correlations,
+    gini,
     halo,
     largest,
     overlap,
@@ -154,3 +157,24 @@ def test_a_channel_that_repeats_the_core_is_less_worth_and_the_core_stays():
         assert core[0] not in nl.prune(net, spec, 0.8, data=data, mode=mode).plan.removed[axis.name]
     with pytest.raises(ValueError, match=r"protect\.loss_proxy is 1\.5"):
         nl.prune(net, {"terms": {"loss_proxy": 1.0}, "protect": {"loss_proxy": 1.5}}, 0.5, data=data)
+
+
+def test_gini_and_the_curve_by_hand():
+    assert gini(torch.ones(10)) == pytest.approx(0)
+    assert gini(torch.tensor([0.0, 0, 0, 5])) == pytest.approx(0.75)
+    assert gini(torch.tensor([1.0, 3])) == pytest.approx(0.25)
+    share, held = concentration_curve(torch.tensor([1.0, 6, 3]))
+    assert share.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert held.tolist() == pytest.approx([0, 0.6, 0.9, 1])
+    share, held = concentration_curve(torch.ones(5000), 50)
+    assert len(share) <= 51
+    assert_close(share, held)
+    assert concentration_curve(torch.tensor([math.nan]))[1].tolist() == [0]
+
+
+def test_correlations_of_what_hardly_varies_have_no_epsilon():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64) * 1e-6
+    c = torch.cov(x.T, correction=0)
+    assert_close(correlations(c, c.diagonal(), c.diagonal()), torch.corrcoef(x.T))
+    assert correlations(c, c.diagonal(), c.diagonal(), 1e-8).abs().max() < 1e-7

@@ -1,15 +1,23 @@
-"""A metric as a user writes one: a class in a package of their own, a YAML file in a folder of their own."""
+"""A metric as a user writes one: a class in a package of their own, a YAML file in a folder of their own; or a name at run time."""
 
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
+import torch
 from command import command
+from torch import nn
 
+import nodelens as nl
+from nodelens import metrics
 from nodelens.config import load_config
+from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
+from nodelens.statistics import Gram, Moments
 
 ROOT = Path(__file__).parents[1]
 CODE = '''
@@ -108,3 +116,126 @@ def test_a_mistake_is_a_line(own, words, said):
 def test_a_notebook_finds_it_by_the_same_words(own):
     cfg = load_config("analyze", ["hydra.searchpath=['file://my conf']", "metrics=[snr]"])
     assert list(cfg.metrics) == ["snr"]
+
+
+def spread(**more):
+    """A class as a notebook's cell defines it, each time anew."""
+
+    @dataclass(frozen=True)
+    class Spread(Metric):
+        """Standard deviation of a unit, times a factor."""
+
+        names: ClassVar = ("mine", "my_spread")
+        presets: ClassVar = {"mine_twice": {"factor": 2.0}}
+        nan: ClassVar = "fewer than two rows"
+        factor: float = 1.0
+
+        def needs(self):
+            return {"y": Need(Moments, "output")}
+
+        def __call__(self, weight, y):
+            return self.factor * y.variance.sqrt()
+
+    for name, value in more.items():
+        setattr(Spread, name, value)
+    return Spread
+
+
+@dataclass(frozen=True)
+class Trace(Metric):
+    """Summed variance of a layer's units."""
+
+    names: ClassVar = ("my_trace",)
+    kind: ClassVar = "layer"
+
+    def needs(self):
+        return {"y": Need(Gram, "output")}
+
+    def __call__(self, weight, y):
+        return y.covariance.trace()
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """The catalogue's names, which are as before when a test ends."""
+    monkeypatch.setattr(metrics, "_BY_NAME", dict(metrics._BY_NAME))
+
+
+def test_a_metric_is_known_by_name_once_it_is_registered(names):
+    with pytest.raises(ValueError, match="no metric is called 'mine'"):
+        get_metric("mine")
+    kind = spread()
+    assert register_metric(kind) is kind, "a decorator gives back what it takes"
+    assert {"mine", "my_spread", "mine_twice"} <= set(list_metrics())
+    assert get_metric("mine") == kind()
+    assert get_metric("mine_twice", factor=3.0) == kind(3.0)
+    batches = [torch.randn(40, 3, generator=torch.Generator().manual_seed(0))]
+    composed = get_metric("composite", weights={"mine": 1.0}, normalize="none", log=())
+    net = nn.Sequential(nn.Linear(3, 4))
+    units = nl.analyze(net, batches, {**dict.fromkeys(["mine"], get_metric("mine")), "sum": composed}).units
+    again = nl.analyze(net, batches, ["mine", "mine_twice", "activation_variance"]).units
+    assert (again["mine"] == again["activation_variance"].pow(0.5)).all()
+    assert (again["mine_twice"] == 2 * again["mine"]).all()
+    assert units["sum"].to_numpy() == pytest.approx(again["mine"].to_numpy())
+    assert "mine_se" in again
+
+
+def test_an_object_brings_its_options_along_under_names_of_its_own(names):
+    register_metric(get_metric("rq", relative=False), "rq_raw", "rq_plain")
+    assert get_metric("rq_plain") == get_metric("rq", relative=False)
+    assert get_metric("rq") == get_metric("rayleigh_quotient", relative=True)
+
+
+def test_the_geometry_of_a_language_model_takes_it_too(names):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    register_metric(Trace)
+    register_metric(get_metric("total_correlation", shrinkage="ledoit_wolf"), "shrunk")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    net = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes, **ids)).eval()
+    tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(0))
+    found = nl.analyze_model(model=net, dataloader=[{"input_ids": tokens}], metrics=["my_trace", "shrunk"])
+    assert found.metrics["my_trace"].gt(0).all()
+    assert found.metrics["shrunk"].notna().all()
+
+
+def test_a_cell_may_run_twice_and_the_later_class_counts(names):
+    register_metric(spread())
+    later = spread(nan="never")
+    register_metric(later)
+    assert type(get_metric("mine")) is later
+
+
+@pytest.mark.parametrize(
+    ("register", "said"),
+    [
+        (
+            lambda: register_metric(spread(), "rq"),
+            "metric name 'rq' of .*Spread is taken: nodelens.metrics.alignment.RayleighQuotient",
+        ),
+        (lambda: register_metric(Trace, "mine"), "metric name 'mine' of .*Trace is taken: .*Spread has it"),
+        (
+            lambda: register_metric(get_metric("rq", relative=False)),
+            "metric name .* of nodelens.metrics.alignment.RayleighQuotient is",
+        ),
+        (lambda: register_metric(spread(names=())), r"Spread has no name: give its class names = \('mine',\)"),
+        (lambda: register_metric(print), "register_metric takes a Metric, its class or an object, not <built-in function print>"),
+        (lambda: register_metric(Moments), "register_metric takes a Metric"),
+        (lambda: register_metric(Needy, "needy"), "metric 'needy' of .*Needy cannot be made without options"),
+    ],
+    ids=["builtin", "another's", "its own", "no name", "a function", "a statistic", "an option without a default"],
+)
+def test_what_cannot_be_registered_changes_nothing(names, register, said):
+    register_metric(spread())
+    before = list_metrics()
+    with pytest.raises(ValueError, match=said):
+        register()
+    assert list_metrics() == before
+
+
+@dataclass(frozen=True)
+class Needy(Metric):
+    """An option without a default."""
+
+    power: float

@@ -14,6 +14,8 @@ from ..anatomy import config_of
 from ..distributed import world
 from ..measure import describe, device_of
 from ..results import provenance
+from ..wide import LIMIT, Wide
+from ..wide import describe as describe_wide
 from .bundle import SCHEMA, GeometryResult, folder_of
 from .columns import DIAGNOSTICS, Asked, Columns, columns_of
 from .reading import Reading, read
@@ -48,6 +50,8 @@ def analyze_model(
     diagnostics: str | Sequence[str] | None = None,
     sample_limit: int | None = 512,
     novelty_k: int = 32,
+    wide: str | None = None,
+    width: int = LIMIT,
     save_mode: str | None = None,
     save_dir: str | Path | None = None,
     tokenizer_name: str | None = None,
@@ -69,6 +73,8 @@ def analyze_model(
     sample_limit: how many tokens the sample family and CKA read, chosen by a hash of what they are: any batching, order or
                   padding gives the same; None: all of them, from sums
     novelty_k:    leading directions that are compared
+    wide:         at sites of more than ``width`` units, whose products are not formed: diagonal, sample:<count>, sketch:<count>,
+                  each as ``nodelens.wide.Wide`` has it; None: an error with these choices. What reads the sample has no need of it
     save_mode:    json, csv or bundle, into ``save_dir``, which alone means bundle
     device:       where the model is moved to; None: it stays. The other words go into the metadata.
 
@@ -89,13 +95,14 @@ def analyze_model(
     net, label = _opened(model_name, model, device)
     points = hook_points(net, hook_point, layers)
     stream = TokenStream(dataloader, _takes(net, points), _share(max_tokens))
-    found = read(net, stream, points, columns, sample_limit)
+    found = read(net, stream, points, columns, sample_limit, Wide.of(wide, width))
     result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, novelty_k)
     result.metadata = _about(net, label, points, found) | {
         "max_tokens": max_tokens,
         "hook_point": hook_point,
         "sample_limit": sample_limit,
         "novelty_k": novelty_k,
+        "wide": describe_wide(found.values.plan),
         "metrics": {name: describe(m) | {"sampled": name in columns.sampled} for name, m in columns.metrics.items()},
         "diagnostics": diagnostics,
         "run_name": run_name,

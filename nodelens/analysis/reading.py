@@ -18,6 +18,7 @@ from ..plan import Plan
 from ..recording import Recording
 from ..roles import roles_of
 from ..statistics import Accumulator
+from ..wide import Wide
 from .columns import Columns
 from .router import Router, RouterLoad, Routers
 from .sites import HookPoint, Shown, check_rows, merged, pairs, unique
@@ -42,7 +43,14 @@ class Reading:
     left_out: list[dict[str, Any]]
 
 
-def read(net: nn.Module, stream: TokenStream, points: Sequence[HookPoint], columns: Columns, sample_limit: int | None) -> Reading:
+def read(
+    net: nn.Module,
+    stream: TokenStream,
+    points: Sequence[HookPoint],
+    columns: Columns,
+    sample_limit: int | None,
+    wide: Wide | None = None,
+) -> Reading:
     """The pass. Collective.
 
     Raises ValueError without a token, without the routers that are asked for, and where a site does not show one row a token.
@@ -59,7 +67,7 @@ def read(net: nn.Module, stream: TokenStream, points: Sequence[HookPoint], colum
         )
     routers.restore(named)
     points = merged(points, same)
-    plan = Plan.of(net, unique(points), columns.summed, recording, groups=1, pairs=pairs(points))
+    plan = Plan.of(net, unique(points), columns.summed, recording, groups=1, pairs=pairs(points), wide=wide)
     sample, widths = TokenSample(sample_limit or 1), {}
     if columns.sampled:
         widths = {layer.name: plan.seen(layer, "output").width for layer in plan.layers}

@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..expressions import parse_index
 from ..hooks import Site
 from ..layers import Layer, find_layers
-from ..recording import Recording
+from ..recording import Recording, identity
 from ..roles import roles_of
 
 RESIDUAL = {"residual_input": "input", "residual_output": "output"}
@@ -101,11 +102,9 @@ class Shown:
 
     def same(self) -> dict[str, str]:
         """{site: the first that shows the same tensor, unchanged}, for all but these first."""
-        keys = {name: [(t.data_ptr(), t.shape, t.stride(), version) for t, version in calls] for name, calls in self.seen.items()}
-        first: dict[str, str] = {}
-        for name, key in keys.items():
-            first.setdefault(str(key), name)
-        return {name: first[str(key)] for name, key in keys.items() if first[str(key)] != name}
+        keys = {name: tuple((identity(t), t.stride(), version) for t, version in calls) for name, calls in self.seen.items()}
+        first: dict[Any, str] = {}
+        return {name: held for name, key in keys.items() if (held := first.setdefault(key, name)) != name}
 
 
 def check_rows(layers: Sequence[Layer], recording: Recording, tokens: int) -> None:

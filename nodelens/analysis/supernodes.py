@@ -31,12 +31,19 @@ def connectivity(weights: Tensor, core: Tensor, topk: int = 256, mass: float | N
     Source: 2604.23475
     """
     size = weights.abs()
-    written = size[:, core].sum(1)
+    return size[support(weights, core, topk, mass)].sum(0) / size.sum(0)
+
+
+def support(weights: Tensor, core: Tensor, topk: int = 256, mass: float | None = None) -> Tensor:
+    """Ascending ids of the places where the core writes most, ``topk`` or the fewest that hold the share ``mass``.
+
+    weights (width, units), core (k,).
+    """
+    written = weights[:, core].abs().sum(1)
     if mass is not None:
         descending = written.sort(descending=True).values.cumsum(0)
         topk = int((descending < mass * descending[-1]).sum()) + 1
-    support = largest(written, min(topk, len(written)))
-    return size[support].sum(0) / size.sum(0)
+    return largest(written, min(topk, len(written)))
 
 
 def halo(connected: Tensor, core: Tensor, fraction: float = 0.1) -> Tensor:
@@ -98,6 +105,35 @@ def concentration(score: Tensor, share: float = 0.01) -> float:
     """The share of a score's sum that the largest ``share`` of the units hold; ``share`` itself where all are alike. score >= 0."""
     values = score[score.isfinite()]
     return float(values.topk(share_of(len(values), share)).values.sum() / values.sum())
+
+
+def concentration_curve(score: Tensor, points: int = 200) -> tuple[Tensor, Tensor]:
+    """Shares of the units, and the shares of a score's sum that the largest of them hold, from (0, 0) to (1, 1); score >= 0.
+
+    At most ``points`` places, evenly spaced in the logarithm of how many units they are. NaN where the sum is 0; NaNs are left out.
+    """
+    held = score[score.isfinite()].double().sort(descending=True).values.cumsum(0)
+    n, zero = len(held), torch.zeros(1, dtype=torch.float64)
+    if not n:
+        return zero, zero
+    counts = torch.logspace(0, math.log10(n), points, dtype=torch.float64).round().long().clamp(1, n).unique()
+    return torch.cat([zero, counts.double() / n]), torch.cat([zero, held[counts - 1] / held[-1]])
+
+
+def gini(score: Tensor) -> float:
+    """Gini's coefficient of a score >= 0: 0 where all are alike, 1 - 1/n where one has all; NaN where the sum is 0."""
+    values = score[score.isfinite()].double().sort().values
+    n = len(values)
+    place = 2 * torch.arange(1, n + 1, dtype=torch.float64) - n - 1
+    return float((place @ values) / (n * values.sum()))
+
+
+def correlations(shared: Tensor, a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
+    """Correlations of covariances (a units, b units) and variances (a units,), (b units,), in [-1, 1]; NaN where one is 0.
+
+    No epsilon, for q = u dL/du varies by 1e-7 and less: ``eps`` under the root, 1e-8, gives the published code's number.
+    """
+    return (shared / (a[:, None] * b + eps).sqrt()).clamp(-1, 1)
 
 
 def overlap(a: Tensor, b: Tensor) -> float:

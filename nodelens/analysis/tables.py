@@ -19,6 +19,7 @@ from ..plan import Place, Plan
 from ..statistics import Accumulator, Directions, Gram
 from ..statistics.costs import adapt
 from ..table import measure
+from ..wide import whole
 from .columns import ABLATED, VARIANTS, Columns
 from .sites import HookPoint
 
@@ -38,7 +39,9 @@ class Values:
         self._axes: dict[str, Tensor] = {}
 
     def whole(self, metric: Metric, place: Place) -> float:
-        """The value from all rows."""
+        """The value from all rows; NaN where a site is too wide for it."""
+        if not self.plan.resolve(metric, place) and metric.needs():
+            return math.nan
         if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM and metric.view == "positions":
             return float(metric.of(self.spectrum(metric, place[0])))
         if isinstance(metric, SubspaceMetric) and type(metric).__call__ is SubspaceMetric.__call__ and metric.view == "positions":
@@ -79,7 +82,7 @@ class Values:
         held = [
             a.value
             for (name, need), a in self.sums.items()
-            if name == layer.name and (need.port, need.view) == ("output", "positions")
+            if name == layer.name and (whole(need.port), need.view) == ("output", "positions")
         ]
         return next((int(v.n) for v in held if isinstance(v, Gram) and not isinstance(v, Directions)), None)
 

@@ -30,7 +30,8 @@ class Need(NamedTuple):
     port: ``input``, ``output``, ``projection`` (what the weights make of the inputs: the output, but for a bias), ``grad``,
     ``output*grad``, ``weight*grad``, ``change`` (what the weights' change would put out) or ``next``, the next layer's output;
     ``/tokens`` behind a gradient divides it by the sample's predicted tokens.
-    view: ``positions``, ``samples``, or ``whole``: samples for images, a token a row for language models.
+    view: ``positions``, ``samples``, or ``whole``: samples for images, a token a row for language models. A plan makes
+    ``tokens`` of it where the target is one a token: the tokens that have it, also for what stands alone.
     target: a name or function of ``targets.py``, several names joined by +, or another port, whose rows stand beside.
     """
 

@@ -31,7 +31,7 @@ class BinnedInformation(Metric):
 
     names: ClassVar = ("mutual_information_binning", "mi_binning", "mi_1")
     nan: ClassVar = "fewer than two samples"
-    target: Target = "logit_margin"
+    target: Target = "auto"
     bins: int = 10
     control: int = 0
 

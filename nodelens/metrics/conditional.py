@@ -36,7 +36,7 @@ class ConditionalInformation(Metric):
 
     names: ClassVar = ("conditional_mi", "cond_mi")
     nan: ClassVar = "no class has four rows"
-    target: str = "logit_margin"
+    target: str = "auto"
     bias: Literal["none", "gaussian"] = "none"
     control: int = 0
 
@@ -87,7 +87,7 @@ class ConditionalMutualInformation(Metric):
 
     names: ClassVar = ("conditional_mutual_information",)
     nan: ClassVar = "fewer than two rows, or with a bias no more than there are condition columns and two"
-    target: str = "logit_margin"
+    target: str = "auto"
     condition: str = "correct_logit"
     bias: Literal["none", "gaussian"] = "none"
     control: int = 0

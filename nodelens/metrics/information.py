@@ -126,8 +126,10 @@ class NodeRedundancy(Metric):
 class MutualInformation(Metric):
     """Gaussian mutual information of a unit with a target, a value or several a sample; or with the input's first component.
 
-    Targets: logit_margin z_y - max_{k != y} z_k, correct_logit, logits, logit_pc1 (their first principal axis), the sample's
-    loss, given; several joined by +; or a function of (logits, labels). Several columns: their information together
+    Targets: logit_margin z_y - max_{k != y} z_k, correct_logit, logits, logit_pc1 (their first principal axis), nll or loss (-ln
+    p), given; several joined by +; a function of (logits, labels); auto: logit_margin, of a language model nll. There rows
+    are tokens, with what the target says of the next one (of the token itself: given, functions, logits); those without
+    are left out. Several columns: their information together
     (``target_reduce: joint``), or the mean of each one's (``mean``). ``reference: input_pc1`` reads positions and no target;
     where the two largest variances of the input are close (``close_eigenvalues``) its axis is a matter of chance. Independent
     ones read about 1/(2n) a column, which ``bias: gaussian`` subtracts. ``control`` adds the null of a permuted target.
@@ -143,7 +145,7 @@ class MutualInformation(Metric):
 
     names: ClassVar = ("mutual_information_gaussian", "mi_gaussian", "mi_0", "mutual_information", "mi")
     nan: ClassVar = "fewer than two rows, or with a bias no more than there are target columns and one"
-    target: Target = "logit_margin"
+    target: Target = "auto"
     reference: Literal["target", "input_pc1"] = "target"
     target_reduce: Literal["joint", "mean"] = "joint"
     bias: Literal["none", "gaussian"] = "none"

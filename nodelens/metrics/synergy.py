@@ -35,7 +35,7 @@ class Synergy(Metric):
     names: ClassVar = ("gaussian_pid_synergy_mmi", "synergy", "synergy_continuous_target", "pid_synergy")
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two samples, or a layer of one unit"
-    target: Target = "logit_margin"
+    target: Target = "auto"
     reduce: Literal["mean", "none"] = "mean"
     target_reduce: Literal["joint", "mean"] = "joint"
     control: int = 0
@@ -78,7 +78,7 @@ class SharedInformation(Metric):
     names: ClassVar = ("pid_redundancy", "pid_shared", "pid_redundancy_t")
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two samples, or a layer of one unit"
-    target: Target = "logit_margin"
+    target: Target = "auto"
     reduce: Literal["mean", "none"] = "mean"
     target_reduce: Literal["joint", "mean"] = "joint"
     control: int = 0

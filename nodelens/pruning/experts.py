@@ -1,7 +1,9 @@
-"""Experts that share tensors, one a row in dimension 0: the hidden units of each."""
+"""Axes of experts that share tensors, one a row in dimension 0: the hidden units of each."""
 
-from torch import Tensor, nn
+from torch import nn
 
+from .. import anatomy
+from ..experts import Experts
 from .axis import Axis, Cut, Patch, identity, offsets, span
 from .projections import UnclearError, plain
 
@@ -14,23 +16,19 @@ def experts_axes(path: str, module: nn.Module) -> list[Axis]:
 
     Empty for any other module. Raises UnclearError where the tensors are not understood.
     """
-    held = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-    made = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
-    if made not in held or "down_proj" not in held or not held[made].ndim == held["down_proj"].ndim == 3:
+    try:
+        experts = Experts.of(module)
+    except anatomy.UnclearError as reason:
+        raise UnclearError(str(reason)) from None
+    if experts is None:
         return []
-    up, down, bias = held[made], held["down_proj"], f"{made}_bias"
-    if other := held.keys() - {made, bias, "down_proj", "down_proj_bias"}:
-        raise UnclearError(f"holds {', '.join(sorted(other))} beside its experts' weights")
-    if not plain(up) or not plain(down):
+    made, n, turned = experts.made, experts.units, int(experts.turned)
+    if not plain(module._parameters[made]) or not plain(module._parameters["down_proj"]):
         raise UnclearError("the experts' weights are quantised, or made of other tensors")
-    gated = bool(getattr(module, "has_gate", made == "gate_up_proj"))
-    layouts = [t for t in (False, True) if getattr(module, "is_transposed", t) == t and _fits(up, down, 1 + gated, t)]
-    if len(layouts) != 1:
-        raise UnclearError(f"{made} {tuple(up.shape)} and down_proj {tuple(down.shape)} do not tell where the units lie")
-    turned = int(layouts[0])
-    n = down.shape[2 - turned]
+    bias = f"{made}_bias" if module._parameters.get(f"{made}_bias") is not None else None
     each = identity(n)
-    rows = each if not gated else offsets((each, n + each)) if getattr(module, "is_concatenated", True) else span(n, 2)
+    concatenated = getattr(module, "is_concatenated", True)
+    rows = each if not experts.gated else offsets((each, n + each)) if concatenated else span(n, 2)
     patches = tuple(Patch(path, name, 1) for name in _WIDTHS if getattr(module, name, None) == n)
     return [
         Axis(
@@ -39,19 +37,12 @@ def experts_axes(path: str, module: nn.Module) -> list[Axis]:
             n,
             (
                 Cut(path, made, 1 + turned, rows, "producer", entry=e),
-                *([Cut(path, bias, 1, rows, "producer", entry=e)] if bias in held else []),
+                *([Cut(path, bias, 1, rows, "producer", entry=e)] if bias else []),
                 Cut(path, "down_proj", 2 - turned, each, "consumer", entry=e),
             ),
             patches if e == 0 else (),  # of all experts at once: they keep the same number
             together=path,
             multiple=MULTIPLE,
         )
-        for e in range(len(up))
+        for e in range(len(experts))
     ]
-
-
-def _fits(up: Tensor, down: Tensor, blocks: int, turned: bool) -> bool:
-    """Whether they are (E, blocks n, width) and (E, width, n) or, turned, (E, width, blocks n) and (E, n, width)."""
-    if turned:
-        up, down = up.mT, down.mT
-    return tuple(up.shape) == (len(down), blocks * down.shape[2], down.shape[1])

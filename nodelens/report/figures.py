@@ -57,7 +57,7 @@ def distributions(result: Result) -> bytes:
             capprops={"color": "#9aa2ad"},
         )
         axis.set_title(column)
-        axis.set_yticks(range(1, len(names) + 1), [_short(n) for n in names])
+        axis.set_yticks(range(1, len(names) + 1), [short(n) for n in names])
         spread = np.unique(np.concatenate(values)) if values else np.empty(0)
         if len(spread) == 1:  # an axis of its own would make a scale out of nothing
             axis.set_xticks(spread)
@@ -95,13 +95,13 @@ def agreement(result: Result) -> bytes:
 
 def layers(result: Result) -> bytes:
     """Values of whole layers, a panel a metric, with standard errors."""
-    names = [f"{_short(str(n))} ({u})" for n, u in result.layers["units"].items()]
+    names = [f"{short(str(n))} ({u})" for n, u in result.layers["units"].items()]
     return _dots(result.layers, names)
 
 
 def edges(result: Result) -> bytes:
     """Values of pairs of layers, a panel a metric, with standard errors."""
-    return _dots(result.edges, [f"{_short(str(a), 20)} \u2192 {_short(str(b), 20)}" for a, b in result.edges.index])
+    return _dots(result.edges, [f"{short(str(a), 20)} \u2192 {short(str(b), 20)}" for a, b in result.edges.index])
 
 
 def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
@@ -179,7 +179,7 @@ def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k:
     axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, linewidth=0, **style)
 
 
-def _short(name: str, most: int = 40) -> str:
+def short(name: str, most: int = 40) -> str:
     """The end of a long name, from a dot on."""
     while len(name) > most and "." in name.lstrip("\u2026"):
         name = "\u2026" + name.lstrip("\u2026").split(".", 1)[1]

@@ -68,9 +68,13 @@ def _analyses(folder: Path) -> list[str]:
 def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iterable[tuple[str, bytes, str]]]]]:
     """By an analysis's folder: a title, what reads it, and what draws it."""
     from ..analysis.bundle import load_bundle
-    from . import geometry
+    from ..analysis.critical_result import load_supernodes
+    from . import geometry, supernodes
 
-    return {"geometry": ("Geometry of the residual stream", load_bundle, geometry.drawn)}
+    return {
+        "geometry": ("Geometry of the residual stream", load_bundle, geometry.drawn),
+        "supernodes": ("Loss-critical channels", load_supernodes, supernodes.drawn),
+    }
 
 
 def write_pruning_page(folder: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from inspect import signature
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,6 +35,12 @@ class Statistic:
     def names(cls) -> tuple[str, ...]:
         """The fields' names."""
         return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    @cache
+    def paired(cls) -> bool:
+        """Whether ``of`` takes what stands beside the rows."""
+        return "target" in signature(cls.of).parameters  # type: ignore[attr-defined]
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.names()}

@@ -31,29 +31,32 @@ def adapt(value: Statistic, asked: type[Statistic]) -> Statistic:
     return value.moments if asked is Moments and isinstance(value, Gram) else value
 
 
-def numbers(statistic: type[Statistic], width: int, beside: int, classes: int) -> int:
-    """How many numbers a statistic holds, for rows of a width with columns beside them."""
+def numbers(statistic: type[Statistic], width: int, beside: int, classes: int, groups: int = 1) -> int:
+    """How many numbers of 8 bytes a statistic holds, for rows of a width with columns beside them.
+
+    Exact, but for classes that do not occur, the highest at the end, and a sample of fewer rows than it has room for: then it
+    holds less. beside: of WeightSums what a unit reads, with the groups of a convolution; of ClassCross the class and its targets.
+    """
     d, t, k = width, beside, classes
     sizes = {
-        Sizes: d,
-        Zeros: d,
-        MeanSizes: d,
-        Moments: 3 * d,
-        Higher: 5 * d,
-        Quantiles: BINS * d,
-        Gram: d * d + 2 * d,
-        NormedGram: d * d + 3 * d,
-        Directions: d * d + 2 * d,
-        Cross: d * t + 2 * d + 2 * t + t * t,
-        Pair: d * t + 2 * d + 2 * t,
-        NormedPair: d * t + 3 * d + 3 * t,
+        Sizes: d + 1,
+        Zeros: d + 1,
+        MeanSizes: d + 1,
+        Higher: 5 * d + 1,
+        Quantiles: BINS * d + 1,
+        Gram: d * d + 2 * d + 1,
+        NormedGram: d * d + 3 * d + 2,
+        Directions: d * d + 2 * d + 1,
+        Cross: d * t + 2 * d + 2 * t + t * t + 1,
+        Pair: d * t + 2 * d + 2 * t + 1,
+        NormedPair: d * t + 3 * d + 3 * t + 4,
         Cosines: 2,
-        ByClass: 2 * k * d + d,
-        PatchesByClass: 2 * k * d + d,
-        ClassSizes: k * d,
-        ClassGram: k * (d * d + d) + d,
-        ClassCross: k * (2 * d + 3 * t + d * t),
-        Sample: ROWS * (d + t + 1),
-        WeightSums: 3 * d * d,
+        ByClass: k * (2 * d + 1) + d,
+        PatchesByClass: k * (2 * d + 1) + d,
+        ClassSizes: k * (d + 1),
+        ClassGram: k * (d * d + d + 1) + d,
+        ClassCross: k * (2 * d + 2 * (t - 1) + d * (t - 1) + 1) + d + t - 1,
+        Sample: ROWS * (d + t + 1) + 1,
+        WeightSums: 2 * d * t + groups * t + 1,
     }
-    return sizes.get(statistic, 3 * d)
+    return sizes.get(statistic, 3 * d + 1)  # moments, of rows or of patches

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from ..linalg import exact_products
@@ -70,13 +71,15 @@ class Cross(Statistic):
             raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet {len(z)} targets: one row a target")
         keep = z.isfinite().all(1)
         keep = keep if rows.keep is None else keep & rows.keep[:, 0]
-        rows = Rows(rows.raw, keep[:, None], rows.shift)
+        if rows.keep is not None or keep.device.type != "cpu" or not bool(keep.all()):  # elsewhere asking would stall the device
+            rows = rows.kept(keep[:, None])
         z_shift = z.where(keep[:, None], 0).sum(0) / keep.sum().clamp_min(1)
         z = (z - z_shift).where(keep[:, None], 0)
+        both = torch.cat([z, keep[:, None].double()], 1).to(rows.x.dtype)  # one product for the sums with a target and without
         with exact_products():
-            cross = (rows.x[:, :, 0].T @ z.to(rows.x.dtype)).double()
+            sums = (rows.x[:, :, 0].T @ both).double()
             outer = z.T @ z
-        return cls(rows.n, rows.shift, z_shift, rows.total, z.sum(0), outer, cross)
+        return cls(rows.n, rows.shift, z_shift, sums[:, -1], z.sum(0), outer, sums[:, :-1].contiguous())
 
     def about(self, shift: Tensor, target_shift: Tensor) -> Self:
         a, b, n = self.shift - shift, self.target_shift - target_shift, self.n

@@ -17,9 +17,11 @@ from ..models import load_weights
 from ..plan import Plan
 from ..results import Result, fingerprint, load, provenance
 from .common import bar, build_all, claim, console, in_words, launch, load_module, placed, say
+from .plan import plan
 from .show import show_plan, show_result
 
-_FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", "_target_"}  # keys that cut no sample otherwise
+# keys of a dataset that cut no sample otherwise
+_FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", "select", "special", "cache", "_target_"}
 
 
 def analyze(cfg: DictConfig) -> float:
@@ -27,6 +29,9 @@ def analyze(cfg: DictConfig) -> float:
     from ..report import write_page
 
     folder = claim(cfg)
+    if cfg.plan_only:
+        plan(cfg, folder)
+        return float("nan")
     if (folder / "metadata.json").is_file():
         say(f"already finished: {folder}")
         result = load(folder)
@@ -47,13 +52,16 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     placed(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
     result = measure(cfg, module.net, data, measured)
-    if cfg.plan_only:
-        return float("nan")
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
     score = evaluate(module.net, bar("evaluating", _batches(loader), rank == 0)(loader))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
     result.metadata |= about(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
+    if cfg.evaluate:
+        from ..harness import harness
+
+        options = resolved(cfg)["evaluate"]
+        result.metadata["lm_eval"] = harness(module.net, cfg.dataset.get("tokenizer"), **options) if rank == 0 else {}
     found = _analyses(cfg, folder, module.net, data, (measured, evaluated))
     result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
     if rank == 0:
@@ -62,42 +70,44 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
 
 
 def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:
-    """The pass that a config asks for, over one split; with ``plan_only`` the plan alone, and an empty result."""
+    """The pass that a config asks for, over one split."""
     from ..measure import analyze as measure_units
 
     rank, processes = world()
     loader = data.loader(split, rank=rank, world=processes)
 
-    def on_plan(plan: Plan) -> None:
+    def on_plan(found: Plan) -> None:
         if rank == 0:
-            show_plan(console(), plan)
-        if cfg.get("plan_only"):
-            raise _PlanOnlyError
+            show_plan(console(), found)
 
     metrics = metrics or build_all(cfg.metrics, "metrics")
     if not metrics and cfg.get("analysis"):
         return _unmeasured(net, cfg.seed)
     if not metrics:
         raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
-    try:
-        return measure_units(
-            net,
-            loader,
-            metrics,
-            _layers(cfg),
-            seed=cfg.seed,
-            groups=cfg.groups,
-            positions=cfg.positions,
-            precision=cfg.precision,
-            pairs=resolved(cfg)["pairs"],
-            initial=initial_of(cfg, net),
-            bias=cfg.bias,
-            budget=in_bytes(cfg.budget.memory),
-            on_plan=on_plan,
-            progress=bar("measuring", _batches(loader), rank == 0),
-        )
-    except _PlanOnlyError:
-        return Result(pd.DataFrame(), pd.DataFrame())
+    result = measure_units(
+        net,
+        loader,
+        metrics,
+        _layers(cfg),
+        seed=cfg.seed,
+        groups=cfg.groups,
+        positions=cfg.positions,
+        precision=cfg.precision,
+        pairs=resolved(cfg)["pairs"],
+        initial=initial_of(cfg, net),
+        bias=cfg.bias,
+        budget=in_bytes(cfg.budget.memory),
+        passes=cfg.budget.passes,
+        wide=cfg.wide,
+        width=cfg.budget.width,
+        on_plan=on_plan,
+        progress=bar("measuring", _batches(loader), rank == 0),
+    )
+    passes = result.metadata["passes"]
+    if rank == 0 and len(passes) > 1:
+        say(f"the data were read {len(passes)} times: budget.memory holds the sums of some layers at a time")
+    return result
 
 
 def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, str]:
@@ -206,7 +216,3 @@ def _batches(loader: Any) -> int | None:
         return len(loader)
     except TypeError:  # a stream has no length
         return None
-
-
-class _PlanOnlyError(Exception):
-    """Ends a measurement once its plan was shown."""

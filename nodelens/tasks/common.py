@@ -3,19 +3,19 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.multiprocessing import ProcessRaisedException
 
 from ..checks import check, in_bytes
-from ..config import build, resolved
+from ..config import build, resolved, unset
 from ..files import has_results, plain, read_json, write_json
 from ..models import load_weights
 from ..results import flatten
@@ -31,9 +31,8 @@ def verify(cfg: DictConfig) -> None:
 
     A value that is missing, a key or type that its class does not take, a number out of range.
     """
-    unset = sorted(OmegaConf.missing_keys(cfg))
-    if unset:
-        raise ValueError(f"{unset[0]} has no value: give {unset[0]}=...")
+    if missing := unset(cfg):
+        raise ValueError(f"{missing[0]} has no value: give {missing[0]}=...")
     values = resolved(cfg)
     for group in ("dataset", "model", "trainer", "metrics", "analysis", "logger", "callbacks"):
         if group in values and not isinstance(values[group], dict):
@@ -164,7 +163,7 @@ def bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], I
             return
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield from progress.track(items, total=total)
+            yield from progress.track(items, total=len(items) if isinstance(items, Sized) else total)
 
     return around
 

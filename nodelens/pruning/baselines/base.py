@@ -63,7 +63,8 @@ class Baseline:
             cuts = axis.by_role("producer", "consumer")
             if not axis.by_role("producer") or not axis.by_role("consumer"):
                 raise ValueError(f"{name}: axis {axis.name!r} has no producer or no consumer: nothing to score its units by")
-            if self.needs in ("reads", "maps", "gates") and any(cut.entry is not None for cut in cuts):
+            known = self.needs != "maps" and all(cut.tensor == "down_proj" for cut in axis.by_role("consumer"))  # by its formula
+            if self.needs in ("reads", "maps", "gates") and any(cut.entry is not None for cut in cuts) and not known:
                 raise ValueError(
                     f"{name} looks at what passes, and no hook sees the units of axis {axis.name!r}: its experts lie in one "
                     "tensor; score it by weights (magnitude, group_l2), or by gradient or llm_pruner"

@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...experts import Call
 from ...frame import Frame
 from ...hooks import Edit
 from ..apply import channel_axis
 from ..axis import Axis, Cut
 from .base import Baseline, Found
-from .passes import Need, Sums
+from .passes import Need, Sums, counted
 
 Side = Literal["consumer", "producer"]
 Unit = Literal["sequence", "token"]
@@ -24,52 +25,108 @@ class GateSums(Sums):
 
     q = dL/dz of one gate z = 1 a sample and unit, which multiplies what every consumer reads of the unit (or every producer puts
     out for it): the sum of x dL/dx over positions, places and consumers, formed before any square.
+
+    The gates of an expert's units act on the tokens that go to it; for any other token q is 0, and the token, or the sample, counts
+    all the same: experts' scores compare as those of one wide FFN. There q = u du w, du what the expert's weights make of dL/d out.
     """
 
     def __init__(self, model: nn.Module, axes: Sequence[Axis], side: Side = "consumer", unit: Unit = "sequence"):
         super().__init__(model, axes)
         self.side, self.unit = side, unit
         self.gated: dict[str, list[tuple[Axis, Cut]]] = {}
+        self.routed: dict[str, list[tuple[Axis, Cut]]] = {}  # of experts
         for axis in axes:
             cuts = [cut for cut in axis.by_role(side) if cut.of(model).ndim > 1]
             for cut in cuts:
-                self.gated.setdefault(cut.module, []).append((axis, cut))
+                (self.gated if cut.entry is None else self.routed).setdefault(cut.module, []).append((axis, cut))
             if unit == "token" and (len(cuts) > 1 or channel_axis(model.get_submodule(cuts[0].module)) != -1):
                 reads = ", ".join(f"{c.module} ({type(model.get_submodule(c.module)).__name__})" for c in cuts)
                 raise ValueError(
                     f"axis {axis.name!r} has no tokens of its own: it is read by {reads}, not by one linear layer; "
                     "take unit: sequence"
                 )
-        self.paths = list(self.gated)
+        self.paths, self.mixtures = list(self.gated), list(self.routed)
         for axis in axes:
             self.totals |= {(axis.name, what): self.zeros(axis.n) for what in ("square", "absolute")}
             self.totals[axis.name, "rows"] = self.zeros(1)
         self.gates: dict[str, Tensor] = {}
+        self.calls: list[tuple[str, Call]] = []
+        self.zeros_added: list[Tensor] = []  # to what each call puts out: their slope is that of the output
         self.owners: dict[tuple[Cut, int], Tensor] = {}
 
     def begin(self, frame: Frame) -> None:
         super().begin(frame)
-        self.gates = {}
+        self.gates, self.calls, self.zeros_added = {}, [], []
 
     def edits(self) -> tuple[Mapping[str, Edit], Mapping[str, Edit]]:
-        own = {path: partial(self._multiply, path) for path in self.gated}
-        return ({}, own) if self.side == "consumer" else (own, {})
+        own: dict[str, Edit] = {path: partial(self._multiply, path) for path in self.gated}
+        behind: dict[str, Edit] = dict.fromkeys(self.routed, self._plus_zero)
+        return (behind, own) if self.side == "consumer" else (behind | own, {})
 
     def leaves(self) -> list[Tensor]:
-        return list(self.gates.values())
+        return [*self.gates.values(), *self.zeros_added]
+
+    def called(self, path: str, call: Call) -> None:
+        self.calls.append((path, call))
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
-        for (name, gate), gradient in zip(self.gates.items(), gradients, strict=True):
-            q = (torch.zeros_like(gate) if gradient is None else gradient).double()  # (samples, rows, units)
+        slopes = [torch.zeros_like(t) if g is None else g for t, g in zip(self.leaves(), gradients, strict=True)]
+        for name, gate in zip(self.gates, slopes, strict=False):
+            q = gate.double()  # (samples, rows, units)
             mask = self.frame.mask
             q = q[mask] if self.unit == "token" and mask is not None and mask.shape == q.shape[:2] else q.flatten(0, 1)
-            self.add(name, q)
+            self._add(name, q, len(q))
+        with torch.no_grad():
+            self._take_routed(slopes[len(self.gates) :])
+        self.calls, self.zeros_added = [], []
 
     def add(self, name: str, q: Tensor) -> None:
-        """Takes rows of an axis's q, (rows, units) float64."""
+        """Takes rows of an axis's q, (rows, units) float64; those that are 0 need not be among them."""
         self.totals[name, "square"] += q.square().sum(0)
         self.totals[name, "absolute"] += q.abs().sum(0)
-        self.totals[name, "rows"] += len(q)
+
+    def _add(self, name: str, q: Tensor, rows: int) -> None:
+        """Takes an axis's q of some rows, and counts them once, however often data are read."""
+        self.add(name, q.to(self.device))
+        if self.round == 0:
+            self.totals[name, "rows"] += rows
+
+    def _take_routed(self, slopes: Sequence[Tensor]) -> None:
+        """Takes the slopes of the loss in what each call of experts put out."""
+        for path, every in self.routed.items():
+            shown = [(call, g) for (own, call), g in zip(self.calls, slopes, strict=True) if own == path]
+            counts = [counted(call, self.frame) for call, _ in shown]
+            for axis, cut in every:
+                parts = [self._of_expert(cut, call, g, keep) for (call, g), keep in zip(shown, counts, strict=True)]
+                if self.unit == "token":
+                    for (q, _), keep in zip(parts, counts, strict=True):
+                        self._add(axis.name, q, int(keep.sum()))
+                elif parts:
+                    total = parts[0][0].new_zeros(len(self.frame), axis.n)
+                    for q, sample in parts:
+                        total.index_add_(0, sample, q)
+                    self._add(axis.name, total, len(total))
+
+    def _of_expert(self, cut: Cut, call: Call, g: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """An expert's q at each token that goes to it and counts, (r, units) float64, and the samples of these, (r,)."""
+        assert cut.entry is not None
+        share = call.share(cut.entry).only(counts.flatten())
+        slope = call.slopes(cut.entry, share, g) * share.weights
+        raw = call.experts.raw(cut.entry, call.rows[share.at])
+        if self.side == "consumer":
+            q = call.experts.hidden(raw).double() * slope.double()
+        else:
+            with torch.enable_grad():
+                leaf = raw.detach().requires_grad_()
+                (made,) = torch.autograd.grad(call.experts.hidden(leaf), leaf, slope.to(leaf.dtype))
+            q = raw.double() * made.double()
+        places = cut.places if self.side == "consumer" else cut.index
+        return q[:, places.to(q.device)].sum(2), share.tokens // counts.shape[1]
+
+    def _plus_zero(self, output: Tensor) -> Tensor:
+        """What experts put out, plus a zero at which the slope of the loss is taken."""
+        self.zeros_added.append(torch.zeros_like(output).requires_grad_())
+        return output + self.zeros_added[-1]
 
     def mean(self, axis: Axis, what: Literal["square", "absolute"]) -> Tensor:
         """E q^2 or E|q| a unit."""

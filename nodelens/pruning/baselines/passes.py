@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...distributed import reduce_tensor
+from ...experts import Call, Experts
 from ...frame import Frame, logits_of
-from ...hooks import Capture, Edit, Site, edit
+from ...hooks import Capture, Edit, Site, edit, observed
 from ...layers import Layer
 from ...measure import device_of
 from ...modes import frozen
@@ -24,18 +25,20 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 class Sums:
     """What a pass adds up, in float64, for the units of some axes: each batch is shown once.
 
-    paths: modules that have to run; where ``reads`` is true, what they read is shown. parameters: what the summed loss is
-    differentiated in, beside the ``leaves`` that a batch's forward pass makes. rounds: how often the data are read.
-    forward: whether the model itself has to run.
+    paths: modules that have to run; where ``reads`` is true, what they read is shown. mixtures: modules of experts, whose calls
+    are shown. parameters: what the summed loss is differentiated in, beside the ``leaves`` that a batch's forward pass makes.
+    rounds: how often the data are read; round: which of them this is, from 0. forward: whether the model itself has to run.
     """
 
     reads: ClassVar[bool] = False
     forward: ClassVar[bool] = True
     rounds = 1
+    round = 0
 
     def __init__(self, model: nn.Module, axes: Sequence[Axis]):
         self.model, self.axes, self.device = model, axes, device_of(model)
         self.paths: list[str] = []
+        self.mixtures: list[str] = []
         self.parameters: list[Tensor] = []
         self.totals: dict[Any, Tensor] = {}  # what adds up over processes as it is
 
@@ -52,6 +55,9 @@ class Sums:
 
     def see(self, path: str, rows: Rows) -> None:
         """Takes what a module reads; padded tokens are not kept."""
+
+    def called(self, path: str, call: Call) -> None:
+        """Takes one call of a module of experts."""
 
     def leaves(self) -> list[Tensor]:
         """What the loss of the batch is differentiated in."""
@@ -98,12 +104,23 @@ def collect(
         raise ValueError(f"the data are read {rounds} times, and are an iterator: give a loader or a list of batches")
     for k in range(rounds):
         for sums in found.values():
+            sums.round = k
             if 0 < k < sums.rounds:
                 sums.again()
         _read(model, [sums for sums in found.values() if sums.rounds > k], progress(data), seed, loss)
     for sums in found.values():
         sums.reduce()
     return found
+
+
+def counted(call: Call, frame: Frame) -> Tensor:
+    """Which of a call's tokens are not padded, (samples, positions) bool. Raises ValueError where samples do not divide them."""
+    if call.tokens % len(frame):
+        raise ValueError(f"experts get {call.tokens} tokens for a batch of {len(frame)} samples: they must belong to samples")
+    shape = (len(frame), call.tokens // len(frame))
+    if frame.mask is not None and frame.mask.shape == shape:
+        return frame.mask.to(call.rows.device)
+    return torch.ones(shape, dtype=torch.bool, device=call.rows.device)
 
 
 def consumers(axes: Iterable[Axis]) -> list[Cut]:
@@ -128,6 +145,7 @@ def _read(model: nn.Module, every: list[Sums], data: Iterable[Any], seed: int, l
     """Shows every batch to the sums."""
     device, samples = device_of(model), 0
     sites = {path: Site(Layer(path, model.get_submodule(path)), "input") for sums in every for path in sums.paths}
+    mixtures = {model.get_submodule(path): path for sums in every for path in sums.mixtures}
     frame: Frame
 
     def see(site: Site, tensor: Tensor) -> None:
@@ -138,8 +156,23 @@ def _read(model: nn.Module, every: list[Sums], data: Iterable[Any], seed: int, l
             for sums in taking:
                 sums.see(path, rows)
 
+    def called(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not capture.gate:
+            return
+        path, experts = mixtures[module], Experts.of(module)
+        assert experts is not None
+        with torch.no_grad():
+            call = Call.of(experts, path, args, kwargs)
+            if not capture.fired[path]:
+                call.check(path, output)
+            capture.fired[path] += 1
+            for sums in every:
+                if path in sums.mixtures:
+                    sums.called(path, call)
+
     capture = Capture(sites.values(), see)
-    with frozen(model), differentiable([p for sums in every for p in sums.parameters]), capture:
+    leaves = differentiable([p for sums in every for p in sums.parameters])
+    with frozen(model), leaves, capture, observed(mixtures, called):
         for batch in data:
             frame = Frame.of(batch, seed=seed).to(device)
             samples += len(frame)
@@ -151,7 +184,8 @@ def _read(model: nn.Module, every: list[Sums], data: Iterable[Any], seed: int, l
                     sums.end(logits, loss)
     if not int(reduce_tensor(torch.tensor(samples, device=device))):
         raise ValueError("the data are empty: not one batch to score units by")
-    silent = [path for path, site in sites.items() if not capture.fired[str(site)]]
+    fired = {path: str(site) for path, site in sites.items()} | {path: path for path in mixtures.values()}
+    silent = [path for path, name in fired.items() if not capture.fired[name]]
     if samples and silent:
         raise ValueError(
             f"module {silent[0]!r} is never called by {type(model).__name__}.forward (its parent may read its weight "
@@ -196,8 +230,6 @@ def _composed(model: nn.Module, changes: Iterable[Mapping[str, Edit]]) -> dict[n
 
 def _rows(layer: Layer, tensor: Tensor, frame: Frame) -> Rows:
     """What a module reads, as rows about zero, without padded tokens."""
-    rows = layer.rows(tensor, len(frame))
-    if frame.mask is not None and frame.mask.shape == (len(rows), rows.raw.shape[2]):
-        rows = rows.kept(frame.mask)
+    rows = layer.rows(tensor, len(frame), frame.mask)
     zero = torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=tensor.device)
     return rows.about(zero, moved=False).finite()

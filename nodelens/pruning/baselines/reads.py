@@ -8,38 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from ...distributed import reduce_sums, reduce_tensor, world
+from ...experts import Call
 from ...rows import Rows
 from ...statistics import Accumulator, Moments
 from ..axis import Axis, Cut
 from .base import Baseline, Found, added
-from .passes import Need, Sums, consumers
+from .passes import Need, Sums, consumers, counted
+
+Place = tuple[str, int | None]  # where units are read: a module, and which of its experts
 
 
-class ReadSums(Sums):
-    """Moments of each consumer's input, a row a position."""
+class _OfConsumers(Sums):
+    """What passes at the consumers.
 
-    reads: ClassVar = True
-
-    def __init__(self, model: nn.Module, axes: Sequence[Axis]):
-        super().__init__(model, axes)
-        self.paths = list(dict.fromkeys(cut.module for cut in consumers(axes)))
-        self.moments = {path: Accumulator(Moments) for path in self.paths}
-        self.shifts: dict[str, Tensor] = {}
-
-    def see(self, path: str, rows: Rows) -> None:
-        rows = rows.double()
-        shift = self.shifts.setdefault(path, rows.mean)
-        self.moments[path].add_rows(rows.about(shift))
-
-    def reduce(self) -> None:
-        reduce_sums(self.moments, self.device)
-
-
-class PositionSums(Sums):
-    """Squares of what a unit shows each consumer, summed over its places and all samples, at each position.
-
-    totals {cut: (units, positions)}; rows {cut: (positions,)}, how many samples have a token there. A position is the number of
-    counted tokens before it, so that padding on either side moves none.
+    The units of an expert are read times its router's weight, w u, which is 0 for a token that goes elsewhere: a mixture is one
+    wide FFN of all experts' units. A row is any token that is not padded; those that go elsewhere are counted, not formed.
     """
 
     reads: ClassVar = True
@@ -47,7 +30,59 @@ class PositionSums(Sums):
     def __init__(self, model: nn.Module, axes: Sequence[Axis]):
         super().__init__(model, axes)
         self.cuts = consumers(axes)
-        self.paths = list(dict.fromkeys(cut.module for cut in self.cuts))
+        self.paths = list(dict.fromkeys(cut.module for cut in self.cuts if cut.entry is None))
+        self.mixtures = list(dict.fromkeys(cut.module for cut in self.cuts if cut.entry is not None))
+
+    def called(self, path: str, call: Call) -> None:
+        counts = counted(call, self.frame)
+        for expert in dict.fromkeys(cut.entry for cut in self.cuts if cut.module == path):
+            assert expert is not None
+            share = call.share(expert).only(counts.flatten())
+            x = call.hidden(expert, share).double() * share.weights.double()
+            self.see_routed((path, expert), x, share.tokens, counts)
+
+    def see_routed(self, place: Place, x: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Takes w u of an expert (r, units) float64 at tokens (r,) of those that count, (samples, positions) bool."""
+
+
+def place_of(cut: Cut) -> Place:
+    """Where a consumer's units are read."""
+    return cut.module, cut.entry
+
+
+class ReadSums(_OfConsumers):
+    """Moments of each consumer's input, a row a position."""
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis]):
+        super().__init__(model, axes)
+        self.moments = {place_of(cut): Accumulator(Moments) for cut in self.cuts}
+        self.shifts: dict[Place, Tensor] = {}
+
+    def see(self, path: str, rows: Rows) -> None:
+        rows, place = rows.double(), (path, None)
+        shift = self.shifts.setdefault(place, rows.mean)
+        self.moments[place].add_rows(rows.about(shift))
+
+    def see_routed(self, place: Place, x: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        finite = x.isfinite().all(1)
+        x = x.where(finite[:, None], 0)
+        zero = self.shifts.setdefault(place, x.new_zeros(x.shape[1]))  # about which those that go elsewhere add nothing
+        n = (counts.sum() - (~finite).sum()).reshape(1)
+        self.moments[place].add(Moments(n, zero, x.sum(0), x.square().sum(0)))
+
+    def reduce(self) -> None:
+        reduce_sums(self.moments, self.device)
+
+
+class PositionSums(_OfConsumers):
+    """Squares of what a unit shows each consumer, summed over its places and all samples, at each position.
+
+    totals {cut: (units, positions)}; rows {cut: (positions,)}, how many samples have a token there. A position is the number of
+    counted tokens before it, so that padding on either side moves none.
+    """
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis]):
+        super().__init__(model, axes)
         self.totals = {cut: self.zeros(len(cut.places), 0) for cut in self.cuts}
         self.rows = {cut: self.zeros(0) for cut in self.cuts}
 
@@ -59,6 +94,16 @@ class PositionSums(Sums):
                 power = rows.x.double().square()[:, cut.places.to(rows.raw.device)].sum(2)  # (samples, units, positions)
                 moved = torch.zeros_like(power).scatter_add_(2, place[:, None].expand_as(power), power).sum(0)
                 count = torch.zeros_like(place).scatter_add_(1, place, keep.long()).sum(0).double()
+                self.totals[cut] = _longer(self.totals[cut], moved)
+                self.rows[cut] = _longer(self.rows[cut], count)
+
+    def see_routed(self, place: Place, x: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        at = (counts.cumsum(1) - 1).clamp_min(0).flatten()  # (tokens,)
+        count = torch.zeros_like(at).index_add_(0, at, counts.flatten().long())[: counts.shape[1]].double()
+        for cut in self.cuts:
+            if place_of(cut) == place:
+                power = x.where(x.isfinite(), 0).square()[:, cut.places.to(x.device)].sum(2).T  # (units, tokens of this expert)
+                moved = power.new_zeros(len(power), counts.shape[1]).index_add_(1, at[tokens], power)
                 self.totals[cut] = _longer(self.totals[cut], moved)
                 self.rows[cut] = _longer(self.rows[cut], count)
 
@@ -90,7 +135,7 @@ class _OfReads(Baseline):
 def _at_places(axis: Axis, found: Found, value: Callable[[Moments, Cut], Tensor]) -> list[Tensor]:
     """A value a place of a consumer's input, at the places of each unit: (units, places) a consumer."""
     moments = found.sums[Need(ReadSums)].moments
-    values = ((cut, value(moments[cut.module].value, cut)) for cut in axis.by_role("consumer"))
+    values = ((cut, value(moments[place_of(cut)].value, cut)) for cut in axis.by_role("consumer"))
     return [each[cut.places.to(each.device)] for cut, each in values]
 
 
@@ -100,7 +145,7 @@ def kernels(model: nn.Module, cut: Cut) -> Tensor:
     if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
         by_group = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # (groups, inputs of one, outputs of one, ...)
         return by_group.flatten(0, 1).flatten(2)
-    moved = weight.movedim(cut.dim, 0)
+    moved = weight.movedim(cut.dim - (cut.entry is not None), 0)
     return moved.reshape(*moved.shape[:2], -1)
 
 

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...analysis.supernodes import connectivity, halo, largest, protection, redundancy_to_core, share_of
+from ...analysis.supernodes import connectivity, correlations, halo, largest, protection, redundancy_to_core, share_of
 from ...distributed import reduce_tensor
+from ...metrics.gradient import LossReduction
 from ..axis import Axis
 from .base import Baseline, Found
 from .gates import GateSums, Unit
@@ -17,13 +18,16 @@ from .reads import kernels
 
 
 class CoreSums(GateSums):
-    """Sums of q^2 in a first round over the data; in a second those of q and of its products with the core's units."""
+    """Sums of q^2 in a first round over the data; in a second those of q and of its products with the core's units.
+
+    ``reduction: mean`` divides the gradients of a sample by its predictions.
+    """
 
     rounds = 2
 
-    def __init__(self, model: nn.Module, axes: Sequence[Axis], unit: Unit, fraction: float):
+    def __init__(self, model: nn.Module, axes: Sequence[Axis], unit: Unit, fraction: float, reduction: LossReduction = "sum"):
         super().__init__(model, axes, "consumer", unit)
-        self.fraction = fraction
+        self.fraction, self.reduction = fraction, reduction
         self.cores: dict[str, Tensor] = {}
 
     def again(self) -> None:
@@ -33,6 +37,15 @@ class CoreSums(GateSums):
             core = largest(self.totals[axis.name, "square"], share_of(axis.n, self.fraction))
             self.cores[axis.name] = core
             self.totals |= {(axis.name, "sum"): self.zeros(axis.n), (axis.name, "products"): self.zeros(axis.n, len(core))}
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        if self.reduction == "mean":
+            samples = len(self.frame)
+            tokens = [gate.shape[1] for gate in self.gates.values()] + [call.tokens // samples for _, call in self.calls]
+            share = 1 / self.frame.tokens.clamp_min(1).double().to(self.device)[:, None, None]
+            by_sample = [g if g is None else g.reshape(-1, samples, n, g.shape[-1]) for g, n in zip(gradients, tokens, strict=True)]
+            gradients = [g if g is None else (g * share.to(g)).reshape(-1, *g.shape[-2:]) for g in by_sample]
+        super().take(gradients)
 
     def add(self, name: str, q: Tensor) -> None:
         if not self.cores:
@@ -46,13 +59,13 @@ class CoreSums(GateSums):
             if key[1] in ("sum", "products"):
                 self.totals[key] = reduce_tensor(self.totals[key])
 
-    def correlation(self, axis: Axis) -> Tensor:
-        """Correlations of each unit's q with those of the core, (units, core); no epsilon: q varies by 1e-7 and less."""
-        n = self.totals[axis.name, "rows"]
-        total, square, core = self.totals[axis.name, "sum"], self.totals[axis.name, "square"], self.cores[axis.name]
-        shared = self.totals[axis.name, "products"] - total[:, None] * total[core] / n
-        spread = (square - total.square() / n).clamp_min(0)
-        return (shared / (spread[:, None] * spread[core]).sqrt()).clamp(-1, 1).cpu()
+    def correlation(self, axis: Axis, eps: float = 0.0) -> Tensor:
+        """Correlations of each unit's q with those of the core, (units, core)."""
+        n, core = self.totals[axis.name, "rows"], self.cores[axis.name]
+        mean, square = self.totals[axis.name, "sum"] / n, self.totals[axis.name, "square"] / n
+        shared = self.totals[axis.name, "products"] / n - mean[:, None] * mean[core]
+        spread = (square - mean.square()).clamp_min(0)
+        return correlations(shared, spread, spread[core], eps).cpu()
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class ScarProt(Baseline):
     """Loss proxy of a channel, lowered in the halo by what the core repeats of it.
 
     The core are the ``core_fraction`` channels of largest loss proxy L; the halo those that write most where the core writes. The
-    core is kept by the criterion's own constraint (``protect``), not by its score. Data are read twice.
+    core is kept by the criterion's own constraint (``protect``), not by its score. Data are read twice. ``loss_reduction: mean``
+    takes the mean loss of each text, ``corr_eps: 1e-8`` stands under the root of the correlations: the published code's numbers.
 
     Formula: L Protect, L = 0.5 E q^2, q = u dL/du a token, Protect by the rank of the redundancy to the core: f + (1 - f)(1 - r^g)
     Shapes: q over tokens of what one linear layer reads -> (units,)
@@ -82,19 +96,22 @@ class ScarProt(Baseline):
     positive_redundancy: bool = True
     protection_floor: float = 0.2
     protection_rank_power: float = 8.0
+    corr_eps: float = 0.0
+    loss_reduction: LossReduction = "sum"
 
     def sums(self) -> tuple[Need, ...]:
-        return (Need(CoreSums, (self.unit, self.core_fraction)),)
+        return (Need(CoreSums, (self.unit, self.core_fraction, self.loss_reduction)),)
 
     def parts(self, axis: Axis, found: Found) -> dict[str, Tensor]:
         """Loss proxy, connectivity, redundancy to the core (NaN outside the halo), protection, (units,); ids of core and halo."""
         sums: CoreSums = found.sums[self.sums()[0]]
         core, proxy = sums.cores[axis.name].cpu(), 0.5 * sums.mean(axis, "square")
-        weights = torch.cat([_columns(found.model, axis, k) for k in range(len(axis.by_role("consumer")))])
+        weights = columns_of(found.model, axis)
         connected = connectivity(weights, core, self.connectivity_topk, self.connectivity_mass_fraction)
         members = halo(connected, core, self.halo_fraction)
         redundancy = torch.full_like(proxy, torch.nan)
-        every = redundancy_to_core(sums.correlation(axis), self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        rho = sums.correlation(axis, self.corr_eps)
+        every = redundancy_to_core(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
         redundancy[members] = every[members]
         kept = protection(redundancy, members, "rank_power", self.protection_floor, self.protection_rank_power)
         values = {"proxy": proxy, "connectivity": connected, "redundancy": redundancy, "protection": kept}
@@ -124,11 +141,9 @@ class ScarConn(ScarProt):
         return parts["proxy"] * ((1 - parts["connectivity"]) + parts["connectivity"] * parts["protection"])
 
 
-def _columns(model: nn.Module, axis: Axis, k: int) -> Tensor:
-    """What one consumer makes of each unit, kernels summed, (outputs, units): over a head's places the sum of sizes."""
-    cut = axis.by_role("consumer")[k]
-    by_place = kernels(model, cut).sum(2).cpu()  # (places, outputs)
-    return by_place[cut.places].abs().sum(1).T
+def columns_of(model: nn.Module, axis: Axis) -> Tensor:
+    """What consumers make of each unit, kernels summed, (outputs, units) float64: over a head's places the sum of sizes."""
+    return torch.cat([kernels(model, cut).sum(2).cpu()[cut.places].abs().sum(1).T for cut in axis.by_role("consumer")])
 
 
 BASELINES: tuple[type[Baseline], ...] = (ScarProt, ScarConn)

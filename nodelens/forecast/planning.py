@@ -1,0 +1,118 @@
+"""Forecasts of the passes that there are: of units, and of the geometry of a language model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..analysis.columns import Asked, columns_of
+from ..analysis.geometry import _takes
+from ..analysis.sites import Shown, hook_points, merged, pairs, unique
+from ..frame import Frame
+from ..hooks import Capture, Site
+from ..layers import find_layers
+from ..measure import DEFAULT, Metrics, as_metrics, device_of
+from ..plan import Plan
+from ..recording import Recording
+from ..wide import LIMIT, Wide
+from .hollow import of_config, token_batch
+from .report import Forecast, Machine, report
+
+
+@torch.inference_mode(False)
+def forecast(
+    model: Any,
+    metrics: Metrics = DEFAULT,
+    layers: str | Sequence[str] = "*",
+    *,
+    batch: Any = None,
+    samples: int = 16,
+    length: int = 256,
+    rows: int = 100_000,
+    machine: Machine | None = None,
+    budget: float | None = None,
+    passes: int = 1,
+    wide: str | None = None,
+    width: int = LIMIT,
+    groups: int = 8,
+    positions: int | None = None,
+    precision: str = "float32",
+    pairs: str | Sequence[Sequence[str]] = "consecutive",
+    initial: bool = False,
+) -> Forecast:
+    """What ``nl.analyze`` will take, of shapes alone: on the meta device neither weights nor data take memory or time.
+
+    model:   a config of transformers' causal language models, or any network, such as one that ``hollow`` made
+    batch:   of any form that ``nl.analyze`` takes, on the network's device, one of those to come in size; None: ``samples`` texts
+             of ``length`` tokens. Two of its samples are run
+    rows:    tokens to be read, of images samples
+    machine: what it will run on; initial: whether the weights before training will be known
+    All others are those of ``nl.analyze``; what it would refuse for its bytes is forecast all the same, and says so. Raises
+    ValueError as it does; with a RuntimeError as its cause where the model's forward asks for values that the meta device has not.
+    """
+    net = model if isinstance(model, nn.Module) else of_config(model)
+    frame = Frame.of(token_batch(samples, length, device_of(net)) if batch is None else batch, groups)
+    found = find_layers(net, layers, net.state_dict() if initial else None)
+    recording = Recording.of(net, found, frame)
+    chosen: Mapping[str, Any] = as_metrics(metrics)
+    refused = []
+
+    def plan_of(how: Wide) -> Plan:
+        return Plan.of(net, found, chosen, recording, groups, positions, layers == "*", precision, pairs, ["label"], how)
+
+    try:
+        plan = plan_of(Wide.of(wide, width, 0, passes))
+    except ValueError as error:
+        if wide is not None:
+            raise
+        plan = plan_of(Wide("full"))
+        refused.append(str(error))
+    return report(net, plan, rows, _tokens(frame, recording), machine or Machine(), budget, passes, refused=refused)
+
+
+@torch.inference_mode(False)
+def forecast_geometry(
+    model: Any,
+    *,
+    layers: str | Sequence[int] = "all",
+    hook_point: str | Sequence[str] = "residual_input",
+    metrics: Asked = "default",
+    diagnostics: str | Sequence[str] | None = None,
+    sample_limit: int | None = 512,
+    novelty_k: int = 32,
+    max_tokens: int | None = 100_000,
+    samples: int = 16,
+    length: int = 256,
+    machine: Machine | None = None,
+    budget: float | None = None,
+) -> Forecast:
+    """What ``nl.analyze_model`` will take, of shapes alone; ``model`` as in ``forecast``, all else as it takes it.
+
+    The counts of routers are not in it. Raises ValueError as ``forecast`` does, and for a pass without ``max_tokens``.
+    """
+    if max_tokens is None:
+        raise ValueError("max_tokens is null: how long it takes depends on how many tokens are read, give a number")
+    net = model if isinstance(model, nn.Module) else of_config(model)
+    asked = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or ())
+    columns = columns_of(metrics, asked, novelty_k, sample_limit is not None)
+    points = hook_points(net, hook_point, layers)
+    device = device_of(net)
+    batch = token_batch(samples, length, device) | {k: v for k, v in _takes(net, points).items() if k == "logits_to_keep"}
+    del batch["labels"]
+    shown = Shown()
+    capture = Capture([Site(layer, "output") for layer in unique(points)], shown.see)
+    capture.gate = True
+    with capture:
+        recording = Recording.of(net, unique(points), Frame.of(batch))
+    points = merged(points, shown.same())
+    plan = Plan.of(net, unique(points), columns.summed, recording, groups=1, pairs=pairs(points), wide=Wide("full"))
+    sample = 4 * (sample_limit or 0) if columns.sampled else 0
+    extra = {layer.name: sample * plan.seen(layer, "output").width for layer in plan.layers}
+    return report(net, plan, max_tokens, length, machine or Machine(), budget, extra=extra)
+
+
+def _tokens(frame: Frame, recording: Recording) -> int:
+    """Rows of a sample: its tokens where each has logits of its own, else one."""
+    inputs = next(t for t in (*frame.args, *frame.kwargs.values()) if isinstance(t, torch.Tensor))
+    return inputs.shape[1] if recording.tokens else 1
