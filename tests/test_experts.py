@@ -539,3 +539,19 @@ def test_scores_of_heads_are_those_of_their_whole_span(name):
         }
         for column, value in expected.items():
             np.testing.assert_allclose(found.loc[axis.name, column], value, rtol=1e-7, err_msg=column)
+
+
+def test_a_metric_of_the_catalogue_ranks_the_hidden_units_of_experts():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    net = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_local_experts=3, num_experts_per_tok=2, **sizes)).eval()
+    ids = torch.randint(32, (6, 16))
+    data = [{"input_ids": ids, "labels": ids}]
+    units = nl.analyze(net, data, ["activation_rms"], "blocks.mlp.hidden").units["activation_rms"]
+    pruned = nl.prune(net, "activation_rms", 0.34, data=data, scope="moe_ffn")
+    for name, gone in pruned.plan.removed.items():
+        values = torch.tensor(units.xs(f"{name}.hidden", level="layer").to_numpy())
+        assert sorted(gone) == values.argsort()[: len(gone)].sort().values.tolist()
+    assert len(pruned.plan.removed) == 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..frame import Frame
 from ..measure import device_of
 from ..metrics.gradient import LossReduction
-from ..pruning.axis import Axis
+from ..pruning.axis import Axes, Axis
 from ..pruning.find import find_axes
 from ..results import fingerprint, provenance
 from .ablation import ablate, sampled
@@ -116,7 +116,7 @@ class Supernodes:
         if not every:
             why = "; ".join(f"{frozen.what}: {frozen.reason}" for frozen in every.frozen[:4]) or "nothing is recognised"
             raise ValueError(f"{type(model).__name__} has no axis of hidden units: {why}")
-        return list(every.chosen([w for word in words for w in _words(word, kinds)], inexact=True))
+        return list(Axes(every.axes, every.frozen).chosen([w for word in words for w in _words(word, kinds)], inexact=True))
 
     def _core_size(self, n: int) -> int:
         return min(n, self.top_k) if self.top_k is not None else share_of(n, self.core_fraction, self.min_core)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..hooks import edit
 from .axis import Axis, Cut
+from .routing import unrouted
 
 Removed = Mapping[str, Sequence[int]]
 
@@ -17,10 +18,16 @@ Removed = Mapping[str, Sequence[int]]
 def masked(model: nn.Module, axes: Iterable[Axis], removed: Removed) -> Iterator[None]:
     """Inside, what consumers read of removed units is zero: {axis: unit ids}. Nothing is left behind.
 
-    A gate at every consumer's input; of experts in one tensor, which no hook sees, the columns are zero meanwhile.
-    Raises ValueError for an axis or a unit that is not there.
+    A gate at every consumer's input; of experts in one tensor, which no hook sees, the columns are zero meanwhile. Whole experts
+    are those that their router does without. Raises ValueError for an axis or a unit that is not there, or too few experts left.
     """
-    with scaled(model, axes, gates_of(axes, removed)):
+    axes = list(axes)
+    gates = gates_of(axes, removed)
+    whole = [axis for axis in axes if axis.router is not None and axis.name in removed]
+    for axis in whole:
+        check_least(axis, removed[axis.name])
+        del gates[axis.name]
+    with scaled(model, axes, gates), unrouted(model, whole, removed):
         yield
 
 
@@ -28,12 +35,13 @@ def masked(model: nn.Module, axes: Iterable[Axis], removed: Removed) -> Iterator
 def scaled(model: nn.Module, axes: Iterable[Axis], gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, what consumers read of each unit is multiplied by its gate: {axis: (units,)}, real numbers.
 
-    Gates may require a gradient, but for experts in one tensor. Raises ValueError for an axis that is not there or a length
-    other than its units.
+    Gates may require a gradient, but for experts in one tensor. Raises ValueError for an axis that is not there, a length other
+    than its units, or whole experts.
     """
     by_name = {axis.name: axis for axis in axes}
     for name, gate in gates.items():
         check_axis(by_name, name, len(gate))
+        _check_weights(by_name[name])
     reads: dict[str, list[tuple[Cut, Tensor]]] = {}
     for name, gate in gates.items():
         for cut in by_name[name].by_role("consumer"):
@@ -49,11 +57,15 @@ def scaled(model: nn.Module, axes: Iterable[Axis], gates: Mapping[str, Tensor]) 
 
 
 def zero(model: nn.Module, axes: Iterable[Axis], removed: Removed) -> None:
-    """Writes zeros into every entry of a removed unit: what makes it, what reads it and what is tied to it. In place."""
+    """Writes zeros into every entry of a removed unit: what makes it, what reads it and what is tied to it. In place.
+
+    Raises ValueError for an axis or a unit that is not there, or whole experts.
+    """
     by_name = {axis.name: axis for axis in axes}
     with torch.no_grad():
         for name, units in removed.items():
             check_axis(by_name, name, None, units)
+            _check_weights(by_name[name])
             for cut in by_name[name].cuts:
                 tensor = cut.of(model)
                 places = cut.index[list(units)].flatten().to(tensor.device)
@@ -66,6 +78,7 @@ def scale(model: nn.Module, axes: Iterable[Axis], gates: Mapping[str, Sequence[f
     with torch.no_grad():
         for name, gate in gates.items():
             check_axis(by_name, name, len(gate))
+            _check_weights(by_name[name])
             for cut in by_name[name].by_role("consumer"):
                 _multiply(cut, cut.of(model), torch.as_tensor(gate))
 
@@ -94,6 +107,22 @@ def check_axis(by_name: Mapping[str, Axis], name: str, length: int | None, units
         raise ValueError(f"axis {name!r} has {n} units, the gates are {length}")
     if len(units) and not 0 <= min(units) <= max(units) < n:
         raise ValueError(f"axis {name!r} has {n} units, the plan removes unit {max(units) if max(units) >= n else min(units)}")
+
+
+def check_least(axis: Axis, units: Sequence[int]) -> None:
+    """Raises ValueError where fewer experts stay than a router chooses for a token."""
+    left = axis.n - len(set(units))
+    if left < axis.least:
+        raise ValueError(f"axis {axis.name!r} would keep {left} of {axis.n} experts; its router needs {axis.least} to choose from")
+
+
+def _check_weights(axis: Axis) -> None:
+    """Raises ValueError for units that no change of weights shuts off."""
+    if axis.router is not None:
+        raise ValueError(
+            f"axis {axis.name!r}: a whole expert goes by its router's choice, which zeros and factors in weights do not change (it "
+            "would still be sent tokens): use apply=slice in one shot, or masked() while something is measured"
+        )
 
 
 def _gated(axis: int, pairs: list[tuple[Cut, Tensor]], x: Tensor) -> Tensor:

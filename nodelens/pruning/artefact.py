@@ -11,6 +11,7 @@ from torch import nn
 
 from ..files import plain, read_json, write, write_json
 from .removal import RemovalPlan
+from .routing import COUNTS
 from .slicing import refit, replace_tensor, set_number
 
 FILES = ("model.safetensors", "plan.json", "config.json")
@@ -18,6 +19,7 @@ _BUILDERS = ("nodelens.models.mlp", "nodelens.models.cnn")  # of numbers alone
 _NUMBERS = {  # that a plan may set
     *("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads"),
     *("embed_dim", "all_head_size", "split_size", "inner_dim"),
+    *COUNTS,  # of experts
     *("intermediate_dim", "intermediate_size", "expert_dim", "groups", "num_features", "num_channels"),
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["producer", "consumer", "tied"]
-KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn")
+KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn", "expert")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,14 @@ class Cut:
 class Patch:
     """A number that a module keeps beside its tensors and that falls by ``step`` with each removed unit.
 
-    attribute: its name; ``config.x`` is the field of a config, which is then the module's own copy.
+    attribute: its name; ``config.x`` is the field of a config, of which the module and its parts then have a copy of their own.
+    among: axes that the number belongs to together; it falls only where all of them lose as many units.
     """
 
     module: str
     attribute: str
     step: int
+    among: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,8 @@ class Axis:
 
     name: its own in the model; kind: one of ``KINDS``. exact: whether a slice gives what a mask gives (no norm reduces over
     the axis). together: axes of this name keep the same number of units (experts of a layer). multiple: of which the kept number
-    has to be one. attention: multiplications a unit and pair of positions beside those of its tensors.
+    has to be one. attention: multiplications a unit and pair of positions beside those of its tensors. router: the module that
+    chooses units for each token, where these are whole experts; least: how many have to stay.
     """
 
     name: str
@@ -82,6 +85,8 @@ class Axis:
     together: str | None = None
     multiple: int = 1
     attention: int = 0
+    router: str | None = None
+    least: int = 1
 
     def by_role(self, *roles: Role) -> list[Cut]:
         return [cut for cut in self.cuts if cut.role in roles]
@@ -89,7 +94,7 @@ class Axis:
     @property
     def gated(self) -> bool:
         """Whether each consumer is a module of its own, at whose input a unit can be seen and shut off."""
-        return all(cut.entry is None for cut in self.by_role("consumer"))
+        return self.router is None and all(cut.entry is None for cut in self.by_role("consumer"))
 
     def describe(self) -> str:
         """What makes and what reads the units, such as ``layer1.0: conv1 > conv2``: what all share of a path stands once."""
@@ -97,6 +102,8 @@ class Axis:
             list(dict.fromkeys(_spoken(cut) for cut in self.by_role(role) if cut.tensor != "bias"))
             for role in ("producer", "consumer")
         )
+        if self.router is not None:
+            makes, reads = [self.router], [self.name]
         shared = 0
         for parts in zip(*(name.split(".")[:-1] for name in (*makes, *reads)), strict=False):
             if len(set(parts)) > 1:
@@ -122,10 +129,14 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Axes(Sequence[Axis]):
-    """The axes of a model, in order, and the report of what was left out."""
+    """The axes of a model, in order, and the report of what was left out.
+
+    apart: axes across others, which are taken only where a scope asks for them: whole experts, whose channels are axes, too.
+    """
 
     axes: tuple[Axis, ...]
     frozen: tuple[Frozen, ...] = field(default=())
+    apart: tuple[Axis, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.axes)
@@ -138,7 +149,7 @@ class Axes(Sequence[Axis]):
 
     def named(self, name: str) -> Axis:
         """Raises ValueError for a name that no axis has."""
-        found = next((axis for axis in self.axes if axis.name == name), None)
+        found = next((axis for axis in (*self.axes, *self.apart) if axis.name == name), None)
         if found is None:
             raise ValueError(f"there is no axis {name!r}; the model has {shown([a.name for a in self.axes])}")
         return found
@@ -146,11 +157,13 @@ class Axes(Sequence[Axis]):
     def chosen(self, scope: str | Sequence[str] = "*", freeze: str | Sequence[str] = (), inexact: bool = False) -> "Axes":
         """The axes that a scope names, by name, pattern or kind, without frozen and, unless asked for, inexact ones.
 
-        Raises ValueError where a word of the scope or of ``freeze`` matches nothing, or no axis is left.
+        Axes apart are taken by their kind, ``expert``, their name, or a pattern that fits no other axis: ``*`` leaves them out.
+        Raises ValueError where a word of the scope or of ``freeze`` matches nothing, no axis is left, or both experts and their
+        channels are.
         """
-        wanted, shut = self._matched(scope, "scope"), self._matched(freeze, "freeze")
+        wanted, shut = self._matched(scope, "scope"), self._matched(freeze, "freeze", across=True)
         kept, report = [], list(self.frozen)
-        for axis in self.axes:
+        for axis in (*self.axes, *self.apart):
             if axis.name not in wanted:
                 continue
             if axis.name in shut:
@@ -162,6 +175,9 @@ class Axes(Sequence[Axis]):
         if not kept:
             why = "; ".join(f"{f.what}: {f.reason}" for f in report[:6]) or "the model has none"
             raise ValueError(f"scope {scope!r} leaves no axis to prune: {why}")
+        both = sorted({axis.together or "" for axis in kept} & {axis.name for axis in kept if axis.router is not None})
+        if both:
+            raise ValueError(f"scope {scope!r} takes both the experts of {both[0]} and their channels: prune one, then the other")
         return Axes(tuple(kept), tuple(report))
 
     def coverage(self, model: nn.Module) -> float:
@@ -171,12 +187,14 @@ class Axes(Sequence[Axis]):
         inside = {id(getattr(model.get_submodule(m), t)) for m, t in cut}
         return sum(n for key, n in parameters.items() if key in inside) / max(1, sum(parameters.values()))
 
-    def _matched(self, patterns: str | Sequence[str], what: str) -> set[str]:
+    def _matched(self, patterns: str | Sequence[str], what: str, across: bool = False) -> set[str]:
         found: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             names = {a.name for a in self.axes if pattern in (a.name, a.kind) or fnmatchcase(a.name, pattern)}
+            loose = across or not names
+            names |= {a.name for a in self.apart if pattern in (a.name, a.kind) or (loose and fnmatchcase(a.name, pattern))}
             if not names and len(self.axes):
-                kinds = shown(sorted({a.kind for a in self.axes}))
+                kinds = shown(sorted({a.kind for a in (*self.axes, *self.apart)}))
                 raise ValueError(
                     f"{what} {pattern!r} matches no axis; there are {shown([a.name for a in self.axes])}, of the kinds {kinds}"
                 )

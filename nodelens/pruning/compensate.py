@@ -56,6 +56,8 @@ def compensate_units(
         units = removed.get(axis.name, ())
         if not len(units):
             continue
+        if axis.router is not None:
+            raise ValueError(f"{axis.name!r}: no mean makes up for a whole expert, whose tokens go to others; use compensate=none")
         for cut in axis.by_role("consumer"):
             if cut.entry is not None:
                 raise ValueError(f"{axis.name!r}: nothing is seen of what its experts read; use compensate=none, or freeze= it")

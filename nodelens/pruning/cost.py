@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..frame import Frame, tensor_of
 from ..hooks import observed
 from ..modes import frozen
-from .axis import Axis, Cut
+from .axis import Axes, Axis, Cut
 
 Budget = Literal["units", "params", "macs"]
 _Owned = tuple[str, str]  # a module's path, a tensor's name there
@@ -40,6 +40,7 @@ class Cost:
     Parameters: distinct tensors, tied ones once. MACs: of Linear layers, convolutions, routers and experts, positions times
     weights (two FLOPs each), and the products of queries with keys and of scores with values of attention that has an axis, a
     causal one counted full. Biases, norms, embeddings and activations are not counted. MACs are 0 where no sample was shown.
+    Where a whole expert goes, its tokens go to others: the MACs of experts stay.
     """
 
     units: Mapping[str, int]
@@ -49,7 +50,7 @@ class Cost:
     @classmethod
     def of(cls, model: nn.Module, axes: Iterable[Axis], frame: Frame | None = None) -> "Cost":
         """Counts; MACs by one forward of two samples of the frame."""
-        axes = list(axes)
+        axes = [*axes, *(axes.apart if isinstance(axes, Axes) else ())]
         cuts: dict[_Owned, list[tuple[Axis, Cut]]] = defaultdict(list)
         for axis in axes:
             for cut in axis.cuts:
@@ -58,7 +59,7 @@ class Cost:
         if frame is None:
             return cls({a.name: a.n for a in axes}, weights, ())
         positions = _positions(model, frame)
-        products = _blocks(positions, cuts)
+        products = _blocks(positions, {owned: [pair for pair in pairs if not _whole(*pair)] for owned, pairs in cuts.items()})
         attention = [_Block(a.attention * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in axes if a.attention]
         return cls({a.name: a.n for a in axes}, weights, (*products, *attention))
 
@@ -88,14 +89,20 @@ def _blocks(tensors: Mapping[_Owned, tuple[Tensor, float]], cuts: Mapping[_Owned
         here = cuts.get(owned, [])
         if not here:
             fixed += often * tensor.numel()
-        elif here[0][1].entry is None:
-            taken = tuple((cut.dim, axis.name, cut.index.shape[1]) for axis, cut in here)
+            continue
+        taken = tuple((cut.dim, axis.name, cut.index.shape[1]) for axis, cut in here if cut.entry is None)
+        if all(cut.entry is None for _, cut in here):
             found.append(_Block(often, tuple(tensor.shape), taken))
-        else:
-            for expert in range(len(tensor)):
-                own = tuple((cut.dim - 1, axis.name, cut.index.shape[1]) for axis, cut in here if cut.entry == expert)
-                found.append(_Block(often, tuple(tensor.shape[1:]), own))
+            continue
+        for expert in range(len(tensor)):  # all keep as many of their own: a part of a tensor that may lose whole ones
+            own = tuple((cut.dim, axis.name, cut.index.shape[1]) for axis, cut in here if cut.entry == expert)
+            found.append(_Block(often / len(tensor), tuple(tensor.shape), (*taken, *own)))
     return (*found, _Block(fixed, ()))
+
+
+def _whole(axis: Axis, cut: Cut) -> bool:
+    """Whether a cut takes whole experts from the tensors that these share."""
+    return axis.router is not None and cut.role == "producer"
 
 
 def _positions(model: nn.Module, frame: Frame) -> dict[_Owned, tuple[Tensor, float]]:

@@ -10,6 +10,7 @@ from .attention import attention_axes
 from .axis import Axes, Axis, Cut, Frozen, identity, offsets, shown
 from .experts import experts_axes
 from .projections import Projection, UnclearError, has, join
+from .routing import router_axes
 
 FFN = (  # what makes hidden units; what reads them
     (("gate_proj", "up_proj"), "down_proj"),
@@ -35,6 +36,7 @@ def family_axes(model: nn.Module) -> Axes:
 
     No forward pass. Empty where no module matches a pattern; else the report names, once a module, what is left alone: what
     no pattern matches or what is not understood, weights that two modules share, embeddings, heads and the residual width.
+    Whole experts are axes apart.
     """
     found: list[Axis] = []
     frozen: list[Frozen] = []
@@ -52,7 +54,8 @@ def family_axes(model: nn.Module) -> Axes:
                 closed += [path] if pattern in (attention_axes, experts_axes) else []  # a feed-forward part may be a block
     if not found and not frozen:
         return Axes(())
-    return Axes(tuple(found), (*frozen, *_left(model, found, frozen, closed)))
+    apart, whole = router_axes(model, shared)
+    return Axes(tuple(found), (*frozen, *_left(model, found, frozen, closed), *whole), apart)
 
 
 def ffn_axes(path: str, module: nn.Module, attends: bool = True) -> list[Axis]:

@@ -27,7 +27,8 @@ def find_axes(model: nn.Module, frame: Frame | None = None, extra: Sequence[Axis
         found = graph_axes(model, frame)
     written = tuple(axis if isinstance(axis, Axis) else written_axis(model, axis) for axis in extra)
     named = {axis.name for axis in written}
-    return Axes((*(a for a in found if a.name not in named), *written), found.frozen)
+    apart = tuple(a for a in found.apart if a.name not in named)
+    return Axes((*(a for a in found if a.name not in named), *written), found.frozen, apart)
 
 
 def written_axis(model: nn.Module, given: Mapping[str, Any]) -> Axis:

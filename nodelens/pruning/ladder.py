@@ -35,7 +35,7 @@ class Ladder:
         group = numbered([axis.together or (axis.name,) for axis in axes])
         width = n[np.unique(group, return_index=True)[1]]
         most, gone, step = width.copy(), np.zeros_like(width), np.ones_like(width)
-        spared = np.maximum(min_keep, n - np.floor(max_remove * n + 1e-9).astype(np.int64))
+        spared = np.maximum([max(min_keep, axis.least) for axis in axes], n - np.floor(max_remove * n + 1e-9).astype(np.int64))
         spared = np.maximum(spared, [len(rules.protected.get(name, ())) for name in names])
         np.minimum.at(most, group, np.maximum(0, n - spared))
         np.maximum.at(gone, group, [len(rules.removed.get(name, ())) for name in names])

@@ -140,8 +140,9 @@ def prune(
     criterion: a published criterion's or a metric's name, {name: signed weight}, or the long form of ``Criterion``. amount: the
     share of the budget (units, params or macs) to remove. data: calibration batches as ``nl.analyze`` takes them, a loader or a
     list that can be read again; criteria of weights need none. example_inputs: one batch, where there are no data. scope: axes
-    by name, pattern or kind (ffn, head, kv_group, channel, moe_ffn); freeze: axes that stay whole; protect: {axis: units that
-    stay}. allocation: uniform, global, erk, lamp, isomorphic, or an ``Allocation`` with its options. mode: low, high or random.
+    by name, pattern or kind (ffn, head, kv_group, channel, moe_ffn; expert, whole ones, which ``*`` leaves out); freeze: axes
+    that stay whole; protect: {axis: units that stay}. allocation: uniform, global, erk, lamp, isomorphic, or an ``Allocation``
+    with its options. mode: low, high or random.
     apply: slice (smaller tensors), mask (zeros), scale (removed units times ``gate``). compensate: none, bias, least_squares,
     batch_norm. schedule: one_shot, or an iterative ``Schedule``. recover: a callable such as ``Finetune``. options go to
     ``nl.analyze``. Raises ValueError for what does not fit; the model itself is never changed.

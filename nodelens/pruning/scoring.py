@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..measure import analyze
 from ..metrics import Metric, get_metric
 from ..targets import summed_loss
-from .axis import Axis
+from .axis import Axis, Cut
 from .baselines import Baseline, baseline, baseline_scores
 from .baselines import names as baseline_names
 from .criteria import RANDOM, Criterion
@@ -105,11 +105,23 @@ def _joined(
 
 def _places(model: nn.Module, axis: Axis, read: bool, metric: str) -> list[tuple[str, Tensor]]:
     """Layers that show an axis, with the places of its units there."""
+    if axis.router is not None:
+        raise ValueError(
+            f"{metric} is one of hidden units; axis {axis.name!r} has whole experts: score them by taylor, loss_proxy, "
+            "router_load, weights (group_l2, magnitude) or at random, or prune their channels instead, scope=moe_ffn"
+        )
     cuts = axis.by_role("consumer") if read else [cut for cut in axis.by_role("producer") if cut.tensor == "weight"]
-    if not axis.gated or not cuts:
+    hidden = read and all(cut.tensor == "down_proj" for cut in cuts)  # of an expert, over the tokens that go to it
+    if not cuts or not (axis.gated or hidden):
         raise ValueError(
             f"{metric} cannot see the units of {axis.name!r}: its experts lie in one tensor; score it by weights (group_l2, "
             "magnitude) or by their gradients (llm_pruner), or leave it out with freeze="
         )
-    name = type(model).__name__
-    return [((cut.module or name) + (".input" if read else ""), cut.places if read else cut.index) for cut in cuts]
+    return [(_shown(model, cut, read), cut.places if read else cut.index) for cut in cuts]
+
+
+def _shown(model: nn.Module, cut: Cut, read: bool) -> str:
+    """The name of the layer that shows the units of a cut."""
+    if cut.entry is not None:
+        return f"{cut.module}[{cut.entry}].hidden"
+    return (cut.module or type(model).__name__) + (".input" if read else "")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import Removed, check_axis
+from .apply import Removed, check_axis, check_least
 from .axis import Axis, Cut
 
 _SIZES = {"Linear": ("out_features", "in_features"), "Conv1D": ("nx", "nf"), "Embedding": ("num_embeddings", "embedding_dim")}
@@ -25,6 +25,7 @@ def slice_units(model: nn.Module, axes: Iterable[Axis], removed: Removed) -> nn.
         check_axis(by_name, name, None, units)
         if len(set(units)) >= by_name[name].n:
             raise ValueError(f"axis {name!r} would lose all of its {by_name[name].n} units: one has to stay")
+        check_least(by_name[name], units)
     cuts: dict[tuple[str, str], list[tuple[Cut, Tensor]]] = {}
     for name, units in removed.items():
         gone = torch.tensor(sorted(set(units)), dtype=torch.long)
@@ -47,6 +48,8 @@ def patched(model: nn.Module, axes: Iterable[Axis], removed: Removed) -> dict[st
     for axis in axes:
         gone = len(set(removed.get(axis.name, ())))
         for patch in axis.patches:
+            if len({len(set(removed.get(name, ()))) for name in patch.among}) > 1:
+                continue
             held: Any = model.get_submodule(patch.module)
             for part in patch.attribute.split("."):
                 held = getattr(held, part)
@@ -56,11 +59,15 @@ def patched(model: nn.Module, axes: Iterable[Axis], removed: Removed) -> dict[st
 
 
 def set_number(module: nn.Module, attribute: str, value: int) -> None:
-    """Sets a module's number; one of a config in a copy that is the module's own."""
+    """Sets a module's number; one of a config in a copy that is the module's own, and that of its parts which had the same."""
     holder, _, field = attribute.rpartition(".")
     if holder:
-        setattr(module, holder, copy.copy(getattr(module, holder)))
-        setattr(getattr(module, holder), field, value)
+        old = getattr(module, holder)
+        new = copy.copy(old)
+        setattr(new, field, value)
+        for part in module.modules():
+            if getattr(part, holder, None) is old:
+                setattr(part, holder, new)
     else:
         setattr(module, field, value)
 
@@ -108,6 +115,8 @@ def _without(tensor: Tensor, pairs: list[tuple[Cut, Tensor]]) -> Tensor:
                 f"{', '.join(str(tuple(part.shape)) for part in parts)}; remove as many from each"
             )
         return torch.stack(parts)
+    if len(by_entry) > 1:
+        raise ValueError("whole experts and channels of experts would go from one tensor: remove one, then find the axes again")
     return _dropped(tensor, by_entry[None])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...targets import summed_loss
 from ..axis import Axis
-from . import gates, gradients, maps, reads, scar, training, weights
+from . import gates, gradients, load, maps, reads, scar, training, weights
 from .base import Baseline, Found
 from .passes import Loss, Progress, collect
 
@@ -20,6 +20,7 @@ BASELINES: tuple[type[Baseline], ...] = (
     *reads.BASELINES,
     *maps.BASELINES,
     *gates.BASELINES,
+    *load.BASELINES,
     *gradients.BASELINES,
     *training.BASELINES,
     *scar.BASELINES,

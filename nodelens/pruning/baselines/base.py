@@ -34,6 +34,7 @@ class Baseline:
     names: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further names, each with options of its own
     needs: ClassVar[Kind] = "weights"
+    whole: ClassVar[bool] = False  # whether it scores whole experts though it needs more than weights
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -60,6 +61,9 @@ class Baseline:
         if self.needs != "weights" and data is None:
             raise ValueError(f"{name} is measured on data: give data=, or a criterion of weights such as magnitude")
         for axis in axes:
+            if axis.router is not None:
+                self._check_whole(name, axis)
+                continue
             cuts = axis.by_role("producer", "consumer")
             if not axis.by_role("producer") or not axis.by_role("consumer"):
                 raise ValueError(f"{name}: axis {axis.name!r} has no producer or no consumer: nothing to score its units by")
@@ -69,6 +73,14 @@ class Baseline:
                     f"{name} looks at what passes, and no hook sees the units of axis {axis.name!r}: its experts lie in one "
                     "tensor; score it by weights (magnitude, group_l2), or by gradient or llm_pruner"
                 )
+
+    def _check_whole(self, name: str, axis: Axis) -> None:
+        """Raises ValueError where the criterion is none of whole experts."""
+        if self.needs != "weights" and not self.whole:
+            raise ValueError(
+                f"{name} does not score whole experts, the units of axis {axis.name!r}: score them by taylor, loss_proxy, "
+                "router_load, weights (magnitude, group_l2) or at random, or prune their channels instead, scope=moe_ffn"
+            )
 
 
 def matrices(model: nn.Module, axis: Axis, *roles: Role) -> list[Cut]:

@@ -28,6 +28,7 @@ class GateSums(Sums):
 
     The gates of an expert's units act on the tokens that go to it; for any other token q is 0, and the token, or the sample, counts
     all the same: experts' scores compare as those of one wide FFN. There q = u du w, du what the expert's weights make of dL/d out.
+    The gate of a whole expert acts on what it puts out, weighted, while the router's choice stays: q = w <out, dL/d out>.
     """
 
     def __init__(self, model: nn.Module, axes: Sequence[Axis], side: Side = "consumer", unit: Unit = "sequence"):
@@ -35,7 +36,10 @@ class GateSums(Sums):
         self.side, self.unit = side, unit
         self.gated: dict[str, list[tuple[Axis, Cut]]] = {}
         self.routed: dict[str, list[tuple[Axis, Cut]]] = {}  # of experts
+        self.whole = {axis.by_role("producer")[0].module: axis for axis in axes if axis.router is not None}
         for axis in axes:
+            if axis.router is not None:
+                continue
             cuts = [cut for cut in axis.by_role(side) if cut.of(model).ndim > 1]
             for cut in cuts:
                 (self.gated if cut.entry is None else self.routed).setdefault(cut.module, []).append((axis, cut))
@@ -45,7 +49,7 @@ class GateSums(Sums):
                     f"axis {axis.name!r} has no tokens of its own: it is read by {reads}, not by one linear layer; "
                     "take unit: sequence"
                 )
-        self.paths, self.mixtures = list(self.gated), list(self.routed)
+        self.paths, self.mixtures = list(self.gated), list(dict.fromkeys([*self.routed, *self.whole]))
         for axis in axes:
             self.totals |= {(axis.name, what): self.zeros(axis.n) for what in ("square", "absolute")}
             self.totals[axis.name, "rows"] = self.zeros(1)
@@ -60,7 +64,7 @@ class GateSums(Sums):
 
     def edits(self) -> tuple[Mapping[str, Edit], Mapping[str, Edit]]:
         own: dict[str, Edit] = {path: partial(self._multiply, path) for path in self.gated}
-        behind: dict[str, Edit] = dict.fromkeys(self.routed, self._plus_zero)
+        behind: dict[str, Edit] = dict.fromkeys(self.mixtures, self._plus_zero)
         return (behind, own) if self.side == "consumer" else (behind | own, {})
 
     def leaves(self) -> list[Tensor]:
@@ -93,10 +97,14 @@ class GateSums(Sums):
 
     def _take_routed(self, slopes: Sequence[Tensor]) -> None:
         """Takes the slopes of the loss in what each call of experts put out."""
-        for path, every in self.routed.items():
+        for path in self.mixtures:
             shown = [(call, g) for (own, call), g in zip(self.calls, slopes, strict=True) if own == path]
             counts = [counted(call, self.frame) for call, _ in shown]
-            for axis, cut in every:
+            if path in self.whole and shown:
+                self._take_whole(
+                    self.whole[path], [_of_whole(call, g, keep) for (call, g), keep in zip(shown, counts, strict=True)], counts
+                )
+            for axis, cut in self.routed.get(path, ()):
                 parts = [self._of_expert(cut, call, g, keep) for (call, g), keep in zip(shown, counts, strict=True)]
                 if self.unit == "token":
                     for (q, _), keep in zip(parts, counts, strict=True):
@@ -106,6 +114,14 @@ class GateSums(Sums):
                     for q, sample in parts:
                         total.index_add_(0, sample, q)
                     self._add(axis.name, total, len(total))
+
+    def _take_whole(self, axis: Axis, parts: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+        """Takes whole experts' q at each token of some calls, (samples, positions, experts)."""
+        if self.unit == "token":
+            for q, keep in zip(parts, counts, strict=True):
+                self._add(axis.name, q[keep], int(keep.sum()))
+        else:
+            self._add(axis.name, torch.stack([q.sum(1) for q in parts]).sum(0), len(self.frame))
 
     def _of_expert(self, cut: Cut, call: Call, g: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """An expert's q at each token that goes to it and counts, (r, units) float64, and the samples of these, (r,)."""
@@ -165,6 +181,17 @@ class GateSums(Sums):
         return self.owners[cut, width]
 
 
+def _of_whole(call: Call, g: Tensor, counts: Tensor) -> Tensor:
+    """Each expert's q at each token, (samples, positions, experts) float64; 0 where it does not go there, or does not count."""
+    g = g.flatten(0, -2)
+    q = torch.zeros(call.tokens, len(call.experts), dtype=torch.float64, device=g.device)
+    for expert in range(len(call.experts)):
+        share = call.share(expert).only(counts.flatten())
+        out = call.experts.written(expert, call.hidden(expert, share)).double() * share.weights.double()
+        q[share.tokens, expert] = (out * g[share.at].double()).sum(1)
+    return q.unflatten(0, counts.shape)
+
+
 @dataclass(frozen=True)
 class Taylor(Baseline):
     """First-order change of a sample's loss when the unit goes, at a gate before all that read it.
@@ -180,6 +207,7 @@ class Taylor(Baseline):
 
     names: ClassVar = ("taylor",)
     needs: ClassVar = "gates"
+    whole: ClassVar = True
     abs: bool = False
 
     def sums(self) -> tuple[Need, ...]:
@@ -230,6 +258,7 @@ class LossProxy(Baseline):
 
     names: ClassVar = ("loss_proxy",)
     needs: ClassVar = "gates"
+    whole: ClassVar = True
     unit: Unit = "sequence"
 
     def sums(self) -> tuple[Need, ...]:
