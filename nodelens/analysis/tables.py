@@ -37,6 +37,7 @@ class Values:
         self.axes = max((m.novelty_k for m in plan.metrics.values() if isinstance(m, SubspaceMetric)), default=0)
         self._spectra: dict[tuple[str, str], Tensor] = {}
         self._axes: dict[str, Tensor] = {}
+        self._samples: dict[str, tuple[Tensor, Tensor]] = {}
 
     def whole(self, metric: Metric, place: Place) -> float:
         """The value from all rows; NaN where a site is too wide for it."""
@@ -51,8 +52,8 @@ class Values:
 
     def sampled(self, metric: Metric, place: Place) -> float:
         """The value from the sample of rows, those left out that are not finite."""
-        rows = [self.sample[layer.name].double() for layer in place if layer is not None]
-        keep = torch.stack([r.isfinite().all(1) for r in rows]).all(0)
+        every = [self._finite(layer.name) for layer in place if layer is not None]
+        rows, keep = [r for r, _ in every], torch.stack([finite for _, finite in every]).all(0)
         turned = metric.names[0] != "layer_cosine_sim"  # all others are the same in any basis
         first, *rest = [_narrow(r[keep]) if turned else r[keep] for r in rows]
         if len(first) < 2 or (rest and not turned and rest[0].shape != first.shape):
@@ -63,6 +64,13 @@ class Values:
                 self._spectra[key] = _of_rows(first)
             return float(metric.of(self._spectra[key]))
         return float(metric.compute(outputs=first, next_outputs=rest[0] if rest else None))
+
+    def _finite(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A layer's sample of rows in float64, and which of them are finite."""
+        if layer not in self._samples:
+            rows = self.sample[layer].double()
+            self._samples[layer] = rows, rows.isfinite().all(1)
+        return self._samples[layer]
 
     def spectrum(self, metric: SpectrumMetric, layer: Layer) -> Tensor:
         """Eigenvalues of a layer's rows, largest first, scaled as the metric has them."""
