@@ -18,6 +18,7 @@ from .files import remove_traces
 from .overrides import MistakeError, configs, flags_of
 
 _ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
+_SELECT = re.compile(r"^(dataset\.select)=([^'\"].*)$")
 _failed: list[str] = []  # lines of a multirun's failed jobs
 _there: list[Path] = []  # the folder above this run's that was there before
 
@@ -98,10 +99,16 @@ def _line(error: BaseException) -> str:
 
 
 def _rewrite(argv: Sequence[str]) -> list[str]:
-    """Flags first: Hydra refuses one between overrides. ``layers=blocks[0].output`` is quoted: brackets are its lists."""
+    """Flags first: Hydra refuses one between overrides.
+
+    ``layers=blocks[0].output`` is quoted, as brackets are its lists; so is ``dataset.select=regex:a & loss``, but in a sweep.
+    """
     overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
-    return rest + [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]
+    quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]
+    if not {"-m", "--multirun"} & set(rest):
+        quoted = [_SELECT.sub(lambda m: f"{m[1]}='" + m[2].replace("'", "\\'") + "'", override) for override in quoted]
+    return rest + quoted
 
 
 def _check(cfg: DictConfig, multirun: bool) -> None:

@@ -102,3 +102,16 @@ def test_lines_say_the_largest_step_and_the_busiest_expert():
     assert lines[1].endswith("largest step 1->2, debiased CKA 0.400")
     assert "layer 3" in lines[2]
     assert "2.25 times" in lines[2]
+
+
+def test_a_selector_needs_no_quotes_of_its_own_and_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("metrics=[activation_mean]", "layers=blocks[1].mlp.hidden", "hydra.run.dir=run")
+    ended = command("analyze", *SMALL, *words, r"dataset.select=regex:\b(the|it's)\b & 0:60, -1 & loss")
+    assert ended.code == 0, ended.err
+    about = nl.load("run").metadata
+    assert about["config"]["dataset"]["select"] == r"regex:\b(the|it's)\b & 0:60, -1 & loss"
+    counts = about["data"]["counts"]
+    rows = next(row["rows"] for row in about["rows"])
+    assert rows == counts["counted"] > 0
+    assert counts["counted"] + counts["not_selected"] + counts["special_left_out"] == 64 * (6000 // 64)

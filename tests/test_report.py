@@ -9,7 +9,7 @@ from rich.console import Console
 
 import nodelens as nl
 from nodelens.report import write_page
-from nodelens.report.figures import _short
+from nodelens.report.figures import short
 from nodelens.tasks.show import show_result
 
 
@@ -71,6 +71,6 @@ def test_the_terminal_shows_every_number_within_its_width(width, run):
 
 
 def test_long_names_are_cut_at_a_dot():
-    assert _short("resnet.encoder.stages.0.layers.0.layer.0.convolution") == "…stages.0.layers.0.layer.0.convolution"
-    assert _short("a" * 50) == "…" + "a" * 39
-    assert _short("fc1") == "fc1"
+    assert short("resnet.encoder.stages.0.layers.0.layer.0.convolution") == "…stages.0.layers.0.layer.0.convolution"
+    assert short("a" * 50) == "…" + "a" * 39
+    assert short("fc1") == "fc1"

@@ -138,9 +138,10 @@ def _check_same_cut(now: dict[str, Any], then: dict[str, Any]) -> None:
 
 def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
     """What the metadata say of config, data and weights."""
+    counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # of texts: documents, tokens, what is no row
     return {
         "config": plain(resolved(cfg)),
-        "data": {"split": split, "fingerprint": data.fingerprint()},
+        "data": {"split": split, "fingerprint": data.fingerprint(), **counts},
         "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)},
     }
 
