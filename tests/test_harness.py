@@ -8,8 +8,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from command import command
 from real import folder
 
+import nodelens as nl
 from nodelens.harness import harness
 from nodelens.models import causal_lm, tiny_lm
 
@@ -83,3 +85,22 @@ def test_a_task_of_ones_own(tmp_path):
     state = torch.get_rng_state()
     assert harness(causal_lm(model), model, ["girls"], include=str(tmp_path)) == {"girls": {"acc": 1.0, "acc_se": 0.0}}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tasks_stand_beside_the_perplexity_of_a_run(tmp_path, monkeypatch):
+    asked = {}
+
+    def stub(net, tokenizer, **options):
+        asked.update(options, tokenizer=tokenizer)
+        return {"girls": {"acc": 0.75, "acc_se": 0.25}}
+
+    monkeypatch.setattr("nodelens.harness.harness", stub)
+    monkeypatch.chdir(tmp_path)
+    small = ("model=tiny_lm", "model.net.width=16", "model.net.layers=1", "model.net.mlp=24", "dataset=text", "dataset.length=32")
+    words = ("dataset.max_tokens=1000", "metrics=[activation_mean]", "evaluate=lm_eval", "evaluate.tasks=[girls]", "logger=csv")
+    ended = command("analyze", *small, *words, "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert asked["tasks"] == ["girls"]
+    assert "lm_eval girls: acc 0.75, acc_se 0.25" in ended.out
+    assert nl.load("run").metadata["lm_eval"] == {"girls": {"acc": 0.75, "acc_se": 0.25}}
+    assert "lm_eval/girls/acc" in (tmp_path / "run/csv/version_0/metrics.csv").read_text()

@@ -181,6 +181,8 @@ def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, A
     page = write_page(folder)
     loggers = list(build_all(cfg.logger, "logger").values())
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
+    tasks = result.metadata.get("lm_eval", {})
+    score |= {f"lm_eval/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
     try:
         log_result(loggers, result, score)
         for name, found in analyses.items():
@@ -197,6 +199,8 @@ def _show(result: Result) -> None:
     else:
         found = result.metadata["evaluation"]
         say(f"{in_words(found)} of the split {found['split']!r}")
+    for task, values in result.metadata.get("lm_eval", {}).items():
+        say(f"lm_eval {task}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
 
 
 def _layers(cfg: DictConfig) -> Any:
