@@ -366,7 +366,7 @@ FROZEN = {
     "gpt bigcode": ("transformer.h.0.attn", "c_attn is a Linear"),
     "trocr": ("model.decoder.layers.0.self_attn", "takes the width of its input for that of all heads"),
     "diffllama": ("model.layers.0.self_attn", "holds lambda_q1 (8,) beside its projections"),
-    "mixtral": ("model.layers.1.mlp", "experts stay whole, and so do gate"),
+    "mixtral": ("model.layers.1.mlp", "whole experts are cut where scope=expert asks for it, and with them gate"),
     "llama 8/4": ("model.embed_tokens, lm_head", "embeddings and heads are never cut"),
     "gpt2": ("transformer.wte, transformer.wpe", "embeddings and heads are never cut"),
     "opt": ("the residual width", "norms reduce over it"),

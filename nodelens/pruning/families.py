@@ -141,7 +141,7 @@ def _left(model: nn.Module, axes: Sequence[Axis], frozen: Sequence[Frozen], clos
             outside[owner] = None
     report = []
     for path, parts in inside.items():
-        why = "experts stay whole, and so do" if path in experts else "no pattern matches"
+        why = "whole experts are cut where scope=expert asks for it, and with them" if path in experts else "no pattern matches"
         report.append(Frozen(path, f"{why} {shown(list(parts), 6)}"))
     if outside:
         report.append(Frozen(shown(list(outside), 6), "embeddings and heads are never cut"))
