@@ -88,7 +88,8 @@ class SupernodesResult:
         place = MEAN if MEAN in places else str(self.agreement["layer"].iloc[0])
         rows = self.agreement[self.agreement["layer"] == place].dropna(subset="spearman").sort_values("spearman", ascending=False)
         shown = pd.concat([rows[rows["score"] == "loss_proxy"], rows[rows["score"] != "loss_proxy"].head(3)])
-        best = ", ".join(f"{r.score} {r.spearman:.2f} +- {r.spearman_se:.2f}" for r in shown.itertuples())
+        errors = shown["spearman_se"].map(lambda se: f" +- {se:.2f}" if se == se else "")  # too few units have none
+        best = ", ".join(f"{r.score} {r.spearman:.2f}{se}" for r, se in zip(shown.itertuples(), errors, strict=True))
         about = self.metadata["ablation"]
         where = "mean over layers" if place == MEAN else f"in {place}"
         return (
