@@ -154,3 +154,17 @@ def test_a_sample_without_keys_stops_the_run():
         Sample.of(torch.ones(5, 2))
     with pytest.raises(ValueError, match="5 samples meet 5 keys and 4 targets"):
         Sample.of(torch.ones(5, 2), torch.ones(4), keys=torch.arange(5))
+
+
+def test_rows_that_do_not_vary_far_from_the_shift_leave_no_rounding_behind():
+    """As where the one sample is left out in which a unit was ever active: what is left are zeros about another mean."""
+    for shift in (0.0029, 0.1, 3.7):
+        zeros = Higher.of(torch.zeros(57, 4), shift=torch.full((4,), shift, dtype=torch.float64))
+        assert zeros.kurtosis.isnan().all()
+        assert zeros.skewness.isnan().all()
+        assert zeros.mean_square.tolist() == [0.0] * 4
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) * 1e-2
+    far = Higher.of(x, shift=torch.ones(4, dtype=torch.float64))  # a spread of a hundredth of the distance is no rounding
+    near = Higher.of(x, shift=torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(far.mean_square, near.mean_square, rtol=1e-2, atol=0)
+    assert far.kurtosis.isfinite().all()

@@ -11,6 +11,8 @@ from ..linalg import constant
 from ..rows import Rows, SampleSums
 from .base import Statistic
 
+_NOISE = 4 * torch.finfo(torch.float32).eps  # of a sum of squares, as a share of it
+
 
 @dataclass(frozen=True, eq=False)
 class Moments(Statistic):
@@ -45,8 +47,9 @@ class Moments(Statistic):
 
     @property
     def mean_square(self) -> Tensor:
-        """Mean of x^2, (d,); NaN without rows."""
-        return self.about(shift=torch.zeros_like(self.shift)).square / self.n
+        """Mean of x^2, (d,); 0 where it is within the rounding of the sums about the shift, NaN without rows."""
+        value, size = self.about(shift=torch.zeros_like(self.shift)).square, self.square + self.n * self.shift.square()
+        return value.where((value > _NOISE * size) | (self.n == 0), 0.0) / self.n
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,9 @@ class Higher(Moments):
 
     def _central(self, power: str) -> Tensor:
         value = getattr(self.about(shift=self.mean), power) / self.n
-        return value.where(~constant(self.variance, self.mean), math.nan)
+        # sums about a shift that is not the rows' mean, as where a group is left out, resolve no spread below their rounding
+        spread = self.variance * (self.n - 1) > _NOISE * self.square
+        return value.where(spread & ~constant(self.variance, self.mean), math.nan)
 
 
 @dataclass(frozen=True, eq=False)
