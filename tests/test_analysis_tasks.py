@@ -115,3 +115,28 @@ def test_a_selector_needs_no_quotes_of_its_own_and_is_counted(tmp_path, monkeypa
     rows = next(row["rows"] for row in about["rows"])
     assert rows == counts["counted"] > 0
     assert counts["counted"] + counts["not_selected"] + counts["special_left_out"] == 64 * (6000 // 64)
+
+
+def test_the_geometry_takes_the_budget_and_the_width_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("analysis=geometry", "metrics=none")
+    ended = command("analyze", *SMALL, *words, "budget.width=16", "hydra.run.dir=refused")
+    assert ended.code == 1
+    assert "budget.width is 16" in ended.err
+    ended = command("analyze", *SMALL, *words, "budget.width=16", "wide=sketch:12", "hydra.run.dir=sketch")
+    assert ended.code == 0, ended.err
+    assert {w["wide"] for w in load_bundle("sketch/geometry").metadata["wide"]} == {"sketch:12"}
+    ended = command(
+        "analyze",
+        *SMALL,
+        *words,
+        "analysis.geometry.metrics=spectrum",
+        "budget.memory=600KiB",
+        "budget.passes=2",
+        "hydra.run.dir=passes",
+    )
+    assert ended.code == 0, ended.err
+    assert len(load_bundle("passes/geometry").metadata["passes"]) == 2
+    ended = command("analyze", *SMALL, *words, "budget.width=16", "plan_only=true", "hydra.run.dir=plan")
+    assert ended.code == 0, ended.err
+    assert "it would not start as it is: site" in ended.out

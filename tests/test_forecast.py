@@ -93,7 +93,7 @@ def test_the_geometry_is_planned_as_it_is_read(tiny, points, diagnostics):
     columns = columns_of("default", [diagnostics] if diagnostics else [], 4, True)
     takes = {"input_ids": None, "use_cache": False, "logits_to_keep": 1}
     stream = TokenStream([{"input_ids": texts(4, 12)["input_ids"]}], takes, None)
-    seen = read(tiny, stream, hook_points(tiny, points), columns, 16).values.plan
+    seen = read(tiny, lambda: stream, hook_points(tiny, points), columns, 16).values.plan
     found = forecast_geometry(
         llama(), hook_point=points, diagnostics=diagnostics, sample_limit=16, novelty_k=4, samples=4, length=12
     )

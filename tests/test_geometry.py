@@ -728,3 +728,43 @@ def test_the_numbers_of_representation_geometry(net):
     assert (
         peer.analyze_model(net, batches(5, "right"), max_tokens=40).metadata["tokens_observed"] == 65
     )  # pads count, whole batches
+
+
+def test_several_passes_give_the_geometry_of_one(mixtral):
+    data = batches(3, "right")
+    points = ["residual_input", "residual_output"]
+    one = nl.analyze_model(mixtral, data, hook_point=points, sample_limit=20, diagnostics="normalization_ablation")
+    (whole,) = one.metadata["passes"]
+    found = nl.analyze_model(
+        mixtral,
+        data,
+        hook_point=points,
+        sample_limit=20,
+        diagnostics="normalization_ablation",
+        budget=0.6 * whole["bytes"],
+        passes=4,
+    )
+    passes = found.metadata["passes"]
+    assert 1 < len(passes) <= 4
+    assert [name for each in passes for name in each["layers"]] == whole["layers"]
+    for name, table in one.tables().items():
+        pd.testing.assert_frame_equal(found.tables()[name], table, rtol=1e-12)
+    assert found.metadata["tokens_observed"] == one.metadata["tokens_observed"]
+    with pytest.raises(MemoryError, match=r"or budget\.passes=\d \(it is 1\)"):
+        nl.analyze_model(mixtral, data, hook_point=points, budget=0.6 * whole["bytes"])
+    with pytest.raises(ValueError, match=r"the data are read .* times .* and are an iterator"):
+        nl.analyze_model(mixtral, iter(data), hook_point=points, budget=0.6 * whole["bytes"], passes=4)
+
+
+def test_passes_that_see_other_tokens_are_refused(llama):
+    class Fresh:
+        def __init__(self):
+            self.begun = 0
+
+        def __iter__(self):
+            self.begun += 1
+            return iter(batches(3, "right")[: self.begun])
+
+    size = nl.analyze_model(llama, Fresh(), metrics="spectrum").metadata["passes"][0]["bytes"]
+    with pytest.raises(ValueError, match=r"the passes saw .* the data must be the same every time"):
+        nl.analyze_model(llama, Fresh(), metrics="spectrum", budget=0.6 * size, passes=4)

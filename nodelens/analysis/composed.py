@@ -1,12 +1,14 @@
 """Analyses as a config composes them: options are fields, a call measures, what it returns is saved and says itself in lines."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pandas as pd
 from torch import nn
 
+from ..checks import in_bytes
+from ..wide import LIMIT
 from .bundle import GeometryResult
 from .geometry import analyze_model
 
@@ -48,6 +50,10 @@ class Geometry:
     diagnostics: str | list[str] | None = None
     sample_limit: int | None = 512
     novelty_k: int = 32
+    wide: str | None = None
+    width: int = LIMIT
+    budget: str | float | None = None  # bytes, or a size such as 8GB
+    passes: int = 1
     tokenizer_name: str | None = None
     dataset_name: str | None = None
 
@@ -60,7 +66,19 @@ class Geometry:
         seed: int = 0,
         progress: Progress = iter,
     ) -> GeometryResult:
-        return analyze_model(model, progress(data), **{name: _plain(value) for name, value in vars(self).items()})
+        options = {name: _plain(value) for name, value in vars(self).items()} | {"budget": in_bytes(self.budget)}
+        return analyze_model(model, _Shown(data, progress), **options)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Data under a progress bar, that can be read as often as they can."""
+
+    data: Iterable[Any]
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.progress(self.data))
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,8 @@
 import inspect
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def analyze_model(
     novelty_k: int = 32,
     wide: str | None = None,
     width: int = LIMIT,
+    budget: float | None = None,
+    passes: int = 1,
     save_mode: str | None = None,
     save_dir: str | Path | None = None,
     tokenizer_name: str | None = None,
@@ -75,11 +78,13 @@ def analyze_model(
     novelty_k:    leading directions that are compared
     wide:         at sites of more than ``width`` units, whose products are not formed: diagonal, sample:<count>, sketch:<count>,
                   each as ``nodelens.wide.Wide`` has it; None: an error with these choices. What reads the sample has no need of it
+    budget:       bytes that the sums may take; passes: over how many readings of the data the layers may be divided to fit
     save_mode:    json, csv or bundle, into ``save_dir``, which alone means bundle
     device:       where the model is moved to; None: it stays. The other words go into the metadata.
 
     Beside each number that few rows bend stands one that they do not: d_pr_debiased, linear_cka_debiased. Standard errors of the
-    same metrics are nl.analyze's. Raises ValueError, with the way out, for what does not fit; OSError for a model not to be had.
+    same metrics are nl.analyze's. Raises ValueError, with the way out, for what does not fit; MemoryError over the budget;
+    OSError for a model not to be had.
     """
     started = time.perf_counter()
     if dataloader is None:
@@ -94,8 +99,9 @@ def analyze_model(
     columns = columns_of(metrics, diagnostics, novelty_k, sample_limit is not None)
     net, label = _opened(model_name, model, device)
     points = hook_points(net, hook_point, layers)
-    stream = TokenStream(dataloader, _takes(net, points), _share(max_tokens))
-    found = read(net, stream, points, columns, sample_limit, Wide.of(wide, width))
+    begin = partial(TokenStream, dataloader, takes(net, points), _share(max_tokens))
+    how, once = Wide.of(wide, width, passes=passes), isinstance(dataloader, Iterator)
+    found = read(net, begin, points, columns, sample_limit, how, budget, passes, once)
     result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, novelty_k)
     result.metadata = _about(net, label, points, found) | {
         "max_tokens": max_tokens,
@@ -103,6 +109,7 @@ def analyze_model(
         "sample_limit": sample_limit,
         "novelty_k": novelty_k,
         "wide": describe_wide(found.values.plan),
+        "passes": found.passes,
         "metrics": {name: describe(m) | {"sampled": name in columns.sampled} for name, m in columns.metrics.items()},
         "diagnostics": diagnostics,
         "run_name": run_name,
@@ -169,7 +176,7 @@ def _opened(model_name: str | Path | nn.Module | None, model: nn.Module | None, 
     return net, str(getattr(net, "name_or_path", "") or type(net).__name__)
 
 
-def _takes(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, Any]:
+def takes(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, Any]:
     """What a model can be given beside its tokens: no cache, and no logits but the last token's where nothing is read behind."""
     known = inspect.signature(net.forward).parameters
     wanted: dict[str, Any] = {"input_ids": None, "use_cache": False}

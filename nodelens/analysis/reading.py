@@ -1,11 +1,13 @@
 """One pass of a language model over tokens: what its sites show, a sample of it, and what its routers decide."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..collect import Pass
 from ..distributed import first_of, reduce_sums, reduce_tensor
@@ -14,6 +16,7 @@ from ..hooks import Capture, Site, observed
 from ..layers import Layer
 from ..measure import device_of, run_pass
 from ..metrics import Need
+from ..passes import check_again, divided
 from ..plan import Plan
 from ..recording import Recording
 from ..roles import roles_of
@@ -41,21 +44,26 @@ class Reading:
     tokens: int
     batches: int
     left_out: list[dict[str, Any]]
+    passes: list[dict[str, Any]]  # over the data: layers and bytes of each
 
 
 def read(
     net: nn.Module,
-    stream: TokenStream,
+    begin: Callable[[], TokenStream],
     points: Sequence[HookPoint],
     columns: Columns,
     sample_limit: int | None,
     wide: Wide | None = None,
+    budget: float | None = None,
+    passes: int = 1,
+    once: bool = False,
 ) -> Reading:
-    """The pass. Collective.
+    """The pass, or as many as it takes to hold the sums in ``budget`` bytes; ``begin`` opens the tokens for each. Collective.
 
-    Raises ValueError without a token, without the routers that are asked for, and where a site does not show one row a token.
+    Raises ValueError without a token, without the routers that are asked for, where a site does not show one row a token, and where
+    several passes do not see the same tokens or ``once`` says that there can be one; MemoryError beyond ``passes``.
     """
-    device, routers = device_of(net), Routers(net)
+    device, routers, stream = device_of(net), Routers(net), begin()
     found = first_of(_recorded(net, stream.head(), unique(points), routers if columns.router else None))
     if found is None:
         raise ValueError("the data hold no token that counts: nothing to measure")
@@ -68,21 +76,46 @@ def read(
     routers.restore(named)
     points = merged(points, same)
     plan = Plan.of(net, unique(points), columns.summed, recording, groups=1, pairs=pairs(points), wide=wide)
-    sample, widths = TokenSample(sample_limit or 1), {}
-    if columns.sampled:
-        widths = {layer.name: plan.seen(layer, "output").width for layer in plan.layers}
-    taken = _pass(net, plan, stream, sample, list(widths), routers)
-    counts = torch.tensor([stream.tokens, stream.batches, *(c.left_out for c in taken.collectors.values())], device=device)
-    tokens, batches, *lost = reduce_tensor(counts).tolist()
+    parts = divided(plan, budget, passes)
+    check_again(once, parts, device)
+    opened = [(stream, routers), *((begin(), None) for _ in parts[1:])]
+    every = [_read(net, part, *tokens, columns, sample_limit) for part, tokens in zip(parts, opened, strict=True)]
+    if len({one.seen for one in every}) > 1:
+        seen = [one.seen for one in every]
+        raise ValueError(f"the passes saw {seen} tokens and batches: the data must be the same every time, or fit into one pass")
+    sums, rows, lost = (reduce(operator.or_, held) for held in zip(*(one[:3] for one in every), strict=True))
     return Reading(
-        values=Values(plan, _sums(taken, device), sample.gathered(widths, device), device),
+        values=Values(plan, sums, rows, device),
         points=points,
         loads=routers.reduced(device),
         blocks=[block.name for block in roles_of(net).blocks],
-        tokens=tokens,
-        batches=batches,
-        left_out=[{"site": str(site), "rows": n} for site, n in zip(taken.collectors, lost, strict=True) if n],
+        tokens=every[0].seen[0],
+        batches=every[0].seen[1],
+        left_out=[{"site": site, "rows": n} for site, n in lost.items()],
+        passes=[{"layers": [layer.name for layer in part.measured], "bytes": part.total_bytes} for part in parts],
     )
+
+
+class _Read(NamedTuple):
+    """What one pass found, of all processes: sums, the sample's rows by layer, rows not finite by site; tokens and batches."""
+
+    sums: dict[tuple[str, Need], Accumulator]
+    rows: dict[str, Tensor]
+    lost: dict[str, int]
+    seen: tuple[int, int]
+
+
+def _read(
+    net: nn.Module, plan: Plan, stream: TokenStream, routers: Routers | None, columns: Columns, sample_limit: int | None
+) -> _Read:
+    """One pass, over the layers that the plan measures; routers are those of the first."""
+    device, sample = device_of(net), TokenSample(sample_limit or 1)
+    widths = {layer.name: plan.seen(layer, "output").width for layer in plan.measured if columns.sampled}
+    taken = _pass(net, plan, stream, sample, list(widths), routers or Routers(net))
+    counts = torch.tensor([stream.tokens, stream.batches, *(c.left_out for c in taken.collectors.values())], device=device)
+    tokens, batches, *left = reduce_tensor(counts).tolist()
+    lost = {str(site): n for site, n in zip(taken.collectors, left, strict=True) if n}
+    return _Read(_sums(taken, device), sample.gathered(widths, device), lost, (tokens, batches))
 
 
 def _recorded(
@@ -104,7 +137,7 @@ def _recorded(
 
 def _pass(net: nn.Module, plan: Plan, stream: TokenStream, sample: TokenSample, sampled: list[str], routers: Routers) -> Pass:
     """Every batch, shown to the plan's sums, of some layers to the sample, and to the routers."""
-    capture = Capture([Site(layer, "output") for layer in plan.layers if layer.name in sampled], sample.see)
+    capture = Capture([Site(layer, "output") for layer in plan.measured if layer.name in sampled], sample.see)
     capture.gate = True
     with capture, observed(routers.found, routers.see):
         return run_pass(net, plan, stream.shown(sample.begin, routers.begin))

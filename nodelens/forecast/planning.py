@@ -1,13 +1,14 @@
 """Forecasts of the passes that there are: of units, and of the geometry of a language model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..analysis.columns import Asked, columns_of
-from ..analysis.geometry import _takes
+from ..analysis.geometry import takes
 from ..analysis.sites import Shown, hook_points, merged, pairs, unique
 from ..frame import Frame
 from ..hooks import Capture, Site
@@ -56,18 +57,8 @@ def forecast(
     found = find_layers(net, layers, net.state_dict() if initial else None)
     recording = Recording.of(net, found, frame)
     chosen: Mapping[str, Any] = as_metrics(metrics)
-    refused = []
-
-    def plan_of(how: Wide) -> Plan:
-        return Plan.of(net, found, chosen, recording, groups, positions, layers == "*", precision, pairs, ["label"], how)
-
-    try:
-        plan = plan_of(Wide.of(wide, width, 0, passes))
-    except ValueError as error:
-        if wide is not None:
-            raise
-        plan = plan_of(Wide("full"))
-        refused.append(str(error))
+    plan_of = partial(Plan.of, net, found, chosen, recording, groups, positions, layers == "*", precision, pairs, ["label"])
+    plan, refused = _planned(plan_of, wide, width, passes)
     return report(net, plan, rows, _tokens(frame, recording), machine or Machine(), budget, passes, refused=refused)
 
 
@@ -86,6 +77,9 @@ def forecast_geometry(
     length: int = 256,
     machine: Machine | None = None,
     budget: float | None = None,
+    passes: int = 1,
+    wide: str | None = None,
+    width: int = LIMIT,
 ) -> Forecast:
     """What ``nl.analyze_model`` will take, of shapes alone; ``model`` as in ``forecast``, all else as it takes it.
 
@@ -98,7 +92,7 @@ def forecast_geometry(
     columns = columns_of(metrics, asked, novelty_k, sample_limit is not None)
     points = hook_points(net, hook_point, layers)
     device = device_of(net)
-    batch = token_batch(samples, length, device) | {k: v for k, v in _takes(net, points).items() if k == "logits_to_keep"}
+    batch = token_batch(samples, length, device) | {k: v for k, v in takes(net, points).items() if k == "logits_to_keep"}
     del batch["labels"]
     shown = Shown()
     capture = Capture([Site(layer, "output") for layer in unique(points)], shown.see)
@@ -106,10 +100,21 @@ def forecast_geometry(
     with capture:
         recording = Recording.of(net, unique(points), Frame.of(batch))
     points = merged(points, shown.same())
-    plan = Plan.of(net, unique(points), columns.summed, recording, groups=1, pairs=pairs(points), wide=Wide("full"))
+    plan_of = partial(Plan.of, net, unique(points), columns.summed, recording, groups=1, pairs=pairs(points))
+    plan, refused = _planned(plan_of, wide, width, passes)
     sample = 4 * (sample_limit or 0) if columns.sampled else 0
     extra = {layer.name: sample * plan.seen(layer, "output").width for layer in plan.layers}
-    return report(net, plan, max_tokens, length, machine or Machine(), budget, extra=extra)
+    return report(net, plan, max_tokens, length, machine or Machine(), budget, passes, extra, refused)
+
+
+def _planned(plan_of: Callable[..., Plan], wide: str | None, width: int, passes: int) -> tuple[Plan, list[str]]:
+    """The plan; where sites are too wide for it that of the full covariances, and why it would be refused."""
+    try:
+        return plan_of(wide=Wide.of(wide, width, 0, passes)), []
+    except ValueError as error:
+        if wide is not None:
+            raise
+        return plan_of(wide=Wide("full")), [str(error)]
 
 
 def _tokens(frame: Frame, recording: Recording) -> int:

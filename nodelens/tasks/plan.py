@@ -68,7 +68,7 @@ def _forecasts(cfg: DictConfig, net: nn.Module, batch: Any, rows: int) -> dict[s
         )
     for name, analysis in build_all(values.get("analysis"), "analysis").items():
         if isinstance(analysis, Geometry):
-            found[name] = _geometry(analysis, net, batch, rows, machine, budget)
+            found[name] = _geometry(analysis, net, batch, rows, machine)
         else:
             say(f"{name}: {type(analysis).__name__} has no plan before it runs")
     if not found:
@@ -83,11 +83,11 @@ def _options(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _geometry(analysis: Geometry, net: nn.Module, batch: Any, rows: int, machine: Machine, budget: float | None) -> Forecast:
+def _geometry(analysis: Geometry, net: nn.Module, batch: Any, rows: int, machine: Machine) -> Forecast:
     samples, length = batch["input_ids"].shape
     options = {name: value for name, value in vars(analysis).items() if not name.endswith("_name")}
-    options["max_tokens"] = options["max_tokens"] or rows
-    return forecast_geometry(net, samples=samples, length=length, machine=machine, budget=budget, **options)
+    options |= {"max_tokens": analysis.max_tokens or rows, "budget": in_bytes(analysis.budget)}
+    return forecast_geometry(net, samples=samples, length=length, machine=machine, **options)
 
 
 def _hollow(cfg: DictConfig) -> tuple[nn.Module, Any, int] | None:
