@@ -1,6 +1,6 @@
 """python analyze.py [key=value ...]; --help shows the groups and their options."""
 
-from nodelens.cli import analyze
+from nodelens.app.cli import analyze
 
 if __name__ == "__main__":
     analyze()

@@ -1,6 +1,6 @@
 """python train.py [key=value ...]; --help shows the groups and their options."""
 
-from nodelens.cli import train
+from nodelens.app.cli import train
 
 if __name__ == "__main__":
     train()

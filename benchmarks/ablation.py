@@ -15,16 +15,16 @@ import torch
 from transformers import AutoTokenizer
 
 import nodelens as nl
-from nodelens.analysis.agreement import MEAN, POOLED, agreement
-from nodelens.analysis.critical import Supernodes
-from nodelens.analysis.critical_result import SupernodesResult, load_supernodes
-from nodelens.files import read_json, write, write_json
+from nodelens.analysis.supernodes.agreement import MEAN, POOLED, agreement
+from nodelens.analysis.supernodes.supernode_result import SupernodesResult, load_supernodes
+from nodelens.analysis.supernodes.supernodes import Supernodes
 from nodelens.metrics import Metric
 from nodelens.models import causal_lm
-from nodelens.pruning.baselines import BASELINES, baseline
-from nodelens.pruning.find import find_axes
-from nodelens.pruning.scoring import at_consumers, score_table
-from nodelens.report.supernodes import write_supernodes
+from nodelens.pruning.criteria.baselines import BASELINES, baseline
+from nodelens.pruning.criteria.scoring import at_consumers, score_table
+from nodelens.pruning.groups.find import find_groups
+from nodelens.report.supernode_figures import write_supernodes
+from nodelens.results.files import read_json, write, write_json
 
 
 def windows(tokenizer: AutoTokenizer, text: str, chars: str, length: int, batch: int) -> list[dict[str, torch.Tensor]]:
@@ -61,14 +61,14 @@ def measured(net, layers: Sequence[str], scores: dict[str, object], data: list, 
     """Every score of the layers' channels, and why some have none; what lies in the folder is read again."""
     if not (out / "scores.json").is_file():
         refused: dict[str, str] = {}
-        axes = [axis for axis in find_axes(net) if axis.name in layers]
+        groups = [group for group in find_groups(net) if group.name in layers]
         few = [{name: value[:2, :64] for name, value in data[0].items()}]
         for name, score in scores.items():
             try:
-                score_table(net, axes, {name: score}, few)
+                score_table(net, groups, {name: score}, few)
             except (ValueError, TypeError) as error:
                 refused[name] = str(error).splitlines()[0]
-        table = score_table(net, axes, {name: score for name, score in scores.items() if name not in refused}, data)
+        table = score_table(net, groups, {name: score for name, score in scores.items() if name not in refused}, data)
         table.index.names = ["layer", "unit"]
         write(out / "scores.parquet", table.to_parquet)
         write_json(out / "scores.json", refused)

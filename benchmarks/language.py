@@ -15,7 +15,7 @@ from timing import interleaved
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import nodelens as nl
-from nodelens.forecast import forecast, forecast_geometry
+from nodelens.app.cost_estimate import forecast, forecast_geometry
 
 SHAPES = {  # those of Llama 3.2 1B and Llama 2 7B
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512},

@@ -10,17 +10,17 @@ import torch
 from timing import interleaved
 from torch import nn
 
-from nodelens.collect import Pass
-from nodelens.config import load_config
-from nodelens.frame import Frame
-from nodelens.hooks import Capture
-from nodelens.layers import find_layers
-from nodelens.measure import DEFAULT, _forward, as_metrics
+from nodelens.app.config import load_config
+from nodelens.engine.analyze import DEFAULT, _forward, as_metrics
+from nodelens.engine.collect import Pass
+from nodelens.engine.dry_run import DryRun
+from nodelens.engine.plan import Plan
 from nodelens.models import resnet
-from nodelens.modes import frozen
-from nodelens.plan import Plan
-from nodelens.recording import Recording
-from nodelens.targets import summed_loss
+from nodelens.network.batch import Batch
+from nodelens.network.eval_mode import eval_mode
+from nodelens.network.find_layers import find_layers
+from nodelens.network.hooks import Capture
+from nodelens.network.targets import summed_loss
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch
 EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
@@ -32,8 +32,8 @@ def overhead(
 ) -> tuple[float, float]:
     """(seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
     layers = find_layers(model)
-    frame = Frame.of(batch, groups).sorted()
-    plan = Plan.of(model, layers, as_metrics(metrics), Recording.of(model, layers, frame), groups, positions)
+    batch = Batch.of(batch, groups).sorted()
+    plan = Plan.of(model, layers, as_metrics(metrics), DryRun.of(model, layers, batch), groups, positions)
     taken = Pass(plan)
     capture = Capture(plan.sites(), taken.see, plan.overwritten)
 
@@ -48,10 +48,10 @@ def overhead(
 
     def measured() -> None:
         with capture:
-            taken.begin(frame)
-            taken.end(_forward(model, frame, capture, summed_loss if plan.gradients else None))
+            taken.begin(batch)
+            taken.end(_forward(model, batch, capture, summed_loss if plan.gradients else None))
 
-    with frozen(model):
+    with eval_mode(model):
         for _ in range(3):
             measured()
         seconds = interleaved({"bare": bare, "measured": measured}, rounds)

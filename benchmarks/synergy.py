@@ -9,8 +9,8 @@ import torch
 from timing import interleaved
 
 from nodelens.metrics import get_metric
-from nodelens.rows import Rows
 from nodelens.statistics import Cross, Gram
+from nodelens.statistics.rows import Rows
 
 
 def loop(y: torch.Tensor, z: torch.Tensor, partners: int, generator: torch.Generator) -> torch.Tensor:

@@ -4,38 +4,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .analysis.bundle import GeometryResult
-    from .analysis.geometry import analyze_model
-    from .config import load_config, run
-    from .data.selectors import select_tokens
-    from .finetune import Finetune
-    from .layers import find_layers
-    from .measure import analyze
+    from nodelens.analysis.geometry.analyze_model import analyze_model
+    from nodelens.analysis.geometry.bundle import GeometryResult
+    from nodelens.app.config import load_config
+    from nodelens.app.run import run
+    from nodelens.data.selectors import select_tokens
+    from nodelens.engine.analyze import analyze
+    from nodelens.interventions.wrapper import ModelWrapper
+    from nodelens.network.find_layers import find_layers
+    from nodelens.pruning.prune import prune
+    from nodelens.pruning.strategies import PruningConfig, get_pruning_strategy, list_pruning_strategies
+    from nodelens.pruning.surgery.save import load_pruned
+    from nodelens.results.result import Result, load, load_runs
+    from nodelens.training.finetune import Finetune
+
     from .metrics import get_metric, list_metrics, register_metric
-    from .pruning.artefact import load_pruned
-    from .pruning.prune import prune
-    from .pruning.strategies import PruningConfig, get_pruning_strategy, list_pruning_strategies
-    from .results import Result, load, load_runs
-    from .wrapper import ModelWrapper
 
 _HOMES = {
-    "analyze": "measure",
-    "analyze_model": "analysis.geometry",
-    "GeometryResult": "analysis.bundle",
-    "find_layers": "layers",
+    "analyze": "engine.analyze",
+    "analyze_model": "analysis.geometry.analyze_model",
+    "GeometryResult": "analysis.geometry.bundle",
+    "find_layers": "network.find_layers",
     "select_tokens": "data.selectors",
     "get_metric": "metrics",
     "list_metrics": "metrics",
     "register_metric": "metrics",
-    "Result": "results",
-    "load": "results",
-    "load_runs": "results",
-    "load_config": "config",
-    "run": "config",
-    "ModelWrapper": "wrapper",
-    "Finetune": "finetune",
+    "Result": "results.result",
+    "load": "results.result",
+    "load_runs": "results.result",
+    "load_config": "app.config",
+    "run": "app.run",
+    "ModelWrapper": "interventions.wrapper",
+    "Finetune": "training.finetune",
     "prune": "pruning.prune",
-    "load_pruned": "pruning.artefact",
+    "load_pruned": "pruning.surgery.save",
     "PruningConfig": "pruning.strategies",
     "get_pruning_strategy": "pruning.strategies",
     "list_pruning_strategies": "pruning.strategies",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from nodelens import cli
+from nodelens.app import cli
 
 
 class Ended(NamedTuple):

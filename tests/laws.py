@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodelens.geometry import Geometry
-from nodelens.keys import mix
 from nodelens.metrics import METRICS, Metric, get_metric
-from nodelens.rows import Rows
 from nodelens.statistics import (
     STATISTICS,
     ByClass,
@@ -35,8 +32,11 @@ from nodelens.statistics import (
     Statistic,
     Zeros,
 )
+from nodelens.statistics.convolution import ConvolutionGeometry
+from nodelens.statistics.rows import Rows
+from nodelens.statistics.sample_hash import mix
 
-CONV = Geometry((3,), (2,), (1,), ((1, 1),))
+CONV = ConvolutionGeometry((3,), (2,), (1,), ((1, 1),))
 Make = Callable[[Tensor, Tensor | None], Statistic]
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.metrics import get_metric, list_metrics
-from nodelens.targets import logit_pc1, target_of
+from nodelens.network.targets import logit_pc1, target_of
 
 FILES = (
     "activations",
@@ -265,10 +265,10 @@ def test_golden_loss_proxies_of_a_language_model_agree(size):
 
 
 def test_labels_of_padded_tokens_do_not_count():
-    from nodelens.frame import Frame
+    from nodelens.network.batch import Batch
 
     ids = torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    frame = Frame.of({"input_ids": ids, "labels": ids, "attention_mask": mask})
-    assert frame.labels.tolist() == [[5, 6, 7, -100], [5, 6, -100, -100]]
-    assert frame.tokens.tolist() == [2, 1]
+    batch = Batch.of({"input_ids": ids, "labels": ids, "attention_mask": mask})
+    assert batch.labels.tolist() == [[5, 6, 7, -100], [5, 6, -100, -100]]
+    assert batch.tokens.tolist() == [2, 1]

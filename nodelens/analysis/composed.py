@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import pandas as pd
 from torch import nn
 
-from ..checks import in_bytes
-from ..wide import LIMIT
-from .bundle import GeometryResult
-from .geometry import analyze_model
+from nodelens.analysis.geometry.analyze_model import analyze_model
+from nodelens.analysis.geometry.bundle import GeometryResult
+from nodelens.engine.covariance import LIMIT
+from nodelens.engine.validation import in_bytes
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -40,7 +40,7 @@ class Analysis(Protocol):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class GeometryAnalysis:
     """The geometry of a language model's residual stream; the fields are those of ``analyze_model``."""
 
     max_tokens: int | None = 100_000
@@ -50,10 +50,10 @@ class Geometry:
     diagnostics: str | list[str] | None = None
     sample_limit: int | None = 512
     novelty_k: int = 32
-    wide: str | None = None
+    covariance: str | None = None
     width: int = LIMIT
     budget: str | float | None = None  # bytes, or a size such as 8GB
-    passes: int = 1
+    max_passes: int = 1
     tokenizer_name: str | None = None
     dataset_name: str | None = None
 

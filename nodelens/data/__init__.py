@@ -3,17 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nodelens.data.batch import Batch
+from .batch import ImageBatch
 
 if TYPE_CHECKING:
-    from nodelens.data.arrays import Digits, Npz
-    from nodelens.data.hub import Hub
-    from nodelens.data.images import ImageData
-    from nodelens.data.selectors import select_tokens
-    from nodelens.data.text import Text
-    from nodelens.data.tokens import ByteTokenizer
+    from .arrays import Digits, Npz
+    from .hub import Hub
+    from .images import ImageData
+    from .selectors import select_tokens
+    from .text import Text
+    from .tokens import ByteTokenizer
 
-__all__ = ["Batch", "ByteTokenizer", "Digits", "Hub", "ImageData", "Npz", "Text", "select_tokens"]
+__all__ = ["ByteTokenizer", "Digits", "Hub", "ImageBatch", "ImageData", "Npz", "Text", "select_tokens"]
 
 _HOME = {"Digits": "arrays", "Hub": "hub", "ImageData": "images", "Npz": "arrays", "Text": "text", "ByteTokenizer": "tokens"}
 _HOME["select_tokens"] = "selectors"

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nodelens.data.images import ImageData
-from nodelens.data.source import ArraySource, Source
+from .images import ImageData
+from .source import ArraySource, Source
 
 _Arrays = dict[str, np.ndarray]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Images with their labels and numbers."""
 
     x: Tensor  # (B, C, H, W)  float32  normalised

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nodelens.data.selectors import Selector, without
-from nodelens.data.tokens import Tokenizer
+from .selectors import Selector, without
+from .tokens import Tokenizer
 
 _IGNORE = -100  # a label that does not count, as in cross_entropy
 _AT_ONCE = 64  # documents that a tokenizer is given together

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nodelens.data.blocks import TokenStream
-from nodelens.files import write
+from nodelens.results.files import write
+
+from .blocks import TokenStream
 
 _log = logging.getLogger(__name__)
 _FORM = 1  # of the file; one more when the same text would be stored otherwise

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nodelens.data.cache import file_hash
+from .cache import file_hash
 
 _STRETCH = 1 << 20  # characters
 _KINDS = "a text file, a folder of .txt files, .jsonl or .parquet with a text column, or a hub id"
@@ -63,7 +63,7 @@ class Corpus:
         elif place.exists():
             found = file_hash([place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()))
         else:
-            from nodelens.data.opening import stored_files
+            from .opening import stored_files
 
             self.open()
             found = file_hash(stored_files(self.path, self.name))
@@ -86,7 +86,7 @@ class Corpus:
                     yield self._text(_object(line, f"{file}, line {number}"), f"{file}, line {number}")
 
     def _tables(self) -> list[Iterator[str]]:
-        from nodelens.data.opening import open_sets  # `datasets` costs a second that plain text does not need
+        from .opening import open_sets  # `datasets` costs a second that plain text does not need
 
         assert self.path is not None
         try:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nodelens.data.batch import Batch
-from nodelens.data.columns import image_column, label_column
-from nodelens.data.images import ImageData
-from nodelens.data.opening import open_sets
-from nodelens.data.source import Source
-from nodelens.data.splits import shard
-from nodelens.data.stream import Stream, StreamSource, open_stream
-from nodelens.data.table import open_table
+from .batch import ImageBatch
+from .columns import image_column, label_column
+from .images import ImageData
+from .opening import open_sets
+from .source import Source
+from .splits import shard
+from .stream import Stream, StreamSource, open_stream
+from .table import open_table
 
 
 class Hub(ImageData):
@@ -65,18 +65,18 @@ class Hub(ImageData):
             return open_stream(parts, image, label, f"{self.path} {self.name} {self.train_split} {self.test_split}")
         return open_table(parts, image, label)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
         if not self.streaming:
             return super().train_dataloader()
         return self._streamed(self._shared("train", even=True), self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[ImageBatch]:
         return self._streamed(self._shared("val"), self.batch_size) if self.streaming else super().val_dataloader()
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[ImageBatch]:
         return self._streamed(self._shared("test"), self.batch_size) if self.streaming else super().test_dataloader()
 
-    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[Batch]:
+    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[ImageBatch]:
         if not self.streaming:
             return super().loader(split, rank, world, batch_size)
         return self._streamed(shard(self._ids(split), rank, world), batch_size or self.batch_size)
@@ -95,7 +95,7 @@ class Hub(ImageData):
             ids = torch.cat([ids, ids[: world - len(ids) % world]])
         return shard(ids, rank, world).sort().values
 
-    def _streamed(self, ids: Tensor, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
+    def _streamed(self, ids: Tensor, batch_size: int, shuffle: bool = False) -> DataLoader[ImageBatch]:
         source = self._ready()
         if not isinstance(source, StreamSource):
             raise RuntimeError("the data were read as a table; set streaming before setup()")

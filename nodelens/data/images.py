@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nodelens.data.batch import Batch
-from nodelens.data.convert import Convert
-from nodelens.data.source import Images, Source, check_labels
-from nodelens.data.splits import make_splits, pick, shard, write_splits
+from .batch import ImageBatch
+from .convert import Convert
+from .source import Images, Source, check_labels
+from .splits import make_splits, pick, shard, write_splits
 
 
 class ImageData(lightning.LightningDataModule):
@@ -68,18 +68,18 @@ class ImageData(lightning.LightningDataModule):
         self.size = self.size or (shape[2] if shape[2] == shape[3] else None)
         self.source = source
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
         """Shuffled batches of the training split; the order is new each epoch and follows from `seed`."""
         generator = torch.Generator().manual_seed(self.seed)
         return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[ImageBatch]:
         return self._load(self._ids("val"), self.batch_size)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[ImageBatch]:
         return self._load(self._ids("test"), self.batch_size)
 
-    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[Batch]:
+    def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[ImageBatch]:
         """Batches in a fixed order, of the samples at positions i with i % world == rank; maybe none.
 
         split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
@@ -116,7 +116,7 @@ class ImageData(lightning.LightningDataModule):
             check_labels(source.labels, classes)
         return classes
 
-    def _load(self, ids: Tensor, batch_size: int, **options: Any) -> DataLoader[Batch]:
+    def _load(self, ids: Tensor, batch_size: int, **options: Any) -> DataLoader[ImageBatch]:
         return DataLoader(
             Images(self._ready(), ids, self._convert()),
             batch_size=batch_size,

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nodelens.data.tokens import as_tokenizer, in_bytes
-from nodelens.expressions import parse_index
+from nodelens.network.expressions import parse_index
+
+from .tokens import as_tokenizer, in_bytes
 
 _IGNORE = -100  # a label that does not count, as in cross_entropy
 _KINDS = "all, loss, last, positions such as 0, -1 or n//2:, phrase:<text>, regex:<pattern>; several joined by ' & '"

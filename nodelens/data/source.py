@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nodelens.data.batch import Batch
-from nodelens.data.convert import Convert
+from .batch import ImageBatch
+from .convert import Convert
 
 
 class Source(Protocol):
@@ -65,7 +65,7 @@ class ArraySource:
         return digest.hexdigest()
 
 
-class Images(Dataset[Batch]):
+class Images(Dataset[ImageBatch]):
     """The samples `ids` of a source; a loader hands over a whole batch of positions at once."""
 
     def __init__(self, source: Source, ids: Tensor, convert: Convert):
@@ -76,12 +76,12 @@ class Images(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, position: int) -> Batch:
-        return Batch(*(part[0] for part in self.__getitems__([position])))
+    def __getitem__(self, position: int) -> ImageBatch:
+        return ImageBatch(*(part[0] for part in self.__getitems__([position])))
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitems__(self, positions: list[int]) -> ImageBatch:
         ids = self.ids[torch.as_tensor(positions)]
-        return Batch(self.source.fetch(ids, self.convert), self.labels[ids], ids)
+        return ImageBatch(self.source.fetch(ids, self.convert), self.labels[ids], ids)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from nodelens.data.batch import Batch
-from nodelens.data.columns import declared_classes, decoded
-from nodelens.data.convert import Convert
-from nodelens.data.source import check_labels
+from .batch import ImageBatch
+from .columns import declared_classes, decoded
+from .convert import Convert
+from .source import check_labels
 
 _BUFFER = 1024  # undecoded samples among which training picks at random
 
@@ -85,7 +85,7 @@ def _count(part: datasets.IterableDataset, label: str) -> int:
     return sum(1 for _ in part.select_columns([label]))
 
 
-class Stream(IterableDataset[Batch]):
+class Stream(IterableDataset[ImageBatch]):
     """Whole batches of the samples `ids`, decoded by `threads` threads (0: none), shuffled when there is a seed.
 
     Threads and not processes: `datasets` would deal its files out to processes, and lose the running number.
@@ -108,7 +108,7 @@ class Stream(IterableDataset[Batch]):
     def __len__(self) -> int:
         return math.ceil(len(self.ids) / self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         rows = self.source.numbered(self.ids)
         if self.generator is not None:
             rows = _shuffled(rows, self.generator)
@@ -118,12 +118,12 @@ class Stream(IterableDataset[Batch]):
         with ThreadPoolExecutor(self.threads) as pool:
             yield from self._batches(rows, pool.map)
 
-    def _batches(self, rows: Iterator[tuple[int, Any, int]], each: Any) -> Iterator[Batch]:
+    def _batches(self, rows: Iterator[tuple[int, Any, int]], each: Any) -> Iterator[ImageBatch]:
         while group := list(islice(rows, self.batch_size)):
             ids, images, labels = zip(*group, strict=True)
             y = torch.tensor(labels)
             check_labels(y, self.classes)
-            yield Batch(self.convert.every(list(each(decoded, images))), y, torch.tensor(ids))
+            yield ImageBatch(self.convert.every(list(each(decoded, images))), y, torch.tensor(ids))
 
 
 def _shuffled(rows: Iterator[Any], generator: torch.Generator) -> Iterator[Any]:

@@ -7,8 +7,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from nodelens.data.columns import declared_classes, decoded
-from nodelens.data.convert import Convert
+from .columns import declared_classes, decoded
+from .convert import Convert
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nodelens.data.blocks import Reader, Samples, TokenStream, packed, separate, unused
-from nodelens.data.cache import Parts, cached
-from nodelens.data.corpus import Corpus
-from nodelens.data.selectors import Selector, check_exact
-from nodelens.data.splits import make_splits, pick, shard, write_splits
-from nodelens.data.textstream import Blocks, TextStream, nothing_selected
-from nodelens.data.tokens import Tokenizer, open_tokenizer
+from .blocks import Reader, Samples, TokenStream, packed, separate, unused
+from .cache import Parts, cached
+from .corpus import Corpus
+from .selectors import Selector, check_exact
+from .splits import make_splits, pick, shard, write_splits
+from .textstream import Blocks, TextStream, nothing_selected
+from .tokens import Tokenizer, open_tokenizer
 
 TextBatch = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from nodelens.data.blocks import Reader, Samples, TokenStream, packed
+from .blocks import Reader, Samples, TokenStream, packed
 
 _HEADROOM = 1 << 16  # tokens that wait at least, before blocks are cut of them
 

@@ -155,7 +155,7 @@ def _opened(path: str) -> Any:
     from huggingface_hub import constants
     from transformers import AutoTokenizer
 
-    from nodelens.data.opening import hub_answers
+    from .opening import hub_answers
 
     folder = Path(path).expanduser()
     options = {"trust_remote_code": False}  # asked for, it would wait for an answer at the terminal

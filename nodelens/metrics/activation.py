@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import constant
-from ..statistics import Gram, Higher, MeanSizes, Moments, Quantiles, Sizes, Zeros
-from .base import Metric, Need, View
+from nodelens.statistics import Gram, Higher, MeanSizes, Moments, Quantiles, Sizes, Zeros
+from nodelens.statistics.linalg import constant
+
+from .base import Metric
+from .need import Need, View
 
 
 @dataclass(frozen=True)

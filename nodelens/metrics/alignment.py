@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import constant
-from ..statistics import ByClass, Moments, Patches, PatchesByClass
-from .base import Metric, Need
+from nodelens.statistics import ByClass, Moments, Patches, PatchesByClass
+from nodelens.statistics.linalg import constant
+
+from .base import Metric
+from .need import Need
 
 
 @dataclass(frozen=True)

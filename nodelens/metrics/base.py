@@ -1,48 +1,16 @@
 """What a metric is: a pure function of statistics and weights, that says which it needs."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from ..statistics import Statistic
+from .from_tensors import compute
+from .need import Need
 
-View = Literal["positions", "samples"]
-Target = str | Callable[..., Tensor]  # a name of targets.py, or a function of (logits, labels)
 _SECTIONS = ("Formula", "Shapes", "Unit", "NaN", "Raises", "Source")
-
-
-class Other(NamedTuple):
-    """Rows of another site, as a target: a plan puts them in the place of ``input`` and ``next``."""
-
-    layer: str
-    port: str
-
-    def __str__(self) -> str:
-        return f"{self.layer}.{self.port}"
-
-
-class Need(NamedTuple):
-    """A statistic of the rows at a port, in a view, with the target that stands beside them.
-
-    port: ``input``, ``output``, ``projection`` (what the weights make of the inputs: the output, but for a bias), ``grad``,
-    ``output*grad``, ``weight*grad``, ``change`` (what the weights' change would put out) or ``next``, the next layer's output;
-    ``/tokens`` behind a gradient divides it by the sample's predicted tokens.
-    view: ``positions``, ``samples``, or ``whole``: samples for images, a token a row for language models. A plan makes
-    ``tokens`` of it where the target is one a token: the tokens that have it, also for what stands alone.
-    target: a name or function of ``targets.py``, several names joined by +, or another port, whose rows stand beside.
-    """
-
-    statistic: type[Statistic]
-    port: str
-    view: str = "positions"
-    target: Target | Other | None = None
-
-    def __str__(self) -> str:
-        beside = f" with {getattr(self.target, '__name__', self.target)}" if self.target else ""
-        return f"{self.statistic.__name__}({self.port}, {self.view}{beside})"
 
 
 @dataclass(frozen=True)
@@ -107,8 +75,6 @@ class Metric:
         logits (n, K), gradients like outputs; of a convolution its stride, padding, dilation, groups.
         Raises ValueError for a tensor that is missing.
         """
-        from .inhand import compute
-
         return compute(self, tensors)
 
 

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import constant
-from ..statistics import Sample
-from .base import Metric, Need, Target
-from .beside import beside_rows, check_target, with_control
+from nodelens.statistics import Sample
+from nodelens.statistics.linalg import constant
+
+from .base import Metric
+from .need import Need, Target
+from .paired_target import beside_rows, check_target, with_control
 
 
 @dataclass(frozen=True)

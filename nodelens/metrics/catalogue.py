@@ -8,8 +8,8 @@ from itertools import groupby
 from textwrap import fill
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from . import METRICS, get_metric
 from .base import Metric
+from .registry import get_metric, metric_classes
 
 _WIDTH = 110
 _PER = {
@@ -37,7 +37,7 @@ standard error `<name>_se`, a jackknife over groups of samples.
 
 def catalogue() -> str:
     """Every metric as Markdown, grouped by family: a module's docstring, then an entry a metric."""
-    families = groupby(METRICS, key=lambda metric: metric.__module__)
+    families = groupby(metric_classes(), key=lambda metric: metric.__module__)
     sections = ["\n".join([_heading(module), *map(_entry, metrics)]) for module, metrics in families]
     return "\n".join([_HEAD, *sections])
 

@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import components, principal_axes, spectrum
-from ..statistics import Gram, Pair
-from .base import Metric, Need
-from .edge import EdgeMetric, live_cross
+from nodelens.statistics import Gram, Pair
+from nodelens.statistics.linalg import components, principal_axes, spectrum
+
+from .base import Metric
+from .layer_pair import EdgeMetric, live_cross
+from .need import Need
 from .spectrum import live_covariance
 
 ROWS = 5  # a direction of either layer; with fewer, correlations are found where there are none

@@ -6,11 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import debiased_hsic
-from ..statistics import Gram, NormedGram, NormedPair, Pair
-from .base import Metric, Need
-from .edge import EdgeMetric, live_cross
+from nodelens.statistics import Gram, NormedGram, NormedPair, Pair
+from nodelens.statistics.linalg import debiased_hsic
+
+from .base import Metric
 from .information import silent
+from .layer_pair import EdgeMetric, live_cross
+from .need import Need
 from .spectrum import live_covariance
 
 

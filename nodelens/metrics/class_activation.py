@@ -6,8 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..statistics import ByClass, ClassSizes
-from .base import Metric, Need
+from nodelens.statistics import ByClass, ClassSizes
+
+from .base import Metric
+from .need import Need
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import gaussian_information
-from ..statistics import ByClass, ClassGram, Gram
-from .base import Metric, Need, mean_of_partners
-from .beside import TWIN, check_target, with_control
+from nodelens.statistics import ByClass, ClassGram, Gram
+from nodelens.statistics.linalg import gaussian_information
+
+from .base import Metric, mean_of_partners
 from .classes import SILENT
 from .information import silent
+from .need import Need
+from .paired_target import TWIN, check_target, with_control
 
 FEWEST = 4  # rows of a class: fewer settle no covariance of two units
 Part = tuple[float, Tensor]  # a class's share of the rows, its covariance (units, units)

@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import constant
-from ..statistics import ByClass, Sample
-from .base import Metric, Need
-from .beside import check_target, with_control
+from nodelens.statistics import ByClass, Sample
+from nodelens.statistics.linalg import constant
+
+from .base import Metric
 from .binning import check_bins, plug_in, still
+from .need import Need
+from .paired_target import check_target, with_control
 
 SILENT = 1e-6  # of the variance: a class in which a unit is quieter would have no logarithm
 

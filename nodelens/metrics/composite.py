@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import Metric, Need
+from .base import Metric
+from .need import Need
+from .registry import get_metric
 
 _RQ_MINUS_REDUNDANCY = {"weights": {"rayleigh_quotient": 1.0, "pairwise_redundancy_gaussian": -0.3}, "log": ()}
 
@@ -134,8 +136,6 @@ def _check(metric: CompositeImportance) -> None:
 
 
 def _lookup(name: str, options: Mapping[str, Any]) -> Metric:
-    from . import get_metric
-
     try:
         return get_metric(name, **options)
     except ValueError as error:

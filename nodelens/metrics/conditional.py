@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import constant, correlation, gaussian_information, joint_bias
-from ..statistics import ClassCross, Cross, Moments
-from .base import Metric, Need
-from .beside import TARGETS, TWIN, check_target, idle, whitening, with_control, with_targets
+from nodelens.statistics import ClassCross, Cross, Moments
+from nodelens.statistics.linalg import constant, correlation, gaussian_information, joint_bias
+
+from .base import Metric
 from .information import silent
+from .need import Need
+from .paired_target import TARGETS, TWIN, check_target, idle, whitening, with_control, with_targets
 
 FEWEST = 4  # rows of a class: of three a correlation is a matter of chance
 COLUMNS = tuple(name for name in TARGETS if name != "logit_pc1")  # that can stand beside another

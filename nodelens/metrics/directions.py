@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import ROUNDING, debiased_hsic
-from ..statistics import Directions, Gram, NormedGram
-from .base import Metric, Need, View
+from nodelens.statistics import Directions, Gram, NormedGram
+from nodelens.statistics.linalg import ROUNDING, debiased_hsic
+
+from .base import Metric
 from .information import silent
+from .need import Need, View
 
 
 @dataclass(frozen=True)

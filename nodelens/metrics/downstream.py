@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import MI_CEILING, constant, gaussian_information
-from ..statistics import Gram, Moments, Pair
-from .base import Metric, Need, View
+from nodelens.statistics import Gram, Moments, Pair
+from nodelens.statistics.linalg import MI_CEILING, constant, gaussian_information
+
+from .base import Metric
 from .information import PairwiseRedundancy
+from .need import Need, View
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..linalg import ROUNDING
-from ..statistics import Moments, Sizes
-from ..statistics.weight_sums import WeightSums
-from .base import Metric, Need
+from nodelens.statistics import Moments, Sizes
+from nodelens.statistics.linalg import ROUNDING
+from nodelens.statistics.weight_sums import WeightSums
+
+from .base import Metric
+from .need import Need
 
 LossReduction = Literal["sum", "mean"]
 

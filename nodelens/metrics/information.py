@@ -6,10 +6,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import MI_CEILING, constant, correlation, gaussian_information, joint_bias, principal_axes
-from ..statistics import Cross, Gram, Moments, Pair
-from .base import Metric, Need, Target, View, mean_of_partners
-from .beside import beside_rows, check_target, idle, target_rows, whitening, with_control, with_targets
+from nodelens.statistics import Cross, Gram, Moments, Pair
+from nodelens.statistics.linalg import MI_CEILING, constant, correlation, gaussian_information, joint_bias, principal_axes
+
+from .base import Metric, mean_of_partners
+from .need import Need, Target, View
+from .paired_target import beside_rows, check_target, idle, target_rows, whitening, with_control, with_targets
 
 CLOSE = 1.1  # of the first eigenvalue over the second: below, their axes are a matter of chance
 

@@ -9,10 +9,12 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg import correlation, entropy_bias, spectrum
-from ..statistics import Gram, NormedGram
-from .base import Metric, Need, View
+from nodelens.statistics import Gram, NormedGram
+from nodelens.statistics.linalg import correlation, entropy_bias, spectrum
+
+from .base import Metric
 from .information import silent
+from .need import Need, View
 
 
 class Entropies(NamedTuple):

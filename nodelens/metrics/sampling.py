@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..statistics import Moments
-from .base import Metric, Need, View
+from nodelens.statistics import Moments
+
+from .base import Metric
+from .need import Need, View
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import components, correlation, entropy_count, spectrum
-from ..statistics import Directions, Gram
-from .base import Metric, Need, View
+from nodelens.statistics import Directions, Gram
+from nodelens.statistics.linalg import components, correlation, entropy_count, spectrum
+
+from .base import Metric
 from .information import silent
+from .need import Need, View
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import principal_axes, spectrum
-from ..statistics import Gram
-from .base import Metric, Need
-from .edge import EdgeMetric
+from nodelens.statistics import Gram
+from nodelens.statistics.linalg import principal_axes, spectrum
+
+from .base import Metric
+from .layer_pair import EdgeMetric
+from .need import Need
 from .spectrum import live_covariance
 
 CLOSE = 1.05  # ratio of the eigenvalues on both sides of a cut, below which the cut is arbitrary

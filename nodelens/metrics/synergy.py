@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import gaussian_information
-from ..statistics import Cross, Gram, Moments
-from .base import Metric, Need, Target, mean_of_partners
-from .beside import TWIN, beside_rows, check_target, target_rows, whitening, with_control, with_targets
+from nodelens.statistics import Cross, Gram, Moments
+from nodelens.statistics.linalg import gaussian_information
+
+from .base import Metric, mean_of_partners
 from .information import correlation_of, silent
+from .need import Need, Target
+from .paired_target import TWIN, beside_rows, check_target, target_rows, whitening, with_control, with_targets
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nodelens.models.classifier import Classifier, logits_of
-    from nodelens.models.hf import resnet, vit
-    from nodelens.models.language import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
-    from nodelens.models.plain import CNN, MLP, cnn, mlp
-    from nodelens.models.weights import load_weights, training_state
+    from .classifier import Classifier, logits_of
+    from .hf import resnet, vit
+    from .language import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
+    from .plain import CNN, MLP, cnn, mlp
+    from .weights import load_weights, training_state
 
 __all__ = [
     "CNN",

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from nodelens.models.weights import load_weights
+from .weights import load_weights
 
 _KEY = "nodelens_config"
 _PLAIN = (str, int, float, bool, type(None))

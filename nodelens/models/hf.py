@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
-from nodelens.models.stored import load_stored, stored_config
+from .stored import load_stored, stored_config
 
 _RESNETS = {18: ("basic", [2, 2, 2, 2]), 34: ("basic", [3, 4, 6, 3]), 50: ("bottleneck", [3, 4, 6, 3])}
 

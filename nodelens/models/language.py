@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nodelens.models.classifier import Classifier, logits_of
-from nodelens.models.stored import hub_is_reachable, quiet, why_missing
+from .classifier import Classifier, logits_of
+from .stored import hub_is_reachable, quiet, why_missing
 
 BYTES = 259  # ids of the byte-level tokenizer
 _IGNORE = -100  # a label that does not count, as in cross_entropy

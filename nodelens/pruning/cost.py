@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..frame import Frame, tensor_of
-from ..hooks import observed
-from ..modes import frozen
-from .axis import Axes, Axis, Cut
+from nodelens.network.batch import Batch, tensor_of
+from nodelens.network.eval_mode import eval_mode
+from nodelens.network.groups import GroupSlice, PruningGroup, PruningGroups
+from nodelens.network.hooks import observed
 
 Budget = Literal["units", "params", "macs"]
 _Owned = tuple[str, str]  # a module's path, a tensor's name there
@@ -20,25 +20,25 @@ _Owned = tuple[str, str]  # a module's path, a tensor's name there
 
 @dataclass(frozen=True)
 class _Block:
-    """A tensor, or an expert's part of one: each dimension less what axes take from it, times how often it counts."""
+    """A tensor, or an expert's part of one: each dimension less what groups take from it, times how often it counts."""
 
     often: float
     size: tuple[int, ...]
-    taken: tuple[tuple[int, str, int], ...] = ()  # (dimension, axis, places a unit)
+    taken: tuple[tuple[int, str, int], ...] = ()  # (dimension, group, places a unit)
 
     def __call__(self, removed: Mapping[str, int]) -> float:
         left = list(self.size)
-        for dim, axis, places in self.taken:
-            left[dim] -= places * removed.get(axis, 0)
+        for dim, group, places in self.taken:
+            left[dim] -= places * removed.get(group, 0)
         return self.often * math.prod(left)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and MACs as functions of kept counts, {axis: units}: a convolution costs what it reads times what it puts out.
+    """Parameters and MACs as functions of kept counts, {group: units}: a convolution costs what it reads times what it puts out.
 
     Parameters: distinct tensors, tied ones once. MACs: of Linear layers, convolutions, routers and experts, positions times
-    weights (two FLOPs each), and the products of queries with keys and of scores with values of attention that has an axis, a
+    weights (two FLOPs each), and the products of queries with keys and of scores with values of attention that has a group, a
     causal one counted full. Biases, norms, embeddings and activations are not counted. MACs are 0 where no sample was shown.
     Where a whole expert goes, its tokens go to others: the MACs of experts stay.
     """
@@ -48,23 +48,23 @@ class Cost:
     products: tuple[_Block, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, axes: Iterable[Axis], frame: Frame | None = None) -> "Cost":
-        """Counts; MACs by one forward of two samples of the frame."""
-        axes = [*axes, *(axes.apart if isinstance(axes, Axes) else ())]
-        cuts: dict[_Owned, list[tuple[Axis, Cut]]] = defaultdict(list)
-        for axis in axes:
-            for cut in axis.cuts:
-                cuts[cut.module, cut.tensor].append((axis, cut))
-        weights = _blocks({_owned(name): (p, 1.0) for name, p in model.named_parameters()}, cuts)
-        if frame is None:
-            return cls({a.name: a.n for a in axes}, weights, ())
-        positions = _positions(model, frame)
-        products = _blocks(positions, {owned: [pair for pair in pairs if not _whole(*pair)] for owned, pairs in cuts.items()})
-        attention = [_Block(a.attention * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in axes if a.attention]
-        return cls({a.name: a.n for a in axes}, weights, (*products, *attention))
+    def of(cls, model: nn.Module, groups: Iterable[PruningGroup], batch: Batch | None = None) -> "Cost":
+        """Counts; MACs by one forward of two samples of the batch."""
+        groups = [*groups, *(groups.apart if isinstance(groups, PruningGroups) else ())]
+        slices: dict[_Owned, list[tuple[PruningGroup, GroupSlice]]] = defaultdict(list)
+        for group in groups:
+            for piece in group.slices:
+                slices[piece.module, piece.tensor].append((group, piece))
+        weights = _blocks({_owned(name): (p, 1.0) for name, p in model.named_parameters()}, slices)
+        if batch is None:
+            return cls({a.name: a.n for a in groups}, weights, ())
+        positions = _positions(model, batch)
+        products = _blocks(positions, {owned: [pair for pair in pairs if not _whole(*pair)] for owned, pairs in slices.items()})
+        attention = [_Block(a.attention * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in groups if a.attention]
+        return cls({a.name: a.n for a in groups}, weights, (*products, *attention))
 
     def params(self, kept: Mapping[str, int] | None = None) -> int:
-        """Parameters with these counts; an axis that is not named keeps all."""
+        """Parameters with these counts; a group that is not named keeps all."""
         return self._sum(self.weights, kept or {})
 
     def macs(self, kept: Mapping[str, int] | None = None) -> int:
@@ -82,41 +82,43 @@ class Cost:
         return round(math.fsum(block(removed) for block in blocks))
 
 
-def _blocks(tensors: Mapping[_Owned, tuple[Tensor, float]], cuts: Mapping[_Owned, list[tuple[Axis, Cut]]]) -> tuple[_Block, ...]:
-    """A block a tensor that axes cut, an expert one each; all that no axis cuts in one."""
+def _blocks(
+    tensors: Mapping[_Owned, tuple[Tensor, float]], slices: Mapping[_Owned, list[tuple[PruningGroup, GroupSlice]]]
+) -> tuple[_Block, ...]:
+    """A block a tensor that groups piece, an expert one each; all that no group slices in one."""
     fixed, found = 0.0, []
     for owned, (tensor, often) in tensors.items():
-        here = cuts.get(owned, [])
+        here = slices.get(owned, [])
         if not here:
             fixed += often * tensor.numel()
             continue
-        taken = tuple((cut.dim, axis.name, cut.index.shape[1]) for axis, cut in here if cut.entry is None)
-        if all(cut.entry is None for _, cut in here):
+        taken = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in here if piece.entry is None)
+        if all(piece.entry is None for _, piece in here):
             found.append(_Block(often, tuple(tensor.shape), taken))
             continue
         for expert in range(len(tensor)):  # all keep as many of their own: a part of a tensor that may lose whole ones
-            own = tuple((cut.dim, axis.name, cut.index.shape[1]) for axis, cut in here if cut.entry == expert)
+            own = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in here if piece.entry == expert)
             found.append(_Block(often / len(tensor), tuple(tensor.shape), (*taken, *own)))
     return (*found, _Block(fixed, ()))
 
 
-def _whole(axis: Axis, cut: Cut) -> bool:
-    """Whether a cut takes whole experts from the tensors that these share."""
-    return axis.router is not None and cut.role == "producer"
+def _whole(group: PruningGroup, piece: GroupSlice) -> bool:
+    """Whether a piece takes whole experts from the tensors that these share."""
+    return group.router is not None and piece.role == "producer"
 
 
-def _positions(model: nn.Module, frame: Frame) -> dict[_Owned, tuple[Tensor, float]]:
+def _positions(model: nn.Module, batch: Batch) -> dict[_Owned, tuple[Tensor, float]]:
     """How often a sample multiplies each weight, with the weight itself."""
     paths = {module: path for path, module in model.named_modules()}
-    frame, often = frame.head(2), defaultdict[_Owned, float](float)
+    batch, often = batch.head(2), defaultdict[_Owned, float](float)
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         for tensor, times in _multiplied(module, (*args, *kwargs.values()), output).items():
-            often[paths[module], tensor] += times / len(frame)
+            often[paths[module], tensor] += times / len(batch)
 
     matrices = [m for m in model.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
-    with frozen(model), torch.no_grad(), observed(matrices, see):
-        frame.run(model)
+    with eval_mode(model), torch.no_grad(), observed(matrices, see):
+        batch.run(model)
     return {owned: (getattr(model.get_submodule(owned[0]), owned[1]), times) for owned, times in often.items()}
 
 
@@ -137,9 +139,11 @@ def _multiplied(module: nn.Module, read: tuple, output: Any) -> dict[str, float]
     return {"weight": x.numel() / x.shape[-1]} if weight.ndim == 2 else {}
 
 
-def _pairs(axis: Axis, positions: Mapping[_Owned, tuple[Tensor, float]]) -> float:
+def _pairs(group: PruningGroup, positions: Mapping[_Owned, tuple[Tensor, float]]) -> float:
     """Pairs of positions that attention compares: those of its queries times those of its keys."""
-    made = [positions[cut.module, cut.tensor][1] for cut in axis.by_role("producer") if (cut.module, cut.tensor) in positions]
+    made = [
+        positions[piece.module, piece.tensor][1] for piece in group.by_role("producer") if (piece.module, piece.tensor) in positions
+    ]
     return made[0] * made[-1] if made else 0.0
 
 

@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from .allocation import Allocation, allocate
-from .axis import Axes
-from .compensate import Compensate, check_compensate
+from nodelens.network.groups import PruningGroups
+from nodelens.pruning.allocation.allocate import Allocation, allocate
+from nodelens.pruning.allocation.densities import shapes_of_groups
+from nodelens.pruning.allocation.selection import Mode, select
+from nodelens.pruning.criteria.criterion import Criterion
+from nodelens.pruning.surgery.compensate import Compensate, check_compensate
+
+from .context import PruningContext
 from .cost import Budget
-from .criteria import Criterion
-from .densities import shapes_of_axes
-from .removal import RemovalPlan, check_removal
+from .removal_plan import RemovalPlan, check_removal
 from .schedule import kept_shares
-from .selection import Mode, select
-from .subject import Subject
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PruningOptions:
     """What is asked for. amount: the share of the budget's units, parameters or MACs to remove."""
 
     criterion: Criterion
@@ -82,64 +83,64 @@ class Recipe:
 
 
 def plan_removal(
-    subject: Subject,
+    context: PruningContext,
     table: pd.DataFrame,
-    recipe: Recipe,
+    options: PruningOptions,
     share: float | None = None,
     removed: Mapping[str, Sequence[int]] | None = None,
 ) -> RemovalPlan:
     """Which units go by a table of scores, and what that achieves.
 
-    share: of the budget, where it is not the recipe's; removed: earlier, in any case.
+    share: of the budget, where it is not the options'; removed: earlier, in any case.
     """
-    removed, amount = removed or {}, recipe.amount if share is None else share
-    scores = recipe.criterion.score(table, recipe.seed)
-    protect = _protected(subject.axes, recipe.protect)
-    for name, units in recipe.criterion.protected(table).items():
+    removed, amount = removed or {}, options.amount if share is None else share
+    scores = options.criterion.score(table, options.seed)
+    protect = _protected(context.groups, options.protect)
+    for name, units in options.criterion.protected(table).items():
         protect[name] = sorted({*protect.get(name, ()), *units} - {*removed.get(name, ())})
-    budget, cost = recipe.budget, subject.cost
+    budget, cost = options.budget, context.cost
     keep = allocate(
-        subject.axes,
+        context.groups,
         scores,
         amount,
         budget=budget,
-        allocation=recipe.allocation,
+        allocation=options.allocation,
         price=lambda kept: cost.price(budget, kept),
-        unit_price=lambda kept: cost.price(recipe.allocation.per_cost or budget, kept),
-        shapes=shapes_of_axes(subject.model, subject.axes),
+        unit_price=lambda kept: cost.price(options.allocation.per_cost or budget, kept),
+        shapes=shapes_of_groups(context.model, context.groups),
         protected=protect,
         removed=removed,
-        mode=recipe.mode,
-        seed=recipe.seed,
-        nan=recipe.nan,
+        mode=options.mode,
+        seed=options.seed,
+        nan=options.nan,
     )
     chosen = select(
-        subject.axes, scores, keep, mode=recipe.mode, seed=recipe.seed, nan=recipe.nan, protected=protect, removed=removed
+        context.groups, scores, keep, mode=options.mode, seed=options.seed, nan=options.nan, protected=protect, removed=removed
     )
-    without = {str(a): int(n) for a, n in scores.isna().groupby(level="axis").sum().items() if n}
-    return RemovalPlan(chosen, {**recipe.about, "without_score": without, **achieved(subject, chosen, amount, budget)})
+    without = {str(a): int(n) for a, n in scores.isna().groupby(level="group").sum().items() if n}
+    return RemovalPlan(chosen, {**options.about, "without_score": without, **achieved(context, chosen, amount, budget)})
 
 
-def achieved(subject: Subject, removed: Mapping[str, Sequence[int]], amount: float, budget: Budget) -> dict[str, Any]:
+def achieved(context: PruningContext, removed: Mapping[str, Sequence[int]], amount: float, budget: Budget) -> dict[str, Any]:
     """What a plan leaves: units, parameters, MACs, and how far it is from what was asked."""
-    kept = {axis.name: axis.n - len(removed.get(axis.name, ())) for axis in subject.axes}
-    cost, gone = subject.cost, sum(map(len, removed.values()))
-    total = sum(axis.n for axis in subject.axes)
+    kept = {group.name: group.n - len(removed.get(group.name, ())) for group in context.groups}
+    cost, gone = context.cost, sum(map(len, removed.values()))
+    total = sum(group.n for group in context.groups)
     found: dict[str, Any] = {"units": total, "units_removed": gone, "smallest_kept": min(kept.values())}
     for name, count in (("params", cost.params), ("macs", cost.macs)):
         dense, left = count(), count(kept)
         found |= {name: left, f"dense_{name}": dense, f"{name}_share": left / dense if dense else float("nan")}
     dense, left = (total, total - gone) if budget == "units" else (found[f"dense_{budget}"], found[budget])
-    return found | {"budget_error": (dense - left) - amount * dense, "exact": all(a.exact for a in subject.axes)}
+    return found | {"budget_error": (dense - left) - amount * dense, "exact": all(a.exact for a in context.groups)}
 
 
-def _protected(axes: Axes, protect: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Units that stay, by axis; a pattern or kind stands for several axes."""
+def _protected(groups: PruningGroups, protect: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Units that stay, by group; a pattern or kind stands for several groups."""
     found: dict[str, Sequence[int]] = {}
     for pattern, units in protect.items():
-        for name in sorted(axes._matched(pattern, "protect")):
-            n = axes.named(name).n
+        for name in sorted(groups._matched(pattern, "protect")):
+            n = groups.named(name).n
             if any(not 0 <= u < n for u in units):
-                raise ValueError(f"protect.{pattern}: axis {name!r} has units 0 to {n - 1}, not {list(units)}")
+                raise ValueError(f"protect.{pattern}: group {name!r} has units 0 to {n - 1}, not {list(units)}")
             found[name] = sorted({*found.get(name, ()), *units})
     return found

@@ -1,4 +1,4 @@
-"""A network loses units: scored, allocated, chosen, removed, made up for, recovered."""
+"""A network loses units: scored, allocated, chosen, removed, made up for, finetuned."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,26 +10,27 @@ from typing import Any, Literal, Protocol
 import pandas as pd
 from torch import nn
 
-from ..frame import Frame
-from ..targets import summed_loss
-from .allocation import Allocation
-from .apply import Removed, gates_of, scale, zero
-from .artefact import origin_of, save_pruned, structure
-from .axis import Axes, Axis
-from .compensate import Compensate, compensate_units, renew_batch_norm
+from nodelens.network.batch import Batch
+from nodelens.network.groups import PruningGroup, PruningGroups
+from nodelens.network.targets import summed_loss
+from nodelens.pruning.allocation.allocate import Allocation
+from nodelens.pruning.allocation.selection import Mode
+from nodelens.pruning.criteria.criterion import Criterion, Spec
+from nodelens.pruning.criteria.scoring import Reduce
+from nodelens.pruning.surgery.compensate import Compensate, compensate_units, renew_batch_norm
+from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
+from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
+from nodelens.pruning.surgery.slice import patched, slice_units
+
+from .context import PruningContext
 from .cost import Budget
-from .criteria import Criterion, Spec
-from .planning import Recipe, Schedule, plan_removal
-from .removal import RemovalPlan
-from .scoring import Reduce
-from .selection import Mode
-from .slicing import patched, slice_units
-from .subject import Subject
+from .planning import PruningOptions, Schedule, plan_removal
+from .removal_plan import RemovalPlan
 
 Apply = Literal["slice", "mask", "scale"]
 
 
-class Recover(Protocol):
+class FineTuning(Protocol):
     """What is done after units went: it trains the model in place, and keeps what is removed at zero."""
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]: ...
@@ -42,12 +43,12 @@ class Pruned:
     model: nn.Module
     plan: RemovalPlan
     table: pd.DataFrame
-    axes: Axes
+    groups: PruningGroups
     apply: Apply = "slice"
     origin: Mapping[str, Any] = field(default_factory=dict)  # what the dense model is built from
     dense: Mapping[str, Any] = field(default_factory=dict)  # the dense model's tensors
     numbers: Mapping[str, Any] = field(default_factory=dict)  # that modules keep beside their tensors
-    recovered: Mapping[str, Any] = field(default_factory=dict)
+    finetuned: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
         """Writes weights and plan, so that ``load_pruned`` makes the model again: smaller, or, of a mask, with its zeros."""
@@ -55,58 +56,60 @@ class Pruned:
 
 
 def carry_out(
-    subject: Subject,
-    recipe: Recipe,
+    context: PruningContext,
+    options: PruningOptions,
     table: pd.DataFrame | None = None,
     apply: Apply = "slice",
-    recover: Recover | None = None,
+    finetune: FineTuning | None = None,
     gate: float = 0.0,
 ) -> Pruned:
-    """Prunes a copy of the subject's model. table: scores that are there already; later steps of a schedule measure their own."""
-    model = copy.deepcopy(subject.model)
-    now = replace(subject, model=model)
+    """Prunes a copy of the context's model. table: scores that are there already; later steps of a schedule measure their own."""
+    model = copy.deepcopy(context.model)
+    now = replace(context, model=model)
     removed: Removed = {}
-    recovered: Mapping[str, Any] = {}
+    finetuned: Mapping[str, Any] = {}
     grown: set[str] = set()
-    shares = recipe.schedule.shares(recipe.amount)
+    shares = options.schedule.shares(options.amount)
     for step, share in enumerate(shares, 1):
         if table is None or step > 1:
-            table = now.table([recipe.criterion])
-        plan = plan_removal(now, table, recipe, share, removed)
-        measured = subject if step == 1 else now  # the dense model's moments serve every cell of a sweep
-        grown |= _made_up_for(measured, model, plan.removed, removed, recipe)
+            table = now.table([options.criterion])
+        plan = plan_removal(now, table, options, share, removed)
+        measured = context if step == 1 else now  # the dense model's moments serve every cell of a sweep
+        grown |= _made_up_for(measured, model, plan.removed, removed, options)
         removed, how = plan.removed, apply if step == len(shares) else "mask"
-        numbers = _applied(model, now.axes, removed, how, gate)
-        if recipe.compensate == "batch_norm":
-            renew_batch_norm(model, subject.every_batch)
-        if recover is not None:
-            recovered = recover(model, partial(zero, axes=now.axes, removed=removed if how == "mask" else {}))
+        numbers = _applied(model, now.groups, removed, how, gate)
+        if options.compensate == "batch_norm":
+            renew_batch_norm(model, context.every_batch)
+        if finetune is not None:
+            finetuned = finetune(model, partial(zero, groups=now.groups, removed=removed if how == "mask" else {}))
         now = replace(now, _moments={})
-    about = {**plan.about, "added_bias": sorted(grown), "dense_fingerprint": subject.fingerprint}
+    about = {**plan.about, "added_bias": sorted(grown), "dense_fingerprint": context.fingerprint}
     plan = RemovalPlan(removed, about)
-    dense = structure(subject.model)
-    return Pruned(model, plan, table, now.axes, apply, origin_of(subject.model), dense, numbers, recovered)
+    dense = structure(context.model)
+    return Pruned(model, plan, table, now.groups, apply, origin_of(context.model), dense, numbers, finetuned)
 
 
-def _made_up_for(measured: Subject, model: nn.Module, removed: Removed, before: Removed, recipe: Recipe) -> set[str]:
+def _made_up_for(
+    measured: PruningContext, model: nn.Module, removed: Removed, before: Removed, options: PruningOptions
+) -> set[str]:
     """Compensates for what has gone since ``before``; returns the modules that were given a bias."""
-    if recipe.compensate not in ("bias", "least_squares"):
+    if options.compensate not in ("bias", "least_squares"):
         return set()
     fresh = {name: sorted({*units} - {*before.get(name, ())}) for name, units in removed.items()}
-    moments = measured.moments(recipe.compensate == "least_squares")
-    return set(compensate_units(model, measured.axes, fresh, moments, recipe.compensate, measured.norms()))
+    moments = measured.moments(options.compensate == "least_squares")
+    return set(compensate_units(model, measured.groups, fresh, moments, options.compensate, measured.norms()))
 
 
-def _applied(model: nn.Module, axes: Axes, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
+def _applied(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
     """Takes units away, in place; the numbers that modules keep beside their tensors and that a slice changed."""
     if apply == "slice":
-        numbers = patched(model, axes, removed)
-        slice_units(model, axes, removed)
+        numbers = patched(model, groups, removed)
+        slice_units(model, groups, removed)
         return numbers
     if apply == "scale":
-        scale(model, axes, {k: 1 - (1 - gate) * (1 - v) for k, v in gates_of(axes, removed).items()})
+        scale(model, groups, {k: 1 - (1 - gate) * (1 - v) for k, v in gates_of(groups, removed).items()})
     else:
-        zero(model, axes, removed)
+        zero(model, groups, removed)
     return {}
 
 
@@ -120,8 +123,8 @@ def prune(
     scope: str | Sequence[str] = "*",
     freeze: str | Sequence[str] = (),
     protect: Mapping[str, Sequence[int]] | None = None,
-    axes: Sequence[Axis | Mapping[str, Any]] = (),
-    inexact: bool = False,
+    custom_groups: Sequence[PruningGroup | Mapping[str, Any]] = (),
+    allow_approximate: bool = False,
     allocation: str | Allocation = "uniform",
     budget: Budget = "units",
     mode: Mode = "low",
@@ -129,7 +132,7 @@ def prune(
     gate: float = 0.0,
     compensate: Compensate = "none",
     schedule: str | Schedule = "one_shot",
-    recover: Recover | None = None,
+    finetune: FineTuning | None = None,
     reduce: Reduce = "sum",
     seed: int = 0,
     loss: Any = summed_loss,
@@ -139,19 +142,19 @@ def prune(
 
     criterion: a published criterion's or a metric's name, {name: signed weight}, or the long form of ``Criterion``. amount: the
     share of the budget (units, params or macs) to remove. data: calibration batches as ``nl.analyze`` takes them, a loader or a
-    list that can be read again; criteria of weights need none. example_inputs: one batch, where there are no data. scope: axes
-    by name, pattern or kind (ffn, head, kv_group, channel, moe_ffn; expert, whole ones, which ``*`` leaves out); freeze: axes
-    that stay whole; protect: {axis: units that stay}. allocation: uniform, global, erk, lamp, isomorphic, or an ``Allocation``
+    list that can be read again; criteria of weights need none. example_inputs: one batch, where there are no data. scope: groups
+    by name, pattern or kind (ffn, head, kv_group, channel, moe_ffn; expert, whole ones, which ``*`` leaves out); freeze: groups
+    that stay whole; protect: {group: units that stay}. allocation: uniform, global, erk, lamp, isomorphic, or an ``Allocation``
     with its options. mode: low, high or random.
     apply: slice (smaller tensors), mask (zeros), scale (removed units times ``gate``). compensate: none, bias, least_squares,
-    batch_norm. schedule: one_shot, or an iterative ``Schedule``. recover: a callable such as ``Finetune``. options go to
+    batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options go to
     ``nl.analyze``. Raises ValueError for what does not fit; the model itself is never changed.
     """
     if data is not None and iter(data) is data:  # type: ignore[call-overload]
         raise ValueError("data can be read only once: give a loader or a list; graph, scores and moments each read it")
     if apply not in ("slice", "mask", "scale"):
         raise ValueError(f"apply is {apply!r}; it is slice, mask or scale")
-    recipe = Recipe(
+    asked = PruningOptions(
         Criterion.of(criterion),
         amount,
         Allocation(allocation) if isinstance(allocation, str) else allocation,  # type: ignore[arg-type]
@@ -163,18 +166,18 @@ def prune(
         protect or {},
     )
     batch = example_inputs if example_inputs is not None else None if data is None else next(iter(data), None)
-    frame = None if batch is None else Frame.of(batch, seed=seed)
-    subject = Subject.of(
+    batch = None if batch is None else Batch.of(batch, seed=seed)
+    context = PruningContext.of(
         model,
-        frame,
+        batch,
         data,
         scope=scope,
         freeze=freeze,
-        inexact=inexact,
-        axes=axes,
+        allow_approximate=allow_approximate,
+        custom_groups=custom_groups,
         seed=seed,
         reduce=reduce,
         loss=loss,
         options=options,
     )
-    return carry_out(subject, recipe, None, apply, recover, gate)
+    return carry_out(context, asked, None, apply, finetune, gate)

@@ -8,16 +8,17 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..checks import nearest
-from ..layers import Layer
-from ..metrics import get_metric, list_metrics
-from .allocation import Allocation, allocate
-from .axis import Axis, Cut, identity
-from .baselines import baseline
-from .baselines import names as baseline_names
-from .baselines.base import Found
-from .removal import check_removal
-from .selection import Mode, select
+from nodelens.messages import nearest
+from nodelens.metrics import get_metric, list_metrics
+from nodelens.network.groups import GroupSlice, PruningGroup, identity
+from nodelens.network.layers import Layer
+from nodelens.pruning.allocation.allocate import Allocation, allocate
+from nodelens.pruning.allocation.selection import Mode, select
+from nodelens.pruning.criteria.baselines import baseline
+from nodelens.pruning.criteria.baselines import names as baseline_names
+from nodelens.pruning.criteria.baselines.base import Found
+
+from .removal_plan import check_removal
 
 ALIGNMENT = "alignment"  # any metric of the catalogue, the Rayleigh quotient unless another is named
 _OF_WEIGHTS = ("magnitude", "l1", "l2", "fpgm", "lamp", "random")
@@ -68,15 +69,15 @@ class PruningStrategy:
         if not self.config.structured:
             return self._single_weights(layer, amount, apply)
         scores = self.scores(layer, **tensors)
-        axis = Axis("layer", "channel", len(weight), ())
+        group = PruningGroup("layer", "channel", len(weight), ())
         table = pd.Series(
-            scores.tolist(), pd.MultiIndex.from_product([["layer"], range(axis.n)], names=["axis", "unit"]), dtype=float
+            scores.tolist(), pd.MultiIndex.from_product([["layer"], range(group.n)], names=["group", "unit"]), dtype=float
         )
         mode, seed = self.config.pruning_mode, self.config.seed
         allocation = Allocation(min_keep=self.config.min_keep, multiple=self.config.multiple)
-        kept = allocate([axis], table, amount, allocation=allocation, mode=mode, seed=seed)
-        gone = select([axis], table, kept, mode=mode, seed=seed).get("layer", [])
-        keep = torch.ones(axis.n, dtype=torch.bool)
+        kept = allocate([group], table, amount, allocation=allocation, mode=mode, seed=seed)
+        gone = select([group], table, kept, mode=mode, seed=seed).get("layer", [])
+        keep = torch.ones(group.n, dtype=torch.bool)
         keep[list(gone)] = False
         if apply:
             _zero(layer, ~keep)
@@ -86,8 +87,8 @@ class PruningStrategy:
         """The score of each unit, (units,), high means keep. Tensors and errors as in ``prune``."""
         layer = layer if isinstance(layer, Layer) else Layer(type(layer).__name__, layer)
         if self.name in _OF_WEIGHTS:
-            axis = Axis(layer.name, "channel", len(layer.weight), (_producer(layer),))  # type: ignore[arg-type]
-            return baseline(self.name, **self.options)(axis, Found(layer.module, self.config.seed, {}))
+            group = PruningGroup(layer.name, "channel", len(layer.weight), (_producer(layer),))  # type: ignore[arg-type]
+            return baseline(self.name, **self.options)(group, Found(layer.module, self.config.seed, {}))
         if self.name in _OF_TENSORS:
             return _OF_TENSORS[self.name](layer, tensors)
         if self.name in baseline_names():
@@ -140,20 +141,20 @@ def list_pruning_strategies() -> list[str]:
     return sorted({*baseline_names(), ALIGNMENT, *metrics})
 
 
-def _producer(layer: Layer) -> Cut:
+def _producer(layer: Layer) -> GroupSlice:
     module: Any = layer.module
     transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
     if transposed and module.groups > 1:
         raise ValueError(f"{layer.name} is a grouped transposed convolution: its units do not lie along one dimension")
     dim = 1 if transposed or hasattr(module, "nf") else 0
-    return Cut("", "weight", dim, identity(module.weight.shape[dim]), "producer")
+    return GroupSlice("", "weight", dim, identity(module.weight.shape[dim]), "producer")
 
 
 def _zero(layer: Layer, gone: Tensor) -> None:
     module: Any = layer.module
-    cut = _producer(layer)
+    piece = _producer(layer)
     with torch.no_grad():
-        module.weight.index_fill_(cut.dim, gone.nonzero()[:, 0].to(module.weight.device), 0)
+        module.weight.index_fill_(piece.dim, gone.nonzero()[:, 0].to(module.weight.device), 0)
         if module.bias is not None:
             module.bias.masked_fill_(gone.to(module.bias.device), 0)
 

@@ -8,9 +8,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from ..pruning.ranking import areas, best_first, measure_of
-from ..pruning.ranking import curves as curve_of
-from ..results import Result, values_of
+from nodelens.pruning.sweep.ranking import areas, best_first, measure_of
+from nodelens.pruning.sweep.ranking import curves as curve_of
+from nodelens.results.result import Result, values_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import write
-from ..results import Result, load, values_of
+from nodelens.results.files import write
+from nodelens.results.result import Result, load, values_of
 
 _STYLE = """
 :root { --ink: #1c1f24; --soft: #5c6470; --line: #dfe3e8; }
@@ -67,9 +67,11 @@ def _analyses(folder: Path) -> list[str]:
 
 def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iterable[tuple[str, bytes, str]]]]]:
     """By an analysis's folder: a title, what reads it, and what draws it."""
-    from ..analysis.bundle import load_bundle
-    from ..analysis.critical_result import load_supernodes
-    from . import geometry, supernodes
+    from nodelens.analysis.geometry.bundle import load_bundle
+    from nodelens.analysis.supernodes.supernode_result import load_supernodes
+
+    from . import geometry_figures as geometry
+    from . import supernode_figures as supernodes
 
     return {
         "geometry": ("Geometry of the residual stream", load_bundle, geometry.drawn),
@@ -178,7 +180,7 @@ def _means(result: Result) -> pd.DataFrame:
 
 
 def _sweep_table(sweep: pd.DataFrame) -> str:
-    from ..pruning.ranking import areas, curves
+    from nodelens.pruning.sweep.ranking import areas, curves
 
     area = areas(sweep)
     means = curves(sweep)["mean"].unstack("amount").loc[area.index]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..rows import Rows
+from .rows import Rows
 
 
 @dataclass(frozen=True, eq=False)

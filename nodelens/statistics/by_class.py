@@ -6,11 +6,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..linalg import exact_products
-from ..rows import Rows, SampleSums
 from .base import Statistic
 from .gram import Gram
+from .linalg import exact_products
 from .moments import Moments
+from .rows import Rows, SampleSums
 
 
 @dataclass(frozen=True, eq=False)

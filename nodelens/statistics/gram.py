@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..linalg import exact_products
-from ..rows import Rows
 from .base import Statistic
+from .linalg import exact_products
 from .moments import Moments, free
+from .rows import Rows
 
 
 @dataclass(frozen=True, eq=False)

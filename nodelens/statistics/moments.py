@@ -7,9 +7,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..linalg import constant
-from ..rows import Rows, SampleSums
 from .base import Statistic
+from .linalg import constant
+from .rows import Rows, SampleSums
 
 _NOISE = 4 * torch.finfo(torch.float32).eps  # of a sum of squares, as a share of it
 

@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..linalg import exact_products
-from ..rows import NARROW, Rows
 from .gram import Gram
+from .linalg import exact_products
 from .moments import free
+from .rows import NARROW, Rows
 
 
 @dataclass(frozen=True, eq=False)

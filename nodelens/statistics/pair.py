@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..rows import Rows
 from .base import Statistic
 from .moments import free
 from .norms import norms, shares, weighed
+from .rows import Rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry
-from ..linalg import exact_products
-from ..rows import Rows, SampleSums
 from .by_class import ByClass
+from .convolution import ConvolutionGeometry
+from .linalg import exact_products
 from .moments import Moments
+from .rows import Rows, SampleSums
 
 SMALL = 1 << 16  # bytes of a sample below which a copy costs less than a loop
 
@@ -31,7 +31,7 @@ class Patches(Moments):
         x: Rows | SampleSums | Tensor,
         weights: Tensor | None = None,
         shift: Tensor | None = None,
-        geometry: Geometry | None = None,
+        geometry: ConvolutionGeometry | None = None,
     ) -> Self:
         rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift)
         if geometry is None or isinstance(rows, SampleSums):
@@ -54,7 +54,7 @@ class PatchesByClass(ByClass):
         target: Tensor,
         weights: Tensor | None = None,
         shift: Tensor | None = None,
-        geometry: Geometry | None = None,
+        geometry: ConvolutionGeometry | None = None,
     ) -> Self:
         rows = x if isinstance(x, SampleSums) else Rows.of(x, weights, shift)
         return super().of(rows if geometry is None or isinstance(rows, SampleSums) else read(rows, geometry), target)
@@ -66,7 +66,7 @@ class Maps:
     Sums are float32 (float64 where the rows are), to be read before they hold more than a few hundred samples a group.
     """
 
-    def __init__(self, groups: int, like: Rows, geometry: Geometry):
+    def __init__(self, groups: int, like: Rows, geometry: ConvolutionGeometry):
         _, channels, positions = like.raw.shape
         self.sums = like.raw.new_zeros(2, groups, channels * positions)
         self.samples = [0] * groups
@@ -112,7 +112,7 @@ class Maps:
         return found
 
 
-def read(rows: Rows, geometry: Geometry) -> SampleSums:
+def read(rows: Rows, geometry: ConvolutionGeometry) -> SampleSums:
     """What a convolution reads of each sample, added up: sums and squares of its entries, (samples, channels x kernel).
 
     A sample with a place that does not count is left out whole: it spoils every patch around it.
@@ -144,7 +144,7 @@ def _without_spoiled(rows: Rows) -> Rows:
     return Rows(rows.raw, whole[:, None].expand(-1, rows.raw.shape[2]), rows.shift, rows.grid, rows.moved)
 
 
-def _places(grid: tuple[int, ...], geometry: Geometry) -> tuple[int, Tensor]:
+def _places(grid: tuple[int, ...], geometry: ConvolutionGeometry) -> tuple[int, Tensor]:
     """Places of the output, and how many of them read padding through each kernel offset, (kernel,) float64.
 
     A zero of the padding lies at minus the shift.
@@ -156,7 +156,7 @@ def _places(grid: tuple[int, ...], geometry: Geometry) -> tuple[int, Tensor]:
     return outputs, outputs - inside.flatten()
 
 
-def _through(x: Tensor, grid: tuple[int, ...], geometry: Geometry) -> Tensor:
+def _through(x: Tensor, grid: tuple[int, ...], geometry: ConvolutionGeometry) -> Tensor:
     """Sums of maps (samples, channels, positions) through each kernel offset, (samples, channels x kernel)."""
     samples, channels = x.shape[:2]
     maps = x.reshape(samples * channels, *grid)
@@ -165,5 +165,5 @@ def _through(x: Tensor, grid: tuple[int, ...], geometry: Geometry) -> Tensor:
     return maps.reshape(samples, channels * math.prod(geometry.kernel))
 
 
-def _readers(grid: tuple[int, ...], geometry: Geometry, dtype: torch.dtype) -> list[Tensor]:
+def _readers(grid: tuple[int, ...], geometry: ConvolutionGeometry, dtype: torch.dtype) -> list[Tensor]:
     return [geometry.readers(dim, size).to(dtype) for dim, size in enumerate(grid)]

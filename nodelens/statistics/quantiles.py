@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..rows import Rows
 from .base import Statistic
+from .rows import Rows
 
 DROPPED = 17  # bits of a float32's 23 after the point that a bin does not see: 64 bins to a factor of two
 LOW = 0x322BCC77 >> DROPPED  # of 1e-8

@@ -6,9 +6,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..keys import mix
-from ..rows import Rows
 from .base import Statistic
+from .rows import Rows
+from .sample_hash import mix
 
 ROWS = 2048  # that are kept
 

@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..linalg import exact_products
 from .base import Statistic
+from .linalg import exact_products
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nodelens.data import Batch, Digits, ImageData, Npz
+from nodelens.data import Digits, ImageBatch, ImageData, Npz
 from nodelens.models import MLP, Classifier
 
 DATA = os.environ.get("NODELENS_DATA")
@@ -30,8 +30,8 @@ def npz(folder: Path, name: str = "a.npz", **stored: np.ndarray) -> str:
     return str(folder / name)
 
 
-def gathered(loader) -> Batch:
-    return Batch(*(torch.cat(part) for part in zip(*loader, strict=True)))
+def gathered(loader) -> ImageBatch:
+    return ImageBatch(*(torch.cat(part) for part in zip(*loader, strict=True)))
 
 
 def test_digits_are_ready_as_they_are():
@@ -42,7 +42,7 @@ def test_digits_are_ready_as_they_are():
     assert data.source is source
     assert (data.classes, data.channels, data.size, data.unsplit) == (10, 1, 8, False)
     batch = next(iter(data.val_dataloader()))
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, ImageBatch)
     assert batch.x.shape == (64, 1, 8, 8)
     assert batch.x.dtype == torch.float32
     assert batch.y.dtype == batch.ids.dtype == torch.int64

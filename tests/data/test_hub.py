@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from nodelens.data import Batch, Hub
+from nodelens.data import Hub, ImageBatch
 from nodelens.data.columns import decoded
 from nodelens.data.stream import Stream
 from nodelens.models import CNN, Classifier
@@ -19,8 +19,8 @@ from nodelens.models import CNN, Classifier
 FORMS = ("saved", "parquet", "imagefolder")
 
 
-def gathered(loader) -> Batch:
-    return Batch(*(torch.cat(part) for part in zip(*loader, strict=True)))
+def gathered(loader) -> ImageBatch:
+    return ImageBatch(*(torch.cat(part) for part in zip(*loader, strict=True)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,6 +7,7 @@ from itertools import islice
 import datasets
 import pytest
 import torch
+from ids import label
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -304,7 +305,7 @@ def test_a_tokenizer_that_is_not_here_is_one_line_at_once(monkeypatch, tmp_path)
         ({"text_key": "body"}, r"texts.jsonl, line 1 has no 'body', it has text; set dataset.text_key"),
         ({"val": 1.0}, "dataset.val is 1.0"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_options_that_do_not_fit(options, words, write):
     with pytest.raises(ValueError, match=words):

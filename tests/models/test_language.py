@@ -8,6 +8,7 @@ from functools import partial
 import lightning
 import pytest
 import torch
+from ids import label
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -15,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as hf_logging
 
 from nodelens.data import ByteTokenizer, Text
-from nodelens.frame import Frame
 from nodelens.models import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
 from nodelens.models.language import BYTES, next_tokens
-from nodelens.targets import summed_loss
+from nodelens.network.batch import Batch
+from nodelens.network.targets import summed_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers.*")
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
@@ -129,7 +130,7 @@ def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
         ({"path": "stored", "config": {"num_hidden_layers": 2}}, r"9 of its weights are missing \(model.layers.1"),
         ({"path": "stored", "config": {"hidden_size": 32}}, "cannot be read, or do not fit its config; save them again"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_a_model_that_cannot_be_is_one_line(options, words, stored):
     options = {k: stored if v == "stored" else v for k, v in options.items()}
@@ -182,13 +183,13 @@ def test_loss_and_accuracy_are_those_of_all_predicted_tokens(side, tmp_path):
     found = trainer(tmp_path).test(module, every, verbose=False)[0]
     right = total = 0
     nats = 0.0
-    for batch in batches("right"):
-        frame = Frame.of(batch)
-        logits = frame.run(module.net).logits.detach()
-        nats += float(summed_loss(logits, frame.labels))
-        total += int(frame.tokens.sum())
-        right += int((logits[:, :-1].argmax(-1) == frame.labels[:, 1:]).sum())
-        assert torch.equal(next_tokens(batch), frame.labels[:, 1:])
+    for given in batches("right"):
+        batch = Batch.of(given)
+        logits = batch.run(module.net).logits.detach()
+        nats += float(summed_loss(logits, batch.labels))
+        total += int(batch.tokens.sum())
+        right += int((logits[:, :-1].argmax(-1) == batch.labels[:, 1:]).sum())
+        assert torch.equal(next_tokens(given), batch.labels[:, 1:])
     assert_close(found["test/loss"], nats / total, rtol=1e-5, atol=0)
     assert_close(found["test/acc"], right / total, rtol=1e-6, atol=0)
 

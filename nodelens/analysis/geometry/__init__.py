@@ -1,0 +1,1 @@
+"""The geometry of a language model's residual stream."""

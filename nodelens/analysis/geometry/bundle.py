@@ -1,0 +1,138 @@
+"""What the geometry of a language model is, as tables, and the folder it is kept in."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nodelens.results.files import read_json, write, write_json
+
+SCHEMA = 1  # of the folder
+MODES = ("json", "csv", "bundle")  # bundle: tables as csv
+_WORDS = dict.fromkeys(("model_key", "model_label", "hook_point", "transition", "variant", "module"), str)
+
+
+@dataclass
+class GeometryResult:
+    """The geometry of a language model.
+
+    metrics: a row a layer; novelty: a row a layer and the next; router: a row a layer with experts, and experts: a row each of
+    them; diagnostics: tables by name; eigenvalues: {layer_00: (width,)}, largest first; metadata: what was measured on what, how,
+    and with which versions; artifact_dir: where it was saved.
+    """
+
+    metrics: pd.DataFrame
+    novelty: pd.DataFrame
+    router: pd.DataFrame = field(default_factory=pd.DataFrame)
+    diagnostics: dict[str, pd.DataFrame] = field(default_factory=dict)
+    eigenvalues: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    artifact_dir: Path | None = None
+    experts: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def save(self, save_dir: str | Path | None = None, save_mode: str = "bundle") -> Path:
+        """Writes the tables (json; or csv, as a bundle does too), eigenvalues.npz, and last metadata.json: they are complete.
+
+        save_dir: None for where it was saved before. Raises ValueError for another mode or no folder.
+        """
+        folder = folder_of(save_dir or self.artifact_dir, save_mode)
+        (folder / "metadata.json").unlink(missing_ok=True)
+        kind = "json" if save_mode == "json" else "csv"
+        tables = {name: table for name, table in self.tables().items() if len(table) or name in ("metrics", "novelty")}
+        for name, table in tables.items():
+            if kind == "json":
+                write_json(folder / f"{name}.json", table.to_dict(orient="records"))
+            else:
+                write(folder / f"{name}.csv", partial(table.to_csv, index=False))
+        if self.eigenvalues:
+            write(folder / "eigenvalues.npz", self._pack)
+        self.artifact_dir = folder.resolve()
+        about = {
+            "artifact_schema_version": SCHEMA,
+            "save_mode": save_mode,
+            "tables": {k: list(t.columns) for k, t in tables.items()},
+        }
+        about |= {"arrays": sorted(self.eigenvalues)}
+        self.metadata |= about | {"artifact_dir": str(self.artifact_dir)}
+        write_json(folder / "metadata.json", self.metadata)
+        return self.artifact_dir
+
+    def lines(self) -> list[str]:
+        """In words: the dimensions of each hook point from its first layer to its last, its largest step, the routers' load."""
+        found = []
+        steps_of = self.by_point(self.novelty)
+        for point, table in self.by_point(self.metrics).items():
+            first, last = table.iloc[0], table.iloc[-1]
+            if "d_pr" in table:
+                found.append(
+                    f"{point}: participation ratio {first.d_pr:.1f} at layer {first.layer}, {last.d_pr:.1f} at layer {last.layer}, "
+                    f"of {first.hidden_dim} dimensions; {first.tokens_observed} tokens"
+                )
+            steps = steps_of.get(point, pd.DataFrame())
+            if "linear_cka_debiased" in steps and steps.linear_cka_debiased.notna().any():
+                least = steps.loc[steps.linear_cka_debiased.idxmin()]
+                found.append(f"{point}: largest step {least.transition}, debiased CKA {least.linear_cka_debiased:.3f}")
+        if len(self.router):
+            busy = self.router.loc[self.router.load_imbalance.idxmax()]
+            found.append(
+                f"routers: the least even load is that of layer {busy.layer}, whose busiest expert takes "
+                f"{busy.load_imbalance:.2f} times its even share"
+            )
+        return found
+
+    def by_point(self, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """A table's rows by hook point, whose column is there only where there are several."""
+        if "hook_point" in table:
+            return {str(point): part for point, part in table.groupby("hook_point", sort=False)}
+        return {str(self.metadata.get("hook_point", "")): table} if len(table) else {}
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by name."""
+        named = {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, "experts": self.experts}
+        return named | {f"diagnostics/{name}": table for name, table in self.diagnostics.items()}
+
+    def _pack(self, path: Path) -> None:
+        arrays: Any = self.eigenvalues
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def load_bundle(folder: str | Path) -> GeometryResult:
+    """What ``GeometryResult.save`` wrote, in any mode. Raises FileNotFoundError where no folder is complete."""
+    folder = Path(folder)
+    if not (folder / "metadata.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished geometry: metadata.json is missing")
+    metadata = read_json(folder / "metadata.json")
+    kind = "json" if metadata["save_mode"] == "json" else "csv"
+    tables = {name: _read(folder / f"{name}.{kind}", columns) for name, columns in metadata["tables"].items()}
+    found = {name: tables.pop(name) for name in ("metrics", "novelty", "router", "experts") if name in tables}
+    diagnostics = {name.removeprefix("diagnostics/"): table for name, table in tables.items()}
+    eigenvalues: dict[str, np.ndarray] = {}
+    if metadata["arrays"]:
+        with np.load(folder / "eigenvalues.npz") as arrays:
+            eigenvalues = dict(arrays)
+    return GeometryResult(
+        **found, diagnostics=diagnostics, eigenvalues=eigenvalues, metadata=metadata, artifact_dir=folder.resolve()
+    )
+
+
+def folder_of(save_dir: str | Path | None, save_mode: str) -> Path:
+    """The folder to save in. Raises ValueError for a mode that is none, no folder, or a path that is a file."""
+    if save_mode not in MODES:
+        raise ValueError(f"save_mode is {save_mode!r}; it is {', '.join(MODES)}, or None")
+    if save_dir is None:
+        raise ValueError(f"save_mode is {save_mode!r} and there is no folder: give save_dir=")
+    if Path(save_dir).is_file():
+        raise ValueError(f"save_dir {str(save_dir)!r} is a file: give a folder")
+    return Path(save_dir)
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    if path.suffix == ".csv":
+        return pd.read_csv(path, dtype=_WORDS)
+    table = pd.DataFrame(read_json(path), columns=columns)
+    missing = [name for name in columns if table[name].isna().all()]
+    return table.astype(dict.fromkeys(missing, float))

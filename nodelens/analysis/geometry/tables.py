@@ -1,0 +1,203 @@
+"""The tables of a language model's geometry, from complete sums and a sample of rows."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nodelens.engine.covariance import whole
+from nodelens.engine.plan import Place, Plan
+from nodelens.engine.table import measure
+from nodelens.metrics import Metric, Need
+from nodelens.metrics.spectrum import ParticipationRatio, SpectrumMetric, live_covariance
+from nodelens.metrics.subspace import SubspaceMetric
+from nodelens.network.layers import Layer
+from nodelens.statistics import Accumulator, Directions, Gram
+from nodelens.statistics.costs import adapt
+from nodelens.statistics.linalg import ROUNDING, constant, principal_axes, spectrum
+
+from .columns import ABLATED, VARIANTS, Columns
+from .sites import HookPoint
+
+RAW = SpectrumMetric()  # whose covariance is that of the rows as they are
+_OF_SPECTRUM = (SpectrumMetric.__call__, ParticipationRatio.__call__)
+
+
+class Values:
+    """Metrics at layers and pairs of layers; each eigenproblem is solved once, however many columns read it."""
+
+    def __init__(
+        self, plan: Plan, sums: Mapping[tuple[str, Need], Accumulator], sample: Mapping[str, Tensor], device: torch.device
+    ):
+        self.plan, self.sums, self.sample, self.device = plan, sums, sample, device
+        self.axes = max((m.novelty_k for m in plan.metrics.values() if isinstance(m, SubspaceMetric)), default=0)
+        self._spectra: dict[tuple[str, str], Tensor] = {}
+        self._axes: dict[str, Tensor] = {}
+        self._samples: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def whole(self, metric: Metric, place: Place) -> float:
+        """The value from all rows; NaN where a site is too wide for it."""
+        if not self.plan.resolve(metric, place) and metric.needs():
+            return math.nan
+        if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM and metric.view == "positions":
+            return float(metric.of(self.spectrum(metric, place[0])))
+        if isinstance(metric, SubspaceMetric) and type(metric).__call__ is SubspaceMetric.__call__ and metric.view == "positions":
+            return self._between(metric, place)
+        found = measure(metric, self.plan, place, self.sums, torch.ones(1, dtype=torch.int64))
+        return float(found.value)
+
+    def sampled(self, metric: Metric, place: Place) -> float:
+        """The value from the sample of rows, those left out that are not finite."""
+        every = [self._finite(layer.name) for layer in place if layer is not None]
+        rows, keep = [r for r, _ in every], torch.stack([finite for _, finite in every]).all(0)
+        turned = metric.names[0] != "layer_cosine_sim"  # all others are the same in any basis
+        first, *rest = [_narrow(r[keep]) if turned else r[keep] for r in rows]
+        if len(first) < 2 or (rest and not turned and rest[0].shape != first.shape):
+            return math.nan
+        if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM:
+            key = place[0].name, "sample"
+            if key not in self._spectra:
+                self._spectra[key] = _of_rows(first)
+            return float(metric.of(self._spectra[key]))
+        return float(metric.compute(outputs=first, next_outputs=rest[0] if rest else None))
+
+    def _finite(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A layer's sample of rows in float64, and which of them are finite."""
+        if layer not in self._samples:
+            rows = self.sample[layer].double()
+            self._samples[layer] = rows, rows.isfinite().all(1)
+        return self._samples[layer]
+
+    def spectrum(self, metric: SpectrumMetric, layer: Layer) -> Tensor:
+        """Eigenvalues of a layer's rows, largest first, scaled as the metric has them."""
+        key = layer.name, "token" if metric.rows.startswith("token") else metric.rows
+        if key not in self._spectra:
+            covariance = metric.covariance(self._parts(metric, (layer, None))["y"]).to(self.device)
+            if self.axes and metric.rows == "raw":
+                found, axes = principal_axes(covariance)
+                self._axes[layer.name] = axes[:, : self.axes].cpu()
+            else:
+                found = spectrum(covariance)
+            self._spectra[key] = found.cpu()
+        return self._spectra[key]
+
+    def rows(self, layer: Layer) -> int | None:
+        """Rows that a layer's products were formed of; None where there are none."""
+        held = [
+            a.value
+            for (name, need), a in self.sums.items()
+            if name == layer.name and (whole(need.port), need.view) == ("output", "positions")
+        ]
+        return next((int(v.n) for v in held if isinstance(v, Gram) and not isinstance(v, Directions)), None)
+
+    def _between(self, metric: SubspaceMetric, place: Place) -> float:
+        parts = self._parts(metric, place)
+        before, after = (self.spectrum(RAW, layer) for layer in place if layer is not None)
+        k = _axes(metric, before, after)
+        if len(before) != len(after) or not k:
+            return math.nan
+        u, v = (self._axes[layer.name][:, :k] for layer in place if layer is not None)
+        return float(metric.between(u, v, live_covariance(parts["y"])))
+
+    def compared(self, k: int, *layers: Layer) -> int:
+        """Of ``k`` leading directions those that are compared: none without variance."""
+        width = min(self.plan.seen(layer, "output").width for layer in layers)
+        known = [self._spectra[layer.name, "raw"] for layer in layers if (layer.name, "raw") in self._spectra]
+        return min(k, width, *(int((values > 0).sum()) for values in known))
+
+    def _parts(self, metric: Metric, place: Place) -> dict[str, Any]:
+        found = {}
+        for name, (owner, need) in self.plan.resolve(metric, place).items():
+            value = self.sums[owner.name, self.plan.lookup(owner, need)].value
+            if value is None:
+                raise ValueError(f"no row was seen at {owner.name}: the data hold no token that counts, or the module did not run")
+            found[name] = adapt(value, need.statistic)
+        return found
+
+
+def metrics_table(
+    points: Sequence[HookPoint], columns: Columns, values: Values, about: Mapping[str, str], tokens: int
+) -> pd.DataFrame:
+    """A row a layer: where it is, what it was measured on, a column a metric."""
+    rows = []
+    for point in points:
+        for k, layer in point.sites.items():
+            n = values.rows(layer)
+            row = _where(about, point, len(points)) | {
+                "layer": k,
+                "num_layers": len(point.sites),
+                "layer_norm_depth": k / max(1, *point.sites),
+                "tokens_observed": tokens if n is None else n,
+                "hidden_dim": values.plan.seen(layer, "output").width,
+            }
+            rows.append(row | _row(columns, "layer", values, (layer, None)))
+    return pd.DataFrame(rows)
+
+
+def novelty_table(
+    points: Sequence[HookPoint], columns: Columns, values: Values, about: Mapping[str, str], novelty_k: int
+) -> pd.DataFrame:
+    """A row a layer with the next one measured."""
+    rows = []
+    for point in points if columns.of("edge") else ():
+        sites = list(point.sites.items())
+        for (k, layer), (after, other) in itertools.pairwise(sites):
+            place = {"layer": k, "transition": f"{k}->{after}", "novelty_k": values.compared(novelty_k, layer, other)}
+            rows.append(_where(about, point, len(points)) | place | _row(columns, "edge", values, (layer, other)))
+    names = ["model_key", "model_label", "layer", "transition", "novelty_k", *columns.of("edge")]
+    return pd.DataFrame(rows, columns=None if rows else names)
+
+
+def ablation_table(points: Sequence[HookPoint], columns: Columns, values: Values, about: Mapping[str, str]) -> pd.DataFrame:
+    """A row a layer and variant: the columns of the spectrum from rows that are scaled, of all tokens."""
+    rows = []
+    for point in points:
+        for k, layer in point.sites.items():
+            for variant in VARIANTS:
+                metrics = {column: columns.ablation[variant, column] for column in ABLATED}
+                place = {"layer": k, "variant": variant, "tokens": values.rows(layer)}
+                found = {column: values.whole(metric, (layer, None)) for column, metric in metrics.items()}
+                width = {"hidden_dim": values.plan.seen(layer, "output").width}
+                rows.append(_where(about, point, len(points)) | place | width | found)
+    return pd.DataFrame(rows)
+
+
+def eigenvalues(points: Sequence[HookPoint], values: Values) -> dict[str, np.ndarray]:
+    """{layer_00: (width,) float64}, largest first, in the unit of x squared; of several hook points {point.layer_00: ...}."""
+    found = {}
+    for point in points:
+        for k, layer in point.sites.items():
+            if values.rows(layer) is not None:
+                name = f"layer_{k:02d}" if len(points) == 1 else f"{point.name}.layer_{k:02d}"
+                found[name] = values.spectrum(RAW, layer).numpy()
+    return found
+
+
+def _where(about: Mapping[str, str], point: HookPoint, points: int) -> dict[str, Any]:
+    return dict(about) | ({"hook_point": point.name} if points > 1 else {})
+
+
+def _row(columns: Columns, kind: str, values: Values, place: Place) -> dict[str, float]:
+    found = columns.of(kind).items()
+    return {c: (values.sampled if c in columns.sampled else values.whole)(metric, place) for c, metric in found}
+
+
+def _axes(metric: SubspaceMetric, before: Tensor, after: Tensor) -> int:
+    return min(metric.novelty_k, *(int((values > 0).sum()) for values in metric.cut(before, after)))
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Rows (n, d) in a basis of their own, at most n wide: lengths and products of rows stay as they are."""
+    return x if len(x) >= x.shape[1] else torch.linalg.qr(x.T, mode="r").R.T
+
+
+def _of_rows(x: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of a few rows, largest first, as ``spectrum`` has them."""
+    live = ~constant(x.var(0), x.mean(0))
+    found = torch.linalg.svdvals((x - x.mean(0)).where(live, 0)).square() / (len(x) - 1)
+    return found.where(found > ROUNDING * found[:1], 0)

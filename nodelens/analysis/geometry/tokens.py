@@ -1,0 +1,208 @@
+"""Tokens as a pass reads them: which of them count, up to an exact number, and a sample that no batching changes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from nodelens.network.batch import Batch
+from nodelens.network.hooks import Site
+from nodelens.statistics.processes import reduce_tensor, world
+from nodelens.statistics.sample_hash import content_keys, mix
+
+_LAST = torch.iinfo(torch.int64).max  # behind every key
+_NUMBERED = {"ids", "sample_ids"}
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A batch of B samples of T tokens.
+
+    Shapes: inputs: what ``Batch.of`` reads, by name: what the model is called with, ``x`` what has none, and select (B, T) where
+            the batch has it; mask (B, T) bool, true where a token counts; keys (B, T) int64, a number that is the token's own in
+            any batch, order or padding
+    """
+
+    inputs: dict[str, Any]
+    mask: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(cls, raw: Any, takes: Mapping[str, Any]) -> Self:
+        """Reads what ``Batch.of`` reads, labels left out; ``takes``: what the model can be given beside, by name, and its value.
+
+        Padding on the left is moved to the right: then positions count from the first token in every model, whether or not it
+        takes position_ids. Raises ValueError where there are no tokens (B, T), or a mask of another shape.
+        """
+        batch = Batch.of(raw)
+        tokens = batch.args[0] if batch.args else batch.kwargs.get("input_ids", batch.kwargs.get("inputs_embeds"))
+        if not isinstance(tokens, Tensor) or tokens.ndim != (3 if tokens.is_floating_point() else 2):
+            raise ValueError(
+                f"a batch holds {batch.describe()}: the geometry of a language model is measured on tokens, input_ids (B, T); "
+                "nl.analyze measures any other network"
+            )
+        shape = tokens.shape[:2]
+        given = batch.kwargs.get("attention_mask")
+        real = torch.ones(shape, dtype=torch.bool) if given is None else given.bool().cpu()
+        if real.shape != shape:
+            raise ValueError(f"the attention_mask is {tuple(real.shape)}, the tokens are {tuple(shape)}: give 0 or 1 a token")
+        mask = real if batch.mask is None else batch.mask.cpu()
+        place = real.cumsum(1) - 1
+        named = isinstance(raw, Mapping) and not _NUMBERED.isdisjoint(raw)
+        numbered = named or getattr(raw, "ids", None) is not None
+        sample = batch.keys if numbered else _content(tokens.cpu(), real, place)
+        first = {"input_ids" if "input_ids" in takes else "x": tokens} if batch.args else {}
+        beside = {name: value for name, value in takes.items() if value is not None}
+        chosen = {"select": mask} if isinstance(raw, Mapping) and "select" in raw else {}
+        return cls(beside | batch.kwargs | first | chosen, mask, mix(sample[:, None], place))._turned(real)
+
+    def _turned(self, real: Tensor) -> Self:
+        """Each sample from its first token that is no padding, what stood before it behind it."""
+        lead = real.long().argmax(1, keepdim=True)
+        if not bool(lead.any()):
+            return self
+        rows, length = torch.arange(len(lead))[:, None], self.mask.shape[1]
+        turn = (torch.arange(length) + lead) % length
+
+        def turned(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.shape[:2] == self.mask.shape
+            return value[rows.to(value.device), turn.to(value.device)] if fits else value
+
+        return type(self)({k: turned(v) for k, v in self.inputs.items()}, turned(self.mask), turned(self.keys))
+
+    def __len__(self) -> int:
+        """Tokens that count."""
+        return int(self.mask.sum())
+
+    def take(self, rows: slice, places: slice = slice(None)) -> Self:
+        """Some of the samples, at some of their places."""
+        shape = self.mask.shape
+
+        def part(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.ndim or len(value) != shape[0]:
+                return value
+            return value[rows, places] if value.shape[:2] == shape else value[rows]
+
+        return type(self)({k: part(v) for k, v in self.inputs.items()}, self.mask[rows, places], self.keys[rows, places])
+
+    def first(self, count: int) -> list[Self]:
+        """The first ``count`` tokens that count: the samples that lie in them whole, and the one that they end in, cut there."""
+        ends = self.mask.sum(1).cumsum(0)
+        whole = int((ends <= count).sum())
+        left = count - (int(ends[whole - 1]) if whole else 0)
+        parts = [self.take(slice(whole))] if whole else []
+        if left:
+            last = int((self.mask[whole].cumsum(0) < left).sum())
+            parts.append(self.take(slice(whole, whole + 1), slice(last + 1)))
+        return parts
+
+
+def _content(tokens: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+    """A key a sample, (B,), of the tokens that count and their order."""
+    ids = content_keys(tokens.flatten(0, 1)).reshape(mask.shape) if tokens.is_floating_point() else tokens.long()
+    return mix(mix(ids, place).where(mask, 0).sum(1))
+
+
+class TokenReader:
+    """The batches of a loader up to exactly ``limit`` tokens, None for all of them.
+
+    The last sample is cut behind the last token that counts: in a causal model nothing before it changes, so that what is
+    measured does not depend on the batch size. No batch is asked for that is not needed.
+    """
+
+    def __init__(self, data: Iterable[Any], takes: Mapping[str, Any], limit: int | None = None):
+        self.tokens = self.batches = 0  # that were shown
+        self._rest = _up_to(data, takes, math.inf if limit is None else limit)
+
+    def head(self) -> TokenBatch | None:
+        """The first batch, which is not used up; None where there is no token."""
+        head = next(self._rest, None)
+        if head is not None:
+            self._rest = chain([head], self._rest)
+        return head
+
+    def shown(self, *listeners: Callable[[TokenBatch], None]) -> Iterator[dict[str, Any]]:
+        """What the model takes, batch after batch, each first shown to the listeners."""
+        for batch in self._rest:
+            self.tokens += len(batch)
+            self.batches += 1
+            for listener in listeners:
+                listener(batch)
+            yield batch.inputs
+
+
+def _up_to(data: Iterable[Any], takes: Mapping[str, Any], left: float) -> Iterator[TokenBatch]:
+    for raw in data if left > 0 else ():
+        batch = TokenBatch.of(raw, takes)
+        if len(batch) >= left:
+            yield from batch.first(int(left))
+            return
+        left -= len(batch)
+        if len(batch):
+            yield batch
+
+
+class TokenSample:
+    """Rows of the same tokens at every site: those of the ``limit`` smallest keys. Of tokens with one key, which are alike, one."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.keys = torch.empty(0, dtype=torch.int64)
+        self.rows: dict[str, Tensor] = {}  # by layer, (r, width), in the order of the keys
+        self._stay = self._place = torch.empty(0, dtype=torch.int64)
+        self._samples = 0
+
+    def begin(self, batch: TokenBatch) -> None:
+        """Decides, before the model runs, which of a batch's tokens come in and which of those held go."""
+        place = batch.mask.flatten().nonzero()[:, 0]
+        if len(self.keys) == self.limit:
+            place = place[batch.keys.flatten()[place] < self.keys.max()]
+        keys = torch.cat([self.keys, batch.keys.flatten()[place]])
+        order = _smallest(keys, self.limit).sort().values
+        held = len(self.keys)
+        self.keys, self._stay, self._place = keys[order], order[order < held], place[order[order >= held] - held]
+        self._samples = len(batch.mask)
+
+    def see(self, site: Site, tensor: Tensor) -> None:
+        """Takes what passes at a site."""
+        raw = site.layer.rows(tensor, self._samples).raw  # (B, width, T)
+        fresh = raw.transpose(1, 2).reshape(-1, raw.shape[1])[self._place.to(raw.device)]
+        held = self.rows.get(site.layer.name)
+        self.rows[site.layer.name] = fresh if held is None else torch.cat([held[self._stay.to(raw.device)], fresh])
+
+    def gathered(self, widths: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+        """{layer: (r, width)} in the order of the keys, the sample of all processes together. Collective."""
+        keys = _of_all(_padded(self.keys, self.limit, _LAST), device)
+        order = _smallest(keys, self.limit)
+        order = order[keys[order] != _LAST]
+        found = {}
+        for name, width in widths.items():
+            own = self.rows.get(name, torch.empty(0, width)).cpu()
+            own = own.double() if world()[1] > 1 else own  # all alike, whoever has none
+            found[name] = _of_all(_padded(own, self.limit, 0), device)[order]
+        return found
+
+
+def _smallest(keys: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` smallest keys, ascending in key, each key once."""
+    order = torch.argsort(keys, stable=True)
+    fresh = torch.ones_like(order, dtype=torch.bool)
+    fresh[1:] = keys[order][1:] != keys[order][:-1]
+    return order[fresh][:count]
+
+
+def _padded(tensor: Tensor, length: int, value: int) -> Tensor:
+    rest = tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)
+    return torch.cat([tensor, rest])
+
+
+def _of_all(tensor: Tensor, device: torch.device) -> Tensor:
+    """Every process's rows, one after another, on the CPU: a sum in which each fills a place of its own."""
+    rank, processes = world()
+    every = tensor.new_zeros(processes, *tensor.shape)
+    every[rank] = tensor
+    return reduce_tensor(every.to(device)).cpu().flatten(0, 1)

@@ -1,0 +1,261 @@
+"""What reads hidden units sees, and how the loss leans on it: sums of a pass over the data, a row a token (or a sample)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.engine.analyze import device_of
+from nodelens.metrics.gradient import LossReduction
+from nodelens.network.batch import Batch, logits_of
+from nodelens.network.eval_mode import eval_mode
+from nodelens.network.experts import Call, ExpertLayer, Experts, Routed
+from nodelens.network.groups import GroupSlice, PruningGroup
+from nodelens.network.hooks import Capture, Site, observed
+from nodelens.network.layers import Layer
+from nodelens.network.targets import summed_loss
+from nodelens.pruning.surgery.mask import channel_dim
+from nodelens.statistics.linalg import exact_products
+from nodelens.statistics.processes import reduce_tensor, world
+
+Unit = Literal["token", "sequence"]
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+class HiddenPass:
+    """Shows a batch's rows of every group: u, what is read of the units; g, the summed loss's slope in it; q = u g, a value a unit.
+
+    q is summed over a unit's places, its readers and their calls before anything else is made of it, and with ``unit: sequence``
+    over the positions: it is the first-order change of the loss when the unit goes. A backward pass shows each layer when it
+    comes to it, and nothing waits for its end. Of experts in one tensor u is what is read, times the router's weight, at the
+    tokens that go there; elsewhere it is 0, and the token counts all the same.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[PruningGroup], unit: Unit, reduction: LossReduction, folds: int, seed: int
+    ):
+        self.model, self.unit, self.reduction, self.folds, self.seed = model, unit, reduction, folds, seed
+        self.device = device_of(model)
+        self.read: dict[str, list[tuple[PruningGroup, GroupSlice]]] = {}
+        for group in groups:
+            for piece in check_readers(model, group, unit):
+                self.read.setdefault(piece.module, []).append((group, piece))
+        modules = {path: model.get_submodule(path) for path in self.read}
+        self.experts = {path: found for path, module in modules.items() if (found := Experts.of(module)) is not None}
+
+    @torch.inference_mode(False)
+    def run(self, data: Iterable[Any], sums: "HiddenSums", loss: Loss = summed_loss) -> int:
+        """Shows every batch; how many samples of all processes there were. Raises ValueError where there is none."""
+        self.sums, samples = sums, 0
+        modules = {path: self.model.get_submodule(path) for path in self.read}
+        hooked = [Layer(path, module, "input") for path, module in modules.items() if path not in self.experts]
+        mixed = [Layer(path, modules[path]) for path in self.experts]
+        sites = [Site(layer, port) for layer in hooked for port in ("output", *sums.ports)]
+        sites += [Site(layer, "grad") for layer in mixed]
+        maps = [layer.name for layer in hooked if channel_dim(layer.module) == 1]  # a block may go on in place
+        self.capture = capture = Capture(sites, self._see, maps)
+        with eval_mode(self.model), capture, observed((layer.module for layer in mixed), self._called), torch.enable_grad():
+            for batch in data:
+                batch = Batch.of(batch, self.folds, self.seed).to(self.device)
+                samples += len(batch)
+                self._begin(batch)
+                capture.gate = True
+                logits = logits_of(batch.run(self.model))
+                capture.gate = False
+                total = loss(logits, batch.labels)
+                if not total.requires_grad:
+                    raise ValueError("the loss does not depend on the units: loss= gives a number without a gradient")
+                total.backward()
+                self._end()
+                del logits, total
+        found = int(reduce_tensor(torch.tensor(samples, device=self.device)))
+        if not found:
+            raise ValueError("the data are empty: not one batch to score units by")
+        silent = next((str(site) for site in sites if samples and not capture.fired[str(site)]), None)
+        if silent:
+            raise ValueError(f"{silent} never passed in {type(self.model).__name__}.forward: leave its group out of the scope")
+        return found
+
+    def _begin(self, batch: Batch) -> None:
+        self.batch, self.waiting, self.held = batch, dict[str, int](), dict[str, Tensor]()
+        self.calls = {path: list[Call]() for path in self.experts}
+        self.fold = batch.group.to(self.device)
+        self.scale = None if self.reduction == "sum" else 1 / batch.tokens.clamp_min(1).double().to(self.device)
+
+    def _see(self, site: Site, tensor: Tensor) -> None:
+        path = site.layer.name
+        if path in self.experts:
+            self._see_routed(path, self.calls[path].pop(), tensor)  # the last call's slope comes first
+            return
+        rows = site.layer.rows(tensor, len(self.batch), self.batch.mask)
+        raw = rows.raw if rows.keep is None else rows.raw.where(rows.keep[:, None], 0)
+        if site.port != "output":
+            raw = self._reduced(raw)
+        for group, piece in self.read[path]:
+            x = _placed(raw, piece.places)
+            if site.port == "output":
+                self._await(group, rows.mask().sum(1))
+                self.sums.values(group, x)
+            elif site.port == "grad":
+                self.sums.slopes(group, x)
+            else:
+                self._product(group, x.sum(2) if x.shape[2] > 1 else x[:, :, 0])
+
+    def _called(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        path = next(path for path, experts in self.experts.items() if experts.module is module)
+        with torch.no_grad():
+            call = Call.of(self.experts[path], path, args, kwargs)
+            if not self.capture.fired[f"{path} call"]:
+                call.check(path, output)
+        self.capture.fired[f"{path} call"] += 1
+        self.calls[path].append(call)
+        mask, shape = self.batch.mask, (len(self.batch), call.tokens // len(self.batch))
+        count = mask.sum(1) if mask is not None and mask.shape == shape else torch.full(shape[:1], shape[1], device=self.device)
+        for group, _ in self.read[path]:
+            self._await(group, count)
+
+    def _see_routed(self, path: str, call: Call, slope: Tensor) -> None:
+        """Takes the slope in what experts put out."""
+        for group, piece in self.read[path]:
+            assert piece.entry is not None
+            share = call.share(piece.entry)
+            layer = ExpertLayer(group.name, call.experts.module, "hidden", experts=call.experts, expert=piece.entry)  # type: ignore[arg-type]
+            parts = (call.hidden(piece.entry, share) * share.weights, call.slopes(piece.entry, share, slope))
+            u, g = (layer.rows(Routed(part, share.tokens, call.tokens), len(self.batch), self.batch.mask).raw for part in parts)
+            u, g = _placed(u, piece.places), _placed(self._reduced(g), piece.places)
+            self.sums.values(group, u)
+            self.sums.slopes(group, g)
+            self._product(group, (u * g).sum(2))
+
+    def _reduced(self, slope: Tensor) -> Tensor:
+        return slope if self.scale is None else slope * self.scale[:, None, None].to(slope)
+
+    def _await(self, group: PruningGroup, count: Tensor) -> None:
+        """Counts a call, whose gradient will come; the group's rows are those of its first call."""
+        if group.name not in self.waiting:
+            self.sums.rows(group, torch.ones_like(count) if self.unit == "sequence" else count, self.fold)
+        self.sums.positions(group, count)
+        self.waiting[group.name] = self.waiting.get(group.name, 0) + 1
+
+    def _product(self, group: PruningGroup, q: Tensor) -> None:
+        if self.unit == "sequence":
+            q = q.sum(2, keepdim=True)
+        held = self.held.pop(group.name, None)
+        q = q if held is None else held + q
+        self.waiting[group.name] -= 1
+        if self.waiting[group.name]:
+            self.held[group.name] = q
+        else:
+            self.sums.products(group, q, self.fold)
+
+    def _end(self) -> None:
+        """Takes what still waits for calls on which the loss does not depend: their q is 0."""
+        groups = {group.name: group for every in self.read.values() for group, _ in every}
+        for name, q in self.held.items():
+            self.sums.products(groups[name], q, self.fold)
+
+
+class HiddenSums:
+    """What a pass adds up. x (samples, units, places, positions); q (samples, units, rows); fold (samples,); count (samples,).
+
+    Rows that do not count are 0. ``ports``: what is differentiated.
+    """
+
+    ports: tuple[str, ...] = ("output*grad",)
+
+    def rows(self, group: PruningGroup, count: Tensor, fold: Tensor) -> None: ...
+    def positions(self, group: PruningGroup, count: Tensor) -> None: ...
+    def values(self, group: PruningGroup, x: Tensor) -> None: ...
+    def slopes(self, group: PruningGroup, x: Tensor) -> None: ...
+    def products(self, group: PruningGroup, q: Tensor, fold: Tensor) -> None: ...
+
+
+class UnitSums(HiddenSums):
+    """HiddenSums a unit in float64: of u^2 and g^2 over positions; of q, |q| and, by fold of samples, q^2 over rows; largest |u|.
+
+    Read ``found[group, what]``: power, slope, total, absolute, largest (units,); square (folds, units); rows (folds,);
+    positions (1,).
+    """
+
+    ports = ("grad", "output*grad")
+
+    def __init__(self, groups: Iterable[PruningGroup], folds: int, device: torch.device):
+        self.found: dict[tuple[str, str], Tensor] = {}
+        for group in groups:
+            shapes = dict.fromkeys(("power", "slope", "total", "absolute", "largest"), (group.n,))
+            for what, shape in {**shapes, "square": (folds, group.n), "rows": (folds,), "positions": (1,)}.items():
+                self.found[group.name, what] = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def rows(self, group: PruningGroup, count: Tensor, fold: Tensor) -> None:
+        self.found[group.name, "rows"].index_add_(0, fold, count.double())
+
+    def positions(self, group: PruningGroup, count: Tensor) -> None:
+        self.found[group.name, "positions"] += count.sum()
+
+    def values(self, group: PruningGroup, x: Tensor) -> None:
+        self.found[group.name, "power"] += _square(x)
+        largest = self.found[group.name, "largest"]
+        torch.maximum(largest, torch.linalg.vector_norm(x, torch.inf, dim=(0, 2, 3)).to(largest), out=largest)
+
+    def slopes(self, group: PruningGroup, x: Tensor) -> None:
+        self.found[group.name, "slope"] += _square(x)
+
+    def products(self, group: PruningGroup, q: Tensor, fold: Tensor) -> None:
+        self.found[group.name, "total"] += q.sum(2).sum(0, dtype=torch.float64)
+        self.found[group.name, "absolute"] += torch.linalg.vector_norm(q, 1, dim=2).sum(0, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(q, dim=2).double().square()
+        self.found[group.name, "square"].index_add_(0, fold, squares)
+
+    def reduce(self) -> None:
+        """HiddenSums of all processes, on the CPU. Collective."""
+        for key, value in self.found.items():
+            if key[1] == "largest":
+                every = value.new_zeros(world()[1], len(value))
+                every[world()[0]] = value
+                self.found[key] = reduce_tensor(every).amax(0).cpu()
+            else:
+                self.found[key] = reduce_tensor(value).cpu()
+
+
+class HiddenCoreSums(HiddenSums):
+    """HiddenSums of q_i q_s over rows, for some units i and s of each group: (i, s) float64."""
+
+    def __init__(self, chosen: Mapping[str, tuple[Tensor, Tensor]], device: torch.device):
+        self.chosen = {name: (i.to(device), s.to(device)) for name, (i, s) in chosen.items()}
+        self.found = {name: torch.zeros(len(i), len(s), dtype=torch.float64, device=device) for name, (i, s) in self.chosen.items()}
+
+    def products(self, group: PruningGroup, q: Tensor, fold: Tensor) -> None:
+        i, s = self.chosen[group.name]
+        with exact_products():
+            self.found[group.name] += torch.einsum("bip,bsp->is", q[:, i], q[:, s])
+
+    def reduce(self) -> None:
+        """HiddenSums of all processes, on the CPU. Collective."""
+        self.found = {name: reduce_tensor(value).cpu() for name, value in self.found.items()}
+
+
+def check_readers(model: nn.Module, group: PruningGroup, unit: Unit) -> list[GroupSlice]:
+    """The slices that read a group. Raises ValueError where there is none, or its units have no tokens of their own."""
+    slices = group.by_role("consumer")
+    reads = ", ".join(f"{c.module} ({type(model.get_submodule(c.module)).__name__})" for c in slices)
+    if not slices:
+        raise ValueError(f"group {group.name!r} has nothing that reads it: leave it out of the scope")
+    if unit == "token" and (len(slices) > 1 or channel_dim(model.get_submodule(slices[0].module)) != -1):
+        raise ValueError(
+            f"group {group.name!r} has no tokens of its own: it is read by {reads}, not by one linear layer; take unit: sequence"
+        )
+    return slices
+
+
+def _placed(raw: Tensor, places: Tensor) -> Tensor:
+    """(samples, width, positions) as (samples, units, places, positions); without a copy where a unit is a place."""
+    if places.shape[1] == 1 and len(places) == raw.shape[1] and torch.equal(places[:, 0], torch.arange(len(places))):
+        return raw[:, :, None]
+    return raw[:, places.to(raw.device)]
+
+
+def _square(x: Tensor) -> Tensor:
+    """HiddenSums of squares a unit, (units,) float64, no copy of x made."""
+    return torch.linalg.vector_norm(x, dim=(2, 3)).double().square().sum(0)

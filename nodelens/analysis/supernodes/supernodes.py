@@ -1,0 +1,207 @@
+"""Loss-critical channels: which units carry the loss, what surrounds them, and whether the scores are true (2604.23475)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from nodelens.engine.analyze import device_of
+from nodelens.metrics.core_and_halo import correlations, halo, largest, redundancy_to_core, share_of
+from nodelens.metrics.gradient import LossReduction
+from nodelens.network.batch import Batch
+from nodelens.network.groups import PruningGroup, PruningGroups
+from nodelens.pruning.groups.find import find_groups
+from nodelens.results.result import fingerprint, provenance
+
+from .ablation import ablate, sampled
+from .agreement import agreement, hits
+from .controls import COLUMNS, Compared, control_rows
+from .hidden import HiddenCoreSums, HiddenPass, Progress, Unit, UnitSums
+from .robustness import Resample, resampled
+from .supernode_result import SupernodesResult
+from .supernode_tables import SCORES, Layout, concentration_table, layer_rows, measured, read_by_next, unit_table
+
+Found = Mapping[tuple[str, str], Tensor]
+_SCOPES = {"heads": ("head", "kv_group"), "experts": ("moe_ffn",), "channels": ("channel",)}
+Score = Literal["loss_proxy", "loss_proxy_factored", "taylor", "curvature", "power"]
+
+
+@dataclass(frozen=True)
+class Supernodes:
+    """Scores of hidden units, the few that carry the loss (supernodes), what repeats them (halo), and controls of it all.
+
+    scope: groups by kind (ffn, heads, channels), name or pattern. unit: a row a ``token`` of what one linear layer reads, or a
+    ``sequence`` (an image): its positions summed first. score: what makes a supernode; the scores of the halo stand on the loss
+    proxy. top_k: so many supernodes of each group instead of a share. loss_reduction: ``mean`` divides a text's gradients by its
+    predictions, and corr_eps: 1e-8 stands under the root of the correlations: both as in the published code.
+    draws: random cores. groups: of samples, for errors and for ``resamples`` in halves or with replacement.
+    ablate: units of each group that are shut off one by one, drawn uniformly; 0 none, or all; on ``ablate_tokens`` predictions.
+    """
+
+    scope: str | Sequence[str] = "ffn"
+    unit: Unit = "token"
+    score: Score = "loss_proxy"
+    core_fraction: float = 0.01
+    min_core: int = 1
+    top_k: int | None = None
+    halo_fraction: float = 0.1
+    connectivity_topk: int = 256
+    connectivity_mass_fraction: float | None = None
+    redundancy_topk: int = 5
+    redundancy_reduce: Literal["topk_mean", "max"] = "topk_mean"
+    positive_redundancy: bool = True
+    corr_eps: float = 0.0
+    protection: Literal["rank_power", "rank", "minmax"] = "rank_power"
+    protection_floor: float = 0.2
+    protection_rank_power: float = 8.0
+    loss_reduction: LossReduction = "sum"
+    draws: int = 20
+    groups: int = 32
+    resamples: int = 20
+    resample: Resample = "halves"
+    ablate: int | str = 0
+    ablate_tokens: int | None = 16_384
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, value in vars(self).items():
+            choices = get_args(hints[name])
+            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+                raise ValueError(f"supernodes: {name} is {value!r}; it is {', '.join(choices)}")
+        for name in ("core_fraction", "halo_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it is a share of a group, between 0 and 1")
+        sampled((), self.ablate)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        evaluation: Iterable[Any] | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
+    ) -> SupernodesResult:
+        """Reads data twice, one backward pass each, and ``evaluation`` (else data) once for ablation; what is held does not grow.
+
+        Under a process group each process gives its own share of both. Raises ValueError for a scope without a group, units that
+        cannot be seen, data that are empty, without labels or can be read once only.
+        """
+        if isinstance(data, Iterator):
+            raise ValueError("supernodes reads its data twice, and they are an iterator: give a loader or a list of batches")
+        groups, device = self._axes(model, data), device_of(model)
+        reading = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
+        sums = UnitSums(groups, self.groups, device)
+        samples = reading.run(progress(data), sums)
+        sums.reduce()
+        layouts = [self._layout(model, group, sums.found, seed) for group in groups]
+        chosen = {layout.group.name: layout.compared for layout in layouts}
+        products = HiddenCoreSums({name: (c.rows, c.columns) for name, c in chosen.items()}, device)
+        reading.run(progress(data), products)
+        products.reduce()
+        tables = self._tables(model, layouts, sums.found, products.found, seed)
+        ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, seed, progress)
+        tables |= self._agreement(tables["units"], ablated, seed)
+        about = {"ablation": about, "samples": samples, "rows": int(sums.found[groups[0].name, "rows"].sum())}
+        return SupernodesResult(**tables, ablation=ablated, metadata=about | self._about(model, groups, seed))
+
+    def _axes(self, model: nn.Module, data: Iterable[Any]) -> list[PruningGroup]:
+        first = next(iter(data), None)
+        batch = None if first is None else Batch.of(first).head(2).to(device_of(model))
+        every = find_groups(model, batch)
+        words = [self.scope] if isinstance(self.scope, str) else [str(word) for word in self.scope]
+        kinds = {group.kind for group in every}
+        if not every:
+            why = "; ".join(f"{frozen.what}: {frozen.reason}" for frozen in every.frozen[:4]) or "nothing is recognised"
+            raise ValueError(f"{type(model).__name__} has no group of hidden units: {why}")
+        return list(
+            PruningGroups(every.groups, every.frozen).chosen([w for word in words for w in _words(word, kinds)], inexact=True)
+        )
+
+    def _core_size(self, n: int) -> int:
+        return min(n, self.top_k) if self.top_k is not None else share_of(n, self.core_fraction, self.min_core)
+
+    def _layout(self, model: nn.Module, group: PruningGroup, sums: Found, seed: int) -> Layout:
+        """Supernodes, halo and what they are compared with."""
+        values = measured(group, sums)
+        core = largest(values[self.score], self._core_size(group.n))
+        layout = Layout.of(model, group, core, self.connectivity_topk, self.connectivity_mass_fraction)
+        members = halo(layout.connectivity, core, self.halo_fraction)
+        return layout.surrounded(Compared.of(group.name, values["loss_proxy"], core, members, self.draws, seed))
+
+    def _tables(
+        self,
+        model: nn.Module,
+        layouts: Sequence[Layout],
+        sums: Found,
+        products: Mapping[str, Tensor],
+        seed: int,
+    ) -> dict[str, pd.DataFrame]:
+        units, layers, controls, robust, curves = [], [], [], [], []
+        reads = read_by_next(model, layouts)
+        for layout in layouts:
+            name, compared = layout.group.name, layout.compared
+            redundancy = self._redundancy(layout, sums, products[name])
+            own = redundancy(compared.halo, compared.core)
+            rule = (self.protection, self.protection_floor, self.protection_rank_power)
+            table = unit_table(model, layout, sums, own, reads[name], rule)
+            found = control_rows(name, compared, redundancy, layout.connectivity, seed)
+            share = len(compared.core) / layout.group.n
+            drawn = resampled(name, sums[name, "square"], sums[name, "rows"], share, self.resamples, self.resample, seed)
+            units.append(table)
+            controls += found
+            robust += drawn
+            curves.append(concentration_table(name, table["loss_proxy"]))
+            layers.append(layer_rows(layout, table, sums, found, drawn))
+        return {
+            "units": pd.concat(units),
+            "layers": pd.DataFrame(layers).set_index("layer"),
+            "controls": pd.DataFrame(controls, columns=list(COLUMNS)),
+            "robustness": pd.DataFrame(robust, columns=["layer", "draw", "jaccard", "spearman"]),
+            "concentration": pd.concat(curves, ignore_index=True),
+        }
+
+    def _redundancy(self, layout: Layout, sums: Found, products: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of ids of units and of a core: the redundancy of those to it, (units,)."""
+        name = layout.group.name
+        n, total, square = sums[name, "rows"].sum(), sums[name, "total"], sums[name, "square"].sum(0)
+        variance = (square / n - (total / n).square()).clamp_min(0)
+        rows, columns = layout.compared.rows, layout.compared.columns
+
+        def redundancy(units: Tensor, core: Tensor) -> Tensor:
+            i, s = torch.searchsorted(rows, units), torch.searchsorted(columns, core)
+            shared = products[i][:, s] / n - total[units, None] * total[core] / n.square()
+            rho = correlations(shared, variance[units], variance[core], self.corr_eps)
+            return redundancy_to_core(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+
+        return redundancy
+
+    def _ablated(
+        self, model: nn.Module, groups: Sequence[PruningGroup], data: Iterable[Any], seed: int, progress: Progress
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
+        units = sampled(groups, self.ablate, seed)
+        if any(units.values()):
+            return ablate(model, groups, data, units, tokens=self.ablate_tokens, progress=progress)
+        empty = pd.MultiIndex.from_tuples([], names=["layer", "unit"])
+        return pd.DataFrame(columns=["change", "change_se"], index=empty, dtype=float), {}
+
+    def _agreement(self, units: pd.DataFrame, ablated: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
+        scores = [name for name in SCORES if name in units]
+        table = ablated.join(units[scores])
+        if not len(table):
+            return {"agreement": agreement(table, ()), "hits": hits(table, ())}
+        return {"agreement": agreement(table, scores, seed=seed), "hits": hits(table, scores)}
+
+    def _about(self, model: nn.Module, groups: Sequence[PruningGroup], seed: int) -> dict[str, Any]:
+        options = asdict(self) | {"scope": self.scope if isinstance(self.scope, str) else list(self.scope)}
+        found = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+        notes = {"sampling": "uniform without replacement", "redundancy_noise": "1 / (2 rows) nats", "unit": self.unit}
+        return provenance() | notes | {"options": options, "groups": [a.name for a in groups], "seed": seed, "model": found}
+
+
+def _words(word: str, kinds: set[str]) -> list[str]:
+    """A word of the scope as one that the groups have: ``heads`` are of two kinds."""
+    return [kind for kind in _SCOPES.get(word, ()) if kind in kinds] or [word]

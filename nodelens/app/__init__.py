@@ -1,0 +1,1 @@
+"""The application: command line, configuration, the three tasks, cost estimates."""

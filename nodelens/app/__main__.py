@@ -1,0 +1,5 @@
+"""``python -m nodelens.app analyze ...``: the console script ``nodelens``, where it is not on the path."""
+
+from .cli import script
+
+script()

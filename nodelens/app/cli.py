@@ -1,0 +1,146 @@
+"""The command line: ``python -m nodelens.app analyze ...``, and what train.py, analyze.py and prune.py call."""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+from nodelens.messages import nearest
+from nodelens.results.files import remove_traces
+
+from .config import CONF, TASKS, register, with_custom_model
+from .overrides import MistakeError, configs, flags_of
+from .run import run
+
+_ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
+_SELECT = re.compile(r"^(dataset\.select)=([^'\"].*)$")
+_failed: list[str] = []  # lines of a multirun's failed jobs
+_there: list[Path] = []  # the folder above this run's that was there before
+
+
+def train() -> None:
+    """Entry of train.py."""
+    main("train")
+
+
+def analyze() -> None:
+    """Entry of analyze.py."""
+    main("analyze")
+
+
+def prune() -> None:
+    """Entry of prune.py."""
+    main("prune")
+
+
+def script() -> None:
+    """Entry of the console script: ``nodelens analyze ...``."""
+    task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if task not in TASKS:
+        sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}, not {task!r}.{nearest(task, TASKS)}")
+    main(task)
+
+
+def main(task: str) -> None:
+    """Composes a task's config from the command line and runs it; a mistake ends in one line and exit code 1."""
+    here = str(Path.cwd())
+    if here not in sys.path:  # a user's own module beside the place where the script was started
+        sys.path.insert(0, here)
+    register()
+    sys.argv[1:] = _rewrite(sys.argv[1:])
+    _failed.clear()
+    _there.clear()
+    try:
+        flags = flags_of(sys.argv[1:])
+        if not (flags.help or flags.hydra_help or flags.info or flags.cfg or flags.shell_completion):
+            for cfg in configs(task, flags):
+                _check(cfg, bool(flags.multirun))
+    except (ValueError, OSError) as error:
+        sys.exit(_line(error))
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=task)(_job)()
+    if _failed:
+        sys.exit(1)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    try:
+        return run(cfg)
+    except (ValueError, OSError, MemoryError) as error:
+        return _stop(_line(error), error)
+    except KeyboardInterrupt:
+        sys.exit(f"nodelens: interrupted; the same command with hydra.run.dir={cfg.paths.output_dir} goes on from there")
+
+
+def _stop(line: str, error: BaseException) -> float:
+    """Ends with one line; in a sweep of this process the other jobs go on, in a launcher's process the launcher is told."""
+    job = HydraConfig.get()
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        raise error
+    if job.mode != RunMode.MULTIRUN:
+        remove_traces(Path(job.runtime.output_dir), _there[0])
+        sys.exit(line)
+    if not str(job.launcher._target_).endswith("BasicLauncher"):
+        raise error
+    _failed.append(line)
+    print(f"{line} (job {job.job.num}: {' '.join(job.overrides.task)})", file=sys.stderr)
+    return float("nan")
+
+
+def _line(error: BaseException) -> str:
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}; choose another path or make it readable and writable"
+    return f"nodelens: {text}"
+
+
+def _rewrite(argv: Sequence[str]) -> list[str]:
+    """Flags first: Hydra refuses one between overrides.
+
+    ``layers=blocks[0].output`` is quoted, as brackets are its lists; so is ``dataset.select=regex:a & loss``, but in a sweep.
+    """
+    overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
+    rest = [a for a in argv if a not in overrides]
+    quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]
+    if not {"-m", "--multirun"} & set(rest):
+        quoted = [_SELECT.sub(lambda m: f"{m[1]}='" + m[2].replace("'", "\\'") + "'", override) for override in quoted]
+    return rest + quoted
+
+
+def _check(cfg: DictConfig, multirun: bool) -> None:
+    """Raises before anything is written: for a config that cannot run, a folder that cannot be written or is taken."""
+    from nodelens.app.tasks.common import check_settings, verify
+
+    folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
+    _there[:] = [_check_folder(folder)]
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(folder.absolute())
+        cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    verify(cfg)
+    if not multirun:
+        _check_folder(Path(cfg.paths.output_dir))
+        check_settings(cfg)
+
+
+def _check_folder(folder: Path) -> Path:
+    """The folder itself or the nearest one above that is there. Raises MistakeError where nothing can be written to it."""
+    home = folder.absolute()
+    while not home.exists():
+        home = home.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise MistakeError(
+            f"the output folder {folder} cannot be written: {home}: {error.strerror}; choose another, hydra.run.dir=<folder>"
+        ) from None
+    return home

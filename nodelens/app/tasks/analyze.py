@@ -1,0 +1,198 @@
+"""analyze.py: the units of a network, measured in one pass, and the analyses that are asked for beside them."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from nodelens.app.config import build, resolved
+from nodelens.engine.plan import Plan
+from nodelens.engine.validation import in_bytes
+from nodelens.models import load_weights
+from nodelens.results.files import plain
+from nodelens.results.result import Result, fingerprint, load, provenance
+from nodelens.statistics.processes import world
+
+from .common import bar, build_all, claim, console, in_words, launch, load_module, placed, say
+from .plan import plan
+from .show import show_plan, show_result
+from .splits import splits
+
+# keys of a dataset that cut no sample otherwise
+
+
+def analyze(cfg: DictConfig) -> float:
+    """Measures, evaluates, saves, draws; returns the accuracy. A run that is finished in the same folder is shown again."""
+    from nodelens.report import write_page
+
+    folder = claim(cfg)
+    if cfg.plan_only:
+        plan(cfg, folder)
+        return float("nan")
+    if (folder / "metadata.json").is_file():
+        say(f"already finished: {folder}")
+        result = load(folder)
+        if not (folder / "report.html").is_file():  # it ended between the tables and the page
+            write_page(folder)
+        _show(result)
+        return float(result.metadata["evaluation"]["accuracy"])
+    return launch(cfg, lambda device: _work(cfg, folder, device))
+
+
+def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
+    from nodelens.evaluation.evaluate import evaluate
+
+    rank, processes = world()
+    data = build(cfg.dataset, "dataset")
+    data.setup()
+    module, trained_by = load_module(cfg, data.classes)
+    placed(module.net, device)
+    measured, evaluated = splits(cfg, data, trained_by)
+    result = measure(cfg, module.net, data, measured)
+    started = time.perf_counter()
+    loader = data.loader(evaluated, rank=rank, world=processes)
+    score = evaluate(module.net, bar("evaluating", _batches(loader), rank == 0)(loader))
+    result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
+    result.metadata |= about(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
+    if cfg.evaluate:
+        from nodelens.evaluation.harness import harness
+
+        options = resolved(cfg)["evaluate"]
+        result.metadata["lm_eval"] = harness(module.net, cfg.dataset.get("tokenizer"), **options) if rank == 0 else {}
+    found = _analyses(cfg, folder, module.net, data, (measured, evaluated))
+    result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
+    if rank == 0:
+        _finish(cfg, folder, result, found)
+    return score["accuracy"]
+
+
+def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:
+    """The pass that a config asks for, over one split."""
+    from nodelens.engine.analyze import analyze as measure_units
+
+    rank, processes = world()
+    loader = data.loader(split, rank=rank, world=processes)
+
+    def on_plan(found: Plan) -> None:
+        if rank == 0:
+            show_plan(console(), found)
+
+    metrics = metrics or build_all(cfg.metrics, "metrics")
+    if not metrics and cfg.get("analysis"):
+        return _unmeasured(net, cfg.seed)
+    if not metrics:
+        raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
+    result = measure_units(
+        net,
+        loader,
+        metrics,
+        _layers(cfg),
+        seed=cfg.seed,
+        groups=cfg.groups,
+        positions=cfg.positions,
+        precision=cfg.precision,
+        pairs=resolved(cfg)["pairs"],
+        initial=initial_of(cfg, net),
+        bias=cfg.bias,
+        budget=in_bytes(cfg.budget.memory),
+        max_passes=cfg.budget.max_passes,
+        covariance=cfg.covariance,
+        width=cfg.budget.width,
+        on_plan=on_plan,
+        progress=bar("measuring", _batches(loader), rank == 0),
+    )
+    passes = result.metadata["passes"]
+    if rank == 0 and len(passes) > 1:
+        say(f"the data were read {len(passes)} times: budget.memory holds the sums of some layers at a time")
+    return result
+
+
+def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
+    """What the metadata say of config, data and weights."""
+    counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # of texts: documents, tokens, what is no row
+    return {
+        "config": plain(resolved(cfg)),
+        "data": {"split": split, "fingerprint": data.fingerprint(), **counts},
+        "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)},
+    }
+
+
+def _unmeasured(net: torch.nn.Module, seed: int) -> Result:
+    """The result of a run that measures no units."""
+    about = {"metrics": {}, "samples": 0, "seed": seed, "seconds": {}, "missing": []}
+    model = {"class": type(net).__name__, "fingerprint": fingerprint(net)}
+    units = pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["layer", "unit"]))
+    layers = pd.DataFrame(index=pd.Index([], name="layer"))
+    return Result(units, layers, metadata=provenance() | about | {"model": model})
+
+
+def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str]) -> dict[str, Any]:
+    """Runs each analysis into a folder of its own name below the run's; one that is finished there is not repeated."""
+    rank, processes = world()
+    every = {}
+    for name, analysis in build_all(cfg.analysis, "analysis").items():
+        if (folder / name / "metadata.json").is_file():
+            say(f"{name}: already finished")
+            continue
+        measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
+        progress = bar(name, _batches(measured), rank == 0)
+        every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress)
+        if rank == 0:
+            found.save(folder / name)
+            for line in found.lines():
+                say(f"{name}: {line}")
+    return every
+
+
+def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, Any]) -> None:
+    from nodelens.report import write_page
+    from nodelens.results.loggers import close, log_result, log_tables
+
+    result.save(folder)
+    page = write_page(folder)
+    loggers = list(build_all(cfg.logger, "logger").values())
+    score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
+    tasks = result.metadata.get("lm_eval", {})
+    score |= {f"lm_eval/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
+    try:
+        log_result(loggers, result, score)
+        for name, found in analyses.items():
+            log_tables(loggers, name, found.tables())
+    finally:
+        close(loggers)
+    _show(result)
+    say(f"page: {page}")
+
+
+def _show(result: Result) -> None:
+    if len(result.layers):
+        show_result(console(), result)
+    else:
+        found = result.metadata["evaluation"]
+        say(f"{in_words(found)} of the split {found['split']!r}")
+    for task, values in result.metadata.get("lm_eval", {}).items():
+        say(f"lm_eval {task}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
+
+
+def _layers(cfg: DictConfig) -> Any:
+    return cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
+
+
+def initial_of(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
+    """The network before training, where a file of its weights is named."""
+    if cfg.initial_path is None:
+        return None
+    start = copy.deepcopy(net)
+    load_weights(start, cfg.initial_path)
+    return start
+
+
+def _batches(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream has no length
+        return None

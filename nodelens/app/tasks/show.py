@@ -1,0 +1,123 @@
+"""Plans and results on the terminal."""
+
+import math
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from nodelens.engine.plan import Plan
+from nodelens.results.result import BESIDE, Result, values_of
+
+from .common import in_words
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """A line a layer: what is kept there and how many bytes it takes; then the totals."""
+    table = Table(title="plan of the pass", title_justify="left")
+    for name, justify in (("layer", "left"), ("units", "right"), ("statistics", "left"), ("groups", "right"), ("MiB", "right")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for layer in plan.layers:
+        needs = plan.needs(layer)
+        groups = sorted({plan.groups_of(layer, need) for need in needs})
+        size = sum(plan.nbytes(layer, need) for need in needs) / 2**20
+        table.add_row(
+            layer.name,
+            str(plan.seen(layer, "output").width),
+            ", ".join(map(str, needs)) or "none",
+            "/".join(map(str, groups)),
+            f"{size:.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"sums take {plan.total_bytes / 2**20:,.1f} MiB at most, buffers included; estimated overhead over the bare "
+        f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %"
+    )
+    if plan.never_called:
+        console.print(f"left out, never called by the model's forward: {', '.join(plan.never_called)}", markup=False)
+
+
+def show_result(console: Console, result: Result) -> None:
+    """A row a layer: the mean of each metric over its units, the layer's own values; then what is missing and why."""
+    values = summary(result)
+    own = [c for c in values if c in result.layers and c != "units"]
+    console.print("mean over a layer's units" + (f"; of {', '.join(own)} the layer's own value" if own else ""), markup=False)
+    labels = _labels(list(map(str, values.index)), console.width)
+    _show_table(console, values, labels, "layer")
+    if len(result.edges):
+        console.print("pairs of layers")
+        edges = result.edges[values_of(result.edges)]
+        _show_table(console, edges, [f"{a} -> {b}" for a, b in edges.index], "edge")
+    for line in _gaps(result.metadata.get("missing", [])):
+        console.print(line, markup=False)
+    for entry in result.metadata.get("left_out", []):
+        console.print(f"{entry['site']}: {entry['rows']} rows were not finite and left out", markup=False)
+    found = result.metadata.get("evaluation")
+    if found:
+        console.print(
+            f"{in_words(found)} of the split {found['split']!r}; units measured on {result.metadata['samples']} of "
+            f"{result.metadata['data']['split']!r}"
+        )
+
+
+def _gaps(missing: list[dict], most: int = 12) -> list[str]:
+    """What has no number and why: a line a column and reason; an error that is missing with its value goes without saying."""
+    without = {(m["layer"], m["column"]) for m in missing}
+    found: dict[tuple[str, str], list[dict]] = {}
+    for m in missing:
+        stem = next((m["column"].removesuffix(s) for s in BESIDE if m["column"].endswith(s)), None)
+        if (m["layer"], stem) not in without:
+            found.setdefault((m["column"], m["reason"]), []).append(m)
+    lines = []
+    for (column, reason), entries in found.items():
+        where = entries[0]["layer"] + (f" and {len(entries) - 1} more" if len(entries) > 1 else "")
+        lines.append(f"{column}: {sum(m['count'] for m in entries)} NaN at {where}: {reason}")
+    rest = len(lines) - most
+    return lines[:most] + ([f"and {rest} more such lines in metadata.json"] if rest > 0 else [])
+
+
+def _show_table(console: Console, values: pd.DataFrame, labels: list[str], what: str) -> None:
+    """A frame as one table or, where it is too wide for the terminal, as several."""
+    for names in _fitting(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
+        table = Table()
+        table.add_column(what, overflow="fold")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for label, (_, row) in zip(labels, values[names].iterrows(), strict=True):
+            table.add_row(label, *(_number(v) for v in row))
+        console.print(table)
+
+
+def _labels(names: list[str], width: int) -> list[str]:
+    """Layer names; where they would take a third of the terminal, their first parts go as long as the rest tells them apart."""
+    while any(len(name) > width // 3 for name in names):
+        shorter = ["\u2026" + name.split(".", 1)[1] if len(name) > width // 3 and "." in name else name for name in names]
+        if shorter == names or len(set(shorter)) < len(names):
+            break
+        names = shorter
+    return names
+
+
+def _fitting(columns: list[str], width: int) -> list[list[str]]:
+    """Columns in as many tables as it takes for each to fit a width."""
+    tables: list[list[str]] = [[]]
+    used = 0
+    for name in columns:
+        size = max(len(name), 9) + 3
+        if tables[-1] and used + size > width:
+            tables, used = [*tables, []], 0
+        tables[-1].append(name)
+        used += size
+    return tables
+
+
+def summary(result: Result) -> pd.DataFrame:
+    """A row a layer, a column a metric: means over units, and the layers' own values."""
+    means = result.units[values_of(result.units)].groupby(level="layer", sort=False).mean()
+    return result.layers[["units", *values_of(result.layers)]].join(means)
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
+        return str(int(value))
+    return "NaN" if math.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,35 @@
+"""Which samples a task measures, and on which it evaluates."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nodelens.app.config import resolved
+
+_FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", "select", "special", "cache", "_target_"}
+
+
+def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, str]:
+    """Which samples are measured and on which the accuracy is taken.
+
+    Calibration and test, which are apart; data that came as one set are taken whole, but where the weights were trained
+    on them by nodelens.
+    """
+    chosen = cfg.get("split")
+    here = trained_by is not None and (trained_by.get("dataset") or {}).get("path") == cfg.dataset.get("path")
+    if here:
+        _check_same_cut(resolved(cfg)["dataset"], trained_by["dataset"])  # type: ignore[index]
+    whole = data.unsplit and not here
+    if chosen is None:
+        return ("all", "all") if whole else ("calibration", "test")
+    return chosen, chosen if chosen in ("all", "val", "train") else "test"
+
+
+def _check_same_cut(now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Raises ValueError where the data of a training are cut otherwise: its training samples would be in the test set."""
+    for key in sorted((now.keys() | then.keys()) - _FREE):
+        if key in then and now.get(key) != then[key]:
+            raise ValueError(
+                f"the weights were trained on this data set with dataset.{key}={then[key]}, here it is {now.get(key)}: training "
+                "samples would be in the test set; give the same value"
+            )

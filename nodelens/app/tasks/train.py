@@ -1,0 +1,102 @@
+"""train.py: a network trained by Lightning, its units measured every epoch if asked."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nodelens.app.config import build, resolved
+from nodelens.results.files import plain, read_json
+
+from .common import build_all, check_tokens, claim, in_one_line, in_words, quiet, say
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains, takes the best checkpoint's test accuracy and returns it. Goes on from ``checkpoints/last.ckpt`` in the folder."""
+    from lightning.pytorch import seed_everything
+
+    from nodelens.results.loggers import close
+
+    folder = claim(cfg)
+    if (folder / "result.json").is_file():
+        found = read_json(folder / "result.json")
+        say(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
+        return float(found["accuracy"])
+    quiet()
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data = build(cfg.dataset, "dataset")
+    data.setup()
+    module = build(cfg.model, "model")
+    module.config = plain(resolved(cfg))
+    check_tokens(module.net, data.classes)
+    fits(module.net, data)
+    start = starting_point(cfg, folder, module.net)
+    data.save_splits(folder)
+    loggers = list(build_all(cfg.logger, "logger").values())
+    try:
+        return _fit(cfg, folder, module, data, loggers, start)
+    finally:
+        close(loggers)
+
+
+def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[Any], start: str | None) -> float:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from nodelens.training.callbacks import Outcome
+
+    outcome = Outcome(folder / "result.json", plain(resolved(cfg)))
+    callbacks = [*build_all(cfg.callbacks, "callbacks").values(), outcome]
+    trainer = build(_with_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder))
+    try:
+        with in_one_line():
+            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except SystemExit:  # how the trainer ends on Ctrl-C
+        raise KeyboardInterrupt from None
+    if not outcome.path.is_file():  # nothing was left to train: it had ended before its score was written
+        outcome.score(trainer, module, data.loader("test"))
+    found = read_json(outcome.path)
+    say(f"test {in_words(found)}")
+    if found["checkpoint"]:
+        say(f"checkpoint: {found['checkpoint']}")
+    return float(found["accuracy"])
+
+
+def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
+    """The checkpoint that training goes on from: the folder's own last one, else ``ckpt_path``, else none.
+
+    Raises FileNotFoundError or ValueError where ``ckpt_path`` is no checkpoint of a training of this network.
+    """
+    from nodelens.models import load_weights, training_state
+
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        return str(last)
+    if cfg.ckpt_path:
+        load_weights(net, cfg.ckpt_path)
+        if not training_state(cfg.ckpt_path):
+            raise ValueError(f"{cfg.ckpt_path} holds weights alone, no training to go on with: start from them with model.weights=")
+    return cfg.ckpt_path
+
+
+def fits(net: Any, data: Any) -> None:
+    """Raises ValueError, with the input's shape and the way out, where the network cannot take the data."""
+    from nodelens.engine.dry_run import DryRun
+    from nodelens.network.batch import Batch
+
+    batch = next(iter(data.loader("train")))
+    dry_run = DryRun.of(net, [], Batch.of(batch))
+    if dry_run.classes < data.classes:
+        raise ValueError(
+            f"{type(net).__name__} has {dry_run.classes} outputs, the data have {data.classes} classes: set the "
+            "model's classes, or dataset.classes="
+        )
+
+
+def _with_bar(trainer: DictConfig) -> DictConfig:
+    """A progress bar on a terminal only: in a log file each refresh is a line."""
+    shown = trainer.get("enable_progress_bar")
+    shown = sys.stderr.isatty() if shown is None else shown
+    return OmegaConf.merge(trainer, {"enable_progress_bar": shown})  # type: ignore[return-value]

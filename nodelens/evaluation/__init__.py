@@ -1,0 +1,1 @@
+"""How well a network does: accuracy, loss, perplexity, and lm-evaluation-harness."""

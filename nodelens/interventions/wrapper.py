@@ -1,0 +1,86 @@
+"""A model with names: what chosen layers put out or read in a forward pass, and their weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.network.find_layers import find_layers
+from nodelens.network.hooks import Capture, Site
+from nodelens.network.layers import Layer
+
+
+class ModelWrapper:
+    """Runs a model and hands out what its layers show, for metrics from tensors in hand.
+
+    >>> wrapper = ModelWrapper(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), tracked_layers=["0"])
+    >>> outputs, activations = wrapper.forward_with_activations(torch.ones(4, 3))
+    >>> activations["0"].shape, wrapper.get_layer_weights()["0"].shape
+    (torch.Size([4, 2]), torch.Size([2, 3]))
+    """
+
+    def __init__(self, model: nn.Module, tracked_layers: str | Sequence[str] = "*", sites: Sequence[str] = ()):
+        """tracked_layers, sites: what ``find_layers`` takes. Of extra sites nothing is kept unless a call names them.
+
+        Raises ValueError for a name without a match.
+        """
+        self.model = model
+        self.layers = [layer.name for layer in find_layers(model, tracked_layers)]
+        self._found = {layer.name: layer for layer in find_layers(model, [*self.layers, *sites])}
+
+    def forward_with_activations(
+        self,
+        inputs: Tensor | Mapping[str, Any],
+        layers: str | Sequence[str] | None = None,
+        port: Literal["output", "input"] = "output",
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The model's output and {layer: what it put out, or read}, for one batch, in the mode the model is in.
+
+        inputs: a tensor, or a mapping of keyword arguments. layers: those wanted, all that are tracked by default.
+
+        Activations carry no graph. They are copies: whether a later operation writes into a tensor in place, as a ReLU may, is
+        known only when it is too late. The calls of a layer that runs several times follow one another along the first axis.
+
+        Raises ValueError for a layer that is not tracked, or never runs.
+        """
+        if port not in ("output", "input"):
+            raise ValueError(f"port is {port!r}; it is 'output' or 'input'")
+        chosen = self._chosen(layers)
+        shown: dict[str, list[Tensor]] = {layer.name: [] for layer in chosen}
+        with Capture(
+            [Site(layer, port) for layer in chosen], lambda site, tensor: shown[site.layer.name].append(tensor.clone())
+        ) as capture:
+            capture.gate = True
+            outputs = self._run(inputs)
+        silent = next((name for name, calls in shown.items() if not calls), None)
+        if silent is not None:
+            raise ValueError(
+                f"layer {silent!r} is never called by {type(self.model).__name__}.forward (its parent may read its weight "
+                "directly): name another layer, such as the module that takes its output"
+            )
+        return outputs, {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in shown.items()}
+
+    def get_layer_weights(self, layers: str | Sequence[str] | None = None) -> dict[str, Tensor]:
+        """{layer: its weight as it is stored, detached}. Raises ValueError for a layer that is not tracked or has none."""
+        weights = {}
+        for layer in self._chosen(layers):
+            tensor = layer.tensor
+            if tensor is None:
+                raise ValueError(f"layer {layer.name!r} ({type(layer.module).__name__}) has no weights of its units: leave it out")
+            weights[layer.name] = tensor
+        return weights
+
+    def _chosen(self, layers: str | Sequence[str] | None) -> list[Layer]:
+        names = self.layers if layers is None else [layer.name for layer in find_layers(self.model, layers)]
+        unknown = next((name for name in names if name not in self._found), None)
+        if unknown is not None:
+            raise ValueError(f"layer {unknown!r} is not tracked; tracked are {', '.join(self._found)}")
+        return [self._found[name] for name in names]
+
+    def _run(self, inputs: Tensor | Mapping[str, Any]) -> Any:
+        if isinstance(inputs, Tensor):
+            return self.model(inputs)
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        raise ValueError(f"inputs are a tensor or a mapping of keyword arguments, not a {type(inputs).__name__}")

@@ -1,0 +1,152 @@
+"""One metric from tensors in hand: the statistics of a pass, made of one batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.network.layers import Layer
+from nodelens.network.targets import target_of
+from nodelens.statistics import Statistic
+from nodelens.statistics.rows import Rows
+from nodelens.statistics.weight_sums import WeightSums
+
+from .need import Need, Other
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "type", "bias")
+_TENSORS = (
+    "inputs",
+    "outputs",
+    "weights",
+    "labels",
+    "targets",
+    "logits",
+    "gradients",
+    "initial_weights",
+    "next_outputs",
+    "norm_weights",
+)
+_PORTS = {
+    "input": ["inputs"],
+    "output": ["outputs"],
+    "projection": ["projections"],
+    "next": ["next_outputs"],
+    "grad": ["gradients"],
+    "output*grad": ["outputs", "gradients"],
+    "weight*grad": ["inputs", "outputs", "gradients"],
+    "change": ["inputs", "weights", "initial_weights"],
+}
+
+
+def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
+    """The value of a metric from the tensors that ``Metric.compute`` documents."""
+    unknown = set(tensors) - set(_GEOMETRY) - set(_TENSORS)
+    if unknown:
+        raise ValueError(
+            f"{metric.names[0]}: compute() takes {', '.join(_TENSORS)} and a convolution's geometry, "
+            f"not {', '.join(sorted(unknown))}"
+        )
+    tensors = {k: t for k, t in tensors.items() if t is not None}
+    _check_widths(tensors)
+    if "weights" in tensors and "inputs" in tensors:
+        dtype = torch.promote_types(tensors["inputs"].dtype, tensors["weights"].dtype)
+        made = _layer(tensors).apply(tensors["inputs"].to(dtype), tensors["weights"].detach().to(dtype))
+        tensors = {"outputs": made} | tensors | {"projections": made}
+    elif "outputs" in tensors:
+        tensors = tensors | {"projections": tensors["outputs"]}
+    parameter = _parameter(metric, tensors)
+    statistics = {name: _statistic(metric, need, tensors) for name, need in metric.needs().items()}
+    return metric(parameter, **{k: [v] if metric.grouped else v for k, v in statistics.items()})
+
+
+def _parameter(metric: Any, tensors: dict[str, Any]) -> Tensor | None:
+    """What a metric reads beside sums."""
+    needed = {"norm": ["norm_weights"], "change": ["weights", "initial_weights"]}.get(metric.parameter, ["weights"])
+    if metric.weighted:
+        _check(metric, needed, tensors)
+    found = [tensors.get(name) for name in needed]
+    if any(f is None for f in found):
+        return None
+    if metric.parameter == "change":
+        return (found[0] - found[1]).flatten(1)  # type: ignore[operator]
+    return found[0].flatten(1) if metric.parameter == "weight" else found[0]  # type: ignore[union-attr]
+
+
+def _statistic(metric: Any, need: Need, tensors: dict[str, Any]) -> Statistic:
+    if issubclass(need.statistic, WeightSums):
+        _check(metric, _PORTS["weight*grad"], tensors)
+        layer = _layer(tensors)
+        y, gradient = (layer.rows(tensors[k], len(tensors[k])).raw.transpose(1, 2).flatten(0, 1) for k in ("outputs", "gradients"))
+        return need.statistic.of(layer.patches(tensors["inputs"]), y, gradient, groups=getattr(layer.module, "groups", 1))
+    rows = _rows(metric, need.port, tensors)
+    samples = need.view == "samples" or (need.view == "whole" and rows.grid != ())
+    if samples:
+        rows = rows.sample_totals() if "grad" in need.port else rows.sample_means()
+    rows = rows.about(rows.mean)
+    options: dict[str, Any] = {"keys": torch.arange(len(rows))} if need.statistic.keyed else {}
+    if need.statistic.entries:
+        options["geometry"] = _layer(tensors).geometry if tensors.get("weights") is not None else None
+    beside = [] if need.target is None else [_beside(metric, need, tensors, samples)]
+    return need.statistic.of(rows, *beside, **options)  # type: ignore[attr-defined]
+
+
+def _beside(metric: Any, need: Need, tensors: dict[str, Any], samples: bool) -> Rows | Tensor:
+    if need.target in ("next", "input"):
+        rows = _rows(metric, str(need.target), tensors)
+        rows = rows.sample_means() if samples else rows
+        return rows.about(rows.mean)
+    labels, given = tensors.get("labels"), tensors.get("targets")
+    parts = need.target.split("+") if isinstance(need.target, str) else [need.target]
+    if given is not None and parts[-1] != "label":  # targets in hand stand for those that a pass would make
+        own = ["label"] if parts[0] == "label" else []
+        return target_of("+".join([*own, "given"]), tensors.get("logits"), labels, given)
+    assert not isinstance(need.target, Other)
+    return target_of(need.target or "", tensors.get("logits"), labels, given)
+
+
+def _rows(metric: Any, port: str, tensors: dict[str, Any]) -> Rows:
+    port, _, by_token = port.partition("/")
+    names = _PORTS[port]
+    _check(metric, names, tensors)
+    if port == "change":
+        x = _layer(tensors).apply(tensors["inputs"], (tensors["weights"] - tensors["initial_weights"]).detach())
+    else:
+        x = tensors[names[0]] if len(names) == 1 else tensors[names[0]] * tensors[names[1]]
+    weight = tensors.get("weights")
+    maps = x.ndim >= 4 or (weight is not None and weight.ndim == x.ndim == 3)
+    if not maps and x.ndim > 2:
+        x = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
+        if by_token:  # the last token predicts none
+            x = x / max(1, x.shape[2] - 1)
+    rows = Rows.of(x.flatten(2) if x.ndim > 2 else x)
+    return Rows(rows.raw, rows.keep, rows.shift, tuple(x.shape[2:]) if maps else ())
+
+
+def _layer(tensors: dict[str, Any]) -> Layer:
+    """A layer with the weights in hand: a Linear, or a convolution of the geometry in hand."""
+    weight = tensors["weights"]
+    if weight.ndim == 2:
+        return Layer("given", nn.Linear(weight.shape[1], len(weight), bias=False, device="meta"))
+    kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
+    options: dict[str, Any] = {k: tensors[k] for k in ("stride", "padding", "dilation", "groups", "padding_mode") if k in tensors}
+    groups = options.get("groups", 1)
+    conv = kind(weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]), bias=False, device="meta", **options)
+    return Layer("given", conv)
+
+
+def _check_widths(tensors: dict[str, Any]) -> None:
+    """Raises ValueError where weights, inputs and outputs in hand are not of one layer."""
+    if "weights" not in tensors:
+        return
+    weight, axis = tensors["weights"], 1 if tensors["weights"].ndim > 2 else -1
+    read = weight.shape[1] * (tensors.get("groups", 1) if weight.ndim > 2 else 1)
+    if "inputs" in tensors and tensors["inputs"].shape[axis] != read:
+        raise ValueError(f"the weight reads {read} inputs, the rows are {tensors['inputs'].shape[axis]} wide")
+    if "outputs" in tensors and tensors["outputs"].shape[axis] != len(weight):
+        raise ValueError(f"the weight has {len(weight)} units, the rows are {tensors['outputs'].shape[axis]} wide")
+
+
+def _check(metric: Any, names: list[str], tensors: dict[str, Any]) -> None:
+    missing = [name for name in names if tensors.get(name) is None]
+    if missing:
+        raise ValueError(f"{metric.names[0]} needs {' and '.join(f'{m}=' for m in missing)}")

@@ -1,0 +1,195 @@
+"""A batch: what is known of one batch: inputs, labels, mask of valid rows, sample keys, groups."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.statistics.sample_hash import content_keys, mix
+
+from .targets import IGNORE
+
+_LABELS = ("labels", "label", "y")
+_IDS = ("ids", "sample_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch of B samples.
+
+    Shapes: labels (B,) or (B, T) or None; targets (B,) or (B, t) or None, given by the user;
+            mask (B, T) bool, true where a token counts as a row, or None for all;
+            keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G);
+            bytes (B,) int64 or None, UTF-8 bytes of the text that a sample's predicted tokens stand for
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+    mask: Tensor | None
+    keys: Tensor
+    group: Tensor
+    targets: Tensor | None = None
+    bytes: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Batch":
+        """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
+
+        Labels of tokens stand at the tokens themselves, and those of padding, or right behind it, do not count: padding takes
+        part in no loss. ``select`` (B, T) bool, where a dict has it, says which real tokens count as rows; the loss and what the
+        model is given stay as they are. What a dict holds beside labels, targets, ids, bytes and select is the model's, such as
+        the position_ids that a model with absolute positions needs for texts padded on the left.
+
+        Sample numbers come with the batch (``ids``), else from the samples' content: equal for equal samples, so that
+        groups do not depend on batching or padding. Raises ValueError for anything else.
+        """
+        args, kwargs, labels, ids, targets, size = _read(batch)
+        mask, select = kwargs.get("attention_mask"), kwargs.pop("select", None)
+        first = args[0] if args else _first_tensor(kwargs)
+        if labels is not None and len(labels) != len(first):
+            raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
+        if isinstance(mask, Tensor) and labels is not None and labels.shape == mask.shape:
+            labels = labels.where(_behind_a_token(mask.bool()), IGNORE)
+        keys = _keys_of(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
+        return cls(args, kwargs, labels, _counted(mask, select, first), keys, mix(keys, seed) % groups, targets, size)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Predicted tokens of each sample, (B,): labels behind the first; 1 for a class a sample."""
+        if self.labels is None or self.labels.ndim < 2:
+            return torch.ones(len(self))
+        return (self.labels[:, 1:] != IGNORE).sum(1)
+
+    def map(self, change: Any) -> "Batch":
+        """The batch with a function applied to each tensor that has a row a sample."""
+
+        def each(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
+
+        return replace(
+            self,
+            args=tuple(map(each, self.args)),
+            kwargs={k: each(v) for k, v in self.kwargs.items()},
+            labels=each(self.labels),
+            mask=each(self.mask),
+            keys=each(self.keys),
+            group=each(self.group),
+            targets=each(self.targets),
+            bytes=each(self.bytes),
+        )
+
+    def sorted(self) -> "Batch":
+        """The same samples with those of a group side by side, so that a group's rows are a slice and not a copy."""
+        order = torch.argsort(self.group, stable=True)
+        return self.map(lambda t: t[order.to(t.device)])
+
+    def head(self, samples: int) -> "Batch":
+        """The first samples only."""
+        return self.map(lambda t: t[:samples])
+
+    def to(self, device: torch.device) -> "Batch":
+        """Inputs, labels and mask on the model's device; keys and groups stay on the CPU."""
+        moved = self.map(lambda t: t.to(device, non_blocking=True))
+        return replace(moved, keys=self.keys, group=self.group)
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output for this batch."""
+        return model(*self.args, **self.kwargs)
+
+    def describe(self) -> str:
+        """The inputs in words: shapes and dtypes."""
+        named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
+        return ", ".join(
+            f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in named.items() if isinstance(v, Tensor)
+        )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: the tensor itself, its field ``logits``, or its first floating tensor.
+
+    Raises ValueError where there is none.
+    """
+    found = tensor_of(output)
+    if found is None:
+        raise ValueError(f"the model returned {type(output).__name__} without a floating tensor: nothing to read logits from")
+    return found
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """The tensor in a container by type, never by index: itself, a declared field, else the first floating tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        for name in ("logits", "last_hidden_state", "hidden_states"):
+            if isinstance(value.get(name), Tensor):
+                return value[name]
+        value = tuple(value.values())
+    elif hasattr(value, "logits"):
+        return value.logits
+    if isinstance(value, (tuple, list)):
+        return next((v for v in value if isinstance(v, Tensor) and v.is_floating_point()), None)
+    return None
+
+
+def _keys_of(first: Tensor, mask: Any) -> Tensor:
+    """Keys of the samples' content, padding left out, (B,) on the CPU."""
+    if not isinstance(mask, Tensor) or mask.shape != first.shape or bool(mask.all()):
+        return content_keys(first).cpu()
+    rows = zip(first.cpu(), mask.bool().cpu(), strict=True)
+    return torch.cat([content_keys(row[keep][None]) for row, keep in rows])
+
+
+def _counted(mask: Tensor | None, select: Tensor | None, first: Tensor) -> Tensor | None:
+    """Tokens that are no padding and are selected, as far as a batch says so."""
+    if select is None:
+        return None if mask is None else mask.bool()
+    shape = first.shape[:2] if mask is None else mask.shape
+    if select.shape != shape:
+        raise ValueError(f"select is {tuple(select.shape)}, the tokens are {tuple(shape)}: give true or false a token")
+    return select.bool() if mask is None else mask.bool() & select.to(mask.device).bool()
+
+
+def _behind_a_token(mask: Tensor) -> Tensor:
+    """(B, T) bool: true for tokens that are no padding and, but for the first of a row, have none right before them."""
+    before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
+    return mask & before
+
+
+def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Arguments by place and by name, labels, sample numbers, targets, bytes."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None, None, None, None
+    if isinstance(batch, Mapping):
+        rest = dict(batch)
+        labels = next((rest.pop(k) for k in _LABELS if k in rest), None)
+        ids = next((rest.pop(k) for k in _IDS if k in rest), None)
+        targets, size = rest.pop("targets", None), rest.pop("bytes", None)
+        x = rest.pop("x", None)
+        return (() if x is None else (x,)), rest, labels, ids, targets, size
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        ids = getattr(batch, "ids", None)
+        if len(batch) <= 2 or ids is not None:
+            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None, None
+    raise ValueError(
+        f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
+        "a loader of another form needs a function that makes one of these of it"
+    )
+
+
+def _shape_of(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)}: ({', '.join(type(b).__name__ for b in batch)})"
+    return f"a {type(batch).__name__}"
+
+
+def _first_tensor(kwargs: dict[str, Any]) -> Tensor:
+    found = next((v for v in kwargs.values() if isinstance(v, Tensor) and v.ndim), None)
+    if found is None:
+        raise ValueError(f"a batch has no tensor to give to the model: its keys are {', '.join(kwargs) or 'none'}")
+    return found

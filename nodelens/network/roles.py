@@ -1,0 +1,166 @@
+"""Roles: the parts of a transformer by what they do, whatever its family calls them."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from . import architecture
+from .experts import expert_layers
+from .expressions import parse_index
+from .layers import Layer
+
+PARTS = ("input", "output", "attention", "heads", "mlp", "mlp.hidden")
+Hidden = tuple[Layer, ...]
+_EXPRESSION = re.compile(r"(\w+)(?:\[([^][]*)\])?((?:\.\w+)*)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: for each of ``PARTS`` the layer where it is read, several of a mixture of experts, or why there is none.
+
+    ``heads``: how many groups of equal width the columns at ``.heads`` make; None where that is not known.
+    """
+
+    name: str
+    kind: str  # its class
+    parts: Mapping[str, Layer | Hidden | str]
+    heads: int | None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The blocks of a model, and what stands before and behind them: embedding, final_norm, head."""
+
+    model: str  # its class
+    blocks: tuple[Block, ...]
+    single: Mapping[str, Layer | str]
+    reason: str = ""  # why there are no blocks
+
+    def layers(self, expression: str) -> list[Layer]:
+        """The layers of ``final_norm``, ``blocks[n//2:].mlp.hidden`` and the like; empty for a text of another form.
+
+        ``blocks`` without an index are all of them, without a part their outputs; what is single has ``.input`` and ``.output``.
+        ``.mlp.hidden`` of a mixture are the hidden units of each expert, and of those that every token passes beside them.
+        Raises ValueError for a part that is not there or not clear, and for an index that is none.
+        """
+        match = _EXPRESSION.fullmatch(expression)
+        role, index, part = match.groups() if match else ("", None, "")
+        if role == "blocks" and (index is not None or part[1:] in ("", *PARTS)):
+            chosen = [self.blocks[k] for k in self._chosen(expression, index)]
+            return [layer for block in chosen for layer in self._part(expression, block, part[1:] or "output")]
+        return [self._single(expression, role, part[1:])] if role in self.single and index is None else []
+
+    def _chosen(self, expression: str, index: str | None) -> list[int]:
+        if not self.blocks:
+            raise ValueError(f"{expression!r}: {self.model} has no blocks: {self.reason}; a module can be named directly")
+        try:
+            return parse_index("all" if index in (None, "*") else index, len(self.blocks))
+        except ValueError as error:
+            raise ValueError(f"{expression!r}: {error}") from None
+
+    def _part(self, expression: str, block: Block, part: str) -> Hidden:
+        found = block.parts.get(part)
+        if isinstance(found, (Layer, tuple)):
+            return (found,) if isinstance(found, Layer) else found
+        if found is None:
+            raise ValueError(f"{expression!r}: a block has no part {part!r}; the roles of {self.model} are {self}")
+        there = [str(k) for k, other in enumerate(self.blocks) if not isinstance(other.parts[part], str)]
+        raise ValueError(
+            f"{expression!r}: no .{part} is found in block {block.name} ({block.kind}) of {self.model}: {found}; a "
+            "module can be named directly" + (f", and blocks[{','.join(there)}].{part} are found" if there else "")
+        )
+
+    def _single(self, expression: str, role: str, part: str) -> Layer:
+        found = self.single[role]
+        if isinstance(found, str):
+            raise ValueError(f"{expression!r}: no {role} is found in {self.model}: {found}; a module can be named directly")
+        if part not in ("", "input", "output"):
+            raise ValueError(f"{expression!r}: {role} has no part {part!r}; it has input and output")
+        return Layer(f"{found.name}.input", found.module, "input") if part == "input" else found
+
+    def __str__(self) -> str:
+        parts = [part for part in PARTS if any(not isinstance(block.parts[part], str) for block in self.blocks)]
+        single = [role for role, found in self.single.items() if isinstance(found, Layer)]
+        return ", ".join([f"blocks[0:{len(self.blocks)}].{part}" for part in parts] + single)
+
+
+def roles_of(model: nn.Module) -> Roles:
+    """The roles of a model's modules, by the names that families give them, by structure where no name is known.
+
+    Blocks are the shallowest list of modules as long as the config says; without a config the longest that lies in no other.
+    A block's ``input`` and ``output`` are the residual stream; ``attention`` and ``mlp`` what these two put out, before any
+    norm or scale with which the block adds it to the stream; ``heads`` and ``mlp.hidden`` the inputs of the linear layers that
+    write it, and the hidden units of experts. Nothing is run. A role that is not there or not clear says so when it is asked for.
+    """
+    config = architecture.config_of(model)
+    names = {module: name for name, module in model.named_modules()}
+    tried = partial(_tried, names)
+    listed = tried(architecture.list_of_blocks, model, config)
+    if isinstance(listed, str):
+        return Roles(type(model).__name__, (), {}, listed)
+    uses = Counter(module for block in listed for module in set(block.modules()))
+    single = {
+        "embedding": tried(architecture.embedding_of, model),
+        "final_norm": tried(architecture.final_norm_of, model, names[listed]),
+        "head": tried(architecture.head_of, model, names[listed]),
+    }
+    return Roles(
+        type(model).__name__,
+        tuple(_block(block, config, names, uses) for block in listed),
+        {role: tried(_layer, module, names, "output", 1) for role, module in single.items()},
+    )
+
+
+def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: Mapping[nn.Module, int]) -> Block:
+    tried, width = partial(_tried, names), architecture.width_of(block, config)
+    attention = tried(architecture.attention_of, block)
+    heads = tried(architecture.attention_writer, attention, width)
+    mlp = tried(architecture.mlp_of, block, None if isinstance(attention, str) else attention)
+    hidden = tried(architecture.mlp_writer, mlp, width)
+    stream = tried(architecture.stream_of, block)
+    sites = {
+        "input": (stream, "input"),
+        "output": (stream, "output"),
+        "attention": (tried(architecture.put_out, attention, heads, block), "output"),
+        "heads": (heads, "input"),
+        "mlp": (tried(architecture.put_out, mlp, hidden, block), "output"),
+        "mlp.hidden": (hidden, "input"),
+    }
+    parts = {part: tried(_layer, module, names, side, uses.get(module, 0)) for part, (module, side) in sites.items()}
+    fused = [] if isinstance(mlp, str) else [m for m in mlp.modules() if expert_layers(names[m], m)]
+    if len(fused) == 1:
+        parts["mlp.hidden"] = tried(_mixture, mlp, fused[0], names, uses)
+    n = None if isinstance(heads, str) else architecture.heads_of(attention, heads, config)
+    return Block(names[block], type(block).__name__, parts, n)
+
+
+def _layer(module: nn.Module, names: Mapping[nn.Module, str], side: str, blocks: int) -> Layer:
+    if blocks > 1:
+        raise architecture.UnclearError(f"it is part of {blocks} blocks, and its calls cannot be told apart")
+    if side == "input" and "input" in module._modules:
+        raise architecture.UnclearError("what it reads would go by the name of its own module input")
+    return Layer(f"{names[module]}.input" if side == "input" else names[module], module, side)
+
+
+def _mixture(mlp: nn.Module, experts: nn.Module, names: Mapping[nn.Module, str], uses: Mapping[nn.Module, int]) -> Hidden:
+    """The hidden units of a mixture: each expert's, and those of shared experts."""
+    if other := [name for name in architecture.stacked_in(mlp) if mlp.get_submodule(name.rpartition(".")[0]) is not experts]:
+        raise architecture.UnclearError(f"its experts lie in one tensor, and beside them is {other[0]}")
+    path = _layer(experts, names, "output", uses.get(experts, 0)).name  # refused where its calls cannot be told apart
+    shared = architecture.shared_writers(mlp).values()
+    return (*expert_layers(path, experts), *(_layer(writer, names, "input", uses.get(writer, 0)) for writer in shared))
+
+
+def _tried(names: Mapping[nn.Module, str], find: Callable[..., Any], given: nn.Module | str, *more: Any) -> Any:
+    """What a function finds, or where and why it does not; a reason in place of its first argument is passed on."""
+    if isinstance(given, str):
+        return given
+    try:
+        return find(given, *more)
+    except architecture.UnclearError as reason:
+        return f"{names[given]}: {reason}" if names[given] else str(reason)

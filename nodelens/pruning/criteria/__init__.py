@@ -1,0 +1,1 @@
+"""Criteria: which score ranks the units of the pruning groups."""

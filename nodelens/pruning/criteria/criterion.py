@@ -1,0 +1,183 @@
+"""Criteria: signed sums of columns, high means keep."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+
+from nodelens.metrics.core_and_halo import largest, share_of
+from nodelens.results.result import values_of
+from nodelens.statistics.sample_hash import generator
+
+RANDOM = "random"
+Normalize = Literal["none", "rank", "minmax", "z", "robust_z", "mean", "l2", "sum"]
+Transform = Literal["none", "log", "sqrt", "abs", "rank"]
+Spec = str | Mapping[str, Any]
+_LONG = ("terms", "normalize", "combine", "protect")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A column's part in a criterion: the weight's sign says whether much of it is worth keeping."""
+
+    weight: float = 1.0
+    transform: Transform = "none"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """score(u) = sum over terms of weight N(T(u)), or, with ``combine: product``, exp of the sum of weight log T(u), T > 0.
+
+    T is a column of the score table, N a normalisation within each group: ``rank`` from 0 (smallest) to 1, ties averaged, where
+    there are several terms, because sums of quantities in different units follow the widest; ``none`` for one term alone.
+    protect: {column: share}, units that stay in every mode: of each group the share largest by a column, one at least.
+    """
+
+    name: str
+    terms: Mapping[str, Term]
+    normalize: Normalize = "rank"
+    combine: Literal["sum", "product"] = "sum"
+    protect: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: Spec, name: str | None = None) -> "Criterion":
+        """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalize, combine, protect}.
+
+        A term of the long form is a weight or {weight, through}. Raises ValueError for anything else.
+        """
+        if isinstance(spec, str):
+            return cls(name or spec, {spec: Term()}, "none")
+        long = "terms" in spec
+        called = name or "+".join(spec["terms"] if long else spec)
+        if long and set(spec) - set(_LONG):
+            raise ValueError(f"criterion {called!r} has {', '.join(sorted(set(spec) - set(_LONG)))}; it takes {', '.join(_LONG)}")
+        given = spec["terms"] if long else spec
+        if not isinstance(given, Mapping) or not given:
+            raise ValueError(f"criterion {called!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")
+        terms = {column: _term(called, column, value) for column, value in given.items()}
+        options: dict[str, Any] = {"normalize": "none" if len(terms) == 1 else "rank", "combine": "sum"}
+        options |= {k: spec[k] for k in options if k in spec} if long else {}
+        for what, fit in (("normalize", get_args(Normalize)), ("combine", ("sum", "product"))):
+            if options[what] not in fit:
+                raise ValueError(f"criterion {called!r}: {what} is {options[what]!r}; it is {', '.join(fit)}")
+        protect = dict(spec.get("protect") or {}) if long else {}
+        for column, share in protect.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise ValueError(f"criterion {called!r}: protect.{column} is {share!r}; it is a share of a group, between 0 and 1")
+        return cls(called, terms, **options, protect=protect)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The long form, as plain values."""
+        terms = {
+            k: t.weight if t.transform == "none" else {"weight": t.weight, "transform": t.transform} for k, t in self.terms.items()
+        }
+        protect = {"protect": dict(self.protect)} if self.protect else {}
+        return {"terms": terms, "normalize": self.normalize, "combine": self.combine, **protect}
+
+    @property
+    def columns(self) -> list[str]:
+        """What it reads."""
+        return list(dict.fromkeys([*self.terms, *self.protect]))
+
+    def protected(self, table: pd.DataFrame) -> dict[str, list[int]]:
+        """{group: the units that the criterion keeps}."""
+        found: dict[str, list[int]] = {}
+        for column, share in self.protect.items():
+            for group, values in table[column].groupby(level="group", sort=False):
+                best = largest(torch.tensor(values.to_numpy(float)), share_of(len(values), share))
+                found[str(group)] = sorted({*found.get(str(group), ()), *best.tolist()})
+        return found
+
+    def score(self, table: pd.DataFrame, seed: int = 0) -> pd.Series:
+        """A score a unit of a table with index (group, unit); NaN where a term is.
+
+        ``random`` is drawn anew for each seed and group. Raises ValueError for a column that is not there, a product of terms that
+        are not positive, or a group without a single number.
+        """
+        missing = [column for column in self.columns if column != RANDOM and column not in table]
+        if missing:
+            there = ", ".join(values_of(table)) or "none"
+            raise ValueError(f"criterion {self.name!r} reads {', '.join(missing)}; the table has {there}")
+        parts = []
+        for column, term in self.terms.items():
+            values = random_scores(table.index, seed) if column == RANDOM else table[column].astype(float)
+            values = _transformed(values, term.transform)
+            if self.combine == "product":
+                if bool((values <= 0).any()):
+                    raise ValueError(f"criterion {self.name!r} multiplies, {column} has values of 0 or less: use combine: sum")
+                parts.append(np.log(values) * term.weight)
+            else:
+                parts.append(normalized(values, self.normalize) * term.weight)
+        total = sum(parts[1:], parts[0])
+        total = np.exp(total) if self.combine == "product" else total
+        return self._checked(total)
+
+    def _checked(self, score: pd.Series) -> pd.Series:
+        found = score.groupby(level="group", sort=False).count()
+        empty = list(found.index[found == 0])
+        if empty:
+            raise ValueError(
+                f"criterion {self.name!r} has no number for any unit of {', '.join(map(str, empty[:4]))}"
+                + (f" and {len(empty) - 4} more groups" if len(empty) > 4 else "")
+                + ": choose another, or leave them out with freeze="
+            )
+        return score.rename(self.name)
+
+
+def normalized(values: pd.Series, how: Normalize) -> pd.Series:
+    """Values within each group as ranks from 0 to 1, between 0 and 1, in standard deviations, or as multiples of a size.
+
+    ``z``, ``robust_z`` and ``minmax`` of a group whose units are alike are 0.
+    """
+    by = values.groupby(level="group", sort=False)
+    if how == "none":
+        return values
+    if how == "rank":
+        return ((by.rank() - 1) / (by.transform("count") - 1).clip(lower=1)).where(values.notna())
+    if how in ("mean", "l2", "sum"):
+        size = {"mean": lambda x: x.mean(), "l2": lambda x: np.sqrt((x**2).sum()), "sum": lambda x: x.sum()}[how]
+        return values / by.transform(size).where(lambda s: s != 0, 1.0)
+    if how == "minmax":
+        low, spread = by.transform("min"), by.transform("max") - by.transform("min")
+    elif how == "z":
+        low, spread = by.transform("mean"), by.transform("std", ddof=0)
+    else:
+        low = by.transform("median")
+        spread = (values - low).abs().groupby(level="group", sort=False).transform("median")
+    return (values - low) / spread.where(spread != 0, 1.0)
+
+
+def random_scores(index: pd.Index, seed: int) -> pd.Series:
+    """Uniform scores in [0, 1), drawn anew for each seed and group, by generators of their own."""
+    drawn = pd.Series(0.0, index=index)
+    for group, rows in drawn.groupby(level="group", sort=False):
+        drawn.loc[rows.index] = np.array(_uniform(len(rows), seed, str(group)))
+    return drawn
+
+
+def _uniform(n: int, seed: int, group: str) -> list[float]:
+    return torch.rand(n, generator=generator(seed, group), dtype=torch.float64).tolist()
+
+
+def _term(criterion: str, column: str, value: Any) -> Term:
+    if isinstance(value, Mapping) and "weight" in value and not set(value) - {"weight", "transform"}:
+        weight, through = value["weight"], value.get("transform", "none")
+    else:
+        weight, through = value, "none"
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise ValueError(f"criterion {criterion!r}: {column} is {weight!r}; it is a weight, a number, or {{weight, through}}")
+    if through not in get_args(Transform):
+        raise ValueError(f"criterion {criterion!r}: {column} goes through {through!r}; it is {', '.join(get_args(Transform))}")
+    return Term(float(weight), through)
+
+
+def _transformed(values: pd.Series, how: Transform) -> pd.Series:
+    if how == "rank":
+        return normalized(values, "rank")
+    function = {"log": np.log, "sqrt": np.sqrt, "abs": np.abs}.get(how)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return values if function is None else function(values)

@@ -1,0 +1,1 @@
+"""Sweeps: every combination of criterion, allocation and amount, evaluated and compared."""

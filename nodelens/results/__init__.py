@@ -1,0 +1,1 @@
+"""Results: tables, matrices and their provenance, saved, loaded and logged."""

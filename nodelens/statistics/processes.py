@@ -1,0 +1,82 @@
+"""Sums over processes: of the sums themselves, never of finished metrics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import Accumulator, ClassStatistic, Statistic
+
+
+def world() -> tuple[int, int]:
+    """(rank, processes); (0, 1) without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def first_of(value: Any) -> Any:
+    """The value of the first process that has one: for a process that has no data of its own. Collective."""
+    if world()[1] == 1:
+        return value
+    every: list[Any] = [None] * world()[1]
+    dist.all_gather_object(every, value)
+    return next((v for v in every if v is not None), None)
+
+
+def reduce_tensor(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over processes. Collective."""
+    if world()[1] > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> None:
+    """Every accumulator becomes the sum over processes, in place; one without rows adds nothing. Collective."""
+    if world()[1] == 1:
+        return
+    for accumulator in sums.values():
+        if accumulator.statistic.merged:
+            _merge(accumulator, device)
+            continue
+        forms = [part and {k: (tuple(t.shape), t.dtype) for k, t in part.tensors().items()} for part in accumulator.parts]
+        every: list[Any] = [None] * world()[1]
+        dist.all_gather_object(every, forms)
+        for group, part in enumerate(accumulator.parts):
+            known = [form[group] for form in every if form[group] is not None]
+            if known:
+                whole = max(known, key=lambda form: form["n"][0])  # classes seen differ between processes
+                accumulator.parts[group] = _reduce(accumulator.statistic, part, whole, device)
+
+
+def _merge(accumulator: Accumulator, device: torch.device) -> None:
+    """Every process's parts, put together in the order of their ranks."""
+    every: list[Any] = [None] * world()[1]
+    parts = [part and {k: t.cpu() for k, t in part.tensors().items()} for part in accumulator.parts]
+    dist.all_gather_object(every, parts)
+    accumulator.parts = [None] * len(parts)
+    for held in every:
+        for group, tensors in enumerate(held):
+            if tensors is not None:
+                accumulator.add(accumulator.statistic(**tensors), group)
+    accumulator.to(device)
+
+
+def _reduce(statistic: type[Statistic], part: Statistic | None, form: dict[str, tuple], device: torch.device) -> Statistic:
+    if part is None:
+        part = statistic(**{k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in form.items()})
+    if isinstance(part, ClassStatistic):
+        part = part.widen(form["n"][0][0])
+    part = part.about(**_agree(part)) if part.shifts else part
+    summed = {k: t if k in part.shifts else reduce_tensor(t.contiguous()) for k, t in part.tensors().items()}
+    return statistic(**summed)
+
+
+def _agree(part: Statistic) -> dict[str, Tensor]:
+    """A shift for all: the mean of theirs, weighed by rows."""
+    n = part.tensors()["n"].sum().double()
+    total = reduce_tensor(n).clamp_min(1)
+    return {name: reduce_tensor(part.tensors()[name] * n) / total for name in part.shifts}

@@ -1,0 +1,1 @@
+"""Training: the callback that measures every epoch, and fine-tuning after pruning."""

@@ -1,0 +1,221 @@
+"""Lightning's clock on one side, the plan on the other."""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from nodelens.engine.analyze import analyze, finish
+from nodelens.engine.collect import Pass
+from nodelens.engine.covariance import LIMIT, CovariancePolicy
+from nodelens.engine.dry_run import DryRun
+from nodelens.engine.plan import Plan
+from nodelens.engine.validation import in_bytes
+from nodelens.evaluation.evaluate import evaluate
+from nodelens.metrics import Metric
+from nodelens.models import load_weights
+from nodelens.network.batch import Batch, logits_of
+from nodelens.network.find_layers import find_layers
+from nodelens.network.hooks import Capture, Site
+from nodelens.network.layers import Layer
+from nodelens.results.files import write, write_json
+from nodelens.results.loggers import close, log_result, scalars
+from nodelens.results.result import Result
+
+
+class Measure(Callback):
+    """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
+
+    on: ``probe``, the data module's calibration samples in eval mode after each epoch: the same rows every time; or
+    ``train``, the training batches as they pass, from weights that move. The module measured is ``module.net``.
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, Metric],
+        folder: str,
+        layers: str | list[str] = "*",
+        on: Literal["probe", "train"] = "probe",
+        every: int = 1,
+        groups: int = 8,
+        positions: int | None = None,
+        precision: str = "float32",
+        budget: str | float | None = None,
+        pairs: str | list[list[str]] = "consecutive",
+        bias: bool = False,
+        seed: int = 0,
+        covariance: str | None = None,
+        width: int = LIMIT,
+        max_passes: int = 1,
+    ):
+        self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
+        self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
+        self.pairs, self.bias, self.covariance, self.width, self.passes = pairs, bias, covariance, width, max_passes
+        self.start: dict[str, Tensor] | None = None  # the weights before training, for metrics of their change
+        self.capture: Capture | None = None
+        self.plan: Plan | None = None
+        self.taken: Pass | None = None
+        self.result: Result | None = None
+        self.logits: Tensor | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
+        if self.start is None and any(metric.parameter == "change" for metric in self.metrics.values()):
+            self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr, operator]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights before training: a run that goes on compares with them too."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.start = state_dict.get("start")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.on == "train" and self._due(trainer):
+            batch = Batch.of(batch, self.groups, self.seed)
+            if self.capture is None:
+                self._open(pl_module, batch)
+            assert self.taken is not None
+            assert self.capture is not None
+            self.capture.scale = _undo_scaling(trainer, int(batch.tokens.sum()))
+            self.taken.begin(batch)
+            self.capture.gate = True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self.capture:
+            self.capture.gate = False  # a recomputation under checkpointing would count its rows twice
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.taken is not None and self.taken.batch is not None:
+            self.taken.end(self.logits)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        started = time.perf_counter()
+        if not self._due(trainer):
+            return
+        if self.on == "probe":
+            data = trainer.datamodule.loader("calibration", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
+            self.result = analyze(
+                pl_module.net,  # type: ignore[arg-type]
+                _on(data, pl_module),
+                self.metrics,
+                self.layers,
+                seed=self.seed,
+                groups=self.groups,
+                positions=self.positions,
+                precision=self.precision,
+                pairs=self.pairs,
+                initial=self.start,
+                bias=self.bias,
+                budget=in_bytes(self.budget),
+                covariance=self.covariance,
+                width=self.width,
+                max_passes=self.passes,
+            )
+        elif self.taken is not None and self.plan is not None:
+            self.taken.flush()
+            self.result = finish(self.plan, self.taken, pl_module.device, self.bias, self.seed)
+        self.close()
+        if trainer.is_global_zero and self.result is not None:
+            self._write(trainer, self.result, time.perf_counter() - started)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.result is not None:
+            log_result(trainer.loggers, self.result)
+
+    def close(self, *_: Any, **__: Any) -> None:
+        """Takes the hooks away, also when training raises."""
+        if self.capture:
+            self.capture.close()
+        self.capture = self.taken = None
+
+    on_exception = close
+    teardown = close
+
+    def _due(self, trainer: Trainer) -> bool:
+        return not trainer.sanity_checking and trainer.current_epoch % self.every == 0
+
+    def _open(self, module: LightningModule, batch: Batch) -> None:
+        net: Any = module.net
+        layers = find_layers(net, self.layers, self.start)
+        self.plan = Plan.of(
+            net,
+            layers,
+            self.metrics,
+            DryRun.of(net, layers, batch),
+            self.groups,
+            self.positions,
+            self.layers == "*",
+            self.precision,
+            self.pairs,
+            covariance=CovariancePolicy.of(self.covariance, self.width, self.seed),
+        )
+        self.plan.check(in_bytes(self.budget))
+        self.taken = Pass(self.plan, self.seed)
+        root = Site(Layer("", net), "output")
+        self.capture = Capture([*self.plan.sites(), root], self._see, self.plan.overwritten).open()
+
+    def _see(self, site: Site, tensor: Tensor) -> None:
+        if site.layer.name == "":
+            self.logits = logits_of(tensor)
+        elif self.taken is not None:
+            self.taken.see(site, tensor)
+
+    def _write(self, trainer: Trainer, result: Result, seconds: float) -> None:
+        name = f"{trainer.current_epoch:03d}.parquet"
+        write(self.folder / f"units_{name}", result.units.to_parquet)
+        write(self.folder / f"layers_{name}", result.layers.to_parquet)
+        keep = ("samples", "groups", "positions", "metrics", "missing", "counts", "left_out", "never_called")
+        write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars(result) | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+
+
+class Outcome(Callback):
+    """Logs a training's settings when it starts and its best weights' test score when it ends, and writes the score to a file.
+
+    A callback, as the process that trains may be another than the one that started it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.settings)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule.loader("test", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
+        self.score(trainer, pl_module, data)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.strategy.launcher is not None:
+            close(trainer.loggers)  # a forked process ends without its exit handlers
+
+    def score(self, trainer: Trainer, module: LightningModule, data: Any) -> dict[str, float]:
+        net: Any = module.net
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+        if best:
+            last = {k: v.detach().clone() for k, v in net.state_dict().items()}
+            load_weights(net, best)
+        score = evaluate(net, data)
+        if best:
+            net.load_state_dict(last)
+        if trainer.is_global_zero:
+            write_json(self.path, score | {"checkpoint": best, "epochs": trainer.current_epoch})
+            for logger in trainer.loggers:
+                logger.log_metrics({f"test/{k}": v for k, v in score.items()})
+        return score
+
+
+def _on(data: Any, module: LightningModule) -> Any:
+    return (module.transfer_batch_to_device(batch, module.device, 0) for batch in data)
+
+
+def _undo_scaling(trainer: Trainer, terms: int) -> float:
+    """From the gradient of a mean loss, divided by accumulation and multiplied by a loss scale, to the summed loss's."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return terms * trainer.accumulate_grad_batches / (scaler.get_scale() if scaler is not None else 1.0)

@@ -1,0 +1,118 @@
+"""Training a pruned network for a while, by Lightning: what is removed stays removed, the best epoch on validation data is kept."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nodelens.engine.analyze import device_of
+from nodelens.evaluation.evaluate import evaluate
+from nodelens.network.batch import Batch, logits_of
+from nodelens.network.targets import summed_loss
+
+
+class Finetune:
+    """Fine-tunes a model in place: ``Finetune(train, val, epochs=5)`` is what ``nl.prune(finetune=...)`` takes.
+
+    train, val: loaders of batches as ``nl.analyze`` takes them. optimizer: called with the parameters; SGD with momentum 0.9 and
+    ``lr``, falling as a cosine over the epochs, where it is None. The mean loss of a batch is descended. After every step
+    removed units are set to zero again: stale momentum or weight decay cannot revive them. After every epoch the model is evaluated
+    on ``val``; the weights of the best epoch stay, those before the first one included. seed: of the order of batches and dropout.
+    """
+
+    def __init__(
+        self,
+        train: Iterable[Any],
+        val: Iterable[Any],
+        epochs: int = 5,
+        lr: float = 0.01,
+        optimizer: Callable[..., Optimizer] | None = None,
+        seed: int = 0,
+        loss: Any = summed_loss,
+    ):
+        if epochs < 1 or lr <= 0:
+            raise ValueError(f"fine-tuning takes 1 epoch at least and a positive lr, not {epochs} and {lr}")
+        self.train, self.val, self.epochs, self.lr = train, val, epochs, lr
+        self.optimizer, self.seed, self.loss = optimizer, seed, loss
+
+    def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]:
+        """Trains; returns the scores before and after on validation data, and the epoch that was kept."""
+        module = _Tuned(model, self, zeros)
+        module.keep_if_best(0)
+        before, device = module.best_score, device_of(model)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+        trainer = Trainer(
+            max_epochs=self.epochs,
+            accelerator="cpu" if device.type == "cpu" else device.type,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        training = [(m, m.training) for m in model.modules()]
+        with torch.random.fork_rng():
+            lightning.seed_everything(self.seed, workers=True, verbose=False)
+            trainer.fit(module, train_dataloaders=_Batches(self.train))
+        model.load_state_dict(module.best)
+        model.to(device)
+        for m, mode in training:
+            m.training = mode
+        return {"epochs": self.epochs, "best_epoch": module.best_epoch, "before": before, "after": module.best_score}
+
+
+class _Batches:
+    """Batches of any iterable: Lightning takes a list for several loaders."""
+
+    def __init__(self, data: Iterable[Any]):
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+class _Tuned(LightningModule):
+    """A network and its optimiser, with zeros kept and the best weights set aside."""
+
+    def __init__(self, net: nn.Module, how: Finetune, zeros: Callable[[nn.Module], None]):
+        super().__init__()
+        self.net, self.how, self.zeros = net, how, zeros
+        self.best: dict[str, Tensor] = {}
+        self.best_score: Mapping[str, float] = {}
+        self.best_epoch = 0
+
+    def on_fit_start(self) -> None:
+        self.net.train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = Batch.of(batch).to(self.device)
+        return self.how.loss(logits_of(batch.run(self.net)), batch.labels) / batch.tokens.sum().clamp_min(1).to(self.device)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.zeros(self.net)
+
+    def on_train_epoch_end(self) -> None:
+        self.keep_if_best(self.current_epoch + 1)
+
+    def keep_if_best(self, epoch: int) -> None:
+        """Evaluates, and sets the weights aside if none were better."""
+        self.zeros(self.net)  # a batch norm's running mean of a removed unit, too
+        score = evaluate(self.net, self.how.val)
+        if not self.best or (score["accuracy"], -score["loss"]) > (self.best_score["accuracy"], -self.best_score["loss"]):
+            self.best = copy.deepcopy(self.net.state_dict())
+            self.best_score, self.best_epoch = score, epoch
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        if self.how.optimizer is not None:
+            return self.how.optimizer(parameters)
+        optimizer = torch.optim.SGD(parameters, lr=self.how.lr, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.how.epochs)]

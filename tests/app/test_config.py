@@ -1,0 +1,230 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ids import label
+from omegaconf import OmegaConf
+
+import nodelens as nl
+from nodelens.app.checks import check
+from nodelens.app.config import CONF, TASKS, build, resolved
+from nodelens.engine.validation import in_bytes
+from nodelens.metrics import METRICS, get_metric
+from nodelens.pruning.criteria.baselines import names as baseline_names
+
+ROOT = Path(__file__).parents[2]
+GROUPS = ("dataset", "model", "metrics", "trainer", "logger", "callbacks", "criterion", "experiment", "pruning", "paths")
+GROUPS += ("allocation", "schedule", "finetune")
+
+
+def options(group):
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def tasks_with(group):
+    return {
+        "callbacks": ("train",),
+        "criterion": ("prune",),
+        "pruning": ("prune",),
+        "allocation": ("prune",),
+        "schedule": ("prune",),
+        "finetune": ("prune",),
+        "experiment": TASKS,
+        "logger": ("train",),
+        "trainer": ("train",),
+    }.get(group, ("analyze",))
+
+
+NAMED = set(nl.list_metrics()) - {"composite"}  # a file each, composed together: there are hundreds
+SETS = {"none", "default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
+EVERY = [
+    (task, group, option)
+    for group in GROUPS
+    for option in options(group)
+    if group not in ("metrics", "criterion") or option not in NAMED
+    for task in tasks_with(group)
+]
+
+
+@pytest.mark.parametrize(("task", "group", "option"), EVERY, ids=map("-".join, EVERY))
+def test_every_option_composes_and_fits_its_code(task, group, option):
+    more = ["model.net._target_=torch.nn.Identity"] if option == "custom" else []
+    more += ["allocation.dict.shares={fc1:0.5}"] if option == "dict" else []
+    more += ["dataset.path=somewhere"] if option in ("npz", "imagefolder") else []
+    more += ["model=tiny_lm"] if option == "text" else ["model.path=somewhere"] if option == "causal_lm" else []
+    cfg = nl.load_config(task, [f"{group}={option}", *more])
+    for part in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
+        if part in cfg:
+            check(resolved(cfg)[part], part)
+    assert cfg.task == task
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18", "vit_tiny"])
+def test_every_small_model_builds_for_the_data(name):
+    module = build(nl.load_config("analyze", [f"model={name}"]).model, "model")
+    assert module.net(torch.zeros(2, 1, 8, 8)) is not None
+    assert isinstance(module.make_optimizer(module.parameters()), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+def test_every_large_model_builds_without_its_weights(name):
+    with torch.device("meta"):
+        assert build(nl.load_config("analyze", [f"model={name}"]).model.net, "model.net")
+
+
+@pytest.mark.parametrize("name", options("logger"))
+def test_every_logger_builds(name, quiet_home):
+    if name == "tensorboard":
+        pytest.importorskip("tensorboard")
+    assert len(build(nl.load_config("train", [f"logger={name}"]).logger, "logger")) == (name != "none")
+
+
+@pytest.mark.parametrize("name", options("callbacks"))
+def test_every_callback_builds(name, quiet_home):
+    found = build(nl.load_config("train", [f"callbacks={name}", "metrics=[rq,taylor]"]).callbacks, "callbacks")
+    assert all(type(c).__mro__[-2].__name__ == "Callback" for c in found.values())
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp", "debug", "default"])
+def test_every_trainer_builds(name, quiet_home):
+    assert build(nl.load_config("train", [f"trainer={name}"]).trainer, "trainer", logger=False).max_epochs in (1, 30)
+
+
+@pytest.mark.parametrize("name", nl.list_metrics())
+def test_a_metric_file_says_what_its_class_says(name):
+    ((key, node),) = yaml.safe_load((CONF / "metrics" / f"{name}.yaml").read_text()).items()
+    assert key == name
+    metric = build(node, f"metrics.{name}")
+    assert metric == get_metric(name)
+    assert set(node) - {"_target_"} == {f.name for f in dataclasses.fields(metric) if f.init}
+
+
+def test_there_is_a_file_for_every_metric_and_a_criterion_for_every_metric_of_units():
+    assert not SETS & set(nl.list_metrics()), "a set that is called like a metric would hide it"
+    assert set(options("metrics")) == {*nl.list_metrics(), *SETS}
+    of_units = {name for name in nl.list_metrics() if get_metric(name).shape == "unit"}
+    assert set(options("criterion")) == of_units | set(baseline_names()) | {"composite"}
+
+
+def test_every_metric_can_be_chosen_at_once():
+    names = nl.list_metrics()
+    cfg = nl.load_config("analyze", [f"metrics=[{','.join(names)}]"])
+    check(resolved(cfg)["metrics"], "metrics")
+    assert list(cfg.metrics) == names
+    criteria = sorted(set(names) & set(options("criterion")))
+    assert list(nl.load_config("prune", [f"criterion=[{','.join(criteria)}]"]).criterion) == criteria
+
+
+@pytest.mark.parametrize("name", options("criterion"))
+def test_a_criterion_file_reads_its_metric_and_says_which_way(name):
+    ((key, terms),) = yaml.safe_load((CONF / "criterion" / f"{name}.yaml").read_text()).items()
+    assert key == name
+    if name not in ("random", "composite"):
+        terms = terms.get("terms", terms)
+        assert set(terms) == {name}
+        assert abs(terms[name]) == 1
+        metric = name if name in baseline_names() else get_metric(name).names[0]
+        alike = "similarity" in metric or "redundancy" in metric
+        assert terms[name] == (-1 if alike or "zero_fraction" in name else 1)
+
+
+@pytest.mark.parametrize("name", sorted(SETS - {"none"}))
+def test_a_set_of_metrics_builds(name):
+    assert build(nl.load_config("analyze", [f"metrics={name}"]).metrics, "metrics")
+
+
+def test_sets_hold_what_their_names_say():
+    def chosen(name):
+        return build(nl.load_config("analyze", [f"metrics={name}"]).metrics, "metrics")
+
+    def reads(metric):
+        return {part for need in metric.needs().values() for part in (need.port, str(need.target))}
+
+    edges = {type(m) for m in chosen("edges").values()}
+    assert edges == {m for m in METRICS if m.kind == "edge"}
+    forward = {type(m) for m in chosen("forward").values()}
+    for metric in (m() for m in METRICS):
+        beyond = any("grad" in r or r == "next" for r in reads(metric)) or metric.parameter not in ("weight", "tensor")
+        assert (type(metric) in forward) == (metric.shape in ("unit", "layer") and not beyond), metric.names[0]
+    variants = {"raw", "token_l2", "token_rms", "feature_standardized"}
+    for name, metric in chosen("normalization_ablation").items():
+        column, variant = next((name.removesuffix(f"_{v}"), v) for v in variants if name.endswith(f"_{v}"))
+        assert metric == get_metric(column, rows=variant)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["metrics=[rq,synergy]"], ["rq", "synergy"]),
+        (["metrics=rq"], ["rq"]),
+        (["metrics=[]"], []),
+        (["metrics=[rq]", "metrics.rq.relative=false"], ["rq"]),
+        (["experiment=quick"], ["rq", "taylor"]),
+        (["experiment=quick", "metrics=[synergy]"], ["synergy"]),
+    ],
+    ids=label,
+)
+def test_metrics_are_chosen_as_a_list(words, names):
+    assert list(nl.load_config("analyze", words).metrics) == names
+
+
+def test_the_default_set_has_a_metric_of_every_family():
+    cfg = nl.load_config("analyze", ["metrics=default", "metrics.rq.relative=false"])
+    kinds = {type(m).__module__.rpartition(".")[2] for m in build(cfg.metrics, "metrics").values()}
+    assert kinds == {"activation", "alignment", "information", "synergy", "gradient", "spectrum", "weight"}
+    assert cfg.metrics.rq.relative is False
+
+
+def test_an_experiment_holds_what_differs_and_the_command_line_has_the_last_word():
+    assert nl.load_config("train", ["experiment=quick"]).trainer.max_epochs == 2
+    assert nl.load_config("train", ["experiment=quick", "trainer.max_epochs=3"]).trainer.max_epochs == 3
+
+
+def test_callbacks_join():
+    cfg = nl.load_config("train", ["callbacks=[default,early_stopping,measure]"])
+    assert sorted(cfg.callbacks) == ["checkpoint", "early_stopping", "measure"]
+
+
+def test_a_model_of_ones_own_takes_its_options_without_a_plus():
+    cfg = nl.load_config("analyze", ["model.net._target_=my.Net", "model.net.depth=3"])
+    assert OmegaConf.to_container(cfg.model.net) == {"_target_": "my.Net", "depth": 3}
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="no task is called 'analyse'; there are train, analyze, prune"):
+        nl.load_config("analyse")
+
+
+@pytest.mark.parametrize(("size", "number"), [("4GB", 4e9), ("512 MiB", 512 * 2**20), (10, 10), ("1.5kb", 1500), (None, None)])
+def test_sizes_are_read(size, number):
+    assert in_bytes(size) == number
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"_target_": "collections.Counters"}, "collections has no 'Counters'. Did you mean 'Counter'?"),
+        ({"_target_": "nodelens.models.mlp", "classes": 10, "channels": 1}, "x: nodelens.models.mlp needs size: add x.size=..."),
+        (
+            {"_target_": "nodelens.models.mlp", "classes": True, "channels": 1, "size": 8},
+            "x.classes is True; nodelens.models.mlp wants int",
+        ),
+        ({"_target_": "nodelens.results.result.Result.sav"}, "nodelens.results.result.Result has no 'sav'. Did you mean 'save'?"),
+    ],
+    ids=label,
+)
+def test_a_config_that_does_not_fit_its_code_is_refused(node, said):
+    with pytest.raises(ValueError) as refused:
+        check(node, "x")
+    assert said in str(refused.value)
+
+
+def test_every_package_and_config_file_travels_in_the_wheel():
+    made = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "nodelens").rglob("__init__.py")}
+    assert {*made["packages"]} == there | {"nodelens.conf"}
+    packed = {p for pattern in made["package-data"]["nodelens.conf"] for p in CONF.glob(pattern)}
+    assert {p for p in CONF.rglob("*") if p.is_file()} <= packed

@@ -1,0 +1,246 @@
+import sys
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from command import command, snapshot
+from ids import label
+from torch.testing import assert_close
+
+import nodelens as nl
+from nodelens.app.config import build
+
+SHORT = ("dataset.calibration=64", "metrics=[rq,taylor]")
+NET = """
+from torch import nn
+
+class MyNet(nn.Sequential):
+    def __init__(self, depth: int = 1):
+        super().__init__(nn.Flatten(), *[nn.Linear(64, 64) for _ in range(depth)], nn.Linear(64, 10))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "run"
+    ended = command(
+        "train",
+        f"hydra.run.dir={folder}",
+        "metrics=[rq,taylor]",
+        "callbacks=[default,early_stopping,measure]",
+        "logger=[csv,tensorboard]",
+        "callbacks.measure.every=5",
+        "trainer.max_epochs=12",
+    )
+    assert ended.code == 0, ended.err
+    return folder, ended
+
+
+def test_a_training_leaves_its_checkpoints_curves_and_epochs(trained):
+    folder, ended = trained
+    assert "checkpoint: " in ended.out
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    curves = pd.read_csv(folder / "csv/version_0/metrics.csv")
+    assert {"val/acc", "train/loss", "units/fc1/rq", "test/accuracy"} <= set(curves.columns)
+    assert list((folder / "tensorboard").rglob("events*"))
+    assert sorted(p.name for p in (folder / "epochs").glob("units_*")) == [
+        "units_000.parquet",
+        "units_005.parquet",
+        "units_010.parquet",
+    ]
+    assert (folder / "splits.json").is_file()
+
+
+def test_what_was_trained_is_analysed(trained, quiet_home):
+    best = trained[0] / "checkpoints/best.ckpt"
+    ended = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert {p.name for p in (quiet_home / "run").iterdir()} >= {
+        "units.parquet",
+        "layers.parquet",
+        "metadata.json",
+        "report.html",
+        "figures",
+        "settings.json",
+        "csv",
+        ".hydra",
+        "analyze.log",
+    }
+    result = nl.load("run")
+    assert result.metadata["evaluation"]["accuracy"] >= 0.95
+    assert result.metadata["evaluation"]["split"] == "test"
+    assert list(result.units.index) == [
+        (layer, unit) for layer, width in (("fc1", 64), ("fc2", 64), ("head", 10)) for unit in range(width)
+    ]
+    explained = {(m["layer"], m["column"]): m["count"] for m in result.metadata["missing"]}
+    holes = {
+        (layer, c): int(n) for c in result.units for layer, n in result.units[c].isna().groupby(level="layer").sum().items() if n
+    }
+    holes |= {(layer, c): 1 for c in result.layers for layer in result.layers.index[result.layers[c].isna()]}
+    assert {k: v for k, v in holes.items() if not k[1].endswith("_se")} == {
+        k: v for k, v in explained.items() if not k[1].endswith("_se")
+    }
+    assert all(m["reason"] for m in result.metadata["missing"])
+    assert result.metadata["weights"]["trained_by"]["task"] == "train"
+
+    before = snapshot(quiet_home / "run")
+    again = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
+    assert again.code == 0
+    assert "already finished" in again.out
+    assert {k: v for k, v in snapshot(quiet_home / "run").items() if not k.startswith((".hydra", "analyze.log"))} == {
+        k: v for k, v in before.items() if not k.startswith((".hydra", "analyze.log"))
+    }
+
+
+def test_a_finished_training_is_not_repeated(trained):
+    before = snapshot(trained[0] / "checkpoints")
+    ended = command("train", *yaml.safe_load((trained[0] / ".hydra/overrides.yaml").read_text()), f"hydra.run.dir={trained[0]}")
+    assert ended.code == 0
+    assert "already finished" in ended.out
+    assert snapshot(trained[0] / "checkpoints") == before
+
+
+def test_an_interrupted_training_goes_on_from_its_last_epoch(quiet_home):
+    words = ["trainer.max_epochs=4", "callbacks=measure", "metrics=[rq]", "dataset.calibration=64"]
+    whole = nl.load_config("train", [*words, "paths.output_dir=whole"])
+    nl.run(whole)
+
+    class StopHereError(Exception):
+        """In place of a kill."""
+
+    cut = nl.load_config("train", [*words, "paths.output_dir=cut"])
+    with pytest.MonkeyPatch.context() as patch:
+        from nodelens.training.callbacks import Measure
+
+        write = Measure._write
+
+        def stop(self, trainer, *rest):
+            write(self, trainer, *rest)
+            if trainer.current_epoch == 2:
+                raise StopHereError
+
+        patch.setattr(Measure, "_write", stop)
+        with pytest.raises(StopHereError):
+            nl.run(cut)
+    before = (quiet_home / "cut/epochs/units_000.parquet").stat().st_mtime_ns
+    nl.run(cut)
+    assert (quiet_home / "cut/epochs/units_000.parquet").stat().st_mtime_ns == before
+    assert (quiet_home / "cut/epochs/units_003.parquet").is_file()
+    last = torch.load("cut/checkpoints/last.ckpt", weights_only=True)
+    assert (last["epoch"], last["global_step"]) == (3, torch.load("whole/checkpoints/last.ckpt", weights_only=True)["global_step"])
+
+
+def test_weights_alone_are_no_training_to_go_on_with(trained, quiet_home):
+    torch.save(torch.load(trained[0] / "checkpoints/best.ckpt", weights_only=True)["state_dict"], "weights.pt")
+    ended = command("train", "ckpt_path=weights.pt")
+    assert ended.err == "nodelens: weights.pt holds weights alone, no training to go on with: start from them with model.weights=\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", sys.stdout)
+        assert nl.run(nl.load_config("analyze", ["model.weights=weights.pt", *SHORT])) >= 0.95
+
+
+def test_a_network_of_ones_own_from_a_file_beside_the_run(quiet_home):
+    (quiet_home / "my_net.py").write_text(NET)
+    ended = command("analyze", "model.net._target_=my_net.MyNet", "model.net.depth=3", "hydra.run.dir=run", *SHORT)
+    assert ended.code == 0, ended.err
+    assert "the weights of MyNet were never trained" in ended.out
+    assert list(nl.load("run").layers.index) == ["1", "2", "3", "4"]
+    wrong = command("analyze", "model.net._target_=my_net.MyNet", "model.net.dept=3")
+    assert wrong.err == "nodelens: model.net.dept: my_net.MyNet takes no 'dept'. Did you mean 'depth'? It takes: depth\n"
+
+
+def test_a_config_of_ones_own_joins_the_group(quiet_home):
+    (quiet_home / "mine/metrics").mkdir(parents=True)
+    (quiet_home / "mine/metrics/raw.yaml").write_text("raw: {_target_: nodelens.metrics.RayleighQuotient, relative: false}\n")
+    ended = command("analyze", "--config-dir", "mine", "metrics=[rq,raw]", "hydra.run.dir=run", "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    assert {"rq", "raw"} <= set(nl.load("run").units)
+    assert "Did you mean 'raw'?" in command("analyze", "--config-dir", "mine", "metrics=[raws]").err
+
+
+def test_a_sweep_of_metrics_is_a_job_each(quiet_home):
+    ended = command("analyze", "metrics=[rq],[synergy]", "-m", "hydra.sweep.dir=sweep", "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    assert [[c for c in nl.load(f"sweep/{k}").units if not c.endswith("_se")] for k in (0, 1)] == [["rq"], ["synergy"]]
+    runs = nl.load_runs("sweep/*")
+    assert sorted(runs["run"].unique()) == ["sweep/0", "sweep/1"]
+
+
+def test_a_plan_alone_is_shown_and_nothing_measured(quiet_home):
+    ended = command("analyze", "plan_only=true", "hydra.run.dir=run")
+    assert ended.code == 0
+    assert "sums take" in ended.out
+    assert not (quiet_home / "run/units.parquet").exists()
+
+
+def test_options_reach_the_numbers(quiet_home):
+    raw = nl.load_config("analyze", ["metrics=[rq]", "metrics.rq.relative=false", "paths.output_dir=raw", "logger=none"])
+    share = nl.load_config("analyze", ["metrics=rq", "paths.output_dir=share", "logger=none"])
+    nl.run(raw)
+    nl.run(share)
+    ratio = nl.load("raw").units["rq"] / nl.load("share").units["rq"]
+    assert_close(
+        *(torch.tensor(f(ratio.groupby(level="layer")).to_numpy()) for f in (lambda g: g.min(), lambda g: g.max())),
+        rtol=1e-9,
+        atol=0,
+    )
+    assert not list(quiet_home.rglob("metrics.csv"))
+
+
+def test_the_change_of_the_weights_is_measured_from_the_start_of_training_on(tmp_path):
+    ended = command(
+        "train",
+        f"hydra.run.dir={tmp_path}/t",
+        "metrics=[delta_alignment]",
+        "callbacks=measure",
+        "trainer.max_epochs=2",
+        "logger=none",
+    )
+    assert ended.code == 0, ended.err
+    epochs = [pd.read_parquet(tmp_path / f"t/epochs/units_00{k}.parquet") for k in range(2)]
+    assert all(e["delta_alignment"].between(0, 1).all() for e in epochs)
+    assert (epochs[1]["delta_alignment"] != epochs[0]["delta_alignment"]).all()
+
+
+def test_a_file_of_the_weights_at_the_start_and_every_pair_of_layers(tmp_path):
+    from safetensors.torch import save_file
+
+    net = build(nl.load_config("analyze").model, "model").net
+    save_file({k: torch.zeros_like(v) for k, v in net.state_dict().items()}, tmp_path / "zero.safetensors")
+    ended = command(
+        "analyze",
+        f"hydra.run.dir={tmp_path}/a",
+        "metrics=[delta_alignment,rq,linear_cka]",
+        f"initial_path={tmp_path}/zero.safetensors",
+        "pairs=all",
+        "bias=true",
+        "logger=none",
+        *SHORT[:1],
+    )
+    assert ended.code == 0, ended.err
+    found = nl.load(tmp_path / "a")
+    assert found.units["delta_alignment"].to_numpy() == pytest.approx(found.units["rq"].to_numpy(), rel=1e-5)
+    assert "rq_bias" in found.units
+    assert len(found.edges) == 3
+    assert "head" in ended.out
+    assert (tmp_path / "a/edges.parquet").is_file()
+    assert (tmp_path / "a/figures/edges.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["metrics=[delta_alignment]"], "at the start are not known: give initial_path="),
+        (["metrics=[linear_cka]", "pairs=[[fc1,fc9]]"], "pairs names fc9; measured are fc1, fc2, head"),
+        (["metrics=[linear_cka]", "pairs=some"], "pairs is 'some'; it is consecutive, all, or a list"),
+        (["metrics=[bn_scale]"], "reads the scale of a batch norm, and none is behind layer 'fc1'"),
+        (["metrics=[rq]", "layers='fc1.input'"], "metric 'rq' needs weights, layer 'fc1.input' (Linear) has none"),
+        (["metrics=[mi]", "metrics.mi.control=-1"], "control is -1"),
+    ],
+    ids=label,
+)
+def test_what_a_metric_lacks_is_said_in_a_line(tmp_path, overrides, words):
+    ended = command("analyze", f"hydra.run.dir={tmp_path}/x", "logger=none", *SHORT[:1], *overrides)
+    assert ended.code != 0
+    assert words in ended.err

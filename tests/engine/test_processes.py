@@ -1,0 +1,79 @@
+"""One process and three, one of them empty: the same tables, for every statistic and every metric."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ids import label
+from laws import drifting, make
+from nets import Mixed, batches, build, images
+from test_every_metric import NAMES_PLAIN as NAMES_CONVOLUTIONAL
+from test_every_metric import batches as in_batches
+from test_every_metric import convolutional, rows, start_of
+
+import nodelens as nl
+from nodelens.statistics import STATISTICS, Accumulator
+from nodelens.statistics.processes import reduce_sums
+
+
+def _work(rank, world, folder, shares):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    x, start = drifting(100), sum(shares[:rank])
+    sums = {}
+    for statistic in STATISTICS:
+        sums[statistic.__name__] = Accumulator(statistic, groups=2)
+        if shares[rank]:
+            sums[statistic.__name__].add(make(statistic, x[start : start + shares[rank]], start), 0)
+    reduce_sums(sums, torch.device("cpu"))
+    images_, labels = images()
+    share = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 16) if shares[rank] else [])
+    data = {k: t[share] for k, t in rows(100, (3, 9, 9)).items()}
+    every = analyze(convolutional(), in_batches(data, 16) if shares[rank] else [], NAMES_CONVOLUTIONAL)
+    if rank == world - 1:
+        every.save(f"{folder}/every")
+        torch.save({k: a.state_dict() for k, a in sums.items()}, f"{folder}/sums.pt")
+        result.save(f"{folder}/result")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [[50, 50], [60, 0, 40]], ids=label)
+def test_processes_add_up(tmp_path, shares):
+    from test_analyze import close
+    from test_laws_statistics import same
+
+    mp.start_processes(
+        _work,
+        (len(shares), str(tmp_path), shares),
+        len(shares),
+        start_method="fork" if not torch.cuda.is_initialized() else "spawn",
+    )
+    state = torch.load(tmp_path / "sums.pt", weights_only=True)
+    for statistic in STATISTICS:
+        together = Accumulator(statistic, groups=2)
+        together.load_state_dict(state[statistic.__name__])
+        same(make(statistic, drifting(100)), together.value)
+    images_, labels = images()
+    alone = nl.analyze(build(Mixed), batches(images_, labels, 16))
+    found = nl.load(tmp_path / "result")
+    close(found.units, alone.units, 2e-5)
+    close(found.layers, alone.layers, 2e-5)
+    assert found.metadata["processes"] == len(shares)
+    alone = analyze(convolutional(), in_batches(rows(100, (3, 9, 9)), 16), NAMES_CONVOLUTIONAL)
+    found = nl.load(tmp_path / "every")
+    for table in ("units", "layers", "edges"):
+        near(getattr(found, table), getattr(alone, table))
+
+
+def analyze(net, data, names):
+    return nl.analyze(net, data, names, initial=start_of(net))
+
+
+def near(a, b):
+    """Equal up to the rounding of sums in float64 in another order, which a difference of leave-outs shows more."""
+    assert list(a.columns) == list(b.columns)
+    for column in a.select_dtypes("number"):
+        scale = float(b[column.removesuffix("_se")].abs().max())
+        np.testing.assert_allclose(a[column], b[column], rtol=1e-6, atol=1e-9 * scale + 1e-12, err_msg=column)

@@ -1,0 +1,170 @@
+import pytest
+import torch
+from ids import label
+from nets import Mixed, build, generator
+from torch import nn
+from torch.testing import assert_close
+
+import nodelens as nl
+from nodelens import ModelWrapper
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.spare = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(2, 2)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@pytest.fixture
+def mlp():
+    return build(MLP)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(20, 6, generator=generator())
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_it_hands_out_what_layers_put_out_before_it_is_overwritten(mlp, x):
+    wrapper = ModelWrapper(mlp, tracked_layers=["fc1", "fc2"])
+    outputs, shown = wrapper.forward_with_activations(x)
+    assert wrapper.layers == list(shown) == ["fc1", "fc2"]
+    assert_close(shown["fc1"], mlp.fc1(x).detach(), rtol=0, atol=0)
+    assert (shown["fc1"] < 0).any()
+    assert_close(outputs, mlp(x))
+    assert outputs.requires_grad
+    assert not any(a.requires_grad for a in shown.values())
+    outputs.sum().backward()
+    assert mlp.fc1.weight.grad is not None
+
+
+def test_it_hands_out_what_layers_read(mlp, x):
+    wrapper = ModelWrapper(mlp, ["fc1", "fc2"], sites=["act", "fc2.input"])
+    _, read = wrapper.forward_with_activations(x, layers=["fc1", "fc2"], port="input")
+    assert_close(read["fc1"], x)
+    assert_close(read["fc2"], mlp.fc1(x).relu().detach())
+    _, same = wrapper.forward_with_activations(x, layers="fc2.input")
+    assert_close(same["fc2.input"], read["fc2"])
+
+
+def test_an_extra_site_costs_nothing_unless_it_is_asked_for(mlp, x, monkeypatch):
+    wrapper = ModelWrapper(mlp, ["fc1"], sites=["act", "fc2"])
+    copies = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, *a, **k: copies.append(t.shape) or clone(t, *a, **k))
+    _, shown = wrapper.forward_with_activations(x)
+    assert (list(shown), copies) == (["fc1"], [(20, 5)])
+    assert list(wrapper.forward_with_activations(x, layers="act")[1]) == ["act"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(mlp, x, training):
+    mlp.train(training)
+    mlp.fc2.eval()
+    ModelWrapper(mlp, ["fc1"]).forward_with_activations(x)
+    with pytest.raises(RuntimeError):
+        ModelWrapper(mlp, ["fc1"]).forward_with_activations(torch.ones(2, 7))
+    assert hooks(mlp) == 0
+    assert (mlp.training, mlp.fc1.training, mlp.fc2.training) == (training, training, False)
+
+
+def test_weights_come_as_they_are_stored():
+    net = build(Mixed)
+    weights = ModelWrapper(net, ["grouped", "up", "head"]).get_layer_weights()
+    assert {name: tuple(w.shape) for name, w in weights.items()} == {"grouped": (12, 2, 3, 3), "up": (12, 3, 3, 3), "head": (4, 5)}
+    assert not any(w.requires_grad for w in weights.values())
+    assert list(ModelWrapper(net, "*").get_layer_weights("head")) == ["head"]
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+def test_a_metric_takes_what_the_wrapper_gives(mlp, x, name):
+    wrapper = ModelWrapper(mlp, tracked_layers=["fc1", "fc2"])
+    read = wrapper.forward_with_activations(x, port="input")[1][name]
+    metric = nl.get_metric("rayleigh_quotient", relative=True, regularization=1e-6)
+    value = metric.compute(inputs=read, weights=wrapper.get_layer_weights()[name])
+    c = torch.cov(read.double().T)
+    w = getattr(mlp, name).weight.detach().double()
+    along = ((w @ c) * w).sum(1) / w.square().sum(1) + 1e-6
+    assert_close(value, along / (c.trace() + 1e-6 * len(c)), rtol=1e-5, atol=1e-9)
+
+
+def test_a_metric_takes_a_convolution_s_tensors_as_the_pass_does():
+    net, images = build(Mixed), torch.randn(12, 3, 9, 9, generator=generator())
+    layers = ["stem", "grouped"]
+    wrapper = ModelWrapper(net, layers)
+    _, read = wrapper.forward_with_activations(images, port="input")
+    _, put_out = wrapper.forward_with_activations(images)
+    weights = wrapper.get_layer_weights()
+    assert weights["grouped"].ndim == 4
+    rq = nl.analyze(net, [images], {"rq": nl.get_metric("rq", regularization=1e-6)}, layers).units["rq"]
+    metric = nl.get_metric("rayleigh_quotient", relative=True, regularization=1e-6)
+    geometry = {"stem": {"padding": 1, "padding_mode": "reflect"}, "grouped": {"stride": 2, "padding": 1, "groups": 4}}
+    for name in layers:
+        for more in ({}, {"outputs": put_out[name]}):
+            value = metric.compute(inputs=read[name], weights=weights[name], **geometry[name], **more)
+            assert_close(value, torch.tensor(rq[name].to_numpy()), rtol=1e-4, atol=1e-8)
+
+
+def test_calls_of_one_layer_follow_one_another(x):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.fc(self.fc(x))
+
+    net = build(Twice)
+    _, shown = ModelWrapper(net, ["fc"]).forward_with_activations(x)
+    assert_close(shown["fc"], torch.cat([net.fc(x), net.fc(net.fc(x))]).detach())
+
+
+def test_keyword_tensors_and_outputs_with_fields():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = transformers.GPT2LMHeadModel(config).eval()
+    wrapper = ModelWrapper(net, ["*.mlp.c_fc", "*.h.0"])
+    ids = torch.arange(10).reshape(2, 5)
+    with torch.no_grad():
+        outputs, shown = wrapper.forward_with_activations({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert outputs.logits.shape == (2, 5, 11)
+    assert {name: tuple(a.shape) for name, a in shown.items()} == {
+        "transformer.h.0": (2, 5, 8),
+        "transformer.h.0.mlp.c_fc": (2, 5, 32),
+    }
+    assert wrapper.get_layer_weights("transformer.h.0.mlp.c_fc")["transformer.h.0.mlp.c_fc"].shape == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, x: ModelWrapper(m, ["fc3"]), "no layer matches 'fc3'; did you mean 'fc2'"),
+        (lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations(x, layers=["fc9"]), "no layer matches 'fc9'"),
+        (
+            lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations(x, layers=["fc2"]),
+            "'fc2' is not tracked; tracked are fc1",
+        ),
+        (lambda m, x: ModelWrapper(m).forward_with_activations(x), "layer 'spare' is never called by MLP.forward"),
+        (lambda m, x: ModelWrapper(m, ["fc1", "act"]).get_layer_weights(), r"layer 'act' \(ReLU\) has no weights"),
+        (
+            lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations(x, port="grad"),
+            "port is 'grad'; it is 'output' or 'input'",
+        ),
+        (lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations([x]), "a tensor or a mapping .* not a list"),
+    ],
+    ids=label,
+)
+def test_mistakes_are_named(mlp, x, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(mlp, x)
+    assert hooks(mlp) == 0

@@ -1,0 +1,63 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nodelens.metrics import METRICS, get_metric, list_metrics
+from nodelens.metrics.__main__ import main
+from nodelens.metrics.catalogue import catalogue, entry_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_what_the_catalogue_says():
+    page = ROOT / "docs" / "metrics.md"
+    assert page.read_text() == catalogue(), "run: python -m nodelens.metrics > docs/metrics.md"
+
+
+def test_every_name_stands_in_it_once_a_metric_an_entry():
+    text = catalogue()
+    assert re.findall(r"^### (.*)$", text, re.MULTILINE) == [metric.names[0] for metric in METRICS]
+    assert [name for name in list_metrics() if f"`{name}`" not in text and f"### {name}\n" not in text] == []
+    assert len(re.findall(r"^## ", text, re.MULTILINE)) == len({metric.__module__ for metric in METRICS})
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.names[0])
+def test_an_entry_says_what_a_reader_needs(metric):
+    entry = entry_of(metric.names[-1])
+    for key in ("formula", "per", "unit", "NaN", "source", *(["options"] if get_metric(metric.names[0]).options else [])):
+        assert f"\n- {key}: " in entry, f"{metric.__name__} says no {key}"
+    assert all(f"`{option}: " in entry for option in metric().options)
+    assert "- reads: " in entry
+
+
+def test_a_line_is_no_longer_than_a_page_and_none_begins_like_another_list():
+    lines = catalogue().splitlines()
+    assert max(len(line) for line in lines if " " in line[4:]) <= 120
+    for line in lines:
+        assert not re.match(r"^ +([-+*>#]|\d+[.)]) ", line), line
+
+
+def test_one_metric_is_printed_by_any_of_its_names(capsys):
+    main(["rq"])
+    assert capsys.readouterr().out == entry_of("rayleigh_quotient")
+    assert "### composite_importance" in entry_of("rq_minus_r")
+
+
+def test_an_unknown_name_ends_in_one_line():
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodelens.metrics", "rqq"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("nodelens: no metric is called 'rqq'; did you mean 'rq'")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_the_catalogue_is_light():
+    heavy = ["lightning", "hydra", "wandb", "matplotlib", "pandas", "sklearn"]
+    code = f"import nodelens.metrics.catalogue as c, sys; c.catalogue(); print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert found == "[]\n"

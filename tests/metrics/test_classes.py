@@ -1,0 +1,251 @@
+"""What units tell of the class, alone and in pairs: planted cases, golden numbers, slow twins, bias."""
+
+import math
+
+import pytest
+import torch
+from ids import label
+from laws import everything
+from planted import equal, golden_cases, planted
+from torch.testing import assert_close
+
+from nodelens.metrics import get_metric
+from nodelens.statistics import ByClass, ClassGram, Gram, Sample
+from nodelens.statistics.rows import Rows
+
+
+def near(value, expected, tolerance=1e-9):
+    assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance, equal_nan=True)
+
+
+def of(name, y, labels, **options):
+    return get_metric(name, **options).compute(outputs=y, labels=labels)
+
+
+def two(first, second):
+    return torch.cat([first, second]), torch.arange(2).repeat_interleave(len(first))
+
+
+def mixed(n=90, units=5, classes=3, seed=0):
+    """Classes that differ in mean and covariance, of uneven size."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=g).clamp_max(torch.arange(n) % classes)
+    y = torch.randn(n, units, generator=g, dtype=torch.float64)
+    mixes = torch.randn(classes, units, units, generator=g, dtype=torch.float64)
+    return torch.einsum("nu,nuv->nv", y, mixes[labels]) + torch.randn(classes, units, generator=g, dtype=torch.float64)[
+        labels
+    ], labels
+
+
+def test_golden_numbers_agree():
+    for case, metric, options, arrays, expected, tolerance in golden_cases("mi_about_class"):
+        assert_close(
+            get_metric(metric, **options).compute(**arrays), expected, **tolerance, msg=lambda m, case=case: f"{case}: {m}"
+        )
+
+
+@pytest.mark.parametrize("method", ["gaussian", "pooled"])
+def test_two_classes_apart(method):
+    y, labels = two(planted([[1.0]], ddof=0) - 1, planted([[1.0]], ddof=0, seed=1) + 1)
+    near(of("class_mi", y, labels, method=method, ddof=0), [0.5 * math.log(2)])
+    near(of("class_mi", y, labels, method=method)[0], 0.3466, 2e-3)
+
+
+def test_bins_of_two_classes():
+    y = torch.cat([torch.arange(20.0), torch.arange(20.0) + 20])[:, None]
+    labels = torch.arange(2).repeat_interleave(20)
+    near(of("class_mi", y, labels, method="binning"), [math.log(2)])
+    near(of("class_mi", y, labels, method="binning", bins=2), [math.log(2)])
+    near(of("class_mi", y, torch.arange(40) % 2, method="binning", bins=2), [0])
+    unlabelled = torch.cat([labels, torch.full((4,), -100)])
+    near(of("class_mi", torch.cat([y, torch.full((4, 1), 1e6)]), unlabelled, method="binning"), [math.log(2)])
+
+
+def test_bins_are_of_the_samples_held():
+    n = 2500
+    y, labels = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3
+    metric = get_metric("class_mi", method="binning")
+    held = Sample.of(Rows.of(y), labels, keys=torch.arange(n))
+    assert metric.counts(None, y=held) == {"constant": 0, "rows_left_out": n - 2048}
+    near(metric(None, y=held), of("class_mi", y[:2048], labels[:2048], method="binning"))
+
+
+def test_a_unit_silent_in_a_class_and_one_silent_in_all():
+    y, labels = mixed()
+    y[labels == 1, 0] = 4.0
+    y[:, 1] = 1e4
+    metric = get_metric("class_mi")
+    assert metric.counts(None, y=ByClass.of(y, labels)) == {"constant": 1, "degenerate": 1, "classes_left_out": 0}
+    for options in ({}, {"bias": "gaussian"}, {"method": "pooled"}, {"method": "binning"}):
+        value = of("class_mi", y, labels, **options)
+        assert value.isfinite().all()
+        assert value[1] == 0
+
+
+DRAWS = 500
+
+
+@pytest.mark.parametrize("options", [{}, {"ddof": 0}, {"method": "pooled"}], ids=label)
+def test_bias_of_units_that_tell_nothing(options):
+    """Exact for them: the mean of independent draws lies within five of its standard errors."""
+    x = torch.randn(60, DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(60) % 3
+    plain, value = of("class_mi", x, labels, **options), of("class_mi", x, labels, bias="gaussian", **options)
+    assert abs(float(value.mean())) < 5 * float(value.std()) / math.sqrt(DRAWS)
+    if not options:
+        near(plain - value, torch.full((DRAWS,), 0.01825), 5e-6)
+
+
+def test_no_class_of_two_rows():
+    y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    near(of("class_mi", y, torch.arange(3)), [math.nan] * 2)
+    near(of("class_mi", y[:1], torch.arange(1), method="binning"), [math.nan] * 2)
+
+
+def opposite(units=2):
+    """Two classes whose covariances differ in the sign of the correlation only."""
+    return two(planted(equal(units, 0.8), ddof=0), planted(equal(units, -0.8), seed=1, ddof=0))
+
+
+def test_opposite_correlations():
+    y, labels = opposite()
+    near(of("synergy_gaussian_mmi", y, labels), [-0.5 * math.log(0.36)] * 2)
+    near(of("synergy_gaussian_mmi", y, labels, covariance="pooled"), [0, 0])
+    near(of("class_mi", y, labels, ddof=0), [0, 0])
+
+
+def information(y, labels, ddof, pooled):
+    """From determinants, class by class."""
+    n, classes = len(y), labels.unique()
+
+    def covariance(rows):
+        centred = rows - rows.mean(0)
+        return centred.T @ centred
+
+    within = {int(c): covariance(y[labels == c]) for c in classes}
+    if pooled:
+        each = torch.logdet(sum(within.values()) / (n - ddof * len(classes)))
+    else:
+        size = {c: int((labels == c).sum()) for c in within}
+        each = sum(size[c] / n * torch.logdet(w / (size[c] - ddof)) for c, w in within.items())
+    return 0.5 * (torch.logdet(covariance(y) / (n - ddof)) - each)
+
+
+@pytest.mark.parametrize("covariance", ["per_class", "pooled"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_class_synergy_of_a_slow_loop(covariance, ddof):
+    y, labels = mixed()
+    slow = torch.zeros(5, 5, dtype=torch.float64)
+    for i in range(5):
+        for j in range(5):
+            if i != j:
+                both, one, other = (information(y[:, k], labels, ddof, covariance == "pooled") for k in ([i, j], [i], [j]))
+                slow[i, j] = both - max(one, other)
+    value = of("synergy_gaussian_mmi", y, labels, covariance=covariance, ddof=ddof, reduce="none")
+    near(value, slow, 1e-10)
+    near(of("synergy_gaussian_mmi", y, labels, covariance=covariance, ddof=ddof), slow.sum(1) / 4, 1e-10)
+
+
+@pytest.mark.parametrize("covariance", ["per_class", "pooled"])
+@pytest.mark.parametrize("case", ["plain", "twins", "near twins", "twins in a class", "silent in a class", "dead", "few"])
+def test_class_synergy_is_never_below_0(covariance, case):
+    for seed in range(5):
+        y, labels = mixed(20 if case == "few" else 90, seed=seed)
+        if case == "twins":
+            y[:, 1] = -3 * y[:, 0] + 2
+        elif case == "near twins":
+            y[:, 1] = y[:, 0] + 1.2e-3 * y[:, 1]
+        elif case == "twins in a class":
+            y[labels == 0, 1] = y[labels == 0, 2]
+        elif case == "silent in a class":
+            y[labels == 0, 1] = 5
+        elif case == "dead":
+            y[:, 1] = 5
+        value = of("synergy_gaussian_mmi", y, labels, covariance=covariance, reduce="none")
+        assert value.isfinite().all()
+        assert float(value.min()) > -1e-12
+        if case == "twins":
+            assert value[0, 1] == 0
+            near(value[0, 2:], value[1, 2:], 1e-9)
+        if case == "dead":
+            near(value[1], torch.zeros(5))
+
+
+def test_rules_of_class_synergy_are_counted():
+    y, labels = mixed()
+    y[:, 1] = 5
+    y[:, 2] = y[:, 0]
+    y[labels == 0, 3] = y[labels == 0, 4]
+    labels = torch.cat([labels, torch.full((3,), 3), torch.full((2,), -100)])
+    y = torch.cat([y, torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)])
+    y[90:, 1], y[90:, 2] = 5, y[90:, 0]
+    metric = get_metric("synergy_gaussian_mmi")
+    found = metric.counts(None, y=ClassGram.of(y, labels))
+    assert found == {"classes_left_out": 1, "constant": 1, "degenerate": 1, "twins": 1}
+    near(of("synergy_gaussian_mmi", y, labels), of("synergy_gaussian_mmi", y[:90], labels[:90]))
+    pooled = get_metric("synergy_gaussian_mmi", covariance="pooled")
+    found = pooled.counts(None, y=ByClass.of(y, labels), every=Gram.of(y))
+    assert found == {"without_label": 2, "constant": 1, "degenerate": 0, "twins": 1}
+    own = labels.where(labels >= 0, 4)
+    near(pooled.compute(outputs=y, labels=labels), pooled.compute(outputs=y, labels=own), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("class_mi", {}),
+        ("class_mi", {"method": "binning"}),
+        ("class_mi", {"method": "pooled"}),
+        ("synergy_gaussian_mmi", {}),
+        ("synergy_gaussian_mmi", {"covariance": "pooled"}),
+    ],
+    ids=label,
+)
+def test_shifts_scales_and_order_change_nothing(name, options):
+    y, labels = mixed()
+    value = of(name, y, labels, **options)
+    scale = torch.tensor([1e-3, 2.0, 5.0, 1.0, 100.0], dtype=torch.float64)
+    near(of(name, y * scale + 1000 * scale, labels, **options), value, 1e-8)
+    if options.get("method") != "binning":  # an edge of a bin may round to the other side
+        near(of(name, (y + 1000 * y.std(0)).float(), labels, **options), value, 2e-3)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(1))
+    near(of(name, y[order], labels[order], **options), value, 1e-10)
+    near(of(name, y, 2 - labels, **options), value, 1e-10)
+    units = torch.tensor([3, 0, 4, 1, 2])
+    near(of(name, y[:, units], labels, **options), value[units], 1e-10)
+
+
+@pytest.mark.parametrize("covariance", ["per_class", "pooled"])
+def test_where_class_synergy_has_no_answer(covariance):
+    y, labels = mixed(9)
+    near(of("synergy_gaussian_mmi", y[:, :1], labels, covariance=covariance), [math.nan])
+    near(of("synergy_gaussian_mmi", y[:1], labels[:1], covariance=covariance), [math.nan] * 5)
+    near(of("synergy_gaussian_mmi", y[:6], torch.arange(6) % 2), [math.nan] * 5)
+
+
+def test_a_control_asks_for_the_samples_and_changes_no_value():
+    t = everything()
+    for name, options in (
+        ("class_mi", {}),
+        ("class_mi", {"method": "binning"}),
+        ("synergy_gaussian_mmi", {"covariance": "pooled"}),
+    ):
+        metric, plain = get_metric(name, control=5, **options), get_metric(name, **options)
+        assert set(metric.needs()) == {*plain.needs(), "control"}
+        near(metric.compute(**t), plain.compute(**t))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: get_metric("class_mi", method="bins"), "method is 'bins'; it takes 'gaussian', 'pooled', 'binning'"),
+        (lambda: get_metric("class_mi", method="binning", bias="gaussian"), "bias: gaussian is of the Gaussian methods"),
+        (lambda: get_metric("class_mi", bins=0), "bins is 0; it is a whole number, 2 or more"),
+        (lambda: get_metric("synergy_gaussian_mmi", control=1.5), "control is 1.5; it is the number of permuted copies"),
+        (lambda: get_metric("synergy_gaussian_mmi").compute(outputs=torch.ones(3, 2)), "target 'label' needs labels"),
+    ],
+    ids=label,
+)
+def test_mistakes_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

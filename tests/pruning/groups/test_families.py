@@ -1,0 +1,472 @@
+import copy
+import functools
+import math
+import random
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from nodelens.network.batch import logits_of
+from nodelens.network.groups import PruningGroups
+from nodelens.pruning.groups.families import family_groups
+from nodelens.pruning.surgery.mask import masked, zero
+from nodelens.pruning.surgery.slice import slice_units
+
+ROTARY = {  # more heads than the residual width has room for, queries in pairs
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = {k: v for k, v in ROTARY.items() if k not in ("num_key_value_heads", "head_dim")} | {"num_attention_heads": 6}
+GPT = {"vocab_size": 64, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+WIDE = {k: v for k, v in ROTARY.items() if k != "head_dim"} | {"hidden_size": 64}
+EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 24}
+SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 6,
+}
+ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+LINEAR = {f"linear_{k}": n for k, n in {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 4}.items()}
+BART = {f"{part}_{k}": n for part in ("encoder", "decoder") for k, n in {"layers": 2, "attention_heads": 6, "ffn_dim": 40}.items()}
+
+# name: (config, its options, head, share of the parameters that lie in groups)
+FAMILIES = {
+    "vit": ("ViT", PLAIN | {"image_size": 16, "patch_size": 4, "num_labels": 5}, "ImageClassification", 0.865),
+    "bert": ("Bert", PLAIN, "MaskedLM", 0.738),
+    "distilbert": ("DistilBert", {"vocab_size": 64, "dim": 48, "n_layers": 2, "n_heads": 6, "hidden_dim": 40}, "MaskedLM", 0.462),
+    "modernbert": ("ModernBert", PLAIN | {"cls_token_id": 1, "sep_token_id": 2}, "MaskedLM", 0.839),
+    "albert": ("Albert", PLAIN | {"embedding_size": 16}, "MaskedLM", 0.224),
+    "gpt2": ("GPT2", GPT | {"n_inner": 40}, "CausalLM", 0.795),
+    "gptj": ("GPTJ", GPT | {"n_inner": 40, "rotary_dim": 4}, "CausalLM", 0.799),
+    "opt": ("OPT", PLAIN | {"ffn_dim": 40, "word_embed_proj_dim": 48}, "CausalLM", 0.793),
+    "opt as wide as the residual": ("OPT", PLAIN | {"ffn_dim": 48, "word_embed_proj_dim": 48}, "CausalLM", 0.802),
+    "llama of heads": ("Llama", ROTARY | {"num_key_value_heads": 8}, "CausalLM", 0.850),
+    "llama 8/2": ("Llama", ROTARY | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}, "CausalLM", 0.805),
+    "llama 8/4": ("Llama", ROTARY, "CausalLM", 0.824),
+    "llama 6/2": ("Llama", ROTARY | {"num_attention_heads": 6, "num_key_value_heads": 2}, "CausalLM", 0.789),
+    "qwen2": ("Qwen2", ROTARY, "CausalLM", 0.826),
+    "qwen3": ("Qwen3", ROTARY, "CausalLM", 0.824),
+    "mistral": ("Mistral", ROTARY, "CausalLM", 0.824),
+    "gemma": ("Gemma", ROTARY | {"num_key_value_heads": 1}, "CausalLM", 0.884),
+    "gemma2": ("Gemma2", ROTARY, "CausalLM", 0.895),
+    "gemma3": ("Gemma3Text", ROTARY, "CausalLM", 0.894),
+    "phi": ("Phi", PLAIN | {"num_key_value_heads": 3, "qk_layernorm": True}, "CausalLM", 0.763),
+    "phi3": ("Phi3", WIDE, "CausalLM", 0.824),
+    "neox": ("GPTNeoX", PLAIN, "CausalLM", 0.795),
+    "falcon": ("Falcon", PLAIN | {"ffn_hidden_size": 40, "multi_query": False, "num_kv_heads": 6}, "CausalLM", 0.886),
+    "falcon by groups": ("Falcon", PLAIN | {"num_kv_heads": 3, "new_decoder_architecture": True, "bias": True}, "CausalLM", 0.932),
+    "falcon alibi": ("Falcon", PLAIN | {"multi_query": False, "num_kv_heads": 6, "alibi": True}, "CausalLM", 0.628),
+    "bloom": ("Bloom", {"vocab_size": 64, "hidden_size": 48, "n_layer": 2, "n_head": 6}, "CausalLM", 0.623),
+    "mpt": ("Mpt", {"vocab_size": 64, "d_model": 48, "n_layers": 2, "n_heads": 6}, "CausalLM", 0.629),
+    "gpt bigcode": ("GPTBigCode", GPT | {"n_inner": 40, "multi_query": False}, "CausalLM", 0.233),
+    "trocr": ("TrOCR", BART | {"vocab_size": 64, "d_model": 48, "max_position_embeddings": 64}, "CausalLM", 0.148),
+    "diffllama": ("DiffLlama", WIDE, "CausalLM", 0.317),
+    "olmo2": ("Olmo2", ROTARY, "CausalLM", 0.825),
+    "cohere": ("Cohere", ROTARY | {"use_qk_norm": True, "logit_scale": 1.0}, "CausalLM", 0.904),
+    "granite": ("Granite", ROTARY, "CausalLM", 0.824),
+    "stablelm": ("StableLm", PLAIN | {"num_key_value_heads": 3}, "CausalLM", 0.793),
+    "stablelm with a norm a head": ("StableLm", PLAIN | {"num_key_value_heads": 3, "qk_layernorm": True}, "CausalLM", 0.359),
+    "starcoder2": ("Starcoder2", ROTARY | {"use_bias": True}, "CausalLM", 0.876),
+    "nemotron": ("Nemotron", ROTARY, "CausalLM", 0.798),
+    "smollm3": ("SmolLM3", ROTARY, "CausalLM", 0.900),
+    "bitnet": ("BitNet", WIDE, "CausalLM", 0.825),
+    "mixtral": ("Mixtral", ROTARY | EXPERTS | {"num_local_experts": 4}, "CausalLM", 0.872),
+    "qwen2 moe": ("Qwen2Moe", ROTARY | SPARSE | {"num_experts": 4, "shared_expert_intermediate_size": 20}, "CausalLM", 0.884),
+    "qwen3 moe": ("Qwen3Moe", ROTARY | SPARSE | {"num_experts": 4}, "CausalLM", 0.871),
+    "olmoe": ("Olmoe", WIDE | EXPERTS | {"num_experts": 4}, "CausalLM", 0.872),
+    "gpt oss": ("GptOss", ROTARY | EXPERTS | {"num_local_experts": 4}, "CausalLM", 0.866),
+    "aria": ("AriaText", ROTARY | EXPERTS | {"moe_num_experts": 4}, "CausalLM", 0.898),
+    "llama4": ("Llama4Text", ROTARY | EXPERTS | {"num_local_experts": 4, "intermediate_size_mlp": 40}, "CausalLM", 0.887),
+    "deepseek v3": ("DeepseekV3", PLAIN | LATENT | SPARSE | ROUTED | {"first_k_dense_replace": 1}, "CausalLM", 0.487),
+    "mimo": ("MiMoV2Flash", ROTARY | SPARSE | ROUTED | {"v_head_dim": 12}, "CausalLM", 0.876),
+    "qwen3 next": (
+        "Qwen3Next",
+        ROTARY
+        | SPARSE
+        | LINEAR
+        | {"num_experts": 4, "shared_expert_intermediate_size": 20, "layer_types": ["linear_attention", "full_attention"]},
+        "CausalLM",
+        0.563,
+    ),
+    "bart": ("Bart", BART | {"vocab_size": 64, "d_model": 48, "max_position_embeddings": 64}, "Seq2SeqLM", 0.867),
+    "t5": ("T5", {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 6}, "Seq2SeqLM", 0.206),
+}
+MOE = [name for name, (_, options, _, _) in FAMILIES.items() if "num_experts_per_tok" in options]
+INEXACT = {"olmo2": "kv_group", "olmoe": "kv_group", "bitnet": "*"}
+
+
+@functools.cache
+def build(name, attention="eager", experts=None):
+    """A random model of sharp attention in which no bias and no norm's weight is trivial, and its groups; nobody changes it."""
+    config, options, head, _ = FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        chosen = {"attn_implementation": attention} | ({"experts_implementation": experts} if experts else {})
+        made = getattr(transformers, f"{config}Config")(**options)
+        model = getattr(transformers, f"AutoModelFor{head}").from_config(made, **chosen).eval()
+        for key, parameter in model.named_parameters():
+            scales = key.endswith("weight") and ("norm" in key.lower() or parameter.ndim == 1)
+            nn.init.normal_(parameter, 1.0 if scales else 0.0, 0.2)
+    return model, family_groups(model)
+
+
+def batch_of(name, samples=2, length=7):
+    g = torch.Generator().manual_seed(1)
+    if FAMILIES[name][2] == "ImageClassification":
+        return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=g)}
+    ids, mask = torch.randint(3, 64, (samples, length), generator=g), torch.ones(samples, length, dtype=torch.long)
+    mask[1, 5:] = 0
+    decoder = {"decoder_input_ids": ids[:, :4]} if FAMILIES[name][2] == "Seq2SeqLM" else {}
+    return {"input_ids": ids, "attention_mask": mask, **decoder}
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return logits_of(model(**batch))
+
+
+def tokens(model, batch):
+    ids = {k: v[:1] for k, v in batch.items()}
+    return model.generate(**ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
+
+
+def some(groups, amount, multiple=True, seed=0):
+    """Units to remove, others in each group: of experts so many that a multiple stays, one everywhere."""
+    dice, removed = random.Random(seed), {}
+    for group in groups:
+        step = group.multiple if multiple else 1
+        stay = max(step, math.floor((1 - amount) * group.n) // step * step)
+        if stay < group.n:
+            removed[group.name] = sorted(dice.sample(range(group.n), group.n - stay))
+    return removed
+
+
+def same(a, b, far=1e-4):
+    assert (a - b).abs().max() <= far * b.abs().max(), f"{(a - b).abs().max()} beside {b.abs().max()}"
+
+
+def check(name, attention, amount, experts=None):
+    """Mask, slice and zeros are the same model, also with padding and token by token; the dense model is another."""
+    model, groups = build(name, attention, experts)
+    exact, batch = PruningGroups(tuple(a for a in groups if a.exact)), batch_of(name)
+    removed = some(exact, amount, multiple=experts != "eager")
+    if not removed:
+        assert name in INEXACT
+        return
+    sliced = slice_units(copy.deepcopy(model), exact, removed)
+    zeroed = copy.deepcopy(model)
+    zero(zeroed, exact, removed)
+    dense = logits(model, batch)
+    with masked(model, exact, removed):
+        expected = logits(model, batch)
+        written = tokens(model, batch) if FAMILIES[name][2] == "CausalLM" else None
+    assert expected.isfinite().all()
+    assert (expected - dense).abs().max() > 1e-3 * dense.abs().max()
+    same(logits(sliced, batch), expected)
+    same(logits(zeroed, batch), expected)
+    assert torch.equal(logits(model, batch), dense)
+    sliced.load_state_dict(sliced.state_dict(), strict=True)
+    assert sum(p.numel() for p in sliced.parameters()) < sum(p.numel() for p in model.parameters())
+    if written is not None:
+        assert torch.equal(tokens(sliced, batch), written)
+
+
+AMOUNTS = [pytest.param(0.1, marks=pytest.mark.slow), 0.5, pytest.param(0.9, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_slice_is_the_mask(name, attention, amount):
+    if attention == "eager" or build(name)[0]._supports_sdpa:
+        check(name, attention, amount)
+
+
+@pytest.mark.parametrize("name", [name for name in MOE if name != "llama4"])
+def test_experts_one_by_one_take_any_width(name):
+    check(name, "eager", 0.3, experts="eager")
+
+
+@pytest.mark.parametrize(("name", "family"), FAMILIES.items())
+def test_the_share_of_parameters_in_axes(name, family):
+    model, groups = build(name)
+    assert groups.coverage(model) == pytest.approx(family[3], abs=0.002)
+    assert len({group.name for group in groups}) == len(groups)
+    for group in groups:
+        for piece in group.slices:
+            rows = piece.by_unit(model)
+            assert len(rows) == group.n
+            assert len(piece.index.unique()) == piece.index.numel()
+
+
+@pytest.mark.parametrize(("name", "kind"), INEXACT.items())
+def test_a_norm_over_all_heads_makes_an_axis_inexact(name, kind):
+    model, groups = build(name)
+    inexact = [group for group in groups if not group.exact]
+    assert {group.name for group in inexact} == {group.name for group in groups if kind in ("*", group.kind)}
+    removed, batch = some(inexact, 0.5), batch_of(name)
+    with masked(model, groups, removed):
+        expected = logits(model, batch)
+    sliced = logits(slice_units(copy.deepcopy(model), groups, removed), batch)
+    assert (sliced - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_other_families_are_exact():
+    assert all(group.exact for name in FAMILIES for group in build(name)[1] if name not in INEXACT)
+
+
+NAMES = {
+    "vit": ["vit.layers.0.attention head 6", "vit.layers.0.mlp ffn 40"],
+    "bert": ["bert.encoder.layer.0 ffn 40", "bert.encoder.layer.0.attention head 6"],
+    "gpt2": ["transformer.h.0.attn head 6", "transformer.h.0.mlp ffn 40"],
+    "opt": ["model.decoder.layers.0 ffn 40", "model.decoder.layers.0.self_attn head 6"],
+    "llama 8/4": ["model.layers.0.self_attn kv_group 4", "model.layers.0.mlp ffn 40"],
+    "llama of heads": ["model.layers.0.self_attn head 8", "model.layers.0.mlp ffn 40"],
+    "phi3": ["model.layers.0.self_attn kv_group 4", "model.layers.0.mlp ffn 40"],
+    "neox": ["gpt_neox.layers.0.attention head 6", "gpt_neox.layers.0.mlp ffn 40"],
+    "mixtral": ["model.layers.0.self_attn kv_group 4", *[f"model.layers.0.mlp.experts[{e}] moe_ffn 24" for e in range(4)]],
+    "qwen2 moe": [
+        "model.layers.0.self_attn kv_group 4",
+        *[f"model.layers.0.mlp.experts[{e}] moe_ffn 24" for e in range(4)],
+        "model.layers.0.mlp.shared_expert ffn 20",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMES.items(), ids=list(NAMES))
+def test_axes_go_by_the_path_of_their_module(name, expected):
+    found = [f"{group.name} {group.kind} {group.n}" for group in build(name)[1]]
+    assert found[: len(expected)] == expected
+    assert found[len(expected) :] == [line.replace(".0", ".1", 1) for line in expected]
+
+
+def test_a_unit_of_a_group_holds_all_that_goes_with_it():
+    group = build("llama 8/2")[1].named("model.layers.1.self_attn")
+    spans = {
+        f"{piece.name.removeprefix('model.layers.1.self_attn.')} {piece.dim} {piece.role}": piece.index for piece in group.slices
+    }
+    own, queries = torch.arange(8, 16), torch.arange(32, 64)
+    expected = {f"{part}_proj.{t} 0 producer": queries if part == "q" else own for part in "qkv" for t in ("weight", "bias")}
+    expected["o_proj.weight 1 consumer"] = queries
+    assert {name: index[1].tolist() for name, index in spans.items()} == {k: v.tolist() for k, v in expected.items()}
+    assert (group.n, group.attention, group.together, group.multiple) == (2, 2 * 4 * 8, None, 1)
+
+
+def test_what_lies_beside_the_projections_goes_with_its_head():
+    sinks = build("gpt oss")[1].named("model.layers.0.self_attn")
+    (tied,) = sinks.by_role("tied")
+    assert (tied.name, tied.index.tolist()) == ("model.layers.0.self_attn.sinks", [[0, 1], [2, 3], [4, 5], [6, 7]])
+    norms = build("cohere")[1].named("model.layers.0.self_attn").by_role("tied")
+    assert [(piece.name.rpartition("attn.")[2], piece.index[1].tolist()) for piece in norms] == [
+        ("q_norm.weight", [2, 3]),
+        ("k_norm.weight", [1]),
+    ]
+    assert not build("qwen3")[1].named("model.layers.0.self_attn").by_role("tied")
+
+
+def test_experts_fall_together():
+    groups = [group for group in build("gpt oss")[1] if group.kind == "moe_ffn"][:4]
+    assert {group.together for group in groups} == {"model.layers.0.mlp.experts"}
+    assert [group.multiple for group in groups] == [8] * 4
+    assert [len(group.patches) for group in groups] == [1, 0, 0, 0]
+    assert {piece.entry for piece in groups[2].slices} == {2}
+    assert not any(group.gated for group in groups)
+    with pytest.raises(ValueError, match="experts of one tensor would keep different numbers of units"):
+        slice_units(copy.deepcopy(build("gpt oss")[0]), groups, {groups[0].name: [1], groups[1].name: [1, 2]})
+
+
+PATCHED = {
+    "gpt2": ("transformer.h.1.attn", {"num_heads": 4, "embed_dim": 32, "split_size": 32, "c_attn.nf": 96, "c_proj.nx": 32}),
+    "opt": ("model.decoder.layers.1.self_attn", {"num_heads": 4, "embed_dim": 32, "q_proj.out_features": 32}),
+    "bert": ("bert.encoder.layer.1.attention", {"self.num_attention_heads": 4, "self.all_head_size": 32}),
+    "vit": ("vit.layers.1.attention", {"num_attention_heads": 4, "o_proj.in_features": 32}),
+    "phi3": ("model.layers.1.self_attn", {"num_key_value_heads": 2, "config.num_attention_heads": 4, "num_key_value_groups": 2}),
+    "falcon by groups": ("transformer.h.1.self_attention", {"num_heads": 2, "num_kv_heads": 1}),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), PATCHED.items(), ids=list(PATCHED))
+def test_numbers_beside_the_tensors_fall_too(name, expected):
+    model, groups = build(name)
+    path, numbers = expected
+    sliced = slice_units(copy.deepcopy(model), groups, {path: [0, 2]})
+    attention, whole = sliced.get_submodule(path), sliced.get_submodule(path.replace(".1", ".0", 1))
+    found = {key: functools.reduce(getattr, key.split("."), attention) for key in numbers}
+    assert found == numbers
+    assert all(functools.reduce(getattr, key.split("."), whole) >= n for key, n in numbers.items())
+    assert sliced.config.to_dict() == model.config.to_dict()
+
+
+def test_the_experts_know_their_width():
+    for name, attribute in {"mixtral": "intermediate_dim", "gpt oss": "intermediate_size", "llama4": "expert_dim"}.items():
+        model, groups = build(name)
+        sliced = slice_units(copy.deepcopy(model), groups, some([group for group in groups if group.kind == "moe_ffn"], 0.5))
+        assert {getattr(m, attribute) for m in sliced.modules() if hasattr(m, "gate_up_proj") and hasattr(m, attribute)} == {8}
+
+
+DEAD = {  # where a group's values are made, and in which rows, (numbers in the tensor); heads are 8 wide
+    "llama of heads": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
+    "llama 8/4": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
+    "llama 6/2": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
+    "llama 8/2": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
+    "bert": ("bert.encoder.layer.0.attention.self.value", lambda u: range(8 * u, 8 * u + 8), 0),
+    "phi3": ("model.layers.0.self_attn.qkv_proj", lambda u: range(8 * (8 + 4 + u), 8 * (8 + 4 + u + 1)), 0),
+    "gpt2": ("transformer.h.0.attn.c_attn", lambda u: range(96 + 8 * u, 104 + 8 * u), 1),
+    "neox": ("gpt_neox.layers.0.attention.query_key_value", lambda u: range(24 * u + 16, 24 * u + 24), 0),
+    "falcon by groups": ("transformer.h.0.self_attention.query_key_value", lambda u: range(32 * u + 24, 32 * u + 32), 0),
+}
+
+
+@pytest.mark.parametrize(("name", "where"), DEAD.items(), ids=list(DEAD))
+def test_only_the_dead_group_is_missed_by_nobody(name, where):
+    path, rows, dim = where
+    model, groups = copy.deepcopy(build(name)[0]), build(name)[1]
+    group = next(group for group in groups if path.startswith(group.name) and group.kind != "ffn")
+    dead, batch = 1, batch_of(name)
+    with torch.no_grad():
+        values = model.get_submodule(path)
+        values.weight.index_fill_(dim, torch.tensor(rows(dead)), 0)
+        if values.bias is not None:
+            values.bias[list(rows(dead))] = 0
+    expected = logits(model, batch)
+    for unit in range(group.n):
+        with masked(model, groups, {group.name: [unit]}):
+            found = logits(model, batch)
+        sliced = logits(slice_units(copy.deepcopy(model), groups, {group.name: [unit]}), batch)
+        same(sliced, found)
+        far = (found - expected).abs().max() / expected.abs().max()
+        assert far < 1e-6 if unit == dead else far > 1e-3
+
+
+def reasons(groups):
+    return {frozen.what: frozen.reason for frozen in groups.frozen}
+
+
+FROZEN = {
+    "deepseek v3": ("model.layers.0.self_attn", "no pattern matches q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj"),
+    "qwen3 next": ("model.layers.1.self_attn", "heads of 8 do not fit: q_proj makes 128, k_proj makes 32"),
+    "bloom": ("transformer.h.0.self_attention", "reads alibi, which another module makes for every head"),
+    "falcon alibi": ("transformer.h.1.self_attention", "reads alibi"),
+    "mpt": ("transformer.blocks.1.attn", "no pattern matches Wqkv, out_proj"),
+    "t5": ("decoder.block.1.layer.1.EncDecAttention", "no pattern matches q, k, v, o"),
+    "stablelm with a norm a head": ("model.layers.0.self_attn", "holds q_layernorm.norms.0.weight (8,) beside its projections"),
+    "gpt bigcode": ("transformer.h.0.attn", "c_attn is a Linear"),
+    "trocr": ("model.decoder.layers.0.self_attn", "takes the width of its input for that of all heads"),
+    "diffllama": ("model.layers.0.self_attn", "holds lambda_q1 (8,) beside its projections"),
+    "mixtral": ("model.layers.1.mlp", "whole experts are cut where scope=expert asks for it, and with them gate"),
+    "llama 8/4": ("model.embed_tokens, lm_head", "embeddings and heads are never piece"),
+    "gpt2": ("transformer.wte, transformer.wpe", "embeddings and heads are never piece"),
+    "opt": ("the residual width", "norms reduce over it"),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), FROZEN.items(), ids=list(FROZEN))
+def test_what_is_not_understood_is_reported(name, expected):
+    groups = build(name)[1]
+    assert reasons(groups)[expected[0]].startswith(expected[1])
+    assert len(groups.frozen) <= 8
+    assert not {f.what for f in groups.frozen} & {group.name for group in groups if group.kind != "ffn"}
+
+
+class Block(nn.Module):
+    """A feed-forward block of a model's own."""
+
+    def __init__(self, first=nn.Linear, width=10):
+        super().__init__()
+        self.norm, self.c_fc, self.c_proj = nn.LayerNorm(6), first(6, width), nn.Linear(10, 6)
+
+
+class Quantised(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(torch.ones(self.weight.shape, dtype=torch.int8), requires_grad=False)
+
+
+def test_weights_that_are_no_plain_parameters_are_frozen():
+    norm = nn.utils.parametrizations.weight_norm
+    wrong = {
+        "0": (Block(lambda *sizes: norm(nn.Linear(*sizes))), "the weight of c_fc is quantised, or made of other tensors"),
+        "1": (Block(Quantised), "the weight of c_fc is quantised, or made of other tensors"),
+        "2": (Block(lambda *sizes: nn.Sequential(nn.Linear(*sizes))), "c_fc is no linear layer, but Sequential"),
+        "3": (Block(width=20), "c_fc makes 20 numbers, c_proj reads 10"),
+    }
+    groups = family_groups(nn.ModuleList([*(block for block, _ in wrong.values()), Block()]))
+    assert [group.name for group in groups] == ["4"]
+    found = reasons(groups)
+    assert {name: found[name] for name in wrong} == {name: reason for name, (_, reason) in wrong.items()}
+
+
+def test_weights_of_two_modules_are_frozen():
+    blocks = nn.ModuleList([Block(), Block(), Block()])
+    blocks[1].c_proj.weight = blocks[0].c_proj.weight
+    groups = family_groups(blocks)
+    assert [group.name for group in groups] == ["2"]
+    assert reasons(groups)["1"] == "1.c_proj.weight is a parameter of another module, too"
+
+
+def test_a_norm_between_makes_hidden_units_inexact():
+    block = Block()
+    block.between = nn.LayerNorm(10)
+    (group,) = family_groups(block)
+    assert (group.name, group.exact, [piece.name for piece in group.by_role("tied")]) == (
+        "Block",
+        False,
+        ["between.weight", "between.bias"],
+    )
+    block.between = nn.Sequential(nn.Conv2d(10, 10, 3, groups=10))
+    groups = family_groups(nn.Sequential(block))
+    assert (len(groups), reasons(groups)["0"]) == (0, "holds between.0.weight (10, 1, 3, 3) beside its projections")
+
+
+def test_two_patterns_in_one_module_have_two_names():
+    block = Block()
+    block.self, block.output = nn.Module(), nn.Module()
+    block.self.head_dim, block.output.dense = 3, nn.Linear(6, 6)
+    block.self.query, block.self.key, block.self.value = (nn.Linear(6, 6) for _ in range(3))
+    assert [group.name for group in family_groups(nn.ModuleList([block]))] == ["0", "0.query"]
+    assert [group.name for group in family_groups(block)] == ["Block", "Block.query"]
+
+
+def test_a_model_without_a_pattern_has_no_axes():
+    groups = family_groups(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
+    assert (len(groups), groups.frozen) == (0, ())
+
+
+def test_common_names_alone_make_no_transformer():
+    squeeze = nn.ModuleDict({"fc1": nn.Linear(8, 2), "fc2": nn.Linear(2, 8)})
+    classifier = nn.ModuleDict({"fc1": nn.Linear(8, 5), "fc2": nn.Linear(5, 3)})
+    net = nn.ModuleDict({"conv": nn.Conv2d(1, 8, 3), "squeeze": squeeze, "classifier": classifier})
+    assert (len(family_groups(net)), family_groups(net).frozen) == (0, ())
+    net["attention"] = nn.Identity()
+    assert [group.name for group in family_groups(net)] == ["squeeze"]
+
+
+def test_encoder_layers_of_torch():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    groups = family_groups(model.eval())
+    assert [group.name for group in groups] == ["layers.0", "layers.1"]
+    assert reasons(groups)["layers.0.self_attn"] == "no pattern matches in_proj_weight, out_proj"
+    removed = some(groups, 0.5)
+    with masked(model, groups, removed), torch.no_grad():
+        expected = model(x)
+    sliced = slice_units(copy.deepcopy(model), groups, removed)
+    with torch.no_grad():
+        same(sliced(x), expected)

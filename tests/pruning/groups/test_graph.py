@@ -1,0 +1,517 @@
+"""PruningGroups of convolution networks and perceptrons: a slice gives what a mask gives, and what is not understood stays."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    RegNetConfig,
+    RegNetForImageClassification,
+)
+
+from nodelens.models.hf import resnet
+from nodelens.network.batch import Batch, logits_of
+from nodelens.pruning.groups.graph import graph_groups
+from nodelens.pruning.groups.graph_ids import joined
+from nodelens.pruning.surgery.mask import masked, zero
+from nodelens.pruning.surgery.slice import slice_units
+
+AMOUNTS = (0.1, 0.5, 0.9)
+
+
+class Net(nn.Module):
+    """Modules by name and a forward pass, written as one function of the net and its input."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.go = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.go(self, x)
+
+
+def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights, biases, betas and running statistics that are nowhere 0 or 1, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if not p.is_floating_point():
+                continue
+            positive = name == "running_var" or (name == "weight" and p.ndim == 1)
+            wide = p.ndim > 1 and p.numel() > max(p.shape)
+            value = torch.rand(p.shape, generator=g) + 0.5 if positive else torch.randn(p.shape, generator=g)
+            p.data.copy_(value if positive else value * (math.sqrt(2 / p[0].numel()) if wide else 0.5))
+    return model.double().eval()
+
+
+def conv(i: int, o: int, k: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, padding=k // 2, **options)
+
+
+def images(size: int = 8, n: int = 3) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def space(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def removal(groups, shift: int) -> dict[str, list[int]]:
+    """Random units, another amount of each group."""
+    g = torch.Generator().manual_seed(shift)
+    gone = {a.name: min(a.n - 1, math.floor(AMOUNTS[(k + shift) % 3] * a.n + 0.5)) for k, a in enumerate(groups)}
+    return {a.name: torch.randperm(a.n, generator=g)[: gone[a.name]].tolist() for a in groups}
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logits_of(model(x))
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max())
+
+
+def assert_exact(model: nn.Module, groups, x: Tensor) -> None:
+    dense = output(model, x)
+    for shift in range(3):
+        removed = removal(groups, shift)
+        with masked(model, groups, removed):
+            mask = output(model, x)
+        assert_same(mask, output(slice_units(copy.deepcopy(model), groups, removed), x))
+        assert float((mask - dense).abs().max()) > 1e-3 * float(dense.abs().max())
+
+
+def classes(n: int = 5) -> dict:
+    return {"num_labels": n}
+
+
+FAMILIES = {
+    "resnet18": (lambda: resnet(18, classes=5, channels=3, size=32, width=8), 12, 12),
+    "resnet50": (lambda: resnet(50, classes=5, channels=3, size=32, width=8), 37, 37),
+    "mobilenet_v2": (lambda: MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25, **classes())), 25, 25),
+    "regnet_y": (
+        lambda: RegNetForImageClassification(
+            RegNetConfig(embedding_size=8, hidden_sizes=[16, 16, 32, 32], depths=[1, 2, 1, 1], groups_width=8, **classes())
+        ),
+        20,
+        20,
+    ),
+    "efficientnet": (
+        lambda: EfficientNetForImageClassification(
+            EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320, **classes())
+        ),
+        28,
+        28,
+    ),
+    "convnext": (
+        lambda: ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], **classes())),
+        9,
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slice_of_a_family_is_its_mask(family):
+    build, groups, exact = FAMILIES[family]
+    model, x = seeded(build()), images(32, 2)
+    found = graph_groups(model, Batch.of(x))
+    kept = [group for group in found if group.exact]
+    assert (len(found), len(kept)) == (groups, exact)
+    assert all("reads the model's input" in f.reason or "the model's output" in f.reason for f in found.frozen)
+    assert_exact(model, kept, x)
+
+
+@pytest.mark.parametrize(("depth", "groups", "dense", "half"), [(18, 12, 11_181_642, 2_801_450), (50, 37, 23_528_522, 5_902_890)])
+def test_the_numbers_of_full_resnets(depth, groups, dense, half):
+    model = resnet(depth, classes=10, channels=3, size=224)
+    found = graph_groups(model, Batch.of(images(32).float()))
+    assert len(found) == groups
+    assert found.coverage(model) == pytest.approx(1, abs=1e-3)
+    assert sum(p.numel() for p in model.parameters()) == dense
+    slice_units(model, found, {group.name: range(group.n // 2) for group in found})
+    assert sum(p.numel() for p in model.parameters()) == half
+
+
+# --- the networks of other people, and what they are made of
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut is padded with channels of zeros."""
+
+    def __init__(self, i: int, o: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv(i, o, stride=stride, bias=False), nn.BatchNorm2d(o)
+        self.conv2, self.bn2 = conv(o, o, bias=False), nn.BatchNorm2d(o)
+        self.pad, self.stride = (o - i) // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.pad:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + x)
+
+
+def cifar() -> nn.Module:
+    """ResNet-20, narrow."""
+    stem = [conv(3, 4, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    blocks = [Block(w // 2 if w > 4 and not k else w, w, 2 if w > 4 and not k else 1) for w in (4, 8, 16) for k in range(3)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def mnist() -> nn.Module:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(m.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(m.conv2(x)), 2)
+        return m.fc2(F.relu(m.fc1(x.flatten(1))))
+
+    return Net(forward, conv1=conv(3, 6), conv2=conv(6, 10), fc1=nn.Linear(40, 12), fc2=nn.Linear(12, 5))
+
+
+def grouped() -> nn.Module:
+    middle = [nn.ReLU(), conv(12, 8, groups=4), nn.BatchNorm2d(8), conv(8, 6)]
+    return nn.Sequential(conv(3, 12), *middle, nn.Flatten(), nn.Linear(384, 5))
+
+
+def spatial(i: int, o: int) -> nn.Sequential:
+    return nn.Sequential(conv(i, i, groups=i), nn.BatchNorm2d(i), nn.ReLU6(), conv(i, o, 1), nn.BatchNorm2d(o))
+
+
+def separable() -> nn.Module:
+    return nn.Sequential(conv(3, 8), spatial(8, 10), spatial(10, 6), nn.Flatten(), nn.Linear(384, 5))
+
+
+def concatenated() -> nn.Module:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.relu(m.stem(x))
+        for layer, norm in ((m.a, m.na), (m.b, m.nb)):
+            x = torch.cat([x, layer(F.relu(norm(x)))], 1)
+        return m.head(F.avg_pool2d(m.last(x), 4).flatten(1))
+
+    norms = {"na": nn.BatchNorm2d(4), "nb": nn.BatchNorm2d(10)}
+    return Net(forward, stem=conv(3, 4), a=conv(4, 6), b=conv(10, 5), last=conv(15, 7), head=nn.Linear(28, 5), **norms)
+
+
+def squeezed() -> nn.Module:
+    """The widths of published squeeze-and-excite code are numbers in the graph, though they follow the tensor."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.bn(m.stem(x))
+        b, c, _, _ = x.size()
+        gate = m.up(F.relu(m.down(F.adaptive_avg_pool2d(x, 1).view(b, c))))
+        return m.head((x * gate.sigmoid().view(b, c, 1, 1).expand_as(x)).amax((2, 3)))
+
+    gate = {"down": nn.Linear(8, 4), "up": nn.Linear(4, 8)}
+    return Net(forward, stem=conv(3, 8), bn=nn.BatchNorm2d(8, affine=False), head=nn.Linear(8, 5), **gate)
+
+
+def twice() -> nn.Module:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for _ in range(2):
+            x = F.gelu(m.bn(m.again(x)))
+        return m.head(space(x))
+
+    return Net(forward, stem=conv(3, 8), again=conv(8, 8), bn=nn.BatchNorm2d(8), head=nn.Linear(8, 5))
+
+
+def tokens() -> nn.Module:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.silu(m.embed(x.flatten(2).transpose(1, 2)))
+        x = x + m.b(F.elu(m.a(x)))
+        return m.head(x.transpose(1, 2).softmax(-1).max(-1)[0])
+
+    return Net(forward, embed=nn.Linear(3, 8), a=nn.Linear(8, 11), b=nn.Linear(11, 8), head=nn.Linear(8, 5))
+
+
+def scaled() -> nn.Module:
+    """Bare parameters with an entry a channel, slopes, a transposed convolution, a norm without parameters, pads over space."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.interpolate(m.prelu(m.stem(x)), scale_factor=2) * m.gamma.view(1, -1, 1, 1)
+        x = F.pad(x, (1, 1, 0, 2)) + m.spread
+        x = F.dropout(F.hardtanh_(m.norm(m.up(x))), 0.5, m.training)
+        return m.head(torch.maximum(x, -x)[:, :, 1:, ::2].sum((2, 3)).reshape(len(x), -1))
+
+    scales = {"gamma": nn.Parameter(torch.ones(8)), "spread": nn.Parameter(torch.ones(1, 8, 1, 1)), "prelu": nn.PReLU(8)}
+    later = {"up": nn.ConvTranspose2d(8, 10, 2, 2), "norm": nn.InstanceNorm2d(10), "head": nn.Linear(10, 5)}
+    return Net(forward, stem=conv(3, 8), **scales, **later)
+
+
+def residual() -> nn.Module:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.relu(m.bn(m.a(x.flatten(1))))
+        x = x + m.c(torch.tanh(m.b(x)))
+        x += m.d(x).sigmoid()
+        return m.head(x)
+
+    rest = {"b": nn.Linear(9, 7), "c": nn.Linear(7, 9), "d": nn.Linear(9, 9), "head": nn.Linear(9, 5)}
+    return Net(forward, a=nn.Linear(192, 9), bn=nn.BatchNorm1d(9), **rest)
+
+
+def sides() -> nn.Module:
+    """A U: what goes down comes back up beside what stayed, and the image too."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a = F.relu(m.a(x))
+        b = m.up(F.relu(m.b(F.max_pool2d(a, 2))))
+        return m.head(space(m.c(torch.cat([a, b, x], 1))))
+
+    up = nn.ConvTranspose2d(9, 4, 2, 2)
+    return Net(forward, a=conv(3, 6), b=conv(6, 9), up=up, c=conv(13, 7), head=nn.Linear(7, 5))
+
+
+def halves() -> nn.Module:
+    """The channels of one layer go with those of two others."""
+    return Net(
+        lambda m, x: m.head(space(m.a(x) * torch.cat([m.b(x), m.c(x)], 1))),
+        **{"a": conv(3, 8), "b": conv(3, 3), "c": conv(3, 5), "head": nn.Linear(8, 5)},
+    )
+
+
+PLAIN = {
+    mnist: "conv1 conv2 fc1",
+    cifar: "3.conv1 4.conv1 5.conv1 6.conv1 7.conv1 8.conv1 9.conv1 10.conv1 11.conv1",
+    grouped: "0 2 4",
+    separable: "0 1.3 2.3",
+    concatenated: "stem a b last",
+    squeezed: "stem down",
+    twice: "stem",
+    tokens: "embed a",
+    scaled: "stem up",
+    residual: "a b",
+    sides: "a b up c",
+    halves: "a a:1",
+}
+
+
+@pytest.mark.parametrize("build", PLAIN, ids=lambda build: build.__name__)
+def test_a_slice_of_a_small_network_is_its_mask(build):
+    model, x = seeded(build()), images()
+    groups = graph_groups(model, Batch.of(x))
+    assert " ".join(group.name for group in groups) == PLAIN[build]
+    assert all(group.exact for group in groups)
+    assert_exact(model, groups, x)
+
+
+def test_zeros_in_the_tensors_are_a_mask_too():
+    for build in (grouped, separable, concatenated, squeezed):
+        model, x = seeded(build()), images()
+        groups = graph_groups(model, Batch.of(x))
+        removed = removal(groups, 1)
+        with masked(model, groups, removed):
+            mask = output(model, x)
+        zero(model, groups, removed)
+        assert_same(mask, output(model, x))
+
+
+# --- norms over the channels: another intervention, but the same places
+
+
+def widened() -> nn.Module:
+    """A block with its channels last, as ConvNeXt has them; then a group norm."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        y = m.wide(m.ln(m.filter(x).permute(0, 2, 3, 1)))
+        x = x + (m.scale * m.narrow(F.gelu(y))).permute(0, 3, 1, 2)
+        return m.head(space(F.relu(m.gn(m.last(x)))))
+
+    block = {"filter": conv(8, 8, groups=8), "ln": nn.LayerNorm(8), "wide": nn.Linear(8, 20), "narrow": nn.Linear(20, 8)}
+    later = {"last": conv(8, 12), "gn": nn.GroupNorm(3, 12), "head": nn.Linear(12, 5)}
+    return Net(forward, stem=conv(3, 8), scale=nn.Parameter(torch.ones(8)), **block, **later)
+
+
+def test_an_axis_under_a_norm_is_inexact():
+    groups = graph_groups(seeded(widened()), Batch.of(images()))
+    assert {group.name: (group.n, group.exact) for group in groups} == {"stem": (8, False), "wide": (20, True), "last": (4, False)}
+    mlp = seeded(nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.ReLU(), nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)))
+    groups = graph_groups(mlp, Batch.of(rows(4, 6)))
+    assert [(group.name, group.exact) for group in groups] == [("0", False), ("3", True)]
+    assert_exact(mlp, groups.chosen(), rows(4, 6))
+
+
+@pytest.mark.parametrize("build", [widened, FAMILIES["convnext"][0]], ids=["widened", "convnext"])
+def test_the_places_of_inexact_axes_are_right(build, monkeypatch):
+    """Without statistics over the channels every group is exact: what is left of a norm is its parameters."""
+    model, x = seeded(build()), images(32, 2)
+    groups = graph_groups(model, Batch.of(x))
+    assert not all(group.exact for group in groups)
+    monkeypatch.setattr(F, "layer_norm", lambda x, shape, w, b, eps: x * w + b)
+    monkeypatch.setattr(F, "group_norm", lambda x, groups, w, b, eps: x * w[:, None, None] + b[:, None, None])
+    assert_exact(model, groups, x)
+
+
+# --- what has to stay
+
+
+def between(inside, width: int = 8, **modules):
+    """A convolution, another one, what lies between it and the head, and a head of that width."""
+    modules = {"a": conv(3, 6), "b": conv(6, 8), "head": nn.Linear(width, 5), **modules}
+    return lambda: Net(lambda m, x: m.head(inside(m, m.b(F.relu(m.a(x))))), **modules)
+
+
+def shared() -> nn.Module:
+    net = Net(lambda m, x: m.head(space(m.b(m.a(x)))), a=conv(3, 3), b=conv(3, 3), head=nn.Linear(3, 5))
+    net.b.weight = net.a.weight
+    return net
+
+
+@torch.library.custom_op("nodelens_test::relu", mutates_args=())
+def namesake(x: Tensor) -> Tensor:
+    """Called as a known operation, and something else."""
+    return x.flip(1).clone()
+
+
+namesake.register_fake(torch.empty_like)
+weight_norm, spectral_norm = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm
+fixed = nn.LayerNorm(8, elementwise_affine=False)
+STAY = {  # what lies between: groups that are left, what is named, why
+    "an unknown operation": (between(lambda m, x: space(x.cumsum(1))), "a", "b", "cumsum in the model is not understood"),
+    "another library's": (between(lambda m, x: space(namesake(x))), "a", "b", "relu in the model is not understood"),
+    "a softmax over channels": (between(lambda m, x: space(x.softmax(1))), "a", "b", "softmax in .* reduces over the channels"),
+    "a mean over channels": (between(lambda m, x: space(x - x.mean(1, True))), "a", "b", "mean in .* reduces over the channels"),
+    "a chunk": (between(lambda m, x: space(x.chunk(2, 1)[0]), 4), "a", "b", "chunk in the model is not understood"),
+    "a part": (between(lambda m, x: space(x[:, 2:]), 6), "a", "b", "slice in the model takes a part of the channels"),
+    "a shuffle": (between(lambda m, x: space(F.pixel_shuffle(x, 2)), 2), "a", "b", "pixel_shuffle in the model"),
+    "groups by hand": (between(lambda m, x: x.view(len(x), 2, 4, -1).mean((1, 3)), 4), "a", "b", "view in .* mixes channels"),
+    "padded channels": (between(lambda m, x: space(F.pad(x, (0, 0, 0, 0, 2, 2))), 12), "a", "b", "pad in .* changes the number"),
+    "a constant map": (between(lambda m, x: space(x * torch.arange(8.0)[:, None, None])), "a", "b", "mul in .* joins them with"),
+    "a weight norm": (between(lambda m, x: space(x), b=weight_norm(conv(6, 8))), "", "b", "weights that are computed"),
+    "a spectral norm": (between(lambda m, x: space(x), b=spectral_norm(conv(6, 8))), "", "a", "weights that are computed"),
+    "a bare parameter": (
+        between(lambda m, x: F.linear(space(x), m.w), 6, w=nn.Parameter(torch.ones(6, 8))), "a", "b", "the parameter w outside of",
+    ),
+    "computed weights": (
+        between(lambda m, x: F.linear(F.linear(space(x), m.w * 2)[:, :4], m.w[:6, :4] * 2), 6, w=nn.Parameter(torch.ones(9, 8))),
+        "a", "b", "linear in the model has weights that are computed",
+    ),
+    "a weight without its module": (
+        between(lambda m, x: F.linear(space(x), m.c.weight), 6, c=nn.Linear(8, 6)), "a", "c", "weight of c without calling",
+    ),
+    "a weight as data": (between(lambda m, x: space(x) * m.b.weight.std()), "", "b", "weight of b is also read outside"),
+    "a shared weight": (shared, "", "a", "has a weight that several modules share"),
+    "filters": (between(lambda m, x: space(m.c(x)), 16, c=conv(8, 16, groups=8)), "a", "b", "has several filters a channel"),
+    "a width in a reshape": (
+        between(lambda m, x: m.c(x).reshape(-1, 384), 384, c=conv(8, 6)), "a b", "c", "the model does not run: ",
+    ),
+    "a width in a product": (between(lambda m, x: space(x) / x.shape[1]), "a", "b", "a slice differs from a mask by "),
+    "a width in a norm": (between(lambda m, x: m.norm(space(x)), norm=fixed), "a", "b", "the model does not run: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STAY)
+def test_what_is_not_understood_stays_and_is_named(case):
+    build, names, what, reason = STAY[case]
+    model, x = seeded(build()), images()
+    groups = graph_groups(model, Batch.of(x))
+    assert " ".join(group.name for group in groups) == names
+    found = {f.what: f.reason for f in groups.frozen}
+    assert re.match(rf"\d+ units: .*{reason}", found[what])
+    if names:
+        assert_exact(model, groups, x)
+
+
+def test_channels_that_are_the_output_stay():
+    model = seeded(Net(lambda m, x: (m.head(torch.cat([m.a(x), m.b(x)], 1)), m.b(x)), a=conv(3, 4), b=conv(3, 6), head=conv(10, 5)))
+    groups = graph_groups(model, Batch.of(images()))
+    assert [group.describe() for group in groups] == ["a > head"]
+    assert [(f.what, f.reason) for f in groups.frozen] == [
+        ("the input of a", "3 units: reads the model's input"),
+        ("the input of b", "3 units: reads the model's input"),
+        ("b", "6 units: the model's output"),
+        ("head", "5 units: the model's output"),
+    ]
+
+
+def test_places_of_a_unit():
+    groups = graph_groups(seeded(grouped()), Batch.of(images()))
+    first, middle, last = groups
+    (reads,) = first.by_role("consumer")
+    assert [group.n for group in groups] == [3, 2, 6]
+    assert reads.index.tolist() == [[0], [1], [2]]  # a column of each of the 4 groups
+    assert reads.reads.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert [piece.index[1].tolist() for piece in middle.slices[:2]] == [[1, 3, 5, 7]] * 2
+    assert last.by_role("consumer")[0].index.equal(torch.arange(384).reshape(6, 64))
+    assert {piece.index.dtype for group in groups for piece in group.slices} == {torch.int64}
+    (patch,) = graph_groups(seeded(separable()), Batch.of(images()))[0].patches
+    assert (patch.module, patch.attribute, patch.step) == ("1.0", "groups", 1)
+
+
+# --- the model, the batch, the ties
+
+
+def test_the_model_is_left_as_it_was():
+    model = resnet(18, classes=5, channels=3, size=32, width=8).train()
+    model.classifier[1].eval()
+    model.classifier[1].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    groups = graph_groups(model, Batch.of({"pixel_values": images(32, 1).float(), "labels": torch.tensor([1])}))  # a single sample
+    assert len(groups) == 12
+    assert model.training
+    assert not model.classifier[1].training
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["classifier.1.bias"]
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_forward_that_does_not_export_is_named():
+    model = Net(lambda m, x: m.a(x) if x.sum() > 0 else x, a=conv(3, 3))
+    with pytest.raises(ValueError, match=r"cannot follow the forward pass of Net: .*groups=.*that exports"):
+        graph_groups(model, Batch.of(images().float()))
+
+
+def test_ties_find_the_same_classes_as_one_by_one():
+    g = torch.Generator().manual_seed(0)
+    ties = [(torch.randint(200, (40,), generator=g), torch.randint(200, (40,), generator=g)) for _ in range(3)]
+    ties.append((torch.arange(500, 599), torch.arange(501, 600)))  # a long chain
+    label = list(range(600))
+    for a, b in zip(*(torch.cat(side).tolist() for side in zip(*ties, strict=True)), strict=True):
+        low, high = sorted((label[a], label[b]))
+        label = [low if k == high else k for k in label]
+    assert joined(600, ties).tolist() == label
+    assert joined(3, []).tolist() == [0, 1, 2]
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own, on what torch deprecates
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_oracle_finds_the_same_groups(family):
+    """torch-pruning's groups, and its parameter count after half of each has gone."""
+    oracle = pytest.importorskip("torch_pruning")
+    model, x = seeded(FAMILIES[family][0]()).float(), images(32, 2).float()
+    groups, other = graph_groups(model, Batch.of(x)), Logits(copy.deepcopy(model))
+    slice_units(model, groups, {group.name: range(group.n // 2) for group in groups})
+    classifier = [m for m in other.modules() if isinstance(m, nn.Linear)][-1]
+    scales = [(p, 0) for name, p in other.named_parameters() if "layer_scale" in name]  # it has to be told of bare parameters
+    pruner = oracle.pruner.BasePruner(
+        other, x, oracle.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=[classifier], unwrapped_parameters=scales
+    )
+    assert len(list(pruner.DG.get_all_groups(ignored_layers=[classifier]))) == len(groups)
+    pruner.step()
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in other.parameters())
