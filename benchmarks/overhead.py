@@ -11,10 +11,11 @@ from timing import interleaved
 from torch import nn
 
 from nodelens.app.config import load_config
-from nodelens.engine.analyze import DEFAULT, _forward, as_metrics
+from nodelens.engine.analyze import DEFAULT, _forward
 from nodelens.engine.collect import Pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
+from nodelens.engine.request import as_metrics
 from nodelens.models import resnet
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode

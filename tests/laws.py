@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from published import OF_LAYERS
 from torch import Tensor
 
-from nodelens.metrics import METRICS, Metric, get_metric
+from nodelens.metrics import Metric, get_metric
 from nodelens.statistics import (
     STATISTICS,
     ByClass,
@@ -159,4 +160,4 @@ def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> d
     }
 
 
-EVERY_METRIC: list[Metric] = [get_metric(name) for m in METRICS for name in (m.names[0], *m.presets)]
+EVERY_METRIC: list[Metric] = [get_metric(name) for name in OF_LAYERS]

@@ -138,7 +138,7 @@ def outside_walls(files):
 RULES = {"upward": upward, "cycles": cycles, "classes_twice": classes_twice, "outside_walls": outside_walls}
 
 
-@pytest.mark.parametrize("rule", ["upward", "outside_walls"])
+@pytest.mark.parametrize("rule", RULES)
 def test_the_package_keeps_the_rule(rule):
     assert RULES[rule](package()) == []
 

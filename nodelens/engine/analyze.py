@@ -4,29 +4,30 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nodelens.metrics import Metric, get_metric
-from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch, logits_of
-from nodelens.network.eval_mode import eval_mode
-from nodelens.network.find_layers import find_layers, resolved
+from nodelens.network.eval_mode import differentiable, eval_mode
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.targets import summed_loss
 from nodelens.results.result import Result, fingerprint, provenance
-from nodelens.statistics import Statistic
+from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor, world
 
 from .collect import Pass
 from .covariance import LIMIT, CovariancePolicy
-from .covariance import describe as describe_covariance
-from .dry_run import DryRun
+from .dry_run import DryRun, with_groups
+from .layout import Reduce
+from .narrow import describe as describe_covariance
 from .plan import Plan
+from .request import Layers, Metrics, as_layers, as_metrics, describe, names_of, targets_of
 from .several_passes import check_again, divided, joined
 from .table import make_table
+from .validation import find_members
 
 DEFAULT = (
     "activation_mean",
@@ -42,15 +43,14 @@ DEFAULT = (
     "magnitude",
 )
 Loss = Callable[[Tensor, Tensor | None], Tensor]
-Metrics = Sequence[str | Metric] | Mapping[str, Metric]
 
 
 @torch.inference_mode(False)
 def analyze(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Any] | None,
     metrics: Metrics = DEFAULT,
-    layers: str | Sequence[str] = "*",
+    layers: Layers = "*",
     *,
     seed: int = 0,
     groups: int = 8,
@@ -60,6 +60,7 @@ def analyze(
     initial: nn.Module | Mapping[str, Tensor] | None = None,
     bias: bool = False,
     loss: Loss = summed_loss,
+    reduce: Reduce = "sum",
     covariance: str | None = None,
     width: int = LIMIT,
     budget: float | None = None,
@@ -70,7 +71,8 @@ def analyze(
     """Measures the units of a model in one pass over the data, in eval mode, on the device where its parameters lie.
 
     data: batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
-    each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob or a list.
+    each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob, a
+    role, a list of them, or pruning groups; reduce: how the values at several places of a group's unit are put together.
     groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None
     for all. precision: of products, float32 or float64 (rows that are float64 keep it). pairs: of layers that edge metrics
     compare: consecutive, all, or names. initial: the network before training, or its state dict, for metrics of the weights'
@@ -84,19 +86,48 @@ def analyze(
     there; MemoryError over the budget.
     """
     started = time.perf_counter()
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"reduce is {reduce!r}; it is {', '.join(get_args(Reduce))}")
     chosen, device = as_metrics(metrics), device_of(model)
-    batches = iter(data)
+    start = initial.state_dict() if isinstance(initial, nn.Module) else initial
+    found = as_layers(model, layers, start)
+    members = find_members(model, found, chosen, start)
+    reads = [name for name, metric in chosen.items() if metric.needs()]
+    if data is None and reads:
+        are = "are" if len(reads) > 1 else "is"
+        raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
+    of_weights = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
+    batches = iter(() if of_weights else data)  # type: ignore[arg-type]
     head = next(batches, None)
-    found = find_layers(model, layers, initial.state_dict() if isinstance(initial, nn.Module) else initial)
     first = None if head is None else Batch.of(head, groups, seed).to(device)
-    seen = first_of(None if first is None else (DryRun.of(model, found, first), _per_token(first)))
+    shown = [layer for layer in dict.fromkeys([*found, *members.layers]) if not isinstance(layer, GroupLayer)]
+    shown = [layer for layer in shown if layer is not members.model]
+    seen = first_of(None if first is None else (DryRun.of(model, shown, first), _per_token(first)))
+    seen = (DryRun.of_weights(shown), []) if of_weights else seen
     if seen is None:
         raise ValueError("the data are empty: not one batch to measure")
     dry_run, per_token = seen
     beyond = CovariancePolicy.of(covariance, width, seed, max_passes)
-    plan = Plan.of(model, found, chosen, dry_run, groups, positions, layers == "*", precision, pairs, per_token, beyond)
+    plan = Plan.of(
+        model,
+        found,
+        chosen,
+        with_groups(dry_run, members),
+        groups,
+        positions,
+        layers == "*",
+        precision,
+        pairs,
+        per_token,
+        beyond,
+        members,
+        seed,
+        reduce,
+    )
     parts = divided(plan, budget, max_passes)
-    check_again(batches is data, parts, device)
+    again = plan.rounds > 1
+    check_again(batches is data, len(parts) + plan.rounds - 1, device)
+    source: Any = () if of_weights else data
     if on_plan:
         on_plan(plan)
     planned = time.perf_counter()
@@ -105,7 +136,7 @@ def analyze(
     results: list[Result] = []
     for part in parts:
         begun = time.perf_counter()
-        taken = run_pass(model, part, progress(data if results else every), seed, loss)
+        taken = run_pass(model, part, source if results or again else every, seed, loss, progress)
         passed = time.perf_counter()
         results.append(finish(part, taken, device, bias, seed))
         del taken  # its sums make room for the next pass's
@@ -114,7 +145,7 @@ def analyze(
     result = joined(plan, results)
     result.metadata |= {
         "seed": seed,
-        "layers": resolved(model, layers),
+        "layers": names_of(model, layers, found),
         "seconds": seconds,
         "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)},
     }
@@ -122,20 +153,35 @@ def analyze(
 
 
 @torch.inference_mode(False)
-def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, loss: Loss = summed_loss) -> Pass:
+def run_pass(
+    model: nn.Module,
+    plan: Plan,
+    data: Iterable[Any],
+    seed: int = 0,
+    loss: Loss = summed_loss,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Pass:
     """Shows every batch to the plan's statistics. The model is as before when it ends, however it ends."""
     taken, device = Pass(plan, seed), device_of(model)
-    capture = Capture(plan.sites(), taken.see, plan.overwritten)
-    early = plan.gradients and bool(plan.overwritten)  # a graph that begins at a layer would not survive what is done in place
+    weights = list({id(p): p for sums in taken.model_sums for p in sums.parameters}.values())
+    graph = plan.gradients or bool(weights)
+    early = graph and bool(plan.overwritten)  # a graph that begins at a layer would not survive what is done in place
     first = [module for module in model.modules() if early and isinstance(module, nn.Embedding)]
-    with eval_mode(model), edit(dict.fromkeys(first, _begun)), capture:
-        for batch in data:
-            batch = Batch.of(batch, plan.groups, seed).sorted().to(device)
-            if early:
-                named = {k: _differentiable(v) for k, v in batch.kwargs.items()}
-                batch = replace(batch, args=tuple(map(_differentiable, batch.args)), kwargs=named)
-            taken.begin(batch)
-            taken.end(_forward(model, batch, capture, loss if plan.gradients else None))
+    for k in range(taken.rounds):
+        taken.begin_round(k)
+        sites = taken.sites(k)
+        runs = bool(sites) or any(sums.forward for sums in taken.model_sums) or not taken.model_sums
+        capture = Capture(sites, taken.see, plan.overwritten)
+        with eval_mode(model), differentiable(weights), edit(dict.fromkeys(first, _begun)), capture:
+            for given in progress(data):
+                batch = Batch.of(given, plan.groups, seed).sorted().to(device)
+                if early:
+                    named = {k: _differentiable(v) for k, v in batch.kwargs.items()}
+                    batch = replace(batch, args=tuple(map(_differentiable, batch.args)), kwargs=named)
+                taken.begin(batch)
+                taken.end(_forward(model, batch, capture, loss if graph else None, bool(weights)) if runs else None, loss)
+                for tensor in weights:
+                    tensor.grad = None
     taken.flush()
     return taken
 
@@ -143,7 +189,9 @@ def run_pass(model: nn.Module, plan: Plan, data: Iterable[Any], seed: int = 0, l
 def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, seed: int = 0) -> Result:
     """The result of a pass; under a process group of all processes' passes together. Collective."""
     sums = taken.sums()
-    reduce_sums(sums, device)
+    reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
+    for total in taken.model_sums:
+        total.reduce()
     samples = reduce_tensor(taken.samples.to(device)).cpu()
     left_out = reduce_tensor(torch.tensor([c.left_out for c in taken.collectors.values()], device=device)).tolist()
     for accumulator in sums.values():
@@ -151,7 +199,7 @@ def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, se
     table = make_table(plan, sums, samples, bias, seed)
     rows = [{"layer": layer, "statistic": str(need), "rows": _rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {
-        "metrics": {name: describe(metric) | _targets_of(plan, metric) for name, metric in plan.metrics.items()},
+        "metrics": {name: describe(metric) | targets_of(plan, metric) for name, metric in plan.metrics.items()},
         "samples": int(samples.sum()),
         "groups": plan.groups,
         "samples_by_group": samples.tolist(),
@@ -164,50 +212,18 @@ def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, se
         "model_values": table.model,
         "left_out": [{"site": str(s), "rows": n} for s, n in zip(taken.collectors, left_out, strict=True) if n],
         "never_called": plan.never_called,
-        "outputs": [la.name for la in plan.layers if plan.seen(la, "output").final],
+        "outputs": [la.title for la in plan.layers if plan.seen(la, "output").final],
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
-        "passes": [{"layers": [la.name for la in plan.measured], "bytes": plan.total_bytes}],
+        "passes": [{"layers": [la.title for la in plan.measured], "bytes": plan.total_bytes}],
         "covariance": describe_covariance(plan),
     }
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 
 
-def _rows_of(value: Statistic | None) -> int:
+def _rows_of(value: Any) -> int:
     """Rows that a statistic saw."""
-    counted = {} if value is None else value.tensors()
+    counted = value.tensors() if isinstance(value, Statistic) else {}
     return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
-
-
-def as_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """{column: metric} of names and metric objects. Raises ValueError for a name asked for twice."""
-    if isinstance(metrics, Mapping):
-        return dict(metrics)
-    chosen: dict[str, Metric] = {}
-    for metric in metrics:
-        name = metric if isinstance(metric, str) else metric.names[-1]
-        if name in chosen:
-            raise ValueError(f"metric {name!r} is asked for twice; give a dict {{column: metric}} to name two variants")
-        chosen[name] = get_metric(metric) if isinstance(metric, str) else metric
-    return chosen
-
-
-def describe(metric: Metric) -> dict[str, Any]:
-    """What a column is: the metric's name, options, needs, when NaN."""
-    return {
-        "metric": metric.names[0],
-        "options": {k: getattr(v, "__name__", v) if callable(v) else v for k, v in metric.options.items()},
-        "kind": metric.shape,
-        "nan": metric.nan,
-        "source": metric.source(),
-        "needs": {name: str(need) for name, need in metric.needs().items()},
-    }
-
-
-def _targets_of(plan: Plan, metric: Metric) -> dict[str, list[str]]:
-    """The targets that a metric has in this pass, in words: what became of ``auto``."""
-    needs = [need for place in plan.places(metric)[:1] for _, need in plan.resolve(metric, place).values()]
-    found = [need.target for need in needs if need.target and not isinstance(need.target, Other)]
-    return {"targets": list(dict.fromkeys(str(getattr(target, "__name__", target)) for target in found))} if found else {}
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -232,7 +248,7 @@ def _differentiable(value: Any) -> Any:
     return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _forward(model: nn.Module, batch: Batch, capture: Capture, loss: Loss | None) -> Tensor:
+def _forward(model: nn.Module, batch: Batch, capture: Capture, loss: Loss | None, weights: bool = False) -> Tensor:
     capture.gate = True
     try:
         with torch.set_grad_enabled(loss is not None):
@@ -242,6 +258,8 @@ def _forward(model: nn.Module, batch: Batch, capture: Capture, loss: Loss | None
                 total = loss(logits, batch.labels)
                 if total.requires_grad:
                     total.backward()
+                elif weights:
+                    raise ValueError("the loss does not depend on the weights: loss= gives a number without a gradient")
     finally:
         capture.gate = False
     return logits.detach()

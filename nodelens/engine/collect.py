@@ -1,6 +1,6 @@
 """One pass: every site's collector, one batch after another, and the sites whose rows meet."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from nodelens.metrics import Need
 from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.targets import target_of, token_target
 from nodelens.statistics import Accumulator
@@ -18,8 +19,10 @@ from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
 
-from .collector import TERMS, Collector, WeightCollector
+from .collector import TERMS, Collector, ModelCollector, WeightCollector
 from .plan import Plan
+
+Loss = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Meeting:
@@ -125,12 +128,15 @@ class Waiting:
                     self.owner.put(need, g, made)
 
 
+_KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": ModelCollector}
+
+
 class Pass:
     """All sites' collectors, one batch after another."""
 
     def __init__(self, plan: Plan, seed: int = 0):
-        self.plan, self.seed = plan, seed
-        kinds = {site: WeightCollector if site.port == "weight*grad" else Collector for site in plan.sites()}
+        self.plan, self.seed, self.round = plan, seed, 0
+        kinds = {site: _KINDS.get(site.port, Collector) for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # in each group
         self.batch: Batch | None = None
@@ -144,8 +150,31 @@ class Pass:
                         self.meetings[each].append(meeting)
         self.waiting = {site: Waiting(collector) for site, collector in self.collectors.items() if collector.by_token}
 
+        whole = [collector for site, collector in self.collectors.items() if site.port == "model"]
+        self.model_sums: list[Any] = [sums for collector in whole for sums in collector.sums.values()]
+
+    @property
+    def rounds(self) -> int:
+        """How often the data are read."""
+        return max([1, *(sums.rounds for sums in self.model_sums)])
+
+    def sites(self, round: int = 0) -> list[Site]:
+        """The sites that are read in a round: all in the first, later those that sums over the model watch."""
+        chosen = [site for site in self.collectors if site.port != "model"]
+        ports = {sums.port for sums in self.model_sums if sums.rounds > round}
+        return chosen if not round else [site for site in chosen if isinstance(site.layer, GroupLayer) and site.port in ports]
+
+    def begin_round(self, round: int) -> None:
+        """Says which reading of the data begins, from 0."""
+        self.round = round
+        for sums in self.model_sums:
+            if 0 < round < sums.rounds:
+                sums.again()
+
     def begin(self, batch: Batch) -> None:
         self.batch = batch
+        for sums in self.model_sums:
+            sums.begin(batch)
 
     def see(self, site: Site, shown: Any) -> None:
         """Takes what a capture shows of a site."""
@@ -153,16 +182,28 @@ class Pass:
             raise RuntimeError(f"{site} shows rows before a batch began")
         collector = self.collectors[site]
         rows = collector.rows_of(shown, self.batch)
+        for sums in self.model_sums:
+            if sums.port == site.port and isinstance(site.layer, GroupLayer):
+                sums.see(site.layer, rows)
+        if self.round:
+            return
         collector.see(rows, self.batch)
         for meeting in self.meetings[site]:
             meeting.see(site, rows, self.batch)
         if site in self.waiting:
             self.waiting[site].see(rows)
 
-    def end(self, logits: Tensor | None) -> None:
-        """Ends a batch: targets are known, a row a sample is complete."""
+    def end(self, logits: Tensor | None, loss: Loss | None = None) -> None:
+        """Ends a batch: targets are known, one row per sample is complete."""
         batch = self.batch
         assert batch is not None
+        with torch.no_grad():
+            for sums in self.model_sums:
+                if sums.rounds > self.round:
+                    sums.end(logits, loss)
+        if self.round:
+            self.batch = None
+            return
         z = None if logits is None else logits.detach()
         with torch.no_grad():
             beside: dict[Any, Tensor] = {name: target_of(name, z, batch.labels, batch.targets) for name in self.plan.targets}

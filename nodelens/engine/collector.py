@@ -9,6 +9,7 @@ from torch import Tensor
 from nodelens.metrics import Need
 from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import Layer
 from nodelens.network.targets import target_of
@@ -21,8 +22,8 @@ from nodelens.statistics.patches import Maps, read
 from nodelens.statistics.rows import FAR, Rows, SampleSums
 from nodelens.statistics.weight_sums import WeightSums
 
+from .buffered import CAPACITY, MOST, buffer_rows
 from .plan import Plan
-from .waiting import CAPACITY, MOST, room
 
 CHUNK = 2 << 20  # bytes of rows that one round of reductions reads: they stay in the cache
 SAMPLES = 64  # of a group, whose maps are added up before patches are read from them
@@ -63,7 +64,9 @@ class Collector:
 
     def rows_of(self, tensor: Tensor, batch: Batch) -> Rows:
         """What passes as rows, those of padded tokens left out; narrower ones where the port says so."""
-        rows = self.site.layer.rows(tensor, len(batch), batch.mask)
+        layer, samples = self.site.layer, len(batch)
+        maps = isinstance(layer, GroupLayer) and self.site.port == "maps"
+        rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, batch.mask)  # type: ignore[attr-defined]
         rows = rows.double() if self.plan.precision == "float64" else rows
         if "/tokens" in self.site.port:
             share = 1 / batch.tokens.clamp_min(1).to(rows.raw)
@@ -125,7 +128,7 @@ class Collector:
         positions = tables["raw"].shape[2] if kind == "rows" else 1
         tables = {"group": group, **tables}
         if kind not in self.waiting:
-            self.waiting[kind] = Buffer(room(kind, sum(t[:1].nbytes for t in tables.values()), positions))
+            self.waiting[kind] = Buffer(buffer_rows(kind, sum(t[:1].nbytes for t in tables.values()), positions))
         buffer = self.waiting[kind]
         if not buffer.fits(**tables):
             self._empty(kind)
@@ -276,6 +279,25 @@ class WeightCollector(Collector):
             x, y, gradient = (t[a:b] for t in shown)
             for need in self.sums:
                 self.put(need, g, weight_sums(self.site.layer, x, y, gradient, keep))
+
+
+class ModelCollector(Collector):
+    """Holds what is added up over the whole model: the gradients of weights, a copy in training, products with supernodes."""
+
+    def __init__(self, site: Site, plan: Plan, seed: int = 0):
+        self.site, self.plan, self.seed, self.left_out, self.by_token = site, plan, seed, 0, []
+        model, groups = site.layer.module, plan.members.groups
+        self.sums = {need: need.statistic(model, groups, *need.options) for need in plan.needs(site.layer)}  # type: ignore[call-arg,misc]
+
+    def close(self) -> Rows | None:
+        """No rows: these sums see whole batches."""
+        return None
+
+    def end(self, rows: Rows | None, batch: Batch, beside: Mapping[Any, Tensor]) -> None:
+        """Nothing waits."""
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
 
 def weight_sums(layer: Layer, x: Tensor, y: Tensor, gradient: Tensor, keep: Tensor | None = None) -> WeightSums:

@@ -1,8 +1,8 @@
-"""A dry_run: one small forward pass, looked at before the real one."""
+"""The dry run: one recorded forward pass of a few samples, before the real one."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import Routed
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
+
+from .members import Members
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Identity = tuple[Any, torch.Size]
@@ -60,6 +62,12 @@ class DryRun:
     norms: dict[str, Layer] = field(default_factory=dict)  # the batch norm that reads a layer's output
 
     @classmethod
+    def of_weights(cls, layers: Iterable[Layer]) -> "DryRun":
+        """What the weights of layers alone tell; nothing is run."""
+        wide = ((layer.name, len(layer.weight)) for layer in layers if layer.weight is not None)
+        return cls({f"{name}.output": Seen(n, 1, True, 1, 4 * n) for name, n in wide}, 0, 0)
+
+    @classmethod
     def of(cls, model: nn.Module, layers: Iterable[Layer], batch: Batch) -> "DryRun":
         """Runs the first samples of a batch. Raises ValueError, with the input's shape, where the model cannot take them."""
         shown: dict[Site, list[tuple[Any, int]]] = {}
@@ -88,6 +96,21 @@ class DryRun:
             samples,
             {name: norm for name, norm in behind.items() if norm is not None},
         )
+
+
+def with_groups(dry_run: DryRun, members: Members) -> DryRun:
+    """The dry run with what pruning groups show, which follows from the layers that read or make their units."""
+    seen = dict(dry_run.seen)
+    for group in members.groups:
+        shows = members.readers.get(group.name) or members.makers.get(group.name) or []
+        mixture = members.mixtures.get(group.name)
+        names = [layer.name for layer, _ in shows] + ([mixture.name] if mixture is not None else [])
+        found = [seen[f"{name}.output"] for name in names if f"{name}.output" in seen]
+        first = found[0] if found else Seen(group.group.n, 1, True, 1, 4 * group.group.n)
+        flat = first.flat and mixture is None
+        size = 4 * group.group.n * first.positions
+        seen[f"{group.name}.output"] = Seen(group.group.n, first.positions, flat, max(1, len(found)) * first.calls, size)
+    return replace(dry_run, seen=seen)
 
 
 def _seen(site: Site, shows: list[tuple[Any, int]], samples: int, logits: Tensor) -> Seen:

@@ -1,4 +1,4 @@
-"""The permutation control: what a metric says of a target that has nothing to do with the units."""
+"""The permutation test: what a metric says of a target that has nothing to do with the units."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,14 +23,14 @@ def null_of(
     Shapes: those of the metric; ``_p`` in (0, 1], (1 + #{null >= value}) / (1 + copies)
     Source: Phipson & Smyth 2010, 1603.05766, eq. 2
     """
-    sample: Sample = statistics["control"]
+    sample: Sample = statistics["permutations"]
     order = torch.argsort(sample.keys, stable=True)
     rows = Rows(sample.rows[order][:, :, None])
     rows = rows.about(rows.mean)
     beside = sample.beside[order]
     value = metric(weight, **_made(needs, rows, beside))
     total, above = torch.zeros_like(value), torch.zeros_like(value)
-    copies = int(metric.options["control"])
+    copies = int(metric.options["permutations"])
     for copy in range(copies):
         shuffled = torch.argsort(mix(torch.arange(len(beside)), seed, copy))
         null = metric(weight, **_made(needs, rows, beside[shuffled]))
@@ -44,7 +44,7 @@ def _made(needs: Mapping[str, Need], rows: Rows, beside: Tensor) -> dict[str, An
     """A metric's statistics, of rows in hand and what stands beside them."""
     made: dict[str, Any] = {}
     for name, need in needs.items():
-        if name == "control":
+        if name == "permutations":
             continue
         target = [beside[:, 0].long() if need.target == "label" else beside] * bool(need.target and need.statistic.paired())
         keys = {"keys": torch.arange(len(rows))} if need.statistic.keyed else {}

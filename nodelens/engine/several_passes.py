@@ -13,10 +13,9 @@ from nodelens.network.layers import Layer
 from nodelens.results.result import Result
 from nodelens.statistics.processes import reduce_tensor
 
-from .covariance import describe
+from .narrow import describe
 from .plan import Plan
 from .table import of_model
-from .validation import check_bytes
 
 
 def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]:
@@ -34,7 +33,7 @@ def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]
     parts = _fewest(plan, budget)
     if not parts:
         alone = max((_part(plan, [layer]) for layer in plan.layers), key=lambda part: part.total_bytes)
-        name, size = alone.measured[0].name, _size(alone.total_bytes)
+        name, size = alone.measured[0].title, _size(alone.total_bytes)
         check_bytes(plan, budget, f"; more passes do not help: layer {name} alone takes {size}")
     elif len(parts) > max_passes:
         largest = _size(max(part.total_bytes for part in parts))
@@ -42,12 +41,24 @@ def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]
     return _even(plan, parts, budget)
 
 
-def check_again(once: bool, parts: Sequence[Plan], device: torch.device) -> None:
+def check_bytes(plan: Plan, budget: float | None, more: str = "") -> None:
+    """Raises MemoryError, with the ways out and ``more``, where a plan takes more bytes than the budget."""
+    if budget is None or plan.total_bytes <= budget:
+        return
+    layer, need = max(((a, b) for a in plan.every_layer for b in plan.needs(a)), key=lambda pair: plan.nbytes(*pair))
+    raise MemoryError(
+        f"the plan takes {plan.total_bytes / 2**20:,.0f} MiB, budget.memory is {budget / 2**20:,.0f} MiB; the "
+        f"largest is {need} at {layer.name} with {plan.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers "
+        f"(layers=), fewer groups (groups=1), other metrics, or a larger budget{more}"
+    )
+
+
+def check_again(once: bool, times: int, device: torch.device) -> None:
     """Raises ValueError, in all processes, where data are to be read again of which one process has an iterator. Collective."""
-    if len(parts) > 1 and int(reduce_tensor(torch.tensor([int(once)], device=device))):
+    if times > 1 and int(reduce_tensor(torch.tensor([int(once)], device=device))):
         raise ValueError(
-            f"the data are read {len(parts)} times to fit into budget.memory, and are an iterator: give a loader or a list of "
-            "batches, or a larger budget"
+            f"the data are read {times} times, by a metric or to fit into budget.memory, and are an iterator: give a loader or a "
+            "list of batches, or a larger budget"
         )
 
 
@@ -130,7 +141,7 @@ def _rows(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _ordered(plan: Plan, results: Sequence[Result], key: str) -> list[dict[str, Any]]:
     """Notes of all passes, of layers before those of edges."""
-    names = [layer.name for layer in plan.layers] + [f"{a.name} -> {b.name}" for a, b in plan.pairs]
+    names = [layer.title for layer in plan.layers] + [f"{a.name} -> {b.name}" for a, b in plan.pairs]
     place = {name: k for k, name in reversed(list(enumerate(names)))}
     return sorted((note for result in results for note in result.metadata[key]), key=lambda note: place[note["layer"]])
 

@@ -1,7 +1,7 @@
 """The table of a pass: a row a unit, a column a metric, its standard error beside it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from nodelens.metrics import Metric, Need
 from nodelens.metrics.sampling import jackknife
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
 from nodelens.statistics import Accumulator
 from nodelens.statistics.costs import adapt
 
-from .covariance import Kept, absent, kept
+from .layout import GROUPED_WIDTH, Place
+from .members import side_of
+from .narrow import Kept, absent, kept
 from .permutation import null_of
-from .plan import GROUPED_WIDTH, Place, Plan
+from .plan import Plan
 
 Sums = Mapping[tuple[str, Need], Accumulator]
 
@@ -55,14 +58,15 @@ def make_table(plan: Plan, sums: Sums, samples: Tensor, bias: bool = False, seed
     table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), {}), [], []
     for layer in plan.measured:
         width = plan.seen(layer, "output").width
-        index = pd.MultiIndex.from_product([[layer.name], range(width)], names=["layer", "unit"])
+        index = pd.MultiIndex.from_product([[layer.title], range(width)], names=["layer", "unit"])
         columns: dict[str, np.ndarray] = {}
-        row: dict[str, Any] = {"layer": layer.name, "type": type(layer.module).__name__, "units": width}
+        kind = layer.group.kind if isinstance(layer, GroupLayer) else type(layer.module).__name__
+        row: dict[str, Any] = {"layer": layer.title, "type": kind, "units": width}
         for name, metric in plan.metrics.items():
             if metric.kind != "edge":
-                place = next(p for p in plan.places(metric) if p[0] is layer)
+                place = layer, plan.behind(metric, layer)
                 found = measure(metric, plan, place, sums, samples, bias, seed)
-                _note(table, layer.name, name, metric, found, plan, place)
+                _note(table, layer.title, name, metric, found, plan, place)
                 _put(table, columns, row, name, metric, found)
         frames.append(pd.DataFrame(columns, index=index))
         rows.append(row)
@@ -91,12 +95,13 @@ def _edges(table: Table, plan: Plan, sums: Sums, samples: Tensor, bias: bool, se
     for place in [pair for pair in plan.pairs if pair[0] in plan.measured] if chosen else ():
         first, second = place
         row: dict[str, Any] = {"layer": first.name, "next": second.name}
+        views: set[str] = set()
         for name, metric in chosen.items():
             found = measure(metric, plan, place, sums, samples, bias, seed)
-            row["view"] = next(need.view for _, need in plan.wanted(metric, place).values())
+            views |= {need.view for _, need in plan.wanted(metric, place).values()}
             row |= {name + suffix: float(value) for suffix, value in found.columns.items()}
             _note(table, f"{first.name} -> {second.name}", name, metric, found, plan, place)
-        rows.append(row)
+        rows.append(row | {"view": "+".join(sorted(views))})
     return pd.DataFrame(rows, columns=None if rows else ["layer", "next"]).set_index(["layer", "next"])
 
 
@@ -112,38 +117,106 @@ def of_model(plan: Plan, layers: pd.DataFrame) -> dict[str, float]:
 
 
 def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tensor, bias: bool = False, seed: int = 0) -> Measured:
-    """A metric at a place, with its standard error where data are read and the value is not of pairs."""
+    """A metric at a place, with its standard error where data are read and the value is not of pairs.
+
+    Of a pruning group that is seen at several places, the values there are put together, in each replicate of the jackknife alike.
+    """
+    layer = place[0]
+    if isinstance(layer, GroupLayer) and side_of(metric) != "group":
+        shows = plan.members.of(layer, side_of(metric))
+        every = [_replicates(metric, plan, (part, plan.behind(metric, part)), sums, samples) for part, _ in shows]
+        found = _together([each.at(places, plan, part) for each, (part, places) in zip(every, shows, strict=True)], plan.reduce)
+    else:
+        at = layer if metric.kind == "edge" else plan.parts(metric, layer)[0]
+        found = _replicates(metric, plan, (at, place[1]), sums, samples)
+    if found.reason:
+        return _absent(plan, metric, layer, found.reason, bias)
+    columns = {"": found.value}
+    if found.errors and found.left is None:
+        columns["_se"] = torch.full_like(found.value, math.nan)
+    elif found.left is not None:
+        present = [g for g, n in enumerate(samples.tolist()) if n]
+        columns["_se"], lean = jackknife(found.value, found.left, samples[present])
+        columns |= {"_bias": lean} if bias else {}
+    if found.null and metric.options.get("permutations"):
+        weight, needs, statistics = found.null
+        columns |= null_of(metric, weight, needs, statistics, seed)
+    return _scattered(Measured(columns, found.counts, kept=found.kept), plan, metric, layer)
+
+
+@dataclass(frozen=True)
+class _Replicates:
+    """A metric's value at one place, and without each group of samples, (groups, ...), where it has a standard error."""
+
+    value: Tensor = field(default_factory=lambda: torch.empty(0))
+    left: Tensor | None = None
+    errors: bool = False  # whether the metric has standard errors
+    counts: dict[str, int] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    null: tuple[Any, ...] = ()  # weight, needs and statistics, for the permutation test
+    reason: str = ""  # why there is no value
+
+    def at(self, places: Tensor, plan: Plan, layer: Layer) -> "_Replicates":
+        """Values at the places of a group's units, (units, places)."""
+        if self.reason:
+            return self
+        width = plan.seen(layer, "output").width
+
+        def placed(value: Tensor) -> Tensor:
+            if self.kept.units is not None:
+                value = value.new_full((*value.shape[:-1], width), math.nan).index_copy(-1, self.kept.units, value)
+            return value[..., places]
+
+        return replace(self, value=placed(self.value), left=None if self.left is None else placed(self.left), kept=Kept())
+
+
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(-1),
+    "mean": lambda x: x.mean(-1),
+    "max": lambda x: x.amax(-1),
+    "prod": lambda x: x.prod(-1),
+    "first": lambda x: x[..., 0],
+}
+
+
+def _together(parts: list[_Replicates], reduce: str) -> _Replicates:
+    """One value per unit of a group, of its values at several places."""
+    missing = next((part for part in parts if part.reason), None)
+    if missing is not None:
+        return missing
+    value = _REDUCE[reduce](torch.cat([part.value for part in parts], -1))
+    lefts = [part.left for part in parts if part.left is not None]
+    left = _REDUCE[reduce](torch.cat(lefts, -1)) if len(lefts) == len(parts) else None
+    counts = {k: sum(part.counts.get(k, 0) for part in parts) for part in parts for k in part.counts}
+    return _Replicates(value, left, parts[0].errors, counts)
+
+
+def _replicates(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tensor) -> _Replicates:
     layer = place[0]
     resolved, weight = plan.resolve(metric, place), plan.parameter(layer, metric)
     if metric.needs() and not resolved:
-        reason = absent(plan, plan.wanted(metric, place)) or "there is no next layer"
-        return _absent(plan, metric, layer, reason, bias)
+        return _Replicates(reason=absent(plan, plan.wanted(metric, place)) or "there is no next layer")
     if metric.weighted and weight is None:
-        return _absent(plan, metric, layer, "no batch norm follows the layer", bias)
+        return _Replicates(reason="no batch norm follows the layer")
     known = kept(plan, layer, resolved)
-    weight = known.weight(weight, all(need.port != "input" for _, need in resolved.values()))
+    if isinstance(weight, Tensor):
+        weight = known.weight(weight, all(need.port != "input" for _, need in resolved.values()))
     parts = _Parts(metric, plan, resolved, sums)
     present = [g for g, n in enumerate(samples.tolist()) if n]
     if metric.grouped:
         whole = {name: [values[g] for g in present] for name, values in parts.by_group(len(samples)).items()}
-        return _spread(Measured({"": metric(weight, **whole)}, kept=known), plan, metric, layer)
+        return _Replicates(metric(weight, **whole), kept=known)
     statistics = parts.whole()
-    columns = {"": metric(weight, **statistics)}
-    counts = metric.counts(weight, **statistics)
-    if resolved and metric.shape != "pair":
-        if parts.single or len(present) < 2:
-            columns["_se"] = torch.full_like(columns[""], math.nan)
-        else:
-            left = torch.stack([metric(weight, **parts.without(g)) for g in present])
-            columns["_se"], lean = jackknife(columns[""], left, samples[present])
-            columns |= {"_bias": lean} if bias else {}
-    if resolved and metric.options.get("control"):
-        columns |= null_of(metric, weight, {k: need for k, (_, need) in resolved.items()}, statistics, seed)
-    return _spread(Measured(columns, counts, kept=known), plan, metric, layer)
+    value, left = metric(weight, **statistics), None
+    errors = bool(resolved) and metric.shape != "pair"
+    if errors and not parts.single and len(present) > 1:
+        left = torch.stack([metric(weight, **parts.without(g)) for g in present])
+    null = (weight, {k: need for k, (_, need) in resolved.items()}, statistics) if resolved else ()
+    return _Replicates(value, left, errors, metric.counts(weight, **statistics), known, null)
 
 
-def _spread(found: Measured, plan: Plan, metric: Metric, layer: Layer) -> Measured:
-    """Values of the drawn units among all of the layer's, NaN for the others; a matrix of pairs stays as it is."""
+def _scattered(found: Measured, plan: Plan, metric: Metric, layer: Layer) -> Measured:
+    """Values of the sampled units among all of the layer's, NaN for the others; a matrix of pairs stays as it is."""
     side = _axis(metric)
     ids = found.kept.inputs if side == "input" else found.kept.units
     if ids is None or metric.shape not in ("unit", "input"):
@@ -176,10 +249,10 @@ class _Parts:
         self.single = plan.groups < 2 or any(len(accumulator.parts) < 2 for accumulator in self.held.values())
 
     def whole(self) -> dict[str, Any]:
-        return {name: self._adapted(name, accumulator.value) for name, accumulator in self.held.items()}
+        return _listed({name: self._adapted(name, accumulator.value) for name, accumulator in self.held.items()})
 
     def without(self, group: int) -> dict[str, Any]:
-        return {name: self._adapted(name, a.without(group), group) for name, a in self.held.items()}
+        return _listed({name: self._adapted(name, a.without(group), group) for name, a in self.held.items()})
 
     def by_group(self, groups: int) -> dict[str, Any]:
         if self.single:
@@ -196,14 +269,26 @@ class _Parts:
         return adapt(value, need.statistic)
 
 
+def _listed(statistics: dict[str, Any]) -> dict[str, Any]:
+    """Statistics of several readers, ``x/0``, ``x/1``, as one list ``x``."""
+    found: dict[str, Any] = {}
+    for name, value in statistics.items():
+        stem, slash, _ = name.rpartition("/")
+        if slash:
+            found.setdefault(stem, []).append(value)
+        else:
+            found[name] = value
+    return found
+
+
 def _nothing(metric: Metric, layer: Layer, need: Need, without: int | None) -> str:
     if "grad" in need.port:
         return (
-            f"{metric.names[0]}: no gradient reached layer {layer.name!r}: the loss does not depend on it; leave the layer "
+            f"{metric.names[0]}: no gradient reached layer {layer.title!r}: the loss does not depend on it; leave the layer "
             "out (layers=)"
         )
     rest = "" if without is None else f" outside group {without}"
-    return f"{metric.names[0]}: no rows were seen at layer {layer.name!r}{rest}: the data are empty, or the layer did not run"
+    return f"{metric.names[0]}: no rows were seen at layer {layer.title!r}{rest}: the data are empty, or the layer did not run"
 
 
 def _note(table: Table, where: str, name: str, metric: Metric, found: Measured, plan: Plan, place: Place) -> None:
@@ -218,10 +303,14 @@ def _note(table: Table, where: str, name: str, metric: Metric, found: Measured, 
             continue
         reason = found.reason or metric.nan
         if suffix in ("_se", "_bias") and not found.reason:
-            wide = any(plan.groups_of(owner, need) == 1 for owner, need in plan.resolve(metric, place).values())
+            resolved = [each for part in plan.parts(metric, place[0]) for each in plan.resolve(metric, (part, place[1])).values()]
+            model = any(need.port == "model" for _, need in resolved)
+            wide = any(plan.groups_of(owner, need) == 1 for owner, need in resolved)
             alone = bool((value.isnan() & ~found.value.isnan()).any()) and plan.groups < 2
             reason = (
-                f"pair sums wider than {GROUPED_WIDTH} are kept once, not once a group"
+                "sums over the whole model are kept once, not once per group of samples"
+                if model
+                else f"pair sums wider than {GROUPED_WIDTH} are kept once, not once per group of samples"
                 if wide and plan.groups > 1
                 else "fewer than two groups of samples"
                 if alone

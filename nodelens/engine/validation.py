@@ -1,22 +1,74 @@
 """What a plan refuses, in words: a metric without the parameter it reads, sums without the memory they take."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
 
 from nodelens.metrics import Metric
+from nodelens.network.group_layer import GroupLayer
+from nodelens.network.layers import Layer
 
-if TYPE_CHECKING:
-    from .plan import Plan
+from .layout import PassLayout
+from .members import Members, of_groups_only
 
 
-def check_parameter(plan: "Plan", name: str, metric: Metric, optional: bool) -> None:
+def check_groups(layers: Sequence[Layer], metrics: Mapping[str, Metric]) -> None:
+    """Raises ValueError for a metric that has no value per unit of a pruning group, or cannot see the units of one."""
+    for name, metric in metrics.items():
+        for layer in layers:
+            if isinstance(layer, GroupLayer):
+                _check_group(name, metric, layer)
+            elif of_groups_only(metric):
+                _check_alone(name, metric, layer)
+
+
+def find_members(
+    model: nn.Module, layers: Sequence[Layer], metrics: Mapping[str, Metric], start: Mapping[str, Tensor] | None = None
+) -> Members:
+    """The layers that show the units of the pruning groups among some layers. Raises ValueError as ``check_groups`` does."""
+    check_groups(layers, metrics)
+    return Members.find(model, layers, metrics, start)
+
+
+def _check_group(name: str, metric: Metric, layer: GroupLayer) -> None:
+    group, ports = layer.group, {need.port for need in metric.needs().values()}
+    if metric.shape != "unit":
+        raise ValueError(f"metric {name!r} gives one value per {metric.shape}; pruning groups are measured unit by unit")
+    if group.router is not None:
+        if (ports or metric.parameter == "change") and not metric.whole_experts:
+            raise ValueError(
+                f"{name} does not score whole experts, the units of group {group.name!r}: score them by taylor, loss_proxy, "
+                "router_load, weights (magnitude, group_l2) or at random, or prune their channels instead, scope=moe_ffn"
+            )
+        return
+    if "load" in ports:
+        raise ValueError(f"{name} scores whole experts, scope=expert; group {group.name!r} has other units ({group.kind})")
+    if not layer.makers or not layer.readers:
+        raise ValueError(f"{name}: group {group.name!r} has no producer or no consumer: nothing to score its units by")
+    metric.check_group(name, layer)
+
+
+def _check_alone(name: str, metric: Metric, layer: Layer) -> None:
+    """Of a layer by itself: whether its side shows what the metric reads."""
+    ports = {need.port for need in metric.needs().values()}
+    reads = metric.parameter == "group" and bool(ports & {"consumed", "maps"} or metric.reads_consumers)
+    if "load" in ports or (reads and layer.side != "input") or ("made*grad" in ports and layer.side == "input"):
+        raise ValueError(
+            f"metric {name!r} reads what consumes the units, which layer {layer.name!r} alone does not tell: measure the layer "
+            f"that reads them, such as 'fc2.input', or pruning groups, layers=groups"
+        )
+
+
+def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool) -> None:
     """Raises ValueError where a metric reads a parameter that a layer has not.
 
     ``optional``: layers without a norm behind them are left out, where some have one.
     """
     if not metric.weighted:
         return
-    bare = [layer for layer in plan.layers if plan.stored(layer, metric) is None]
-    some = optional and metric.parameter == "norm" and len(bare) < len(plan.layers)
+    layers = list(dict.fromkeys(part for layer in plan.layers for part in plan.parts(metric, layer)))
+    bare = [layer for layer in layers if plan.stored(layer, metric) is None]
+    some = optional and metric.parameter == "norm" and len(bare) < len(layers)
     if bare and not some:
         where = f"layer {bare[0].name!r} ({type(bare[0].module).__name__})"
         words = {
@@ -28,18 +80,6 @@ def check_parameter(plan: "Plan", name: str, metric: Metric, optional: bool) -> 
             f"metric {name!r} {words.get(metric.parameter, f'needs weights, {where} has none')}; or leave the metric out, or "
             "the layer (layers=)"
         )
-
-
-def check_bytes(plan: "Plan", budget: float | None, more: str = "") -> None:
-    """Raises MemoryError, with the ways out and ``more``, where a plan takes more bytes than the budget."""
-    if budget is None or plan.total_bytes <= budget:
-        return
-    layer, need = max(((a, b) for a in plan.layers for b in plan.needs(a)), key=lambda pair: plan.nbytes(*pair))
-    raise MemoryError(
-        f"the plan takes {plan.total_bytes / 2**20:,.0f} MiB, budget.memory is {budget / 2**20:,.0f} MiB; the "
-        f"largest is {need} at {layer.name} with {plan.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers "
-        f"(layers=), fewer groups (groups=1), other metrics, or a larger budget{more}"
-    )
 
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
+from nodelens.network.group_layer import GroupLayer
+
 from .from_tensors import compute
 from .need import Need
 
@@ -25,9 +27,11 @@ class Metric:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further names, each with options of its own
     kind: ClassVar[str] = "unit"  # unit | pair | layer | edge (two layers) | input (a value an input feature)
     weighted: ClassVar[bool] = False  # whether it reads a parameter of the layer
-    parameter: ClassVar[str] = (
-        "weight"  # which: weight (units, fan_in) | tensor, as stored | change W - W0 | norm, the gamma behind
-    )
+    # which: weight (units, fan_in), of a group all producers' side by side | tensor, as stored | change W - W0 | norm, the gammas
+    # behind, (units, norms) | group, the pruning group as a GroupLayer | units, their number, the layer's name and the seed
+    parameter: ClassVar[str] = "weight"
+    reads_consumers: ClassVar[bool] = False  # whether it reads what consumes the units, which a layer's output does not tell
+    whole_experts: ClassVar[bool] = False  # whether it scores whole experts of a mixture from data
     grouped: ClassVar[bool] = False  # whether it takes the groups' sums, a list, in place of the whole
     nan: ClassVar[str] = "never"
 
@@ -41,9 +45,12 @@ class Metric:
         """What ``__call__`` takes, by the name of its argument."""
         return {}
 
-    def __call__(self, weight: Tensor | None, **statistics: Any) -> Tensor:
+    def __call__(self, weight: Any, **statistics: Any) -> Tensor:
         """The value: (units,), (units, units) or ()."""
         raise TypeError(f"{type(self).__name__} has no formula")
+
+    def check_group(self, name: str, group: GroupLayer) -> None:
+        """Raises ValueError, with the metric's name, where a pruning group does not show what the metric reads."""
 
     def counts(self, weight: Tensor | None, **statistics: Any) -> dict[str, int]:
         """How often a rule for an edge case was used, such as ``constant`` or ``saturated``."""

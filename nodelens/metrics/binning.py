@@ -11,7 +11,7 @@ from nodelens.statistics.linalg import constant
 
 from .base import Metric
 from .need import Need, Target
-from .paired_target import beside_rows, check_target, with_control
+from .paired_target import beside_rows, check_target, with_permutations
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class BinnedInformation(Metric):
     nan: ClassVar = "fewer than two samples"
     target: Target = "auto"
     bins: int = 10
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_target(self.names[0], self.target, self.control)
+        check_target(self.names[0], self.target, self.permutations)
         check_bins(self.names[0], self.bins)
 
     def needs(self) -> dict[str, Need]:
         target = beside_rows(self.target)
-        return with_control({"y": Need(Sample, "output", "samples", target)}, self.control, target)
+        return with_permutations({"y": Need(Sample, "output", "samples", target)}, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: Sample, **_: Any) -> Tensor:  # type: ignore[override]
         z = first_axis(y.beside) if self.target == "logit_pc1" else y.beside

@@ -13,17 +13,19 @@ from .registry import get_metric, metric_classes
 
 _WIDTH = 110
 _PER = {
-    "unit": "a unit",
-    "pair": "a pair of units",
-    "layer": "a layer",
-    "edge": "a pair of layers",
-    "input": "an input feature",
+    "unit": "unit",
+    "pair": "pair of units",
+    "layer": "layer",
+    "edge": "pair of layers",
+    "input": "input feature",
 }
 _PARAMETERS = {
     "weight": "the weight (units, fan_in)",
     "tensor": "the weight as it is stored",
     "change": "the weight's change since the start",
-    "norm": "the scale of the norm behind the layer",
+    "norm": "the scales of the batch norms behind the layer",
+    "group": "the weights that make and read the units of a pruning group",
+    "units": "the name of the layer or group, and the seed",
 }
 _HEAD = """# Metrics
 
@@ -36,7 +38,7 @@ standard error `<name>_se`, a jackknife over groups of samples.
 
 
 def catalogue() -> str:
-    """Every metric as Markdown, grouped by family: a module's docstring, then an entry a metric."""
+    """Every metric as Markdown, grouped by family: a module's docstring, then one entry per metric."""
     families = groupby(metric_classes(), key=lambda metric: metric.__module__)
     sections = ["\n".join([_heading(module), *map(_entry, metrics)]) for module, metrics in families]
     return "\n".join([_HEAD, *sections])
@@ -62,7 +64,7 @@ def _entry(metric: type[Metric]) -> str:
     lines = {
         "also": ", ".join(f"`{name}`" for name in metric.names[1:]),
         "formula": _code(metric.section("Formula")),
-        "per": _per(instance),
+        "one value per": _per(instance),
         "reads": _reads(instance),
         "unit": _escaped(metric.section("Unit")),
         "NaN": _escaped(metric.section("NaN")),

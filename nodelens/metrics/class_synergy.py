@@ -13,7 +13,7 @@ from .base import Metric, mean_of_partners
 from .classes import SILENT
 from .information import silent
 from .need import Need
-from .paired_target import TWIN, check_target, with_control
+from .paired_target import TWIN, check_target, with_permutations
 
 FEWEST = 4  # rows of a class: fewer settle no covariance of two units
 Part = tuple[float, Tensor]  # a class's share of the rows, its covariance (units, units)
@@ -45,18 +45,18 @@ class ClassSynergy(Metric):
     covariance: Literal["per_class", "pooled"] = "per_class"
     ddof: Literal[0, 1] = 0
     reduce: Literal["mean", "none"] = "mean"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_target(self.names[0], "label", self.control, names=("label",))
+        check_target(self.names[0], "label", self.permutations, names=("label",))
 
     def needs(self) -> dict[str, Need]:
         if self.covariance == "per_class":
             needs = {"y": Need(ClassGram, "output", "samples", "label")}
         else:
             needs = {"y": Need(ByClass, "output", "samples", "label"), "every": Need(Gram, "output", "samples")}
-        return with_control(needs, self.control, "label")
+        return with_permutations(needs, self.permutations, "label")
 
     def __call__(self, weight: Tensor | None, y: ClassGram | ByClass, every: Gram | None = None, **_: Any) -> Tensor:  # type: ignore[override]
         pairs = self._pairs(y, every).synergy.fill_diagonal_(0)

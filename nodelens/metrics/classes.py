@@ -12,7 +12,7 @@ from nodelens.statistics.linalg import constant
 from .base import Metric
 from .binning import check_bins, plug_in, still
 from .need import Need
-from .paired_target import check_target, with_control
+from .paired_target import check_target, with_permutations
 
 SILENT = 1e-6  # of the variance: a class in which a unit is quieter would have no logarithm
 
@@ -45,18 +45,18 @@ class ClassInformation(Metric):
     ddof: Literal[0, 1] = 1
     bins: int = 10
     bias: Literal["none", "gaussian"] = "none"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bins(self.names[0], self.bins)
-        check_target(self.names[0], "label", self.control, names=("label",))
+        check_target(self.names[0], "label", self.permutations, names=("label",))
         if self.method == "binning" and self.bias != "none":
             raise ValueError(f"{self.names[0]}: bias: gaussian is of the Gaussian methods; with method: binning it is none")
 
     def needs(self) -> dict[str, Need]:
         statistic = Sample if self.method == "binning" else ByClass
-        return with_control({"y": Need(statistic, "output", "samples", "label")}, self.control, "label")
+        return with_permutations({"y": Need(statistic, "output", "samples", "label")}, self.permutations, "label")
 
     def __call__(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> Tensor:  # type: ignore[override]
         if isinstance(y, Sample):

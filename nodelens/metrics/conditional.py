@@ -12,7 +12,7 @@ from nodelens.statistics.linalg import constant, correlation, gaussian_informati
 from .base import Metric
 from .information import silent
 from .need import Need
-from .paired_target import TARGETS, TWIN, check_target, idle, whitening, with_control, with_targets
+from .paired_target import TARGETS, TWIN, check_target, idle, whitening, with_permutations, with_targets
 
 FEWEST = 4  # rows of a class: of three a correlation is a matter of chance
 COLUMNS = tuple(name for name in TARGETS if name != "logit_pc1")  # that can stand beside another
@@ -40,15 +40,15 @@ class ConditionalInformation(Metric):
     nan: ClassVar = "no class has four rows"
     target: str = "auto"
     bias: Literal["none", "gaussian"] = "none"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_target(self.names[0], self.target, self.control, names=COLUMNS, functions=False)
+        check_target(self.names[0], self.target, self.permutations, names=COLUMNS, functions=False)
 
     def needs(self) -> dict[str, Need]:
         target = f"label+{self.target}"
-        return with_control({"y": Need(ClassCross, "output", "samples", target)}, self.control, target)
+        return with_permutations({"y": Need(ClassCross, "output", "samples", target)}, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: ClassCross, **_: Any) -> Tensor:  # type: ignore[override]
         y = y.only(y.n >= FEWEST)
@@ -92,19 +92,19 @@ class ConditionalMutualInformation(Metric):
     target: str = "auto"
     condition: str = "correct_logit"
     bias: Literal["none", "gaussian"] = "none"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target not in SINGLE:
             raise ValueError(f"{self.names[0]}: target is {self.target!r}; it takes {', '.join(SINGLE)}")
-        check_target(self.names[0], self.target, self.control)
+        check_target(self.names[0], self.target, self.permutations)
         check_target(f"{self.names[0]}, condition", self.condition, names=COLUMNS, functions=False)
 
     def needs(self) -> dict[str, Need]:
         both = f"{self.target}+{self.condition}"
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", both)}
-        return with_control(needs, self.control, both)
+        return with_permutations(needs, self.permutations, both)
 
     def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:  # type: ignore[override]
         r, own, among, size = self._parts(y, z)

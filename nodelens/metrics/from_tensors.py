@@ -61,6 +61,8 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
 
 def _parameter(metric: Any, tensors: dict[str, Any]) -> Tensor | None:
     """What a metric reads beside sums."""
+    if metric.parameter in ("group", "units"):
+        raise ValueError(_of_groups(metric))
     needed = {"norm": ["norm_weights"], "change": ["weights", "initial_weights"]}.get(metric.parameter, ["weights"])
     if metric.weighted:
         _check(metric, needed, tensors)
@@ -72,7 +74,16 @@ def _parameter(metric: Any, tensors: dict[str, Any]) -> Tensor | None:
     return found[0].flatten(1) if metric.parameter == "weight" else found[0]  # type: ignore[union-attr]
 
 
+def _of_groups(metric: Any) -> str:
+    return (
+        f"{metric.names[0]} reads what makes or consumes the units of a pruning group, which tensors alone do not tell: use "
+        "nl.analyze(..., layers=nl.find_groups(model)) or nl.prune"
+    )
+
+
 def _statistic(metric: Any, need: Need, tensors: dict[str, Any]) -> Statistic:
+    if need.port.partition("/")[0] not in _PORTS:
+        raise ValueError(_of_groups(metric))
     if issubclass(need.statistic, WeightSums):
         _check(metric, _PORTS["weight*grad"], tensors)
         layer = _layer(tensors)

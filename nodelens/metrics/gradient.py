@@ -10,9 +10,9 @@ from nodelens.statistics.linalg import ROUNDING
 from nodelens.statistics.weight_sums import WeightSums
 
 from .base import Metric
+from .model_sums import LossReduction
 from .need import Need
-
-LossReduction = Literal["sum", "mean"]
+from .taylor import mean_square
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,9 @@ def _port(name: str, loss_reduction: str) -> str:
     return name if loss_reduction == "sum" else f"{name}/tokens"
 
 
-def _mean_square(x: Moments) -> Tensor:
-    return x.mean_square.clamp_min(0)  # a sum of squares: below 0 by rounding alone
-
-
 @dataclass(frozen=True)
-class Taylor(_Removal):
-    """First-order change of the loss when a unit is set to zero.
+class TaylorSaliency(_Removal):
+    """First-order change of the loss when a unit is set to zero, its mean size; ``taylor`` is the mean square of each sample's.
 
     Of a map q is summed over a sample's positions first (``spatial: sum_then_abs``), one row a sample; ``per_position``
     takes each position as a row. Of texts each token is a row; ``tokens: per_sequence`` sums q over the sequence first.
@@ -66,7 +62,7 @@ class Taylor(_Removal):
     Source: Molchanov et al. 2017, 1611.06440, eq. 7; Molchanov et al. 2019, 1906.10771, eq. 8
     """
 
-    names: ClassVar = ("taylor_saliency", "taylor")
+    names: ClassVar = ("taylor_saliency",)
     mode: Literal["abs_mean", "mean_abs", "sq_mean"] = "abs_mean"
 
     def needs(self) -> dict[str, Need]:
@@ -75,11 +71,11 @@ class Taylor(_Removal):
     def __call__(self, weight: Tensor | None, q: Sizes | Moments) -> Tensor:  # type: ignore[override]
         if isinstance(q, Sizes):
             return q.absolute / q.n
-        return q.mean.abs() if self.mode == "mean_abs" else _mean_square(q)
+        return q.mean.abs() if self.mode == "mean_abs" else mean_square(q)
 
 
 @dataclass(frozen=True)
-class Fisher(_Removal):
+class FisherInformation(_Removal):
     """Diagonal of the empirical Fisher information of a mask m on the units, y m at m = 1.
 
     Taken at the data's labels: at a minimum of the loss a stand-in for its curvature in m, elsewhere it may lie far off
@@ -94,17 +90,17 @@ class Fisher(_Removal):
     Source: Theis et al. 2018, 1801.05787, "Fisher pruning" (pruning feature maps; half of it)
     """
 
-    names: ClassVar = ("fisher_information", "fisher")
+    names: ClassVar = ("fisher_information",)
 
     def needs(self) -> dict[str, Need]:
         return self.product(Moments)
 
     def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:  # type: ignore[override]
-        return _mean_square(q)
+        return mean_square(q)
 
 
 @dataclass(frozen=True)
-class ActivationPower(Metric):
+class ScarActivationPower(Metric):
     """Mean square of a unit; of a map each position is a row. It reads no gradient: the part of the proxy that is the unit's own.
 
     Formula: E u^2, u the unit's value (of an FFN what its last projection reads), E the mean over rows
@@ -121,7 +117,7 @@ class ActivationPower(Metric):
         return {"u": Need(Moments, "output")}
 
     def __call__(self, weight: Tensor | None, u: Moments) -> Tensor:  # type: ignore[override]
-        return _mean_square(u)
+        return mean_square(u)
 
 
 @dataclass(frozen=True)
@@ -169,11 +165,11 @@ class Curvature(Metric):
         return {"g": Need(Moments, _port("grad", self.loss_reduction))}
 
     def __call__(self, weight: Tensor | None, g: Moments) -> Tensor:  # type: ignore[override]
-        return _mean_square(g)
+        return mean_square(g)
 
 
 @dataclass(frozen=True)
-class LossProxy(_Removal):
+class ScarLossProxy(_Removal):
     """What removing a unit costs in a second-order model of the loss whose Hessian is the empirical Fisher information.
 
     Options as in ``taylor_saliency``; a text of T predicted tokens has T^2 times the value of ``loss_reduction: mean``.
@@ -186,13 +182,13 @@ class LossProxy(_Removal):
     Source: 2604.23475; LeCun et al. 1990, Optimal Brain Damage, eq. 5; Theis et al. 2018, 1801.05787
     """
 
-    names: ClassVar = ("scar_loss_proxy", "loss_proxy", "lp")
+    names: ClassVar = ("scar_loss_proxy", "lp")
 
     def needs(self) -> dict[str, Need]:
         return self.product(Moments)
 
     def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:  # type: ignore[override]
-        return 0.5 * _mean_square(q)
+        return 0.5 * mean_square(q)
 
 
 @dataclass(frozen=True)
@@ -217,7 +213,7 @@ class LossProxyFactored(Metric):
         return {"u": Need(Moments, "output"), "g": Need(Moments, _port("grad", self.loss_reduction))}
 
     def __call__(self, weight: Tensor | None, u: Moments, g: Moments) -> Tensor:  # type: ignore[override]
-        return 0.5 * _mean_square(u) * _mean_square(g)
+        return 0.5 * mean_square(u) * mean_square(g)
 
 
 @dataclass(frozen=True)
@@ -268,12 +264,12 @@ def _centred(x: Tensor) -> Tensor:
 
 
 METRICS: tuple[type[Metric], ...] = (
-    Taylor,
-    Fisher,
-    ActivationPower,
+    TaylorSaliency,
+    FisherInformation,
+    ScarActivationPower,
     ScarTaylor,
     Curvature,
-    LossProxy,
+    ScarLossProxy,
     LossProxyFactored,
     GradientAlignment,
 )

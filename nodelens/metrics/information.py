@@ -11,7 +11,7 @@ from nodelens.statistics.linalg import MI_CEILING, constant, correlation, gaussi
 
 from .base import Metric, mean_of_partners
 from .need import Need, Target, View
-from .paired_target import beside_rows, check_target, idle, target_rows, whitening, with_control, with_targets
+from .paired_target import beside_rows, check_target, idle, target_rows, whitening, with_permutations, with_targets
 
 CLOSE = 1.1  # of the first eigenvalue over the second: below, their axes are a matter of chance
 
@@ -134,14 +134,14 @@ class MutualInformation(Metric):
     are left out. Several columns: their information together
     (``target_reduce: joint``), or the mean of each one's (``mean``). ``reference: input_pc1`` reads positions and no target;
     where the two largest variances of the input are close (``close_eigenvalues``) its axis is a matter of chance. Independent
-    ones read about 1/(2n) a column, which ``bias: gaussian`` subtracts. ``control`` adds the null of a permuted target.
+    ones read about 1/(2n) a column, which ``bias: gaussian`` subtracts. ``permutations`` adds the null of a permuted target.
 
     Formula: -0.5 ln(1 - r'R_z^-1 r), r = corr(y, z) with the columns of the target z, R_z their correlations; input_pc1: z = v'x, v
              the first principal axis of the input x; bias: of one column [psi((n-1)/2) - psi((n-2)/2)]/2, n rows, psi digamma
     Shapes: y over rows of width units, with a target beside -> (units,)
     Unit:   nats, in [0, 6.908]; corr 0.6: 0.2231
     NaN:    fewer than two rows; with a bias no more rows than target columns and one
-    Raises: ValueError for an unknown target, a control of input_pc1, and when what the target is made of is missing
+    Raises: ValueError for an unknown target, permutations of input_pc1, and when what the target is made of is missing
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
@@ -151,13 +151,13 @@ class MutualInformation(Metric):
     reference: Literal["target", "input_pc1"] = "target"
     target_reduce: Literal["joint", "mean"] = "joint"
     bias: Literal["none", "gaussian"] = "none"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_target(self.names[0], self.target, self.control)
-        if self.control and self.reference == "input_pc1":
-            raise ValueError(f"{self.names[0]}: control permutes a target, and reference: input_pc1 has none; set one of the two")
+        check_target(self.names[0], self.target, self.permutations)
+        if self.permutations and self.reference == "input_pc1":
+            raise ValueError(f"{self.names[0]}: permutations shuffle a target, reference: input_pc1 has none; set one of the two")
 
     def needs(self) -> dict[str, Need]:
         if self.reference == "input_pc1":
@@ -165,7 +165,7 @@ class MutualInformation(Metric):
             return {"y": Need(Gram, "output"), "z": both, "x": x}
         target = beside_rows(self.target)
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-        return with_control(needs, self.control, target)
+        return with_permutations(needs, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> Tensor:  # type: ignore[override]
         y = y.moments if isinstance(y, Gram) else y

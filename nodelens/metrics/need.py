@@ -1,7 +1,7 @@
 """What a metric asks a pass for: a statistic of the rows at a port."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -21,12 +21,23 @@ class Other(NamedTuple):
         return f"{self.layer}.{self.port}"
 
 
+class Units(NamedTuple):
+    """What a score that is drawn needs to know: the name of a layer or group, its units, and the seed."""
+
+    layer: str
+    units: int
+    seed: int
+
+
 class Need(NamedTuple):
     """A statistic of the rows at a port, in a view, with the target that stands beside them.
 
     port: ``input``, ``output``, ``projection`` (what the weights make of the inputs: the output, but for a bias), ``grad``,
     ``output*grad``, ``weight*grad``, ``change`` (what the weights' change would put out) or ``next``, the next layer's output;
-    ``/tokens`` behind a gradient divides it by the sample's predicted tokens.
+    ``/tokens`` behind a gradient divides it by the sample's predicted tokens. Of pruning groups: ``output*grad`` where the units
+    are read, added over places and readers before anything is made of it; ``made*grad`` where they are made; ``consumed``, what
+    each reader reads, a list of statistics; ``maps`` of the first two-dimensional convolution that reads them; ``load``, 1 where
+    a token goes to a whole expert; ``model``: sums over the whole model, made with ``options``.
     view: ``positions``, ``samples``, or ``whole``: samples for images, a token a row for language models. A plan makes
     ``tokens`` of it where the target is one a token: the tokens that have it, also for what stands alone.
     target: a name or function of ``targets.py``, several names joined by +, or another port, whose rows stand beside.
@@ -36,6 +47,7 @@ class Need(NamedTuple):
     port: str
     view: str = "positions"
     target: Target | Other | None = None
+    options: tuple[Any, ...] = ()  # of sums over the whole model
 
     def __str__(self) -> str:
         beside = f" with {getattr(self.target, '__name__', self.target)}" if self.target else ""

@@ -1,4 +1,4 @@
-"""What metrics of a target share: which targets they take, how units go with them, and the control."""
+"""What metrics of a target share: which targets they take, how units go with them, and the permutation test."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,14 @@ TARGETS = tuple(name for name in NAMES if name != "label")
 TWIN = 1e-6  # of 1 - rho^2: below, a partner adds nothing
 
 
-def check_target(metric: str, target: Target, control: int = 0, names: Sequence[str] = TARGETS, functions: bool = True) -> None:
-    """Raises ValueError for a target that is no name, names joined by + or function, and for a control below 0."""
-    if isinstance(control, bool) or not isinstance(control, int) or control < 0:
-        raise ValueError(f"{metric}: control is {control!r}; it is the number of permuted copies of the target, 0 or more")
+def check_target(
+    metric: str, target: Target, permutations: int = 0, names: Sequence[str] = TARGETS, functions: bool = True
+) -> None:
+    """Raises ValueError for a target that is no name, names joined by + or function, and for permutations below 0."""
+    if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 0:
+        raise ValueError(
+            f"{metric}: permutations is {permutations!r}; it is the number of permuted copies of the target, 0 or more"
+        )
     if functions and (callable(target) or (isinstance(target, str) and "." in target)):
         return
     parts = target.split("+") if isinstance(target, str) else [target]
@@ -35,9 +39,9 @@ def beside_rows(target: Target) -> Target:
     return "logits" if target == "logit_pc1" else target
 
 
-def with_control(needs: dict[str, Need], control: int, target: Target) -> dict[str, Need]:
-    """The needs, and where there is a permutation control the samples that it permutes the target over."""
-    return needs | {"control": Need(Sample, "output", "samples", target)} if control else needs
+def with_permutations(needs: dict[str, Need], permutations: int, target: Target) -> dict[str, Need]:
+    """The needs, and with a permutation test the samples over which it permutes the target over."""
+    return needs | {"permutations": Need(Sample, "output", "samples", target)} if permutations else needs
 
 
 def target_rows(z: Cross, target: Target) -> Cross:

@@ -12,7 +12,7 @@ from nodelens.statistics.linalg import gaussian_information
 from .base import Metric, mean_of_partners
 from .information import correlation_of, silent
 from .need import Need, Target
-from .paired_target import TWIN, beside_rows, check_target, target_rows, whitening, with_control, with_targets
+from .paired_target import TWIN, beside_rows, check_target, target_rows, whitening, with_permutations, with_targets
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Synergy(Metric):
     Where 1 - rho_ij^2 < 1e-6 a twin adds nothing: 0, counted as ``twins``. Targets as in mutual_information_gaussian. Several
     target columns: what is told of them together (``target_reduce: joint``), or each information averaged over them before
     max and difference (``mean``); with several this is not the only decomposition. A maximum is biased: take the jackknife's
-    bias. ``control`` adds the null of a permuted target.
+    bias. ``permutations`` adds the null of a permuted target.
 
     Formula: S_ij = I_ij - max(I_i, I_j); one target z: 0.5 ln[(1 - max(r_i^2, r_j^2))/(1 - R_ij^2)], R_ij^2 = (r_i^2 + r_j^2
              - 2 r_i r_j rho_ij)/(1 - rho_ij^2), r = corr(y, z), rho_ij = corr(y_i, y_j); several, whitened:
@@ -40,16 +40,16 @@ class Synergy(Metric):
     target: Target = "auto"
     reduce: Literal["mean", "none"] = "mean"
     target_reduce: Literal["joint", "mean"] = "joint"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_target(self.names[0], self.target, self.control)
+        check_target(self.names[0], self.target, self.permutations)
 
     def needs(self) -> dict[str, Need]:
         target = beside_rows(self.target)
         needs = {"y": Need(Gram, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-        return with_control(needs, self.control, target)
+        return with_permutations(needs, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> Tensor:  # type: ignore[override]
         rho, r = correlation_of(y), _correlations(y.moments, z, self.target, self.target_reduce)
@@ -83,16 +83,16 @@ class SharedInformation(Metric):
     target: Target = "auto"
     reduce: Literal["mean", "none"] = "mean"
     target_reduce: Literal["joint", "mean"] = "joint"
-    control: int = 0
+    permutations: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_target(self.names[0], self.target, self.control)
+        check_target(self.names[0], self.target, self.permutations)
 
     def needs(self) -> dict[str, Need]:
         target = beside_rows(self.target)
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-        return with_control(needs, self.control, target)
+        return with_permutations(needs, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:  # type: ignore[override]
         single = _single(_correlations(y, z, self.target, self.target_reduce), self.target_reduce)

@@ -1,9 +1,9 @@
 """A model as it is while it is looked at: eval mode, no gradients of parameters; and as it was, afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -25,3 +25,18 @@ def eval_mode(model: nn.Module, train: bool = False) -> Iterator[None]:
             p.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def differentiable(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, tensors take a gradient in an empty ``.grad``; afterwards flags and gradients are what they were."""
+    held = [(t, t.requires_grad, t.grad) for t in tensors]
+    try:
+        for t, _, _ in held:
+            t.requires_grad_(True)
+            t.grad = None
+        yield
+    finally:
+        for t, flag, gradient in held:
+            t.requires_grad_(flag)
+            t.grad = gradient

@@ -156,6 +156,30 @@ class Call:
         """The slope of the loss in w u, (r, m), from that in what the call put out, in its shape; times w that in u."""
         return self.experts.slopes(expert, g.flatten(0, -2)[share.at])
 
+    def made(self, expert: int, share: Share, slope: Tensor) -> Tensor:
+        """What an expert's first weights put out times the loss's slope in it, (r, rows of A_e), from the slope in u, (r, m)."""
+        raw = self.experts.raw(expert, self.rows[share.at])
+        with torch.enable_grad():
+            leaf = raw.detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(self.experts.hidden(leaf), leaf, slope.to(leaf.dtype))
+        return raw.double() * slopes.double()
+
+    def whole(self, g: Tensor) -> Tensor:
+        """<out_e, dL/d out> of each token and expert, out_e what the expert adds to the output, (tokens, experts) float64."""
+        g, found = g.flatten(0, -2), torch.zeros(self.tokens, len(self.experts), dtype=torch.float64, device=g.device)
+        for expert in range(len(self.experts)):
+            share = self.share(expert)
+            out = self.experts.written(expert, self.hidden(expert, share)).double() * share.weights.double()
+            found[share.tokens, expert] = (out * g[share.at].double()).sum(1)
+        return found
+
+    def assigned(self) -> Tensor:
+        """1 where a token goes to an expert, else 0, (tokens, experts) float64."""
+        found = torch.zeros(self.tokens, len(self.experts), dtype=torch.float64, device=self.rows.device)
+        for expert in range(len(self.experts)):
+            found[self.share(expert).tokens, expert] = 1
+        return found
+
     def kept(self) -> "Call":
         """The same, rows in memory of their own: later operations may write into what a hook saw."""
         return replace(self, rows=self.rows.clone())

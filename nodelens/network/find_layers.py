@@ -41,7 +41,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
             raise ValueError(_no_match(pattern, list(modules), weighted, str(roles)))
         chosen.update(names)
     found = [layer for name, layer in layers.items() if name in chosen]
-    return found if start is None else [_started(layer, start) for layer in found]
+    return found if start is None else [started(layer, start) for layer in found]
 
 
 def resolved(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, list[str]]:
@@ -55,7 +55,7 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or ("[" in name and fnmatchcase(name, pattern.replace("[", "[[]")))
 
 
-def _started(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
+def started(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
     """A layer with its weight at the start."""
     now = layer.tensor
     if now is None:

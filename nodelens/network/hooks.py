@@ -1,7 +1,7 @@
 """The one place that hooks: looking at what passes, and changing it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .batch import tensor_of
-from .experts import Call, ExpertLayer, Routed
+from .experts import Call, ExpertLayer, Experts, Routed
+from .group_layer import GroupLayer, Member, UnitValues
 from .layers import Layer
 
 
@@ -34,6 +35,10 @@ class Capture(AbstractContextManager["Capture"]):
     input, output and gradient; ``change`` what the weights' change since the start puts out. ``cloned`` names the layers whose
     output a later operation overwrites in place.
 
+    A pruning group shows ``UnitValues``: ``output*grad`` where its units are read, each reader's own share of the gradient;
+    ``made*grad`` where they are made; ``maps`` what its first two-dimensional convolution reads; ``load`` which tokens go to
+    whole experts.
+
     The hidden units of experts pass inside one module: they are made again of what it is called with, an expert's from its own
     tokens, and shown as ``Routed``. At the first call of a module all experts together have to give what it put out.
     """
@@ -47,11 +52,14 @@ class Capture(AbstractContextManager["Capture"]):
         self.checked: set[nn.Module] = set()
 
     def open(self) -> "Capture":
-        mixed: dict[nn.Module, dict[ExpertLayer, list[Site]]] = {}
+        mixed: dict[nn.Module, list[_InMixture]] = {}
         for site in self.sites:
             module = site.layer.module  # an input is read before the module can change it in place
+            if isinstance(site.layer, GroupLayer):
+                self._open_group(site, site.layer, mixed)
+                continue
             if isinstance(site.layer, ExpertLayer):
-                mixed.setdefault(module, {}).setdefault(site.layer, []).append(site)
+                mixed.setdefault(module, []).append(_InMixture(site, site.layer))
                 continue
             pre = site.port.startswith(("input", "change")) or site.layer.side == "input"
             register = module.register_forward_pre_hook if pre else module.register_forward_hook
@@ -59,6 +67,53 @@ class Capture(AbstractContextManager["Capture"]):
         for module, sites in mixed.items():
             self.handles.append(module.register_forward_hook(partial(self._mixed, sites), with_kwargs=True))
         return self
+
+    def _open_group(self, site: Site, layer: GroupLayer, mixed: dict[nn.Module, list["_InMixture"]]) -> None:
+        """Registers what shows a pruning group."""
+        if layer.group.router is not None:
+            module = layer.makers[0].layer.module
+            mixed.setdefault(module, []).append(_InMixture(site, None))
+            return
+        image = layer.image_reader if site.port == "maps" else None
+        members = [image] if image else layer.makers if site.port.startswith("made") else layer.readers
+        for member in members:
+            module, own = member.layer.module, partial(self._member, site, member)
+            if isinstance(member.layer, ExpertLayer):
+                mixed.setdefault(module, []).append(_InMixture(site, member.layer, member))
+            elif member.piece.role == "consumer":
+                self.handles.append(module.register_forward_pre_hook(own, with_kwargs=True))
+            else:
+                self.handles.append(module.register_forward_hook(own, with_kwargs=True))
+
+    def _member(self, site: Site, member: Member, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
+        """Shows what one weight of a group reads or puts out; a reader reads a tensor of its own, whose gradient is its share."""
+        if not self.gate:
+            return None
+        tensor = tensor_of((args or tuple(kwargs.values())) if output is None else output)
+        assert tensor is not None
+        self.fired[str(site)] += 1
+        if site.port == "maps":
+            self.see(site, tensor.detach())
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        value = tensor.detach().clone() if member.layer.name in self.cloned else tensor.detach()
+        if output is not None:
+            on_gradient(tensor, partial(self._unit_gradient, site, member, value))
+            return None
+        share = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
+        on_gradient(share, partial(self._unit_gradient, site, member, value))
+        return _replace_read(lambda read: share, module, args, kwargs)
+
+    def _unit_gradient(self, site: Site, member: Member, value: Tensor, gradient: Tensor) -> None:
+        with torch.no_grad():
+            self.see(site, UnitValues(member, self._product(value, gradient)))
+
+    def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """Unit x gradient of the summed loss, in float32 or wider: the first-order change of the loss when the unit goes."""
+        wide = torch.promote_types(value.dtype, torch.float32)
+        product = value.to(wide) * gradient.to(wide)
+        return product if self.scale == 1.0 else product * self.scale
 
     def close(self) -> None:
         for handle in self.handles:
@@ -92,51 +147,82 @@ class Capture(AbstractContextManager["Capture"]):
             self.see(site, tensor.detach())
 
     def _await_gradient(self, site: Site, tensor: Tensor, args: tuple) -> None:
-        if not tensor.requires_grad:  # the graph begins here: nothing before a first layer is differentiated
-            tensor.requires_grad_()
         value = tensor.detach().clone() if site.layer.name in self.cloned else tensor.detach()
         read = tensor_of(args) if site.port.startswith("weight") else None
-        tensor.register_hook(partial(self._gradient, site, value, None if read is None else read.detach()))
+        on_gradient(tensor, partial(self._gradient, site, value, None if read is None else read.detach()))
 
     def _gradient(self, site: Site, value: Tensor, read: Tensor | None, gradient: Tensor) -> None:
         with torch.no_grad():
-            gradient = gradient if self.scale == 1.0 else gradient * self.scale
             if site.port.startswith("output*grad"):
-                self.see(site, value * gradient)
-            else:
-                self.see(site, gradient if read is None else (read, value, gradient))
+                self.see(site, self._product(value, gradient))
+                return
+            gradient = gradient if self.scale == 1.0 else gradient * self.scale
+            self.see(site, gradient if read is None else (read, value, gradient))
 
-    def _mixed(self, sites: Mapping[ExpertLayer, list[Site]], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _mixed(self, sites: Sequence["_InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not self.gate:
             return
-        name, experts = next((layer.mixture, layer.experts) for layer in sites)
-        awaited: dict[ExpertLayer, list[Site]] = {}
+        name, experts = sites[0].mixture, Experts.of(module)
+        assert experts is not None
         with torch.no_grad():
             call = Call.of(experts, name, args, kwargs)
             if module not in self.checked:
                 call.check(name, output)
                 self.checked.add(module)
-            for layer, own in sites.items():
-                self.fired.update(map(str, own))
-                awaited[layer] = [site for site in own if "grad" in site.port]
-                if shown := [site for site in own if site not in awaited[layer]]:
-                    share = call.share(layer.expert)
-                    values = Routed(call.hidden(layer.expert, share), share.tokens, call.tokens)
-                    for site in shown:
-                        self.see(site, values)
-        if any(awaited.values()) and torch.is_grad_enabled():
-            if not output.requires_grad:
-                output.requires_grad_()
-            output.register_hook(partial(self._routed_gradient, awaited, call.kept()))
+            for each in sites:
+                self.fired[str(each.site)] += 1
+                if "grad" not in each.site.port:
+                    self.see(each.site, each.values(call))
+        awaited = [each for each in sites if "grad" in each.site.port]
+        if awaited and torch.is_grad_enabled():
+            on_gradient(output, partial(self._routed_gradient, awaited, call.kept()))
 
-    def _routed_gradient(self, sites: Mapping[ExpertLayer, list[Site]], call: Call, gradient: Tensor) -> None:
+    def _routed_gradient(self, sites: Sequence["_InMixture"], call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
-            for layer, own in sites.items():
-                share = call.share(layer.expert)
-                slope = call.slopes(layer.expert, share, gradient) * share.weights * self.scale
-                for site in own:  # the units are made again: keeping those of every layer would take more than the model's own
-                    times = call.hidden(layer.expert, share) if site.port.startswith("output*grad") else 1
-                    self.see(site, Routed(times * slope, share.tokens, call.tokens))
+            for each in sites:  # the units are made again: keeping those of every layer would take more than the model's own
+                self.see(each.site, each.slopes(call, gradient * self.scale))
+
+
+class _InMixture(NamedTuple):
+    """A site inside a module of experts: an expert's units, or, without a layer, whole experts."""
+
+    site: Site
+    layer: ExpertLayer | None
+    member: Member | None = None
+
+    @property
+    def mixture(self) -> str:
+        return self.site.layer.title if self.layer is None else self.layer.mixture
+
+    def values(self, call: Call) -> Routed | UnitValues:
+        """The units, of a group times the router's weight; of whole experts which tokens they get."""
+        if self.layer is None:
+            return UnitValues(None, call.assigned())
+        share = call.share(self.layer.expert)
+        units = call.hidden(self.layer.expert, share)
+        if self.member is None:
+            return Routed(units, share.tokens, call.tokens)
+        return UnitValues(self.member, Routed(units * share.weights, share.tokens, call.tokens))
+
+    def slopes(self, call: Call, gradient: Tensor) -> Routed | UnitValues:
+        """Gradients of the units or, where the port asks for it, their products with the units."""
+        if self.layer is None:
+            return UnitValues(None, call.whole(gradient))
+        share = call.share(self.layer.expert)
+        slope = call.slopes(self.layer.expert, share, gradient) * share.weights
+        if self.site.port.startswith("made"):
+            values = call.made(self.layer.expert, share, slope)
+        else:
+            values = call.hidden(self.layer.expert, share) * slope if self.site.port.startswith("output*grad") else slope
+        routed = Routed(values, share.tokens, call.tokens)
+        return routed if self.member is None else UnitValues(self.member, routed)
+
+
+def on_gradient(tensor: Tensor, see: Callable[[Tensor], None]) -> None:
+    """Calls ``see(gradient)`` in the backward pass; where the graph begins at the tensor, it is made to take a gradient."""
+    if not tensor.requires_grad:
+        tensor.requires_grad_()
+    tensor.register_hook(see)
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class Layer:
     start: Tensor | None = None
 
     @property
+    def title(self) -> str:
+        """The name in tables."""
+        return self.name
+
+    @property
     def tensor(self) -> Tensor | None:
         """The weight as it is stored, detached; None where no unit has weights of its own (a ReLU, a norm, a block)."""
         weighs = isinstance(self.module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or _is_hf_conv1d(self.module)
@@ -116,9 +121,14 @@ class Layer:
             x = maps.transpose(1, 2)  # windows or frames folded into the batch: more positions of their sample
         return Rows(x.reshape(samples, -1, x.shape[-1]).transpose(1, 2), grid=tuple(x.shape[1:-1]))
 
+    @property
+    def places_units_second(self) -> bool:
+        """Whether the module's type alone puts units on axis 1: convolutions and their norms."""
+        return isinstance(self.module, _CHANNELS_SECOND)
+
     def channels_second(self, tensor: Tensor) -> bool:
         """Whether units lie on axis 1. The module's type decides where it can, then the number of axes."""
-        if isinstance(self.module, _CHANNELS_SECOND):
+        if self.places_units_second:
             return True
         return tensor.ndim >= 4 and not isinstance(self.module, (nn.Linear, nn.LayerNorm)) and not _is_hf_conv1d(self.module)
 

@@ -8,15 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from nodelens.engine.members import of_groups_only
 from nodelens.messages import nearest
 from nodelens.metrics import get_metric, list_metrics
+from nodelens.metrics.need import Units
 from nodelens.network.groups import GroupSlice, PruningGroup, identity
 from nodelens.network.layers import Layer
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.selection import Mode, select
-from nodelens.pruning.criteria.baselines import baseline
-from nodelens.pruning.criteria.baselines import names as baseline_names
-from nodelens.pruning.criteria.baselines.base import Found
 
 from .removal_plan import check_removal
 
@@ -87,11 +86,12 @@ class PruningStrategy:
         """The score of each unit, (units,), high means keep. Tensors and errors as in ``prune``."""
         layer = layer if isinstance(layer, Layer) else Layer(type(layer).__name__, layer)
         if self.name in _OF_WEIGHTS:
-            group = PruningGroup(layer.name, "channel", len(layer.weight), (_producer(layer),))  # type: ignore[arg-type]
-            return baseline(self.name, **self.options)(group, Found(layer.module, self.config.seed, {}))
+            weight: Any = layer.weight
+            units = Units(layer.name, len(weight), self.config.seed)
+            return get_metric(self.name, **self.options)(units if self.name == "random" else weight)
         if self.name in _OF_TENSORS:
             return _OF_TENSORS[self.name](layer, tensors)
-        if self.name in baseline_names():
+        if self.name not in (ALIGNMENT, *_OF_TENSORS) and of_groups_only(get_metric(self.name)):
             raise ValueError(f"{self.name} reads what consumes the units, which a layer alone does not tell: use nl.prune")
         name, options = self.name, dict(self.options)
         if name == ALIGNMENT:
@@ -130,15 +130,15 @@ def get_pruning_strategy(name: str, config: PruningConfig | None = None, **optio
     known = list_pruning_strategies()
     if name not in known and name not in list_metrics():
         raise ValueError(f"no pruning strategy is called {name!r}.{nearest(name, known)} list_pruning_strategies() names all")
-    if name in baseline_names():
-        baseline(name, **options)
+    if name != ALIGNMENT:
+        get_metric(name, **options)
     return PruningStrategy(name, config or PruningConfig(), options)
 
 
 def list_pruning_strategies() -> list[str]:
-    """Names of the published criteria, of ``alignment``, and of every unit metric."""
+    """``alignment`` and the name of every metric that has a value per unit."""
     metrics = [name for name in list_metrics() if get_metric(name).shape == "unit"]
-    return sorted({*baseline_names(), ALIGNMENT, *metrics})
+    return sorted({ALIGNMENT, *metrics})
 
 
 def _producer(layer: Layer) -> GroupSlice:
@@ -178,7 +178,7 @@ def _needed(tensors: dict[str, Tensor], name: str, *wanted: str) -> list[Tensor]
 
 def _taylor(layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
     outputs, gradients = _needed(tensors, "taylor", "outputs", "gradients")
-    return get_metric("taylor", mode="sq_mean").compute(outputs=outputs, gradients=gradients)
+    return get_metric("taylor").compute(outputs=outputs, gradients=gradients)
 
 
 def _loss_proxy(layer: Layer, tensors: dict[str, Tensor]) -> Tensor:

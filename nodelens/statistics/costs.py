@@ -3,10 +3,12 @@
 from .base import Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
 from .gram import Cross, Gram
+from .map_ranks import MapIndependence, MapRanks
 from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
 from .norms import Directions, NormedGram
 from .pair import Cosines, NormedPair, Pair
 from .patches import PatchesByClass
+from .position_power import PositionPower
 from .quantiles import BINS, Quantiles
 from .sample import ROWS, Sample
 from .weight_sums import WeightSums
@@ -31,7 +33,7 @@ def adapt(value: Statistic, asked: type[Statistic]) -> Statistic:
     return value.moments if asked is Moments and isinstance(value, Gram) else value
 
 
-def numbers(statistic: type[Statistic], width: int, beside: int, classes: int, groups: int = 1) -> int:
+def numbers(statistic: type[Statistic], width: int, beside: int, classes: int, groups: int = 1, positions: int = 1) -> int:
     """How many numbers of 8 bytes a statistic holds, for rows of a width with columns beside them.
 
     Exact, but for classes that do not occur, the highest at the end, and a sample of fewer rows than it has room for: then it
@@ -58,5 +60,8 @@ def numbers(statistic: type[Statistic], width: int, beside: int, classes: int, g
         ClassCross: k * (2 * d + 2 * (t - 1) + d * (t - 1) + 1) + d + t - 1,
         Sample: ROWS * (d + t + 1) + 1,
         WeightSums: 2 * d * t + groups * t + 1,
+        PositionPower: (d + 1) * positions,
+        MapRanks: d + 1,
+        MapIndependence: d + 1,
     }
     return sizes.get(statistic, 3 * d + 1)  # moments, of rows or of patches

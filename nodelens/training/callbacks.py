@@ -11,7 +11,9 @@ from nodelens.engine.analyze import analyze, finish
 from nodelens.engine.collect import Pass
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.dry_run import DryRun
+from nodelens.engine.members import of_groups_only
 from nodelens.engine.plan import Plan
+from nodelens.engine.several_passes import check_bytes
 from nodelens.engine.validation import in_bytes
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import Metric
@@ -140,6 +142,8 @@ class Measure(Callback):
 
     def _open(self, module: LightningModule, batch: Batch) -> None:
         net: Any = module.net
+        if alone := [name for name, metric in self.metrics.items() if of_groups_only(metric)]:
+            raise ValueError(f"metric {alone[0]!r} is measured in a pass of its own: take on=probe, or leave it out")
         layers = find_layers(net, self.layers, self.start)
         self.plan = Plan.of(
             net,
@@ -153,7 +157,7 @@ class Measure(Callback):
             self.pairs,
             covariance=CovariancePolicy.of(self.covariance, self.width, self.seed),
         )
-        self.plan.check(in_bytes(self.budget))
+        check_bytes(self.plan, in_bytes(self.budget))
         self.taken = Pass(self.plan, self.seed)
         root = Site(Layer("", net), "output")
         self.capture = Capture([*self.plan.sites(), root], self._see, self.plan.overwritten).open()

@@ -13,7 +13,6 @@ from nodelens.app.checks import check
 from nodelens.app.config import CONF, TASKS, build, resolved
 from nodelens.engine.validation import in_bytes
 from nodelens.metrics import METRICS, get_metric
-from nodelens.pruning.criteria.baselines import names as baseline_names
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("dataset", "model", "metrics", "trainer", "logger", "callbacks", "criterion", "experiment", "pruning", "paths")
@@ -106,7 +105,7 @@ def test_there_is_a_file_for_every_metric_and_a_criterion_for_every_metric_of_un
     assert not SETS & set(nl.list_metrics()), "a set that is called like a metric would hide it"
     assert set(options("metrics")) == {*nl.list_metrics(), *SETS}
     of_units = {name for name in nl.list_metrics() if get_metric(name).shape == "unit"}
-    assert set(options("criterion")) == of_units | set(baseline_names()) | {"composite"}
+    assert set(options("criterion")) == of_units | {"composite"}
 
 
 def test_every_metric_can_be_chosen_at_once():
@@ -126,7 +125,7 @@ def test_a_criterion_file_reads_its_metric_and_says_which_way(name):
         terms = terms.get("terms", terms)
         assert set(terms) == {name}
         assert abs(terms[name]) == 1
-        metric = name if name in baseline_names() else get_metric(name).names[0]
+        metric = get_metric(name).names[0]
         alike = "similarity" in metric or "redundancy" in metric
         assert terms[name] == (-1 if alike or "zero_fraction" in name else 1)
 

@@ -6,10 +6,11 @@ from nets import Mixed, Tokens, batches, build, images
 from torch import nn
 
 import nodelens as nl
-from nodelens.engine.analyze import DEFAULT, as_metrics, finish, run_pass
+from nodelens.engine.analyze import DEFAULT, finish, run_pass
 from nodelens.engine.collect import Pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
+from nodelens.engine.request import as_metrics
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import edit
@@ -109,7 +110,7 @@ def test_pairs_too_wide_for_groups_leave_the_errors_of_the_rest():
     assert found.units[["rq", "rq_se", "redundancy", "synergy_gaussian_mmi"]].notna().all(axis=None)
     assert found.units[["redundancy_se", "synergy_gaussian_mmi_se"]].isna().all(axis=None)
     reasons = {m["column"]: m["reason"] for m in found.metadata["missing"]}
-    assert reasons["redundancy_se"] == "pair sums wider than 1024 are kept once, not once a group"
+    assert reasons["redundancy_se"] == "pair sums wider than 1024 are kept once, not once per group of samples"
 
 
 def test_the_plan_tells_its_bytes_and_stands_by_them():

@@ -5,13 +5,14 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from published import OF_LAYERS
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nodelens as nl
-from nodelens.metrics import METRICS, get_metric
+from nodelens.metrics import get_metric
 
 V, EOS, LENGTHS = 13, 12, 2 * (9, 5, 14, 7, 3, 9, 8, 5, 11, 4, 9, 14)
-NAMES = [name for metric in METRICS for name in (metric.names[0], *metric.presets)]
+NAMES = OF_LAYERS
 FEW = {"novelty_k": 3}  # of all directions of a space two bases never differ: a value of roundings alone
 TAKEN = {
     name: get_metric(name, **FEW) if "novelty_k" in metric.options else metric

@@ -32,11 +32,11 @@ def measured(metrics, size=50, data=None, **options):
 @pytest.fixture(scope="module")
 def controlled():
     metrics = {
-        "mi": get_metric("mi", target="given", control=99),
-        "class_mi": get_metric("class_mi", control=99),
-        "synergy": get_metric("synergy", target="given", control=99),
-        "binned": get_metric("mi_binning", target="given", control=99),
-        "pairs": get_metric("synergy", target="given", control=99, reduce="none"),
+        "mi": get_metric("mi", target="given", permutations=99),
+        "class_mi": get_metric("class_mi", permutations=99),
+        "synergy": get_metric("synergy", target="given", permutations=99),
+        "binned": get_metric("mi_binning", target="given", permutations=99),
+        "pairs": get_metric("synergy", target="given", permutations=99, reduce="none"),
     }
     return metrics, measured(metrics)
 

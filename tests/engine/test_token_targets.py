@@ -197,10 +197,10 @@ def first_logit(logits, labels):
 @pytest.mark.parametrize("positions", [None, 3])
 def test_neither_batches_nor_padding_change_a_value_an_error_or_a_control(size, side, positions):
     metrics = {
-        "mi": get_metric("mi", control=9),
+        "mi": get_metric("mi", permutations=9),
         "synergy": get_metric("synergy"),
         "binned": get_metric("mi_binning", target="given"),
-        "class": get_metric("class_mi", control=9),
+        "class": get_metric("class_mi", permutations=9),
         "redundancy": get_metric("redundancy"),
         "cka": get_metric("linear_cka"),
     }
@@ -266,15 +266,15 @@ def test_labels_and_targets_of_whole_texts_go_with_means_over_their_tokens():
 
 
 def test_rows_that_wait_are_gone_when_a_batch_ends():
-    batch = padded(texts())[0]
-    batch = Batch.of(batch, 8).sorted()
+    given = padded(texts())[0]
+    batch = Batch.of(given, 8).sorted()
     net = Toy()
     layers = find_layers(net, "hidden")
     taken = Pass(Plan.of(net, layers, {"mi": get_metric("mi")}, DryRun.of(net, layers, batch)))
     taken.begin(batch)
     (site,) = taken.collectors
     with torch.no_grad():
-        taken.see(site, net.hidden(net.embed(batch["input_ids"])))
+        taken.see(site, net.hidden(net.embed(given["input_ids"])))
         assert taken.waiting[site].held
         taken.end(batch.run(net))
     assert not taken.waiting[site].held
@@ -282,13 +282,13 @@ def test_rows_that_wait_are_gone_when_a_batch_ends():
 
 def test_a_gradient_reaches_units_that_are_overwritten_behind_an_embedding():
     net, words = Toy(), texts()
-    found = nl.analyze(net, padded(words), ["taylor", "mi"], "hidden").units
+    found = nl.analyze(net, padded(words), ["taylor_saliency", "mi"], "hidden").units
     q = []
     for word in words:
         h = net.hidden(net.embed(word)).detach().requires_grad_()
         loss = nn.functional.cross_entropy(net.head(h)[:-1], _labels(word)[1:], ignore_index=IGNORE, reduction="sum")
         q.append(h.detach() * torch.autograd.grad(loss, h)[0])
-    assert_close(torch.tensor(found["taylor"].to_numpy()), torch.cat(q).abs().mean(0), rtol=1e-9, atol=1e-12)
+    assert_close(torch.tensor(found["taylor_saliency"].to_numpy()), torch.cat(q).abs().mean(0), rtol=1e-9, atol=1e-12)
     assert all(p.grad is None for p in net.parameters())
 
 

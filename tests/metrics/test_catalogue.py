@@ -27,7 +27,7 @@ def test_every_name_stands_in_it_once_a_metric_an_entry():
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.names[0])
 def test_an_entry_says_what_a_reader_needs(metric):
     entry = entry_of(metric.names[-1])
-    for key in ("formula", "per", "unit", "NaN", "source", *(["options"] if get_metric(metric.names[0]).options else [])):
+    for key in ("formula", "one value per", "unit", "NaN", "source", *(["options"] if get_metric(metric.names[0]).options else [])):
         assert f"\n- {key}: " in entry, f"{metric.__name__} says no {key}"
     assert all(f"`{option}: " in entry for option in metric().options)
     assert "- reads: " in entry

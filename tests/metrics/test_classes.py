@@ -230,8 +230,8 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
         ("class_mi", {"method": "binning"}),
         ("synergy_gaussian_mmi", {"covariance": "pooled"}),
     ):
-        metric, plain = get_metric(name, control=5, **options), get_metric(name, **options)
-        assert set(metric.needs()) == {*plain.needs(), "control"}
+        metric, plain = get_metric(name, permutations=5, **options), get_metric(name, **options)
+        assert set(metric.needs()) == {*plain.needs(), "permutations"}
         near(metric.compute(**t), plain.compute(**t))
 
 
@@ -241,7 +241,7 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
         (lambda: get_metric("class_mi", method="bins"), "method is 'bins'; it takes 'gaussian', 'pooled', 'binning'"),
         (lambda: get_metric("class_mi", method="binning", bias="gaussian"), "bias: gaussian is of the Gaussian methods"),
         (lambda: get_metric("class_mi", bins=0), "bins is 0; it is a whole number, 2 or more"),
-        (lambda: get_metric("synergy_gaussian_mmi", control=1.5), "control is 1.5; it is the number of permuted copies"),
+        (lambda: get_metric("synergy_gaussian_mmi", permutations=1.5), "permutations is 1.5; it is the number of permuted copies"),
         (lambda: get_metric("synergy_gaussian_mmi").compute(outputs=torch.ones(3, 2)), "target 'label' needs labels"),
     ],
     ids=label,

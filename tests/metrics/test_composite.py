@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.app.config import build
-from nodelens.engine.analyze import describe
+from nodelens.engine.request import describe
 from nodelens.metrics import get_metric
 from nodelens.metrics.composite import _SCALES, CompositeImportance
 from nodelens.results.files import plain

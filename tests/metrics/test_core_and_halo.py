@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nodelens as nl
+from nodelens.metrics import get_metric
 from nodelens.metrics.core_and_halo import (
     concentration,
     concentration_curve,
@@ -23,11 +24,9 @@ from nodelens.metrics.core_and_halo import (
     redundancy_to_core,
     share_of,
 )
+from nodelens.metrics.supernode_scores import ScarProt
 from nodelens.network.batch import Batch
-from nodelens.network.targets import summed_loss
-from nodelens.pruning.criteria.baselines import baseline
-from nodelens.pruning.criteria.baselines.base import Found
-from nodelens.pruning.criteria.baselines.passes import collect
+from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.find import find_groups
 
 
@@ -37,10 +36,15 @@ def document(name):
 
 def scored(net, axis, data, **options):
     """The parts of a scar score on one axis, and its two scores."""
-    criteria = [baseline(name, **options) for name in ("scar_prot", "scar_conn")]
-    needs = [need for criterion in criteria for need in criterion.sums()]
-    found = Found(net, 0, collect(net, [axis], needs, data, 0, summed_loss, iter))
-    return criteria[0].parts(axis, found), [criterion(axis, found) for criterion in criteria]
+    kept = {}
+
+    class Kept(ScarProt):
+        def __call__(self, weight, q):
+            kept.update(self.parts(weight, q))
+            return super().__call__(weight, q)
+
+    table = score_table(net, [axis], {"prot": Kept(**options), "conn": get_metric("scar_conn", **options)}, data)
+    return kept, [torch.tensor(table[name].to_numpy()) for name in table]
 
 
 @pytest.mark.parametrize("size", [1, 3])

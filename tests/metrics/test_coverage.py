@@ -22,7 +22,7 @@ METRICS = {
     "redundancy": get_metric("redundancy"),
     "synergy": get_metric("synergy", target="given"),
     "class_mi": get_metric("class_mi"),
-    "taylor": get_metric("taylor"),
+    "taylor_saliency": get_metric("taylor_saliency"),
 }
 
 
@@ -60,7 +60,7 @@ def truth():
         "redundancy": pairs.sum(1) / 2,
         "synergy": synergy.sum(1) / 2,
         "class_mi": 0.5 * (variance / within.diagonal()).log(),
-        "taylor": folded * SLOPE.abs(),
+        "taylor_saliency": folded * SLOPE.abs(),
     }
 
 

@@ -11,22 +11,23 @@ from torch import nn
 from torch.testing import assert_close
 
 import nodelens as nl
-from nodelens.metrics import get_metric
+from nodelens.metrics import Need, get_metric
 from nodelens.metrics.gradient import (
-    ActivationPower,
     Curvature,
-    Fisher,
+    FisherInformation,
     GradientAlignment,
-    LossProxy,
     LossProxyFactored,
+    ScarActivationPower,
+    ScarLossProxy,
     ScarTaylor,
-    Taylor,
+    TaylorSaliency,
 )
 from nodelens.statistics import Moments, Sizes
 from nodelens.statistics.weight_sums import WeightSums
 
-REMOVALS = [Taylor(), Taylor(mode="mean_abs"), Taylor(mode="sq_mean"), Fisher(), ScarTaylor(), LossProxy()]
-SCORES = [*REMOVALS, ActivationPower(), Curvature(), LossProxyFactored()]
+SIGNED = [TaylorSaliency(mode="mean_abs"), TaylorSaliency(mode="sq_mean")]
+REMOVALS = [TaylorSaliency(), *SIGNED, FisherInformation(), ScarTaylor(), ScarLossProxy()]
+SCORES = [*REMOVALS, ScarActivationPower(), Curvature(), LossProxyFactored()]
 named = {"ids": lambda m: m.names[0]}
 
 
@@ -44,7 +45,7 @@ def test_golden_saliencies_agree(name):
     doc = json.loads((folder("NODELENS_GOLDEN") / f"{name}.json").read_text())
     arrays = {k: torch.as_tensor(np.array(doc["inputs"][k])) for k in ("outputs", "gradients")}
     for case, options in doc["options"].items():
-        value = get_metric("taylor", **options).compute(**arrays)
+        value = get_metric("taylor_saliency", **options).compute(**arrays)
         assert_close(value, torch.tensor(doc["expected"][case], dtype=torch.float64), **doc["tolerance"], msg=case)
 
 
@@ -100,26 +101,28 @@ def test_a_linear_loss_of_gaussian_units():
     t = {"outputs": gaussian().expand(-1, 3), "gradients": w.expand(200_000, 3)}
     mean_size = math.sqrt(2 / math.pi) * w.abs()
     for name, expected in {
-        "taylor": mean_size,
+        "taylor_saliency": mean_size,
+        "taylor": w**2,
+        "loss_proxy": w**2 / 2,
         "scar_taylor": mean_size,
-        "fisher": w**2,
+        "fisher_information": w**2,
         "lp": w**2 / 2,
         "scar_loss_proxy_factored": w**2 / 2,
         "scar_activation_power": torch.ones_like(w),
     }.items():
         assert_close(get_metric(name).compute(**t), expected, rtol=1e-4, atol=0, msg=name)
     assert_close(Curvature()(None, Moments.of(t["gradients"])), w**2)
-    assert get_metric("taylor", mode="mean_abs").compute(**t).abs().max() < 1e-9
+    assert get_metric("taylor_saliency", mode="mean_abs").compute(**t).abs().max() < 1e-9
 
 
 def test_of_a_map_the_sum_is_what_its_removal_changes():
     """A loss sum of a_i u_i over a map changes by sum a_i u_i when the map is set to 0."""
     u, a = normal(6, 3, 4, 5), normal(6, 3, 4, 5, seed=1)
     change = (u * a).sum((2, 3)).abs().mean(0)
-    assert_close(Taylor().compute(outputs=u, gradients=a), change)
+    assert_close(TaylorSaliency().compute(outputs=u, gradients=a), change)
     assert_close(ScarTaylor().compute(outputs=u, gradients=a), change)
-    assert_close(LossProxy().compute(outputs=u, gradients=a), 0.5 * (u * a).sum((2, 3)).square().mean(0))
-    for metric in (Taylor(spatial="per_position"), ScarTaylor(spatial="per_position")):
+    assert_close(ScarLossProxy().compute(outputs=u, gradients=a), 0.5 * (u * a).sum((2, 3)).square().mean(0))
+    for metric in (TaylorSaliency(spatial="per_position"), ScarTaylor(spatial="per_position")):
         assert_close(metric.compute(outputs=u, gradients=a), (u * a).abs().mean((0, 2, 3)))
 
 
@@ -133,14 +136,14 @@ def test_opposite_pulls_on_equal_places_cancel(metric):
 @pytest.mark.parametrize(
     ("metric", "power"),
     [
-        (Taylor(), 1),
-        (Taylor(mode="sq_mean"), 2),
-        (Fisher(), 2),
+        (TaylorSaliency(), 1),
+        (TaylorSaliency(mode="sq_mean"), 2),
+        (FisherInformation(), 2),
         (ScarTaylor(), 1),
         (Curvature(), 2),
-        (LossProxy(), 2),
+        (ScarLossProxy(), 2),
         (LossProxyFactored(), 2),
-        (ActivationPower(), 0),
+        (ScarActivationPower(), 0),
     ],
     ids=lambda m: m.names[0] if hasattr(m, "names") else str(m),
 )
@@ -153,17 +156,17 @@ def test_a_doubled_loss(metric, power):
 def test_the_proxy_factors_where_power_and_curvature_do_not_correlate():
     u, g = torch.meshgrid(normal(20), normal(15, seed=1), indexing="ij")
     t = {"outputs": u.reshape(-1, 1), "gradients": g.reshape(-1, 1)}
-    assert_close(LossProxy().compute(**t), LossProxyFactored().compute(**t))
-    assert_close(LossProxyFactored().compute(**t), 0.5 * ActivationPower().compute(**t) * Curvature().compute(**t))
+    assert_close(ScarLossProxy().compute(**t), LossProxyFactored().compute(**t))
+    assert_close(LossProxyFactored().compute(**t), 0.5 * ScarActivationPower().compute(**t) * Curvature().compute(**t))
 
 
 def test_the_fisher_information_of_a_mask_is_twice_the_proxy():
     t = {"outputs": normal(30, 4), "gradients": normal(30, 4, seed=1)}
-    assert_close(Fisher().compute(**t), 2 * LossProxy().compute(**t))
-    assert_close(Fisher().compute(**t), Taylor(mode="sq_mean").compute(**t))
+    assert_close(FisherInformation().compute(**t), 2 * ScarLossProxy().compute(**t))
+    assert_close(FisherInformation().compute(**t), TaylorSaliency(mode="sq_mean").compute(**t))
     mask = torch.ones(30, 4, dtype=torch.float64, requires_grad=True)
     ((t["outputs"] * mask) * t["gradients"]).sum().backward()
-    assert_close(Fisher().compute(**t), mask.grad.square().mean(0))
+    assert_close(FisherInformation().compute(**t), mask.grad.square().mean(0))
 
 
 @pytest.mark.parametrize("metric", SCORES, **named)
@@ -200,15 +203,15 @@ def test_a_single_row_of_a_single_unit(metric):
         ({"loss_reduction": "mean"}, "output*grad/tokens", "whole"),
     ],
 )
-@pytest.mark.parametrize("metric", [Taylor, Fisher, ScarTaylor, LossProxy])
+@pytest.mark.parametrize("metric", [TaylorSaliency, FisherInformation, ScarTaylor, ScarLossProxy])
 def test_options_say_which_rows_are_wanted(metric, options, port, view):
     (need,) = metric(**options).needs().values()
     assert (need.port, need.view) == (port, view)
 
 
 def test_power_and_curvature_take_every_position():
-    assert ActivationPower().needs()["u"] == (Moments, "output", "positions", None)
-    assert Curvature().needs()["g"] == (Moments, "grad", "positions", None)
+    assert ScarActivationPower().needs()["u"] == Need(Moments, "output")
+    assert Curvature().needs()["g"] == Need(Moments, "grad")
     assert Curvature(loss_reduction="mean").needs()["g"].port == "grad/tokens"
     assert LossProxyFactored(loss_reduction="mean").needs()["g"].port == "grad/tokens"
 
@@ -217,13 +220,13 @@ def test_of_texts_a_token_is_a_row_and_a_mean_loss_weighs_it_less():
     """Texts of equal length T + 1: a mean loss has gradients 1/T as large."""
     t = {"outputs": normal(5, 8, 3), "gradients": normal(5, 8, 3, seed=1)}  # (texts, tokens, units)
     q = t["outputs"] * t["gradients"]
-    assert_close(LossProxy().compute(**t), 0.5 * q.square().mean((0, 1)))
-    assert_close(LossProxy().compute(**t), 7**2 * LossProxy(loss_reduction="mean").compute(**t))
+    assert_close(ScarLossProxy().compute(**t), 0.5 * q.square().mean((0, 1)))
+    assert_close(ScarLossProxy().compute(**t), 7**2 * ScarLossProxy(loss_reduction="mean").compute(**t))
     assert_close(LossProxyFactored().compute(**t), 7**2 * LossProxyFactored(loss_reduction="mean").compute(**t))
     assert_close(ScarTaylor().compute(**t), 7 * ScarTaylor(loss_reduction="mean").compute(**t))
-    assert_close(Fisher(tokens="per_sequence").compute(**t), q.sum(1).square().mean(0))
+    assert_close(FisherInformation(tokens="per_sequence").compute(**t), q.sum(1).square().mean(0))
     one = {k: v[:1] for k, v in t.items()}
-    assert_close(LossProxy().compute(**one), 0.5 * q[0].square().mean(0))
+    assert_close(ScarLossProxy().compute(**one), 0.5 * q[0].square().mean(0))
 
 
 def test_rows_alone_and_rows_added_up_are_two_things():
@@ -233,7 +236,7 @@ def test_rows_alone_and_rows_added_up_are_two_things():
 
 def test_parts_add_up_to_the_same_score():
     q = normal(30, 4)
-    for metric in (Fisher(), LossProxy()):
+    for metric in (FisherInformation(), ScarLossProxy()):
         assert_close(metric(None, q=Moments.of(q[:7]) + Moments.of(q[7:])), metric(None, q=Moments.of(q)))
     assert_close(ScarTaylor()(None, q=Sizes.of(q[:7]) + Sizes.of(q[7:])), ScarTaylor()(None, q=Sizes.of(q)))
 
@@ -347,7 +350,7 @@ def test_the_output_is_no_local_signal():
         GradientAlignment(local_signal="output")
 
 
-@pytest.mark.parametrize("alias", ["loss_proxy", "lp", "scar_loss_proxy"])
+@pytest.mark.parametrize("alias", ["lp", "scar_loss_proxy"])
 def test_names(alias):
-    assert type(get_metric(alias)) is LossProxy
-    assert type(get_metric("fisher_information")) is type(get_metric("fisher")) is Fisher
+    assert type(get_metric(alias)) is ScarLossProxy
+    assert type(get_metric("fisher_information")) is FisherInformation

@@ -385,9 +385,9 @@ def test_bias_of_several_columns_and_within():
 def test_a_control_asks_for_the_samples_and_changes_no_value():
     t = everything()
     for name in (*PAIRS[1:], "mi", "mi_1", "cond_mi", "conditional_mutual_information"):
-        metric, plain = get_metric(name, control=5), get_metric(name)
-        assert set(metric.needs()) == {*plain.needs(), "control"}
-        assert metric.needs()["control"].target == next(need.target for need in metric.needs().values() if need.target)
+        metric, plain = get_metric(name, permutations=5), get_metric(name)
+        assert set(metric.needs()) == {*plain.needs(), "permutations"}
+        assert metric.needs()["permutations"].target == next(need.target for need in metric.needs().values() if need.target)
         near(metric.compute(**t), plain.compute(**t))
 
 
@@ -405,10 +405,10 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
         (lambda: get_metric("cond_mi", target="logit_pc1"), "target is 'logit_pc1'; it takes logit_margin"),
         (lambda: get_metric("conditional_mutual_information", target="logits"), "target is 'logits'; it takes"),
         (lambda: get_metric("conditional_mutual_information", condition="x"), "condition: target is 'x'; it takes"),
-        (lambda: get_metric("mi", control=-1), "control is -1; it is the number of permuted copies"),
+        (lambda: get_metric("mi", permutations=-1), "permutations is -1; it is the number of permuted copies"),
         (
-            lambda: get_metric("mi", control=5, reference="input_pc1"),
-            "control permutes a target, and reference: input_pc1 has none",
+            lambda: get_metric("mi", permutations=5, reference="input_pc1"),
+            "permutations shuffle a target, reference: input_pc1 has none",
         ),
         (lambda: get_metric("mi_1", bins=1), "bins is 1; it is a whole number, 2 or more"),
         (lambda: get_metric("ixy", noise="p50"), "noise is 'p50'; it is mean, median, p75, p90, or a number above 0"),

@@ -144,11 +144,11 @@ def test_scaled_rows_scale_the_answer(name, power):
 
 
 @pytest.mark.parametrize(
-    "name", ["taylor", "fisher", "scar_taylor", "scar_curvature", "scar_loss_proxy", "scar_loss_proxy_factored"]
+    "name", ["taylor", "fisher_information", "scar_taylor", "scar_curvature", "scar_loss_proxy", "scar_loss_proxy_factored"]
 )
 def test_a_loss_doubled_doubles_a_slope_and_quadruples_its_squares(name):
     metric, t = get_metric(name), everything()
-    power = 1 if "taylor" in name else 2
+    power = 1 if name in ("taylor_saliency", "scar_taylor") else 2
     doubled = metric.compute(**t | {"gradients": 2 * t["gradients"]})
     assert_close(doubled, 2**power * metric.compute(**t), rtol=1e-12, atol=0)
 
@@ -172,7 +172,7 @@ def test_the_docstring_says_what_a_reader_needs(metric):
     [
         (lambda: get_metric("synergi"), "no metric is called 'synergi'; did you mean 'synergy'"),
         (lambda: get_metric("rq", relativ=False), "rq has no option 'relativ'; did you mean 'relative'"),
-        (lambda: get_metric("taylor", mode="max"), "mode is 'max'; it takes 'abs_mean', 'mean_abs', 'sq_mean'"),
+        (lambda: get_metric("taylor_saliency", mode="max"), "mode is 'max'; it takes 'abs_mean', 'mean_abs', 'sq_mean'"),
         (lambda: get_metric("rq").compute(inputs=torch.ones(3, 2)), "needs weights="),
         (lambda: get_metric("rq", regularization=-1.0).compute(**everything()), "regularization is -1.0; .* 0 or more"),
         (lambda: get_metric("taylor").compute(outputs=torch.ones(3, 2)), "needs gradients="),

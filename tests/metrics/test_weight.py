@@ -8,20 +8,10 @@ from real import folder
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric, weight
-from nodelens.metrics.weight import (
-    GeometricMedian,
-    L1Norm,
-    L2Norm,
-    NormScale,
-    NuclearNorm,
-    Sparsity,
-    SpectralGap,
-    SpectralNormRatio,
-    WeightCosine,
-    WeightMagnitude,
-)
+from nodelens.metrics.weight import GeometricMedian, Magnitude, NormScale, WeightCosine
+from nodelens.metrics.weight_norms import L1Norm, L2Norm, NuclearNorm, Sparsity, SpectralGap, SpectralNormRatio
 
-OF_UNITS = [WeightMagnitude(), WeightMagnitude(p=1), GeometricMedian(), WeightCosine()]
+OF_UNITS = [Magnitude(p=2), Magnitude(), GeometricMedian(), WeightCosine()]
 OF_LAYERS = [L1Norm(), L2Norm(), NuclearNorm(), Sparsity(eps=0.3), SpectralGap(), SpectralNormRatio()]
 named = {"ids": lambda m: m.names[0]}
 
@@ -68,7 +58,7 @@ def test_a_layer_does_not_see_the_order_of_its_units(metric):
 @pytest.mark.parametrize(
     ("metric", "power"),
     [
-        (WeightMagnitude(), 1),
+        (Magnitude(), 1),
         (GeometricMedian(), 1),
         (WeightCosine(), 0),
         (L1Norm(), 1),
@@ -186,7 +176,7 @@ def test_sparsity_wants_a_size_above_zero(eps):
         ("network_slimming", NormScale),
         ("fpgm", GeometricMedian),
         ("cosine_similarity", WeightCosine),
-        ("magnitude", WeightMagnitude),
+        ("magnitude", Magnitude),
         ("spectral_gap", SpectralGap),
         ("spectral_norm_ratio", SpectralNormRatio),
     ],

@@ -11,11 +11,11 @@ from ids import label
 from torch import nn
 
 import nodelens as nl
+from nodelens.metrics import get_metric
 from nodelens.network.experts import Call, Experts, Routed
 from nodelens.network.find_layers import find_layers
 from nodelens.network.groups import GroupSlice, PruningGroup, identity, offsets, span
 from nodelens.network.hooks import Capture, Site
-from nodelens.pruning.criteria.baselines import baseline, baseline_scores
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.families import family_groups
 from nodelens.pruning.surgery.mask import masked
@@ -113,7 +113,7 @@ def build(name):
 
 
 def apart(axis, rows, biased):
-    path, e = axis.together, axis.cuts[0].entry
+    path, e = axis.together, axis.slices[0].entry
     made = [GroupSlice(f"{path}.made.{e}", "weight", 0, rows, "producer")]
     made += [GroupSlice(f"{path}.made.{e}", "bias", 0, rows, "producer")] if biased else []
     return PruningGroup(axis.name, "moe_ffn", 8, (*made, GroupSlice(f"{path}.down.{e}", "weight", 1, identity(8), "consumer")))
@@ -132,17 +132,17 @@ def texts(lengths, side="right", total=None, seed=0):
 
 
 CRITERIA = {
-    "wanda": baseline("wanda"),
-    "flap": baseline("flap"),
-    "power": baseline("activation_power"),
-    "minitron": baseline("minitron"),
-    "taylor": baseline("taylor"),
-    "size": baseline("taylor", abs=True),
-    "producer": baseline("taylor_producer"),
-    "proxy": baseline("loss_proxy"),
-    "proxy_token": baseline("loss_proxy", unit="token"),
-    "scar_prot": baseline("scar_prot", connectivity_topk=4, halo_fraction=0.5),
-    "scar_conn": baseline("scar_conn", connectivity_topk=4, unit="sequence"),
+    "wanda": get_metric("wanda"),
+    "flap": get_metric("flap"),
+    "power": get_metric("activation_power"),
+    "minitron": get_metric("minitron"),
+    "taylor": get_metric("taylor"),
+    "size": get_metric("taylor", abs=True),
+    "producer": get_metric("taylor_producer"),
+    "proxy": get_metric("loss_proxy"),
+    "proxy_token": get_metric("loss_proxy", unit="token"),
+    "scar_prot": get_metric("scar_prot", connectivity_topk=4, halo_fraction=0.5),
+    "scar_conn": get_metric("scar_conn", connectivity_topk=4, unit="sequence"),
 }
 
 
@@ -161,15 +161,15 @@ def test_criteria_see_what_layers_of_their_own_would_show(name):
     with torch.no_grad():
         torch.testing.assert_close(twin(**batch).logits, model(**batch).logits)
     data = [batch, texts([4, 6], "right" if name in EAGER else "left", seed=1)]
-    close(baseline_scores(model, axes, CRITERIA, data), baseline_scores(twin, same, CRITERIA, data))
+    close(score_table(model, axes, CRITERIA, data), score_table(twin, same, CRITERIA, data))
 
 
 def test_the_mean_loss_of_a_text_is_taken_of_experts_too():
-    chosen = {name: baseline(name, loss_reduction="mean") for name in ("scar_prot", "scar_conn")}
+    chosen = {name: get_metric(name, loss_reduction="mean") for name in ("scar_prot", "scar_conn")}
     for name in ("mixtral", "llama4"):
         model, twin, axes, same = build(name)
-        found, summed = (baseline_scores(model, axes, c, [texts([9, 5])]) for c in (chosen, {k: baseline(k) for k in chosen}))
-        close(found, baseline_scores(twin, same, chosen, [texts([9, 5])]))
+        found, summed = (score_table(model, axes, c, [texts([9, 5])]) for c in (chosen, {k: get_metric(k) for k in chosen}))
+        close(found, score_table(twin, same, chosen, [texts([9, 5])]))
         assert (found.sum() < summed.sum()).all()
 
 
@@ -189,7 +189,7 @@ def test_experts_that_all_get_alike_are_one_wide_ffn():
     batch, chosen = texts([9, 6]), {k: v for k, v in CRITERIA.items() if "scar" not in k}
     with torch.no_grad():
         torch.testing.assert_close(dense(**batch).logits, model(**batch).logits)
-    found, expected = baseline_scores(model, axes, chosen, [batch]), baseline_scores(dense, [wide], chosen, [batch])
+    found, expected = score_table(model, axes, chosen, [batch]), score_table(dense, [wide], chosen, [batch])
     close(found.reset_index(drop=True), expected.reset_index(drop=True))
 
 
@@ -207,7 +207,7 @@ def test_q_is_the_slope_of_the_loss_in_a_gate(name):
     model, _, axes, _ = build(name)
     model, batch, step = copy.deepcopy(model), texts([12], seed=3), 0.02
     axis = axes[5]  # of the last layer: no router, which is differentiated in float32, follows
-    found = baseline_scores(model, [axis], {"size": baseline("taylor", abs=True)}, [batch])["size"].to_numpy()
+    found = score_table(model, [axis], {"size": get_metric("taylor", abs=True)}, [batch])["size"].to_numpy()
     down = axis.by_role("consumer")[0].of(model)
 
     def loss(unit, factor):
@@ -230,15 +230,15 @@ def test_batches_padding_and_the_order_of_experts_do_not_matter(name):
     lengths = [9, 5, 7, 6]
     whole = texts(lengths)
     single = [{k: v[i : i + 1, :n] for k, v in whole.items()} for i, n in enumerate(lengths)]
-    expected = baseline_scores(model, axes, CRITERIA, single)
-    close(baseline_scores(model, axes, CRITERIA, [whole]), expected)
+    expected = score_table(model, axes, CRITERIA, single)
+    close(score_table(model, axes, CRITERIA, [whole]), expected)
     left = {k: torch.stack([row.roll(9 - n) for row, n in zip(v, lengths, strict=True)]) for k, v in whole.items()}
-    close(baseline_scores(model, axes, CRITERIA, [left]), expected)
+    close(score_table(model, axes, CRITERIA, [left]), expected)
     if name == "mixtral":
         other = copy.deepcopy(model)
         for block in other.model.layers:
             block.mlp.gate.forward = functools.partial(swapped, block.mlp.gate.forward)
-        close(baseline_scores(other, axes, CRITERIA, single), expected)
+        close(score_table(other, axes, CRITERIA, single), expected)
 
 
 def swapped(forward, x):
@@ -251,9 +251,9 @@ def test_an_expert_that_gets_nothing_is_worth_nothing():
     model = copy.deepcopy(model)
     model.model.layers[0].mlp.router.bias.data[2] = -1e9
     chosen = {k: v for k, v in CRITERIA.items() if "scar" not in k}
-    found = baseline_scores(model, axes, chosen, [texts([9, 5])])
+    found = score_table(model, axes, chosen, [texts([9, 5])])
     assert (found.loc["model.layers.0.mlp.experts[2]"] == 0).all().all()
-    assert (found.drop("model.layers.0.mlp.experts[2]", level="axis") > 0).any().all()
+    assert (found.drop("model.layers.0.mlp.experts[2]", level="group") > 0).any().all()
     units = nl.analyze(model, [texts([9, 5])], ["activation_rms", "scar_loss_proxy"], "blocks[0].mlp.hidden").units
     assert units.loc["model.layers.0.mlp.experts[2].hidden"].isna().all().all()
     assert units.loc["model.layers.0.mlp.experts[1].hidden", ["activation_rms", "scar_loss_proxy"]].notna().all().all()
@@ -262,8 +262,8 @@ def test_an_expert_that_gets_nothing_is_worth_nothing():
 def test_half_precision_is_close():
     model, _, axes, _ = build("mixtral")
     chosen = {k: v for k, v in CRITERIA.items() if "scar" not in k}
-    found = baseline_scores(copy.deepcopy(model).bfloat16(), axes, chosen, [texts([9, 5])])
-    expected = baseline_scores(model, axes, chosen, [texts([9, 5])])
+    found = score_table(copy.deepcopy(model).bfloat16(), axes, chosen, [texts([9, 5])])
+    expected = score_table(model, axes, chosen, [texts([9, 5])])
     for name in found:
         some = expected[name] > 0
         assert np.corrcoef(np.log(found[name][some] + 1e-30), np.log(expected[name][some]))[0, 1] > 0.9, name
@@ -293,10 +293,10 @@ def test_experts_of_another_formula_are_refused(name):
     axes, data = build("mixtral")[2], [texts([9, 5])]
     words = r"model.layers.1.mlp.experts \(Doubled\) puts out something else than .*off by 1.0e-03 .* is not known"
     with pytest.raises(ValueError, match=words):
-        baseline_scores(broken(Doubled), axes, {name: baseline(name)}, data)
+        score_table(broken(Doubled), axes, {name: get_metric(name)}, data)
     with pytest.raises(ValueError, match=words):
         nl.analyze(broken(Doubled), data, ["activation_rms"], "blocks.mlp.hidden")
-    close(*(baseline_scores(m, axes, {name: baseline(name)}, data) for m in (broken(Alone), build("mixtral")[0])))
+    close(*(score_table(m, axes, {name: get_metric(name)}, data) for m in (broken(Alone), build("mixtral")[0])))
 
 
 def test_a_formula_that_nobody_gives_is_refused():
@@ -326,16 +326,20 @@ def test_experts_that_are_called_otherwise_are_refused(given, words):
 
 def test_maps_are_not_looked_for_in_experts():
     model, _, axes, _ = build("mixtral")
-    with pytest.raises(ValueError, match=r"hrank looks at what passes, and no hook sees the units of axis 'model.layers.0.mlp.exp"):
-        baseline_scores(model, axes, {"hrank": baseline("hrank")}, [texts([9, 5])])
+    with pytest.raises(
+        ValueError, match=r"hrank wants maps: group 'model.layers.0.mlp.experts\[0\]' is read by .* by no two-dimensional"
+    ):
+        score_table(model, axes, {"hrank": get_metric("hrank")}, [texts([9, 5])])
 
 
 def test_experts_that_never_run_are_an_error():
     model, _, axes, _ = build("mixtral")
     model = copy.deepcopy(model)
     model.model.layers[1].mlp.forward = lambda x: x
-    with pytest.raises(ValueError, match=r"module 'model.layers.1.mlp.experts' is never called by MixtralForCausalLM.forward"):
-        baseline_scores(model, axes, {"wanda": baseline("wanda")}, [texts([9, 5])])
+    with pytest.raises(
+        ValueError, match=r"layer 'model.layers.1.mlp.experts\[0\].hidden' is never called by MixtralForCausalLM.forward"
+    ):
+        score_table(model, axes, {"wanda": get_metric("wanda")}, [texts([9, 5])])
 
 
 # --- pruning
@@ -525,18 +529,18 @@ def test_scores_of_heads_are_those_of_their_whole_span(name):
         parts = {
             "scar_activation_power": u.square(),
             "scar_curvature": (q / u).square(),
-            "scar_taylor": q.abs(),
-            "scar_loss_proxy": q.square() / 2,
         }
-        for column, value in parts.items():  # a metric of the pass is each place's own, and added up
+        for column, value in parts.items():  # what is no first-order change is each place's own, and added up
             np.testing.assert_allclose(found.loc[axis.name, column], value[real].mean(0).sum(1), rtol=1e-6, err_msg=column)
-        q = q.sum(3)  # (samples, tokens, units): a criterion of the axis adds up first
+        q = q.sum(3)  # (samples, tokens, units): the change when the whole head goes
         expected = {
             "power": u[real].square().mean(0).sum(1),
             "taylor": q.sum(1).square().mean(0),
             "size": q.sum(1).abs().mean(0),
             "proxy": q.sum(1).square().mean(0) / 2,
             "proxy_token": q[real].square().mean(0) / 2,
+            "scar_taylor": q[real].abs().mean(0),
+            "scar_loss_proxy": q[real].square().mean(0) / 2,
         }
         for column, value in expected.items():
             np.testing.assert_allclose(found.loc[axis.name, column], value, rtol=1e-7, err_msg=column)

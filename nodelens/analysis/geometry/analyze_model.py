@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nodelens.engine.analyze import describe, device_of
+from nodelens.engine.analyze import device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
-from nodelens.engine.covariance import describe as describe_covariance
+from nodelens.engine.narrow import describe as describe_covariance
+from nodelens.engine.request import describe
 from nodelens.network.architecture import config_of
 from nodelens.results.result import provenance
 from nodelens.statistics.processes import world

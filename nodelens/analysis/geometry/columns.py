@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from nodelens.engine.analyze import as_metrics
+from nodelens.engine.request import as_metrics
 from nodelens.metrics import Metric, get_metric
 from nodelens.metrics.spectrum import SpectrumMetric
 

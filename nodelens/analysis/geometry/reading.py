@@ -78,7 +78,7 @@ def read(
     points = merged(points, same)
     plan = Plan.of(net, unique(points), columns.summed, dry_run, groups=1, pairs=pairs(points), covariance=covariance)
     parts = divided(plan, budget, max_passes)
-    check_again(once, parts, device)
+    check_again(once, len(parts), device)
     opened = [(stream, routers), *((begin(), None) for _ in parts[1:])]
     every = [_read(net, part, *tokens, columns, sample_limit) for part, tokens in zip(parts, opened, strict=True)]
     if len({one.seen for one in every}) > 1:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nodelens.engine.covariance import whole
-from nodelens.engine.plan import Place, Plan
+from nodelens.engine.layout import Place
+from nodelens.engine.plan import Plan
 from nodelens.engine.table import measure
 from nodelens.metrics import Metric, Need
 from nodelens.metrics.spectrum import ParticipationRatio, SpectrumMetric, live_covariance

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from nodelens.metrics import get_metric
 from nodelens.metrics.core_and_halo import (
     concentration,
     concentration_curve,
@@ -19,10 +20,8 @@ from nodelens.metrics.core_and_halo import (
     protection,
     support,
 )
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup
-from nodelens.pruning.criteria.baselines import Found, baseline
-from nodelens.pruning.criteria.baselines.base import matrices
-from nodelens.pruning.criteria.baselines.scar import columns_of
 
 from .agreement import spearman
 from .controls import Compared
@@ -57,7 +56,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module, group: PruningGroup, core: Tensor, topk: int, mass: float | None) -> "Layout":
-        weights = columns_of(model, group)
+        weights = GroupLayer.of(model, group).columns
         return cls(group, support(weights, core, topk, mass), len(weights), connectivity(weights, core, topk, mass).double())
 
     def surrounded(self, compared: Compared) -> "Layout":
@@ -107,7 +106,7 @@ def unit_table(
     kept = protection(every, compared.halo, *rule)
     proxy = found["loss_proxy"]
     found |= {
-        "magnitude": baseline("group_l2")(group, Found(model, 0, {})).sqrt(),
+        "magnitude": get_metric("group_l2")(GroupLayer.of(model, group)).sqrt(),
         "connectivity": conn,
         "read_connectivity": reads,
         "supernode": torch.zeros(group.n, dtype=torch.bool).index_fill(0, compared.core, True),
@@ -173,7 +172,7 @@ def read_by_next(model: nn.Module, layouts: Sequence[Layout]) -> dict[str, Tenso
         found[layout.group.name] = torch.full((layout.group.n,), torch.nan, dtype=torch.float64)
         if layout.group.kind != "ffn":
             continue
-        slices = matrices(model, layout.group, "producer")
+        slices = GroupLayer.of(model, layout.group).pieces("producer")
         if before is not None and all(piece.of(model).shape[1 - piece.dim] == before.width for piece in slices):
             parts = torch.cat(
                 [piece.by_unit(model).double().abs().reshape(layout.group.n, -1, before.width) for piece in slices], 1

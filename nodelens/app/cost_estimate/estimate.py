@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from nodelens.engine.buffered import buffer_bytes, held, held_bytes
 from nodelens.engine.plan import Plan
 from nodelens.engine.several_passes import divided
-from nodelens.engine.waiting import company_bytes, held, held_bytes
 from nodelens.network.roles import roles_of
 
 from .placement import Placement
@@ -117,7 +117,7 @@ def sizes(plan: Plan, extra: Mapping[str, int]) -> tuple[dict[str, int], dict[st
     for row in plan.rows():
         sums[row["layer"]] += row["bytes"]
     for site in plan.sites():
-        buffers[site.layer.name] += company_bytes(plan, site)
+        buffers[site.layer.name] += buffer_bytes(plan, site)
     for site in held(plan):
         buffers[site.layer.name] += held_bytes(plan, site)
     return dict(sums), dict(buffers)

@@ -10,10 +10,11 @@ from torch import nn
 from nodelens.analysis.geometry.analyze_model import takes
 from nodelens.analysis.geometry.columns import Asked, columns_of
 from nodelens.analysis.geometry.sites import Shown, hook_points, merged, pairs, unique
-from nodelens.engine.analyze import DEFAULT, Metrics, as_metrics, device_of
+from nodelens.engine.analyze import DEFAULT, Metrics, device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
+from nodelens.engine.request import as_metrics
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from nodelens.app.config import build, resolved
-from nodelens.engine.analyze import describe
+from nodelens.engine.request import describe
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import Metric
 from nodelens.metrics.base import section_of

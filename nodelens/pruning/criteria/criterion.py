@@ -1,5 +1,6 @@
 """Criteria: signed sums of columns, high means keep."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -50,6 +51,7 @@ class Criterion:
         """
         if isinstance(spec, str):
             return cls(name or spec, {spec: Term()}, "none")
+        spec = renamed(spec, {"normalise": "normalize"})
         long = "terms" in spec
         called = name or "+".join(spec["terms"] if long else spec)
         if long and set(spec) - set(_LONG):
@@ -163,7 +165,18 @@ def _uniform(n: int, seed: int, group: str) -> list[float]:
     return torch.rand(n, generator=generator(seed, group), dtype=torch.float64).tolist()
 
 
+def renamed(spec: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A spec with old keys under their new names, each with a warning."""
+    for old in names.keys() & spec.keys():
+        warnings.warn(
+            f"{old} is now called {names[old]}; the old name goes with the next version", DeprecationWarning, stacklevel=4
+        )
+    return {names.get(key, key): value for key, value in spec.items()}
+
+
 def _term(criterion: str, column: str, value: Any) -> Term:
+    if isinstance(value, Mapping):
+        value = renamed(value, {"through": "transform"})
     if isinstance(value, Mapping) and "weight" in value and not set(value) - {"weight", "transform"}:
         weight, through = value["weight"], value.get("transform", "none")
     else:

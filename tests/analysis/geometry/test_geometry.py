@@ -743,7 +743,7 @@ def test_several_passes_give_the_geometry_of_one(mixtral):
         sample_limit=20,
         diagnostics="normalization_ablation",
         budget=0.6 * whole["bytes"],
-        passes=4,
+        max_passes=4,
     )
     passes = found.metadata["passes"]
     assert 1 < len(passes) <= 4
@@ -751,10 +751,10 @@ def test_several_passes_give_the_geometry_of_one(mixtral):
     for name, table in one.tables().items():
         pd.testing.assert_frame_equal(found.tables()[name], table, rtol=1e-12)
     assert found.metadata["tokens_observed"] == one.metadata["tokens_observed"]
-    with pytest.raises(MemoryError, match=r"or budget\.passes=\d \(it is 1\)"):
+    with pytest.raises(MemoryError, match=r"or budget\.max_passes=\d \(it is 1\)"):
         nl.analyze_model(mixtral, data, hook_point=points, budget=0.6 * whole["bytes"])
-    with pytest.raises(ValueError, match=r"the data are read .* times .* and are an iterator"):
-        nl.analyze_model(mixtral, iter(data), hook_point=points, budget=0.6 * whole["bytes"], passes=4)
+    with pytest.raises(ValueError, match=r"the data are read .* times, .* and are an iterator"):
+        nl.analyze_model(mixtral, iter(data), hook_point=points, budget=0.6 * whole["bytes"], max_passes=4)
 
 
 def test_passes_that_see_other_tokens_are_refused(llama):
@@ -768,4 +768,4 @@ def test_passes_that_see_other_tokens_are_refused(llama):
 
     size = nl.analyze_model(llama, Fresh(), metrics="spectrum").metadata["passes"][0]["bytes"]
     with pytest.raises(ValueError, match=r"the passes saw .* the data must be the same every time"):
-        nl.analyze_model(llama, Fresh(), metrics="spectrum", budget=0.6 * size, passes=4)
+        nl.analyze_model(llama, Fresh(), metrics="spectrum", budget=0.6 * size, max_passes=4)

@@ -20,8 +20,9 @@ from nodelens.analysis.supernodes.robustness import by_chance, resampled
 from nodelens.analysis.supernodes.supernode_result import TABLES, load_supernodes
 from nodelens.analysis.supernodes.supernodes import Supernodes
 from nodelens.evaluation.evaluate import evaluate
+from nodelens.metrics import get_metric
 from nodelens.network.batch import Batch
-from nodelens.pruning.criteria.baselines import baseline, baseline_scores
+from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.find import find_groups
 from nodelens.pruning.surgery.mask import masked
 
@@ -180,9 +181,9 @@ def test_redundancy_by_hand_with_the_published_epsilon_and_reduction(reduction, 
         assert_close(
             torch.tensor(units["redundancy_to_core"][members].to_numpy()), information.mean(1)[members], rtol=1e-5, atol=1e-12
         )
-    chosen = {"prot": baseline("scar_prot", **options, corr_eps=eps, loss_reduction=reduction)}
-    chosen["conn"] = baseline("scar_conn", **options, corr_eps=eps, loss_reduction=reduction)
-    table = baseline_scores(net, groups, chosen, batches(every, 3))
+    chosen = {"prot": get_metric("scar_prot", **options, corr_eps=eps, loss_reduction=reduction)}
+    chosen["conn"] = get_metric("scar_conn", **options, corr_eps=eps, loss_reduction=reduction)
+    table = score_table(net, groups, chosen, batches(every, 3))
     assert_close(numbers(table["prot"]), numbers(result.units["scar_prot"]), rtol=1e-6, atol=0)
     assert_close(numbers(table["conn"]), numbers(result.units["scar_conn"]), rtol=1e-6, atol=0)
 
@@ -229,9 +230,9 @@ def test_the_loss_proxy_is_that_of_gates(make, scope, unit, reduction):
     net, data = make(), batches(texts([9, 12, 10]), 2)
     found = Supernodes(scope=scope, unit=unit, core_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)(net, data)
     groups = [group for group in find_groups(net) if group.name in found.layers.index]
-    chosen = {"proxy": baseline("loss_proxy", unit=unit), "power": baseline("activation_power")}
-    chosen["prot"] = baseline("scar_prot", unit=unit, core_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)
-    table = baseline_scores(net, groups, chosen, data)
+    chosen = {"proxy": get_metric("loss_proxy", unit=unit), "power": get_metric("activation_power")}
+    chosen["prot"] = get_metric("scar_prot", unit=unit, core_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)
+    table = score_table(net, groups, chosen, data)
     if reduction == "sum":
         assert_close(numbers(found.units["loss_proxy"]), numbers(table["proxy"]), rtol=1e-9, atol=1e-18)
     assert_close(numbers(found.units["scar_prot"]), numbers(table["prot"]), rtol=1e-6, atol=1e-18)
@@ -260,7 +261,7 @@ def test_a_unit_that_is_read_twice_goes_twice():
     groups = find_groups(net, None, [group])
     sums = UnitSums(groups, 4, torch.device("cpu"))
     assert HiddenPass(net, list(groups), "sequence", "sum", 4, 0).run(data, sums) == 20
-    wanted = numbers(baseline_scores(net, groups, {"proxy": baseline("loss_proxy")}, data)["proxy"])
+    wanted = numbers(score_table(net, groups, {"proxy": get_metric("loss_proxy")}, data)["proxy"])
     assert_close(0.5 * sums.found["hidden", "square"].sum(0) / 20, wanted, rtol=1e-9, atol=0)
     assert int(sums.found["hidden", "positions"]) == 40
 

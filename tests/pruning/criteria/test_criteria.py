@@ -7,26 +7,29 @@ import numpy as np
 import pytest
 import torch
 from nets import batches, generator
+from published import PUBLISHED
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from nodelens.metrics import get_metric, list_metrics
+from nodelens.metrics import model_sums as per_weight
+from nodelens.metrics.feature_maps import HRank
 from nodelens.network.groups import GroupSlice, PruningGroup, identity, span
-from nodelens.pruning.criteria.baselines import BASELINES, baseline, baseline_scores, names
-from nodelens.pruning.criteria.baselines import gradients as per_weight
-from nodelens.pruning.criteria.baselines import maps as of_maps
+from nodelens.pruning.criteria.scoring import score_table
+from nodelens.statistics import map_ranks as of_maps
 
 FORMS = {
-    "taylor_abs": baseline("taylor", abs=True),
-    "el2": baseline("llm_pruner", form="el2"),
-    "mix": baseline("llm_pruner", form="mix"),
-    "vector": baseline("llm_pruner", form="vector"),
+    "taylor_abs": get_metric("taylor", abs=True),
+    "el2": get_metric("llm_pruner", form="el2"),
+    "mix": get_metric("llm_pruner", form="mix"),
+    "vector": get_metric("llm_pruner", form="vector"),
 }
-SCAR = {name for name in names() if "scar" in name or "supernode" in name}  # by hand in test_supernodes.py
+SCAR = {name for name in PUBLISHED if "scar" in name or "supernode" in name}  # by hand in test_supernodes.py
 OF_EXPERTS = {"router_load"}  # by hand in test_pruning_experts.py
-OF_UNITS = [name for name in names() if name not in OF_EXPERTS]
-EVERY = {name: baseline(name, **({"unit": "sequence"} if name in SCAR else {})) for name in OF_UNITS} | FORMS
+OF_UNITS = [name for name in PUBLISHED if name not in OF_EXPERTS]
+EVERY = {name: get_metric(name, **({"unit": "sequence"} if name in SCAR else {})) for name in OF_UNITS} | FORMS
 OF_WEIGHTS = {"magnitude", "l1", "l2", "group_l2", "bn_scale", "fpgm", "lamp", "random"}
-NOT_OF_MAPS = {k: v for k, v in EVERY.items() if v.needs != "maps" and k != "bn_scale"}
+NOT_OF_MAPS = {k: v for k, v in EVERY.items() if not isinstance(v, HRank) and k != "bn_scale"}
 
 
 def linear(path: str, index: Tensor, reads: str, places: Tensor | None = None, kind: str = "ffn") -> PruningGroup:
@@ -79,7 +82,7 @@ def conv_data(n: int = 7) -> tuple[Tensor, Tensor]:
 def of(group: PruningGroup, model: nn.Module, name: str, data=None, loss=None, seed: int = 0, **options) -> Tensor:
     """The scores of one criterion on one group."""
     extra = {} if loss is None else {"loss": loss}
-    table = baseline_scores(model, [group], {name: baseline(name, **options)}, data, seed, **extra)
+    table = score_table(model, [group], {name: get_metric(name, **options)}, data, seed=seed, **extra)
     return torch.from_numpy(table[name].to_numpy().copy())
 
 
@@ -145,7 +148,7 @@ def test_values_by_hand(name, options, expected):
 
 def test_every_criterion_has_a_value_by_hand():
     elsewhere = {"hrank", "chip", "bn_scale", "random", *SCAR, *OF_EXPERTS}
-    assert {name for name, *_ in VALUES} | elsewhere == set(names())
+    assert {name for name, *_ in VALUES} | elsewhere == set(PUBLISHED)
 
 
 def test_maps_by_hand():
@@ -351,7 +354,7 @@ def test_fisher_is_that_of_samples_shown_alone(monkeypatch, chunk, kind):
     monkeypatch.setattr(per_weight, "CHUNK", chunk)
     net, (x, y) = conv_net(), conv_data()
     net.__class__ = kind
-    found = baseline_scores(net, conv_groups(), {"fisher": EVERY["fisher"], "el2": EVERY["el2"]}, batches(x, y, 6))
+    found = score_table(net, conv_groups(), {"fisher": EVERY["fisher"], "el2": EVERY["el2"]}, batches(x, y, 6))
     net.eval()
     h = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for k in range(len(x)):
@@ -368,8 +371,8 @@ def test_fisher_is_that_of_samples_shown_alone(monkeypatch, chunk, kind):
 def test_a_batch_in_a_vmap_and_samples_one_by_one_agree(monkeypatch):
     net, (x, y) = conv_net(), conv_data()
     calls = []
-    together = per_weight.SampleGradientSums._at_once
-    monkeypatch.setattr(per_weight.SampleGradientSums, "_at_once", lambda self, *a: calls.append(len(a[0])) or together(self, *a))
+    together = per_weight.SampleGradients._at_once
+    monkeypatch.setattr(per_weight.SampleGradients, "_at_once", lambda self, *a: calls.append(len(a[0])) or together(self, *a))
     first = of(conv_groups()[0], net, "fisher", batches(x, y, 7))
     assert calls == [7]
     net.__class__ = Reading
@@ -381,7 +384,7 @@ def test_a_batch_in_a_vmap_and_samples_one_by_one_agree(monkeypatch):
 
 
 def table(net: nn.Module, groups: list[PruningGroup], data, chosen=NOT_OF_MAPS, **options) -> dict[str, np.ndarray]:
-    frame = baseline_scores(net, groups, chosen, data, **options)
+    frame = score_table(net, groups, chosen, data, **options)
     return {name: frame[name].to_numpy() for name in frame}
 
 
@@ -432,12 +435,12 @@ def test_a_dead_filter_scores_lowest():
         "movement",  # a dead unit does not move, others may move towards zero
     }
     chosen = {k: v for k, v in EVERY.items() if k not in left_out}
-    found = baseline_scores(net, groups[:1], chosen, data)
+    found = score_table(net, groups[:1], chosen, data)
     assert (found.loc["a"].loc[1] == 0).all()
     assert (found.loc["a"].drop(1) > 0).all().all()
-    assert (baseline_scores(net, groups[:1], {k: EVERY[k] for k in ("l1", "l2", "bn_scale", "lamp")}).loc["a"].loc[1] == 0).all()
-    second = {k: v for k, v in chosen.items() if v.needs != "maps"}
-    found = baseline_scores(net, groups, second, data).loc["b"]
+    assert (score_table(net, groups[:1], {k: EVERY[k] for k in ("l1", "l2", "bn_scale", "lamp")}).loc["a"].loc[1] == 0).all()
+    second = {k: v for k, v in chosen.items() if not isinstance(v, HRank)}
+    found = score_table(net, groups, second, data).loc["b"]
     assert (found.loc[2] == 0).all()
     assert (found.drop(2) > 0).all().all()
 
@@ -477,7 +480,7 @@ def test_the_data_are_read_once_and_a_table_has_a_row_a_unit():
 
     x, y = conv_data()
     once = {k: v for k, v in NOT_OF_MAPS.items() if k not in SCAR}
-    found = baseline_scores(conv_net(), conv_groups(), once, iter(batches(x, y, 4)), progress=watched)
+    found = score_table(conv_net(), conv_groups(), once, iter(batches(x, y, 4)), progress=watched)
     assert seen == [4, 3]
     assert found.index.names == ["group", "unit"]
     assert found.index.tolist() == [("a", u) for u in range(3)] + [("b", u) for u in range(4)]
@@ -492,33 +495,33 @@ def test_weights_alone_need_no_data_and_read_none():
         yield
 
     chosen = {k: EVERY[k] for k in OF_WEIGHTS - {"bn_scale"}}
-    without = baseline_scores(conv_net(), conv_groups(), chosen)
-    assert baseline_scores(conv_net(), conv_groups(), chosen, unread()).equals(without)
+    without = score_table(conv_net(), conv_groups(), chosen)
+    assert score_table(conv_net(), conv_groups(), chosen, unread()).equals(without)
 
 
-@pytest.mark.parametrize("name", [k for k, v in EVERY.items() if v.needs != "weights"])
+@pytest.mark.parametrize("name", [k for k, v in EVERY.items() if k not in OF_WEIGHTS])
 def test_data_that_are_missing_or_empty_stop_the_run(name):
     net, groups = conv_net(), conv_groups()[:1]
     with pytest.raises(ValueError, match=f"{name} is measured on data: give data="):
-        baseline_scores(net, groups, {name: EVERY[name]})
+        score_table(net, groups, {name: EVERY[name]})
     with pytest.raises(ValueError, match="the data are empty"):
-        baseline_scores(net, groups, {name: EVERY[name]}, [])
+        score_table(net, groups, {name: EVERY[name]}, [])
 
 
 def test_options_and_names():
-    assert {kind.names[0] for kind in BASELINES} <= set(names())
-    for kind in BASELINES:
+    assert set(PUBLISHED) <= set(list_metrics())
+    for kind in {type(metric) for metric in EVERY.values()}:
         assert all(f"    {part}" in kind.__doc__ for part in ("Formula:", "Shapes:", "Unit:", "NaN:", "Source:")), kind
-    assert baseline("l2") == baseline("magnitude", p=2)
-    assert baseline("l2").options == {"p": 2}
-    with pytest.raises(ValueError, match="no baseline is called 'tailor'; did you mean 'taylor'"):
-        baseline("tailor")
+    assert get_metric("l2") == get_metric("magnitude", p=2)
+    assert get_metric("l2").options == {"p": 2}
+    with pytest.raises(ValueError, match="no metric is called 'tailor'; did you mean 'taylor'"):
+        get_metric("tailor")
     with pytest.raises(ValueError, match="taylor has no option 'form'; it takes abs"):
-        baseline("taylor", form="producer")
+        get_metric("taylor", form="producer")
     with pytest.raises(ValueError, match="magnitude: p is 3; it takes 1, 2"):
-        baseline("magnitude", p=3)
+        get_metric("magnitude", p=3)
     with pytest.raises(ValueError, match="movement: lr is 0, epochs 1; both are above 0"):
-        baseline("movement", lr=0)
+        get_metric("movement", lr=0)
 
 
 def test_what_cannot_be_scored_is_an_error_that_says_why():
@@ -527,13 +530,13 @@ def test_what_cannot_be_scored_is_an_error_that_says_why():
         with pytest.raises(ValueError, match=rf"{name} wants maps: group 'b' is read by fc \(Linear\)"):
             of(second, net, name, data)
     row = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1))
-    with pytest.raises(ValueError, match="hrank wants maps: those of group '0' are 1 x 4"):
+    with pytest.raises(ValueError, match="group '0' has maps of 1 x 4"):
         of(linear("0", identity(2), "1"), row, "hrank", [torch.ones(2, 1, 1, 4)])
     with pytest.raises(ValueError, match=r"group 'a' has no tokens of its own: it is read by b \(Conv2d\)"):
         of(first, net, "loss_proxy", data, unit="token")
-    with pytest.raises(ValueError, match="the data are read 2 times, and are an iterator"):
+    with pytest.raises(ValueError, match=r"the data are read 2 times, .* and are an iterator"):
         of(first, net, "movement", iter(data), epochs=2)
-    with pytest.raises(ValueError, match="the loss does not depend on the units"):
+    with pytest.raises(ValueError, match="no gradient reached layer 'a': the loss does not depend on it"):
         of(first, net, "taylor", data, loss=lambda z, y: z.detach().sum())
     with pytest.raises(ValueError, match="taylor: group 'a' has no producer or no consumer"):
         of(PruningGroup("a", "channel", 3, first.slices[:1]), net, "taylor", data)
@@ -552,5 +555,5 @@ class Bypassing(nn.Module):
 
 @pytest.mark.parametrize("name", ["wanda", "taylor", "minitron"])
 def test_a_consumer_that_is_never_called_stops_the_run(name):
-    with pytest.raises(ValueError, match=r"module 'read' is never called by Bypassing.forward"):
+    with pytest.raises(ValueError, match=r"layer 'read.input' is never called by Bypassing.forward"):
         of(linear("make", identity(3), "read"), Bypassing(), name, [(torch.ones(2, 2), torch.tensor([0, 1]))])

@@ -16,12 +16,15 @@ from test_criteria import EVERY, FORMS, NOT_OF_MAPS, OF_WEIGHTS, conv_data, conv
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from nodelens.metrics import get_metric, model_sums
+from nodelens.metrics.feature_maps import HRank
 from nodelens.network.groups import GroupSlice, PruningGroup, identity, offsets, span
-from nodelens.pruning.criteria.baselines import baseline, baseline_scores
+from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.surgery.mask import masked
 
-TOKEN = {"proxy_token": baseline("loss_proxy", unit="token")}
-ON_DATA = {k: v for k, v in {**NOT_OF_MAPS, **TOKEN}.items() if v.needs not in ("weights", "training")}
+TOKEN = {"proxy_token": get_metric("loss_proxy", unit="token")}
+OF_WEIGHT_GRADIENTS = {"gradient", "fisher", "llm_pruner", "movement", "el2", "mix", "vector"}
+ON_DATA = {k: v for k, v in {**NOT_OF_MAPS, **TOKEN}.items() if k not in OF_WEIGHTS and k != "movement"}
 
 
 def llama() -> tuple[nn.Module, list[PruningGroup]]:
@@ -90,12 +93,12 @@ def test_a_dead_head_scores_lowest(build_model):
     for group in groups:
         for piece in group.by_role("producer"):
             piece.of(net).index_fill_(piece.dim, piece.index[1], 0)
-    found = baseline_scores(net, groups, ON_DATA, texts([6, 6, 6]))
+    found = score_table(net, groups, ON_DATA, texts([6, 6, 6]))
     for group in groups:
         assert (found.loc[group.name].loc[1] == 0).all(), group.name
         assert (found.loc[group.name].drop(1) > 0).all().all(), group.name
     chosen = {k: v for k, v in EVERY.items() if k in OF_WEIGHTS - {"bn_scale", "random", "group_l2", "fpgm"}}
-    assert (baseline_scores(net, groups, chosen).xs(1, level="unit") == 0).all().all()
+    assert (score_table(net, groups, chosen).xs(1, level="unit") == 0).all().all()
 
 
 @pytest.mark.parametrize("build_model", [llama, gpt2])
@@ -104,7 +107,7 @@ def test_a_head_is_its_whole_span(build_model):
     net, groups = build_model()
     net.eval()
     batch = texts([7])[0]
-    found = baseline_scores(net, groups, {"taylor": EVERY["taylor"], "producer": EVERY["taylor_producer"]}, [batch])
+    found = score_table(net, groups, {"taylor": EVERY["taylor"], "producer": EVERY["taylor_producer"]}, [batch])
     for group in groups:
         for name, role in (("taylor", "consumer"), ("producer", "producer")):
             slices = group.by_role(role)
@@ -120,19 +123,16 @@ def test_a_head_is_its_whole_span(build_model):
 def test_scores_of_padded_texts_are_those_of_each_text_alone():
     net, groups = llama()
     chosen = ON_DATA | FORMS
-    close(
-        baseline_scores(net, groups, chosen, texts([5, 8, 6])), baseline_scores(net, groups, chosen, texts([5, 8, 6], padded=False))
-    )
+    close(score_table(net, groups, chosen, texts([5, 8, 6])), score_table(net, groups, chosen, texts([5, 8, 6], padded=False)))
 
 
 def test_fisher_of_texts_is_that_of_each_alone_whatever_a_vmap_bears(monkeypatch):
-    from nodelens.pruning.criteria.baselines import gradients
 
     net, groups = llama()
     chosen = {"fisher": EVERY["fisher"], "el2": FORMS["el2"]}
-    found = baseline_scores(net, groups, chosen, texts([6, 6, 6]))
-    monkeypatch.setattr(gradients, "CHUNK", 1)
-    close(baseline_scores(net, groups, chosen, texts([6, 6, 6])), found)
+    found = score_table(net, groups, chosen, texts([6, 6, 6]))
+    monkeypatch.setattr(model_sums, "CHUNK", 1)
+    close(score_table(net, groups, chosen, texts([6, 6, 6])), found)
 
 
 def token_axis() -> PruningGroup:
@@ -160,9 +160,9 @@ def test_padding_on_either_side_and_none_agree():
     alone = [
         {"input_ids": r[None], "attention_mask": m, "labels": y[k][None]} for k, (r, m) in enumerate(zip(rows, whole, strict=True))
     ]
-    expected = baseline_scores(net, [token_axis()], ON_DATA, alone)
+    expected = score_table(net, [token_axis()], ON_DATA, alone)
     for side in ("left", "right"):
-        close(baseline_scores(net, [token_axis()], ON_DATA, [batch(side)]), expected)
+        close(score_table(net, [token_axis()], ON_DATA, [batch(side)]), expected)
     h = [torch.tanh(net.ffn(net.embed(row))).detach() for row in rows]
     power = torch.stack([nn.functional.pad(x, (0, 0, 0, 5 - len(x))) for x in h]).square()
     assert_close(torch.from_numpy(expected["minitron"].to_numpy().copy()), power.sum(0).sqrt().mean(0))
@@ -235,7 +235,7 @@ def test_a_grouped_convolution_reads_a_unit_in_each_group():
     wide = PruningGroup("0", "channel", 3, (*made, GroupSlice("2", "weight", 1, both, "consumer")))
     x, y = torch.randn(5, 2, 3, 3, generator=generator(), dtype=torch.float64), torch.arange(5) % 3
     chosen = {k: v for k, v in EVERY.items() if k != "bn_scale"}
-    found, expected = (baseline_scores(n, [a], chosen, [(x, y)]) for n, a in ((grouped, narrow), (dense, wide)))
+    found, expected = (score_table(n, [a], chosen, [(x, y)]) for n, a in ((grouped, narrow), (dense, wide)))
     expected["wanda"] *= 2  # the mean runs over the outputs that can read the unit
     close(found, expected)
 
@@ -272,12 +272,13 @@ def test_fused_experts_are_scored_by_weights_and_their_gradients_alone():
         torch.manual_seed(0)
         net = Experts().double()
     x, y = torch.randn(6, 3, generator=generator(), dtype=torch.float64), torch.arange(6) % 3
-    unseen = [k for k, v in EVERY.items() if v.needs in ("reads", "maps", "gates")]
+    unseen = [k for k in EVERY if k not in OF_WEIGHTS and k not in OF_WEIGHT_GRADIENTS]
     for name in unseen:
-        with pytest.raises(ValueError, match=rf"{name} looks at what passes.*group '\[0\]'.*magnitude, group_l2.*llm_pruner"):
-            baseline_scores(net, expert_groups(), {name: EVERY[name]}, [(x, y)])
+        words = "wants maps" if isinstance(EVERY[name], HRank) else "looks at what passes.*magnitude, group_l2.*llm_pruner"
+        with pytest.raises(ValueError, match=rf"{name} {words}"):
+            score_table(net, expert_groups(), {name: EVERY[name]}, [(x, y)])
     chosen = {k: v for k, v in EVERY.items() if k not in (*unseen, "bn_scale")}
-    found = baseline_scores(net, expert_groups(), chosen, batches(x, y, 4))
+    found = score_table(net, expert_groups(), chosen, batches(x, y, 4))
     assert found.notna().all().all()
     g_up, g_down = torch.autograd.grad(nn.functional.cross_entropy(net(x), y, reduction="sum"), (net.gate_up, net.down))
     for e in range(2):
@@ -292,8 +293,8 @@ def test_fused_experts_are_scored_by_weights_and_their_gradients_alone():
 def test_half_precision_is_close_and_adds_up_in_more():
     net, groups = llama()
     data = texts([6, 6, 6])
-    expected = baseline_scores(net, groups, ON_DATA, data)
-    found = baseline_scores(net.bfloat16(), groups, ON_DATA, data)
+    expected = score_table(net, groups, ON_DATA, data)
+    found = score_table(net.bfloat16(), groups, ON_DATA, data)
     for name in found:
         a, b = np.log(found[name].to_numpy()), np.log(expected[name].to_numpy())
         assert np.corrcoef(a, b)[0, 1] > 0.98, name
@@ -307,7 +308,7 @@ def _work(rank, world, folder, shares):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     start, stop = sum(shares[:rank]), sum(shares[: rank + 1])
     for name, (net, groups, data, chosen) in _cases().items():
-        frame = baseline_scores(net, groups, chosen, data[start:stop])
+        frame = score_table(net, groups, chosen, data[start:stop])
         if rank == world - 1:
             frame.to_pickle(f"{folder}/{name}.pkl")
     dist.destroy_process_group()
@@ -330,7 +331,7 @@ def test_processes_add_up(tmp_path, shares):
     method = "fork" if not torch.cuda.is_initialized() else "spawn"
     mp.start_processes(_work, (len(shares), str(tmp_path), shares), len(shares), start_method=method)
     for name, (net, groups, data, chosen) in _cases().items():
-        close(pd.read_pickle(tmp_path / f"{name}.pkl"), baseline_scores(net, groups, chosen, data))
+        close(pd.read_pickle(tmp_path / f"{name}.pkl"), score_table(net, groups, chosen, data))
 
 
 # --- a trained network
@@ -361,9 +362,9 @@ def test_a_trained_network_loses_what_other_implementations_of_the_criteria_lose
             GroupSlice(f"{path}.conv2", "weight", 1, i, "consumer"),
         )
         groups.append(PruningGroup(path, "channel", len(i), (made, *norm, read)))
-    maps = [name for name in ACCURACY if EVERY[name].needs == "maps"]
-    found = baseline_scores(net, groups, {k: EVERY[k] for k in ACCURACY if k not in maps}, batches(x, y, 100))
-    found = found.join(baseline_scores(net, groups, {k: EVERY[k] for k in maps}, batches(x[:200], y[:200], 50)))
+    maps = [name for name in ACCURACY if isinstance(EVERY[name], HRank)]
+    found = score_table(net, groups, {k: EVERY[k] for k in ACCURACY if k not in maps}, batches(x, y, 100))
+    found = found.join(score_table(net, groups, {k: EVERY[k] for k in maps}, batches(x[:200], y[:200], 50)))
     for name, expected in ACCURACY.items():
         removed = {a.name: found.loc[a.name, name].sort_values().index[: a.n // 4].tolist() for a in groups}
         with masked(net.eval(), groups, removed), torch.no_grad():

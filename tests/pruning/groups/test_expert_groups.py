@@ -7,16 +7,17 @@ import re
 import pytest
 import torch
 import transformers
+from published import PUBLISHED
 from torch import nn
 
 import nodelens as nl
+from nodelens.metrics import get_metric
 from nodelens.network.batch import Batch, logits_of
 from nodelens.network.groups import PruningGroups
 from nodelens.network.hooks import observed
 from nodelens.network.targets import summed_loss
 from nodelens.pruning.cost import Cost
-from nodelens.pruning.criteria.baselines import baseline as criterion
-from nodelens.pruning.criteria.baselines import baseline_scores, names
+from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.families import family_groups
 from nodelens.pruning.groups.find import find_groups
 from nodelens.pruning.planning import Schedule
@@ -316,7 +317,7 @@ def test_experts_are_taken_where_they_are_asked_for():
 def test_criteria_of_weights_score_experts():
     model, groups = build("gpt oss")
     names = ["magnitude", "l2", "group_l2", "lamp", "fpgm", "random"]
-    table = baseline_scores(model, groups.apart, {name: criterion(name) for name in names})
+    table = score_table(model, groups.apart, {name: get_metric(name) for name in names})
     held = model.model.layers[1].mlp.experts
     rows = torch.cat([held.gate_up_proj.flatten(1), held.down_proj.flatten(1)], 1).double().detach()
     found = {name: torch.tensor(column.to_numpy()) for name, column in table.loc[groups.apart[1].name].items()}
@@ -369,12 +370,12 @@ def slopes(model, group):
 @pytest.mark.parametrize("name", ["mixtral", "deepseek v3"])
 def test_gates_on_experts_are_slopes_of_the_loss(name):
     model, groups = build(name)
-    chosen = {"taylor": criterion("taylor"), "sizes": criterion("taylor", abs=True), "loss_proxy": criterion("loss_proxy")}
-    chosen["token"] = criterion("loss_proxy", unit="token")
+    chosen = {"taylor": get_metric("taylor"), "sizes": get_metric("taylor", abs=True), "loss_proxy": get_metric("loss_proxy")}
+    chosen["token"] = get_metric("loss_proxy", unit="token")
     batch = BATCH | {"labels": TOKENS}
-    table = baseline_scores(model, groups.apart, chosen, [batch])
+    table = score_table(model, groups.apart, chosen, [batch])
     halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
-    again = baseline_scores(model, groups.apart, chosen, halves)
+    again = score_table(model, groups.apart, chosen, halves)
     assert (table - again).abs().max().max() <= 1e-5 * table.abs().max().max()
     for group in groups.apart:
         q = slopes(model, group)
@@ -392,9 +393,9 @@ def test_gates_on_experts_are_slopes_of_the_loss(name):
 def test_experts_and_their_channels_are_scored_in_one_pass():
     model, groups = build("mixtral")
     batch = [BATCH | {"labels": TOKENS}]
-    both = baseline_scores(model, [*groups, *groups.apart], {"taylor": criterion("taylor")}, batch)
+    both = score_table(model, [*groups, *groups.apart], {"taylor": get_metric("taylor")}, batch)
     for part in (groups, groups.apart):
-        alone = baseline_scores(model, list(part), {"taylor": criterion("taylor")}, batch)
+        alone = score_table(model, list(part), {"taylor": get_metric("taylor")}, batch)
         assert torch.equal(torch.tensor(both.loc[alone.index].to_numpy()), torch.tensor(alone.to_numpy()))
 
 
@@ -404,7 +405,7 @@ def test_the_load_of_a_router():
     with observed([model.get_submodule(group.router)], lambda *call: seen.append(call[3][2])):
         logits(model)
     counts = seen[0].reshape(3, 9, K)[MASK.bool()].flatten().bincount(minlength=E).double()
-    found = torch.tensor(baseline_scores(model, groups.apart, {"load": criterion("router_load")}, [BATCH]).loc[group.name]["load"])
+    found = torch.tensor(score_table(model, groups.apart, {"load": get_metric("router_load")}, [BATCH]).loc[group.name]["load"])
     same(found, counts / counts.sum())
     pruned = nl.prune(model, "router_load", 0.25, scope="expert", data=[BATCH])
     assert (
@@ -428,7 +429,7 @@ WEIGHTS = {"magnitude", "l1", "l2", "group_l2", "lamp", "fpgm", "random", "bn_sc
 @pytest.mark.parametrize("name", ["wanda", "flap", "minitron", "hrank", "taylor_producer", "fisher", "gradient", "llm_pruner"])
 def test_other_criteria_are_refused(name):
     model, _ = build("mixtral")
-    assert name in set(names()) - WEIGHTS
+    assert name in set(PUBLISHED) - WEIGHTS
     with pytest.raises(
         ValueError, match=rf"{name} does not score whole experts, .* taylor, .*\(magnitude, group_l2\).* scope=moe_ffn"
     ):
@@ -437,7 +438,7 @@ def test_other_criteria_are_refused(name):
 
 @pytest.mark.parametrize("metric", ["rq", "activation_rms"])
 def test_metrics_of_hidden_units_are_refused(metric):
-    with pytest.raises(ValueError, match=rf"{metric} is one of hidden units; group '.*experts' has whole experts: .*moe_ffn"):
+    with pytest.raises(ValueError, match=rf"{metric} does not score whole experts, the units of group '.*experts': .*moe_ffn"):
         nl.prune(build("mixtral")[0], metric, 0.25, scope="expert", data=[BATCH])
 
 

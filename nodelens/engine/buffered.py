@@ -1,24 +1,23 @@
-"""Rows that wait: for company, as no small product is formed, and for those of another site, or the logits, of their batch."""
-
-from typing import TYPE_CHECKING
+"""Buffered rows: held until a product is worth forming, or until another site's rows, or the logits, of their batch are there."""
 
 from nodelens.metrics.need import Other
 from nodelens.network.hooks import Site
 
-if TYPE_CHECKING:
-    from .plan import Plan
+from .layout import PassLayout
 
 CAPACITY = {"rows": 4096, "sums": 1024, "samples": 1024, "entries": 128}  # of each kind, of a site: positions, samples
 MOST = 32 << 20  # bytes of each kind, of a site: at a wide one fewer rows are company enough
 
 
-def room(kind: str, nbytes: int, positions: int = 1) -> int:
-    """How many samples wait, of so many bytes and positions each."""
+def buffer_rows(kind: str, nbytes: int, positions: int = 1) -> int:
+    """How many samples a buffer holds, of so many bytes and positions each."""
     return max(1, min(CAPACITY[kind] // positions, MOST // max(1, nbytes)))
 
 
-def company_bytes(plan: "Plan", site: Site) -> int:
-    """Bytes of what waits at a site for company, at most, but for a batch that is larger itself."""
+def buffer_bytes(plan: PassLayout, site: Site) -> int:
+    """Bytes of the buffers of a site, at most, unless a batch is larger itself."""
+    if site.port == "model":
+        return 0
     width, least = plan.seen(*site).width, 8 if plan.precision == "float64" else 4
     here = [need for need in plan.needs(site.layer) if need.port == site.port]
     rows = [need.statistic for need in here if need.view == "positions" and not isinstance(need.target, Other)]
@@ -33,13 +32,13 @@ def company_bytes(plan: "Plan", site: Site) -> int:
     return sum(min(MOST, CAPACITY[kind] * nbytes) for kind, nbytes in per_row.items())
 
 
-def held(plan: "Plan") -> list[Site]:
-    """Sites whose rows wait, within a batch, for those of another site or for the logits."""
-    every = [Site(la, need.port) for la in plan.layers for need in plan.needs(la) if plan.meets(need)]
+def held(plan: PassLayout) -> list[Site]:
+    """Sites whose rows are held, within a batch, until those of another site or the logits are there."""
+    every = [Site(la, need.port) for la in plan.every_layer for need in plan.needs(la) if plan.meets(need)]
     return list(dict.fromkeys(every))
 
 
-def held_bytes(plan: "Plan", site: Site) -> int:
-    """Bytes of a batch's rows that wait there: in float32 at the least."""
+def held_bytes(plan: PassLayout, site: Site) -> int:
+    """Bytes of the rows of a batch that are held there, in float32 at the least."""
     seen, least = plan.seen(*site), 8 if plan.precision == "float64" else 4
     return plan.dry_run.samples * seen.calls * max(seen.nbytes, least * seen.width * seen.positions)

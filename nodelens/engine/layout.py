@@ -1,0 +1,250 @@
+"""The layout of a pass: which layers and groups are measured, and which statistic each metric needs of which layer."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor
+
+from nodelens.metrics import Metric, Need
+from nodelens.metrics.need import Other, Target, Units
+from nodelens.network.experts import ExpertLayer
+from nodelens.network.group_layer import GroupLayer
+from nodelens.network.layers import Layer
+from nodelens.network.targets import of_tokens, settled
+from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, serves
+from nodelens.statistics.weight_sums import WeightSums
+
+from .covariance import KINDS, CovariancePolicy, whole
+from .dry_run import DryRun, Seen
+from .members import Members, of_groups_only, side_of
+
+GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
+BALANCE = 32.0  # float32 operations in the time of one byte of rows, found with ResNet-18 at 32, 64 and 224 pixels
+_SITES = ("next", "input")  # targets that are rows of another site
+Reduce = Literal["sum", "mean", "max", "prod", "first"]
+Place = tuple[Layer, Layer | None]  # where a metric is taken: a layer, and for some the one behind it
+
+
+@dataclass(frozen=True)
+class PassLayout:
+    """Every statistic once, however many metrics ask for it.
+
+    ``needs`` holds, for each layer, what is added up there; ``lookup`` says which of those serves a metric's need.
+    """
+
+    layers: list[Layer]  # with a row in the table for each unit: layers and pruning groups
+    metrics: Mapping[str, Metric]
+    dry_run: DryRun
+    groups: int = 8
+    positions: int | None = None  # a sample of positions an image for pair statistics; None for all
+    never_called: list[str] = field(default_factory=list)
+    precision: str = "float32"  # of products; rows that are float64 keep it
+    per_token: frozenset[str] = frozenset({"label", "given"})  # which the data have one of a token, where each token has logits
+    pairs: list[tuple[Layer, Layer]] = field(default_factory=list)  # of layers that edge metrics compare
+    covariance: CovariancePolicy = field(default_factory=CovariancePolicy)  # what becomes of products of units at wide sites
+    part: frozenset[str] | None = None  # the layers measured in this pass of several; None for all
+    members: Members = field(default_factory=Members)  # the layers that show the units of pruning groups
+    seed: int = 0
+    reduce: Reduce = "sum"  # of the places of a group's unit, where a metric is taken at the layers that show them
+
+    def seen(self, layer: Layer, port: str) -> Seen:
+        return self.seen_at(layer.name, port)
+
+    def seen_at(self, name: str, port: str) -> Seen:
+        """What was recorded at a layer's port, or the narrower rows that its suffix stands for."""
+        found = self.dry_run.seen[f"{name}.{'input' if whole(port) == 'input' else 'output'}"]
+        return replace(found, width=self.covariance.count) if port.endswith(KINDS) else found
+
+    @cached_property
+    def every_layer(self) -> list[Layer]:
+        """The measured layers, those that show the units of groups, and the model itself, where something is added up for all."""
+        return [*self.layers, *self.members.layers]
+
+    @property
+    def measured(self) -> list[Layer]:
+        """The layers that have a row in the table of this pass."""
+        return [layer for layer in self.layers if self.part is None or layer.name in self.part]
+
+    def stored(self, layer: Layer, metric: Metric) -> Any:
+        """What a metric reads of a layer beside sums, where it lies; None where the layer has none."""
+        if metric.parameter == "group":
+            return layer if isinstance(layer, GroupLayer) else self.members.around[layer.name]
+        if metric.parameter == "units":
+            return Units(layer.title, self.seen(layer, "output").width, self.seed)
+        if metric.parameter == "norm" and not isinstance(layer, GroupLayer):
+            norm = self.dry_run.norms.get(layer.name)
+            return getattr(norm.module, "weight", None) if norm else None
+        return getattr(layer, metric.parameter)
+
+    def parameter(self, layer: Layer, metric: Metric) -> Any:
+        """The same on the CPU."""
+        found = self.stored(layer, metric)
+        return found.detach().cpu() if isinstance(found, Tensor) else found
+
+    def places(self, metric: Metric) -> list[Place]:
+        """Where a metric is taken: layers, those that show the units of groups, pairs of layers, or layers with the next one."""
+        if metric.kind == "edge":
+            return [pair for pair in self.pairs if self.part is None or pair[0].name in self.part]
+        found = dict.fromkeys(part for layer in self.measured for part in self.parts(metric, layer))
+        return [(layer, self.behind(metric, layer)) for layer in found]
+
+    def parts(self, metric: Metric, layer: Layer) -> list[Layer]:
+        """The layers whose values a metric's value at a layer is made of: itself, or those that show the units of a group."""
+        if not isinstance(layer, GroupLayer):
+            return [self.members.around[layer.name] if of_groups_only(metric) else layer]
+        side = side_of(metric)
+        return [layer] if side == "group" else [each for each, _ in self.members.of(layer, side)]
+
+    def behind(self, metric: Metric, layer: Layer) -> Layer | None:
+        """The next layer, where a metric reads it."""
+        reads = any(need.port == "next" or need.target == "next" for need in metric.needs().values())
+        return self.next.get(layer) if reads else None
+
+    @cached_property
+    def next(self) -> dict[Layer, Layer]:
+        """The layer behind each but the last."""
+        return dict(itertools.pairwise(self.members.chain or self.layers))
+
+    def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
+        """What a metric needs at a place, as it is added up; a plan narrows it where sites are too wide."""
+        return self.wanted(metric, place)
+
+    def wanted(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
+        """What a metric needs at a place, however wide the sites are.
+
+        Sites whose rows stand beside each other but lie at different positions are compared by samples, and so is all that the
+        metric (or the part of a composite) needs.
+        """
+        layer, other = place
+        needs = metric.needs()
+        if other is None and any(need.port == "next" or need.target == "next" for need in needs.values()):
+            return {}
+        part = {name: name.rpartition(".")[0] for name in needs}  # of a composite
+        apart = {part[name] for name, need in needs.items() if self._apart(need, layer, other)}
+        tokens: dict[str, Any] = {n: need.target for n, need in needs.items() if need.target not in _SITES}
+        tokens = tokens if self.dry_run.tokens else {}
+        beside = {part[n]: settled(target, True) for n, target in tokens.items() if of_tokens(target, self.per_token)}
+        found = {n: self._resolved(need, layer, other, part[n] in apart, beside.get(part[n])) for n, need in needs.items()}
+        return self._at_members(found)
+
+    def _resolved(
+        self, need: Need, layer: Layer, other: Layer | None, apart: bool, beside: Target | None = None
+    ) -> tuple[Layer, Need]:
+        """What a need is here; ``beside``: the target of the metric's tokens, whose rows are those that have it."""
+        owner = other if need.port == "next" and other is not None else layer
+        view = need.view
+        if view == "whole":
+            view = "positions" if self.dry_run.tokens else "samples"
+        if apart and view == "positions":
+            view = "samples"
+        target = need.target
+        if target in _SITES:
+            target = Other(other.name, "output") if target == "next" and other is not None else Other(layer.name, "input")
+        elif beside is not None:
+            view, target = "tokens", beside
+        elif target is not None:
+            target = settled(target, tokens=False)  # type: ignore[arg-type]
+        port = "output" if need.port in ("next", "projection") else need.port
+        return owner, self._one_view(owner, need._replace(port=port, view=view, target=target))
+
+    def _at_members(self, needs: dict[str, tuple[Layer, Need]]) -> dict[str, tuple[Layer, Need]]:
+        """Needs of groups where they are added up: what is consumed at each reader, sums over the whole model there."""
+        found: dict[str, tuple[Layer, Need]] = {}
+        for name, (owner, need) in needs.items():
+            if need.port == "model" and self.members.model is not None:
+                found[name] = self.members.model, need
+            elif need.port == "consumed":
+                for k, (reader, _) in enumerate(self.members.readers[owner.name]):
+                    routed = isinstance(reader, ExpertLayer)  # seen at the group, where every token counts
+                    found[f"{name}/{k}"] = (
+                        (owner, need) if routed else (reader, self._one_view(reader, need._replace(port="output")))
+                    )
+            else:
+                found[name] = owner, need
+        return found
+
+    def _apart(self, need: Need, layer: Layer, other: Layer | None) -> bool:
+        if need.target not in _SITES:
+            return False
+        here = self.seen(other if need.port == "next" and other is not None else layer, need.port)
+        there = self.seen(other, "output") if need.target == "next" and other is not None else self.seen(layer, "input")
+        alone = any(seen.calls > 1 or seen.packed for seen in (here, there))
+        return alone or (here.grid, here.positions) != (there.grid, there.positions)
+
+    @cached_property
+    def _wanted(self) -> dict[str, set[Need]]:
+        wanted: dict[str, set[Need]] = {layer.name: set() for layer in self.every_layer}
+        for metric in self.metrics.values():
+            for place in self.places(metric):
+                for owner, need in self.resolve(metric, place).values():
+                    wanted[owner.name].add(need)
+        return wanted
+
+    def needs(self, layer: Layer) -> list[Need]:
+        """What is added up at a layer: moments of rows whose products are kept are read off those."""
+        wanted = self._wanted[layer.name]
+        return sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
+
+    def lookup(self, layer: Layer, need: Need) -> Need:
+        """The need that serves another."""
+        return self._provider(layer, need, self._wanted[layer.name])
+
+    def meets(self, need: Need) -> bool:
+        """Whether a need's rows wait for those of another site, or for the logits."""
+        return need.view == "tokens" or (isinstance(need.target, Other) and need.view == "positions")
+
+    def sampled(self, need: Need) -> bool:
+        """Whether a need reads a sample of the positions only."""
+        reads = need.view == "tokens" or (need.statistic in SAMPLED and need.view == "positions")
+        return self.positions is not None and reads
+
+    def groups_of(self, layer: Layer, need: Need) -> int:
+        if need.port == "model":
+            return 1
+        wide = need.statistic in SQUARE and max(self._widths(layer, need)) > GROUPED_WIDTH
+        return 1 if wide else self.groups
+
+    def _widths(self, layer: Layer, need: Need) -> tuple[int, int]:
+        """Units at a need's port, and columns of what stands beside them."""
+        width = self.seen(layer, need.port).width
+        if layer.geometry is not None and need.statistic.entries:
+            width *= math.prod(layer.geometry.kernel)
+        if isinstance(need.target, Other):
+            return width, self.seen_at(*need.target).width
+        if need.statistic is WeightSums:
+            return width, self.seen(layer, "input").width if layer.weight is None else layer.weight.shape[1]
+        parts = need.target.split("+") if isinstance(need.target, str) else [""] if need.target else []
+        return width, sum(self.dry_run.classes if part == "logits" else 1 for part in parts)
+
+    def nbytes(self, layer: Layer, need: Need) -> int:
+        """Bytes of a statistic's sums over all its groups."""
+        if need.port == "model":
+            return need.statistic.size_of(self.members.groups, *need.options)  # type: ignore[attr-defined]
+        width, beside = self._widths(layer, need)
+        repeats = getattr(layer.module, "groups", 1)
+        positions = self.seen(layer, need.port).positions
+        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, beside, self.dry_run.classes, repeats, positions)
+
+    def _rows_a_sample(self, layer: Layer, need: Need) -> int:
+        if need.view == "samples" or need.port == "model":
+            return 1
+        positions = self.seen(layer, need.port).positions
+        return min(positions, self.positions or positions) if self.sampled(need) else positions
+
+    def _one_view(self, layer: Layer, need: Need) -> Need:
+        """A row a sample is the same in either view."""
+        seen = self.seen(layer, need.port)
+        return need._replace(view="samples") if seen.flat and seen.calls == 1 and need.view != "tokens" else need
+
+    def _provider(self, layer: Layer, need: Need, wanted: set[Need]) -> Need:
+        """What a need is read off: a statistic that holds more, of the same rows in the same groups."""
+        for statistic in serves(need.statistic):
+            richer = need._replace(statistic=statistic)
+            alike = self.sampled(richer) == self.sampled(need) and self.groups_of(layer, richer) == self.groups_of(layer, need)
+            if richer in wanted and alike:
+                return self._provider(layer, richer, wanted)  # which may itself be read off one that is richer still
+        return need

@@ -1,0 +1,115 @@
+"""Where the units of pruning groups are seen: by the layers that read or make them, or as rows of the group itself."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from nodelens.metrics import Metric
+from nodelens.network.find_layers import started
+from nodelens.network.group_layer import GroupLayer
+from nodelens.network.group_layer import Member as GroupMember
+from nodelens.network.layers import Layer
+
+Side = Literal["group", "reader", "maker"]
+Shows = list[tuple[Layer, Tensor]]  # a layer, and where each unit lies in what it shows, (units, places)
+_OWN = {"made*grad", "consumed", "maps", "load", "model"}  # ports that only a group has
+_OF_GROUPS = _OWN | {"output*grad", "output*grad/tokens"}
+_AT_READERS = {"output", "output*grad", "grad", "output*grad/tokens", "grad/tokens"}  # ports that a reader's input has too
+
+
+def side_of(metric: Metric) -> Side:
+    """Where a metric of a pruning group is taken.
+
+    ``group``: of rows or weights of the group itself; ``reader``: at the input of each layer that reads the units, where all that
+    looks at their values alone is taken; ``maker``: at each layer that makes them.
+    """
+    needs = metric.needs().values()
+    if {need.port for need in needs} <= _OF_GROUPS and metric.parameter not in ("tensor", "change"):
+        return "group"
+    alone = not metric.weighted and all(need.port in _AT_READERS and need.target != "input" for need in needs)
+    return "reader" if alone else "maker"
+
+
+def of_groups_only(metric: Metric) -> bool:
+    """Whether a metric reads what only a group has: then a layer is measured as the group of its own units."""
+    return metric.parameter == "group" or any(need.port in _OWN for need in metric.needs().values())
+
+
+@dataclass(frozen=True)
+class Members:
+    """Pruning groups, and the layers that show their units, each once however many groups it belongs to."""
+
+    groups: list[GroupLayer] = field(default_factory=list)
+    around: Mapping[str, GroupLayer] = field(default_factory=dict)  # layers that are measured as groups of their own units
+    readers: Mapping[str, Shows] = field(default_factory=dict)  # by group
+    makers: Mapping[str, Shows] = field(default_factory=dict)
+    mixtures: Mapping[str, Layer] = field(default_factory=dict)  # of whole experts: the module of all of them
+    model: Layer | None = None  # where something is added up for all groups together
+
+    @classmethod
+    def find(
+        cls, model: nn.Module, layers: Sequence[Layer], metrics: Mapping[str, Metric], start: Mapping[str, Tensor] | None = None
+    ) -> "Members":
+        """The members of the groups among some layers, as far as the metrics look at them; start: the weights before training.
+
+        Raises ValueError where no layer shows the units of a group.
+        """
+        groups = [layer for layer in layers if isinstance(layer, GroupLayer)]
+        around = {}
+        if any(map(of_groups_only, metrics.values())):
+            around = {la.name: GroupLayer.around(model, la) for la in layers if not isinstance(la, GroupLayer)}
+        known = {layer.name: layer for layer in layers if not isinstance(layer, GroupLayer)}
+        found = cls([*groups, *around.values()], around, {}, {}, {}, Layer("(model)", model) if groups or around else None)
+        readers, makers, mixtures = dict[str, Shows](), dict[str, Shows](), dict[str, Layer]()
+        for name, metric in metrics.items():
+            for group in found.groups if of_groups_only(metric) else groups:
+                if group.group.router is not None and metric.needs():
+                    mixtures[group.name] = known.setdefault(group.makers[0].layer.name, group.makers[0].layer)
+                for side in _looks_at(metric):
+                    every = group.readers if side == "reader" else group.makers
+                    if side_of(metric) == "maker":  # experts that share a tensor have no module that puts their units out
+                        every = [member for member in every if member.piece.tensor == "weight"]
+                    (readers if side == "reader" else makers).setdefault(group.name, _shows(name, group, every, known))
+        if start is not None:
+            makers = {name: [(started(layer, start), places) for layer, places in every] for name, every in makers.items()}
+        return cls(found.groups, around, readers, makers, mixtures, found.model)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that show units of groups, the groups around layers, and the model."""
+        shows = [layer for side in (self.readers, self.makers) for every in side.values() for layer, _ in every]
+        every = dict.fromkeys([*shows, *self.mixtures.values(), *self.around.values()])
+        return [*every, *([] if self.model is None else [self.model])]
+
+    def of(self, group: GroupLayer, side: Side) -> Shows:
+        """The layers that show a group's units on a side."""
+        return (self.readers if side == "reader" else self.makers)[group.name]
+
+    @property
+    def chain(self) -> list[Layer]:
+        """The layers that make the units, in order."""
+        return list(dict.fromkeys(layer for every in self.makers.values() for layer, _ in every))
+
+
+def _looks_at(metric: Metric) -> Iterator[Side]:
+    """The sides of a group that a metric looks at."""
+    needs = metric.needs().values()
+    watched = {need.statistic.watches(*need.options) for need in needs if need.port == "model"}  # type: ignore[attr-defined]
+    side, ports = side_of(metric), {port.partition("/")[0] for port in watched | {need.port for need in needs}}
+    if side == "reader" or (side == "group" and ports & {"output*grad", "consumed", "maps"}):
+        yield "reader"
+    elif side == "maker" or "made*grad" in ports:
+        yield "maker"
+
+
+def _shows(metric: str, group: GroupLayer, members: Sequence[GroupMember], known: dict[str, Layer]) -> Shows:
+    if group.group.router is not None:
+        return []
+    if not members or any(reader.piece.tensor != "down_proj" for reader in group.readers if reader.piece.entry is not None):
+        raise ValueError(
+            f"{metric} looks at what passes, and no hook sees the units of group {group.title!r}: its experts lie in one tensor; "
+            "score it by weights (magnitude, group_l2) or by their gradients (llm_pruner), or leave it out with freeze="
+        )
+    return [(known.setdefault(member.layer.name, member.layer), member.places) for member in members]

@@ -1,0 +1,69 @@
+"""What a call asks for: metrics and layers by name or as objects, and what they are in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nodelens.metrics import Metric, get_metric
+from nodelens.metrics.need import Other
+from nodelens.network.find_layers import find_layers, resolved
+from nodelens.network.group_layer import GroupLayer
+from nodelens.network.groups import PruningGroup
+from nodelens.network.layers import Layer
+
+from .plan import Plan
+
+Metrics = Sequence[str | Metric] | Mapping[str, Metric]
+Layers = str | Sequence[str | Layer | PruningGroup]
+
+
+def as_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """{column: metric} of names and metric objects. Raises ValueError for a name asked for twice."""
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    chosen: dict[str, Metric] = {}
+    for metric in metrics:
+        name = metric if isinstance(metric, str) else metric.names[-1]
+        if name in chosen:
+            raise ValueError(f"metric {name!r} is asked for twice; give a dict {{column: metric}} to name two variants")
+        chosen[name] = get_metric(metric) if isinstance(metric, str) else metric
+    return chosen
+
+
+def as_layers(model: nn.Module, layers: Layers, start: Mapping[str, Tensor] | None = None) -> list[Layer]:
+    """Layers of names, patterns and roles; what is a layer or a pruning group already stays.
+
+    Raises ValueError as ``find_layers`` does.
+    """
+    if isinstance(layers, str):
+        return find_layers(model, layers, start)
+    given = [layer for layer in layers if not isinstance(layer, str)]
+    found = [GroupLayer.of(model, each) if isinstance(each, PruningGroup) else each for each in given]
+    names = [layer for layer in layers if isinstance(layer, str)]
+    return [*(find_layers(model, names, start) if names else []), *found]
+
+
+def names_of(model: nn.Module, layers: Layers, found: Sequence[Layer]) -> dict[str, list[str]]:
+    """{pattern: names of its layers}, of what was asked for; pruning groups and layers stand for themselves."""
+    patterns = [layers] if isinstance(layers, str) else [layer for layer in layers if isinstance(layer, str)]
+    return resolved(model, patterns) if patterns else {layer.title: [layer.title] for layer in found}
+
+
+def describe(metric: Metric) -> dict[str, Any]:
+    """What a column is: the metric's name, options, needs, when NaN."""
+    return {
+        "metric": metric.names[0],
+        "options": {k: getattr(v, "__name__", v) if callable(v) else v for k, v in metric.options.items()},
+        "kind": metric.shape,
+        "nan": metric.nan,
+        "source": metric.source(),
+        "needs": {name: str(need) for name, need in metric.needs().items()},
+    }
+
+
+def targets_of(plan: Plan, metric: Metric) -> dict[str, list[str]]:
+    """The targets that a metric has in this pass, in words: what became of ``auto``."""
+    needs = [need for place in plan.places(metric)[:1] for _, need in plan.resolve(metric, place).values()]
+    found = [need.target for need in needs if need.target and not isinstance(need.target, Other)]
+    return {"targets": list(dict.fromkeys(str(getattr(target, "__name__", target)) for target in found))} if found else {}

@@ -1,0 +1,316 @@
+"""Sums over a whole model that no single site shows: gradients of weights, a copy in training, products with supernodes."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.network.batch import Batch, logits_of
+from nodelens.network.eval_mode import differentiable
+from nodelens.network.group_layer import GroupLayer
+from nodelens.network.groups import GroupSlice
+from nodelens.statistics.processes import reduce_tensor
+from nodelens.statistics.rows import Rows
+
+from .core_and_halo import correlations, largest, share_of
+
+Unit = Literal["sequence", "token"]
+LossReduction = Literal["sum", "mean"]
+CHUNK = 1 << 26  # gradients held at once, 256 MB in float32
+_UNFIT = (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, AttributeError)  # what a model may raise in a vmap
+
+
+class ModelSums:
+    """What one pass adds up for the units of all groups, in float64; the whole only, without groups of samples.
+
+    A need names it with the port ``model`` and the options of its constructor. parameters: what the summed loss is differentiated
+    in. rounds: how often the data are read. forward: whether the model itself has to run. port: of the groups' sites whose rows
+    ``see`` is shown, empty for none.
+    """
+
+    rounds: ClassVar[int] = 1
+    forward: ClassVar[bool] = True
+    parts: ClassVar[tuple[None]] = (None,)  # not kept by group of samples: no standard error
+
+    def __init__(self, model: nn.Module, groups: Sequence[GroupLayer]):
+        self.model, self.groups, self.port = model, groups, ""
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.parameters: list[Tensor] = []
+        self.totals: dict[Any, Tensor] = {}
+
+    @classmethod
+    def times(cls, *options: Any) -> int:
+        """How often the data are read."""
+        return cls.rounds
+
+    @classmethod
+    def watches(cls, *options: Any) -> str:
+        """The port of the groups' sites whose rows it is shown; empty for none."""
+        return ""
+
+    @classmethod
+    def size_of(cls, groups: Sequence[GroupLayer], *options: Any) -> int:
+        """Bytes of the sums."""
+        return 8 * sum(group.group.n for group in groups)
+
+    @property
+    def value(self) -> "ModelSums":
+        return self
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum before anything was added."""
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+
+    def begin(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def see(self, layer: GroupLayer, rows: Rows) -> None:
+        """Takes rows of a group."""
+
+    def end(self, logits: Tensor | None, loss: Any) -> None:
+        """Ends the batch; no graph is recorded, and logits are None where the model did not run."""
+
+    def again(self) -> None:
+        """Called before the data are read again."""
+
+    def reduce(self) -> None:
+        """Makes the sums those of all processes. Collective."""
+        self.totals = {key: reduce_tensor(total) for key, total in self.totals.items()}
+
+    def to(self, device: torch.device) -> None:
+        """Moves the sums to a device."""
+        self.totals = {key: total.to(device) for key, total in self.totals.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums as plain tensors."""
+        return {str(key): total for key, total in self.totals.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from saved sums."""
+        self.totals = {key: state[str(key)].clone() for key in self.totals}
+
+
+class _TensorSums(ModelSums):
+    """Sums over samples in the shape of every tensor that makes, or makes and reads, units."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], *roles: str):
+        super().__init__(model, groups)
+        slices = {piece.name: piece for group in groups for piece in group.pieces(*roles)}
+        self.tensors = {name: whole(model, piece) for name, piece in slices.items()}
+        self.totals = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in self.tensors.items()}
+        self.totals["samples"] = self.zeros(1)
+
+    @classmethod
+    def size_of(cls, groups: Sequence[GroupLayer], *options: Any) -> int:
+        slices = {piece.name: piece for group in groups for piece in group.pieces(*options)}
+        return 8 * sum(whole(groups[0].module, piece).numel() for piece in slices.values())
+
+    def begin(self, batch: Batch) -> None:
+        super().begin(batch)
+        self.totals["samples"] += len(batch)
+
+    def mean(self, piece: GroupSlice) -> Tensor:
+        """The mean over samples, in the tensor's shape."""
+        return self.totals[piece.name] / self.totals["samples"].to(self.totals[piece.name].device)
+
+
+class WeightGradients(_TensorSums):
+    """The gradient of the loss summed over all data."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], *roles: str):
+        super().__init__(model, groups, *roles)
+        self.parameters = list(self.tensors.values())
+
+    def end(self, logits: Tensor | None, loss: Any) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.grad is not None:
+                self.totals[name] += tensor.grad
+
+
+class SampleGradients(_TensorSums):
+    """Squares of each sample's own gradient.
+
+    The slope of the loss in the logits is taken for the whole batch; what remains is linear in the logits, and differentiated for
+    many samples at once (``torch.func.vmap``) or, where the model does not allow that, for one after another.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], *roles: str):
+        super().__init__(model, groups, *roles)
+        self.step = max(1, CHUNK // max(1, sum(t.numel() for t in self.tensors.values())))
+        self.together = self.step > 1
+
+    def end(self, logits: Tensor | None, loss: Any) -> None:
+        assert logits is not None
+        with torch.enable_grad():
+            z = logits.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(loss(z, self.batch.labels), z)
+        for first in range(0, len(self.batch), self.step):
+            self._add(_part(self.batch, first, self.step), slope[first : first + self.step])
+
+    def _add(self, batch: Batch, slope: Tensor) -> None:
+        if self.together and len(batch) > 1:
+            try:
+                together = self._at_once(batch, slope)
+            except _UNFIT:
+                self.together = False
+            else:
+                for name, several in together.items():
+                    self.totals[name] += several.double().square().sum(0)
+                return
+        for gradients in self._one_by_one(batch, slope):
+            for name, gradient in zip(self.tensors, gradients, strict=True):
+                if gradient is not None:
+                    self.totals[name] += gradient.double().square()
+
+    def _at_once(self, batch: Batch, slope: Tensor) -> dict[str, Tensor]:
+        """{name: (samples, in the tensor's shape)}."""
+
+        def dim(value: object) -> int | None:
+            return 0 if isinstance(value, Tensor) and value.ndim and len(value) == len(batch) else None
+
+        dims = None, tuple(map(dim, batch.args)), {k: dim(v) for k, v in batch.kwargs.items()}, 0
+
+        def linear(tensors: dict[str, Tensor], args: tuple, kwargs: dict, slope: Tensor) -> Tensor:
+            args = tuple(v if d is None else v[None] for v, d in zip(args, dims[1], strict=True))
+            kwargs = {k: v if dims[2][k] is None else v[None] for k, v in kwargs.items()}
+            return (logits_of(torch.func.functional_call(self.model, tensors, args, kwargs))[0] * slope).sum()
+
+        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        every = torch.func.vmap(torch.func.grad(linear), in_dims=dims)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that vmap loops over: right, if slow
+            return every(tensors, batch.args, batch.kwargs, slope)
+
+    def _one_by_one(self, batch: Batch, slope: Tensor) -> Iterator[Sequence[Tensor | None]]:
+        tensors = list(self.tensors.values())
+        for k in range(len(batch)):
+            with differentiable(tensors), torch.enable_grad():
+                logits = logits_of(_part(batch, k, 1).run(self.model))
+                yield torch.autograd.grad((logits * slope[k : k + 1]).sum(), tensors, allow_unused=True)
+
+
+class MovementSums(ModelSums):
+    """-g_w w, added up over the steps of plain SGD on a copy of the model: totals {group: (units,)}."""
+
+    forward: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], lr: float, epochs: int):
+        super().__init__(model, groups)
+        self.lr, self.rounds = lr, epochs  # type: ignore[misc]
+        self.copy = copy.deepcopy(model).eval()
+        self.trained = [p.requires_grad_() for p in self.copy.parameters() if p.is_floating_point()]
+        self.totals = {group.name: self.zeros(group.group.n) for group in groups}
+
+    @classmethod
+    def times(cls, *options: Any) -> int:
+        return int(options[1])
+
+    def end(self, logits: Tensor | None, loss: Any) -> None:
+        batch = self.batch
+        with torch.enable_grad():
+            total = loss(logits_of(batch.run(self.copy)), batch.labels) / int(batch.tokens.sum().clamp_min(1))
+            gradients = torch.autograd.grad(total, self.trained, allow_unused=True)
+        steps = {id(p): g for p, g in zip(self.trained, gradients, strict=True) if g is not None}
+        for group in self.groups:
+            for piece in group.pieces("producer"):
+                weight = whole(self.copy, piece)
+                if id(weight) in steps:
+                    pull = piece.by_unit(self.copy).double() * entries(piece, steps[id(weight)])
+                    self.totals[group.name] -= pull.sum(1).to(self.device)
+        for p in self.trained:
+            if id(p) in steps:
+                p.sub_(self.lr * steps[id(p)])
+
+
+class SupernodeProducts(ModelSums):
+    """Sums of q^2 in a first round over the data; in a second those of q and of its products with the supernodes' q.
+
+    ``reduction: mean`` divides the gradients of a sample by its predicted tokens.
+    """
+
+    rounds: ClassVar[int] = 2
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[GroupLayer], unit: Unit, fraction: float, reduction: LossReduction = "sum"
+    ):
+        super().__init__(model, groups)
+        self.unit, self.fraction, self.port = unit, fraction, self.watches(unit, fraction, reduction)
+        self.cores: dict[str, Tensor] = {}
+        for group in groups:
+            self.totals |= {(group.name, "square"): self.zeros(group.group.n), (group.name, "rows"): self.zeros(1)}
+
+    @classmethod
+    def watches(cls, *options: Any) -> str:
+        return "output*grad" + ("/tokens" if options[2:] == ("mean",) else "")
+
+    def begin(self, batch: Batch) -> None:
+        super().begin(batch)
+        self.held: dict[str, Tensor] = {}
+
+    def see(self, layer: GroupLayer, rows: Rows) -> None:
+        if self.unit == "token":
+            self._add(layer.name, rows.raw.double().transpose(1, 2)[rows.mask()])
+        else:
+            q = rows.sample_totals().raw[:, :, 0].double()
+            self.held[layer.name] = self.held.get(layer.name, 0) + q
+
+    def end(self, logits: Tensor | None, loss: Any) -> None:
+        for name, q in self.held.items():
+            self._add(name, q)
+
+    def _add(self, name: str, q: Tensor) -> None:
+        """Takes rows of a group's q, (rows, units) float64."""
+        q = q.to(self.device)
+        if not self.cores:
+            self.totals[name, "square"] += q.square().sum(0)
+            self.totals[name, "rows"] += len(q)
+        else:
+            self.totals[name, "sum"] += q.sum(0)
+            self.totals[name, "products"] += q.T @ q[:, self.cores[name]]
+
+    def again(self) -> None:
+        super().reduce()
+        for group in self.groups:
+            core = largest(self.totals[group.name, "square"], share_of(group.group.n, self.fraction))
+            self.cores[group.name] = core
+            self.totals |= {
+                (group.name, "sum"): self.zeros(group.group.n),
+                (group.name, "products"): self.zeros(group.group.n, len(core)),
+            }
+
+    def reduce(self) -> None:
+        for key in self.totals:
+            if key[1] in ("sum", "products"):
+                self.totals[key] = reduce_tensor(self.totals[key])
+
+    def mean_square(self, group: str) -> Tensor:
+        """E q^2 of each unit."""
+        return (self.totals[group, "square"] / self.totals[group, "rows"]).cpu()
+
+    def correlation(self, group: str, eps: float = 0.0) -> Tensor:
+        """Correlations of each unit's q with those of the supernodes, (units, supernodes)."""
+        n, core = self.totals[group, "rows"], self.cores[group].to(self.totals[group, "rows"].device)
+        mean, square = self.totals[group, "sum"] / n, self.totals[group, "square"] / n
+        shared = self.totals[group, "products"] / n - mean[:, None] * mean[core]
+        spread = (square - mean.square()).clamp_min(0)
+        return correlations(shared, spread, spread[core], eps).cpu()
+
+
+def whole(model: nn.Module, piece: GroupSlice) -> Tensor:
+    """The tensor that is sliced, all experts of it, as the model holds it."""
+    return getattr(model.get_submodule(piece.module), piece.tensor)
+
+
+def entries(piece: GroupSlice, tensor: Tensor) -> Tensor:
+    """The units' entries of a tensor in the shape of the sliced one, (units, the rest)."""
+    part = tensor if piece.entry is None else tensor[piece.entry]
+    moved = part.movedim(piece.dim - (piece.entry is not None), 0)
+    return moved[piece.index.to(part.device)].flatten(1)
+
+
+def _part(batch: Batch, first: int, samples: int) -> Batch:
+    """Some samples of a batch."""
+    return batch.map(lambda t: t[first : first + samples])

@@ -1,0 +1,97 @@
+"""Pruning criteria of supernodes: the loss proxy, lowered by what a unit repeats of the units that carry most of it."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nodelens.network.group_layer import GroupLayer
+
+from .base import Metric
+from .core_and_halo import connectivity, halo, protection, redundancy_to_core
+from .model_sums import LossReduction, SupernodeProducts, Unit
+from .need import Need
+from .taylor import check_tokens
+
+
+@dataclass(frozen=True)
+class ScarProt(Metric):
+    """Loss proxy of a channel, lowered in the halo by what the supernodes repeat of it.
+
+    The supernodes are the ``core_fraction`` channels of largest loss proxy L; the halo those that write most where they write. The
+    supernodes are kept by the criterion's own constraint (``protect``), not by their score. Data are read twice.
+    ``loss_reduction: mean`` takes the mean loss of each text, ``corr_eps: 1e-8`` stands under the root of the correlations: the
+    published code's numbers.
+
+    Formula: L Protect, L = 0.5 E q^2, q = u dL/du per token, Protect by the rank of the redundancy: f + (1 - f)(1 - r^g)
+    Shapes: q over tokens of what one linear layer reads -> (units,)
+    Unit:   that of the loss squared, >= 0
+    NaN:    never
+    Raises: ValueError where other than one linear layer reads the units (``unit: sequence`` takes any)
+    Source: 2604.23475
+    """
+
+    names: ClassVar = ("scar_prot", "supernode_protection_score")
+    weighted: ClassVar = True
+    parameter: ClassVar = "group"
+    reads_consumers: ClassVar = True
+    unit: Unit = "token"
+    core_fraction: float = 0.01
+    halo_fraction: float = 0.1
+    connectivity_topk: int = 256
+    connectivity_mass_fraction: float | None = None
+    redundancy_topk: int = 5
+    redundancy_reduce: Literal["topk_mean", "max"] = "topk_mean"
+    positive_redundancy: bool = True
+    protection_floor: float = 0.2
+    protection_rank_power: float = 8.0
+    corr_eps: float = 0.0
+    loss_reduction: LossReduction = "sum"
+
+    def needs(self) -> dict[str, Need]:
+        options = (self.unit, self.core_fraction, self.loss_reduction)
+        return {"q": Need(SupernodeProducts, "model", options=options)}  # type: ignore[arg-type]
+
+    def check_group(self, name: str, group: GroupLayer) -> None:
+        check_tokens(group, self.unit)
+
+    def parts(self, group: GroupLayer, q: SupernodeProducts) -> dict[str, Tensor]:
+        """Loss proxy, connectivity, redundancy (NaN outside the halo), protection, (units,); ids of supernodes and halo."""
+        core, proxy = q.cores[group.name].cpu(), 0.5 * q.mean_square(group.name)
+        connected = connectivity(group.columns, core, self.connectivity_topk, self.connectivity_mass_fraction)
+        members = halo(connected, core, self.halo_fraction)
+        redundancy = torch.full_like(proxy, torch.nan)
+        rho = q.correlation(group.name, self.corr_eps)
+        every = redundancy_to_core(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        redundancy[members] = every[members]
+        kept = protection(redundancy, members, "rank_power", self.protection_floor, self.protection_rank_power)
+        values = {"proxy": proxy, "connectivity": connected, "redundancy": redundancy, "protection": kept}
+        return values | {"core": core, "halo": members}
+
+    def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:  # type: ignore[override]
+        parts = self.parts(weight, q)
+        return parts["proxy"] * parts["protection"]
+
+
+@dataclass(frozen=True)
+class ScarConn(ScarProt):
+    """As ``scar_prot``, the protection only of the part of a channel that is connected to the supernodes.
+
+    Formula: L ((1 - Conn) + Conn Protect), L, Conn and Protect as there
+    Shapes: q over tokens of what one linear layer reads -> (units,)
+    Unit:   that of the loss squared, >= 0
+    NaN:    a channel that nothing reads
+    Raises: ValueError where other than one linear layer reads the units (``unit: sequence`` takes any)
+    Source: 2604.23475
+    """
+
+    names: ClassVar = ("scar_conn", "supernode_connectivity_score")
+    nan: ClassVar = "a channel that nothing reads"
+
+    def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:  # type: ignore[override]
+        parts = self.parts(weight, q)
+        return parts["proxy"] * ((1 - parts["connectivity"]) + parts["connectivity"] * parts["protection"])
+
+
+METRICS: tuple[type[Metric], ...] = (ScarProt, ScarConn)
