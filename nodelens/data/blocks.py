@@ -14,7 +14,7 @@ from .selectors import Selector, without
 from .tokens import Tokenizer
 
 _IGNORE = -100  # a label that does not count, as in cross_entropy
-_AT_ONCE = 64  # documents that a tokenizer is given together
+_GROUP = 64  # documents that a tokenizer is given together
 _CHUNK = 1 << 22  # tokens that are added up at once: a stream may lie on a disk
 
 
@@ -80,7 +80,7 @@ class Reader:
     def read(self, documents: Iterator[str], most: int | None = None) -> Iterator[TokenStream]:
         """Some documents at a time, until there are ``most`` tokens; empty ones are passed over. The last may be cut short."""
         left = most
-        while (left is None or left > 0) and (group := list(islice(documents, _AT_ONCE))):
+        while (left is None or left > 0) and (group := list(islice(documents, _GROUP))):
             part = self._piece(group)
             if left is not None:
                 part, left = part if len(part) <= left else part.between(0, left), left - len(part)
@@ -88,7 +88,7 @@ class Reader:
                 yield part
 
     def _piece(self, texts: list[str]) -> TokenStream:
-        first, last = (np.asarray([i] if asked else [], np.int32) for i, asked in self._around())
+        first, last = (np.asarray([i] if asked else [], np.int32) for i, asked in self._special_ids())
         ids, nbytes, marks = [first[:0]], [first[:0]], [np.empty(0, bool)]
         sizes = [0]
         for text, tokens in zip(texts, self.tokenizer.encode(texts), strict=True):
@@ -101,7 +101,7 @@ class Reader:
         joined = [torch.from_numpy(np.concatenate(arrays)) for arrays in (ids, nbytes, marks)]
         return TokenStream(joined[0], joined[1], torch.tensor(sizes).cumsum(0), joined[2] if self.selector.words else None)
 
-    def _around(self) -> tuple[tuple[int | None, bool], tuple[int | None, bool]]:
+    def _special_ids(self) -> tuple[tuple[int | None, bool], tuple[int | None, bool]]:
         return (self.tokenizer.bos, self.bos), (self.tokenizer.eos, self.eos)
 
 

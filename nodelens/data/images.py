@@ -57,7 +57,7 @@ class ImageData(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split; the second call does nothing."""
-        _hush()
+        _silence_warnings()
         if self.source is not None:
             return
         source = self.read()
@@ -120,7 +120,7 @@ class ImageData(lightning.LightningDataModule):
         return DataLoader(
             Images(self._ready(), ids, self._convert()),
             batch_size=batch_size,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -128,7 +128,7 @@ class ImageData(lightning.LightningDataModule):
         )
 
 
-def _hush() -> None:
+def _silence_warnings() -> None:
     """Lightning warns where these modules are right: more workers slow down what is in memory, and a stream that is
     read in one process has an exact length.
     """
@@ -136,5 +136,5 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined.*")
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

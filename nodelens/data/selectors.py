@@ -74,7 +74,7 @@ class Selector:
             behind = (labels[:, 1:] != _IGNORE) & real[:, 1:]
             found = found & torch.nn.functional.pad(behind, (0, 1))
         for term in self.places:
-            found = found & _placed(term, real)
+            found = found & _position_mask(term, real)
         if self.words:
             if marks is None:
                 raise ValueError(f"selector {self.text!r} looks for text, which the batch does not come with")
@@ -85,7 +85,7 @@ class Selector:
         """(n,) bool: the tokens of a document that all phrases and patterns touch; nbytes (n,): the UTF-8 each stands for."""
         found = np.ones(len(nbytes), bool)
         for words in self.words:
-            found &= _touched(in_bytes(text, words.spans(text)), nbytes)
+            found &= _overlapping(in_bytes(text, words.spans(text)), nbytes)
         return found
 
 
@@ -190,7 +190,7 @@ def _check_places(term: str) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _named(term: str, n: int) -> list[int]:
+def _positions_of(term: str, n: int) -> list[int]:
     """The places of a term among n tokens; what is out of range there is left out."""
     found: list[int] = []
     for item in term.split(","):
@@ -201,17 +201,17 @@ def _named(term: str, n: int) -> list[int]:
     return found
 
 
-def _placed(term: str, real: Tensor) -> Tensor:
+def _position_mask(term: str, real: Tensor) -> Tensor:
     """(B, T) bool: real tokens at the places of a term; one reading of it for each number of tokens that there is."""
     lengths, row = real.sum(1).unique(return_inverse=True)
     table = torch.zeros(len(lengths), real.shape[1], dtype=torch.bool)
     for k, n in enumerate(lengths.tolist()):
-        table[k, _named(term, n)] = True
+        table[k, _positions_of(term, n)] = True
     place = (real.cumsum(1) - 1).clamp_min(0)
     return table.to(real.device)[row[:, None], place] & real
 
 
-def _touched(spans: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+def _overlapping(spans: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     """(n,) bool: tokens that share a byte with a span (k, 2); one without bytes ends the letter of the token before."""
     ends = nbytes.cumsum(dtype=np.int64)
     first, behind = np.searchsorted(ends, spans[:, 0], "right"), np.searchsorted(ends - nbytes, spans[:, 1], "left")

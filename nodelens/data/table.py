@@ -20,7 +20,7 @@ class TableSource:
     labels: Tensor  # (n,) int64
     own_test: int
     classes: int | None
-    prints: tuple[str, ...]
+    fingerprints: tuple[str, ...]
 
     @property
     def rows(self) -> int:
@@ -30,7 +30,7 @@ class TableSource:
         return convert.every([decoded(value) for value in self.images[ids.tolist()][self.column]])
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(" ".join(self.prints).encode(), digest_size=16)
+        digest = hashlib.blake2b(" ".join(self.fingerprints).encode(), digest_size=16)
         digest.update(self.labels.numpy().data)
         return digest.hexdigest()
 
@@ -47,5 +47,5 @@ def open_table(parts: list[datasets.Dataset], image: str, label: str) -> TableSo
         labels=labels,
         own_test=sum(len(part) for part in parts[1:]),
         classes=declared_classes(parts[0].features, label) or shown,
-        prints=tuple(part._fingerprint for part in parts),  # documented by datasets under this name alone
+        fingerprints=tuple(part._fingerprint for part in parts),  # documented by datasets under this name alone
     )

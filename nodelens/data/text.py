@@ -180,7 +180,7 @@ class Text(lightning.LightningDataModule):
         return DataLoader(
             _Numbered(self._ready(), ids),
             batch_size=batch_size,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -294,5 +294,5 @@ def _in_order(stream: TextStream, workers: int) -> DataLoader[TextBatch]:
     return DataLoader(stream, batch_size=None, num_workers=min(1, workers), pin_memory=torch.cuda.is_available())
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from .blocks import Reader, Samples, TokenStream, packed
 
-_HEADROOM = 1 << 16  # tokens that wait at least, before blocks are cut of them
+_BUFFER = 1 << 16  # tokens that wait at least, before blocks are cut of them
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Blocks:
         """All blocks in order, at least that many at a time but for the last."""
         size = self.length - int(self.prefix is not None)
         stride = self.stride or size
-        wanted = max(_HEADROOM, size + stride * least)
+        wanted = max(_BUFFER, size + stride * least)
         held, begun = list[TokenStream](), False
         for part in self.reader.read(self.documents(), self.most):
             held.append(part)
@@ -79,15 +79,15 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
     def _rounds(self) -> Iterator[tuple[Tensor, Samples]]:
         """Numbered blocks, those of as many whole batches for every process as there are; at the end what is left."""
         step, begin = self.batch_size * self.world, 0
-        waiting: Samples | None = None
+        buffered: Samples | None = None
         for samples in self.blocks.cut(step):
-            waiting = samples if waiting is None else _behind(waiting, samples)
-            whole = len(waiting) // step * step
+            buffered = samples if buffered is None else _append(buffered, samples)
+            whole = len(buffered) // step * step
             if whole:
-                yield torch.arange(begin, begin + whole), waiting.part(slice(whole))
-                begin, waiting = begin + whole, waiting.part(slice(whole, None))
-        if waiting is not None and len(waiting):
-            yield torch.arange(begin, begin + len(waiting)), waiting
+                yield torch.arange(begin, begin + whole), buffered.part(slice(whole))
+                begin, buffered = begin + whole, buffered.part(slice(whole, None))
+        if buffered is not None and len(buffered):
+            yield torch.arange(begin, begin + len(buffered)), buffered
 
 
 def nothing_selected(selector: str, name: str) -> str:
@@ -95,7 +95,7 @@ def nothing_selected(selector: str, name: str) -> str:
     return f"dataset.select={selector!r} selects no token of {name}; give another selector, or dataset.special=keep"
 
 
-def _behind(samples: Samples, other: Samples) -> Samples:
+def _append(samples: Samples, other: Samples) -> Samples:
     """Samples of two streams, of the first one no more than is needed."""
     begin = int(samples.first[0]) if len(samples) else len(samples.ids)
     kept = len(samples.ids) - begin

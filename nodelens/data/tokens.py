@@ -116,7 +116,7 @@ class StoredTokenizer:
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
         every = []
         for k, (text, ids) in enumerate(zip(texts, found["input_ids"], strict=True)):
-            ends = [end for _, end in found["offset_mapping"][k]] if fast else _spread(len(ids), len(text))
+            ends = [end for _, end in found["offset_mapping"][k]] if fast else _even_ends(len(ids), len(text))
             every.append(Tokens(np.asarray(ids, np.int32), _bytes_of(text, np.asarray(ends, np.int64))))
         return every
 
@@ -183,7 +183,7 @@ def _not_here(path: str, why: str) -> FileNotFoundError:
     )
 
 
-def _spread(tokens: int, characters: int) -> np.ndarray:
+def _even_ends(tokens: int, characters: int) -> np.ndarray:
     """Ends of tokens that do not tell theirs, as if all were as long: right over a document, near inside it."""
     return np.linspace(0, characters, tokens + 1)[1:].round()
 

@@ -13,8 +13,8 @@ from nodelens.metrics import Metric, Need
 from nodelens.metrics.need import Other, Target
 from nodelens.network.hooks import Site
 from nodelens.network.layers import Layer, pairs_of
-from nodelens.network.targets import check_token_target, of_tokens, settled
-from nodelens.statistics.costs import PAIRS, SAMPLED, SQUARE, numbers, serves
+from nodelens.network.targets import check_token_target, is_per_token, resolve_auto
+from nodelens.statistics.costs import PAIRS, SAMPLED, SQUARE, numbers, supersets_of
 from nodelens.statistics.weight_sums import WeightSums
 
 from .covariance import KINDS, CovariancePolicy, check_width, narrowed, whole
@@ -32,7 +32,7 @@ Place = tuple[Layer, Layer | None]  # where a metric is taken: a layer, and for 
 class Plan:
     """Every statistic once, however many metrics ask for it.
 
-    ``needs`` holds, for each layer, what is added up there; ``lookup`` says which of those serves a metric's need.
+    ``needs`` holds, for each layer, what is added up there; ``lookup`` says which of those supersets_of a metric's need.
     """
 
     layers: list[Layer]
@@ -146,7 +146,7 @@ class Plan:
         apart = {part[name] for name, need in needs.items() if self._apart(need, layer, other)}
         tokens: dict[str, Any] = {n: need.target for n, need in needs.items() if need.target not in _SITES}
         tokens = tokens if self.dry_run.tokens else {}
-        beside = {part[n]: settled(target, True) for n, target in tokens.items() if of_tokens(target, self.per_token)}
+        beside = {part[n]: resolve_auto(target, True) for n, target in tokens.items() if is_per_token(target, self.per_token)}
         return {n: self._resolved(need, layer, other, part[n] in apart, beside.get(part[n])) for n, need in needs.items()}
 
     def _resolved(
@@ -165,7 +165,7 @@ class Plan:
         elif beside is not None:
             view, target = "tokens", beside
         elif target is not None:
-            target = settled(target, tokens=False)  # type: ignore[arg-type]
+            target = resolve_auto(target, tokens=False)  # type: ignore[arg-type]
         port = "output" if need.port in ("next", "projection") else need.port
         return owner, self._one_view(owner, Need(need.statistic, port, view, target))
 
@@ -192,7 +192,7 @@ class Plan:
         return sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
 
     def lookup(self, layer: Layer, need: Need) -> Need:
-        """The need that serves another."""
+        """The need that supersets_of another."""
         return self._provider(layer, need, self._wanted[layer.name])
 
     def sites(self) -> list[Site]:
@@ -313,7 +313,7 @@ class Plan:
 
     def _provider(self, layer: Layer, need: Need, wanted: set[Need]) -> Need:
         """What a need is read off: a statistic that holds more, of the same rows in the same groups."""
-        for statistic in serves(need.statistic):
+        for statistic in supersets_of(need.statistic):
             richer = need._replace(statistic=statistic)
             alike = self.sampled(richer) == self.sampled(need) and self.groups_of(layer, richer) == self.groups_of(layer, need)
             if richer in wanted and alike:

@@ -25,7 +25,7 @@ from .stored import hub_is_reachable, quiet, why_missing
 
 BYTES = 259  # ids of the byte-level tokenizer
 _IGNORE = -100  # a label that does not count, as in cross_entropy
-_BESIDE = ("labels", "ids", "bytes", "select")  # of a batch, not for the model
+_NOT_INPUTS = ("labels", "ids", "bytes", "select")  # of a batch, not for the model
 
 
 class LanguageModel(Classifier):
@@ -53,7 +53,7 @@ class LanguageModel(Classifier):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits, (B, T, V)."""
-        return logits_of(self.net(**{name: value for name, value in batch.items() if name not in _BESIDE}))
+        return logits_of(self.net(**{name: value for name, value in batch.items() if name not in _NOT_INPUTS}))
 
     def on_fit_start(self) -> None:
         self.net.train()  # stored models come in eval mode, without their dropout
@@ -116,7 +116,7 @@ def causal_lm(
                 return AutoModelForCausalLM.from_config(found, **options)
             return _stored(path, found, {"dtype": dtype, "revision": revision, "device_map": device_map, **options})
     except (ImportError, ValueError, KeyError) as error:  # KeyError: a device_map that misses a part
-        raise ValueError(f"{name} cannot be built: {_in_short(error)}") from error
+        raise ValueError(f"{name} cannot be built: {_first_sentence(error)}") from error
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights at {name} cannot be read, or do not fit its config; save them again with model.save_pretrained(folder)"
@@ -140,7 +140,7 @@ def language_config(
             found = _read_config(path, {"revision": revision, "trust_remote_code": False, **changes})
     except (ValueError, TypeError, StrictDataclassError) as error:
         cause = (isinstance(error, StrictDataclassError) and error.__cause__) or error
-        raise ValueError(f"'{path or model_type}' is no model that can be built: {_in_short(cause)}") from error
+        raise ValueError(f"'{path or model_type}' is no model that can be built: {_first_sentence(cause)}") from error
     if type(found) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"'{path or model_type}' is a model of type {found.model_type}, which is no causal language model")
     return found
@@ -239,7 +239,7 @@ def _not_here(path: str, why: str) -> OSError:
     )
 
 
-def _in_short(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     """The first sentence: some go on with every model there is."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(". ")[0].strip(" .:'\"")

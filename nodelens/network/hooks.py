@@ -127,13 +127,13 @@ class Capture(AbstractContextManager["Capture"]):
         if any(awaited.values()) and torch.is_grad_enabled():
             if not output.requires_grad:
                 output.requires_grad_()
-            output.register_hook(partial(self._routed_gradient, awaited, call.kept()))
+            output.register_hook(partial(self._routed_gradient, awaited, call.copy()))
 
     def _routed_gradient(self, sites: Mapping[ExpertLayer, list[Site]], call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
             for layer, own in sites.items():
                 share = call.share(layer.expert)
-                slope = call.slopes(layer.expert, share, gradient) * share.weights * self.scale
+                slope = call.hidden_gradient(layer.expert, share, gradient) * share.weights * self.scale
                 for site in own:  # the units are made again: keeping those of every layer would take more than the model's own
                     times = call.hidden(layer.expert, share) if site.port.startswith("output*grad") else 1
                     self.see(site, Routed(times * slope, share.tokens, call.tokens))

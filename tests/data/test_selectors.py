@@ -227,7 +227,7 @@ def test_a_batch_says_which_tokens_count_and_nothing_else_changes(selector, side
     before, now = Batch.of(plain), Batch.of(chosen)
     assert torch.equal(now.mask, wanted)
     assert torch.equal(now.labels, before.labels)
-    assert torch.equal(now.keys, before.keys)
+    assert torch.equal(now.hashes, before.hashes)
     assert now.kwargs.keys() == before.kwargs.keys()
     seen = []
     handle = net.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)

@@ -128,7 +128,7 @@ class GateSums(Sums):
         """An expert's q at each token that goes to it and counts, (r, units) float64, and the samples of these, (r,)."""
         assert piece.entry is not None
         share = call.share(piece.entry).only(counts.flatten())
-        slope = call.slopes(piece.entry, share, g) * share.weights
+        slope = call.hidden_gradient(piece.entry, share, g) * share.weights
         raw = call.experts.raw(piece.entry, call.rows[share.at])
         if self.side == "consumer":
             q = call.experts.hidden(raw).double() * slope.double()
@@ -188,7 +188,7 @@ def _of_whole(call: Call, g: Tensor, counts: Tensor) -> Tensor:
     q = torch.zeros(call.tokens, len(call.experts), dtype=torch.float64, device=g.device)
     for expert in range(len(call.experts)):
         share = call.share(expert).only(counts.flatten())
-        out = call.experts.written(expert, call.hidden(expert, share)).double() * share.weights.double()
+        out = call.experts.output(expert, call.hidden(expert, share)).double() * share.weights.double()
         q[share.tokens, expert] = (out * g[share.at].double()).sum(1)
     return q.unflatten(0, counts.shape)
 

@@ -232,4 +232,4 @@ def _rows(layer: Layer, tensor: Tensor, batch: Batch) -> Rows:
     """What a module reads, as rows about zero, without padded tokens."""
     rows = layer.rows(tensor, len(batch), batch.mask)
     zero = torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=tensor.device)
-    return rows.about(zero, moved=False).finite()
+    return rows.about(zero, shifted=False).finite()
