@@ -34,7 +34,7 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
             return _by_name(datasets.load_dataset(path, name, streaming=streaming))
     except (ConnectionError, FileNotFoundError) as error:
         reached = isinstance(error, DatasetNotFoundError)
-        why = "the hub does not have it or wants a login" if reached else "the hub cannot be reached"
+        why = "the hub does not have it or requires a login" if reached else "the hub cannot be reached"
         raise FileNotFoundError(
             f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
             f"dataset.path=<folder with images or parquet>"

@@ -173,7 +173,7 @@ def _opened(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise _not_here(path, "the hub has none there, or wants a login") from error
+        raise _not_here(path, "the hub has none, or requires a login") from error
 
 
 def _not_here(path: str, why: str) -> FileNotFoundError:

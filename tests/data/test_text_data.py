@@ -209,7 +209,7 @@ def test_cached_tokens_are_not_made_again(path, tmp_path, encoded):
             same(every(data), plain)
         data.setup()
     assert len(encoded) == 2 * count, "made once for four"
-    assert len(list(home.iterdir())) == 1, "and nothing beside it"
+    assert len(list(home.iterdir())) == 1, "no other file is left"
     assert data.counts["tokens"] == sum(len(text.encode()) + 1 for text in TEXTS if text)
 
 

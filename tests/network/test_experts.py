@@ -364,7 +364,7 @@ def test_a_mixture_is_pruned_by_activations(criterion):
 # --- the engine
 
 
-def by_hand(twin, batch, path):
+def directly(twin, batch, path):
     """{expert: u (r, 8) and q (r, 8) at the unpadded tokens routed to it, and their samples}, from separate layers."""
     shown, apart_ = {}, twin.get_submodule(path)
 
@@ -394,9 +394,9 @@ def test_units_are_measured_at_the_tokens_routed_to_their_expert(name, length):
     batch, path = texts([length, 5, 8], "left" if length == 16 else "right"), "model.layers.1.mlp.experts"
     metrics = ["activation_rms", "activation_mean", "scar_loss_proxy", "scar_taylor", "scar_curvature"]
     result = nl.analyze(model, [batch], metrics, "blocks[1].mlp.hidden", groups=2, precision="float64")
-    hand = by_hand(copy.deepcopy(twin), batch, path)
-    assert len(hand) == 4
-    for e, (u, q, _) in hand.items():
+    direct = directly(copy.deepcopy(twin), batch, path)
+    assert len(direct) == 4
+    for e, (u, q, _) in direct.items():
         rows = result.units.loc[f"{path}[{e}].hidden"]
         expected = {
             "activation_rms": u.square().mean(0).sqrt(),
@@ -408,7 +408,7 @@ def test_units_are_measured_at_the_tokens_routed_to_their_expert(name, length):
         for metric, value in expected.items():
             np.testing.assert_allclose(rows[metric], value, rtol=1e-6, err_msg=f"{e} {metric}")
     seen = {row["layer"]: row["rows"] for row in result.metadata["rows"] if "output," in row["statistic"]}
-    assert [seen[f"{path}[{e}].hidden"] for e in range(4)] == [len(u) for u, _, _ in hand.values()]
+    assert [seen[f"{path}[{e}].hidden"] for e in range(4)] == [len(u) for u, _, _ in direct.values()]
     assert sum(seen[f"{path}[{e}].hidden"] for e in range(4)) == 2 * (length + 5 + 8)
     shared = [layer for layer in result.units.index.unique("layer") if "[" not in layer]
     assert shared == (["model.layers.1.mlp.shared_experts.down_proj.input"] if name == "deepseek v3" else [])
@@ -420,7 +420,7 @@ def test_a_sample_counts_if_one_of_its_tokens_is_routed_to_the_expert():
     metric = nl.get_metric("scar_loss_proxy", tokens="per_sequence")
     units = nl.analyze(model, [batch], {"lp": metric}, "blocks[0].mlp.hidden", groups=2).units
     missing = 0
-    for e, (_, q, sample) in by_hand(copy.deepcopy(twin), batch, path).items():
+    for e, (_, q, sample) in directly(copy.deepcopy(twin), batch, path).items():
         total = torch.zeros(4, 8, dtype=torch.float64).index_add_(0, sample, q)[sample.unique()]
         missing += 4 - len(total)
         np.testing.assert_allclose(units.loc[f"{path}[{e}].hidden", "lp"], total.square().mean(0) / 2, rtol=1e-6)
