@@ -85,7 +85,7 @@ MAKERS: dict[type[Statistic], Callable[..., Statistic]] = {
     ClassCross: lambda x, at, **k: ClassCross.of(x, torch.cat([labels(400)[:, None], target(400)], 1)[at], **k),
     Patches: lambda x, at, **k: Patches.of(_as_maps(x, **k), geometry=CONV),
     PatchesByClass: lambda x, at, **k: PatchesByClass.of(_as_maps(x, **k), labels(400)[at], geometry=CONV),
-    Sample: lambda x, at, **k: Sample.of(x, target(400)[at], keys=mix(torch.arange(400))[at], **k),
+    Sample: lambda x, at, **k: Sample.of(x, target(400)[at], hashes=mix(torch.arange(400))[at], **k),
 }
 assert set(MAKERS) == set(STATISTICS), "a statistic without its laws"
 
@@ -130,7 +130,7 @@ READ: dict[type[Statistic], tuple[str, ...]] = {
     ClassCross: ("covariance", "variance", "target_variance"),
     Patches: ("n", "mean", "variance"),
     PatchesByClass: ("mean", "variance"),
-    Sample: ("seen", "keys", "rows", "beside"),
+    Sample: ("seen", "hashes", "rows", "target"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Data modules of images and texts with fixed, disjoint splits; they know nothing of measuring."""
+"""Data modules for images and texts with fixed, disjoint splits, independent of the rest of the package."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Images in memory: the embedded digits, and .npz files."""
+"""Images in memory: the digits of scikit-learn, and .npz files."""
 
 import zipfile
 from pathlib import Path
@@ -15,10 +15,10 @@ _Arrays = dict[str, np.ndarray]
 
 
 class Digits(ImageData):
-    """scikit-learn's 1,797 handwritten digits, 8x8, one channel in [0, 1]: embedded, no download."""
+    """scikit-learn's 1,797 handwritten digits, 8x8, one channel in [0, 1]; bundled, no download."""
 
     def read(self) -> Source:
-        from sklearn.datasets import load_digits  # here: it costs a second that no other source needs
+        from sklearn.datasets import load_digits  # imported here, because it takes a second that no other source needs
 
         images, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
@@ -28,9 +28,9 @@ class Digits(ImageData):
 class Npz(ImageData):
     """An .npz file with arrays x, y, or x_train, y_train, x_test, y_test.
 
-    x:         (n, H, W) or (n, H, W, C), uint8 in [0, 255] or float, which is taken as it is; y: (n,) integers
-    test_path: a second file with x, y: the test set
-    Raises: FileNotFoundError; ValueError for a file or arrays of another kind. Pickled objects are refused.
+    x:         (n, H, W) or (n, H, W, C), uint8 in [0, 255], or float, which is not rescaled; y: (n,) integers
+    test_path: a second file with x and y, used as the test set
+    Raises: FileNotFoundError; ValueError for any other file or arrays. Pickled objects are never loaded.
     """
 
     def __init__(self, path: str, test_path: str | None = None, **options: Any):
@@ -74,7 +74,7 @@ def _arrays(file: Path) -> _Arrays:
 
 
 def _pair(arrays: _Arrays, suffix: str, file: Path) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W) and labels (n,) of the arrays x<suffix> and y<suffix>."""
+    """Images (n, C, H, W) and labels (n,) from the arrays x<suffix> and y<suffix>."""
     names = f"x{suffix}", f"y{suffix}"
     missing = [name for name in names if name not in arrays]
     if missing:
@@ -84,7 +84,7 @@ def _pair(arrays: _Arrays, suffix: str, file: Path) -> tuple[Tensor, Tensor]:
         )
     x, y = (arrays[name] for name in names)
     if len(x) != len(y):
-        raise ValueError(f"{file}: {names[0]} has {len(x)} samples and {names[1]} has {len(y)}; they must be as many")
+        raise ValueError(f"{file}: {names[0]} has {len(x)} samples and {names[1]} has {len(y)}; the numbers must be equal")
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise ValueError(f"{file}: {names[1]} is {y.dtype} {y.shape}; labels are integers of shape (n,)")
     return _images(x, f"{file}: {names[0]}"), torch.from_numpy(y.astype(np.int64))

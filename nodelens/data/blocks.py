@@ -1,4 +1,4 @@
-"""From documents to samples: blocks of equal length, or a document each."""
+"""Converts documents to samples: blocks of equal length, or one document per sample."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -14,29 +14,29 @@ from .selectors import Selector, without
 from .tokens import Tokenizer
 
 _IGNORE = -100  # a label that does not count, as in cross_entropy
-_AT_ONCE = 64  # documents that a tokenizer is given together
-_CHUNK = 1 << 22  # tokens that are added up at once: a stream may lie on a disk
+_GROUP = 64  # documents tokenised together
+_CHUNK = 1 << 22  # tokens summed at once, because a stream may be memory-mapped
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The tokens of all documents, one after another, with the special ones around each."""
+    """The concatenated tokens of all documents, with BOS and EOS around each where requested."""
 
     ids: Tensor  # (N,)     int32
-    nbytes: Tensor  # (N,)     int32  of the text that each token stands for, 0 for special ones
-    starts: Tensor  # (d + 1,) int64  where each document begins; the last is the end
-    marks: Tensor | None = None  # (N,) bool   tokens at which the text is that a selector looks for
+    nbytes: Tensor  # (N,)     int32  UTF-8 bytes of each token, 0 for special tokens
+    starts: Tensor  # (d + 1,) int64  start of each document, then the end of the stream
+    marks: Tensor | None = None  # (N,) bool   tokens that overlap a match of the selector
 
     @classmethod
     def of(
         cls, documents: Iterator[str], tokenizer: Tokenizer, bos: bool = False, eos: bool = False, most: int | None = None
     ) -> "TokenStream":
-        """All that a ``Reader`` finds."""
+        """All tokens that a ``Reader`` yields."""
         return cls.join(Reader(tokenizer, bos, eos).read(documents, most))
 
     @classmethod
     def join(cls, parts: Iterable["TokenStream"]) -> "TokenStream":
-        """Streams one after another."""
+        """Concatenate streams."""
         parts = list(parts)
         if len(parts) == 1:
             return parts[0]
@@ -54,7 +54,7 @@ class TokenStream:
         )
 
     def between(self, first: int, last: int) -> "TokenStream":
-        """The tokens first..last-1 and the documents that begin there, without a copy."""
+        """The tokens first..last-1 and the documents that start among them, as views."""
         inside = self.starts[(self.starts >= first) & (self.starts < last)]
         marks = None if self.marks is None else self.marks[first:last]
         starts = torch.cat([inside, torch.tensor([last])]) - first
@@ -70,7 +70,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes tokens of documents: special ones around each, marks where the selector's text is."""
+    """Tokenises documents, adds BOS and EOS, and marks the tokens that overlap a match of the selector."""
 
     tokenizer: Tokenizer
     bos: bool = False
@@ -78,9 +78,9 @@ class Reader:
     selector: Selector = field(default_factory=Selector)
 
     def read(self, documents: Iterator[str], most: int | None = None) -> Iterator[TokenStream]:
-        """Some documents at a time, until there are ``most`` tokens; empty ones are passed over. The last may be cut short."""
+        """Streams of some documents each, until there are ``most`` tokens (the last may be cut); skips empty documents."""
         left = most
-        while (left is None or left > 0) and (group := list(islice(documents, _AT_ONCE))):
+        while (left is None or left > 0) and (group := list(islice(documents, _GROUP))):
             part = self._piece(group)
             if left is not None:
                 part, left = part if len(part) <= left else part.between(0, left), left - len(part)
@@ -88,7 +88,7 @@ class Reader:
                 yield part
 
     def _piece(self, texts: list[str]) -> TokenStream:
-        first, last = (np.asarray([i] if asked else [], np.int32) for i, asked in self._around())
+        first, last = (np.asarray([i] if asked else [], np.int32) for i, asked in self._special_ids())
         ids, nbytes, marks = [first[:0]], [first[:0]], [np.empty(0, bool)]
         sizes = [0]
         for text, tokens in zip(texts, self.tokenizer.encode(texts), strict=True):
@@ -101,36 +101,37 @@ class Reader:
         joined = [torch.from_numpy(np.concatenate(arrays)) for arrays in (ids, nbytes, marks)]
         return TokenStream(joined[0], joined[1], torch.tensor(sizes).cumsum(0), joined[2] if self.selector.words else None)
 
-    def _around(self) -> tuple[tuple[int | None, bool], tuple[int | None, bool]]:
+    def _special_ids(self) -> tuple[tuple[int | None, bool], tuple[int | None, bool]]:
         return (self.tokenizer.bos, self.bos), (self.tokenizer.eos, self.eos)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Stretches of a stream of tokens. A prefix, such as BOS, stands before each."""
+    """Samples: segments of a token stream, each optionally preceded by a prefix token such as BOS."""
 
     ids: Tensor  # (N,) int32  the stream
-    first: Tensor  # (n,) int64  where a sample begins in it
-    size: Tensor  # (n,) int64  its tokens, the prefix left out
-    scored: Tensor  # (n,) int64  where the tokens begin that it predicts and no sample before it did
-    nbytes: Tensor  # (n,) int64  of the text that those stand for
+    first: Tensor  # (n,) int64  start of each sample in the stream
+    size: Tensor  # (n,) int64  number of tokens without the prefix
+    scored: Tensor  # (n,) int64  start of the tokens that no earlier sample predicts
+    nbytes: Tensor  # (n,) int64  UTF-8 bytes of those tokens
     prefix: int | None = None
     pad: int = 0
     side: Literal["right", "left"] = "right"
     marks: Tensor | None = None  # (N,) bool, as in the stream
     selector: Selector = field(default_factory=Selector)
-    special: tuple[int, ...] = ()  # ids that do not count as rows
+    special: tuple[int, ...] = ()  # token ids that do not count as rows
 
     def __len__(self) -> int:
         return len(self.first)
 
     def batch(self, samples: Tensor) -> dict[str, Tensor]:
-        """The samples of these numbers, (B,), padded to the longest of them.
+        """The samples with these numbers, (B,), padded to the longest of them.
 
-        input_ids (B, T); labels (B, T), the same ids where a token is to be predicted and -100 elsewhere; bytes (B,), what the
-        predicted tokens stand for. Where there is padding: attention_mask (B, T) and, for padding on the left, position_ids
-        (B, T) that count real tokens: models number positions from the left of the row unless told. One with learned positions
-        that cannot be told (TrOCR) wants its padding on the right. Where not every real token is selected: select (B, T) bool.
+        input_ids (B, T); labels (B, T), the same ids for tokens to be predicted and -100 elsewhere; bytes (B,), UTF-8 bytes of
+        the predicted tokens. With padding: attention_mask (B, T) and, for padding on the left, position_ids (B, T), which
+        count real tokens only, because models otherwise number positions from the left of the row. A model with learned
+        positions that takes no position_ids (TrOCR) needs padding on the right. If some real tokens are not selected:
+        select (B, T) bool.
         """
         lead = int(self.prefix is not None)
         size = self.size[samples, None] + lead
@@ -157,7 +158,7 @@ class Samples:
         return self.selector.trivial and not self.special
 
     def counts(self, batch_size: int) -> dict[str, int]:
-        """Tokens of all samples by why they count as rows, or do not; padding is that of batches in order."""
+        """Numbers of tokens: padding (of batches in order), special tokens left out, not selected, and counted as rows."""
         size = self.size + int(self.prefix is not None)
         rest = size[len(size) // batch_size * batch_size :]
         widest = size[: len(size) - len(rest)].reshape(-1, batch_size).amax(1).sum() * batch_size
@@ -174,7 +175,7 @@ class Samples:
         return {"padding": padding, "special_left_out": special, "not_selected": left, "counted": counted}
 
     def __add__(self, other: "Samples") -> "Samples":
-        """These samples and then others of the same stream."""
+        """These samples followed by others of the same stream."""
         return replace(
             self,
             first=torch.cat([self.first, other.first]),
@@ -184,15 +185,15 @@ class Samples:
         )
 
     def part(self, which: slice) -> "Samples":
-        """Some of the samples."""
+        """A slice of the samples."""
         return replace(self, first=self.first[which], size=self.size[which], scored=self.scored[which], nbytes=self.nbytes[which])
 
     def within(self, stream: TokenStream, begin: int) -> "Samples":
-        """The same samples, cut from a part that begins there, as samples of the whole stream."""
+        """Samples of a part that starts at ``begin`` of a stream, as samples of the whole stream."""
         return replace(self, ids=stream.ids, marks=stream.marks, first=self.first + begin, scored=self.scored + begin)
 
     def fingerprint(self) -> str:
-        """A hash of the tokens, of how they are cut and of which count."""
+        """A hash of the tokens, of their division into samples and of the selection."""
         chosen = "" if self.whole else f" {self.selector.text} {self.special}"
         digest = hashlib.blake2b(f"{self.prefix} {self.pad} {self.side}{chosen}".encode(), digest_size=16)
         for array in (self.ids, self.first, self.size, self.scored, self.nbytes):
@@ -203,10 +204,10 @@ class Samples:
 def packed(
     stream: TokenStream, length: int, stride: int | None = None, rest: bool = False, prefix: int | None = None, begun: bool = False
 ) -> Samples:
-    """Blocks of ``length`` tokens, the prefix among them, that begin every ``stride`` tokens; the last, shorter one if ``rest``.
+    """Blocks of ``length`` tokens, prefix included, that start every ``stride`` tokens; a shorter last one if ``rest``.
 
-    The stride is that of blocks which do not overlap where it is None. A token is predicted once: by the first block that has
-    tokens before it. begun: blocks of the same text were cut before, up to the one that begins with the stream.
+    stride None: blocks do not overlap. Each token is predicted once, by the first block with tokens before it.
+    begun: the stream continues a text whose earlier blocks were already cut.
     """
     most = length - int(prefix is not None)
     stride = most if stride is None else stride
@@ -217,23 +218,23 @@ def packed(
 
 
 def separate(stream: TokenStream, length: int, prefix: int | None = None) -> Samples:
-    """A document each, cut to ``length`` tokens with the prefix among them."""
+    """One sample per document, cut to ``length`` tokens, prefix included."""
     first = stream.starts[:-1]
     size = stream.starts.diff().clamp_max(length - int(prefix is not None))
     return _samples(stream, first, size, first, prefix)
 
 
 def _samples(stream: TokenStream, first: Tensor, size: Tensor, scored: Tensor, prefix: int | None) -> Samples:
-    scored = scored if prefix is not None else torch.maximum(scored, first + 1)  # nothing predicts a first token
-    some = scored < first + size  # a sample with nothing to predict is none
-    first, size, scored = first[some], size[some], scored[some]
+    scored = scored if prefix is not None else torch.maximum(scored, first + 1)  # a first token without prefix is not predicted
+    valid = scored < first + size  # drop samples without a token to predict
+    first, size, scored = first[valid], size[valid], scored[valid]
     ends, begins = _sums_before(stream.nbytes, first + size, scored)
     nbytes = ends - begins
     return Samples(stream.ids, first, size, scored, nbytes, prefix, marks=stream.marks)
 
 
 def _sums_before(values: Tensor, *places: Tensor) -> list[Tensor]:
-    """Sums of the values before each place, (n,) int64, in ascending order; the values are read once, a stretch at a time."""
+    """Sums of the values before each of the ascending places, (n,) int64; reads the values once, in chunks."""
     found = [torch.zeros_like(place) for place in places]
     total = 0
     for begin in range(0, len(values), _CHUNK):
@@ -247,7 +248,7 @@ def _sums_before(values: Tensor, *places: Tensor) -> list[Tensor]:
 
 
 def unused(samples: Samples, tokens: int) -> int:
-    """How many of a stream's tokens are in no sample; those begin and end in ascending order."""
+    """How many tokens of a stream are in no sample; starts and ends of the samples are ascending."""
     ends = samples.first + samples.size
     before = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1]
     return tokens - int((ends - torch.maximum(samples.first, before)).clamp_min(0).sum())

@@ -1,4 +1,4 @@
-"""Tokens that were made once: stored in one file each, found by what they were made of, read where they lie on the disk."""
+"""A cache of tokenised text: one memory-mapped file per text, named after a hash of everything that determines it."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from nodelens.results.files import write
 from .blocks import TokenStream
 
 _log = logging.getLogger(__name__)
-_FORM = 1  # of the file; one more when the same text would be stored otherwise
-_CHUNK = 1 << 24  # bytes that are hashed at once
+_FORM = 1  # version of the file format
+_CHUNK = 1 << 24  # bytes hashed at once
 
-Parts = tuple[TokenStream, list[int]]  # a stream, and where its parts begin and the last one ends
+Parts = tuple[TokenStream, list[int]]  # a stream, and the edges of its parts
 
 
 def cached(folder: str | Path, about: dict[str, Any], make: Callable[[], Parts]) -> Parts:
-    """The stream that ``make`` returns, stored in a folder under a hash of what it is made of; made only where it is not there.
+    """The stream that ``make`` returns, read from the folder if it is there, otherwise made and stored.
 
-    It is mapped into memory, of which the system keeps what is used. A file that cannot be read, or does not hold what was
-    written, is made again. about: plain values that decide which tokens there are.
+    The file is memory-mapped, so the system keeps only used parts in memory. A damaged file, whose hash differs, is made
+    again. about: plain values that determine the tokens; their hash is the file name.
     """
     key = hashlib.blake2b(json.dumps({"form": _FORM, **about}, sort_keys=True).encode(), digest_size=16).hexdigest()
     file = Path(folder).expanduser() / f"{key}.safetensors"
@@ -41,21 +41,21 @@ def cached(folder: str | Path, about: dict[str, Any], make: Callable[[], Parts])
     if stream.marks is not None:
         tensors["marks"] = stream.marks
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    write(file, lambda beside: save_file(tensors, beside, {"hash": _hash_of(tensors)}))
+    write(file, lambda target: save_file(tensors, target, {"hash": _hash_of(tensors)}))
     return _opened(file)
 
 
 def file_hash(files: Iterable[Path]) -> str:
-    """A hash of what files hold, in this order."""
+    """A hash of the contents of files, in this order."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.stat().st_size} ".encode())
-        for part in _stretches(file):
+        for part in _chunks(file):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _stretches(file: Path) -> Iterator[bytes]:
+def _chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         while part := stream.read(_CHUNK):
             yield part
@@ -65,7 +65,7 @@ def _opened(file: Path) -> Parts:
     with safe_open(file, "pt") as held:
         tensors = {name: held.get_tensor(name) for name in list(held.keys())}
         if (held.metadata() or {}).get("hash") != _hash_of(tensors):
-            raise ValueError("it does not hold what was written")
+            raise ValueError("its contents do not match its hash")
     edges = tensors.pop("edges").tolist()
     return TokenStream(**tensors), edges
 

@@ -1,4 +1,4 @@
-"""Finding and reading the image and label columns of a Hugging Face dataset."""
+"""Finds and reads the image and label columns of a Hugging Face dataset."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "
 
 
 def image_column(features: datasets.Features, key: str | None, what: str) -> str:
-    """The column with images: `key`, else the only one. Raises: ValueError when there is none, or several."""
+    """The image column: `key`, otherwise the only one. Raises: ValueError for none or several."""
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name in _IMAGE_NAMES if _is_encoded(features.get(name))]
     return _chosen(found, key, features, "image", what)
 
 
 def label_column(features: datasets.Features, key: str | None, what: str) -> str:
-    """The column with labels: `key`, else the only one. Raises: ValueError when there is none, or several."""
+    """The label column: `key`, otherwise the only one. Raises: ValueError for none or several."""
     found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     found = found or [name for name in _LABEL_NAMES if name in features]
     name = _chosen(found, key, features, "label", what)
@@ -43,11 +43,11 @@ def declared_classes(features: datasets.Features, key: str) -> int | None:
 def decoded(value: Any) -> Tensor:
     """The pixels, (C, H, W) uint8, of a Pillow image or of its stored bytes or path.
 
-    Raises: ValueError for a mode of more than eight bits, which cannot be told from 0 .. 255.
+    Raises: ValueError for a mode with more than eight bits per channel.
     """
     image: Image = value if isinstance(value, Image) else datasets.Image().decode_example(value)
     if image.mode not in _GREY + _COLOUR:
-        raise ValueError(f"an image has mode {image.mode}; only eight bits a channel are read: store it as L or RGB")
+        raise ValueError(f"an image has mode {image.mode}; only eight bits per channel are supported: store it as L or RGB")
     pixels = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 

@@ -1,4 +1,4 @@
-"""From stored pixels to what a network reads: scale, channels, size, normalisation."""
+"""Converts stored pixels to network inputs: scale, channels, size, normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow uses for RGB to L
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow for RGB to L
 
 
 @dataclass(frozen=True)
 class Convert:
-    """(B, C, H, W) uint8 in [0, 255], or float as it is, to float32 (B, channels, size, size).
+    """(B, C, H, W) uint8 in [0, 255], or float (not rescaled), to float32 (B, channels, size, size).
 
-    size:      the side after a bilinear, antialiased resize that does not keep the aspect; None: as stored
+    size:      side after a bilinear, antialiased resize that ignores the aspect ratio; None: as stored
     channels:  1 -> 3 by repetition, 3 -> 1 by luma; None: as stored
-    mean, std: a number, or one a channel, in the unit after uint8 is scaled to [0, 1]
+    mean, std: one number, or one per channel, in units of the image after uint8 is scaled to [0, 1]
     """
 
     size: int | None = None
@@ -36,14 +36,14 @@ class Convert:
     def every(self, images: Sequence[Tensor]) -> Tensor:
         """A batch of images (C, H, W) whose sizes may differ.
 
-        Raises: ValueError when they differ and `size` or `channels` does not say what they become.
+        Raises: ValueError if they differ and `size` or `channels` is None.
         """
         shapes = sorted({tuple(image.shape) for image in images})
         if len(shapes) == 1:
             return self(torch.stack(list(images)))
         channels, sizes = {shape[0] for shape in shapes}, {shape[1:] for shape in shapes}
         if len(sizes) > 1 and self.size is None:
-            raise ValueError(f"images differ in size ({_few(sizes)}); set dataset.size, to which all are resized")
+            raise ValueError(f"images differ in size ({_few(sizes)}); set dataset.size to resize all")
         if len(channels) > 1 and self.channels is None:
             raise ValueError(f"images differ in channels ({_few(channels)}); set dataset.channels to 1 or 3")
         return torch.cat([self(image[None]) for image in images])
@@ -70,7 +70,7 @@ class Convert:
         values = x.new_tensor([value] if isinstance(value, (int, float)) else list(value))
         if len(values) not in (1, x.shape[1]):
             raise ValueError(
-                f"dataset.{name} has {len(values)} values, the images have {x.shape[1]} channels; give one number, or one a channel"
+                f"dataset.{name} has {len(values)} values, the images have {x.shape[1]} channels; give one, or one per channel"
             )
         if name == "std" and not (values > 0).all():
             raise ValueError(f"dataset.std is {values.tolist()}; every value must be above 0")

@@ -1,4 +1,4 @@
-"""Where documents come from: the embedded corpus, text files, JSON lines, and what `datasets` opens."""
+"""Sources of documents: the embedded corpus, text files, JSON lines, and everything that `datasets` opens."""
 
 import hashlib
 import json
@@ -10,22 +10,22 @@ from typing import Any
 
 from .cache import file_hash
 
-_STRETCH = 1 << 20  # characters
+_CHUNK = 1 << 20  # characters read at once
 _KINDS = "a text file, a folder of .txt files, .jsonl or .parquet with a text column, or a hub id"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    r"""Documents to be read in order.
+    r"""A sequence of documents.
 
     path:        a text file (UTF-8), a folder of .txt files (one or more documents each), a .jsonl or .parquet file, a folder
-                 from save_to_disk or with parquet, a hub id; None: Python's own language reference, which every Python has
+                 from save_to_disk or with parquet, a hub id; None: Python's language reference, included in every Python
     name:        the configuration of a hub id
     key:         the column with the text
-    separator:   a string at which plain text is cut into documents, without the white space around them; "\n" is a line's end
-                 (so "\n\n" means empty lines). None: a file is one document, as it is
-    train_split: the split to train on; test_split: the test set; None: "test" where there is one
-    streaming:   read a hub id in order, and store nothing. Plain text is read a stretch at a time where a separator cuts it
+    separator:   the string that separates documents in plain text; white space around documents is removed; "\n" is a line
+                 end (so "\n\n" means empty lines). None: each file is one document, unchanged
+    train_split: the training split; test_split: the test split; None: "test" if there is one
+    streaming:   read a hub id in order without storing it. Plain text with a separator is always read in chunks
     """
 
     path: str | None = None
@@ -37,10 +37,10 @@ class Corpus:
     streaming: bool = False
 
     def open(self) -> list[Iterator[str]]:
-        """The documents; those of the test set as a second part, where there is one.
+        """The documents; those of the test set, if there is one, as a second iterator.
 
-        Raises: FileNotFoundError when there is nothing to read; ValueError for text, splits or columns that do not fit. Those of
-        a line or a row come while it is read.
+        Raises: FileNotFoundError if nothing is found; ValueError for unsuitable text, splits or columns. Errors in a line or
+        row are raised when it is read.
         """
         if self.path is None:
             return [_embedded()]
@@ -56,7 +56,7 @@ class Corpus:
         return self._tables()
 
     def fingerprint(self) -> str:
-        """A hash of the text, and of how it is read; all of it is read for this. Raises as ``open`` does."""
+        """A hash of the text, which is read entirely, and of the options. Raises the errors of ``open``."""
         place = Path(self.path or "").expanduser()
         if self.path is None:
             found = hashlib.blake2b("\0".join(_embedded()).encode(), digest_size=16).hexdigest()
@@ -77,7 +77,7 @@ class Corpus:
                 else:
                     yield from _between(file, self.separator.replace("\\n", "\n"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is no UTF-8 text (byte {error.start}); dataset.path is {_KINDS}") from error
+                raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); dataset.path is {_KINDS}") from error
 
     def _lines(self, file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8") as lines:
@@ -86,7 +86,7 @@ class Corpus:
                     yield self._text(_object(line, f"{file}, line {number}"), f"{file}, line {number}")
 
     def _tables(self) -> list[Iterator[str]]:
-        from .opening import open_sets  # `datasets` costs a second that plain text does not need
+        from .opening import open_sets  # importing `datasets` takes a second that plain text does not need
 
         assert self.path is not None
         try:
@@ -122,17 +122,17 @@ class Corpus:
 
 
 def _between(file: Path, separator: str) -> Iterator[str]:
-    """What lies between separators, without the white space around it; a stretch of the file is held at a time."""
+    """The stripped text between separators; holds one chunk of the file at a time."""
     rest = ""
     with file.open(encoding="utf-8") as text:
-        for stretch in iter(partial(text.read, _STRETCH), ""):
-            *parts, rest = (rest + stretch).split(separator)
+        for chunk in iter(partial(text.read, _CHUNK), ""):
+            *parts, rest = (rest + chunk).split(separator)
             yield from (part.strip() for part in parts)
     yield rest.strip()
 
 
 def _embedded() -> Iterator[str]:
-    from pydoc_data.topics import topics  # its text differs between versions of Python
+    from pydoc_data.topics import topics  # the text differs between Python versions
 
     return iter(topics[name] for name in sorted(topics))
 
@@ -141,7 +141,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
+        raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is a {type(found).__name__}; a line is an object with a text")
+        raise ValueError(f"{where} is a {type(found).__name__}; each line must be an object with a text")
     return found

@@ -1,4 +1,4 @@
-"""Image data sets through `datasets`: a hub id, or a folder of images, of parquet files or from save_to_disk."""
+"""Image data sets opened with `datasets`: a hub id, or a folder of images, of parquet files or from save_to_disk."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ class Hub(ImageData):
     """A Hugging Face image data set.
 
     path, name:   a hub id and its configuration, or a local folder (or parquet file)
-    train_split:  the split to train on; test_split: the test set; None: "test" where there is one
-    image_key, label_key: the columns; None: found
-    streaming:    read in order and never store; `workers` are then threads that decode
-    Raises: FileNotFoundError when the data are neither here nor to be had; ValueError for splits or columns that are
-    not there.
+    train_split:  the training split; test_split: the test split; None: "test" if there is one
+    image_key, label_key: the columns; None: found automatically
+    streaming:    read in order without storing; `workers` is then the number of decoding threads
+    Raises: FileNotFoundError if the data are neither local nor available from the hub; ValueError for missing splits or
+    columns.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Hub(ImageData):
         return self._streamed(shard(self._ids(split), rank, world), batch_size or self.batch_size)
 
     def _shared(self, split: str, even: bool = False) -> Tensor:
-        """The part of this process under a Trainer, which shards maps but not streams.
+        """The samples of this process under a Trainer, which shards map-style data sets but not streams.
 
-        Every process must see as many batches as the others: training drops up to world - 1 samples, evaluation
-        repeats as many, as Lightning does for maps.
+        All processes must see equally many batches: training drops up to world - 1 samples, evaluation repeats up to
+        world - 1, as Lightning does for map-style data sets.
         """
         ids = self._ids(split)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -98,7 +98,7 @@ class Hub(ImageData):
     def _streamed(self, ids: Tensor, batch_size: int, shuffle: bool = False) -> DataLoader[ImageBatch]:
         source = self._ready()
         if not isinstance(source, StreamSource):
-            raise RuntimeError("the data were read as a table; set streaming before setup()")
+            raise RuntimeError("the data were opened as a table; set streaming before setup()")
         stream = Stream(source, ids, self._convert(), batch_size, self.classes or 0, self.workers, self.seed if shuffle else None)
         return DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available())
 

@@ -1,4 +1,4 @@
-"""The data module that all image sources share."""
+"""The base data module of all image sources."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from .splits import make_splits, pick, shard, write_splits
 
 
 class ImageData(lightning.LightningDataModule):
-    """Disjoint train, val, test and calibration splits of one source; a subclass says how to `read` it.
+    """Disjoint train, val, test and calibration splits of one source; subclasses implement `read`.
 
-    classes, channels, size: what a network expects; images are converted, labels are checked; None: as found
-    mean, std:    normalisation after uint8 is scaled to [0, 1]; a number, or one a channel
-    val, test:    shares held out; test only where the source has no test set of its own
-    calibration:  samples kept apart from training, at most half of what is left for it
-    seed:         of the splits and of the order of training; workers: processes that load
-    Raises: ValueError, at `setup`, for labels, channels or shares that do not fit.
+    classes, channels, size: what the network expects; images are converted, labels are checked; None: as found
+    mean, std:    normalisation after uint8 is scaled to [0, 1]; one number, or one per channel
+    val, test:    held-out shares of the samples; test applies only if the source has no test set
+    calibration:  samples held out from training, at most half of the remaining ones
+    seed:         of the splits and of the training order; workers: loading processes
+    Raises: ValueError, in `setup`, for unsuitable labels, channels or shares.
     """
 
-    unsplit: bool = False  # the source came as one set, so the test set is a held-out share of it
+    unsplit: bool = False  # whether the source has no test set, so that the test set is a held-out share of it
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class ImageData(lightning.LightningDataModule):
         self.indices: dict[str, Tensor] = {}
 
     def read(self) -> Source:
-        """The source; called once."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how to read its samples: define read()")
+        """Open the source; called once."""
+        raise NotImplementedError(f"{type(self).__name__} does not define read(), which opens its source")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split; the second call does nothing."""
-        _hush()
+        _silence_warnings()
         if self.source is not None:
             return
         source = self.read()
@@ -69,7 +69,7 @@ class ImageData(lightning.LightningDataModule):
         self.source = source
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """Shuffled batches of the training split; the order is new each epoch and follows from `seed`."""
+        """Shuffled batches of the training split, in a new order each epoch, determined by `seed`."""
         generator = torch.Generator().manual_seed(self.seed)
         return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
 
@@ -80,14 +80,14 @@ class ImageData(lightning.LightningDataModule):
         return self._load(self._ids("test"), self.batch_size)
 
     def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[ImageBatch]:
-        """Batches in a fixed order, of the samples at positions i with i % world == rank; maybe none.
+        """Batches, in a fixed order, of the samples at positions i with i % world == rank; may be empty.
 
         split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
         """
         return self._load(shard(self._ids(split), rank, world), batch_size or self.batch_size)
 
     def save_splits(self, folder: str | Path) -> Path:
-        """Write `splits.json` into `folder`: fingerprint, seed, sizes, and the numbers of each split but train."""
+        """Write `splits.json` into `folder`: fingerprint, seed, sizes, and the sample numbers of each split except train."""
         self.setup()
         return write_splits(folder, self.indices, {"fingerprint": self.fingerprint(), "seed": self.seed})
 
@@ -102,7 +102,7 @@ class ImageData(lightning.LightningDataModule):
 
     def _ready(self) -> Source:
         if self.source is None:
-            raise RuntimeError("the data are not read yet; call setup() first")
+            raise RuntimeError("the data are not loaded; call setup() first")
         return self.source
 
     def _convert(self) -> Convert:
@@ -111,7 +111,7 @@ class ImageData(lightning.LightningDataModule):
     def _found_classes(self, source: Source) -> int:
         classes = self.classes or source.classes
         if classes is None:
-            raise ValueError("the source does not say how many classes it has; set dataset.classes")
+            raise ValueError("the number of classes of the source is unknown; set dataset.classes")
         if source.labels is not None:
             check_labels(source.labels, classes)
         return classes
@@ -120,7 +120,7 @@ class ImageData(lightning.LightningDataModule):
         return DataLoader(
             Images(self._ready(), ids, self._convert()),
             batch_size=batch_size,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -128,13 +128,13 @@ class ImageData(lightning.LightningDataModule):
         )
 
 
-def _hush() -> None:
-    """Lightning warns where these modules are right: more workers slow down what is in memory, and a stream that is
-    read in one process has an exact length.
+def _silence_warnings() -> None:
+    """Silence two warnings of Lightning that do not apply: more workers are slower for data in memory, and a stream read
+    in one process has an exact length.
     """
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined.*")
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

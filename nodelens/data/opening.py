@@ -1,4 +1,4 @@
-"""Opening a data set by hub id or local place, with one readable line when it is not to be had."""
+"""Opens a data set by hub id or local path, with a one-line error if it is not available."""
 
 import urllib.error
 import urllib.request
@@ -16,7 +16,7 @@ from huggingface_hub import constants
 def open_sets(path: str, name: str | None = None, streaming: bool = False) -> dict[str, Any]:
     """The splits of a hub id, or of a local folder or file, by name.
 
-    Raises: FileNotFoundError, in one line, when there is no such folder, or the hub does not have it or answer.
+    Raises: FileNotFoundError, in one line, if the folder does not exist, or the hub lacks the data set or is unreachable.
     """
     place = Path(path).expanduser()
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
@@ -34,7 +34,7 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
             return _by_name(datasets.load_dataset(path, name, streaming=streaming))
     except (ConnectionError, FileNotFoundError) as error:
         reached = isinstance(error, DatasetNotFoundError)
-        why = "the hub does not have it or wants a login" if reached else "the hub cannot be reached"
+        why = "the hub does not have it or requires a login" if reached else "the hub cannot be reached"
         raise FileNotFoundError(
             f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
             f"dataset.path=<folder with images or parquet>"
@@ -42,7 +42,7 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
 
 
 def stored_files(path: str, name: str | None = None) -> list[Path]:
-    """Where this machine keeps the rows of a hub id, by split. Raises as ``open_sets`` does."""
+    """The local cache files of a hub id, by split. Raises the errors of ``open_sets``."""
     sets = open_sets(path, name)
     return [Path(part["filename"]) for key in sorted(sets) for part in sets[key].cache_files]
 
@@ -54,8 +54,8 @@ def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
         return _by_name(datasets.load_dataset(str(place), name, streaming=streaming))
     except (FileNotFoundError, DatasetGenerationError) as error:
         raise FileNotFoundError(
-            f"nothing to read at {place.resolve()}; dataset.path is a folder with one folder of "
-            f"images a class, with parquet files, or from save_to_disk"
+            f"no data set at {place.resolve()}; dataset.path is a folder with one folder of "
+            f"images per class, with parquet files, or from save_to_disk"
         ) from error
 
 
@@ -65,7 +65,7 @@ def _by_name(sets: Any) -> dict[str, Any]:
 
 @contextmanager
 def _without_retries() -> Iterator[None]:
-    """Use the cache alone when the hub does not answer: its own client retries for 23 seconds first."""
+    """Use only the cache if the hub does not answer, because its client retries for 23 seconds first."""
     offline = config.HF_HUB_OFFLINE
     config.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
@@ -75,11 +75,11 @@ def _without_retries() -> Iterator[None]:
 
 
 def hub_answers() -> bool:
-    """One short look."""
+    """Whether the hub answers one request within 5 seconds."""
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
     except urllib.error.HTTPError:
-        return True  # it refused this page, so it is there
+        return True  # it answered, with an error
     except OSError:
         return False
     return True

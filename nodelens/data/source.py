@@ -1,4 +1,4 @@
-"""What a data module reads from: numbered samples, fetched many at once."""
+"""The sources of data modules: numbered samples, fetched in batches."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .convert import Convert
 
 
 class Source(Protocol):
-    """Samples 0 .. rows - 1 to train on, then `own_test` rows that the source itself calls test."""
+    """Training samples 0 .. rows - 1, followed by the `own_test` samples of the test set of the source."""
 
     @property
     def rows(self) -> int: ...
@@ -21,12 +21,12 @@ class Source(Protocol):
     def own_test(self) -> int: ...
     @property
     def classes(self) -> int | None:
-        """As many as the source declares or shows; None where it does neither."""
+        """The number of classes that the source declares or contains; None if unknown."""
         ...
 
     @property
     def labels(self) -> Tensor | None:
-        """(rows + own_test,) int64; None where they are seen only while streaming."""
+        """(rows + own_test,) int64; None if they are known only while streaming."""
         ...
 
     def fetch(self, ids: Tensor, convert: Convert) -> Tensor:
@@ -66,11 +66,11 @@ class ArraySource:
 
 
 class Images(Dataset[ImageBatch]):
-    """The samples `ids` of a source; a loader hands over a whole batch of positions at once."""
+    """The samples `ids` of a source; a loader requests a whole batch of positions at once."""
 
     def __init__(self, source: Source, ids: Tensor, convert: Convert):
         if source.labels is None:
-            raise ValueError("a stream is not read by position; use its Stream")
+            raise ValueError("a stream has no random access; use Stream")
         self.source, self.labels, self.ids, self.convert = source, source.labels, ids, convert
 
     def __len__(self) -> int:
@@ -88,5 +88,5 @@ def check_labels(labels: Tensor, classes: int) -> None:
     """Raises: ValueError when a label is outside 0 .. classes - 1."""
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         low, high = int(labels.min()), int(labels.max())
-        way = f"set dataset.classes={high + 1}" if low >= 0 else "leave out the samples without a label"
-        raise ValueError(f"labels run from {low} to {high}, dataset.classes is {classes}; {way}")
+        fix = f"set dataset.classes={high + 1}" if low >= 0 else "remove the samples without a label"
+        raise ValueError(f"labels run from {low} to {high}, dataset.classes is {classes}; {fix}")

@@ -1,4 +1,4 @@
-"""Who is in which split: seeded, disjoint, the same in every process, and written beside the results."""
+"""Assigns samples to splits: seeded, disjoint, the same in every process, and stored with the results."""
 
 import difflib
 import json
@@ -13,12 +13,12 @@ NAMES = ("train", "val", "test", "calibration", "all")
 
 
 def make_splits(rows: int, own_test: int, val: float, test: float, calibration: int, seed: int) -> dict[str, Tensor]:
-    """Sorted sample numbers (int64) of train, val, test and calibration; together each number once.
+    """Sorted sample numbers (int64) of train, val, test and calibration; each number occurs once.
 
     rows:         training rows of the source, numbered from 0; its `own_test` test rows follow
-    val, test:    shares of `rows`; test counts only where the source has no test rows
-    calibration:  samples taken from what is left for training, at most half of it
-    Raises: ValueError for a share outside [0, 1), a negative count, or when nothing is left to train on.
+    val, test:    shares of `rows`; test applies only if the source has no test rows
+    calibration:  number of samples taken from the remaining training samples, at most half of them
+    Raises: ValueError for a share outside [0, 1), a negative count, or if no training sample remains.
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share < 1:
@@ -42,7 +42,7 @@ def make_splits(rows: int, own_test: int, val: float, test: float, calibration: 
 
 
 def pick(splits: dict[str, Tensor], split: str) -> Tensor:
-    """The sorted numbers of `split`, where "all" is every sample.
+    """The sorted sample numbers of `split`; "all" means every sample.
 
     Raises: ValueError for an unknown name.
     """
@@ -54,7 +54,7 @@ def pick(splits: dict[str, Tensor], split: str) -> Tensor:
 
 
 def shard(ids: Tensor, rank: int, world: int) -> Tensor:
-    """The numbers at positions i with i % world == rank: every sample once over all ranks, none added.
+    """The numbers at positions i with i % world == rank: each sample once over all ranks, no sample repeated.
 
     Raises: ValueError unless 0 <= rank < world.
     """
@@ -64,12 +64,12 @@ def shard(ids: Tensor, rank: int, world: int) -> Tensor:
 
 
 def write_splits(folder: str | Path, splits: dict[str, Tensor], about: dict[str, Any]) -> Path:
-    """Write `splits.json`, whole or not at all: sizes, and the numbers of every split but train (the rest)."""
+    """Write `splits.json` atomically: sizes, and the sample numbers of every split except train (the rest)."""
     file = Path(folder) / "splits.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     record = about | {"sizes": {name: len(ids) for name, ids in splits.items()}}
     record |= {name: ids.tolist() for name, ids in splits.items() if name != "train"}
-    beside = file.with_name(f".{file.name}.{os.getpid()}")  # a name of its own for each process that writes
-    beside.write_text(json.dumps(record))
-    beside.replace(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")  # a separate name for each writing process
+    temporary.write_text(json.dumps(record))
+    temporary.replace(file)
     return file

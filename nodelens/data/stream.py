@@ -1,4 +1,4 @@
-"""Samples read in order and never stored, with the numbers they would have in a table."""
+"""Streamed samples, numbered as in a table and never stored."""
 
 import hashlib
 import math
@@ -18,12 +18,12 @@ from .columns import declared_classes, decoded
 from .convert import Convert
 from .source import check_labels
 
-_BUFFER = 1024  # undecoded samples among which training picks at random
+_BUFFER = 1024  # size of the shuffle buffer, in undecoded samples
 
 
 @dataclass(frozen=True)
 class StreamSource:
-    """One or two streams, the second the test set, whose samples are numbered as they come."""
+    """One or two streams (training and test), whose samples are numbered in order."""
 
     parts: list[datasets.IterableDataset]
     counts: list[int]
@@ -31,7 +31,7 @@ class StreamSource:
     label: str
     classes: int | None
     name: str
-    labels: None = None  # seen only while streaming
+    labels: None = None  # known only while streaming
 
     @property
     def rows(self) -> int:
@@ -42,7 +42,7 @@ class StreamSource:
         return sum(self.counts[1:])
 
     def numbered(self, ids: Tensor) -> Iterator[tuple[int, Any, int]]:
-        """(number, undecoded image, label) of each of `ids`, in the order of the stream."""
+        """(number, undecoded image, label) of the samples `ids`, in the order of the stream."""
         wanted = torch.zeros(sum(self.counts), dtype=torch.bool)
         wanted[ids] = True
         start = 0
@@ -56,8 +56,7 @@ class StreamSource:
                 seen += 1
             if seen <= last:
                 raise ValueError(
-                    f"dataset {self.name} was to have {count} samples and its stream ended after {seen}; "
-                    f"set dataset.streaming=false"
+                    f"dataset {self.name} declares {count} samples, but its stream ended after {seen}; set dataset.streaming=false"
                 )
             start += count
 
@@ -66,12 +65,12 @@ class StreamSource:
         return convert.every([decoded(found[number]) for number in ids.tolist()])
 
     def fingerprint(self) -> str:
-        """Of the name and the counts alone: a stream is not read for it."""
+        """A hash of the name and the counts only, because hashing the samples would read the whole stream."""
         return hashlib.blake2b(f"stream {self.name} {self.counts}".encode(), digest_size=16).hexdigest()
 
 
 def open_stream(parts: list[datasets.IterableDataset], image: str, label: str, name: str) -> StreamSource:
-    """The source of one or two streams; where a stream does not know its length, one pass counts it."""
+    """The source of one or two streams; a stream of unknown length is counted in one pass."""
     features = parts[0].features or datasets.Features()
     counts = [_count(part, label) for part in parts]
     raw = [part.cast_column(image, datasets.Image(decode=False)) for part in parts]
@@ -86,9 +85,9 @@ def _count(part: datasets.IterableDataset, label: str) -> int:
 
 
 class Stream(IterableDataset[ImageBatch]):
-    """Whole batches of the samples `ids`, decoded by `threads` threads (0: none), shuffled when there is a seed.
+    """Batches of the samples `ids`, decoded by `threads` threads (0: none), shuffled if a seed is given.
 
-    Threads and not processes: `datasets` would deal its files out to processes, and lose the running number.
+    Threads instead of processes: `datasets` would distribute its files over processes, which breaks the numbering.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Stream(IterableDataset[ImageBatch]):
 
 
 def _shuffled(rows: Iterator[Any], generator: torch.Generator) -> Iterator[Any]:
-    """Each row once, taken at random from a buffer that the next row refills."""
+    """Each row once, drawn at random from a buffer that is refilled row by row."""
     buffer = list(islice(rows, _BUFFER))
     for row in rows:
         i = int(torch.randint(len(buffer), (), generator=generator))

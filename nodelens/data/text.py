@@ -1,4 +1,4 @@
-"""The data module of texts: samples of tokens for causal language models."""
+"""The data module for texts: samples of tokens for causal language models."""
 
 import hashlib
 import warnings
@@ -24,30 +24,30 @@ TextBatch = dict[str, Tensor]
 
 
 class Text(lightning.LightningDataModule):
-    """Texts in tokens, cut into samples, with disjoint train, val, test and calibration splits of the samples.
+    """Tokenised texts, cut into samples, with disjoint train, val, test and calibration splits of the samples.
 
-    A batch is a dict: input_ids and labels (B, T), bytes (B,), ids (B,) and, where it is padded, attention_mask and for padding
-    on the left position_ids (B, T); where not every token counts as a row, select (B, T); see ``Samples.batch``.
+    A batch is a dict: input_ids and labels (B, T), bytes (B,), ids (B,); if it is padded, attention_mask and, for padding on
+    the left, position_ids (B, T); if some tokens do not count as rows, select (B, T). See ``Samples.batch``.
 
     path, name, text_key, separator, train_split, test_split: the documents; see ``Corpus``
-    streaming:   read them in order and store nothing. With mode=pack blocks are cut while documents come: memory holds a few of
-                 them at most, and there is one split, all. With mode=pad the tokens are held, and split
-    documents, max_tokens: how many are read at most, of each part; None: all
+    streaming:   read in order without storing. With mode=pack, blocks are cut while documents arrive, in constant memory, and
+                 the only split is "all". With mode=pad the tokens are kept in memory and split
+    documents, max_tokens: largest number read from each part; None: all
     tokenizer:   a folder or hub id with a tokenizer of transformers; None: UTF-8 bytes (256 + BOS, EOS, padding)
-    mode:        pack: documents are joined and cut into blocks of exactly `length` tokens; pad: a document a sample, cut to
-                 `length`, padded on `side`
-    stride:      tokens from one block's begin to the next one's; None: blocks do not overlap. Each token is predicted once
-    remainder:   drop: what is left after the last whole block is left out; keep: it is one more, shorter block
-    bos:         document: before each; block: before each sample; None: nowhere. eos: behind each document
-    select:      which tokens count as rows, such as last, n//2: or phrase:<text>; see ``Selector``. No loss changes with it
-    special:     drop: BOS, EOS and padding ids of the tokenizer are no rows
-    cache:       a folder in which tokens are kept for the next time, and read where they lie; None: nowhere
-    classes:     the model's vocabulary, which the tokenizer's has to fit into; None: as many as the tokenizer has
+    mode:        pack: documents are concatenated and cut into blocks of exactly `length` tokens; pad: one sample per document,
+                 cut to `length`, padded on `side`
+    stride:      tokens between the starts of consecutive blocks; None: no overlap. Each token is predicted once
+    remainder:   drop: tokens after the last whole block are left out; keep: they form one shorter block
+    bos:         document: before each document; block: before each sample; None: nowhere. eos: after each document
+    select:      which tokens count as rows, such as last, n//2: or phrase:<text>; see ``Selector``. Losses do not change
+    special:     drop: BOS, EOS and padding ids of the tokenizer do not count as rows
+    cache:       a folder in which tokens are stored and memory-mapped for later runs; None: no cache
+    classes:     vocabulary size of the model, at least that of the tokenizer; None: that of the tokenizer
     val, test, calibration, seed, workers: as in ``ImageData``
-    Raises: at `setup`, FileNotFoundError when text or tokenizer are not to be had; ValueError for options that do not fit.
+    Raises: in `setup`, FileNotFoundError if text or tokenizer are not available; ValueError for unsuitable options.
     """
 
-    unsplit: bool = False  # the text came as one set, so the test set is a held-out share of it
+    unsplit: bool = False  # whether there is no test set, so that the test set is a held-out share of the text
 
     def __init__(
         self,
@@ -89,15 +89,15 @@ class Text(lightning.LightningDataModule):
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
         self.source: Samples | None = None
-        self.blocks: Blocks | None = None  # of a text that is not held
+        self.blocks: Blocks | None = None  # of a streamed text
         self.indices: dict[str, Tensor] = {}
-        # documents, tokens and bytes that were read, what of them is in no sample; of the samples' tokens those that are padding,
-        # special ones left out, not selected, and counted. Of a stream none
+        # numbers of documents, tokens and bytes read, of unused tokens, and of tokens in samples by kind: padding, special ones
+        # left out, not selected, counted. Empty for a stream
         self.counts: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenise, cut and split; the second call does nothing."""
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # more of them slow down what is in memory
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # workers slow down data in memory
         if self.source is not None or self.blocks is not None:
             return
         self._check()
@@ -112,7 +112,7 @@ class Text(lightning.LightningDataModule):
         self.classes = self.classes or tokenizer.size
 
     def _hold(self, reader: Reader) -> None:
-        """All samples, and which of them are in which split."""
+        """Make all samples and assign them to splits."""
         if self.cache is None:
             stream, edges = self._read(reader)
         else:
@@ -126,7 +126,7 @@ class Text(lightning.LightningDataModule):
         self.source = parts[0] if self.unsplit else parts[0] + parts[1]
 
     def train_dataloader(self) -> DataLoader[TextBatch]:
-        """Shuffled batches of the training split; the order is new each epoch and follows from `seed`."""
+        """Shuffled batches of the training split, in a new order each epoch, determined by `seed`."""
         generator = torch.Generator().manual_seed(self.seed)
         return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
 
@@ -137,23 +137,23 @@ class Text(lightning.LightningDataModule):
         return self._load(self._ids("test"), self.batch_size)
 
     def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[TextBatch]:
-        """Batches in a fixed order, of the samples at positions i with i % world == rank; maybe none.
+        """Batches, in a fixed order, of the samples at positions i with i % world == rank; may be empty.
 
         split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
         """
         self.setup()
         if self.blocks is not None and split == "all":
-            shard(torch.empty(0), rank, world)  # are there such processes?
+            shard(torch.empty(0), rank, world)  # validates rank and world
             return _in_order(TextStream(self.blocks, batch_size or self.batch_size, rank, world), self.workers)
         return self._load(shard(self._ids(split), rank, world), batch_size or self.batch_size)
 
     def save_splits(self, folder: str | Path) -> Path:
-        """Write `splits.json` into `folder`: fingerprint, seed, counts, sizes, and the numbers of each split but train."""
+        """Write `splits.json` into `folder`: fingerprint, seed, counts, sizes, and the sample numbers of all splits but train."""
         about = {"fingerprint": self.fingerprint(), "seed": self.seed, "counts": self.counts}
         return write_splits(folder, self.indices, about)
 
     def fingerprint(self) -> str:
-        """A hash of the samples' tokens; of a stream, which is not read for it, of what is asked for."""
+        """A hash of the tokens of all samples; for a stream, which is not read for it, of the options."""
         self.setup()
         if self.blocks is None:
             return self._ready().fingerprint()
@@ -166,7 +166,7 @@ class Text(lightning.LightningDataModule):
         self.setup()
         if self.blocks is not None:
             raise ValueError(
-                f"there is no split '{split}': with dataset.streaming=true and mode=pack the text is one, 'all', read in order; "
+                f"there is no split '{split}': with dataset.streaming=true and mode=pack the only split is 'all'; "
                 "set dataset.streaming=false"
             )
         return pick(self.indices, split)
@@ -180,7 +180,7 @@ class Text(lightning.LightningDataModule):
         return DataLoader(
             _Numbered(self._ready(), ids),
             batch_size=batch_size,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -188,12 +188,12 @@ class Text(lightning.LightningDataModule):
         )
 
     def _read(self, reader: Reader) -> Parts:
-        """All tokens, and where those of each part begin."""
+        """All tokens, and the edges of the parts."""
         parts = [TokenStream.join(reader.read(islice(part, self.documents), self.max_tokens)) for part in self.corpus.open()]
         return TokenStream.join(parts), [0, *accumulate(map(len, parts))]
 
     def _stream(self, reader: Reader) -> Blocks:
-        self.corpus.open()  # is it there?
+        self.corpus.open()  # raises if the text is not available
         prefix = reader.tokenizer.bos if self.bos == "block" else None
         special = reader.tokenizer.special if self.special == "drop" else ()
         return Blocks(
@@ -210,7 +210,7 @@ class Text(lightning.LightningDataModule):
         )
 
     def _about(self, reader: Reader) -> dict[str, Any]:
-        """What decides which tokens there are, and which of them are marked."""
+        """Plain values that determine the tokens and their marks."""
         marks = [repr(words) for words in reader.selector.words]
         limits = {"documents": self.documents, "max_tokens": self.max_tokens, "bos": reader.bos, "eos": reader.eos}
         return {"corpus": self.corpus.fingerprint(), "tokenizer": reader.tokenizer.fingerprint(), "marks": marks, **limits}
@@ -219,22 +219,22 @@ class Text(lightning.LightningDataModule):
         """The samples of one part."""
         stream, tokenizer = whole.between(begin, end), reader.tokenizer
         if not len(stream):
-            raise ValueError(f"{self._name} holds no text; set dataset.path")
+            raise ValueError(f"{self._name} contains no text; set dataset.path")
         prefix = tokenizer.bos if self.bos == "block" else None
         if self.mode == "pad":
             samples = separate(stream, self.length, prefix)
         else:
             samples = packed(stream, self.length, self.stride, self.remainder == "keep", prefix)
         if not len(samples):
-            raise ValueError(f"{self._name} has {len(stream)} tokens, not one block of {self.length}; lower dataset.length")
+            raise ValueError(f"{self._name} has {len(stream)} tokens, fewer than one block of {self.length}; lower dataset.length")
         special = tokenizer.special if self.special == "drop" else ()
         samples = replace(samples, pad=tokenizer.pad, side=self.side, selector=reader.selector, special=special)
         self._count(stream, samples)
         return samples.within(whole, begin)
 
     def _count(self, stream: TokenStream, samples: Samples) -> None:
-        lost = unused(samples, len(stream))
-        found = {"documents": stream.documents, "tokens": len(stream), "bytes": int(stream.nbytes.sum()), "unused_tokens": lost}
+        left_out = unused(samples, len(stream))
+        found = {"documents": stream.documents, "tokens": len(stream), "bytes": int(stream.nbytes.sum()), "unused_tokens": left_out}
         if self.mode == "pad":
             found["cut_documents"] = int((stream.starts.diff() > self.length - (self.bos == "block")).sum())
         found |= samples.counts(self.batch_size)
@@ -243,7 +243,7 @@ class Text(lightning.LightningDataModule):
     def _check(self) -> None:
         """Raises ValueError for numbers out of range."""
         if self.length < 2:
-            raise ValueError(f"dataset.length is {self.length}; a token is predicted from one before it: give 2 or more")
+            raise ValueError(f"dataset.length is {self.length}; a token is predicted from an earlier one: give 2 or more")
         most = self.length - (self.bos == "block")
         if self.stride is not None and not (self.mode == "pack" and 1 <= self.stride <= most):
             raise ValueError(f"dataset.stride is {self.stride}; it is 1 to {most} tokens, and for mode=pack only")
@@ -252,10 +252,10 @@ class Text(lightning.LightningDataModule):
             if limit is not None and limit < 1:
                 raise ValueError(f"dataset.{name} is {limit}; it is 1 or more, or null for all")
         if self.cache is not None and self.corpus.streaming:
-            raise ValueError("dataset.cache keeps tokens and dataset.streaming=true stores nothing; set one of the two only")
+            raise ValueError("dataset.cache stores tokens and dataset.streaming=true stores nothing; set only one of the two")
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError for a token that there is not, or more tokens than the model has."""
+        """Raises ValueError if a requested special token is missing, or the vocabulary exceeds that of the model."""
         for name, wanted, token in (("bos", self.bos, tokenizer.bos), ("eos", self.eos, tokenizer.eos)):
             if wanted and token is None:
                 off = "null" if name == "bos" else "false"
@@ -263,7 +263,7 @@ class Text(lightning.LightningDataModule):
         if self.classes is not None and tokenizer.size > self.classes:
             which = f"the tokenizer '{self.tokenizer}'" if self.tokenizer else "the byte-level tokenizer"
             raise ValueError(
-                f"{which} has {tokenizer.size} ids, dataset.classes is {self.classes}: a model of that size lacks some; "
+                f"{which} has {tokenizer.size} ids, more than dataset.classes={self.classes}; "
                 "set dataset.tokenizer to the model's own"
             )
 
@@ -273,7 +273,7 @@ class Text(lightning.LightningDataModule):
 
 
 class _Numbered(Dataset[TextBatch]):
-    """The samples `ids` of a source; a loader hands over a whole batch of positions at once."""
+    """The samples `ids` of a source; a loader requests a whole batch of positions at once."""
 
     def __init__(self, source: Samples, ids: Tensor):
         self.source, self.ids = source, ids
@@ -290,9 +290,9 @@ class _Numbered(Dataset[TextBatch]):
 
 
 def _in_order(stream: TextStream, workers: int) -> DataLoader[TextBatch]:
-    """Batches as they come; one process at most reads ahead: each would read all."""
+    """Batches in order; at most one worker prefetches, because every worker would read the whole text."""
     return DataLoader(stream, batch_size=None, num_workers=min(1, workers), pin_memory=torch.cuda.is_available())
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

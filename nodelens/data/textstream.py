@@ -1,4 +1,4 @@
-"""Blocks cut while documents arrive: as those of a text that was read whole, in memory that does not grow with it."""
+"""Cuts blocks while documents arrive: the same blocks as of the whole text, in constant memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from torch.utils.data import IterableDataset
 
 from .blocks import Reader, Samples, TokenStream, packed
 
-_HEADROOM = 1 << 16  # tokens that wait at least, before blocks are cut of them
+_BUFFER = 1 << 16  # smallest number of tokens buffered before blocks are cut
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a text is read and cut: `documents` opens it anew, up to `most` tokens of it."""
+    """How a text is read and cut into blocks; `documents` opens it from the start, up to `most` tokens are read."""
 
     documents: Callable[[], Iterator[str]]
     reader: Reader
@@ -29,10 +29,10 @@ class Blocks:
     name: str = "the text"
 
     def cut(self, least: int) -> Iterator[Samples]:
-        """All blocks in order, at least that many at a time but for the last."""
+        """All blocks in order, at least ``least`` at a time, except for the last part."""
         size = self.length - int(self.prefix is not None)
         stride = self.stride or size
-        wanted = max(_HEADROOM, size + stride * least)
+        wanted = max(_BUFFER, size + stride * least)
         held, begun = list[TokenStream](), False
         for part in self.reader.read(self.documents(), self.most):
             held.append(part)
@@ -52,10 +52,10 @@ class Blocks:
 
 
 class TextStream(IterableDataset[dict[str, Tensor]]):
-    """Whole batches of the blocks i with i % world == rank, in order, each with its number i as `ids`.
+    """Batches of the blocks i with i % world == rank, in order, with the block numbers i as `ids`.
 
-    Every process reads and tokenises all of the text. Raises ValueError, at the end, where it held no block, or a selector
-    selected nothing of it.
+    Every process reads and tokenises the whole text. Raises ValueError at the end if there was no block, or if the selector
+    selected no token.
     """
 
     def __init__(self, blocks: Blocks, batch_size: int, rank: int = 0, world: int = 1):
@@ -65,38 +65,38 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
         total = own = selected = 0
         for numbers, samples in self._rounds():
             mine = torch.arange(len(numbers))[self.rank :: self.world]
-            for some in mine.split(self.batch_size) if len(mine) else ():
-                batch = samples.batch(some) | {"ids": numbers[some]}
-                selected += int(batch["select"].sum()) if "select" in batch else len(some)
-                own += len(some)
+            for part in mine.split(self.batch_size) if len(mine) else ():
+                batch = samples.batch(part) | {"ids": numbers[part]}
+                selected += int(batch["select"].sum()) if "select" in batch else len(part)
+                own += len(part)
                 yield batch
             total += len(numbers)
         if not total:
-            raise ValueError(f"{self.blocks.name} has not one block of {self.blocks.length} tokens; lower dataset.length")
+            raise ValueError(f"{self.blocks.name} has less than one block of {self.blocks.length} tokens; lower dataset.length")
         if own and not selected and self.world == 1:
             raise ValueError(nothing_selected(self.blocks.reader.selector.text, self.blocks.name))
 
     def _rounds(self) -> Iterator[tuple[Tensor, Samples]]:
-        """Numbered blocks, those of as many whole batches for every process as there are; at the end what is left."""
+        """Numbered blocks, in multiples of one batch for every process; at the end the remaining ones."""
         step, begin = self.batch_size * self.world, 0
-        waiting: Samples | None = None
+        buffered: Samples | None = None
         for samples in self.blocks.cut(step):
-            waiting = samples if waiting is None else _behind(waiting, samples)
-            whole = len(waiting) // step * step
+            buffered = samples if buffered is None else _append(buffered, samples)
+            whole = len(buffered) // step * step
             if whole:
-                yield torch.arange(begin, begin + whole), waiting.part(slice(whole))
-                begin, waiting = begin + whole, waiting.part(slice(whole, None))
-        if waiting is not None and len(waiting):
-            yield torch.arange(begin, begin + len(waiting)), waiting
+                yield torch.arange(begin, begin + whole), buffered.part(slice(whole))
+                begin, buffered = begin + whole, buffered.part(slice(whole, None))
+        if buffered is not None and len(buffered):
+            yield torch.arange(begin, begin + len(buffered)), buffered
 
 
 def nothing_selected(selector: str, name: str) -> str:
-    """What is wrong where no token counts."""
+    """The error message if no token counts as a row."""
     return f"dataset.select={selector!r} selects no token of {name}; give another selector, or dataset.special=keep"
 
 
-def _behind(samples: Samples, other: Samples) -> Samples:
-    """Samples of two streams, of the first one no more than is needed."""
+def _append(samples: Samples, other: Samples) -> Samples:
+    """Append samples of another stream, and drop tokens of the first stream that are no longer needed."""
     begin = int(samples.first[0]) if len(samples) else len(samples.ids)
     kept = len(samples.ids) - begin
     marks = None if samples.marks is None else torch.cat([samples.marks[begin:], other.marks])  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""From text to tokens: bytes as they are, or the tokenizer of a model; each token knows how many bytes it stands for."""
+"""Tokenizers: plain UTF-8 bytes, or the tokenizer of a model, with the number of bytes that each token covers."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -10,18 +10,18 @@ import numpy as np
 
 
 class Tokens(NamedTuple):
-    """A document in tokens."""
+    """The tokens of a document."""
 
     ids: np.ndarray  # (n,) int32
-    nbytes: np.ndarray  # (n,) int32, of the document's UTF-8: together all of it
+    nbytes: np.ndarray  # (n,) int32, UTF-8 bytes of each token; they sum to the document's bytes
 
 
 class Tokenizer(Protocol):
-    """What the data need of a tokenizer; None where it has no such token."""
+    """The interface of a tokenizer; bos and eos are None if it has no such token."""
 
     @property
     def size(self) -> int:
-        """One more than the largest id."""
+        """The largest id plus one."""
         ...
 
     @property
@@ -32,28 +32,28 @@ class Tokenizer(Protocol):
     def pad(self) -> int: ...
     @property
     def special(self) -> tuple[int, ...]:
-        """The ids of BOS, EOS and padding, of those that it has."""
+        """The existing ids of BOS, EOS and padding."""
         ...
 
     @property
     def exact(self) -> bool:
-        """Whether the bytes of each token are its own, and not a share."""
+        """Whether the bytes per token are exact, and not an equal share."""
         ...
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Each text's tokens, no special ones added."""
+        """The tokens of each text, without special tokens."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
     def fingerprint(self) -> str:
-        """A hash of all that decides which tokens a text becomes."""
+        """A hash of everything that determines the tokens of a text."""
         ...
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """UTF-8 bytes are ids 0 to 255; then BOS, EOS and padding. It needs no file.
+    """Byte-level tokenizer: UTF-8 bytes are ids 0 to 255, then BOS, EOS and padding. It needs no file.
 
     >>> tokens = ByteTokenizer().encode(["é!"])[0]
     >>> tokens.ids.tolist(), ByteTokenizer().decode(tokens.ids)
@@ -72,7 +72,7 @@ class ByteTokenizer:
         return [Tokens(ids, np.ones_like(ids)) for ids in every]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special ones left out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids, without special ids; invalid UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
     def fingerprint(self) -> str:
@@ -94,16 +94,16 @@ class StoredTokenizer:
     def of(cls, path: str) -> "StoredTokenizer":
         """The tokenizer in a folder or of a hub id.
 
-        Raises: FileNotFoundError, in one line, when it cannot be had; ValueError when it cannot be built.
+        Raises: FileNotFoundError, in one line, if it is not available; ValueError if it cannot be built.
         """
         return cls.around(_opened(path))
 
     @classmethod
     def around(cls, tokenizer: Any) -> "StoredTokenizer":
-        """One that is open."""
+        """Wrap a loaded tokenizer."""
         bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         special = tuple(dict.fromkeys(i for i in (bos, eos, pad) if i is not None))
-        pad = next((i for i in (pad, eos) if i is not None), 0)  # whichever: it is masked
+        pad = next((i for i in (pad, eos) if i is not None), 0)  # any id will do, because padding is masked
         return cls(tokenizer, max(tokenizer.get_vocab().values()) + 1, bos, eos, pad, special)
 
     @property
@@ -111,12 +111,12 @@ class StoredTokenizer:
         return bool(self.tokenizer.is_fast)
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        fast = self.tokenizer.is_fast  # the others do not say where a token ends
+        fast = self.tokenizer.is_fast  # slow tokenizers give no offsets
         options = {"return_offsets_mapping": True} if fast else {}
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
         every = []
         for k, (text, ids) in enumerate(zip(texts, found["input_ids"], strict=True)):
-            ends = [end for _, end in found["offset_mapping"][k]] if fast else _spread(len(ids), len(text))
+            ends = [end for _, end in found["offset_mapping"][k]] if fast else _even_ends(len(ids), len(text))
             every.append(Tokens(np.asarray(ids, np.int32), _bytes_of(text, np.asarray(ends, np.int64))))
         return every
 
@@ -133,17 +133,17 @@ class StoredTokenizer:
 
 
 def open_tokenizer(path: str | None) -> Tokenizer:
-    """The byte-level tokenizer, or the one at a path. Raises as ``StoredTokenizer.of`` does."""
+    """The byte-level tokenizer, or the one at a path. Raises the errors of ``StoredTokenizer.of``."""
     return ByteTokenizer() if path is None else StoredTokenizer.of(path)
 
 
 def as_tokenizer(tokenizer: Any) -> Tokenizer:
-    """One of the data's, or one of transformers in their form."""
+    """The tokenizer itself, or a wrapped tokenizer of transformers."""
     return StoredTokenizer.around(tokenizer) if hasattr(tokenizer, "bos_token_id") else tokenizer
 
 
 def in_bytes(text: str, places: np.ndarray) -> np.ndarray:
-    """Places in a text, counted in characters, counted in bytes of its UTF-8."""
+    """Convert positions in a text from characters to UTF-8 bytes."""
     if text.isascii():
         return places
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -158,7 +158,7 @@ def _opened(path: str) -> Any:
     from .opening import hub_answers
 
     folder = Path(path).expanduser()
-    options = {"trust_remote_code": False}  # asked for, it would wait for an answer at the terminal
+    options = {"trust_remote_code": False}  # if not given, it would prompt at the terminal
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path, local_files_only=True, **options)
     except ValueError as error:
@@ -173,7 +173,7 @@ def _opened(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise _not_here(path, "the hub has none there, or wants a login") from error
+        raise _not_here(path, "the hub has none, or requires a login") from error
 
 
 def _not_here(path: str, why: str) -> FileNotFoundError:
@@ -183,13 +183,13 @@ def _not_here(path: str, why: str) -> FileNotFoundError:
     )
 
 
-def _spread(tokens: int, characters: int) -> np.ndarray:
-    """Ends of tokens that do not tell theirs, as if all were as long: right over a document, near inside it."""
+def _even_ends(tokens: int, characters: int) -> np.ndarray:
+    """Ends of tokens without offsets, as if all had equal length: exact over a document, approximate within it."""
     return np.linspace(0, characters, tokens + 1)[1:].round()
 
 
 def _bytes_of(text: str, ends: np.ndarray) -> np.ndarray:
-    """Bytes from the token before to the end of each: what lies between tokens goes to the next, the tail to the last."""
+    """Bytes of each token, given the ends: text between tokens counts for the next one, the tail for the last."""
     if not len(ends):
         return ends.astype(np.int32)
     ends = np.maximum.accumulate(in_bytes(text, ends))

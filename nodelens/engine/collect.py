@@ -14,7 +14,7 @@ from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.targets import target_of, token_target
 from nodelens.statistics import Accumulator
-from nodelens.statistics.group_slices import draw, runs_of
+from nodelens.statistics.group_slices import draw, group_slices
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
@@ -38,7 +38,7 @@ class Meeting:
         plan = self.owner.plan
         drawn = None
         if plan.positions and plan.sampled(self.need):
-            drawn = draw(batch.keys, rows.keep, rows.raw.shape[2], plan.positions, self.owner.seed)
+            drawn = draw(batch.hashes, rows.keep, rows.raw.shape[2], plan.positions, self.owner.seed)
         rows = (rows if drawn is None else rows.at(drawn)).finite()
         if site not in self.shift:
             self.shift[site] = rows.pilot()
@@ -50,7 +50,7 @@ class Meeting:
         x, z = self.held[self.owner.site], self.held[self.other]
         self.held = {}
         with exact_products():
-            for g, a, b in runs_of(batch.group, max(1, TERMS // x.raw.shape[2])):
+            for g, a, b in group_slices(batch.group, max(1, TERMS // x.raw.shape[2])):
                 self.owner.put(self.need, g, self.need.statistic.of(x.take(a, b), z.take(a, b)))  # type: ignore[attr-defined]
 
 
@@ -58,14 +58,14 @@ class Meeting:
 class TargetTokens:
     """The tokens of a batch that have a target.
 
-    Shapes: place (m,), where they are among all B x T; beside (m, t) float64, finite; group (m,) and keys (m,) on the CPU
+    Shapes: place (m,), where they are among all B x T; beside (m, t) float64, finite; group (m,) and hashes (m,) on the CPU
     """
 
     shape: tuple[int, int]
     place: Tensor
     beside: Tensor
     group: Tensor
-    keys: Tensor
+    hashes: Tensor
 
     @classmethod
     def of(cls, beside: Tensor, batch: Batch, positions: int | None, seed: int) -> "TargetTokens":
@@ -74,14 +74,14 @@ class TargetTokens:
         mask = batch.mask if batch.mask is not None and batch.mask.shape == (samples, length) else None
         known = beside.isfinite().all(2)
         known = known if mask is None else known & mask
-        drawn = draw(batch.keys, mask, length, positions, seed) if positions else None
+        drawn = draw(batch.hashes, mask, length, positions, seed) if positions else None
         if drawn is not None:
             known = known & torch.zeros_like(known).scatter(1, drawn.to(known.device), True)
         place = known.flatten().nonzero()[:, 0]
         each, row = place.cpu(), (torch.ones(samples, length) if mask is None else mask.cpu()).cumsum(1).long().flatten()
         sample = each // length
-        keys = mix(batch.keys[sample], row[each])  # a token's number among those that count: padding does not move it
-        return cls((samples, length), place, beside.flatten(0, 1)[place], batch.group[sample], keys)
+        hashes = mix(batch.hashes[sample], row[each])  # a token's number among those that count: padding does not move it
+        return cls((samples, length), place, beside.flatten(0, 1)[place], batch.group[sample], hashes)
 
 
 class Waiting:
@@ -117,14 +117,14 @@ class Waiting:
             self.shift = found.pilot()
         moved, keep = bool(self.shift.any()), None if found.keep is None else found.keep[0]
         with exact_products():
-            for g, a, b in runs_of(at.group, TERMS):
+            for g, a, b in group_slices(at.group, TERMS):
                 kept = None if keep is None else keep[a:b]
                 one = Rows(flat[a:b].T[None], None if kept is None else kept[None], self.shift, (), moved)  # a sample of them
                 each = Rows(flat[a:b, :, None], None if kept is None else kept[:, None], self.shift, (), moved)
                 for need in needs:
                     beside = at.beside[a:b, 0].long() if need.target == "label" else at.beside[a:b]
-                    keys = {"keys": at.keys[a:b]} if need.statistic.keyed else {}
-                    made = need.statistic.of(each, beside, **keys) if need.statistic.paired() else need.statistic.of(one)  # type: ignore[attr-defined]
+                    hashes = {"hashes": at.hashes[a:b]} if need.statistic.takes_hashes else {}
+                    made = need.statistic.of(each, beside, **hashes) if need.statistic.paired() else need.statistic.of(one)  # type: ignore[attr-defined]
                     self.owner.put(need, g, made)
 
 

@@ -16,9 +16,9 @@ from nodelens.network.targets import target_of
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.buffer import Buffer
 from nodelens.statistics.costs import PAIRS
-from nodelens.statistics.group_slices import chunks_of, draw, runs_of
+from nodelens.statistics.group_slices import chunks_of, draw, group_slices
 from nodelens.statistics.linalg import exact_products
-from nodelens.statistics.patches import Maps, read
+from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, SampleSums
 from nodelens.statistics.weight_sums import WeightSums
 
@@ -46,7 +46,7 @@ class Collector:
         patchy = [need for need in rows if need.statistic.entries and layer.geometry is not None]
         self.entries = [need for need in patchy if need.target]
         self.patches = next((need for need in patchy if not need.target), None)
-        self.maps: Maps | None = None
+        self.maps: MapSums | None = None
         rest = [need for need in rows if need not in patchy]
         self.whole = [need for need in rest if need.statistic.by_sample is None]
         self.reduced = [need for need in rest if need.statistic.by_sample is not None]
@@ -72,15 +72,15 @@ class Collector:
             share = 1 / batch.tokens.clamp_min(1).to(rows.raw)
             rows = Rows(rows.raw * share[:, None, None], rows.keep, rows.shift, rows.grid)
         rows = self.plan.covariance.rows(rows, self.site.port)
-        return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), moved=False)
+        return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), shifted=False)
 
     def see(self, rows: Rows, batch: Batch) -> None:
         """Takes the rows of a batch's samples."""
         label = self._labels(batch)
         if not (self.whole or self.reduced or self.entries or self.patches):
             self.means += [self._to_samples(self._finite(rows))] if self.means_wanted else []
-        elif self._enough(rows) and len(runs_of(batch.group)) <= 2 * self.plan.groups:
-            sums = self._digest(rows, batch.group, batch.keys, label)
+        elif self._enough(rows) and len(group_slices(batch.group)) <= 2 * self.plan.groups:
+            sums = self._digest(rows, batch.group, batch.hashes, label)
             if self.reduced:
                 self._wait("sums", batch.group, sums.tables() | label)
             self.means += [self._of_sums(sums)] if self.means_wanted else []
@@ -108,7 +108,7 @@ class Collector:
         """Takes the rows a sample of a batch that is complete, with what stands beside them."""
         if rows is not None and self.by_sample:
             tables = {f"beside{k}": beside[target] for k, target in enumerate(self.targets)}
-            keys = {"key": batch.keys} if any(need.statistic.keyed for need in self.by_sample) else {}
+            keys = {"key": batch.hashes} if any(need.statistic.takes_hashes for need in self.by_sample) else {}
             self._wait("samples", batch.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **tables, **keys})
 
     def flush(self) -> None:
@@ -122,7 +122,7 @@ class Collector:
         if rows.grid != self.grid and "rows" in self.waiting:
             self._empty("rows")  # maps of another size are read apart
         self.grid = rows.grid
-        self._wait("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "key": batch.keys, **label})
+        self._wait("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "key": batch.hashes, **label})
 
     def _wait(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
         positions = tables["raw"].shape[2] if kind == "rows" else 1
@@ -168,7 +168,7 @@ class Collector:
         drawn = draw(keys, rows.keep, rows.raw.shape[2], self.plan.positions, self.seed) if wanted else None  # type: ignore[arg-type]
         only_entries = not self.tables and not self.whole and not self.means_wanted
         with exact_products():
-            for first, last, runs in chunks_of(runs_of(group, longest) if by_run else [], len(rows), step):
+            for first, last, runs in chunks_of(group_slices(group, longest) if by_run else [], len(rows), step):
                 part = rows.take(first, last)
                 if self.entries:
                     self._read(part, group[first:last], {k: t[first:last] for k, t in label.items()}, only_entries)
@@ -184,7 +184,7 @@ class Collector:
     def _read(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
         """Adds up what a convolution reads of each sample."""
         assert self.site.layer.geometry is not None
-        sums = read(rows, self.site.layer.geometry)
+        sums = patch_sums(rows, self.site.layer.geometry)
         if count and sums.masked:
             self._finite(rows)
         self._wait("entries", group, sums.tables() | label)
@@ -194,7 +194,7 @@ class Collector:
         if self.maps is None or self.maps.grid != rows.grid:
             self._read_maps()
             assert self.site.layer.geometry is not None
-            self.maps = Maps(self.plan.groups, rows, self.site.layer.geometry)
+            self.maps = MapSums(self.plan.groups, rows, self.site.layer.geometry)
         lost = self.maps.add(rows, group)
         self.left_out += lost if count else 0
         if sum(self.maps.samples) >= SAMPLES * len(self.maps.samples):
@@ -213,7 +213,7 @@ class Collector:
             sums.add_rows(some, group if len(sums.parts) > 1 else 0)
 
     def _add_sums(self, needs: list[Need], sums: SampleSums, group: Tensor, label: dict[str, Tensor]) -> None:
-        for g, a, b in runs_of(group) if needs else ():
+        for g, a, b in group_slices(group) if needs else ():
             part = sums.map(lambda t, a=a, b=b: t[a:b])  # type: ignore[misc]
             for need in needs:
                 target = [label["label"][a:b]] if need.target else []
@@ -223,11 +223,11 @@ class Collector:
         """A row a sample. There are few: double precision costs little, and standard errors are differences."""
         rows = Rows(rows.raw.double(), rows.keep)
         rows = rows.about(*self._shift("samples", rows))
-        for g, a, b in runs_of(group):
+        for g, a, b in group_slices(group):
             part = rows.take(a, b).finite()
             for need in self.by_sample:
                 beside = [held[f"beside{self.targets.index(need.target)}"][a:b].to(rows.raw.device)] if need.target else []
-                keys = {"keys": held["key"][a:b]} if need.statistic.keyed else {}
+                keys = {"hashes": held["key"][a:b]} if need.statistic.takes_hashes else {}
                 self.put(need, g, need.statistic.of(part, *beside, **keys))  # type: ignore[attr-defined]
 
     def put(self, need: Need, group: int, value: Statistic) -> None:
@@ -274,7 +274,7 @@ class WeightCollector(Collector):
 
     def see(self, shown: Any, batch: Batch) -> None:
         """Takes the input, output and gradient of a batch's samples."""
-        for g, a, b in runs_of(batch.group):
+        for g, a, b in group_slices(batch.group):
             keep = None if batch.mask is None else batch.mask[a:b].flatten()
             x, y, gradient = (t[a:b] for t in shown)
             for need in self.sums:

@@ -92,7 +92,7 @@ class CovariancePolicy:
             s = self.projection(raw.shape[1]).to(raw.device, raw.dtype)
             with exact_products():
                 raw = (raw.mT @ s).mT if last else s.T @ raw
-        return Rows(raw, rows.keep, rows.shift, rows.grid, rows.moved)
+        return Rows(raw, rows.keep, rows.shift, rows.grid, rows.shifted)
 
 
 @lru_cache(maxsize=4)  # one for all sites of a width

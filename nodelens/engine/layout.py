@@ -14,8 +14,8 @@ from nodelens.metrics.need import Other, Target, Units
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
-from nodelens.network.targets import of_tokens, settled
-from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, serves
+from nodelens.network.targets import is_per_token, resolve_auto
+from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
 from nodelens.statistics.weight_sums import WeightSums
 
 from .covariance import KINDS, CovariancePolicy, whole
@@ -127,7 +127,7 @@ class PassLayout:
         apart = {part[name] for name, need in needs.items() if self._apart(need, layer, other)}
         tokens: dict[str, Any] = {n: need.target for n, need in needs.items() if need.target not in _SITES}
         tokens = tokens if self.dry_run.tokens else {}
-        beside = {part[n]: settled(target, True) for n, target in tokens.items() if of_tokens(target, self.per_token)}
+        beside = {part[n]: resolve_auto(target, True) for n, target in tokens.items() if is_per_token(target, self.per_token)}
         found = {n: self._resolved(need, layer, other, part[n] in apart, beside.get(part[n])) for n, need in needs.items()}
         return self._at_members(found)
 
@@ -147,7 +147,7 @@ class PassLayout:
         elif beside is not None:
             view, target = "tokens", beside
         elif target is not None:
-            target = settled(target, tokens=False)  # type: ignore[arg-type]
+            target = resolve_auto(target, tokens=False)  # type: ignore[arg-type]
         port = "output" if need.port in ("next", "projection") else need.port
         return owner, self._one_view(owner, need._replace(port=port, view=view, target=target))
 
@@ -242,7 +242,7 @@ class PassLayout:
 
     def _provider(self, layer: Layer, need: Need, wanted: set[Need]) -> Need:
         """What a need is read off: a statistic that holds more, of the same rows in the same groups."""
-        for statistic in serves(need.statistic):
+        for statistic in supersets_of(need.statistic):
             richer = need._replace(statistic=statistic)
             alike = self.sampled(richer) == self.sampled(need) and self.groups_of(layer, richer) == self.groups_of(layer, need)
             if richer in wanted and alike:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nodelens.metrics import Metric
-from nodelens.network.find_layers import started
+from nodelens.network.find_layers import with_start
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.group_layer import Member as GroupMember
 from nodelens.network.layers import Layer
@@ -73,7 +73,7 @@ class Members:
                         every = [member for member in every if member.piece.tensor == "weight"]
                     (readers if side == "reader" else makers).setdefault(group.name, _shows(name, group, every, known))
         if start is not None:
-            makers = {name: [(started(layer, start), places) for layer, places in every] for name, every in makers.items()}
+            makers = {name: [(with_start(layer, start), places) for layer, places in every] for name, every in makers.items()}
         return cls(found.groups, around, readers, makers, mixtures, found.model)
 
     @property

@@ -24,10 +24,10 @@ def null_of(
     Source: Phipson & Smyth 2010, 1603.05766, eq. 2
     """
     sample: Sample = statistics["permutations"]
-    order = torch.argsort(sample.keys, stable=True)
+    order = torch.argsort(sample.hashes, stable=True)
     rows = Rows(sample.rows[order][:, :, None])
     rows = rows.about(rows.mean)
-    beside = sample.beside[order]
+    beside = sample.target[order]
     value = metric(weight, **_made(needs, rows, beside))
     total, above = torch.zeros_like(value), torch.zeros_like(value)
     copies = int(metric.options["permutations"])
@@ -47,6 +47,6 @@ def _made(needs: Mapping[str, Need], rows: Rows, beside: Tensor) -> dict[str, An
         if name == "permutations":
             continue
         target = [beside[:, 0].long() if need.target == "label" else beside] * bool(need.target and need.statistic.paired())
-        keys = {"keys": torch.arange(len(rows))} if need.statistic.keyed else {}
+        keys = {"hashes": torch.arange(len(rows))} if need.statistic.takes_hashes else {}
         made[name] = need.statistic.of(rows, *target, **keys)  # type: ignore[attr-defined]
     return made

@@ -47,7 +47,7 @@ class BinnedInformation(Metric):
         return with_permutations({"y": Need(Sample, "output", "samples", target)}, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: Sample, **_: Any) -> Tensor:  # type: ignore[override]
-        z = first_axis(y.beside) if self.target == "logit_pc1" else y.beside
+        z = first_axis(y.target) if self.target == "logit_pc1" else y.target
         if len(y.rows) < 2:
             return y.rows.new_full(y.rows.shape[1:], torch.nan)
         each = [plug_in(y.rows, column[:, 0], self.bins, self.bins) for column in bins_of(z, self.bins).split(1, 1)]

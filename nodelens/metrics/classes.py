@@ -110,7 +110,7 @@ class ClassInformation(Metric):
 
 def _labelled(y: Sample) -> tuple[Tensor, Tensor]:
     """Rows that have a class, (n, units), and which, (n,) int64."""
-    label = y.beside[:, 0].round().long()
+    label = y.target[:, 0].round().long()
     return y.rows[label >= 0], label[label >= 0]
 
 

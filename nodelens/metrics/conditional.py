@@ -76,7 +76,7 @@ class ConditionalMutualInformation(Metric):
 
     Target and condition are names of mutual_information_gaussian's targets, but logit_pc1; the condition may have several
     columns, the target has one. Where the condition settles the target, or the unit, there is nothing left to tell: 0,
-    ``settled``. Independent ones read about 1/(2n), which ``bias: gaussian`` subtracts.
+    ``resolve_auto``. Independent ones read about 1/(2n), which ``bias: gaussian`` subtracts.
 
     Formula: -0.5 ln(1 - rho^2), rho = (r_yz - r_yt'R_t^-1 r_tz) / sqrt((1 - r_yt'R_t^-1 r_ty)(1 - r_zt'R_t^-1 r_tz)), the partial
              correlation of unit y and target z given condition t; r correlations, R_t those among the columns of t
@@ -120,7 +120,7 @@ class ConditionalMutualInformation(Metric):
         _r, own, among, _size = self._parts(y, z)
         return {
             "constant": int(silent(y).sum()),
-            "settled": int(self._settled(among, own).sum()),
+            "resolve_auto": int(self._settled(among, own).sum()),
             "without_target": int(y.n - z.n),
         }
 

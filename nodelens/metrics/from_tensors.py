@@ -94,7 +94,7 @@ def _statistic(metric: Any, need: Need, tensors: dict[str, Any]) -> Statistic:
     if samples:
         rows = rows.sample_totals() if "grad" in need.port else rows.sample_means()
     rows = rows.about(rows.mean)
-    options: dict[str, Any] = {"keys": torch.arange(len(rows))} if need.statistic.keyed else {}
+    options: dict[str, Any] = {"hashes": torch.arange(len(rows))} if need.statistic.takes_hashes else {}
     if need.statistic.entries:
         options["geometry"] = _layer(tensors).geometry if tensors.get("weights") is not None else None
     beside = [] if need.target is None else [_beside(metric, need, tensors, samples)]

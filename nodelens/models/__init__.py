@@ -1,6 +1,6 @@
-"""Classifiers, language models and the small zoo behind `model=`; they know nothing of measuring.
+"""Classifiers, language models and the small networks behind `model=`, independent of the rest of the package.
 
-Names load on first use: Lightning costs seconds, and a multilayer perceptron needs none of it.
+Names are imported on first use, because importing Lightning takes seconds that plain networks do not need.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""One Lightning module for every image classifier."""
+"""The Lightning module of all image classifiers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,12 +18,12 @@ _PLAIN = (str, int, float, bool, type(None))
 class Classifier(lightning.LightningModule):
     """Cross-entropy training of any network that takes images.
 
-    net:        (B, C, H, W) -> (B, classes) logits, or an output that has them as `.logits` (Hugging Face)
-    optimizer:  called with the parameters; scheduler: called with the optimizer, stepped once an epoch
+    net:        (B, C, H, W) -> (B, classes) logits, or an output with `.logits` (Hugging Face)
+    optimizer:  called with the parameters; scheduler: called with the optimizer, stepped once per epoch
     weights:    a file or folder for `load_weights`
-    config:     a plain dict that the caller may set; it travels in the checkpoint as "nodelens_config"
+    config:     a plain dict that the caller may set; stored in checkpoints as "nodelens_config"
 
-    A batch has `.x` and `.y`, or is an (x, y, ...) tuple. Logs {train,val,test}/loss and /acc, an epoch each.
+    A batch has `.x` and `.y`, or is an (x, y, ...) tuple. Logs {train,val,test}/loss (nats) and /acc once per epoch.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Classifier(lightning.LightningModule):
     ):
         super().__init__()
         self.net, self.make_optimizer, self.make_scheduler = net, optimizer, scheduler
-        # micro: counts of right answers, which add over batches and processes and need no number of classes
+        # micro: counts of correct predictions, which add over batches and processes and need no number of classes
         self.train_acc, self.val_acc, self.test_acc = (MulticlassAccuracy(average="micro") for _ in range(3))
         self.config: dict[str, Any] | None = load_weights(net, weights) if weights else None
 
@@ -72,7 +72,7 @@ class Classifier(lightning.LightningModule):
             checkpoint[_KEY] = self.config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.config is None:  # the caller's own config is the newer one
+        if self.config is None:  # a config set by the caller takes precedence
             self.config = checkpoint.get(_KEY)
 
     def _step(self, batch: Any, stage: str) -> Tensor:
@@ -88,7 +88,7 @@ class Classifier(lightning.LightningModule):
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of what a network returned: a tensor itself, or its `.logits`.
+    """The logits of a network output: the tensor itself, or its `.logits`.
 
     Raises: TypeError for anything else.
     """
@@ -96,7 +96,7 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the network returned {type(output).__name__}; expected a tensor of logits (B, classes) "
-            f"or an output with .logits: wrap the network so that it returns one of them"
+            f"or an output with .logits: wrap the network so that it returns one of these"
         )
     return logits
 
@@ -110,7 +110,7 @@ def _x_and_y(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Stop before a checkpoint is written that torch.load(weights_only=True) would refuse."""
+    """Raises TypeError for values that torch.load(weights_only=True) would reject, before a checkpoint is written."""
     if type(value) in (dict, list, tuple):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in items:

@@ -1,4 +1,4 @@
-"""ResNet and ViT of transformers: from a config, without a download, or from a stored folder."""
+"""ResNet and ViT of transformers: random weights without a download, or weights from a folder or the hub."""
 
 from typing import Any, Literal
 
@@ -18,17 +18,17 @@ _RESNETS = {18: ("basic", [2, 2, 2, 2]), 34: ("basic", [3, 4, 6, 3]), 50: ("bott
 
 
 class ResNet(ResNetForImageClassification):
-    """transformers' ResNet, with the stem for small images when its config says `stem: small`.
+    """transformers' ResNet, with a stem for small images if its config has `stem: small`.
 
-    The small stem is a 3x3 convolution of stride 1 without pooling: the 7x7/2 one and the pooling after it leave a
-    single pixel to the last stage of a 32-pixel image.
+    The small stem is a 3x3 convolution with stride 1 and no pooling: with the usual 7x7 convolution of stride 2 and
+    pooling, the last stage of a 32-pixel image would be a single pixel.
     """
 
     def __init__(self, config: ResNetConfig):
         super().__init__(config)
         if getattr(config, "stem", "imagenet") == "small":
             stem = ResNetConvLayer(config.num_channels, config.embedding_size, 3, activation=config.hidden_act)
-            nn.init.kaiming_normal_(stem.convolution.weight, mode="fan_out", nonlinearity="relu")  # as the others
+            nn.init.kaiming_normal_(stem.convolution.weight, mode="fan_out", nonlinearity="relu")  # like all others
             self.resnet.embedder.add_module("embedder", stem)
             self.resnet.embedder.add_module("pooler", nn.Identity())
 
@@ -44,9 +44,9 @@ def resnet(
 ) -> PreTrainedModel:
     """ResNet-18, -34 or -50: (B, channels, size, size) -> an output with `.logits` (B, classes).
 
-    stem: "auto" is "small" up to 32 pixels; with `path` it is the stored one. width: channels of the first stage.
-    path: a local folder or a hub id with trained weights; the head is made anew when its classes differ.
-    Raises: ValueError for another depth or stem, or stored weights of another shape; OSError when `path` is not here.
+    stem: "auto" means "small" up to 32 pixels, or the stored stem with `path`. width: channels of the first stage.
+    path: a local folder or a hub id with trained weights; the head is replaced if its number of classes differs.
+    Raises: ValueError for another depth or stem, or stored weights of another shape; OSError if `path` is not available.
     """
     if depth not in _RESNETS:
         raise ValueError(f"resnet: depth {depth} is not available; choose from {', '.join(map(str, _RESNETS))}")
@@ -61,7 +61,7 @@ def resnet(
         return load_stored(ResNet, path, config, classes, wanted)
     stem = ("small" if size <= 32 else "imagenet") if stem == "auto" else stem
     widths = [width * (1 if kind == "basic" else 4) * 2**i for i in range(4)]
-    more: dict[str, Any] = {"num_labels": classes, "stem": stem}  # no fields of the class, kept in config.json
+    more: dict[str, Any] = {"num_labels": classes, "stem": stem}  # not fields of the class, but stored in config.json
     return ResNet(
         ResNetConfig(num_channels=channels, embedding_size=width, hidden_sizes=widths, depths=blocks, layer_type=kind, **more)
     )
@@ -80,10 +80,10 @@ def vit(
 ) -> PreTrainedModel:
     """A vision transformer, ViT-Tiny by default: (B, channels, size, size) -> an output with `.logits` (B, classes).
 
-    patch: the side of a patch in pixels; None is the divisor of `size` nearest to an eighth of it.
-    path: as for `resnet`; hidden, heads, depth and mlp are then the stored ones.
+    patch: the side of a patch in pixels; None: the divisor of `size` nearest to size / 8.
+    path: as for `resnet`; hidden, heads, depth and mlp are then ignored in favour of the stored values.
     Raises: ValueError for a patch that does not divide `size`, heads that do not divide `hidden`, or stored weights
-    of another shape; OSError when `path` is not here.
+    of another shape; OSError if `path` is not available.
     """
     if path is not None:
         config = stored_config(path, ViTConfig)

@@ -1,4 +1,4 @@
-"""Causal language models: from a folder, the hub or a config, and the Lightning module that trains them."""
+"""Causal language models from a folder, the hub or a config, and the Lightning module that trains them."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -23,21 +23,21 @@ from transformers import (
 from .classifier import Classifier, logits_of
 from .stored import hub_is_reachable, quiet, why_missing
 
-BYTES = 259  # ids of the byte-level tokenizer
+BYTES = 259  # vocabulary size of the byte-level tokenizer
 _IGNORE = -100  # a label that does not count, as in cross_entropy
-_BESIDE = ("labels", "ids", "bytes", "select")  # of a batch, not for the model
+_NOT_INPUTS = ("labels", "ids", "bytes", "select")  # entries of a batch that are not inputs of the model
 
 
 class LanguageModel(Classifier):
     """Next-token training of any network that takes tokens.
 
-    net:   called with what a batch holds beside labels, ids, bytes and select (input_ids (B, T), attention_mask, position_ids);
-           returns logits (B, T, V), or an output that has them as `.logits`
-    path:  where the net came from, for a config that names it once
+    net:   called with the entries of a batch except labels, ids, bytes and select (input_ids (B, T), attention_mask,
+           position_ids); returns logits (B, T, V), or an output with `.logits`
+    path:  the origin of the net, so that a config names it only once
     optimizer, scheduler, weights, config: as in ``Classifier``
 
-    A batch is a dict with labels (B, T): the ids of the tokens themselves, -100 where one is not to be predicted. Logs
-    {train,val,test}/loss, nats a predicted token, and /acc, the share of them that are the likeliest one, an epoch each.
+    A batch is a dict with labels (B, T): the token ids, or -100 for tokens not to be predicted. Logs, once per epoch,
+    {train,val,test}/loss, in nats per predicted token, and /acc, the share of predicted tokens that are the most likely one.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class LanguageModel(Classifier):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits, (B, T, V)."""
-        return logits_of(self.net(**{name: value for name, value in batch.items() if name not in _BESIDE}))
+        return logits_of(self.net(**{name: value for name, value in batch.items() if name not in _NOT_INPUTS}))
 
     def on_fit_start(self) -> None:
-        self.net.train()  # stored models come in eval mode, without their dropout
+        self.net.train()  # stored models are loaded in eval mode, with dropout off
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch)
@@ -64,9 +64,9 @@ class LanguageModel(Classifier):
     def _step(self, batch: Any, stage: str) -> Tensor:
         if not isinstance(batch, Mapping) or "labels" not in batch:
             raise TypeError(f"a batch is {type(batch).__name__}; expected a dict with input_ids and labels")
-        behind = next_tokens(batch)
-        known = behind != _IGNORE
-        logits, y = self(batch)[:, :-1][known], behind[known]
+        following = next_tokens(batch)
+        known = following != _IGNORE
+        logits, y = self(batch)[:, :-1][known], following[known]
         loss = functional.cross_entropy(logits.float(), y, reduction="sum") / max(1, len(y))
         if len(y):
             accuracy = {"train": self.train_acc, "val": self.val_acc, "test": self.test_acc}[stage]
@@ -78,9 +78,9 @@ class LanguageModel(Classifier):
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """The token behind each but the last, (B, T - 1); -100 where it is not to be predicted or either of the two is padding."""
-    behind, mask = batch["labels"][:, 1:], batch.get("attention_mask")
-    return behind if mask is None else behind.where(mask[:, 1:].bool() & mask[:, :-1].bool(), _IGNORE)
+    """The next token of each but the last, (B, T - 1); -100 if it is not to be predicted or either of the two is padding."""
+    following, mask = batch["labels"][:, 1:], batch.get("attention_mask")
+    return following if mask is None else following.where(mask[:, 1:].bool() & mask[:, :-1].bool(), _IGNORE)
 
 
 def causal_lm(
@@ -95,14 +95,14 @@ def causal_lm(
 ) -> PreTrainedModel:
     """Any causal language model of transformers.
 
-    path:       a folder written by save_pretrained, or a hub id; safetensors only, and no code that lies beside them is run.
+    path:       a folder written by save_pretrained, or a hub id; safetensors only, and no code in the folder is run.
                 None: random weights of a `model_type`, such as llama, with `config`
-    config:     values that differ from the stored (or the type's own) config
+    config:     values that override the stored (or default) config
     dtype:      auto: as stored
-    attention:  transformers' attn_implementation: eager, sdpa, flash_attention_2; None: its own choice
-    revision:   of a hub id; device_map: where the parts go (needs `accelerate`)
-    quantization: the linear layers' weights in 8 or 4 bits, but for the head's (needs `bitsandbytes` and `accelerate`)
-    Raises: OSError, in one line, when `path` cannot be had; ValueError for anything that does not fit.
+    attention:  transformers' attn_implementation: eager, sdpa, flash_attention_2; None: its default
+    revision:   of a hub id; device_map: devices of the parts (needs `accelerate`)
+    quantization: weights of all linear layers except the head in 8 or 4 bits (needs `bitsandbytes` and `accelerate`)
+    Raises: OSError, in one line, if `path` is not available; ValueError for options or weights that do not fit.
     """
     found = language_config(path, model_type, config, revision)
     chosen = {"dtype": dtype, "attn_implementation": attention}
@@ -115,8 +115,8 @@ def causal_lm(
             if path is None:
                 return AutoModelForCausalLM.from_config(found, **options)
             return _stored(path, found, {"dtype": dtype, "revision": revision, "device_map": device_map, **options})
-    except (ImportError, ValueError, KeyError) as error:  # KeyError: a device_map that misses a part
-        raise ValueError(f"{name} cannot be built: {_in_short(error)}") from error
+    except (ImportError, ValueError, KeyError) as error:  # KeyError: a device_map that lacks a part
+        raise ValueError(f"{name} cannot be built: {_first_sentence(error)}") from error
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights at {name} cannot be read, or do not fit its config; save them again with model.save_pretrained(folder)"
@@ -129,7 +129,7 @@ def language_config(
     config: Mapping[str, Any] | None = None,
     revision: str | None = None,
 ) -> PretrainedConfig:
-    """The config alone, as ``causal_lm`` takes it: no weights are read. Raises as it does."""
+    """The config of ``causal_lm``, without reading weights. Raises the same errors."""
     changes = dict(config or {})
     if (path is None) == (model_type is None):
         raise ValueError("give model.path, or model.net.model_type for random weights: one of the two")
@@ -140,9 +140,9 @@ def language_config(
             found = _read_config(path, {"revision": revision, "trust_remote_code": False, **changes})
     except (ValueError, TypeError, StrictDataclassError) as error:
         cause = (isinstance(error, StrictDataclassError) and error.__cause__) or error
-        raise ValueError(f"'{path or model_type}' is no model that can be built: {_in_short(cause)}") from error
+        raise ValueError(f"'{path or model_type}' cannot be built: {_first_sentence(cause)}") from error
     if type(found) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"'{path or model_type}' is a model of type {found.model_type}, which is no causal language model")
+        raise ValueError(f"'{path or model_type}' has the model type {found.model_type}, which is not a causal language model")
     return found
 
 
@@ -157,13 +157,13 @@ def tiny_lm(
 ) -> LlamaForCausalLM:
     """A small Llama with random weights, for texts of at most `length` tokens.
 
-    classes: its vocabulary; None: the 259 of the byte-level tokenizer. mlp: hidden units of each gated FFN.
+    classes: vocabulary size; None: 259, that of the byte-level tokenizer. mlp: hidden units of each gated FFN.
     Raises: ValueError for heads that do not divide the width, or kv_heads that do not divide the heads.
     """
     if width % heads or heads % kv_heads or (width // heads) % 2:
         raise ValueError(
-            f"tiny_lm: width {width}, {heads} heads, {kv_heads} kv_heads; heads divide the width into parts of even size, "
-            "kv_heads divide the heads: change model.net"
+            f"tiny_lm: width {width}, {heads} heads, {kv_heads} kv_heads; heads must divide the width into parts of even "
+            "size, and kv_heads must divide the heads: change model.net"
         )
     no_tokens: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return LlamaForCausalLM(
@@ -181,7 +181,7 @@ def tiny_lm(
 
 
 def _quantized(bits: str, path: str | None) -> BitsAndBytesConfig:
-    """Raises ValueError for another width, random weights, and where a library is not here."""
+    """The quantization config. Raises ValueError for other bits, random weights, or a missing library."""
     if bits not in ("8bit", "4bit"):
         raise ValueError(f"model.net.quantization is {bits!r}; it is 8bit, 4bit or null")
     if path is None:
@@ -193,16 +193,16 @@ def _quantized(bits: str, path: str | None) -> BitsAndBytesConfig:
 
 
 def check_vocabulary(net: nn.Module, classes: int) -> None:
-    """Raises ValueError where the tokens of the data, 0 to classes - 1, are more than a language model has embeddings for."""
+    """Raises ValueError if a language model has fewer embeddings than the vocabulary of the data, ``classes``."""
     try:
         table = net.get_input_embeddings() if isinstance(net, PreTrainedModel) else None
-    except NotImplementedError:  # it reads images
+    except NotImplementedError:  # a model of images
         table = None
     size = getattr(table, "num_embeddings", None)
     if isinstance(size, int) and size < classes:
         raise ValueError(
-            f"the data's tokenizer has {classes} ids, {type(net).__name__} knows {size}; set dataset.tokenizer to the model's own, "
-            "or the model's classes"
+            f"the data's tokenizer has {classes} ids, but {type(net).__name__} has {size}; set dataset.tokenizer to the model's "
+            "own, or the model's classes"
         )
 
 
@@ -239,7 +239,7 @@ def _not_here(path: str, why: str) -> OSError:
     )
 
 
-def _in_short(error: BaseException) -> str:
-    """The first sentence: some go on with every model there is."""
+def _first_sentence(error: BaseException) -> str:
+    """The first sentence of an error message, because some messages list all known models."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(". ")[0].strip(" .:'\"")

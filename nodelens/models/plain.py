@@ -1,4 +1,4 @@
-"""The two small networks of our own: a multilayer perceptron and a convolutional network."""
+"""Two small networks: a multilayer perceptron and a convolutional network."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class MLP(nn.Sequential):
     """Linear layers with a ReLU between them, on the flattened input: (B, ...) -> (B, classes) logits.
 
-    `features` is the number of values of one sample (channels * height * width).
+    `features`: number of values per sample (channels * height * width).
     """
 
     def __init__(self, features: int, classes: int, hidden: Sequence[int] = (64, 64)):
@@ -21,10 +21,10 @@ class MLP(nn.Sequential):
 
 
 class CNN(nn.Module):
-    """Blocks of 3x3 convolution, batch norm, ReLU and 2x2 pooling; the mean over positions; a linear head.
+    """Blocks of 3x3 convolution, batch norm, ReLU and 2x2 pooling; then the mean over positions and a linear head.
 
-    (B, channels, H, W) -> (B, classes) logits, for any H and W of at least 2 ** (len(widths) - 1) pixels: the last
-    block does not pool, as the mean follows it. Three blocks by default.
+    (B, channels, H, W) -> (B, classes) logits, for any H and W of at least 2 ** (len(widths) - 1) pixels. The last
+    block has no pooling, because the mean follows it. Three blocks by default.
     """
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int] = (16, 32, 64)):
@@ -42,14 +42,14 @@ class CNN(nn.Module):
 
 
 def mlp(classes: int, channels: int, size: int, hidden: Sequence[int] = (64, 64)) -> MLP:
-    """An MLP for images of `channels` x `size` x `size`: the config's numbers, as for every model here."""
+    """An MLP for images of `channels` x `size` x `size`, with the arguments of every image model here."""
     return MLP(channels * size * size, classes, hidden)
 
 
 def cnn(classes: int, channels: int, size: int, widths: Sequence[int] = (16, 32, 64)) -> CNN:
     """A CNN for images of `channels` x `size` x `size`.
 
-    Raises: ValueError when the pooling of `widths` would leave no pixel of an image of `size`.
+    Raises: ValueError if the pooling of `widths` blocks leaves no pixel of an image of `size`.
     """
     least = 2 ** (len(widths) - 1)
     if size < least:

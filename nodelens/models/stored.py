@@ -1,4 +1,4 @@
-"""Trained weights of transformers from a local folder, the cache or the hub, checked against what was asked for."""
+"""Loads trained weights of transformers from a local folder, the cache or the hub, and checks them against the config."""
 
 import logging
 import urllib.error
@@ -20,7 +20,7 @@ _NAMES = {"num_channels": "channels", "image_size": "size", "patch_size": "patch
 def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
     """The config stored at `path` (a folder or a hub id).
 
-    Raises: OSError when it cannot be had; ValueError when it is of another kind of model.
+    Raises: OSError if it is not available; ValueError if it belongs to another model type.
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -34,7 +34,7 @@ def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
             raise _not_here(path, why_missing(path)) from error
     if config.model_type != kind.model_type:
         raise ValueError(
-            f"'{path}' holds a model of type {config.model_type}, asked for is {kind.model_type}; "
+            f"'{path}' holds a model of type {config.model_type}, but {kind.model_type} is needed; "
             f"choose another model, or another model.net.path"
         )
     return config
@@ -43,16 +43,16 @@ def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
 def load_stored(
     model: type[PreTrainedModel], path: str, config: PretrainedConfig, classes: int, wanted: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model at `path` with a head of `classes`; `wanted` are values its stored config has to have.
+    """The model at `path` with a head of `classes`; `wanted` holds values that its stored config must have.
 
-    Raises: ValueError where a value or a weight other than the head's differs; OSError without safetensors weights.
+    Raises: ValueError if a value, or a weight outside the head, differs; OSError without safetensors weights.
     """
     for name, value in wanted.items():
         found = getattr(config, name, "imagenet" if name == "stem" else None)
         if found != value:
             what = _NAMES.get(name, name)
             raise ValueError(
-                f"'{path}' was stored with {what} {found}, asked for is {what} {value}; change the "
+                f"'{path}' was stored with {what} {found}, but {what} {value} is needed; change the "
                 f"model or dataset config to the stored value, or leave model.net.path null to start from scratch"
             )
     if config.num_labels != classes:
@@ -62,15 +62,15 @@ def load_stored(
         if not same:
             config.num_labels = classes
         net, info = _from_pretrained(model, path, config, lenient=not same)
-    strange = sorted(str(k) for k in [*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])])
-    strange = [name for name in strange if not name.startswith("classifier")]
-    if strange:
+    unfit = sorted(str(k) for k in [*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])])
+    unfit = [name for name in unfit if not name.startswith("classifier")]
+    if unfit:
         raise ValueError(
-            f"the weights at '{path}' do not fit their own config: {len(strange)} are missing or of "
-            f"another shape ({', '.join(strange[:3])}); save them again with model.save_pretrained(folder)"
+            f"the weights at '{path}' do not fit their own config: {len(unfit)} are missing or of "
+            f"another shape ({', '.join(unfit[:3])}); save them again with model.save_pretrained(folder)"
         )
     if same and info["missing_keys"]:
-        _log.info("'%s' has no head; a new one of %d classes is made", path, classes)
+        _log.info("'%s' has no head; a new one of %d classes is added", path, classes)
     return net
 
 
@@ -100,14 +100,14 @@ def _not_here(path: str, why: str) -> OSError:
 
 
 def why_missing(path: str) -> str:
-    """Why there is no config at a path."""
+    """The reason why there is no config at a path."""
     if Path(path).is_dir():
         return "the folder holds no readable config.json"
-    return "it is no folder here, it is not in the cache, and this machine cannot reach the hub"
+    return "it is not a local folder, it is not in the cache, and the hub cannot be reached"
 
 
 def hub_is_reachable() -> bool:
-    """One short look: the hub's own client retries for 23 seconds on a machine without a network."""
+    """Whether the hub answers within 5 seconds; its own client would retry for 23 seconds without a network."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -121,7 +121,7 @@ def hub_is_reachable() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the loading report and bar of transformers, which repeat what the checks here say; its settings are put back."""
+    """Context without the loading report and progress bar of transformers, as the checks here replace the report."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Weights from untrusted files: nothing in them is run, and nothing is copied before all of it fits."""
+"""Loads weights from untrusted files: runs no code in them, and copies nothing unless all weights fit."""
 
 import pickle
 import warnings
@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _SAVE = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-# what torch's restricted unpickler says of bytes that are no checkpoint: they are read as instructions until one fails
+# errors of torch's restricted unpickler on bytes that are not a checkpoint: they are read as instructions until one fails
 _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 
 
 def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
-    """Copy stored weights into `net`; the config stored beside them ("nodelens_config"), or None.
+    """Copy stored weights into `net`; returns the config stored with them ("nodelens_config"), or None.
 
     path: a `.safetensors` file, a folder that holds `model.safetensors`, or a torch file with a plain state dict or a
     Lightning checkpoint ("state_dict", keys with or without the prefix "net."). No code in the file is run.
-    Raises: FileNotFoundError when there is none; ValueError when it holds no weights, or weights that do not fit:
-    then `net` is as it was.
+    Raises: FileNotFoundError if there is no file; ValueError if it holds no weights, or weights that do not fit. On an
+    error, `net` is unchanged.
     """
     file = _find(path)
     stored = _read(file)
@@ -39,7 +39,7 @@ def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
 
 
 def training_state(path: str | Path) -> bool:
-    """Whether a file holds what a Lightning training goes on with, not weights alone. Raises as load_weights does."""
+    """Whether a file is a Lightning checkpoint that training can resume from. Raises the errors of load_weights."""
     return {"state_dict", "optimizer_states", "pytorch-lightning_version"} <= _read(_find(path)).keys()
 
 
@@ -58,7 +58,7 @@ def _read(file: Path) -> Mapping[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with warnings.catch_warnings(action="ignore"):  # torch's advice on foreign pickles: our error says it
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on foreign pickles, which our error repeats
             stored = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, *_UNREADABLE) as error:
         raise _not_weights(file) from error
@@ -70,7 +70,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 def _not_weights(file: Path) -> ValueError:
     return ValueError(
         f"{file} is not a safetensors file or a weights-only checkpoint (it may be a pickle that holds "
-        f"code, which is never run, or be cut short); re-save it with {_SAVE}"
+        f"code, which is never run, or be truncated); re-save it with {_SAVE}"
     )
 
 
@@ -79,12 +79,12 @@ def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} holds no state dict; re-save it with {_SAVE}")
     other = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
-        raise ValueError(f"{file} holds more than weights ({_few(other)} are no tensors); re-save it with {_SAVE}")
+        raise ValueError(f"{file} holds more than weights ({_few(other)} are not tensors); re-save it with {_SAVE}")
     return dict(state)
 
 
 def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Classifier's keys start with "net."; a network that has such keys itself is left alone."""
+    """Remove the prefix "net." of a Classifier, unless the network itself has such keys."""
     if state.keys() & own.keys():
         return state
     return {name.removeprefix("net."): tensor for name, tensor in state.items()}

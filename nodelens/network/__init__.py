@@ -1,1 +1,1 @@
-"""The network as units are read from it: layers, pruning groups, roles, experts, hooks, batches and targets."""
+"""Access to the units of a network: layers, pruning groups, roles, experts, hooks, batches and targets."""

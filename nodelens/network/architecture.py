@@ -1,4 +1,4 @@
-"""Where the parts of a transformer lie: by the names that families give their modules, else by structure. Nothing is run."""
+"""Finds the parts of a transformer by the module names of known families, otherwise by structure; runs nothing."""
 
 import inspect
 import itertools
@@ -21,34 +21,34 @@ _ATTENTION = (
 )
 _ATTENTION_WRITERS = ("o_proj", "out_proj", "dense", "c_proj", "Wo", "wo", "out_lin", "o")
 _MLP = ("mlp", "ffn", "feed_forward", "ff", "mlp_block", "DenseReluDense", "block_sparse_moe", "shared_mlp", "moe")
-_BESIDE_MLP = ("experts", "mlps")  # of Gemma 4, of LongCat: then the FFN is more than one module
+_SPLIT_MLP = ("experts", "mlps")  # in Gemma 4 and LongCat, where the FFN is more than one module
 _MLP_WRITERS = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "output_linear", "output_dense", "wo", "Wo")
 _PAIRS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("intermediate.dense", "output.dense"))
 _NORMS = ("final_layer_norm", "final_layernorm", "final_norm", "ln_f", "norm_f", "ln_out", "embedding_norm", "emb_layer_norm_after")
 _HEADS = ("lm_head", "embed_out", "output_projection", "proj_out", "classifier", "score", "head", "heads", "fc")
 _WIDTHS = ("v_head_dim", "head_v_dim", "head_dim", "head_size", "attention_head_size")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_STREAMS = ("altup", "attn_hc")  # Gemma 3n's; hyper-connections
+_STREAMS = ("altup", "attn_hc")  # Gemma 3n; hyper-connections
 _A_NORM = re.compile(r"norm(\d\w)?$", re.IGNORECASE)
 
 
 class UnclearError(Exception):
-    """Why a module is not found."""
+    """The reason why a module is not found or ambiguous."""
 
 
 def config_of(model: nn.Module) -> Any:
-    """The config of the part that reads text, else the only one; None where the model has none."""
+    """The config of the text model if there are several, otherwise the only one; None if the model has none."""
     config: Any = getattr(model, "config", None)
     try:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
-    except ValueError:  # several parts read text
+    except ValueError:  # several text models
         return config
 
 
 def list_of_blocks(model: nn.Module, config: Any) -> Sequence[nn.Module]:
-    """The shallowest list as long as the config says; without one the longest that lies in no other.
+    """The shallowest module list of the length in the config; without a config, the longest that is not inside another.
 
-    Its members hold modules: a row of plain layers is no row of blocks. Raises UnclearError for none, or two.
+    Its items must have submodules: a list of plain layers is no list of blocks. Raises UnclearError for none or several.
     """
     lists: dict[str, Any] = {
         name: module
@@ -59,44 +59,44 @@ def list_of_blocks(model: nn.Module, config: Any) -> Sequence[nn.Module]:
     if depths:
         fits = next((fit for depth in depths if (fit := [name for name, part in lists.items() if len(part) == depth])), [])
         if not fits:
-            there = ", ".join(f"{name} of {len(part)}" for name, part in list(lists.items())[:6])
-            raise UnclearError(f"its config says {depths[0]}, and no list of modules is as long: there is {there or 'none'}")
+            shown = ", ".join(f"{name} of {len(part)}" for name, part in list(lists.items())[:6])
+            raise UnclearError(f"its config says {depths[0]} blocks, but no list of modules has that length: {shown or 'none'}")
     else:
         outer = [name for name in lists if not any(_below(name, other) for other in lists)]
         fits = [name for name in outer if len(lists[name]) == max(len(lists[other]) for other in outer)]
     if not fits:
-        raise UnclearError("no list of modules that hold modules is in it")
+        raise UnclearError("it contains no list of modules that have submodules")
     found: Any = _only({name: lists[name] for name in fits})
     return found
 
 
 def width_of(block: nn.Module, config: Any) -> int | None:
-    """The width of the residual stream: the config's, else that of a block's norm."""
+    """The width of the residual stream, from the config, otherwise from a norm of the block; None if neither is there."""
     norms: list[Any] = [m for m in block.children() if _is_norm(m) and isinstance(getattr(m, "weight", None), nn.Parameter)]
     return getattr(config, "hidden_size", None) or (norms[0].weight.numel() if norms else None)
 
 
 def stream_of(block: nn.Module) -> nn.Module:
-    """The block itself. Raises UnclearError where what passes is not one residual stream."""
+    """The block itself. Raises UnclearError if it does not carry a single residual stream."""
     if any(name in block._modules for name in _STREAMS):
-        raise UnclearError("it carries several residual streams beside each other")
+        raise UnclearError("it carries several parallel residual streams")
     return block
 
 
 def attention_of(block: nn.Module) -> nn.Module:
-    """The module that attends to the block's own input. Raises UnclearError for none, or two."""
-    return _named(block, _ATTENTION, ("attention", "attn")) or _missing(block, "an attention")
+    """The self-attention module of a block. Raises UnclearError for none or several."""
+    return _named(block, _ATTENTION, ("attention", "attn")) or _not_found(block, "an attention")
 
 
 def attention_writer(attention: nn.Module, width: int | None) -> nn.Module:
-    """The linear layer that reads the heads and writes to the stream. Raises UnclearError for none, or two."""
+    """The output projection of the heads to the residual stream. Raises UnclearError for none or several."""
     if isinstance(attention, nn.MultiheadAttention):
-        raise UnclearError("torch's MultiheadAttention reads the weight of out_proj and never calls it")
+        raise UnclearError("torch's MultiheadAttention uses the weight of out_proj without calling the module")
     return _writer(attention, _ATTENTION_WRITERS, width)
 
 
 def heads_of(attention: nn.Module, writer: nn.Module, config: Any) -> int | None:
-    """The number of heads, from their width or their number as the attention keeps it, else the config; None for no such."""
+    """The number of heads, from the head width or count of the attention module, otherwise the config; None if unknown."""
     inputs, _ = _sizes(writer)
     for keys, holders in ((_WIDTHS, [*attention.modules()]), (_COUNTS, [*attention.modules(), config])):
         for n in (getattr(holder, key, None) for holder in holders for key in keys):
@@ -106,126 +106,126 @@ def heads_of(attention: nn.Module, writer: nn.Module, config: Any) -> int | None
 
 
 def mlp_of(block: nn.Module, attention: nn.Module | None) -> nn.Module:
-    """The FFN's module; the block itself where its linear layers lie there, as OPT's and BERT's do.
+    """The FFN module; the block itself if it holds the linear layers directly, as in OPT and BERT.
 
-    Without a known name it is the only other part beside an attention. Raises UnclearError for none, or two.
+    Without a known name, it is the only other part with weights besides the attention. Raises UnclearError for none or several.
     """
     if not any(name in block._modules for name in _MLP) and _pair(block) is not None:
         return block
-    found = _named(block, (*_MLP, *_BESIDE_MLP), ("mlp", "feedforward", "ffn", "moe"))
+    found = _named(block, (*_MLP, *_SPLIT_MLP), ("mlp", "feedforward", "ffn", "moe"))
     if found is not None and (attention is None or found not in set(attention.modules())):
         return found
     others = {name: m for name, m in block.named_children() if _holds_weights(m) and attention not in set(m.modules())}
-    return _only(others) if attention is not None and others else _missing(block, "an FFN")
+    return _only(others) if attention is not None and others else _not_found(block, "an FFN")
 
 
 def mlp_writer(mlp: nn.Module, width: int | None) -> nn.Module:
-    """The linear layer that reads the hidden units and writes to the stream. Raises UnclearError for none, two, or experts."""
-    stacked = stacked_in(mlp)
+    """The linear layer from the hidden units to the residual stream. Raises UnclearError for none, several, or experts."""
+    stacked = stacked_tensors(mlp)
     experts = [name for name, _ in mlp.named_children() if "expert" in name and "shared" not in name]
     if stacked or experts:
         shared = list(shared_writers(mlp))
         raise UnclearError(
-            (f"its experts lie in one tensor, {stacked[0]}" if stacked else f"it has experts, {experts[0]}")
-            + (f"; {shared[0]} belongs to an expert that every token passes, and is not the whole FFN" if shared else "")
+            (f"its experts share one tensor, {stacked[0]}" if stacked else f"it has experts, {experts[0]}")
+            + (f"; {shared[0]} belongs to a shared expert, which every token passes, and is not the whole FFN" if shared else "")
         )
     return _pair(mlp) or _writer(mlp, _MLP_WRITERS, width)
 
 
-def stacked_in(mlp: nn.Module) -> list[str]:
-    """Tensors inside that hold the weights of several experts."""
+def stacked_tensors(mlp: nn.Module) -> list[str]:
+    """Names of the parameters that stack the weights of several experts."""
     convolved = {id(m.weight) for m in mlp.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     return [name for name, weight in mlp.named_parameters() if weight.ndim == 3 and len(weight) > 1 and id(weight) not in convolved]
 
 
 def shared_writers(mlp: nn.Module) -> dict[str, nn.Module]:
-    """What writes to the stream in the experts that every token passes."""
+    """The linear layers of shared experts that write to the residual stream, by name."""
     named = {name: m for name, m in mlp.named_modules() if "shared" in name}
     return {name: m for name, m in named.items() if name.rpartition(".")[2] in _MLP_WRITERS and _is_linear(m)}
 
 
-def put_out(module: nn.Module, writer: nn.Module | str, block: nn.Module) -> nn.Module:
-    """Whose output is that of attention or FFN alone: the module, or where that may add the residual itself its writer.
+def output_module(module: nn.Module, writer: nn.Module | str, block: nn.Module) -> nn.Module:
+    """The module whose output is that of attention or FFN alone: ``module``, or its writer if ``module`` may add the residual.
 
-    A writer may be a reason why there is none. Raises UnclearError where only the writer would do.
+    ``writer`` may be the reason why none was found. Raises UnclearError if the writer is needed but missing.
     """
-    way = [module] if isinstance(writer, str) else [m for m in module.modules() if m is not writer and writer in set(m.modules())]
-    if module is not block and not any(map(_adds_residual, way)):
+    path = [module] if isinstance(writer, str) else [m for m in module.modules() if m is not writer and writer in set(m.modules())]
+    if module is not block and not any(map(_adds_residual, path)):
         return module
     if isinstance(writer, str):
-        raise UnclearError(f"what {type(module).__name__} puts out may hold the residual, and {writer}")
+        raise UnclearError(f"the output of {type(module).__name__} may include the residual, and {writer}")
     return writer
 
 
 def embedding_of(model: Any) -> nn.Module:
-    """The model's own answer, else its first embedding. Raises UnclearError."""
+    """The input embedding according to the model, otherwise its first embedding. Raises UnclearError for none."""
     try:
         found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     except NotImplementedError:
         found = None
     found = found or next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    return found or _missing(model, "an embedding")
+    return found or _not_found(model, "an embedding")
 
 
 def final_norm_of(model: nn.Module, blocks: str) -> nn.Module:
-    """The norm behind the list of blocks at a path: by its name, there or further out, else the only one that follows it.
+    """The norm after the list of blocks at a path, by name, otherwise the only norm that follows it at its level or above.
 
-    Raises UnclearError for none (as in BERT, whose blocks end in a norm of their own), or two.
+    Raises UnclearError for none (as in BERT, whose blocks end in a norm themselves) or several.
     """
     levels = blocks.split(".") if blocks else []  # the model may be the list
     for k in reversed(range(len(levels))):
-        beside = model.get_submodule(".".join(levels[:k]))._modules
-        norms = {name: m for name, m in beside.items() if m is not None and _is_norm(m)}
-        behind = list(beside)[list(beside).index(levels[k]) :] if k >= len(levels) - 2 else []
-        follow = {name: m for name, m in norms.items() if name in behind and "emb" not in name}
-        if found := {name: m for name, m in norms.items() if name in _NORMS} or follow:
+        siblings = model.get_submodule(".".join(levels[:k]))._modules
+        norms = {name: m for name, m in siblings.items() if m is not None and _is_norm(m)}
+        later = list(siblings)[list(siblings).index(levels[k]) :] if k >= len(levels) - 2 else []
+        following = {name: m for name, m in norms.items() if name in later and "emb" not in name}
+        if found := {name: m for name, m in norms.items() if name in _NORMS} or following:
             return found["norm"] if "norm" in found else _only(found)
-    return _missing(model, "a norm behind its blocks")
+    return _not_found(model, "a norm after its blocks")
 
 
 def head_of(model: Any, blocks: str) -> nn.Module:
-    """The model's output embedding; else the only linear layer under the name of a head, or outside the blocks at all.
+    """The model's output embedding, otherwise the only linear layer outside the blocks (with the name of a head, if any).
 
-    Raises UnclearError for none, or two.
+    Raises UnclearError for none or several.
     """
     found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if found is not None:
         return found
     outside = {name: m for name, m in model.named_modules() if _is_linear(m) and not _below(name, blocks)}
     named = {name: m for name, m in outside.items() if name.partition(".")[0] in _HEADS}
-    return _only(named or outside) if outside else _missing(model, "a head")
+    return _only(named or outside) if outside else _not_found(model, "a head")
 
 
 def _writer(module: nn.Module, names: Sequence[str], width: int | None) -> nn.Module:
-    """The linear layer inside with one of the names, else the only one as wide as the stream (in a row of layers the last)."""
+    """The linear layer with one of the names, otherwise the only one (in a Sequential the last) with the stream's width."""
     named = _search(module, lambda name, _: name in names, range(1, 3))
     if named is not None:
         return named
     wide = {name: m for name, m in module.named_modules() if _is_linear(m) and _sizes(m)[1] == width}
     if isinstance(module, nn.Sequential) and wide:
         return list(wide.values())[-1]
-    return _only(wide) if wide else _missing(module, "a linear layer that writes to the residual stream")
+    return _only(wide) if wide else _not_found(module, "a linear layer that writes to the residual stream")
 
 
 def _pair(module: nn.Module) -> nn.Module | None:
-    """The second of two linear layers that are an FFN by their names."""
+    """The second of two linear layers whose names mark them as an FFN; None if there are none."""
     inside = dict(module.named_modules())
     return next((inside[last] for first, last in _PAIRS if first in inside and last in inside), None)
 
 
 def _adds_residual(module: nn.Module) -> bool:
-    """Whether it takes the residual, or holds a norm that is not over queries, keys or values, as post-norm parts do."""
+    """Whether it takes the residual, or holds a norm other than of queries, keys or values, as post-norm modules do."""
     arguments = inspect.signature(type(module).forward).parameters
     norms = [name for name, m in module.named_children() if _is_norm(m) and name[0] not in "qkv"]
     return bool(norms) or not {"residual", "input_tensor"}.isdisjoint(arguments)
 
 
 def _named(block: nn.Module, names: Sequence[str], words: Sequence[str]) -> nn.Module | None:
-    """The part of a block that has one of the names, else whose class has one of the words: of its own, else further in."""
+    """The part of a block with one of the names, otherwise one of the words in its class name; children first."""
     for depths in (range(1, 2), range(2, 4)):
         found = _search(block, lambda name, module: name in names and not _is_linear(module), depths)
         found = found or _search(block, lambda _, module: _is_inner(module, words), depths)
-        if isinstance(found, (nn.ModuleList, nn.ModuleDict)):  # which is never called itself
+        if isinstance(found, (nn.ModuleList, nn.ModuleDict)):  # a module list is never called itself
             raise UnclearError(f"it may be any of a list of {len(found)}")
         if found is not None:
             return found
@@ -233,7 +233,7 @@ def _named(block: nn.Module, names: Sequence[str], words: Sequence[str]) -> nn.M
 
 
 def _search(owner: nn.Module, fits: Callable[[str, nn.Module], bool], depths: range) -> nn.Module | None:
-    """The module inside that fits and holds weights, as near to the owner as there is one. Raises UnclearError for two."""
+    """The shallowest submodule that fits and has weights; None if none does. Raises UnclearError for several."""
     found = {
         name: module
         for name, module in owner.named_modules()
@@ -243,21 +243,21 @@ def _search(owner: nn.Module, fits: Callable[[str, nn.Module], bool], depths: ra
 
 
 def _only(found: Mapping[str, nn.Module]) -> nn.Module:
-    """The shallowest. Raises UnclearError for two."""
+    """The shallowest module. Raises UnclearError if there are several."""
     least = min(map(_depth, found))
-    near = [name for name in found if _depth(name) == least]
-    if len(near) > 1:
-        raise UnclearError(f"it may be {' or '.join(near[:6])}")
-    return found[near[0]]
+    shallowest = [name for name in found if _depth(name) == least]
+    if len(shallowest) > 1:
+        raise UnclearError(f"it may be {' or '.join(shallowest[:6])}")
+    return found[shallowest[0]]
 
 
-def _missing(owner: nn.Module, what: str) -> NoReturn:
+def _not_found(owner: nn.Module, what: str) -> NoReturn:
     parts = ", ".join(f"{name} ({type(m).__name__})" for name, m in owner.named_children())
     raise UnclearError(f"none of {parts or 'its parts'} is known as {what}")
 
 
 def _is_inner(module: nn.Module, words: Sequence[str]) -> bool:
-    """Whether the class has one of the words, and none by which it is more, as a whole layer, or looks at something else."""
+    """Whether the class name has one of the words, and none that marks a whole layer, cross-attention or a norm."""
     name = type(module).__name__.lower()
     return any(word in name for word in words) and not any(word in name for word in ("layer", "block", "residual", "cross", "norm"))
 
@@ -271,7 +271,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, of any class and GPT-2's ``Conv1D``; zeros for anything else."""
+    """Inputs and outputs of a linear layer of any class, including GPT-2's ``Conv1D``; zeros for any other module."""
     inputs, outputs = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")
     sizes = getattr(module, inputs, 0), getattr(module, outputs, 0)
     return sizes if all(isinstance(n, int) for n in sizes) else (0, 0)
@@ -286,5 +286,5 @@ def _depth(name: str) -> int:
 
 
 def _below(name: str, other: str) -> bool:
-    """Whether a module lies inside another, by their paths."""
+    """Whether a path lies below another."""
     return name != other and (not other or name.startswith(f"{other}."))

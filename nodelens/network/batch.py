@@ -1,4 +1,4 @@
-"""A batch: what is known of one batch: inputs, labels, mask of valid rows, sample keys, groups."""
+"""The Batch: inputs, labels, row mask, sample hashes and jackknife groups of one batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.statistics.sample_hash import content_keys, mix
+from nodelens.statistics.sample_hash import content_hashes, mix
 
 from .targets import IGNORE
 
@@ -20,54 +20,54 @@ class Batch:
     """One batch of B samples.
 
     Shapes: labels (B,) or (B, T) or None; targets (B,) or (B, t) or None, given by the user;
-            mask (B, T) bool, true where a token counts as a row, or None for all;
-            keys (B,) int64, a number that is the sample's own in any batch, order or process; group (B,) in [0, G);
-            bytes (B,) int64 or None, UTF-8 bytes of the text that a sample's predicted tokens stand for
+            mask (B, T) bool, true for tokens that count as rows, or None for all;
+            hashes (B,) int64, the same for a sample in any batch, order or process; group (B,) int64 in [0, G);
+            bytes (B,) int64 or None, number of UTF-8 bytes of the predicted tokens of each sample
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     labels: Tensor | None
     mask: Tensor | None
-    keys: Tensor
+    hashes: Tensor
     group: Tensor
     targets: Tensor | None = None
     bytes: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Batch":
-        """Reads a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
+        """From a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
-        Labels of tokens stand at the tokens themselves, and those of padding, or right behind it, do not count: padding takes
-        part in no loss. ``select`` (B, T) bool, where a dict has it, says which real tokens count as rows; the loss and what the
-        model is given stay as they are. What a dict holds beside labels, targets, ids, bytes and select is the model's, such as
-        the position_ids that a model with absolute positions needs for texts padded on the left.
+        Token labels are aligned with the tokens. Labels of padding, and of tokens right after padding, are ignored, so padding
+        takes part in no loss. ``select`` (B, T) bool in a dict says which real tokens count as rows; it changes neither the
+        loss nor the model's inputs. All other entries of a dict, except labels, targets, ids and bytes, are passed to the
+        model, such as the position_ids that a model with absolute positions needs for texts padded on the left.
 
-        Sample numbers come with the batch (``ids``), else from the samples' content: equal for equal samples, so that
-        groups do not depend on batching or padding. Raises ValueError for anything else.
+        Sample hashes are made of ``ids`` if the batch has them, otherwise of the content of the samples, so that groups do
+        not depend on batching or padding. Raises ValueError for any other form of batch.
         """
         args, kwargs, labels, ids, targets, size = _read(batch)
         mask, select = kwargs.get("attention_mask"), kwargs.pop("select", None)
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
-            raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: one label a sample")
+            raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
         if isinstance(mask, Tensor) and labels is not None and labels.shape == mask.shape:
-            labels = labels.where(_behind_a_token(mask.bool()), IGNORE)
-        keys = _keys_of(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
-        return cls(args, kwargs, labels, _counted(mask, select, first), keys, mix(keys, seed) % groups, targets, size)
+            labels = labels.where(_follows_token(mask.bool()), IGNORE)
+        hashes = _content_hashes(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
+        return cls(args, kwargs, labels, _row_mask(mask, select, first), hashes, mix(hashes, seed) % groups, targets, size)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.hashes)
 
     @property
     def tokens(self) -> Tensor:
-        """Predicted tokens of each sample, (B,): labels behind the first; 1 for a class a sample."""
+        """Predicted tokens of each sample, (B,): valid labels after the first; 1 for one class label per sample."""
         if self.labels is None or self.labels.ndim < 2:
             return torch.ones(len(self))
         return (self.labels[:, 1:] != IGNORE).sum(1)
 
     def map(self, change: Any) -> "Batch":
-        """The batch with a function applied to each tensor that has a row a sample."""
+        """The batch with a function applied to each tensor with one row per sample."""
 
         def each(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
@@ -78,14 +78,14 @@ class Batch:
             kwargs={k: each(v) for k, v in self.kwargs.items()},
             labels=each(self.labels),
             mask=each(self.mask),
-            keys=each(self.keys),
+            hashes=each(self.hashes),
             group=each(self.group),
             targets=each(self.targets),
             bytes=each(self.bytes),
         )
 
     def sorted(self) -> "Batch":
-        """The same samples with those of a group side by side, so that a group's rows are a slice and not a copy."""
+        """The same samples sorted by group, so that the rows of a group are a slice and not a copy."""
         order = torch.argsort(self.group, stable=True)
         return self.map(lambda t: t[order.to(t.device)])
 
@@ -94,16 +94,16 @@ class Batch:
         return self.map(lambda t: t[:samples])
 
     def to(self, device: torch.device) -> "Batch":
-        """Inputs, labels and mask on the model's device; keys and groups stay on the CPU."""
+        """Inputs, labels and mask on the model's device; hashes and groups stay on the CPU."""
         moved = self.map(lambda t: t.to(device, non_blocking=True))
-        return replace(moved, keys=self.keys, group=self.group)
+        return replace(moved, hashes=self.hashes, group=self.group)
 
     def run(self, model: nn.Module) -> Any:
         """The model's output for this batch."""
         return model(*self.args, **self.kwargs)
 
     def describe(self) -> str:
-        """The inputs in words: shapes and dtypes."""
+        """A description of the inputs: names, shapes and dtypes."""
         named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
         return ", ".join(
             f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in named.items() if isinstance(v, Tensor)
@@ -111,18 +111,18 @@ class Batch:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: the tensor itself, its field ``logits``, or its first floating tensor.
+    """The logits of a model output: the tensor itself, its field ``logits``, or its first floating-point tensor.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     found = tensor_of(output)
     if found is None:
-        raise ValueError(f"the model returned {type(output).__name__} without a floating tensor: nothing to read logits from")
+        raise ValueError(f"the model returned {type(output).__name__} without a floating-point tensor to use as logits")
     return found
 
 
 def tensor_of(value: Any) -> Tensor | None:
-    """The tensor in a container by type, never by index: itself, a declared field, else the first floating tensor."""
+    """The tensor in a model output: itself, a known field, otherwise the first floating-point tensor; None if there is none."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -137,32 +137,32 @@ def tensor_of(value: Any) -> Tensor | None:
     return None
 
 
-def _keys_of(first: Tensor, mask: Any) -> Tensor:
-    """Keys of the samples' content, padding left out, (B,) on the CPU."""
+def _content_hashes(first: Tensor, mask: Any) -> Tensor:
+    """Hashes of the content of the samples without padding, (B,) int64 on the CPU."""
     if not isinstance(mask, Tensor) or mask.shape != first.shape or bool(mask.all()):
-        return content_keys(first).cpu()
+        return content_hashes(first).cpu()
     rows = zip(first.cpu(), mask.bool().cpu(), strict=True)
-    return torch.cat([content_keys(row[keep][None]) for row, keep in rows])
+    return torch.cat([content_hashes(row[keep][None]) for row, keep in rows])
 
 
-def _counted(mask: Tensor | None, select: Tensor | None, first: Tensor) -> Tensor | None:
-    """Tokens that are no padding and are selected, as far as a batch says so."""
+def _row_mask(mask: Tensor | None, select: Tensor | None, first: Tensor) -> Tensor | None:
+    """The mask of tokens that are selected and not padding; None if the batch has neither mask."""
     if select is None:
         return None if mask is None else mask.bool()
     shape = first.shape[:2] if mask is None else mask.shape
     if select.shape != shape:
-        raise ValueError(f"select is {tuple(select.shape)}, the tokens are {tuple(shape)}: give true or false a token")
+        raise ValueError(f"select is {tuple(select.shape)}, but the tokens are {tuple(shape)}: give one bool per token")
     return select.bool() if mask is None else mask.bool() & select.to(mask.device).bool()
 
 
-def _behind_a_token(mask: Tensor) -> Tensor:
-    """(B, T) bool: true for tokens that are no padding and, but for the first of a row, have none right before them."""
+def _follows_token(mask: Tensor) -> Tensor:
+    """(B, T) bool: true for tokens that are not padding and, except for the first, do not follow padding."""
     before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
     return mask & before
 
 
 def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Arguments by place and by name, labels, sample numbers, targets, bytes."""
+    """Positional and keyword arguments, labels, sample ids, targets, bytes."""
     if isinstance(batch, Tensor):
         return (batch,), {}, None, None, None, None
     if isinstance(batch, Mapping):
@@ -178,7 +178,7 @@ def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, T
             return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None, None
     raise ValueError(
         f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
-        "a loader of another form needs a function that makes one of these of it"
+        "convert the batches of your loader to one of these forms"
     )
 
 
@@ -191,5 +191,5 @@ def _shape_of(batch: Any) -> str:
 def _first_tensor(kwargs: dict[str, Any]) -> Tensor:
     found = next((v for v in kwargs.values() if isinstance(v, Tensor) and v.ndim), None)
     if found is None:
-        raise ValueError(f"a batch has no tensor to give to the model: its keys are {', '.join(kwargs) or 'none'}")
+        raise ValueError(f"a batch has no tensor to pass to the model: its keys are {', '.join(kwargs) or 'none'}")
     return found

@@ -1,4 +1,4 @@
-"""A model as it is while it is looked at: eval mode, no gradients of parameters; and as it was, afterwards."""
+"""Eval mode without parameter gradients, restored on exit."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(model: nn.Module, train: bool = False) -> Iterator[None]:
-    """Inside, every submodule is in eval mode (or left alone, ``train``) and no parameter takes a gradient.
+    """Context in which every submodule is in eval mode (unchanged if ``train``) and no parameter requires a gradient.
 
-    Afterwards each has its own flag back.
+    On exit, every module and parameter gets its previous flag back.
     """
     modes = [(module, module.training) for module in model.modules()]
-    taking = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         if not train:
             model.eval()
-        for p in taking:
+        for p in trainable:
             p.requires_grad_(False)
         yield
     finally:
-        for p in taking:
+        for p in trainable:
             p.requires_grad_(True)
         for module, training in modes:
             module.training = training

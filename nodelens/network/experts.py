@@ -1,4 +1,4 @@
-"""Experts that share tensors: where each one's hidden units lie, and what they are in a call that no hook sees into."""
+"""Experts with stacked weights. Their activations are recomputed from the inputs, as fused kernels cannot be hooked."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -13,76 +13,78 @@ from nodelens.statistics.rows import Rows
 from .architecture import UnclearError
 from .layers import Layer
 
-PACK = 16  # positions that packed samples are filled up to a multiple of: batches of other routes keep one shape
+PACK = 16  # routed tokens are padded to a multiple of this, so that batches with different routing keep one shape
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """E experts of m hidden units each: u = f(A_e x + a_e), and B_e u + b_e is put out, times the router's weight.
+    """E experts with m hidden units each: u = f(A_e x + a_e); the output is B_e u + b_e, times the weight of the router.
 
-    made: the name of the tensor of all A_e, (E, m, d), or (E, 2 m, d) where a unit has a gate; ``down_proj`` that of all B_e,
-    (E, d, m). turned: both are stored as (E, in, out). f is the module's own. blocked: whether the module is called with rows
-    (E n, d) alone, a block an expert.
+    up_name: the name of the parameter that stacks all A_e, (E, m, d), or (E, 2 m, d) for gated units. ``down_proj`` stacks all
+    B_e, (E, d, m). transposed: both are stored as (E, in, out). f is the activation of the module. blockwise: whether the module
+    is called with rows (E n, d) alone, one block per expert.
     """
 
     module: nn.Module
-    made: str
+    up_name: str
     units: int
     gated: bool
-    turned: bool
-    blocked: bool
+    transposed: bool
+    blockwise: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> "Experts | None":
-        """Those of a module that keeps them in ``gate_up_proj`` (or ``up_proj``) and ``down_proj``; None for any other module.
+        """The experts of a module with ``gate_up_proj`` (or ``up_proj``) and ``down_proj``; None for any other module.
 
-        Raises UnclearError where the tensors are not understood.
+        Raises UnclearError if the layout of the tensors is not understood.
         """
         held = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-        made = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
-        if made not in held or "down_proj" not in held or not held[made].ndim == held["down_proj"].ndim == 3:
+        up_name = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
+        if up_name not in held or "down_proj" not in held or not held[up_name].ndim == held["down_proj"].ndim == 3:
             return None
-        up, down = held[made], held["down_proj"]
-        if other := held.keys() - {made, f"{made}_bias", "down_proj", "down_proj_bias"}:
-            raise UnclearError(f"holds {', '.join(sorted(other))} beside its experts' weights")
-        gated = bool(getattr(module, "has_gate", made == "gate_up_proj"))
+        up, down = held[up_name], held["down_proj"]
+        if other := held.keys() - {up_name, f"{up_name}_bias", "down_proj", "down_proj_bias"}:
+            raise UnclearError(f"has parameters other than its experts' weights: {', '.join(sorted(other))}")
+        gated = bool(getattr(module, "has_gate", up_name == "gate_up_proj"))
         layouts = [t for t in (False, True) if getattr(module, "is_transposed", t) == t and _fits(up, down, 1 + gated, t)]
         if len(layouts) != 1:
-            raise UnclearError(f"{made} {tuple(up.shape)} and down_proj {tuple(down.shape)} do not tell where the units lie")
-        blocked = len(inspect.signature(type(module).forward).parameters) == 2  # itself and the rows
-        return cls(module, made, down.shape[2 - layouts[0]], gated, layouts[0], blocked)
+            raise UnclearError(
+                f"{up_name} {tuple(up.shape)} and down_proj {tuple(down.shape)} do not show which axis holds the units"
+            )
+        blockwise = len(inspect.signature(type(module).forward).parameters) == 2  # itself and the rows
+        return cls(module, up_name, down.shape[2 - layouts[0]], gated, layouts[0], blockwise)
 
     def __len__(self) -> int:
         return len(self._held("down_proj"))
 
     def raw(self, expert: int, x: Tensor) -> Tensor:
         """A_e x + a_e of rows (r, d)."""
-        return self._linear(self.made, expert, x)
+        return self._linear(self.up_name, expert, x)
 
     def hidden(self, raw: Tensor) -> Tensor:
-        """u, (r, m). Raises ValueError where the module has neither a method for it nor an activation."""
+        """u, (r, m), from ``raw``. Raises ValueError if the module has neither a gate method nor an activation."""
         gate, act = (getattr(self.module, name, None) for name in ("_apply_gate", "act_fn"))
         if self.gated and gate is not None:
             return gate(raw)
         if act is None:
-            raise ValueError(f"{type(self.module).__name__} has no act_fn: the formula of its experts is not known")
+            raise ValueError(f"{type(self.module).__name__} has no act_fn: the activation of its experts is unknown")
         if not self.gated:
             return act(raw)
         first, second = raw.chunk(2, -1)
         return act(first) * second
 
-    def written(self, expert: int, u: Tensor) -> Tensor:
+    def output(self, expert: int, u: Tensor) -> Tensor:
         """B_e u + b_e, (r, d)."""
         return self._linear("down_proj", expert, u)
 
-    def slopes(self, expert: int, g: Tensor) -> Tensor:
-        """B_e' g, (r, m): the slope of the loss in u from that in what the expert writes, (r, d)."""
+    def hidden_gradient(self, expert: int, g: Tensor) -> Tensor:
+        """B_e' g, (r, m): the gradient of the loss in u, from its gradient g in the output of the expert, (r, d)."""
         weight = self._held("down_proj")[expert]
-        return g.to(weight.dtype) @ (weight.mT if self.turned else weight)
+        return g.to(weight.dtype) @ (weight.mT if self.transposed else weight)
 
     def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         weight, bias = self._held(name)[expert], self.module._parameters.get(f"{name}_bias")
-        y = x.to(weight.dtype) @ (weight if self.turned else weight.mT)
+        y = x.to(weight.dtype) @ (weight if self.transposed else weight.mT)
         return y if bias is None else y + bias.detach()[expert]
 
     def _held(self, name: str) -> Tensor:
@@ -92,23 +94,23 @@ class Experts:
 
 
 class Share(NamedTuple):
-    """What one expert gets in a call: which tokens (r,), where they stand in rows and output (r,), their weights (r, 1)."""
+    """The tokens routed to one expert in a call: token numbers (r,), their index in rows and output (r,), weights (r, 1)."""
 
     tokens: Tensor
     at: Tensor
     weights: Tensor
 
     def only(self, counts: Tensor) -> "Share":
-        """The part of tokens that count, (tokens,) bool."""
+        """The tokens that count only, (tokens,) bool."""
         keep = counts[self.tokens]
         return Share(*(part[keep] for part in self))
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of experts: rows (n, d), ids (n, k) of the experts that each token goes to, their weights (n, k).
+    """One call of experts: rows (n, d), ids (n, k) of the experts of each token, and their router weights (n, k).
 
-    Or rows (E n, d) alone, a block an expert, weighted before: a token that does not go there is a row of zeros (Llama 4).
+    Or rows (E n, d) alone, one block per expert, already weighted: tokens not routed to an expert are rows of zeros (Llama 4).
     """
 
     experts: Experts
@@ -118,16 +120,16 @@ class Call:
 
     @classmethod
     def of(cls, experts: Experts, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Call":
-        """Reads what a module of some name was called with. Raises ValueError for another form."""
+        """From the arguments of a call of the module with this name. Raises ValueError for any other signature."""
         given = [t.detach().flatten(0, -2) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1]
-        if experts.blocked and len(given) == 1 and len(given[0]) % len(experts) == 0:
+        if experts.blockwise and len(given) == 1 and len(given[0]) % len(experts) == 0:
             return cls(experts, given[0])
         fits = len(given) == 3 and given[1].shape == given[2].shape and len({len(t) for t in given}) == 1
         if not fits or given[1].is_floating_point() or not given[2].is_floating_point():
             shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in given)
             raise ValueError(
-                f"{name} ({type(experts.module).__name__}) is called with {shapes or 'no tensor'}; experts are seen where they are "
-                "called with rows (n, d), expert ids (n, k) and weights (n, k): leave them out, or score them by weights"
+                f"{name} ({type(experts.module).__name__}) is called with {shapes or 'no tensor'}; supported are calls with rows "
+                "(n, d), expert ids (n, k) and weights (n, k): leave these layers out, or score them by weights"
             )
         return cls(experts, *given)
 
@@ -136,8 +138,8 @@ class Call:
         return len(self.rows) if self.ids is not None else len(self.rows) // len(self.experts)
 
     def share(self, expert: int) -> Share:
-        """What an expert gets, in the order of the tokens."""
-        if self.rows.is_meta:  # as if all got the same
+        """The tokens routed to an expert, in order."""
+        if self.rows.is_meta:  # shapes only: assume a uniform load
             count = self.tokens if self.ids is None else -(-self.ids.numel() // len(self.experts))
             tokens = self.rows.new_empty(count, dtype=torch.long)
             return Share(tokens, tokens, self.rows.new_empty(count, 1))
@@ -149,12 +151,12 @@ class Call:
         return Share(tokens, tokens, self.weights[tokens, slots, None])
 
     def hidden(self, expert: int, share: Share) -> Tensor:
-        """An expert's u at what it gets, (r, m)."""
+        """The hidden units u of an expert at its tokens, (r, m)."""
         return self.experts.hidden(self.experts.raw(expert, self.rows[share.at]))
 
-    def slopes(self, expert: int, share: Share, g: Tensor) -> Tensor:
-        """The slope of the loss in w u, (r, m), from that in what the call put out, in its shape; times w that in u."""
-        return self.experts.slopes(expert, g.flatten(0, -2)[share.at])
+    def hidden_gradient(self, expert: int, share: Share, g: Tensor) -> Tensor:
+        """The gradient of the loss in w u, (r, m), from that in the output of the call; times w it is the gradient in u."""
+        return self.experts.hidden_gradient(expert, g.flatten(0, -2)[share.at])
 
     def made(self, expert: int, share: Share, slope: Tensor) -> Tensor:
         """What an expert's first weights put out times the loss's slope in it, (r, rows of A_e), from the slope in u, (r, m)."""
@@ -169,7 +171,7 @@ class Call:
         g, found = g.flatten(0, -2), torch.zeros(self.tokens, len(self.experts), dtype=torch.float64, device=g.device)
         for expert in range(len(self.experts)):
             share = self.share(expert)
-            out = self.experts.written(expert, self.hidden(expert, share)).double() * share.weights.double()
+            out = self.experts.output(expert, self.hidden(expert, share)).double() * share.weights.double()
             found[share.tokens, expert] = (out * g[share.at].double()).sum(1)
         return found
 
@@ -180,14 +182,14 @@ class Call:
             found[self.share(expert).tokens, expert] = 1
         return found
 
-    def kept(self) -> "Call":
-        """The same, rows in memory of their own: later operations may write into what a hook saw."""
+    def copy(self) -> "Call":
+        """A copy with its own rows, because later operations may overwrite a captured tensor."""
         return replace(self, rows=self.rows.clone())
 
     def check(self, name: str, output: Any) -> None:
-        """Raises ValueError where the experts' own formula does not give what the module put out: nothing is scored by a guess.
+        """Raises ValueError if the recomputed output differs from that of the module, so that no wrong formula is scored.
 
-        Compared are the norms of tokens, to 1e-4 of the largest, in half precision to 1e-2.
+        The largest norm of the difference over tokens may be 1e-4 of the largest norm, or 1e-2 in half precision.
         """
         if self.rows.is_meta:
             return
@@ -195,8 +197,8 @@ class Call:
         off = self._distance(output.detach().flatten(0, -2)) if fits else torch.inf
         if not off <= (1e-4 if self.rows.dtype.itemsize >= 4 else 1e-2):
             raise ValueError(
-                f"{name} ({type(self.experts.module).__name__}) puts out something else than its experts' weights say (off by "
-                f"{off:.1e} of its size): the formula of its hidden units is not known; leave it out, or score it by weights"
+                f"{name} ({type(self.experts.module).__name__}) returns another output than its experts' weights give (relative "
+                f"difference {off:.1e}): the formula of its hidden units is unknown; leave it out, or score it by weights"
             )
 
     def _distance(self, output: Tensor) -> float:
@@ -206,8 +208,8 @@ class Call:
         for expert in range(len(self.experts)):
             share = self.share(expert)
             if len(share.tokens):
-                written = self.experts.written(expert, self.hidden(expert, share)).to(wide) * share.weights.to(wide)
-                total.index_add_(0, share.at, written)
+                added = self.experts.output(expert, self.hidden(expert, share)).to(wide) * share.weights.to(wide)
+                total.index_add_(0, share.at, added)
         if not finite.any():
             return 0.0
         size = output[finite].to(wide).norm(dim=1).max()
@@ -216,38 +218,38 @@ class Call:
 
 
 class Routed(NamedTuple):
-    """Numbers of one expert's hidden units, values (r, m), at the tokens that it gets, (r,) of ``every`` in the batch."""
+    """Values of the hidden units of one expert, (r, m), at its tokens (r,), out of ``every`` tokens of the batch."""
 
     values: Tensor
     tokens: Tensor
     every: int
 
     def clone(self) -> Tensor:
-        """The values alone, in memory of their own."""
+        """A copy of the values alone."""
         return self.values.clone()
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertLayer(Layer):
-    """The hidden units of one of a module's experts; a row is a token that goes to it."""
+    """The hidden units of one expert of a module, with one row per token routed to it."""
 
     experts: Experts = field(kw_only=True)
     expert: int = field(kw_only=True)
 
     @property
     def mixture(self) -> str:
-        """The name of the module of all experts."""
+        """The name of the module that holds all experts."""
         return self.name.rpartition("[")[0]
 
     def rows(self, tensor: Any, samples: int, mask: Tensor | None = None) -> Rows:
-        """``Routed`` numbers as rows, each sample's own side by side, filled up to the longest; padded tokens are not among them.
+        """``Routed`` values as rows, (samples, m, longest): the tokens of each sample, padded to the longest; padding is masked.
 
-        Raises ValueError where the samples do not divide the tokens.
+        Raises ValueError if the number of tokens is no multiple of the samples.
         """
         values, tokens, every = tensor
         if every % samples:
             raise ValueError(
-                f"layer {self.name!r} shows {every} tokens for a batch of {samples} samples: they must belong to samples"
+                f"layer {self.name!r} has {every} tokens for a batch of {samples} samples: give equally many per sample"
             )
         length = every // samples
         if values.is_meta:
@@ -260,7 +262,7 @@ class ExpertLayer(Layer):
         counts = sample.bincount(minlength=samples)
         slot = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[sample]
         longest = PACK * max(1, -(-int(counts.max()) // PACK))
-        longest += PACK * (longest == length)  # nothing shall take these places for tokens
+        longest += PACK * (longest == length)  # so that no code mistakes these positions for the tokens of the sequence
         wide = torch.promote_types(values.dtype, torch.float32)
         raw = values.new_zeros(samples, longest, values.shape[1], dtype=wide)
         raw[sample, slot] = values.to(wide)
@@ -270,7 +272,7 @@ class ExpertLayer(Layer):
 
 
 def expert_layers(name: str, module: nn.Module) -> list[ExpertLayer]:
-    """A layer an expert, ``name[e].hidden``, of a module of some name; none where it has no experts that are understood."""
+    """One layer per expert, ``name[e].hidden``, of the module with this name; empty if it has no experts of a known layout."""
     try:
         experts = Experts.of(module)
     except UnclearError:
@@ -279,8 +281,8 @@ def expert_layers(name: str, module: nn.Module) -> list[ExpertLayer]:
     return [ExpertLayer(f"{name}[{e}].hidden", module, "hidden", experts=experts, expert=e) for e in every]  # type: ignore[arg-type]
 
 
-def _fits(up: Tensor, down: Tensor, blocks: int, turned: bool) -> bool:
-    """Whether they are (E, blocks m, d) and (E, d, m) or, turned, (E, d, blocks m) and (E, m, d)."""
-    if turned:
+def _fits(up: Tensor, down: Tensor, blocks: int, transposed: bool) -> bool:
+    """Whether the shapes are (E, blocks m, d) and (E, d, m) or, transposed, (E, d, blocks m) and (E, m, d)."""
+    if transposed:
         up, down = up.mT, down.mT
     return tuple(up.shape) == (len(down), blocks * down.shape[2], down.shape[1])

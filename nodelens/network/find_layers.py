@@ -1,4 +1,4 @@
-"""Layers found in a model by name, glob or role."""
+"""Finds the layers of a model by name, glob or role."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -13,21 +13,21 @@ from .roles import roles_of
 
 
 def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Mapping[str, Tensor] | None = None) -> list[Layer]:
-    """The layers of a model that match a name, a glob, a role, or a list of them, in the model's own order.
+    """The layers of a model that match a name, a glob, a role, or a list of these, in the order of the model.
 
-    ``"*"`` means every layer with weights (Linear, convolutions); a name or any other glob finds any module, and with
-    ``.input`` behind it the units that the module reads, such as ``*.mlp.down_proj.input``; ``*.experts[*].hidden`` finds the
-    hidden units of experts that share tensors, a layer an expert. What matches none may be a role of ``roles_of``, such as
-    ``blocks[n//2:].mlp.hidden`` or ``final_norm``: the layers go by their modules' names all the same. A model that is itself a
-    layer goes by its class's name. start: a state dict of before training. Raises ValueError for a pattern without a match, a
-    role that is not there, or a start that has not this model's weights.
+    ``"*"`` means every layer with weights (Linear, convolutions). A name or any other glob matches any module; with the suffix
+    ``.input`` it matches the inputs of the module, as in ``*.mlp.down_proj.input``. ``*.experts[*].hidden`` matches the hidden
+    units of experts that share tensors, one layer per expert. A pattern that matches no name may be a role of ``roles_of``,
+    such as ``blocks[n//2:].mlp.hidden`` or ``final_norm``; its layers keep the names of their modules. A model that is a single
+    layer is named after its class. start: a state dict from before training. Raises ValueError for a pattern without a match,
+    a role that is not found, or a start without the weights of this model.
     """
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     for name, module in modules.items():
         layers |= {name: Layer(name, module), f"{name}.input": Layer(f"{name}.input", module, "input")}
         layers |= {layer.name: layer for layer in expert_layers(name, module)}
-    layers |= {name: Layer(name, module) for name, module in modules.items()}  # a submodule may be called input
+    layers |= {name: Layer(name, module) for name, module in modules.items()}  # a submodule may itself be named input
     weighted = [name for name, layer in layers.items() if layer.weight is not None]
     chosen: set[str] = set()
     roles = None
@@ -41,30 +41,30 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
             raise ValueError(_no_match(pattern, list(modules), weighted, str(roles)))
         chosen.update(names)
     found = [layer for name, layer in layers.items() if name in chosen]
-    return found if start is None else [started(layer, start) for layer in found]
+    return found if start is None else [with_start(layer, start) for layer in found]
 
 
 def resolved(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, list[str]]:
-    """{pattern: names of its layers}, of what ``find_layers`` takes."""
+    """{pattern: names of the matching layers}, for the patterns of ``find_layers``."""
     every = [patterns] if isinstance(patterns, str) else patterns
     return {pattern: [layer.name for layer in find_layers(model, pattern)] for pattern in every}
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a name fits a glob; brackets in a name are an expert's number, and stand for themselves in a glob too."""
+    """Whether a name matches a glob; for names with brackets (expert numbers), the brackets of the glob may be literal."""
     return fnmatchcase(name, pattern) or ("[" in name and fnmatchcase(name, pattern.replace("[", "[[]")))
 
 
-def started(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
-    """A layer with its weight at the start."""
+def with_start(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
+    """The layer with its weight from before training."""
     now = layer.tensor
     if now is None:
         return layer
     name = f"{layer.name}.weight" if f"{layer.name}.weight" in start else "weight"  # the model itself is the layer
     if name not in start or start[name].shape != now.shape:
-        there = f"has {tuple(start[name].shape)}" if name in start else "does not have it"
+        there = f"has {tuple(start[name].shape)}" if name in start else "has none"
         raise ValueError(
-            f"layer {layer.name!r} has a weight {tuple(now.shape)}, the start {there}: give weights of the same network"
+            f"layer {layer.name!r} has a weight {tuple(now.shape)}, but the start {there}: give weights of the same network"
         )
     return replace(layer, start=start[name].detach().clone())
 

@@ -175,7 +175,7 @@ class Capture(AbstractContextManager["Capture"]):
                     self.see(each.site, each.values(call))
         awaited = [each for each in sites if "grad" in each.site.port]
         if awaited and torch.is_grad_enabled():
-            on_gradient(output, partial(self._routed_gradient, awaited, call.kept()))
+            on_gradient(output, partial(self._routed_gradient, awaited, call.copy()))
 
     def _routed_gradient(self, sites: Sequence["_InMixture"], call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
@@ -209,7 +209,7 @@ class _InMixture(NamedTuple):
         if self.layer is None:
             return UnitValues(None, call.whole(gradient))
         share = call.share(self.layer.expert)
-        slope = call.slopes(self.layer.expert, share, gradient) * share.weights
+        slope = call.hidden_gradient(self.layer.expert, share, gradient) * share.weights
         if self.site.port.startswith("made"):
             values = call.made(self.layer.expert, share, slope)
         else:

@@ -1,4 +1,4 @@
-"""Roles: the parts of a transformer by what they do, whatever its family calls them."""
+"""Roles: the parts of a transformer by function, independent of the module names of its family."""
 
 import re
 from collections import Counter
@@ -21,9 +21,9 @@ _EXPRESSION = re.compile(r"(\w+)(?:\[([^][]*)\])?((?:\.\w+)*)")
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block: for each of ``PARTS`` the layer where it is read, several of a mixture of experts, or why there is none.
+    """A residual block: for each of ``PARTS`` its layer, its layers (mixture of experts), or the reason why there is none.
 
-    ``heads``: how many groups of equal width the columns at ``.heads`` make; None where that is not known.
+    ``heads``: number of attention heads, each of equal width, at ``.heads``; None if unknown.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Roles:
-    """The blocks of a model, and what stands before and behind them: embedding, final_norm, head."""
+    """The blocks of a model, and the modules before and after them: embedding, final_norm, head."""
 
     model: str  # its class
     blocks: tuple[Block, ...]
@@ -42,11 +42,11 @@ class Roles:
     reason: str = ""  # why there are no blocks
 
     def layers(self, expression: str) -> list[Layer]:
-        """The layers of ``final_norm``, ``blocks[n//2:].mlp.hidden`` and the like; empty for a text of another form.
+        """The layers of an expression such as ``final_norm`` or ``blocks[n//2:].mlp.hidden``; empty for any other text.
 
-        ``blocks`` without an index are all of them, without a part their outputs; what is single has ``.input`` and ``.output``.
-        ``.mlp.hidden`` of a mixture are the hidden units of each expert, and of those that every token passes beside them.
-        Raises ValueError for a part that is not there or not clear, and for an index that is none.
+        ``blocks`` without an index means all blocks, without a part their outputs. Single roles have ``.input`` and ``.output``.
+        For a mixture of experts, ``.mlp.hidden`` means the hidden units of each expert and of the shared experts.
+        Raises ValueError for a part that is not found or ambiguous, and for an invalid index.
         """
         match = _EXPRESSION.fullmatch(expression)
         role, index, part = match.groups() if match else ("", None, "")
@@ -57,7 +57,7 @@ class Roles:
 
     def _chosen(self, expression: str, index: str | None) -> list[int]:
         if not self.blocks:
-            raise ValueError(f"{expression!r}: {self.model} has no blocks: {self.reason}; a module can be named directly")
+            raise ValueError(f"{expression!r}: {self.model} has no blocks: {self.reason}; give the name of a module instead")
         try:
             return parse_index("all" if index in (None, "*") else index, len(self.blocks))
         except ValueError as error:
@@ -71,14 +71,14 @@ class Roles:
             raise ValueError(f"{expression!r}: a block has no part {part!r}; the roles of {self.model} are {self}")
         there = [str(k) for k, other in enumerate(self.blocks) if not isinstance(other.parts[part], str)]
         raise ValueError(
-            f"{expression!r}: no .{part} is found in block {block.name} ({block.kind}) of {self.model}: {found}; a "
-            "module can be named directly" + (f", and blocks[{','.join(there)}].{part} are found" if there else "")
+            f"{expression!r}: no .{part} is found in block {block.name} ({block.kind}) of {self.model}: {found}; give "
+            "the name of a module instead" + (f", or blocks[{','.join(there)}].{part}" if there else "")
         )
 
     def _single(self, expression: str, role: str, part: str) -> Layer:
         found = self.single[role]
         if isinstance(found, str):
-            raise ValueError(f"{expression!r}: no {role} is found in {self.model}: {found}; a module can be named directly")
+            raise ValueError(f"{expression!r}: no {role} is found in {self.model}: {found}; give the name of a module instead")
         if part not in ("", "input", "output"):
             raise ValueError(f"{expression!r}: {role} has no part {part!r}; it has input and output")
         return Layer(f"{found.name}.input", found.module, "input") if part == "input" else found
@@ -90,16 +90,16 @@ class Roles:
 
 
 def roles_of(model: nn.Module) -> Roles:
-    """The roles of a model's modules, by the names that families give them, by structure where no name is known.
+    """The roles of a model's modules, by the module names of known families, otherwise by structure. Runs nothing.
 
-    Blocks are the shallowest list of modules as long as the config says; without a config the longest that lies in no other.
-    A block's ``input`` and ``output`` are the residual stream; ``attention`` and ``mlp`` what these two put out, before any
-    norm or scale with which the block adds it to the stream; ``heads`` and ``mlp.hidden`` the inputs of the linear layers that
-    write it, and the hidden units of experts. Nothing is run. A role that is not there or not clear says so when it is asked for.
+    Blocks are the shallowest list of modules of the length in the config; without a config, the longest not inside another.
+    ``input`` and ``output`` of a block are the residual stream. ``attention`` and ``mlp`` are the outputs of these modules,
+    before any norm or scale with which the block adds them to the stream. ``heads`` and ``mlp.hidden`` are the inputs of their
+    output projections, or the hidden units of experts. A role that is missing or ambiguous raises only when it is requested.
     """
     config = architecture.config_of(model)
     names = {module: name for name, module in model.named_modules()}
-    tried = partial(_tried, names)
+    tried = partial(_found_or_reason, names)
     listed = tried(architecture.list_of_blocks, model, config)
     if isinstance(listed, str):
         return Roles(type(model).__name__, (), {}, listed)
@@ -117,7 +117,7 @@ def roles_of(model: nn.Module) -> Roles:
 
 
 def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: Mapping[nn.Module, int]) -> Block:
-    tried, width = partial(_tried, names), architecture.width_of(block, config)
+    tried, width = partial(_found_or_reason, names), architecture.width_of(block, config)
     attention = tried(architecture.attention_of, block)
     heads = tried(architecture.attention_writer, attention, width)
     mlp = tried(architecture.mlp_of, block, None if isinstance(attention, str) else attention)
@@ -126,9 +126,9 @@ def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: 
     sites = {
         "input": (stream, "input"),
         "output": (stream, "output"),
-        "attention": (tried(architecture.put_out, attention, heads, block), "output"),
+        "attention": (tried(architecture.output_module, attention, heads, block), "output"),
         "heads": (heads, "input"),
-        "mlp": (tried(architecture.put_out, mlp, hidden, block), "output"),
+        "mlp": (tried(architecture.output_module, mlp, hidden, block), "output"),
         "mlp.hidden": (hidden, "input"),
     }
     parts = {part: tried(_layer, module, names, side, uses.get(module, 0)) for part, (module, side) in sites.items()}
@@ -141,23 +141,23 @@ def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: 
 
 def _layer(module: nn.Module, names: Mapping[nn.Module, str], side: str, blocks: int) -> Layer:
     if blocks > 1:
-        raise architecture.UnclearError(f"it is part of {blocks} blocks, and its calls cannot be told apart")
+        raise architecture.UnclearError(f"it is shared by {blocks} blocks, and its calls cannot be told apart")
     if side == "input" and "input" in module._modules:
-        raise architecture.UnclearError("what it reads would go by the name of its own module input")
+        raise architecture.UnclearError("its inputs would have the name of its own submodule input")
     return Layer(f"{names[module]}.input" if side == "input" else names[module], module, side)
 
 
 def _mixture(mlp: nn.Module, experts: nn.Module, names: Mapping[nn.Module, str], uses: Mapping[nn.Module, int]) -> Hidden:
-    """The hidden units of a mixture: each expert's, and those of shared experts."""
-    if other := [name for name in architecture.stacked_in(mlp) if mlp.get_submodule(name.rpartition(".")[0]) is not experts]:
-        raise architecture.UnclearError(f"its experts lie in one tensor, and beside them is {other[0]}")
-    path = _layer(experts, names, "output", uses.get(experts, 0)).name  # refused where its calls cannot be told apart
+    """The hidden units of a mixture of experts: of each routed expert, and of the shared experts."""
+    if other := [name for name in architecture.stacked_tensors(mlp) if mlp.get_submodule(name.rpartition(".")[0]) is not experts]:
+        raise architecture.UnclearError(f"its experts share one tensor, and it has another stacked tensor, {other[0]}")
+    path = _layer(experts, names, "output", uses.get(experts, 0)).name  # raises if its calls cannot be told apart
     shared = architecture.shared_writers(mlp).values()
     return (*expert_layers(path, experts), *(_layer(writer, names, "input", uses.get(writer, 0)) for writer in shared))
 
 
-def _tried(names: Mapping[nn.Module, str], find: Callable[..., Any], given: nn.Module | str, *more: Any) -> Any:
-    """What a function finds, or where and why it does not; a reason in place of its first argument is passed on."""
+def _found_or_reason(names: Mapping[nn.Module, str], find: Callable[..., Any], given: nn.Module | str, *more: Any) -> Any:
+    """The result of a search, or the module and reason of its failure; a reason given as first argument is passed on."""
     if isinstance(given, str):
         return given
     try:

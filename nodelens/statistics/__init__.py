@@ -1,4 +1,4 @@
-"""Sums over rows, as values that add."""
+"""Sums over rows, stored as immutable values that can be added."""
 
 from .base import Accumulator, Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes, ClassStatistic

@@ -1,4 +1,4 @@
-"""What every statistic is: sums over rows, as a value; and the one place that adds them up."""
+"""The base class of all statistics (sums over rows, as immutable values) and the accumulator that adds them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,17 +14,17 @@ from .rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
-    """Sums over rows and nothing else: parts add to the whole, whatever the split.
+    """Sums over rows: the statistics of the parts of any split add up to the statistic of the whole.
 
-    A subclass is a frozen dataclass of tensors, each with a dimension, float64 or int64. It makes one of rows in ``of``
-    and, where its sums are about a shift, says in ``about`` what they are about another.
+    A subclass is a frozen dataclass of tensors, each with at least one dimension, float64 or int64. ``of`` computes it from
+    rows. If its sums are taken about a shift, ``about`` converts them exactly to another shift.
     """
 
     shifts: ClassVar[tuple[str, ...]] = ()
-    by_sample: ClassVar[str | None] = None  # the sums over a sample's positions it is made of, beside their plain sum
-    entries: ClassVar[bool] = False  # whether its rows are what the units of a layer read, patches of a convolution
-    keyed: ClassVar[bool] = False  # whether it takes the samples' keys
-    merged: ClassVar[bool] = False  # whether parts are put together otherwise than field by field
+    by_sample: ClassVar[str | None] = None  # the per-sample sums that it needs, besides the plain sum
+    entries: ClassVar[bool] = False  # whether its rows are the inputs of each unit (patches of a convolution)
+    takes_hashes: ClassVar[bool] = False  # whether ``of`` takes sample hashes
+    merged: ClassVar[bool] = False  # whether ``+`` is not a field-by-field sum
 
     def about(self, **shifts: Tensor) -> Self:
         """The same sums about other shifts, exactly."""
@@ -33,13 +33,13 @@ class Statistic:
     @classmethod
     @cache
     def names(cls) -> tuple[str, ...]:
-        """The fields' names."""
+        """The names of the fields."""
         return tuple(f.name for f in fields(cls))
 
     @classmethod
     @cache
     def paired(cls) -> bool:
-        """Whether ``of`` takes what stands beside the rows."""
+        """Whether ``of`` takes a paired target."""
         return "target" in signature(cls.of).parameters  # type: ignore[attr-defined]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -51,8 +51,8 @@ class Statistic:
             theirs = other.about(**{s: mine[s] for s in self.shifts}).tensors()
         return type(self)(**{k: v if k in self.shifts else v + theirs[k] for k, v in mine.items()})
 
-    def take_in(self, other: Self) -> bool:
-        """Adds in place where shifts and shapes agree, as they do within a pass; says whether it did."""
+    def add_in_place(self, other: Self) -> bool:
+        """Add in place if shifts and shapes agree, as they do within a pass; returns whether it did."""
         mine, theirs = self.tensors(), other.tensors()
         if any(t is not theirs[k] and (t.shape != theirs[k].shape or k in self.shifts) for k, t in mine.items()):
             return False
@@ -61,8 +61,8 @@ class Statistic:
                 t.add_(theirs[k])
         return True
 
-    def take_rows(self, rows: Rows) -> bool:
-        """Adds rows in place where that costs less than a value made of them; says whether it did."""
+    def add_rows_in_place(self, rows: Rows) -> bool:
+        """Add rows in place if that is cheaper than computing their statistic first; returns whether it did."""
         return False
 
     @property
@@ -71,38 +71,38 @@ class Statistic:
 
 
 class Accumulator:
-    """Adds any statistic, in groups of samples: the whole, and the whole but for one group, are sums of the groups'."""
+    """Adds any statistic per jackknife group of samples; the whole, and the whole without one group, are sums over groups."""
 
     def __init__(self, statistic: type[Statistic], groups: int = 1):
         self.statistic = statistic
         self.parts: list[Statistic | None] = [None] * groups
 
     def add(self, value: Statistic, group: int = 0) -> None:
-        """Takes a value in, in place: what is held is the accumulator's own, no tensor of it shared with another value."""
+        """Add a value in place. The accumulator owns its tensors and shares none of them with the value."""
         held = self.parts[group]
         if held is None:
             own = {k: t if k in value.shifts else t.clone() for k, t in value.tensors().items()}
             self.parts[group] = type(value)(**own)
-        elif not held.take_in(value):
+        elif not held.add_in_place(value):
             self.parts[group] = held + value
 
     def add_rows(self, rows: Rows, group: int = 0) -> None:
-        """Takes rows in."""
+        """Add the statistic of rows."""
         held = self.parts[group]
-        if held is None or not held.take_rows(rows):
+        if held is None or not held.add_rows_in_place(rows):
             self.add(self.statistic.of(rows), group)  # type: ignore[attr-defined]
 
     @property
     def value(self) -> Statistic | None:
-        """The whole; None before anything was added."""
+        """The sum over all groups; None before anything was added."""
         return _sum(self.parts)
 
     def without(self, group: int) -> Statistic | None:
-        """The whole but for one group."""
+        """The sum over all groups but one."""
         return _sum(self.parts[:group] + self.parts[group + 1 :])
 
     def to(self, device: torch.device) -> None:
-        """Moves what is held to a device."""
+        """Move all sums to a device."""
         state = {k: t.to(device) for k, t in self.state_dict().items()}
         self.load_state_dict(state)
 
@@ -111,18 +111,18 @@ class Accumulator:
         return sum(part.nbytes for part in self.parts if part is not None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``{group.field: tensor}``: plain tensors, that a weights-only load takes."""
+        """``{group.field: tensor}``: plain tensors, which ``torch.load(weights_only=True)`` accepts."""
         held = ((g, part) for g, part in enumerate(self.parts) if part is not None)
         return {f"{g}.{name}": t for g, part in held for name, t in part.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state. Raises ValueError where it was saved with more groups."""
+        """Continue from a saved state. Raises ValueError if it was saved with more groups."""
         by_group: dict[int, dict[str, Tensor]] = {}
         for key, tensor in state.items():
             group, name = key.split(".", 1)
             by_group.setdefault(int(group), {})[name] = tensor
         if by_group and max(by_group) >= len(self.parts):
-            raise ValueError(f"the saved state has group {max(by_group)}, here there are {len(self.parts)} groups")
+            raise ValueError(f"the saved state has group {max(by_group)}, but this accumulator has {len(self.parts)} groups")
         self.parts = [self.statistic(**by_group[g]) if g in by_group else None for g in range(len(self.parts))]
 
 

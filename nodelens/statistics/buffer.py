@@ -1,13 +1,13 @@
-"""Rows that wait for company, in memory taken once."""
+"""A buffer of rows, allocated once, that collects small batches until a matrix product is worth forming."""
 
 import torch
 from torch import Tensor
 
 
 class Buffer:
-    """Tables of rows side by side, filled from the front; emptied when it is full.
+    """Named tensors with one entry per buffered row, filled from the front and emptied when full.
 
-    The memory is taken at the first row and kept: what is held over many batches in small pieces would tear the heap.
+    The memory is allocated at the first row and reused: holding many small tensors over batches would fragment the heap.
     """
 
     def __init__(self, capacity: int):
@@ -16,21 +16,21 @@ class Buffer:
         self.filled = 0
 
     def fits(self, **tables: Tensor) -> bool:
-        """Whether rows of these shapes can join those that wait."""
-        room = self.filled + len(next(iter(tables.values()))) <= self._room()
-        return not self.filled or (room and all(t.shape[1:] == self.tables[k].shape[1:] for k, t in tables.items()))
+        """Whether rows of these shapes can be appended to the buffered rows."""
+        enough = self.filled + len(next(iter(tables.values()))) <= self._allocated()
+        return not self.filled or (enough and all(t.shape[1:] == self.tables[k].shape[1:] for k, t in tables.items()))
 
     def put(self, **tables: Tensor) -> None:
-        """Copies rows in. They must fit."""
+        """Append copies of rows, which must fit."""
         count = len(next(iter(tables.values())))
-        if not self.filled and not (self.tables and count <= self._room() and self.fits_shape(**tables)):
-            self.tables = {k: _like(t, max(count, self.capacity)) for k, t in tables.items()}
+        if not self.filled and not (self.tables and count <= self._allocated() and self._same_shape(**tables)):
+            self.tables = {k: _empty_like(t, max(count, self.capacity)) for k, t in tables.items()}
         for name, table in tables.items():
             self.tables[name][self.filled : self.filled + count].copy_(table)
         self.filled += count
 
-    def fits_shape(self, **tables: Tensor) -> bool:
-        """Whether the memory that is there has the shape of these rows."""
+    def _same_shape(self, **tables: Tensor) -> bool:
+        """Whether the allocated memory has the row shape and dtype of these tensors."""
         return self.tables.keys() == tables.keys() and all(
             t.shape[1:] == self.tables[k].shape[1:] and t.dtype == self.tables[k].dtype for k, t in tables.items()
         )
@@ -40,17 +40,17 @@ class Buffer:
         return self.filled >= self.capacity
 
     def take(self) -> dict[str, Tensor]:
-        """What waits; it stays valid until the next ``put``."""
+        """The buffered rows, as views that are valid until the next ``put``; empties the buffer."""
         found = {k: t[: self.filled] for k, t in self.tables.items()}
         self.filled = 0
         return found
 
-    def _room(self) -> int:
+    def _allocated(self) -> int:
         return len(next(iter(self.tables.values()))) if self.tables else self.capacity
 
 
-def _like(table: Tensor, rows: int) -> Tensor:
-    """Memory for more rows, laid out as the table is: units last where they are neighbours there."""
+def _empty_like(table: Tensor, rows: int) -> Tensor:
+    """Uninitialised memory for more rows in the memory layout of the table, so units stay contiguous if they are."""
     if table.ndim == 3 and table.stride(1) == 1:
         return table.new_empty(rows, table.shape[2], table.shape[1]).transpose(1, 2)
     return torch.empty((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)

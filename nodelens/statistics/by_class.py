@@ -1,4 +1,4 @@
-"""Sums of each class: moments, sizes, and second moments of pairs within it."""
+"""Sums per class: moments, absolute values, and second moments of pairs within each class."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -15,9 +15,9 @@ from .rows import Rows, SampleSums
 
 @dataclass(frozen=True, eq=False)
 class ClassStatistic(Statistic):
-    """Sums of each class: every field but the shifts has an entry a class.
+    """Sums per class: the first dimension of every field but the shifts is the class.
 
-    Parts that saw fewer classes add to those that saw more.
+    Parts that saw different numbers of classes can be added.
     """
 
     n: Tensor  # (K,)  int64  rows of the class
@@ -27,22 +27,22 @@ class ClassStatistic(Statistic):
         return Statistic.__add__(self.widen(classes), other.widen(classes))
 
     def widen(self, classes: int) -> Self:
-        """The same sums with room for more classes."""
+        """The same sums, padded with zeros to a larger number of classes."""
         more = classes - len(self.n)
-        return type(self)(**{k: t if k in self.shifts else _longer(t, more) for k, t in self.tensors().items()})
+        return type(self)(**{k: t if k in self.shifts else _padded(t, more) for k, t in self.tensors().items()})
 
     def only(self, classes: Tensor) -> Self:
-        """The classes marked, (K,) bool."""
+        """The sums of the selected classes only, (K,) bool."""
         return type(self)(**{k: t if k in self.shifts else t[classes] for k, t in self.tensors().items()})
 
     def free(self, ddof: int) -> Tensor:
-        """Degrees of freedom of each class, (K,) float64; NaN for a class of ddof rows or fewer."""
+        """Degrees of freedom of each class, n - ddof, (K,) float64; NaN for a class of ddof rows or fewer."""
         return torch.where(self.n > ddof, self.n.double() - ddof, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
 class ByClass(ClassStatistic):
-    """Moments of each unit in each class."""
+    """Count, sum and sum of squares of each unit in each class, about one shift."""
 
     shifts: ClassVar = ("shift",)
     by_sample: ClassVar = "squares"
@@ -52,11 +52,11 @@ class ByClass(ClassStatistic):
 
     @classmethod
     def of(cls, x: Rows | SampleSums | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows or their sums over samples; target (samples,) of classes from 0, below 0 for none."""
-        rows = _sums(x, "squares", weights, shift)
-        member = _member(rows, target)
+        """From rows or their per-sample sums; target (samples,) holds class numbers from 0, below 0 for no class."""
+        rows = _sample_sums(x, "squares", weights, shift)
+        member = _one_hot(rows, target)
         squares = rows.tables()["squares"]
-        return cls(_count(member, rows), rows.shift, member.T @ rows.sums.double(), member.T @ squares.double())
+        return cls(_class_counts(member, rows), rows.shift, member.T @ rows.sums.double(), member.T @ squares.double())
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n[:, None]
@@ -75,11 +75,11 @@ class ByClass(ClassStatistic):
 
     def variance(self, ddof: int = 1) -> Tensor:
         """Variance within each class, (K, d); NaN for a class of ddof rows or fewer."""
-        return _spread(self.square, self.total, self.n) / self.free(ddof)[:, None]
+        return _centred_squares(self.square, self.total, self.n) / self.free(ddof)[:, None]
 
     @property
     def moments(self) -> Moments:
-        """Of all rows that have a class."""
+        """Moments of all rows that have a class."""
         return Moments(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.square.sum(0))
 
 
@@ -92,10 +92,10 @@ class ClassSizes(ClassStatistic):
 
     @classmethod
     def of(cls, x: Rows | SampleSums | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows or their sums over samples; target (samples,) of classes from 0, below 0 for none."""
-        rows = _sums(x, "absolutes", weights, shift)
-        member = _member(rows, target)
-        return cls(_count(member, rows), member.T @ rows.tables()["absolutes"].double())
+        """From rows or their per-sample sums; target (samples,) holds class numbers from 0, below 0 for no class."""
+        rows = _sample_sums(x, "absolutes", weights, shift)
+        member = _one_hot(rows, target)
+        return cls(_class_counts(member, rows), member.T @ rows.tables()["absolutes"].double())
 
     @property
     def mean(self) -> Tensor:
@@ -114,14 +114,14 @@ class ClassGram(ClassStatistic):
 
     @classmethod
     def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows, whose positions are all of their sample's class; target (samples,) of classes from 0, below 0 for none."""
+        """From rows; each position has the class of its sample. target (samples,): class numbers from 0, below 0 for no class."""
         rows = Rows.of(x, weights, shift)
-        member = _member(rows, target)
+        member = _one_hot(rows, target)
         width = rows.raw.shape[1]
         outer = torch.zeros(member.shape[1], width, width, dtype=torch.float64, device=rows.raw.device)
         for c in member.any(0).nonzero().flatten().tolist():
             outer[c] = rows.index(member[:, c].bool()).outer
-        return cls(_count(member, rows), rows.shift, member.T @ rows.sample_sums.double(), outer)
+        return cls(_class_counts(member, rows), rows.shift, member.T @ rows.sample_sums.double(), outer)
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n[:, None]
@@ -136,22 +136,22 @@ class ClassGram(ClassStatistic):
 
     def covariance(self, ddof: int = 1) -> Tensor:
         """Covariance within each class, (K, d, d); NaN for a class of ddof rows or fewer."""
-        return _scatter(self.outer, self.total, self.total, self.n) / self.free(ddof)[:, None, None]
+        return _centred_products(self.outer, self.total, self.total, self.n) / self.free(ddof)[:, None, None]
 
     @property
     def by_class(self) -> ByClass:
-        """The same rows' moments in each class."""
+        """Moments of the same rows in each class."""
         return ByClass(self.n, self.shift, self.total, self.outer.diagonal(dim1=1, dim2=2))
 
     @property
     def gram(self) -> Gram:
-        """Of all rows that have a class."""
+        """Moments of all rows that have a class."""
         return Gram(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.outer.sum(0))
 
 
 @dataclass(frozen=True, eq=False)
 class ClassCross(ClassStatistic):
-    """Second moments, within each class, of rows (width d) with targets (width t), one target row a row."""
+    """Second moments, within each class, of rows (width d) with targets (width t), one target row per row."""
 
     shifts: ClassVar = ("shift", "target_shift")
     shift: Tensor  # (d,)       float64
@@ -164,20 +164,20 @@ class ClassCross(ClassStatistic):
 
     @classmethod
     def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows (n, d), one a sample; target (n, 1 + t), its first column the class, NaN or below 0 for none.
+        """Rows (n, d), one per sample; target (n, 1 + t), whose first column is the class, NaN or below 0 for no class.
 
-        Raises ValueError where their numbers differ.
+        Raises ValueError if the numbers of rows and targets differ.
         """
         rows = Rows.of(x, weights, shift)
         if rows.raw.shape[2] != 1 or target.ndim != 2 or target.shape[1] < 2 or len(target) != len(rows):
             raise ValueError(
-                f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet targets {tuple(target.shape)}: "
-                "one row (class, target, ...) a row"
+                f"{len(rows)} samples of {rows.raw.shape[2]} rows each, but targets {tuple(target.shape)}: "
+                "give one row (class, target, ...) per row"
             )
         label, z = target[:, 0].nan_to_num(-1).long(), target[:, 1:].double()
         keep = z.isfinite().all(1) & rows.mask()[:, 0]
         rows = rows.kept(keep[:, None])
-        member = _member(rows, label)
+        member = _one_hot(rows, label)
         z_shift = z.where(keep[:, None], 0).sum(0) / keep.sum().clamp_min(1)
         z = (z - z_shift).where(keep[:, None], 0)
         values = rows.x[:, :, 0].double()
@@ -185,7 +185,7 @@ class ClassCross(ClassStatistic):
         with exact_products():
             cross = (marked.T @ values).unflatten(0, (member.shape[1], z.shape[1])).mT
         return cls(
-            _count(member, rows),
+            _class_counts(member, rows),
             rows.shift,
             z_shift,
             member.T @ values,
@@ -211,54 +211,54 @@ class ClassCross(ClassStatistic):
 
     def covariance(self, ddof: int = 1) -> Tensor:
         """Covariance of units and targets within each class, (K, d, t); NaN for a class of ddof rows or fewer."""
-        return _scatter(self.cross, self.total, self.target_total, self.n) / self.free(ddof)[:, None, None]
+        return _centred_products(self.cross, self.total, self.target_total, self.n) / self.free(ddof)[:, None, None]
 
     def variance(self, ddof: int = 1) -> Tensor:
         """Variance of each unit within each class, (K, d); NaN for a class of ddof rows or fewer."""
-        return _spread(self.square, self.total, self.n) / self.free(ddof)[:, None]
+        return _centred_squares(self.square, self.total, self.n) / self.free(ddof)[:, None]
 
     def target_variance(self, ddof: int = 1) -> Tensor:
         """Variance of each target within each class, (K, t); NaN for a class of ddof rows or fewer."""
-        return _spread(self.target_square, self.target_total, self.n) / self.free(ddof)[:, None]
+        return _centred_squares(self.target_square, self.target_total, self.n) / self.free(ddof)[:, None]
 
     @property
     def by_class(self) -> ByClass:
-        """The same rows' moments in each class."""
+        """Moments of the same rows in each class."""
         return ByClass(self.n, self.shift, self.total, self.square)
 
 
-def _sums(x: Rows | SampleSums | Tensor, table: str, weights: Tensor | None, shift: Tensor | None) -> SampleSums:
-    """Sums over samples; of a row a sample in float64: it is not many numbers, and a variance is a difference."""
+def _sample_sums(x: Rows | SampleSums | Tensor, table: str, weights: Tensor | None, shift: Tensor | None) -> SampleSums:
+    """Per-sample sums. With one row per sample they are float64: this is cheap, and a variance is a difference of sums."""
     if isinstance(x, SampleSums):
         return x
     rows = Rows.of(x, weights, shift)
     return (rows.double() if rows.raw.shape[2] == 1 else rows).by_sample(table)
 
 
-def _member(rows: Rows | SampleSums, target: Tensor) -> Tensor:
-    """Which class each sample is of, (samples, K) float64 of 0 and 1. Raises ValueError where labels do not fit."""
+def _one_hot(rows: Rows | SampleSums, target: Tensor) -> Tensor:
+    """One-hot class membership, (samples, K) float64. Raises ValueError if labels are not one integer per sample."""
     if target.shape != (len(rows),) or target.is_floating_point():
         raise ValueError(
-            f"{len(rows)} samples meet labels {tuple(target.shape)} of {target.dtype}: one class number a sample, a whole number"
+            f"{len(rows)} samples, but labels {tuple(target.shape)} of {target.dtype}: give one integer class per sample"
         )
     keep = (target >= 0) & (rows.counts[:, 0] > 0)
     classes = int(target.max()) + 1 if len(target) else 0
     return torch.nn.functional.one_hot(target.clamp_min(0).long(), max(classes, 1)).where(keep[:, None], 0).double()
 
 
-def _count(member: Tensor, rows: Rows | SampleSums) -> Tensor:
+def _class_counts(member: Tensor, rows: Rows | SampleSums) -> Tensor:
     return (member.T @ rows.counts.double())[:, 0].round().long()
 
 
-def _longer(table: Tensor, more: int) -> Tensor:
+def _padded(table: Tensor, more: int) -> Tensor:
     return torch.cat([table, table.new_zeros(more, *table.shape[1:])]) if more else table
 
 
-def _spread(square: Tensor, total: Tensor, n: Tensor) -> Tensor:
-    """Sum of squares about each class's mean, (K, d); NaN for a class without rows."""
+def _centred_squares(square: Tensor, total: Tensor, n: Tensor) -> Tensor:
+    """Sum of squares about the class means, (K, d); NaN for a class without rows."""
     return (square - total.square() / n[:, None]).clamp_min(0)
 
 
-def _scatter(cross: Tensor, left: Tensor, right: Tensor, n: Tensor) -> Tensor:
-    """Sum of products about each class's means, (K, d, t); NaN for a class without rows."""
+def _centred_products(cross: Tensor, left: Tensor, right: Tensor, n: Tensor) -> Tensor:
+    """Sum of products about the class means, (K, d, t); NaN for a class without rows."""
     return cross - left[:, :, None] * right[:, None] / n[:, None, None]

@@ -1,4 +1,4 @@
-"""How a convolution reads its input, as counts: what its statistics need in place of patches."""
+"""The geometry of a convolution as counts of reads per input position, so that patch statistics need no patches."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ConvolutionGeometry:
-    """One number a spatial dimension; a transposed convolution spreads what others gather."""
+    """Kernel, stride, dilation and padding, one number per spatial dimension, of a plain or transposed convolution."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -22,7 +22,7 @@ class ConvolutionGeometry:
 
     @classmethod
     def of(cls, conv: Any) -> "ConvolutionGeometry":
-        """The geometry of an ``nn.Conv`` or ``nn.ConvTranspose``, its padding as numbers."""
+        """The geometry of an ``nn.Conv*d`` or ``nn.ConvTranspose*d``; string padding is converted to numbers."""
         kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         if conv.padding == "valid":
             padding = tuple((0, 0) for _ in kernel)
@@ -34,16 +34,16 @@ class ConvolutionGeometry:
         return cls(kernel, stride, dilation, padding, conv.padding_mode, conv.transposed, conv.output_padding)
 
     def outputs(self, dim: int, size: int) -> int:
-        """Places of the output along a dimension, for an input of this size."""
+        """Output size along a dimension, for an input of this size."""
         k, s, d, (a, b) = self.kernel[dim], self.stride[dim], self.dilation[dim], self.padding[dim]
         reach = d * (k - 1)
         if self.transposed:
             return (size - 1) * s - a - b + reach + self.extra[dim] + 1
         return (size + a + b - reach - 1) // s + 1
 
-    @lru_cache(maxsize=1024)  # noqa: B019  a value of a few numbers
+    @lru_cache(maxsize=1024)  # noqa: B019  the key is a few numbers
     def readers(self, dim: int, size: int) -> Tensor:
-        """How many outputs read each place through each kernel offset, (kernel, size) float64, along one dimension."""
+        """How many outputs read each input position through each kernel offset, (kernel, size) float64, in one dimension."""
         offset = self.dilation[dim] * torch.arange(self.kernel[dim])[:, None]
         if self.transposed:
             written = torch.arange(size) * self.stride[dim] - self.padding[dim][0] + offset
@@ -54,7 +54,7 @@ class ConvolutionGeometry:
         return counts.scatter_add_(1, read.where(inside, 0), inside.double())
 
     def _source(self, dim: int, size: int) -> Tensor:
-        """The place that each place of the padded input holds, -1 for a zero."""
+        """The input position behind each position of the padded input, -1 for a padding zero."""
         before, after = self.padding[dim]
         if self.mode == "zeros":
             places = torch.arange(-before, size + after)

@@ -1,4 +1,4 @@
-"""What statistics take and which may stand in for which: for the plan."""
+"""The memory of each statistic, and which statistic contains another; used to plan a pass."""
 
 from .base import Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
@@ -13,33 +13,33 @@ from .quantiles import BINS, Quantiles
 from .sample import ROWS, Sample
 from .weight_sums import WeightSums
 
-PAIRS = (Gram, NormedGram, Directions, Pair, NormedPair)  # products of units: square in the width
-SQUARE = (*PAIRS, ClassGram)  # what grows with the square of the width
-SAMPLED = (*PAIRS, Quantiles, Cosines)  # what reads a sample of each map's positions where one is asked for
-_RICHER: dict[type[Statistic], tuple[type[Statistic], ...]] = {
+PAIRS = (Gram, NormedGram, Directions, Pair, NormedPair)  # products of units: quadratic in the width
+SQUARE = (*PAIRS, ClassGram)  # all statistics whose memory is quadratic in the width
+SAMPLED = (*PAIRS, Quantiles, Cosines)  # computed from sampled positions of each map if the plan asks for it
+_SUPERSETS: dict[type[Statistic], tuple[type[Statistic], ...]] = {
     Moments: (Higher, Gram, NormedGram),
     Gram: (NormedGram,),
     Pair: (NormedPair,),
 }
 
 
-def serves(statistic: type[Statistic]) -> tuple[type[Statistic], ...]:
-    """Statistics that hold all that one does, and more."""
-    return _RICHER.get(statistic, ())
+def supersets_of(statistic: type[Statistic]) -> tuple[type[Statistic], ...]:
+    """Statistics that contain all sums of the given one."""
+    return _SUPERSETS.get(statistic, ())
 
 
 def adapt(value: Statistic, asked: type[Statistic]) -> Statistic:
-    """What was asked for, of the value that serves it."""
+    """The requested statistic, extracted from one that contains it."""
     return value.moments if asked is Moments and isinstance(value, Gram) else value
 
 
-def numbers(statistic: type[Statistic], width: int, beside: int, classes: int, groups: int = 1, positions: int = 1) -> int:
-    """How many numbers of 8 bytes a statistic holds, for rows of a width with columns beside them.
+def numbers(statistic: type[Statistic], width: int, target_width: int, classes: int, groups: int = 1, positions: int = 1) -> int:
+    """How many numbers of 8 bytes a statistic holds, for rows of a width with a paired target.
 
-    Exact, but for classes that do not occur, the highest at the end, and a sample of fewer rows than it has room for: then it
-    holds less. beside: of WeightSums what a unit reads, with the groups of a convolution; of ClassCross the class and its targets.
+    Exact, except that less is held if the highest classes do not occur or a ``Sample`` has fewer than ROWS rows.
+    target_width: columns of the target; the fan-in for WeightSums (with the groups of a convolution); 1 + targets for ClassCross.
     """
-    d, t, k = width, beside, classes
+    d, t, k = width, target_width, classes
     sizes = {
         Sizes: d + 1,
         Zeros: d + 1,

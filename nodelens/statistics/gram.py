@@ -1,4 +1,4 @@
-"""Second moments of all pairs: of one site's units, and of a site's units with what stands beside them."""
+"""Second moments of all pairs: of the units of one site, and of the units with paired targets."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -45,13 +45,13 @@ class Gram(Statistic):
 
     @property
     def moments(self) -> Moments:
-        """The same rows' moments: the diagonal serves whoever wants variances."""
+        """Moments of the same rows, from the diagonal."""
         return Moments(self.n, self.shift, self.total, self.outer.diagonal())
 
 
 @dataclass(frozen=True, eq=False)
 class Cross(Statistic):
-    """Second moments of rows (width d) with targets (width t), one target row a row."""
+    """Second moments of rows (width d) with targets (width t), one target row per row."""
 
     shifts: ClassVar = ("shift", "target_shift")
     n: Tensor  # (1,)    int64
@@ -64,18 +64,18 @@ class Cross(Statistic):
 
     @classmethod
     def of(cls, x: Rows | Tensor, target: Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows (n, d), one a sample; target (n,) or (n, t). Raises ValueError where their numbers differ."""
+        """Rows (n, d), one per sample; target (n,) or (n, t). Raises ValueError if their numbers differ."""
         rows = Rows.of(x, weights, shift)
         z = (target[:, None] if target.ndim == 1 else target).double()
         if rows.raw.shape[2] != 1 or len(z) != len(rows):
-            raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows each meet {len(z)} targets: one row a target")
+            raise ValueError(f"{len(rows)} samples of {rows.raw.shape[2]} rows, but {len(z)} targets: give one target per row")
         keep = z.isfinite().all(1)
         keep = keep if rows.keep is None else keep & rows.keep[:, 0]
-        if rows.keep is not None or keep.device.type != "cpu" or not bool(keep.all()):  # elsewhere asking would stall the device
+        if rows.keep is not None or keep.device.type != "cpu" or not bool(keep.all()):  # on a GPU it would synchronise
             rows = rows.kept(keep[:, None])
         z_shift = z.where(keep[:, None], 0).sum(0) / keep.sum().clamp_min(1)
         z = (z - z_shift).where(keep[:, None], 0)
-        both = torch.cat([z, keep[:, None].double()], 1).to(rows.x.dtype)  # one product for the sums with a target and without
+        both = torch.cat([z, keep[:, None].double()], 1).to(rows.x.dtype)  # one product for the cross and the plain sums
         with exact_products():
             sums = (rows.x[:, :, 0].T @ both).double()
             outer = z.T @ z

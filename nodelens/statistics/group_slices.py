@@ -1,4 +1,4 @@
-"""Stretches of a batch: runs of samples of one group, pieces that stay in the cache, positions drawn from each sample."""
+"""Slices of a batch by jackknife group, chunks that fit in the CPU cache, and positions drawn from each sample."""
 
 import torch
 from torch import Tensor
@@ -6,20 +6,20 @@ from torch import Tensor
 from .sample_hash import mix
 
 
-def runs_of(group: Tensor, step: int = 1 << 60) -> list[tuple[int, int, int]]:
-    """(group, first, last) of each run of samples of one group, in order, none longer than ``step``."""
+def group_slices(group: Tensor, step: int = 1 << 60) -> list[tuple[int, int, int]]:
+    """(group, first, end) of each run of consecutive samples of one group, in order, none longer than ``step``."""
     groups, counts = torch.unique_consecutive(group, return_counts=True)
     ends = counts.cumsum(0).tolist()
-    runs = zip(groups.tolist(), counts.tolist(), ends, strict=True)
-    return [(g, a, min(a + step, end)) for g, n, end in runs for a in range(end - n, end, step)]
+    spans = zip(groups.tolist(), counts.tolist(), ends, strict=True)
+    return [(g, a, min(a + step, end)) for g, n, end in spans for a in range(end - n, end, step)]
 
 
-def chunks_of(runs: list[tuple[int, int, int]], samples: int, step: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
-    """(first, last, runs) of neighbouring runs, as many as ``step`` samples hold; without runs, stretches of samples."""
-    if not runs:
+def chunks_of(slices: list[tuple[int, int, int]], samples: int, step: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+    """Neighbouring group slices merged into chunks of at most ``step`` samples, (first, end, slices); plain chunks if none."""
+    if not slices:
         return [(a, min(a + step, samples), []) for a in range(0, samples, step)]
     chunks: list[tuple[int, int, list[tuple[int, int, int]]]] = []
-    for g, a, b in runs:
+    for g, a, b in slices:
         if chunks and b - chunks[-1][0] <= step:
             first, _, held = chunks.pop()
             chunks.append((first, b, [*held, (g, a, b)]))
@@ -28,23 +28,24 @@ def chunks_of(runs: list[tuple[int, int, int]], samples: int, step: int) -> list
     return chunks
 
 
-def draw(keys: Tensor, keep: Tensor | None, positions: int, count: int, seed: int) -> Tensor | None:
-    """A place in each of ``count`` stretches of a sample's positions, (samples, count): the same in any batch or process.
+def draw(hashes: Tensor, keep: Tensor | None, positions: int, count: int, seed: int) -> Tensor | None:
+    """Stratified sample of positions: one from each of ``count`` equal segments of a sample's positions, (samples, count).
 
-    Of the positions that count, ``keep`` (samples, positions) bool, so that padding moves none; a sample that has fewer than that
-    gives all of them, and places that do not count. None where there are no more positions than that.
+    It depends on the sample hash alone, so it is the same in any batch or process. Only positions in ``keep`` (samples,
+    positions) bool are segmented, so padding changes nothing; a sample with fewer than ``count`` of them gives all of them,
+    and some masked ones. None if there are at most ``count`` positions.
     """
     if positions <= count:
         return None
     if keep is None:
-        return _in_stretches(keys, torch.full((1, 1), positions), count, seed)
+        return _in_segments(hashes, torch.full((1, 1), positions), count, seed)
     keep = keep.cpu()
     counts = keep.sum(1, keepdim=True)
-    drawn = _in_stretches(keys, counts, count, seed).where(counts > count, torch.arange(count))
+    drawn = _in_segments(hashes, counts, count, seed).where(counts > count, torch.arange(count))
     return torch.argsort(~keep, dim=1, stable=True).gather(1, drawn)
 
 
-def _in_stretches(keys: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:
-    """One of the first ``positions`` (samples, 1) in each of ``count`` stretches of them."""
+def _in_segments(hashes: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:
+    """One position from each of ``count`` equal segments of the first ``positions`` (samples, 1)."""
     edges = torch.arange(count + 1) * positions // count
-    return edges[:, :-1] + mix(keys[:, None], torch.arange(count), seed) % (edges[:, 1:] - edges[:, :-1]).clamp_min(1)
+    return edges[:, :-1] + mix(hashes[:, None], torch.arange(count), seed) % (edges[:, 1:] - edges[:, :-1]).clamp_min(1)

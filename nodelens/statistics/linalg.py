@@ -1,4 +1,4 @@
-"""Numbers from sums: correlations, Gaussian information, spectra; and products that are what they say."""
+"""Correlations, Gaussian information and spectra from sums; and a context for exact float32 products."""
 
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-MI_CEILING = 1 - 1e-6  # of rho^2: float32 products resolve no more; 6.908 nats
-ROUNDING = 2 * torch.finfo(torch.float32).eps  # a spread below this share of the size is rounding
+MI_CEILING = 1 - 1e-6  # largest rho^2 that float32 products resolve; 6.908 nats
+ROUNDING = 2 * torch.finfo(torch.float32).eps  # a standard deviation below this share of the mean is rounding
 
 
 class _Exact(AbstractContextManager[None]):
-    """Plain float32 products inside: no autocast, no TF32, no bfloat16 in the multiplication. Cheap when nested."""
+    """Context for IEEE float32 products: no autocast, no TF32, no bfloat16. Cheap when nested."""
 
     depth = 0
 
@@ -35,29 +35,29 @@ class _Exact(AbstractContextManager[None]):
 
 
 def exact_products() -> AbstractContextManager[None]:
-    """Plain float32 products inside: no autocast, no TF32, no bfloat16 in the multiplication."""
+    """Context for IEEE float32 products: no autocast, no TF32, no bfloat16."""
     return _Exact()
 
 
 def constant(variance: Tensor, mean: Tensor) -> Tensor:
-    """Which units do not vary: a spread at the rounding of the mean. Shapes: (units,), (units,) -> (units,) bool."""
+    """Units whose standard deviation is within the rounding of the mean. Shapes: (units,), (units,) -> (units,) bool."""
     return ~(variance > (ROUNDING * mean).square())
 
 
-def correlation(covariance: Tensor, silent: Tensor) -> Tensor:
-    """Correlations of a covariance, (d, d); those of silent units, (d,) bool, are 0. No epsilon: it would give a scale."""
-    spread = covariance.diagonal().where(~silent, 1.0).sqrt()
-    live = ~silent
-    return torch.where(live[:, None] & live, covariance / spread.outer(spread), 0.0)
+def correlation(covariance: Tensor, is_constant: Tensor) -> Tensor:
+    """Correlation matrix, (d, d); 0 for constant units, (d,) bool. There is no epsilon, which would depend on the scale."""
+    std = covariance.diagonal().where(~is_constant, 1.0).sqrt()
+    varies = ~is_constant
+    return torch.where(varies[:, None] & varies, covariance / std.outer(std), 0.0)
 
 
 def gaussian_information(rho2: Tensor) -> Tensor:
-    """-0.5 ln(1 - rho^2) of squared correlations, in nats, [0, 6.908]. Cover & Thomas 2006, ch. 8."""
+    """-0.5 ln(1 - rho^2) of squared correlations, in nats, in [0, 6.908]. Cover & Thomas 2006, ch. 8."""
     return -0.5 * torch.log1p(-rho2.clamp_max(MI_CEILING))
 
 
 def entropy_bias(n: Tensor, width: int) -> Tensor:
-    """E[estimate] - truth of a Gaussian's entropy from the ddof-1 covariance of n rows, whatever the covariance.
+    """Bias (estimate minus truth) of the Gaussian entropy computed from the unbiased covariance of n rows.
 
     Shapes: n (...) -> (...); nats; NaN for n <= width. Misra, Singh & Demchuk 2005; Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
@@ -69,14 +69,14 @@ def entropy_bias(n: Tensor, width: int) -> Tensor:
 
 
 def joint_bias(n: Tensor, *widths: int) -> Tensor:
-    """E[estimate] - truth of the Gaussian information that parts of these widths share: sum of entropies less the joint one."""
+    """Bias (estimate minus truth) of the Gaussian information among parts of these widths: sum of entropies minus joint."""
     return sum((entropy_bias(n, w) for w in widths), torch.zeros(())) - entropy_bias(n, sum(widths))
 
 
 def spectrum(covariance: Tensor) -> Tensor:
-    """Eigenvalues of a covariance, (d,), largest first; NaN where it is not finite.
+    """Eigenvalues of a covariance, (d,), largest first; all NaN if it is not finite.
 
-    Those below 2.4e-7 of the largest are 0: sums of float32 products do not resolve them, and their roots would show it.
+    Eigenvalues below 2.4e-7 of the largest are set to 0, because sums of float32 products do not resolve them.
     """
     if not covariance.isfinite().all():
         return torch.full_like(covariance.diagonal(), torch.nan)
@@ -85,19 +85,19 @@ def spectrum(covariance: Tensor) -> Tensor:
 
 
 def entropy_count(weights: Tensor) -> Tensor:
-    """Exp of the entropy of weights taken as shares, (d,) -> (): how many of them there are in effect. NaN: all zero."""
+    """Effective number of weights: exp of the entropy of their shares, (d,) -> (); NaN if all are zero."""
     share = weights / weights.sum()
     return torch.special.entr(share).sum().exp()
 
 
 def components(eigenvalues: Tensor, share: float) -> Tensor:
-    """The fewest leading eigenvalues that hold a share of their sum, to 1e-12: (d,), largest first -> () int64."""
+    """Smallest number of leading eigenvalues with at least this share of their sum, to 1e-12: (d,) descending -> () int64."""
     held = eigenvalues.cumsum(0) / eigenvalues.sum()
     return ((held < share - 1e-12).sum() + 1).clamp_max(len(eigenvalues))
 
 
 def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, (d,), as ``spectrum`` has them, and their directions in columns, (d, d); NaN where it is not finite."""
+    """Eigenvalues, (d,), as in ``spectrum``, and eigenvectors as columns, (d, d); all NaN if it is not finite."""
     if not covariance.isfinite().all():
         return torch.full_like(covariance.diagonal(), torch.nan), torch.full_like(covariance, torch.nan)
     values, axes = torch.linalg.eigh(covariance)
@@ -108,7 +108,7 @@ def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def debiased_hsic(n: Tensor, cross: Tensor, trace_x: Tensor, trace_y: Tensor, mixed: Tensor) -> Tensor:
     """HSIC_1 of linear kernels: the U-statistic of ||cov(x, y)||_F^2 from sums about the means, -> (); NaN below four rows.
 
-    cross ||S_xy||_F^2, traces those of S_xx and S_yy, mixed sum |x|^2 |y|^2. Song et al. 2012, JMLR 13, eq. 5
+    cross: ||S_xy||_F^2; trace_x, trace_y: tr S_xx, tr S_yy; mixed: sum of |x|^2 |y|^2. Song et al. 2012, JMLR 13, eq. 5
     """
     n = n.double()
     n = n.where(n > 3, torch.nan).squeeze()

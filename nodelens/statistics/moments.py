@@ -1,4 +1,4 @@
-"""Moments a unit, sums of sizes and of zeros."""
+"""Sums per unit: moments, absolute values and zeros."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .base import Statistic
 from .linalg import constant
 from .rows import Rows, SampleSums
 
-_NOISE = 4 * torch.finfo(torch.float32).eps  # of a sum of squares, as a share of it
+_NOISE = 4 * torch.finfo(torch.float32).eps  # relative rounding error of a sum of squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +47,14 @@ class Moments(Statistic):
 
     @property
     def mean_square(self) -> Tensor:
-        """Mean of x^2, (d,); 0 where it is within the rounding of the sums about the shift, NaN without rows."""
+        """Mean of x^2, (d,); 0 if it is within the rounding error of the sums about the shift, NaN without rows."""
         value, size = self.about(shift=torch.zeros_like(self.shift)).square, self.square + self.n * self.shift.square()
         return value.where((value > _NOISE * size) | (self.n == 0), 0.0) / self.n
 
 
 @dataclass(frozen=True, eq=False)
 class Higher(Moments):
-    """Moments, and sums of the third and the fourth power."""
+    """Moments, and sums of the third and fourth powers."""
 
     by_sample: ClassVar[str | None] = "fourths"
     cube: Tensor  # (d,)  float64  sum of (x - shift)^3
@@ -74,19 +74,19 @@ class Higher(Moments):
 
     @property
     def skewness(self) -> Tensor:
-        """m3 / m2^1.5 of the rows' own central moments, (d,); 0 for what is symmetric, NaN below two rows and for a constant."""
+        """m3 / m2^1.5 of the central moments, (d,); 0 for a symmetric unit, NaN below two rows and for a constant unit."""
         return self._central("cube") / self._central("square") ** 1.5
 
     @property
     def kurtosis(self) -> Tensor:
-        """m4 / m2^2 of the rows' own central moments, (d,); 3 for a Gaussian, NaN below two rows and for a constant."""
+        """m4 / m2^2 of the central moments, (d,); 3 for a Gaussian, NaN below two rows and for a constant unit."""
         return self._central("fourth") / self._central("square").square()
 
     def _central(self, power: str) -> Tensor:
         value = getattr(self.about(shift=self.mean), power) / self.n
-        # sums about a shift that is not the rows' mean, as where a group is left out, resolve no spread below their rounding
-        spread = self.variance * (self.n - 1) > _NOISE * self.square
-        return value.where(spread & ~constant(self.variance, self.mean), math.nan)
+        # if the shift is not the mean of the rows (a group is left out), variances below the rounding error are not resolved
+        resolved = self.variance * (self.n - 1) > _NOISE * self.square
+        return value.where(resolved & ~constant(self.variance, self.mean), math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +105,10 @@ class Sizes(Statistic):
 
 @dataclass(frozen=True, eq=False)
 class MeanSizes(Statistic):
-    """Count of samples, and the sum over them of the square of the mean of |x| over a sample's positions."""
+    """Count of samples, and the sum over samples of the squared mean of |x| over the positions of a sample."""
 
     by_sample: ClassVar = "absolutes"
-    n: Tensor  # (1,)  int64    samples with a row
+    n: Tensor  # (1,)  int64    samples with at least one row
     square: Tensor  # (d,)  float64  sum of (mean of |x|)^2
 
     @classmethod
@@ -133,5 +133,5 @@ class Zeros(Statistic):
 
 
 def free(n: Tensor) -> Tensor:
-    """Degrees of freedom, n - 1, in float64; NaN below two rows."""
+    """Degrees of freedom, n - 1, float64; NaN below two rows."""
     return torch.where(n > 1, n.double() - 1, math.nan)

@@ -1,4 +1,4 @@
-"""What a Gram does not hold of its rows: how their lengths vary, and where they point."""
+"""Statistics of row norms and row directions, which a Gram does not contain."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -14,7 +14,7 @@ from .rows import NARROW, Rows
 
 @dataclass(frozen=True, eq=False)
 class NormedGram(Gram):
-    """A Gram, and the sums that the squared length of its rows takes part in: e = |x - shift|^2, whose own sum is the trace."""
+    """A Gram, and sums with the squared norm of each row, e = |x - shift|^2; the sum of e is the trace of ``outer``."""
 
     skew: Tensor  # (d,)    float64  sum of e (x - shift)
     quartic: Tensor  # (1,)    float64  sum of e^2
@@ -22,15 +22,15 @@ class NormedGram(Gram):
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
-        e = norms(rows)
-        return cls(rows.n, rows.shift, rows.total, rows.outer, weighed(rows, e), e.outer[0])
+        e = squared_norms(rows)
+        return cls(rows.n, rows.shift, rows.total, rows.outer, weighted_sum(rows, e), e.outer[0])
 
     def about(self, shift: Tensor) -> Self:
-        """With x + a a row's squared length is e + 2 a.x + |a|^2: all below is this, multiplied out."""
+        """The squared norm of x + a is e + 2 a.x + |a|^2; the sums below are this expression, expanded."""
         a, gram = self.shift - shift, self.gram.about(shift)
-        aa, e, along, turned = a.square().sum(), self.outer.trace(), a @ self.total, self.outer @ a
-        skew = self.skew + 2 * turned + aa * self.total + a * (e + 2 * along + self.n * aa)
-        quartic = self.quartic + 4 * a @ self.skew + 4 * a @ turned + 2 * aa * e + 4 * aa * along + self.n * aa.square()
+        aa, e, along, projected = a.square().sum(), self.outer.trace(), a @ self.total, self.outer @ a
+        skew = self.skew + 2 * projected + aa * self.total + a * (e + 2 * along + self.n * aa)
+        quartic = self.quartic + 4 * a @ self.skew + 4 * a @ projected + 2 * aa * e + 4 * aa * along + self.n * aa.square()
         return type(self)(**gram.tensors(), skew=skew, quartic=quartic)
 
     def centred(self) -> Self:
@@ -59,9 +59,9 @@ class NormedGram(Gram):
 
 @dataclass(frozen=True, eq=False)
 class Directions(Gram):
-    """A Gram of each row at length one, as it is, not about a shift. Rows of length zero are left out."""
+    """A Gram of the rows scaled to unit norm, about zero. Rows of norm zero are left out."""
 
-    shifts: ClassVar = ()  # about zero always: there is nothing to agree on
+    shifts: ClassVar = ()  # always about zero
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
@@ -69,19 +69,19 @@ class Directions(Gram):
         return cls(rows.n, rows.shift, rows.total, rows.outer)
 
     def about(self, shift: Tensor | None = None) -> Self:
-        """Itself; Directions about another shift than zero are a Gram's."""
+        """The statistic itself. Raises ValueError for a shift other than zero."""
         if shift is not None and bool(shift.any()):
-            raise ValueError("Directions are held about zero: take the covariance, which has no shift")
+            raise ValueError("Directions are always about zero and cannot be shifted: use the covariance")
         return self
 
 
-def norms(rows: Rows) -> Rows:
-    """The squared length of each row about the shift, as rows of width one, float64; 0 where a row is not kept."""
-    return Rows(rows.norms[:, None].double(), moved=False)
+def squared_norms(rows: Rows) -> Rows:
+    """The squared norm of each row about the shift, as rows of width one, float64; 0 for masked rows."""
+    return Rows(rows.squared_norms[:, None].double(), shifted=False)
 
 
-def weighed(rows: Rows, by: Rows) -> Tensor:
-    """Sum of the rows about the shift, each times its number in rows of width one, (width,) float64."""
+def weighted_sum(rows: Rows, by: Rows) -> Tensor:
+    """Sum of the rows about the shift, weighted by rows of width one, (width,) float64."""
     x = rows.x if rows.x.shape[1] > NARROW else rows.x.double()
     _, width, positions = x.shape
     weights = by.x.to(x.dtype)
@@ -92,17 +92,17 @@ def weighed(rows: Rows, by: Rows) -> Tensor:
 
 
 def directions(rows: Rows) -> Rows:
-    """Each row, as it is, at length one; rows of length zero are not kept."""
-    share, keep = shares(rows)
-    unit = rows.raw * share[:, None]
+    """Each row, not shifted, scaled to unit norm; rows of norm zero are masked."""
+    scale, keep = inverse_norms(rows)
+    unit = rows.raw * scale[:, None]
     unit = unit if keep is None else unit.where(keep[:, None], 0)
     return Rows(unit, keep, torch.zeros_like(rows.shift), rows.grid, False)
 
 
-def shares(rows: Rows) -> tuple[Tensor, Tensor | None]:
-    """One over the length of each row as it is, (samples, positions), and which rows have one: None where all do."""
-    square = rows.raw.square().sum(1) if rows.moved else rows.norms
-    pointed = (square > 0) & square.isfinite()
-    keep = pointed if rows.keep is None else pointed & rows.keep
-    share = square.where(pointed, 1).rsqrt()
-    return share, None if bool(keep.all()) else keep
+def inverse_norms(rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """1 / norm of each row, not shifted, (samples, positions), and the mask of rows with a non-zero norm; None if all have."""
+    square = rows.raw.square().sum(1) if rows.shifted else rows.squared_norms
+    nonzero = (square > 0) & square.isfinite()
+    keep = nonzero if rows.keep is None else nonzero & rows.keep
+    scale = square.where(nonzero, 1).rsqrt()
+    return scale, None if bool(keep.all()) else keep

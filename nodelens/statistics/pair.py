@@ -1,4 +1,4 @@
-"""Products of two sites' units: the same rows, seen at both."""
+"""Products of the units of two sites, over the same rows."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from .base import Statistic
 from .moments import free
-from .norms import norms, shares, weighed
+from .norms import inverse_norms, squared_norms, weighted_sum
 from .rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
 class Pair(Statistic):
-    """Second moments of a site's rows (width d) with another's (width t), each about its shift."""
+    """Second moments of the rows of one site (width d) with those of another (width t), each about its shift."""
 
     shifts: ClassVar = ("shift", "target_shift")
-    n: Tensor  # (1,)    int64    rows that count at both
+    n: Tensor  # (1,)    int64    rows that are valid at both sites
     shift: Tensor  # (d,)    float64
     target_shift: Tensor  # (t,)    float64
     total: Tensor  # (d,)    float64  sum of x - shift
@@ -26,12 +26,12 @@ class Pair(Statistic):
 
     @classmethod
     def of(cls, x: Rows | Tensor, target: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows of two sites, sample by sample and position by position; one counts where it is kept and finite at both.
+        """From the rows of two sites, paired by sample and position; a row counts if it is kept and finite at both.
 
-        Raises ValueError where their numbers differ.
+        Raises ValueError if the numbers of rows differ.
         """
-        rows, beside = joined(x, target, weights, shift)
-        return cls(rows.n, rows.shift, beside.shift, rows.total, beside.total, rows.products(beside))
+        rows, other = paired_rows(x, target, weights, shift)
+        return cls(rows.n, rows.shift, other.shift, rows.total, other.total, rows.products(other))
 
     def about(self, shift: Tensor, target_shift: Tensor) -> Self:
         a, b, n = self.shift - shift, self.target_shift - target_shift, self.n
@@ -54,13 +54,13 @@ class Pair(Statistic):
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased covariance of the two sites' units, (d, t); NaN below two rows."""
+        """Unbiased covariance between the units of the two sites, (d, t); NaN below two rows."""
         return (self.cross - self.total.outer(self.target_total) / self.n) / free(self.n)
 
 
 @dataclass(frozen=True, eq=False)
 class NormedPair(Pair):
-    """A Pair, and the sums that the squared lengths of its rows take part in: e = |x - shift|^2, f = |y - target_shift|^2."""
+    """A Pair, and sums with the squared norms of its rows, e = |x - shift|^2 and f = |y - target_shift|^2."""
 
     e: Tensor  # (1,)    float64  sum of e
     f: Tensor  # (1,)    float64  sum of f
@@ -70,19 +70,19 @@ class NormedPair(Pair):
 
     @classmethod
     def of(cls, x: Rows | Tensor, target: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        rows, beside = joined(x, target, weights, shift)
-        e, f = norms(rows), norms(beside)
+        rows, other = paired_rows(x, target, weights, shift)
+        e, f = squared_norms(rows), squared_norms(other)
         return cls(
-            **Pair.of(rows, beside).tensors(),
+            **Pair.of(rows, other).tensors(),
             e=e.total,
             f=f.total,
             mixed=e.products(f)[0],
-            left=weighed(beside, e),
-            right=weighed(rows, f),
+            left=weighted_sum(other, e),
+            right=weighted_sum(rows, f),
         )
 
     def about(self, shift: Tensor, target_shift: Tensor) -> Self:
-        """With x + a and y + b a row's lengths are e + 2 a.x + |a|^2 and f + 2 b.y + |b|^2: all below is these, multiplied out."""
+        """The squared norms of x + a and y + b are e + 2 a.x + |a|^2 and f + 2 b.y + |b|^2; the sums below expand these."""
         a, b, n = self.shift - shift, self.target_shift - target_shift, self.n
         aa, bb = a.square().sum(), b.square().sum()
         e, f = self.e + 2 * a @ self.total, self.f + 2 * b @ self.target_total
@@ -101,26 +101,26 @@ class NormedPair(Pair):
 
 @dataclass(frozen=True, eq=False)
 class Cosines(Statistic):
-    """Sum of the cosines between the rows of two sites of one width. Rows of length zero at either are left out."""
+    """Sum of the cosines between the rows of two sites of equal width. Rows of norm zero at either site are left out."""
 
     n: Tensor  # (1,)  int64    rows
     total: Tensor  # (1,)  float64  sum of x.y / (|x| |y|)
 
     @classmethod
     def of(cls, x: Rows | Tensor, target: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        """Rows of two sites, as they are, not about a shift: none counts where the widths differ.
+        """From the rows of two sites, not shifted; n = 0 if the widths differ.
 
-        Raises ValueError where their numbers differ.
+        Raises ValueError if the numbers of rows differ.
         """
-        rows, beside = joined(x, target, weights, shift)
-        if rows.raw.shape[1] != beside.raw.shape[1]:
+        rows, other = paired_rows(x, target, weights, shift)
+        if rows.raw.shape[1] != other.raw.shape[1]:
             return cls(rows.n.new_zeros(1), rows.shift.new_zeros(1))
-        (share, keep), (other, known) = shares(rows), shares(beside)
-        cosines = ((rows.raw * beside.raw).sum(1) * share * other).double()
-        if keep is None and known is None:
+        (scale, keep), (other_scale, other_keep) = inverse_norms(rows), inverse_norms(other)
+        cosines = ((rows.raw * other.raw).sum(1) * scale * other_scale).double()
+        if keep is None and other_keep is None:
             return cls(rows.n, cosines.sum().reshape(1))
         both = torch.ones_like(cosines, dtype=torch.bool)
-        for mask in (keep, known):
+        for mask in (keep, other_keep):
             both = both if mask is None else both & mask
         return cls(both.sum().reshape(1), cosines.where(both, 0).sum().reshape(1))
 
@@ -130,19 +130,19 @@ class Cosines(Statistic):
         return self.total / self.n
 
 
-def joined(x: Rows | Tensor, target: Rows | Tensor, weights: Tensor | None, shift: Tensor | None) -> tuple[Rows, Rows]:
-    """Rows of two sites, kept where both are kept and finite. Raises ValueError where their numbers differ."""
+def paired_rows(x: Rows | Tensor, target: Rows | Tensor, weights: Tensor | None, shift: Tensor | None) -> tuple[Rows, Rows]:
+    """The rows of two sites that are kept and finite at both. Raises ValueError if the numbers of rows differ."""
     rows = Rows.of(x, weights, shift).finite()
     if isinstance(target, Tensor):
         target = Rows.of(target[:, None] if target.ndim == 1 else target, weights if isinstance(x, Tensor) else rows.keep)
-    beside = target.finite()
-    (samples, _, positions), (others, _, places) = rows.raw.shape, beside.raw.shape
-    if (samples, positions) != (others, places):
+    other = target.finite()
+    (samples, _, positions), (other_samples, _, other_positions) = rows.raw.shape, other.raw.shape
+    if (samples, positions) != (other_samples, other_positions):
         raise ValueError(
-            f"{samples} samples of {positions} rows each meet {others} samples of {places}: "
-            "two sites want the same rows (view samples: a row a sample)"
+            f"{samples} samples of {positions} rows each cannot be paired with {other_samples} samples of {other_positions}: "
+            "the two sites need the same rows (view=samples gives one row per sample)"
         )
-    if rows.keep is beside.keep:
-        return rows, beside
-    keep = rows.mask() & beside.mask()
-    return rows.kept(keep), beside.kept(keep)
+    if rows.keep is other.keep:
+        return rows, other
+    keep = rows.mask() & other.mask()
+    return rows.kept(keep), other.kept(keep)

@@ -1,4 +1,4 @@
-"""Sums over processes: of the sums themselves, never of finished metrics."""
+"""Reductions over processes, of statistics only: metrics are computed after the reduction."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from . import Accumulator, ClassStatistic, Statistic
 
 
 def world() -> tuple[int, int]:
-    """(rank, processes); (0, 1) without a process group."""
+    """(rank, number of processes); (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def first_of(value: Any) -> Any:
-    """The value of the first process that has one: for a process that has no data of its own. Collective."""
+    """The value of the first process whose value is not None, for processes without data. Collective."""
     if world()[1] == 1:
         return value
     every: list[Any] = [None] * world()[1]
@@ -35,7 +35,7 @@ def reduce_tensor(tensor: Tensor) -> Tensor:
 
 
 def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> None:
-    """Every accumulator becomes the sum over processes, in place; one without rows adds nothing. Collective."""
+    """Replace every accumulator by its sum over processes, in place; a process without rows adds nothing. Collective."""
     if world()[1] == 1:
         return
     for accumulator in sums.values():
@@ -48,12 +48,12 @@ def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> None:
         for group, part in enumerate(accumulator.parts):
             known = [form[group] for form in every if form[group] is not None]
             if known:
-                whole = max(known, key=lambda form: form["n"][0])  # classes seen differ between processes
+                whole = max(known, key=lambda form: form["n"][0])  # processes may have seen different numbers of classes
                 accumulator.parts[group] = _reduce(accumulator.statistic, part, whole, device)
 
 
 def _merge(accumulator: Accumulator, device: torch.device) -> None:
-    """Every process's parts, put together in the order of their ranks."""
+    """Add the parts of all processes, in the order of their ranks."""
     every: list[Any] = [None] * world()[1]
     parts = [part and {k: t.cpu() for k, t in part.tensors().items()} for part in accumulator.parts]
     dist.all_gather_object(every, parts)
@@ -70,13 +70,13 @@ def _reduce(statistic: type[Statistic], part: Statistic | None, form: dict[str, 
         part = statistic(**{k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in form.items()})
     if isinstance(part, ClassStatistic):
         part = part.widen(form["n"][0][0])
-    part = part.about(**_agree(part)) if part.shifts else part
+    part = part.about(**_common_shift(part)) if part.shifts else part
     summed = {k: t if k in part.shifts else reduce_tensor(t.contiguous()) for k, t in part.tensors().items()}
     return statistic(**summed)
 
 
-def _agree(part: Statistic) -> dict[str, Tensor]:
-    """A shift for all: the mean of theirs, weighed by rows."""
+def _common_shift(part: Statistic) -> dict[str, Tensor]:
+    """A common shift: the mean of the shifts of all processes, weighted by rows. Collective."""
     n = part.tensors()["n"].sum().double()
     total = reduce_tensor(n).clamp_min(1)
     return {name: reduce_tensor(part.tensors()[name] * n) / total for name in part.shifts}

@@ -1,4 +1,4 @@
-"""A sample of rows that does not depend on how they came."""
+"""A random sample of rows that does not depend on batches, their order or the number of processes."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -10,19 +10,19 @@ from .base import Statistic
 from .rows import Rows
 from .sample_hash import mix
 
-ROWS = 2048  # that are kept
+ROWS = 2048  # largest number of rows in a sample
 
 
 @dataclass(frozen=True, eq=False)
 class Sample(Statistic):
-    """The rows with the smallest keys, at most ROWS of them: the same whatever the batches, their order and the processes."""
+    """The rows with the smallest hashes, at most ROWS of them: a bottom-k sample, the same for any split of the data."""
 
-    keyed: ClassVar = True
+    takes_hashes: ClassVar = True
     merged: ClassVar = True
-    keys: Tensor  # (r,)    int64    ascending
-    rows: Tensor  # (r, d)  float64  not about a shift
-    beside: Tensor  # (r, t)  float64  what stands beside them; t = 0 for nothing
-    seen: Tensor  # (1,)    int64    rows they were taken from
+    hashes: Tensor  # (r,)    int64    ascending
+    rows: Tensor  # (r, d)  float64  not shifted
+    target: Tensor  # (r, t)  float64  paired targets; t = 0 for none
+    seen: Tensor  # (1,)    int64    number of rows sampled from
 
     @classmethod
     def of(
@@ -31,37 +31,37 @@ class Sample(Statistic):
         target: Tensor | None = None,
         weights: Tensor | None = None,
         shift: Tensor | None = None,
-        keys: Tensor | None = None,
+        hashes: Tensor | None = None,
     ) -> Self:
-        """Rows with a key a sample, (samples,) int64, and a target (samples,) or (samples, t), or none.
+        """Rows with one hash per sample, (samples,) int64, and a target (samples,) or (samples, t), or none.
 
-        Of a sample with several positions each has a key of its own, and the sample's target. A row that is not finite, or
-        whose target is not, is left out. Raises ValueError where keys are missing or the numbers differ.
+        Each position of a sample gets a hash of its own and the target of the sample. A row that is not finite, or whose
+        target is not, is left out. Raises ValueError if hashes are missing or the numbers differ.
         """
         rows = Rows.of(x, weights, shift)
         samples, _, positions = rows.raw.shape
         z = rows.raw.new_zeros(samples, 0) if target is None else target[:, None] if target.ndim == 1 else target
-        if keys is None or len(keys) != samples or len(z) != samples:
+        if hashes is None or len(hashes) != samples or len(z) != samples:
             raise ValueError(
-                f"{samples} samples meet {'no' if keys is None else len(keys)} keys and {len(z)} targets: a sample of rows "
-                "wants one key, and one target, a sample"
+                f"{samples} samples, but {'no' if hashes is None else len(hashes)} hashes and {len(z)} targets: give one hash, "
+                "and at most one target row, per sample"
             )
-        keys, z = keys.to(rows.raw.device), z.to(rows.raw.device)
+        hashes, z = hashes.to(rows.raw.device), z.to(rows.raw.device)
         if positions > 1:
-            keys = mix(keys[:, None], torch.arange(positions, device=keys.device))
+            hashes = mix(hashes[:, None], torch.arange(positions, device=hashes.device))
         keep = (rows.mask() & rows.raw.isfinite().all(1) & z.isfinite().all(1)[:, None]).flatten()
-        keys = keys.flatten()[keep]
-        first = torch.argsort(keys, stable=True)[:ROWS]
+        hashes = hashes.flatten()[keep]
+        first = torch.argsort(hashes, stable=True)[:ROWS]
         place = keep.nonzero()[first, 0]
         chosen = rows.raw[place // positions, :, place % positions].double()
-        return cls(keys[first], chosen, z[place // positions].to(chosen), keep.sum().reshape(1))
+        return cls(hashes[first], chosen, z[place // positions].to(chosen), keep.sum().reshape(1))
 
     def __add__(self, other: Self) -> Self:
         mine, theirs = self.tensors(), other.tensors()
-        both = {k: torch.cat([mine[k], theirs[k]]) for k in ("keys", "rows", "beside")}
-        first = torch.argsort(both["keys"], stable=True)[:ROWS]
+        both = {k: torch.cat([mine[k], theirs[k]]) for k in ("hashes", "rows", "target")}
+        first = torch.argsort(both["hashes"], stable=True)[:ROWS]
         return type(self)(**{k: t[first] for k, t in both.items()}, seen=self.seen + other.seen)
 
-    def take_in(self, other: Self) -> bool:
-        """Never: which rows are held changes with those that come."""
+    def add_in_place(self, other: Self) -> bool:
+        """Never in place: the rows held change with those added."""
         return False

@@ -1,21 +1,21 @@
-"""Keys: numbers that stand for a sample and decide its group and its positions, in any batch, order or process."""
+"""Sample hashes, which decide the jackknife group and the drawn positions of a sample in any batch, order or process."""
 
 import torch
 from torch import Tensor
 
-_LIMIT = 4096  # entries of a sample that a key of its content reads
+_LIMIT = 4096  # entries of a sample that its content hash reads
 
 
 def mix(*parts: Tensor | int) -> Tensor:
-    """One well-mixed non-negative int64 a place, of integers that broadcast. SplitMix64 (Steele, Lea & Flood 2014)."""
+    """Element-wise hash, non-negative int64, of integers that broadcast. SplitMix64 (Steele, Lea & Flood 2014)."""
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
         state = _scramble(state + part + _signed(0x9E3779B97F4A7C15))
     return state & 0x7FFFFFFFFFFFFFFF
 
 
-def content_keys(x: Tensor) -> Tensor:
-    """A key a sample, (B, ...) -> (B,) int64, of what is in it: the same for equal samples, whoever saw them when."""
+def content_hashes(x: Tensor) -> Tensor:
+    """Hash of the content of each sample, (B, ...) -> (B,) int64: equal for equal samples, in any process."""
     rows = x.detach().reshape(len(x), -1)
     rows = rows[:, :: max(1, rows.shape[1] // _LIMIT)]
     if rows.is_floating_point():
@@ -31,7 +31,7 @@ def _scramble(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, by: int) -> Tensor:
-    return (z >> by) & ((1 << (64 - by)) - 1)  # torch's >> keeps the sign
+    return (z >> by) & ((1 << (64 - by)) - 1)  # torch's >> is arithmetic and keeps the sign
 
 
 def _signed(value: int) -> int:
@@ -39,7 +39,7 @@ def _signed(value: int) -> int:
 
 
 def generator(seed: int, *words: str) -> torch.Generator:
-    """A generator that belongs to a seed and names, in any process or order; torch's own is left alone."""
+    """A generator seeded from a number and names, the same in any process; torch's global generator is not touched."""
     parts: list[int] = []
     for text in map(str.encode, words):
         parts += [len(text), *(int.from_bytes(text[k : k + 7]) for k in range(0, len(text), 7))]

@@ -1,4 +1,4 @@
-"""Sums of what units put out, and of its gradients, times what they read: the shape of a layer's weights."""
+"""Sums of products of unit outputs, and of their gradients, with unit inputs, in the shape of the layer's weight."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,10 +12,10 @@ from .linalg import exact_products
 
 @dataclass(frozen=True, eq=False)
 class WeightSums(Statistic):
-    """Sums over rows of y x', g x' and x: x what the units read, y what they put out, g = dL/dy of the summed loss.
+    """Sums over rows of y x', g x' and x, for unit inputs x, outputs y and gradients g = dL/dy of the summed loss L.
 
-    The second is the gradient of the loss in the weights. Of a convolution x is a patch, its entries in the order of the
-    flattened weight; with groups, one group's entries after another's.
+    The sum of g x' is the gradient of the loss with respect to the weight. For a convolution x is a patch in the order of
+    the flattened weight; with groups, the entries of the groups follow one another.
     """
 
     n: Tensor  # (1,)                  int64    rows
@@ -25,12 +25,12 @@ class WeightSums(Statistic):
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, g: Tensor, weights: Tensor | None = None, groups: int = 1) -> Self:
-        """Rows x (rows, groups x fan_in), y and g (rows, units), weights (rows,) bool; a row that is not finite is left out.
+        """From x (rows, groups x fan_in), y and g (rows, units), weights (rows,) bool; a row that is not finite is left out.
 
-        Raises ValueError where their numbers differ.
+        Raises ValueError if the numbers of rows differ.
         """
         if not len(x) == len(y) == len(g) or y.shape[1] != g.shape[1]:
-            raise ValueError(f"inputs {tuple(x.shape)}, outputs {tuple(y.shape)} and gradients {tuple(g.shape)}: one row each")
+            raise ValueError(f"inputs {tuple(x.shape)}, outputs {tuple(y.shape)}, gradients {tuple(g.shape)}: rows differ")
         keep = x.isfinite().all(1) & y.isfinite().all(1) & g.isfinite().all(1)
         keep = keep if weights is None else keep & weights.bool()
         read, out, grad = (_Centred.of(t, keep, groups) for t in (x, y, g))
@@ -39,7 +39,7 @@ class WeightSums(Statistic):
 
 @dataclass(frozen=True, eq=False)
 class _Centred:
-    """Rows about a shift near their mean, by group: float32 products of rows far from zero would lose what differs."""
+    """Rows about a shift near their mean, per group: float32 products of rows far from zero would cancel."""
 
     rows: Tensor  # (groups, rows, width)
     shift: Tensor  # (groups, 1, width)  float64
@@ -61,7 +61,7 @@ class _Centred:
         return self.total + self.n * self.shift
 
     def times(self, other: "_Centred") -> Tensor:
-        """Sum over rows of their products, not about the shifts, (groups x width, width) float64."""
+        """Sum over rows of the products, not shifted, (groups x width, width) float64."""
         dtype = torch.promote_types(self.rows.dtype, other.rows.dtype)
         with exact_products():
             product = (self.rows.to(dtype).mT @ other.rows.to(dtype)).double()

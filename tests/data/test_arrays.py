@@ -1,4 +1,4 @@
-"""Digits and .npz files: loaders, sharding, and every refusal."""
+"""Digits and .npz files: loaders, sharding and error messages."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def gathered(loader) -> ImageBatch:
     return ImageBatch(*(torch.cat(part) for part in zip(*loader, strict=True)))
 
 
-def test_digits_are_ready_as_they_are():
+def test_digits_have_the_documented_shapes_and_scale():
     data = Digits()
     data.setup()
     source = data.source
@@ -62,7 +62,7 @@ def test_loaders_have_a_fixed_order_and_training_does_not():
     assert torch.equal(gathered(again).ids, first)
 
 
-def test_a_number_names_the_same_sample_everywhere():
+def test_sample_numbers_identify_samples_in_every_loader():
     data, whole = Digits(mean=0.3, std=0.4), gathered(Digits(mean=0.3, std=0.4, seed=9).loader("all"))
     for split in ("val", "calibration"):
         batch = gathered(data.loader(split, batch_size=7))
@@ -80,7 +80,7 @@ def test_three_ranks_see_each_sample_once(workers, tmp_path):
     assert list(data.loader("val", 3, 4)) == []
 
 
-def test_npz_in_one_set_is_split_and_says_so(tmp_path):
+def test_a_single_npz_set_is_split_and_marked_unsplit(tmp_path):
     stored = arrays()
     data = Npz(npz(tmp_path))
     whole = gathered(data.loader("all"))
@@ -90,7 +90,7 @@ def test_npz_in_one_set_is_split_and_says_so(tmp_path):
     assert whole.y.tolist() == stored["y"].tolist()
 
 
-def test_npz_with_a_test_set_keeps_it(tmp_path):
+def test_the_test_set_of_an_npz_file_is_used(tmp_path):
     train, test = arrays(20), arrays(6, seed=1)
     both = npz(tmp_path, "b.npz", x_train=train["x"], y_train=train["y"], x_test=test["x"], y_test=test["y"])
     apart = Npz(npz(tmp_path, "c.npz", **train), test_path=npz(tmp_path, "d.npz", **test))
@@ -102,7 +102,7 @@ def test_npz_with_a_test_set_keeps_it(tmp_path):
     assert apart.fingerprint() == Npz(both).fingerprint() != Npz(npz(tmp_path)).fingerprint()
 
 
-def test_grey_floats_are_taken_as_they_are(tmp_path):
+def test_grey_float_images_are_not_rescaled(tmp_path):
     x = np.linspace(-3, 3, 10 * 9 * 9).reshape(10, 9, 9)
     data = Npz(npz(tmp_path, x=x, y=np.arange(10) % 2), channels=3, size=9)
     assert_close(gathered(data.loader("all")).x[:, 2], torch.from_numpy(x).float())
@@ -114,26 +114,26 @@ def test_grey_floats_are_taken_as_they_are(tmp_path):
         ({"x": arrays()["x"]}, "has no array y, it has x; name the arrays x, y, or x_train"),
         ({"a": np.ones(3)}, "has no array x and y, it has a"),
         ({"x_train": arrays()["x"], "y_train": arrays()["y"]}, "has no array x_test and y_test, it has x_train, y_train"),
-        (arrays() | {"y": np.arange(29)}, "x has 30 samples and y has 29; they must be as many"),
+        (arrays() | {"y": np.arange(29)}, "x has 30 samples and y has 29; the numbers must be equal"),
         (arrays() | {"y": np.ones(30)}, r"y is float64 \(30,\); labels are integers"),
         (arrays() | {"y": np.ones((30, 1), int)}, r"y is int64 \(30, 1\)"),
         (arrays() | {"x": arrays()["x"].astype(int)}, "x is int64; images are uint8"),
         (arrays() | {"x": np.moveaxis(arrays()["x"], -1, 1)}, r"shape \(30, 3, 8, 8\).*numpy.moveaxis\(x, 1, -1\)"),
         (arrays() | {"x": np.ones((30, 4))}, r"x has shape \(30, 4\); images are"),
-        (arrays() | {"y": np.arange(30) - 1}, "labels run from -1 to 28, .*leave out the samples without a label"),
+        (arrays() | {"y": np.arange(30) - 1}, "labels run from -1 to 28, .*remove the samples without a label"),
     ],
 )
-def test_arrays_that_do_not_fit(stored, words, tmp_path):
+def test_unsuitable_arrays_raise(stored, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         Npz(npz(tmp_path, **stored)).setup()
 
 
-def test_labels_beyond_the_classes_say_what_to_set(tmp_path):
+def test_labels_beyond_the_classes_raise(tmp_path):
     with pytest.raises(ValueError, match=r"labels run from 0 to 3, dataset.classes is 3; set dataset.classes=4"):
         Npz(npz(tmp_path), classes=3).setup()
 
 
-def test_a_test_file_of_another_shape(tmp_path):
+def test_a_test_file_of_another_shape_raises(tmp_path):
     other = npz(tmp_path, "b.npz", **arrays() | {"x": np.ones((30, 9, 9, 3), np.uint8)})
     with pytest.raises(ValueError, match=r"images are torch.uint8 \(3, 8, 8\), test images torch.uint8 \(3, 9"):
         Npz(npz(tmp_path), test_path=other).setup()
@@ -147,7 +147,7 @@ class Trap:
         return os.mkdir, (self.marker,)
 
 
-def test_pickles_are_refused_and_not_run(tmp_path):
+def test_pickles_raise_and_are_not_run(tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / "p.npz").write_bytes(pickle.dumps(Trap(marker)))
     objects = npz(tmp_path, "o.npz", x=np.array([Trap(marker)], object), y=np.arange(1))
@@ -160,20 +160,20 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     assert not marker.exists()
 
 
-def test_a_missing_file_is_named_in_full(tmp_path, monkeypatch):
+def test_a_missing_file_raises_with_its_full_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"no file at {tmp_path.resolve()}/no.npz; set dataset.path"):
         Npz("no.npz").setup()
 
 
-def test_a_source_without_read_says_so():
-    with pytest.raises(NotImplementedError, match=r"ImageData does not say how to read its samples"):
+def test_a_source_without_read_raises():
+    with pytest.raises(NotImplementedError, match=r"ImageData does not define read"):
         ImageData().setup()
 
 
 @pytest.fixture
 def one_thread():
-    """Threads that wait for each other on a busy machine make a second of training 20."""
+    """One thread, because on a busy machine synchronising threads makes training 20 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

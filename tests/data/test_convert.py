@@ -1,4 +1,4 @@
-"""Scaling, channels, size and normalisation, and what is refused."""
+"""Scaling, channels, size, normalisation and error messages."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_a_resize_is_bilinear_and_antialiased():
     assert_close(Convert(size=4)(torch.full((1, 1, 9, 7), 3.0)), torch.full((1, 1, 4, 4), 3.0))
 
 
-def test_normalisation_is_a_channels_own():
+def test_normalisation_is_per_channel():
     x = images()
     y = Convert(mean=[0.1, 0.2, 0.3], std=(1, 2, 4))(x)
     assert_close(y[:, 2], (x[:, 2].float() / 255 - 0.3) / 4)
@@ -56,6 +56,6 @@ def test_images_of_several_sizes_become_one_batch():
     ],
     ids=["channels", "mean", "std"],
 )
-def test_what_cannot_be_converted(options, words):
+def test_impossible_conversions_raise(options, words):
     with pytest.raises(ValueError, match=words):
         Convert(**options)(images())

@@ -1,4 +1,4 @@
-"""Image folders, parquet, save_to_disk, streams: the same samples with the same numbers, and every refusal."""
+"""Image folders, parquet, save_to_disk and streams give equal samples and numbers; error messages."""
 
 import time
 from functools import partial
@@ -38,7 +38,7 @@ def test_every_form_gives_the_pictures(form, stored, pictures):
     assert_close(whole.x, shown)
 
 
-def test_a_single_parquet_file_will_do(stored):
+def test_a_single_parquet_file_is_read(stored):
     assert len(gathered(Hub(stored["parquet"] + "/train.parquet").loader("all")).y) == 41
 
 
@@ -68,7 +68,7 @@ def test_a_stream_trains_in_another_order_each_epoch(buffer, stored, monkeypatch
     assert torch.equal(gathered(Hub(stored["parquet"], streaming=True, batch_size=4).train_dataloader()).ids, first)
 
 
-def test_processes_of_a_trainer_see_as_many_streamed_batches(stored):
+def test_processes_of_a_trainer_see_equally_many_streamed_batches(stored):
     data = Hub(stored["parquet"], streaming=True, calibration=0)
     shared = {"train": [], "test": []}
     for rank in range(3):
@@ -83,15 +83,15 @@ def test_processes_of_a_trainer_see_as_many_streamed_batches(stored):
         assert len(lost) < (3 if split == "train" else 1)
 
 
-def test_a_stream_that_ends_early_stops_the_run(stored):
+def test_a_stream_that_ends_early_raises(stored):
     data = Hub(stored["parquet"], streaming=True)
     data.setup()
     data.source.counts[0] = 50
-    with pytest.raises(ValueError, match=r"was to have 50 samples and its stream ended after 41; set dataset.streaming"):
+    with pytest.raises(ValueError, match=r"declares 50 samples, but its stream ended after 41; set dataset.streaming"):
         list(Stream(data.source, torch.tensor([49]), data._convert(), 4, 3))
 
 
-def test_fingerprints_follow_the_samples(stored, table, tmp_path):
+def test_fingerprints_change_with_the_samples(stored, table, tmp_path):
     table.select(range(40)).save_to_disk(str(tmp_path / "fewer"))
     assert Hub(stored["saved"]).fingerprint() == Hub(stored["saved"]).fingerprint()
     assert Hub(stored["saved"]).fingerprint() != Hub(str(tmp_path / "fewer")).fingerprint()
@@ -117,7 +117,7 @@ def test_a_trainer_runs_on_it(streaming, stored, tmp_path):
     assert 0 <= run.test(module, data, verbose=False)[0]["test/acc"] <= 1
 
 
-def test_a_dataset_that_is_not_here_is_one_line_at_once(monkeypatch):
+def test_an_unavailable_dataset_raises_one_line_quickly(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
@@ -134,10 +134,10 @@ def test_a_dataset_that_is_not_here_is_one_line_at_once(monkeypatch):
     assert datasets.config.HF_HUB_OFFLINE in (True, False)
 
 
-def test_a_folder_that_is_not_there_or_empty(tmp_path):
+def test_a_missing_or_empty_folder_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"no folder at {tmp_path.resolve()}/no; set dataset.path"):
         Hub(str(tmp_path / "no")).setup()
-    with pytest.raises(FileNotFoundError, match=rf"nothing to read at {tmp_path.resolve()}; dataset.path is a folder"):
+    with pytest.raises(FileNotFoundError, match=rf"no data set at {tmp_path.resolve()}; dataset.path is a folder"):
         Hub(str(tmp_path)).setup()
 
 
@@ -152,18 +152,18 @@ def test_a_folder_that_is_not_there_or_empty(tmp_path):
         ({"classes": 2}, "labels run from 0 to 2, dataset.classes is 2; set dataset.classes=3"),
     ],
 )
-def test_splits_and_columns_that_are_not_there(options, words, stored):
+def test_missing_splits_and_columns_raise(options, words, stored):
     with pytest.raises(ValueError, match=words):
         Hub(stored["saved"], **options).setup()
 
 
-def test_labels_beyond_the_classes_stop_a_stream(stored):
+def test_labels_beyond_the_classes_raise_in_a_stream(stored):
     data = Hub(stored["saved"], classes=2, streaming=True)
     with pytest.raises(ValueError, match=r"labels run from 0 to 2, dataset.classes is 2"):
         list(data.loader("all"))
 
 
-def test_columns_that_could_be_several_or_no_labels(table, tmp_path):
+def test_several_or_no_label_columns_raise(table, tmp_path):
     two = table.add_column("coarse", [0] * 41).cast_column("coarse", datasets.ClassLabel(names=["animal"]))
     two.save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ValueError, match=r"has several label columns \(label, coarse\).*set dataset.label_key"):
@@ -186,15 +186,15 @@ def test_plain_bytes_and_integers_are_read(table, tmp_path):
         data = Hub(str(tmp_path / "plain"), streaming=streaming, classes=3 if streaming else None)
         assert gathered(data.loader("all")).x.shape == (41, 3, 10, 10)
         assert data.classes == 3
-    with pytest.raises(ValueError, match=r"does not say how many classes it has; set dataset.classes"):
+    with pytest.raises(ValueError, match=r"the number of classes of the source is unknown; set dataset.classes"):
         Hub(str(tmp_path / "plain"), streaming=True).setup()
 
 
-def test_modes_of_pictures():
+def test_image_modes():
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
     assert decoded(grey).shape == (1, 3, 4)
     assert decoded(grey).flatten().tolist() == list(range(12))
     assert decoded(grey.convert("RGBA")).shape == (3, 3, 4)
     assert decoded(grey.convert("1")).shape == (1, 3, 4)
-    with pytest.raises(ValueError, match=r"an image has mode I;16; only eight bits a channel are read"):
+    with pytest.raises(ValueError, match=r"an image has mode I;16; only eight bits per channel are supported"):
         decoded(Image.fromarray(np.ones((3, 4), np.uint16)))

@@ -1,4 +1,4 @@
-"""Which tokens count: each selector against a slow loop, under any padding; what is measured of them against means by hand."""
+"""Token selectors compared with slow loops under any padding, and metrics of selected tokens with direct means."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def path(tmp_path_factory):
 
 
 def padded(side, pad=258):
-    """Ids, mask and labels of the texts with a BOS, and of one token alone; two labels do not count."""
+    """Ids, mask and labels of the texts with a BOS, and of a single token; two labels are ignored."""
     rows = [[256, *text.encode()] for text in TEXTS] + [[0]]
     width = max(map(len, rows)) + 2 * (side == "both")
     ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.int64)
@@ -51,7 +51,7 @@ def padded(side, pad=258):
 
 
 def places(expression, n):
-    """What an expression names among n, the slow way."""
+    """The positions that an expression selects among n, computed slowly."""
     if expression == "last":
         expression = "-1"
     found = []
@@ -64,7 +64,7 @@ def places(expression, n):
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("pad", [0, 97, 257, 258])
 @pytest.mark.parametrize("term", [*PLACES, "all", "loss", "loss & n//2:"])
-def test_a_selector_is_its_slow_loop(term, pad, side):
+def test_selectors_agree_with_a_slow_loop(term, pad, side):
     ids, mask, labels = padded(side, pad)
     wanted = torch.zeros_like(mask).bool()
     for row in range(len(ids)):
@@ -92,7 +92,7 @@ def test_without_a_mask_every_token_is_real(term):
 
 
 def slow_words(ids, mask, kind, words):
-    """Tokens of single bytes that lie in an occurrence, by looking at each stretch of the text."""
+    """Single-byte tokens inside an occurrence, found by testing every substring."""
     found = torch.zeros_like(mask).bool()
     for row in range(len(ids)):
         at = [k for k in range(ids.shape[1]) if mask[row, k] and ids[row, k] < 256]
@@ -112,7 +112,7 @@ WORDS = ["phrase:aa", "phrase:ö", "phrase: the", "phrase:文 😀", r"regex:[ä
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("term", WORDS)
-def test_words_of_bytes_are_their_slow_loop(term, side):
+def test_matches_in_bytes_agree_with_a_slow_loop(term, side):
     kind, _, words = term.partition(":")
     ids, mask, _ = padded(side)
     ids, mask = ids[:-1], mask[:-1]
@@ -145,7 +145,7 @@ def test_a_phrase_is_found_by_the_pieces_of_a_stored_tokenizer():
     assert torch.equal(again, select_tokens(ids, "phrase:time", mask=mask, tokenizer=tokenizer, texts=texts))
 
 
-def test_a_token_without_bytes_belongs_to_the_letter_before():
+def test_a_token_without_bytes_belongs_to_the_previous_character():
     nbytes = np.array([0, 1, 4, 0, 0, 1, 0])
     for words, marks in (("b", "0000011"), ("😀", "0011100"), ("a", "0100000"), ("a😀", "0111100"), ("c", "0000000")):
         found = Selector.parse(f"phrase:{words}").marked("a😀b", nbytes)
@@ -172,38 +172,38 @@ def test_special_ids_are_compared_one_by_one():
 @pytest.mark.parametrize(
     ("selector", "words"),
     [
-        ("lst", "^no selector is called 'lst'; there are all, loss, last, positions .*joined by ' & '$"),
+        ("lst", "^no selector is called 'lst'; choose from all, loss, last, positions .*joined by ' & '$"),
         ("", "^no selector is called ''"),
         ("0 & lst", "^no selector is called 'lst'"),
-        ("3:1", "^selector '3:1' names no token in samples of any length: it names nothing"),
-        ("1//0", "names no token in samples of any length: '1//0' divides by zero"),
-        ("0, (1", "names no token in samples of any length: '\\(1' is no sum"),
-        ("regex:(a", r"^selector 'regex:\(a' is no regular expression: missing \)"),
-        ("phrase:", "^selector 'phrase:' is empty: give a text behind the colon"),
+        ("3:1", "^selector '3:1' selects no token in samples of any length: it selects nothing"),
+        ("1//0", "selects no token in samples of any length: '1//0' divides by zero"),
+        ("0, (1", "selects no token in samples of any length: '\\(1' is not an expression"),
+        ("regex:(a", r"^selector 'regex:\(a' is not a regular expression: missing \)"),
+        ("phrase:", "^selector 'phrase:' is empty: give a text after the colon"),
     ],
 )
-def test_a_selector_that_cannot_be_read(selector, words, path):
+def test_invalid_selectors_raise(selector, words, path):
     with pytest.raises(ValueError, match=words):
         Selector.parse(selector)
     with pytest.raises(ValueError, match=words):
         Text(path, select=selector).setup()
 
 
-def test_what_a_selector_needs(tmp_path):
+def test_missing_arguments_of_a_selector_raise(tmp_path):
     ids = torch.tensor([[97, 98]])
     for options, words in (
-        ({"selector": "loss"}, "selector 'loss' asks for the loss and the batch has no labels"),
-        ({"selector": "phrase:a"}, "needs to know the tokenizer: give tokenizer="),
-        ({"special": "drop"}, "selector 'all' with special=drop needs to know the tokenizer"),
+        ({"selector": "loss"}, "selector 'loss' needs the loss, but the batch has no labels"),
+        ({"selector": "phrase:a"}, "needs the tokenizer: give tokenizer="),
+        ({"special": "drop"}, "selector 'all' with special=drop needs the tokenizer"),
         ({"special": "no"}, "special is 'no'; it is keep or drop"),
         ({"selector": "phrase:a", "tokenizer": BYTES, "texts": ["a", "b"]}, "a batch has 1 samples and 2 texts"),
-        ({"selector": "phrase:a", "tokenizer": BYTES, "texts": ["ba"]}, "the ids of sample 0 are not those that the tokenizer"),
-        ({"selector": "phrase:a", "tokenizer": ByT5Tokenizer()}, "this tokenizer does not say where in the text its tokens lie"),
+        ({"selector": "phrase:a", "tokenizer": BYTES, "texts": ["ba"]}, "the ids of sample 0 are not the tokens of its text"),
+        ({"selector": "phrase:a", "tokenizer": ByT5Tokenizer()}, "this tokenizer gives no character offsets"),
     ):
         with pytest.raises(ValueError, match=words):
             select_tokens(ids, **options)
     ByT5Tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="this tokenizer does not say where"):
+    with pytest.raises(ValueError, match="this tokenizer gives no character offsets"):
         Text(tokenizer=str(tmp_path), bos=None, select="phrase:a").setup()
     assert select_tokens(ids, "phrase:a", tokenizer=BYTES, texts=["ab and more"]).tolist() == [[True, False]]
 
@@ -214,7 +214,7 @@ def batches(path, size=2, **options):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("selector", ["last", "n//2:", "phrase:e", "loss & phrase:the"])
-def test_a_batch_says_which_tokens_count_and_nothing_else_changes(selector, side, path):
+def test_a_batch_marks_selected_tokens_and_nothing_else_changes(selector, side, path):
     net, size = model(), 5
     (plain,), (chosen,) = (batches(path, size, side=side, select=s) for s in ("all", selector))
     assert "select" not in plain
@@ -227,7 +227,7 @@ def test_a_batch_says_which_tokens_count_and_nothing_else_changes(selector, side
     before, now = Batch.of(plain), Batch.of(chosen)
     assert torch.equal(now.mask, wanted)
     assert torch.equal(now.labels, before.labels)
-    assert torch.equal(now.keys, before.keys)
+    assert torch.equal(now.hashes, before.hashes)
     assert now.kwargs.keys() == before.kwargs.keys()
     seen = []
     handle = net.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -237,17 +237,17 @@ def test_a_batch_says_which_tokens_count_and_nothing_else_changes(selector, side
     assert evaluate(net, [chosen]) == evaluate(net, [plain])
 
 
-def test_a_selection_stands_alone_where_nothing_is_padded():
+def test_a_selection_without_padding_is_the_mask():
     ids = torch.zeros(2, 3, dtype=torch.int64)
     mask = torch.tensor([[True, False, True], [False, False, True]])
     assert torch.equal(Batch.of({"input_ids": ids, "select": mask}).mask, mask)
     assert torch.equal(Batch.of({"input_ids": ids, "select": mask}).sorted().mask, mask)
-    with pytest.raises(ValueError, match=r"select is \(3, 2\), the tokens are \(2, 3\): give true or false a token"):
+    with pytest.raises(ValueError, match=r"select is \(3, 2\), but the tokens are \(2, 3\): give one bool per token"):
         Batch.of({"input_ids": ids, "select": mask.T})
 
 
 def each_output(net, path, selector):
-    """What the layer that is measured returns for each text alone, (1, T, d) float64, and which tokens count, (1, T)."""
+    """The output of the measured layer for each text alone, (1, T, d) float64, and its selected tokens, (1, T)."""
     layer, seen = net.model.layers[0].mlp.up_proj, []
     forward = layer.forward
     layer.forward = lambda x: seen.append(forward(x).detach().double()) or forward(x)
@@ -289,6 +289,6 @@ def test_the_geometry_is_that_of_the_selected_tokens(selector, side, path):
     assert_close(found["top1_share"], float(spectrum[0] / spectrum.sum()), rtol=1e-4, atol=0)
 
 
-def test_a_stop_at_a_number_counts_selected_tokens(path):
+def test_a_limit_on_tokens_counts_selected_tokens(path):
     found = nl.analyze_model(model=model(), dataloader=batches(path, side="left", select="1:"), layers=[0], max_tokens=21)
     assert found.metadata["tokens_observed"] == 21

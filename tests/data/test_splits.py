@@ -32,7 +32,7 @@ def test_a_seed_gives_the_same_splits_and_leaves_the_global_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["val"], other["val"])
-    fewer = splits(calibration=5)  # test and val do not move when the calibration set shrinks
+    fewer = splits(calibration=5)  # test and val are unchanged by a smaller calibration set
     assert torch.equal(first["val"], fewer["val"])
     assert torch.equal(first["test"], fewer["test"])
 
@@ -48,7 +48,7 @@ def test_a_seed_gives_the_same_splits_and_leaves_the_global_state_alone():
         ({"rows": 0}, "no sample is left to train on: 0 samples"),
     ],
 )
-def test_shares_that_cannot_be(options, words):
+def test_invalid_shares_raise(options, words):
     with pytest.raises(ValueError, match=words):
         splits(**options)
 
@@ -61,14 +61,14 @@ def test_shards_are_exact_and_may_be_empty():
         shard(torch.arange(7), 3, 3)
 
 
-def test_an_unknown_split_names_the_nearest():
+def test_an_unknown_split_raises_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"no split 'calib'; did you mean 'calibration'. there are train, val, test"):
         pick(splits(), "calib")
     with pytest.raises(ValueError, match=r"no split 'zzz'; there are train"):
         Digits().loader("zzz")
 
 
-def test_saved_splits_say_who_is_where(tmp_path):
+def test_saved_splits_list_the_samples(tmp_path):
     data = Digits()
     file = data.save_splits(tmp_path / "run")
     saved = json.loads(file.read_text())

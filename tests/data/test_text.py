@@ -1,4 +1,4 @@
-"""Texts in tokens: every form of a corpus, every way to cut it, each token predicted once and every byte counted."""
+"""Tokenised texts: all corpus forms and ways of cutting; each token is predicted once and each byte counted."""
 
 import json
 import time
@@ -45,7 +45,7 @@ def bpe(tmp_path_factory):
 
 
 def samples(data, split="all", size=3):
-    """Each sample's real tokens."""
+    """The real tokens of each sample."""
     found = []
     for batch in data.loader(split, batch_size=size):
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -83,7 +83,7 @@ def test_blocks_hold_the_joined_documents(write):
     assert (data.classes, data.unsplit) == (259, True)
 
 
-def test_special_tokens_stand_where_they_are_asked_for(write):
+def test_special_tokens_are_placed_as_requested(write):
     path = write(["ab", "cd"])
     assert samples(small(path)) == [[256, 97, 98, 256, 99, 100]]
     assert samples(small(path, bos=None, eos=True)) == [[97, 98, 257, 99, 100, 257]]
@@ -134,7 +134,7 @@ def test_padded_documents_are_whole_rows_with_a_mask(side, write):
     assert set(alone) == {"input_ids", "labels", "bytes", "ids"}, "nothing is padded"
 
 
-def test_a_document_with_nothing_to_predict_is_no_sample(write):
+def test_documents_without_a_token_to_predict_are_dropped(write):
     assert samples(small(write(["a", "bc"]), mode="pad", bos=None)) == [[98, 99]]
     assert samples(small(write(["a", "bc"]), mode="pad")) == [[256, 97], [256, 98, 99]]
 
@@ -142,7 +142,7 @@ def test_a_document_with_nothing_to_predict_is_no_sample(write):
 @pytest.mark.parametrize("name", ["bpe", "byt5"])
 def test_a_stored_tokenizer_counts_true_bytes(name, bpe, write, tmp_path):
     folder = bpe
-    if name == "byt5":  # which does not tell where its tokens end
+    if name == "byt5":  # it has no character offsets
         ByT5Tokenizer().save_pretrained(folder := str(tmp_path / "byt5"))
     tokenizer = StoredTokenizer.of(folder)
     for text, tokens in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
@@ -152,7 +152,7 @@ def test_a_stored_tokenizer_counts_true_bytes(name, bpe, write, tmp_path):
     data = small(write(TEXTS), tokenizer=folder, bos="document" if name == "bpe" else None, length=10_000)
     assert data.classes is None
     (batch,) = data.loader("all")
-    first = 0 if name == "bpe" else 1  # without BOS nothing predicts the first letter
+    first = 0 if name == "bpe" else 1  # without BOS the first letter is not predicted
     assert batch["bytes"].tolist() == [len("".join(TEXTS).encode()) - first]
     assert data.classes == tokenizer.size == (300 if name == "bpe" else 384)
 
@@ -193,11 +193,11 @@ def forms(tmp_path_factory):
 def test_every_form_gives_the_texts(form, streaming, forms):
     data = small(forms[form], mode="pad", length=99, separator="---" if form == "file" else None, streaming=streaming)
     assert sorted(map(decoded, samples(data))) == sorted(text for text in TEXTS if text)
-    if form != "folder":  # whose files come by their names
+    if form != "folder":  # its files are sorted by name
         assert [decoded(s) for s in samples(data)] == [text for text in TEXTS if text]
 
 
-def test_a_test_set_of_its_own_is_the_test_split(forms):
+def test_a_separate_test_set_is_the_test_split(forms):
     data = small(forms["both"], mode="pad", length=99)
     assert [decoded(s) for s in samples(data, "test")] == ["The end"]
     assert (data.unsplit, data.indices["test"].tolist()) == (False, [3])
@@ -220,7 +220,7 @@ def test_lines_and_separators(tmp_path):
         assert [decoded(s) for s in samples(small(path, mode="pad", length=99, separator=separator))] == texts
 
 
-def test_as_much_is_read_as_is_asked_for(write):
+def test_limits_on_documents_and_tokens(write):
     path = write(TEXTS)
     assert decoded(samples(small(path, documents=1, length=99))[0]) == TEXTS[0]
     data = small(path, max_tokens=20, length=8)
@@ -241,7 +241,7 @@ def test_the_embedded_text_needs_no_file():
     assert {name: len(ids) for name, ids in data.indices.items()}["calibration"] == 128
 
 
-def test_splits_are_disjoint_seeded_and_dealt_out():
+def test_splits_are_disjoint_seeded_and_sharded():
     data, again, other = (Text(length=64, max_tokens=9_600, calibration=20, batch_size=7, seed=seed) for seed in (0, 0, 1))
     parts = {split: samples(data, split) for split in ("train", "val", "test", "calibration")}
     assert {split: len(rows) for split, rows in parts.items()} == {"train": 85, "val": 15, "test": 30, "calibration": 20}
@@ -275,7 +275,7 @@ def test_saved_splits_and_fingerprints(write, tmp_path):
     assert small(write(TEXTS)).fingerprint() in prints
 
 
-def test_a_tokenizer_that_is_not_here_is_one_line_at_once(monkeypatch, tmp_path):
+def test_an_unavailable_tokenizer_raises_one_line_quickly(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise OSError("no network")
 
@@ -294,33 +294,33 @@ def test_a_tokenizer_that_is_not_here_is_one_line_at_once(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"length": 1}, "dataset.length is 1; a token is predicted from one before it: give 2 or more"),
+        ({"length": 1}, "dataset.length is 1; a token is predicted from an earlier one: give 2 or more"),
         ({"stride": 0}, "dataset.stride is 0; it is 1 to 16 tokens"),
         ({"stride": 16, "bos": "block"}, "dataset.stride is 16; it is 1 to 15 tokens"),
         ({"stride": 4, "mode": "pad"}, "dataset.stride is 4; .* for mode=pack only"),
         ({"documents": 0}, "dataset.documents is 0; it is 1 or more, or null for all"),
         ({"max_tokens": 0}, "dataset.max_tokens is 0"),
-        ({"classes": 258}, "the byte-level tokenizer has 259 ids, dataset.classes is 258"),
-        ({"length": 500, "remainder": "drop"}, r"has 100 tokens, not one block of 500; lower dataset.length"),
+        ({"classes": 258}, "the byte-level tokenizer has 259 ids, more than dataset.classes=258"),
+        ({"length": 500, "remainder": "drop"}, r"has 100 tokens, fewer than one block of 500; lower dataset.length"),
         ({"text_key": "body"}, r"texts.jsonl, line 1 has no 'body', it has text; set dataset.text_key"),
         ({"val": 1.0}, "dataset.val is 1.0"),
     ],
     ids=label,
 )
-def test_options_that_do_not_fit(options, words, write):
+def test_unsuitable_options_raise(options, words, write):
     with pytest.raises(ValueError, match=words):
         small(write(TEXTS), **options).setup()
 
 
-def test_a_tokenizer_without_the_token_asked_for(bpe, write):
+def test_a_missing_special_token_raises(bpe, write):
     with pytest.raises(ValueError, match=r"the tokenizer '.*' has no EOS token; set dataset.eos=false"):
         small(write(TEXTS), tokenizer=bpe, eos=True).setup()
-    with pytest.raises(ValueError, match=r"the tokenizer '.*' has 300 ids, dataset.classes is 299"):
+    with pytest.raises(ValueError, match=r"the tokenizer '.*' has 300 ids, more than dataset.classes=299"):
         small(write(TEXTS), tokenizer=bpe, classes=299).setup()
 
 
-def test_text_that_cannot_be_read(forms, tmp_path, write):
-    def refused(error, words, path, **options):
+def test_unreadable_text_raises(forms, tmp_path, write):
+    def check(error, words, path, **options):
         with pytest.raises(error, match=words):
             small(str(path), **options).setup()
 
@@ -331,15 +331,15 @@ def test_text_that_cannot_be_read(forms, tmp_path, write):
     (tmp_path / "list.jsonl").write_text("[1]")
     (tmp_path / "number.jsonl").write_text('{"text": 1}')
     kinds = "dataset.path is a text file, a folder of .txt files"
-    refused(FileNotFoundError, rf"^no text at {tmp_path.resolve()}/no; {kinds}", tmp_path / "no")
-    refused(FileNotFoundError, rf"/no.jsonl; {kinds}", "no.jsonl")
-    refused(FileNotFoundError, rf"^nothing to read at .*/empty; {kinds}", tmp_path / "empty")
-    refused(FileNotFoundError, rf"^dataset 'no/body' is not on this machine and the hub cannot be reached; {kinds}", "no/body")
-    refused(ValueError, r"bare.txt' holds no text; set dataset.path", tmp_path / "bare.txt")
-    refused(ValueError, r"latin.txt is no UTF-8 text \(byte 1\)", tmp_path / "latin.txt")
-    refused(ValueError, "wrong.jsonl, line 2 is no JSON", tmp_path / "wrong.jsonl")
-    refused(ValueError, "list.jsonl, line 1 is a list; a line is an object with a text", tmp_path / "list.jsonl")
-    refused(ValueError, "number.jsonl, line 1: 'text' is int, texts are strings", tmp_path / "number.jsonl")
-    refused(ValueError, "has no split 'tests', it has train, test; set dataset.test_split", forms["both"], test_split="tests")
-    refused(ValueError, "has no column 'body', it has text, n; set dataset.text_key", forms["saved"], text_key="body")
-    refused(ValueError, "'n' is int, texts are strings", forms["saved"], text_key="n")
+    check(FileNotFoundError, rf"^no text at {tmp_path.resolve()}/no; {kinds}", tmp_path / "no")
+    check(FileNotFoundError, rf"/no.jsonl; {kinds}", "no.jsonl")
+    check(FileNotFoundError, rf"^no data set at .*/empty; {kinds}", tmp_path / "empty")
+    check(FileNotFoundError, rf"^dataset 'no/body' is not on this machine and the hub cannot be reached; {kinds}", "no/body")
+    check(ValueError, r"bare.txt' contains no text; set dataset.path", tmp_path / "bare.txt")
+    check(ValueError, r"latin.txt is not UTF-8 text \(byte 1\)", tmp_path / "latin.txt")
+    check(ValueError, "wrong.jsonl, line 2 is not JSON", tmp_path / "wrong.jsonl")
+    check(ValueError, "list.jsonl, line 1 is a list; each line must be an object with a text", tmp_path / "list.jsonl")
+    check(ValueError, "number.jsonl, line 1: 'text' is int, texts are strings", tmp_path / "number.jsonl")
+    check(ValueError, "has no split 'tests', it has train, test; set dataset.test_split", forms["both"], test_split="tests")
+    check(ValueError, "has no column 'body', it has text, n; set dataset.text_key", forms["saved"], text_key="body")
+    check(ValueError, "'n' is int, texts are strings", forms["saved"], text_key="n")

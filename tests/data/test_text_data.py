@@ -1,4 +1,4 @@
-"""Texts whose tokens are kept, or never held: the same samples as when they are read whole; selections along block edges."""
+"""Cached and streamed texts give the same samples as texts read into memory; selections at block edges."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many texts were tokenised."""
+    """The number of tokenised texts."""
     seen, encode = [], ByteTokenizer.encode
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
     return seen
@@ -65,12 +65,12 @@ def test_a_match_across_the_edge_of_blocks_counts_on_both_sides(path):
     assert data.counts["counted"] == 4
 
 
-def test_a_token_in_front_of_a_block_is_not_of_the_text(path):
+def test_the_prefix_of_a_block_is_not_part_of_the_text(path):
     (batch,) = every(small(path, bos="block", length=500, select="phrase:O"))
     assert batch["select"].nonzero().tolist() == [[0, 1]]
 
 
-def test_a_phrase_is_not_looked_for_across_documents(tmp_path):
+def test_a_phrase_does_not_match_across_documents(tmp_path):
     (tmp_path / "a.txt").write_text("ab|cd")
     path = str(tmp_path / "a.txt")
     assert small(path, separator="|", bos=None, select="phrase:c").loader("all")
@@ -89,7 +89,7 @@ def test_phrases_of_a_stored_tokenizer():
     assert "".join(tokens).replace("▁", "") == "Lucy" * text.count("Lucy")
 
 
-def test_each_token_is_counted_for_one_reason(path, tmp_path):
+def test_each_token_is_counted_once(path, tmp_path):
     data = small(path, mode="pad", length=40, batch_size=3, select="n//2:", special="drop", eos=True)
     padding = special = counted = total = 0
     for batch in every(data):
@@ -121,25 +121,25 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("headroom", [1, 40, 1 << 16])
+@pytest.mark.parametrize("buffer", [1, 40, 1 << 16])
 @pytest.mark.parametrize("options", CUTS.values(), ids=list(CUTS))
-def test_blocks_cut_while_documents_come_are_those_of_the_whole(options, headroom, path, monkeypatch):
-    monkeypatch.setattr("nodelens.data.textstream._HEADROOM", headroom)
-    monkeypatch.setattr("nodelens.data.blocks._AT_ONCE", 1)
+def test_streamed_blocks_are_those_of_the_whole_text(options, buffer, path, monkeypatch):
+    monkeypatch.setattr("nodelens.data.textstream._BUFFER", buffer)
+    monkeypatch.setattr("nodelens.data.blocks._GROUP", 1)
     whole = every(small(path, **options), batch_size=3)
     data = small(path, streaming=True, **options)
     same(every(data, batch_size=3), whole)
-    same(every(data, batch_size=3), whole)  # again from its begin
+    same(every(data, batch_size=3), whole)  # again from the start
     assert (data.unsplit, data.classes, data.source) == (True, 259, None)
     for rank in range(3):
         same(every(data, rank, 3, 2), every(small(path, **options), rank, 3, 2))
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "aa", "|"])
-def test_plain_text_is_cut_alike_a_stretch_at_a_time(separator, tmp_path, monkeypatch):
+def test_plain_text_is_split_the_same_in_chunks(separator, tmp_path, monkeypatch):
     text = "one aaa two\n\n\n\n|three|\r\n four aaaa\n\nfive"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    monkeypatch.setattr("nodelens.data.corpus._STRETCH", 3)
+    monkeypatch.setattr("nodelens.data.corpus._CHUNK", 3)
     found = list(Corpus(str(tmp_path / "a.txt"), separator=separator).open()[0])
     assert found == [part.strip() for part in text.replace("\r\n", "\n").split(separator)]
 
@@ -168,7 +168,7 @@ def test_memory_does_not_grow_with_the_text():
     assert held < 4 * (1 << 16) + 64 * 2501
 
 
-def test_an_endless_text_stops_where_it_is_told():
+def test_an_endless_text_stops_at_the_limit():
     stream = TextStream(Blocks(lambda: iter(lambda: "text", None), Reader(BYTES), 10, most=205), 4)
     assert [len(batch["ids"]) for batch in stream] == [4, 4, 4, 4, 4]
     assert len(list(islice(TextStream(Blocks(lambda: iter(lambda: "text", None), Reader(BYTES), 10), 4), 7))) == 7
@@ -186,8 +186,8 @@ def test_a_stream_has_one_split(path, tmp_path):
     same(every(small(path, streaming=True, workers=2)), every(data))
     for options, words in (
         ({"select": "phrase:nothing"}, "dataset.select='phrase:nothing' selects no token of '.*'; give another"),
-        ({"length": 500, "remainder": "drop"}, "has not one block of 500 tokens; lower dataset.length"),
-        ({"cache": str(tmp_path)}, "dataset.cache keeps tokens and dataset.streaming=true stores nothing"),
+        ({"length": 500, "remainder": "drop"}, "has less than one block of 500 tokens; lower dataset.length"),
+        ({"cache": str(tmp_path)}, "dataset.cache stores tokens and dataset.streaming=true stores nothing"),
     ):
         with pytest.raises(ValueError, match=words):
             every(small(path, streaming=True, **options))
@@ -199,7 +199,7 @@ def cached(path, folder, **options):
     return small(path, cache=str(folder), select="phrase:e", **options)
 
 
-def test_tokens_that_are_kept_are_not_made_again(path, tmp_path, encoded):
+def test_cached_tokens_are_not_made_again(path, tmp_path, encoded):
     plain, home = every(small(path, select="phrase:e")), tmp_path / "kept"
     count = len(encoded)
     assert count == len(TEXTS)
@@ -209,7 +209,7 @@ def test_tokens_that_are_kept_are_not_made_again(path, tmp_path, encoded):
             same(every(data), plain)
         data.setup()
     assert len(encoded) == 2 * count, "made once for four"
-    assert len(list(home.iterdir())) == 1, "and nothing beside it"
+    assert len(list(home.iterdir())) == 1, "no other file is left"
     assert data.counts["tokens"] == sum(len(text.encode()) + 1 for text in TEXTS if text)
 
 
@@ -218,7 +218,7 @@ def test_tokens_that_are_kept_are_not_made_again(path, tmp_path, encoded):
     [{"bos": None}, {"eos": True}, {"documents": 3}, {"max_tokens": 30}, {"select": "phrase:r"}, {"text_key": "other"}],
     ids=label,
 )
-def test_what_changes_the_tokens_makes_others(options, tmp_path, encoded):
+def test_options_that_change_the_tokens_miss_the_cache(options, tmp_path, encoded):
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": text, "other": f"{text}E!"}) for text in TEXTS))
     for chosen in ({}, options):
@@ -227,7 +227,7 @@ def test_what_changes_the_tokens_makes_others(options, tmp_path, encoded):
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
-def test_a_text_of_the_same_size_and_time_is_another(tmp_path, encoded):
+def test_a_text_of_equal_size_and_time_misses_the_cache(tmp_path, encoded):
     import os
 
     path = tmp_path / "a.txt"
@@ -240,7 +240,7 @@ def test_a_text_of_the_same_size_and_time_is_another(tmp_path, encoded):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "no tensors"])
-def test_a_damaged_file_is_made_again_and_said(harm, path, tmp_path, caplog, encoded):
+def test_a_damaged_file_is_made_again_with_a_warning(harm, path, tmp_path, caplog, encoded):
     truth = every(cached(path, tmp_path / "kept"))
     (file,) = (tmp_path / "kept").iterdir()
     held = bytearray(file.read_bytes())
@@ -257,7 +257,7 @@ def test_a_damaged_file_is_made_again_and_said(harm, path, tmp_path, caplog, enc
     assert (len(encoded), caplog.text) == (2 * count, "")
 
 
-def test_two_parts_and_tables_are_kept_too(tmp_path, encoded):
+def test_test_sets_and_tables_are_cached_too(tmp_path, encoded):
     both = datasets.DatasetDict(
         {"train": datasets.Dataset.from_dict({"text": TEXTS[:3]}), "test": datasets.Dataset.from_dict({"text": TEXTS[3:]})}
     )
@@ -276,13 +276,13 @@ def test_two_parts_and_tables_are_kept_too(tmp_path, encoded):
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
-def test_bytes_of_blocks_are_summed_a_stretch_at_a_time(path, monkeypatch):
+def test_bytes_of_blocks_are_summed_in_chunks(path, monkeypatch):
     truth = every(small(path, stride=5))
     monkeypatch.setattr("nodelens.data.blocks._CHUNK", 7)
     same(every(small(path, stride=5)), truth)
 
 
-def test_a_block_that_goes_on_scores_only_what_is_new():
+def test_a_continued_block_predicts_only_new_tokens():
     stream = next(Reader(BYTES).read(iter(["abcdefghij"])))
     begun = packed(stream, 4, 2, begun=True)
     assert begun.scored.tolist() == [2, 4, 6, 8]

@@ -15,7 +15,7 @@ from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import edit
 from nodelens.statistics.linalg import exact_products
-from nodelens.statistics.sample_hash import content_keys, mix
+from nodelens.statistics.sample_hash import content_hashes, mix
 
 
 def hooks(net):
@@ -160,8 +160,8 @@ def test_gradients_reach_a_model_that_reads_token_ids():
 def test_keys_know_a_sample_by_its_content():
     x = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(content_keys(x)[order], content_keys(x[order]))
-    assert len(content_keys(x).unique()) == 20
+    assert torch.equal(content_hashes(x)[order], content_hashes(x[order]))
+    assert len(content_hashes(x).unique()) == 20
     assert int(mix(1, 2)) != int(mix(2, 1))
     spread = torch.bincount(mix(torch.arange(80_000), 0) % 8)
     assert float((spread - 10_000).abs().max()) < 500
@@ -205,9 +205,9 @@ class Unreached(nn.Module):
             lambda: nl.analyze(build(Mixed), [torch.zeros(4, 1, 9, 9)], ["rq"]),
             r"Mixed cannot take the data, input 0 \(2, 1, 9, 9\) float32: .*channels",
         ),
-        (lambda: nl.analyze(build(Mixed), [images()[0]], ["class_mi"]), "target 'label' needs labels, the data have none"),
+        (lambda: nl.analyze(build(Mixed), [images()[0]], ["class_mi"]), "target 'label' needs labels, but the data have none"),
         (lambda: nl.analyze(build(Mixed), [images()[0]], ["taylor"]), "target 'loss' needs labels"),
-        (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1] + 9)], ["synergy"]), "the model has 4 classes, a label is 12"),
+        (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1] + 9)], ["synergy"]), "4 classes, but a label is 12"),
         (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1][:5])], ["synergy"]), "a batch has 96 samples and 5 labels"),
         (lambda: nl.analyze(build(Mixed), [(1, 2, 3)], ["rq"]), r"not a tuple of 3: \(int, int, int\)"),
         (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq", "rq"]), "metric 'rq' is asked for twice"),

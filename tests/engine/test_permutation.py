@@ -105,8 +105,8 @@ def test_joined_targets_are_columns():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("margin", "no target is called 'margin'; there are label, logit_margin"),
-        (lambda logits, labels: logits.sum(), "gives \\(\\) for 9 samples; it gives \\(samples,\\) or \\(samples, t\\)"),
+        ("margin", "no target is called 'margin'; choose from label, logit_margin"),
+        (lambda logits, labels: logits.sum(), "returns \\(\\) for 9 samples; return \\(samples,\\) or \\(samples, t\\)"),
         ("math.tan_h", "math has no function 'tan_h'"),
     ],
     ids=label,

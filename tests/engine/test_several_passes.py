@@ -295,7 +295,7 @@ def test_a_plan_takes_the_bytes_it_says(kind):
     for (name, need), held in sums.items():
         said = plan.nbytes(next(la for la in plan.layers if la.name == name), need)
         if need.statistic is Sample:  # room for more rows than there were: what each row takes is as said
-            rows = sum(len(part.keys) for part in held.parts)
+            rows = sum(len(part.hashes) for part in held.parts)
             said = (said - 8 * plan.groups) // (plan.groups * ROWS) * rows + 8 * plan.groups
         assert held.nbytes == said, f"{need} at {name}: {held.nbytes} bytes, the plan says {said}"
     assert {need.statistic for _, need in sums} >= (EVERY if kind == "cnn" else EVERY - OF_CLASSES)

@@ -311,26 +311,26 @@ def without(*keys):
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (large("class_mi"), r"metric 'class_mi' reads a class of each row; here the rows are tokens, of 1,500 kinds, .*leave the"),
-        (large("composite"), r"metric 'combined_score' reads a class of each row"),
-        (large("synergy", target="logit_pc1"), r"metric 'pid_synergy' reads all logits of each row; .* take one with target nll"),
-        (with_batches(without("labels")), "target 'nll' needs labels, the data have none"),
+        (large("class_mi"), r"metric 'class_mi' needs a class for each row; here the rows are tokens with a vocabulary of 1,500, "),
+        (large("composite"), r"metric 'combined_score' needs a class for each row"),
+        (large("synergy", target="logit_pc1"), r"metric 'pid_synergy' needs all logits for each row; .* use target nll"),
+        (with_batches(without("labels")), "target 'nll' needs labels, but the data have none"),
         (with_batches(without("targets"), target="given"), "target 'given' needs a target in the batch"),
         (
             with_batches(lambda b: b | {"targets": b["targets"][:, :3]}, target="nll+given"),
-            "metric 'mi' reads nll and given beside each row",
+            "metric 'mi' pairs each row with nll and given",
         ),
         (
             lambda: token_target("nll+given", torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4)),
-            r"target 'given' is \(2, 4\), and 3 tokens of 2 samples have logits",
+            r"target 'given' is \(2, 4\), but 3 tokens of 2 samples have logits",
         ),
-        (with_batches(lambda b: b, target=wrong_shape), r"gives \(4,\) for 4 x 14 tokens; it gives \(B, T\) or \(B, T, t\)"),
+        (with_batches(lambda b: b, target=wrong_shape), r"returns \(4,\) for 4 x 14 tokens; return \(B, T\) or \(B, T, t\)"),
         (with_batches(dict, layers="pool"), r"pool.output has 1 rows a sample, and target 'nll' is one for each of 14 tokens"),
         (
             with_batches(lambda b: b | {"targets": b["targets"][:, 0]}, "cond_mi", target="given"),
-            r"metric 'cond_mi' reads label and given beside each row; here one is a sample's, one a token's",
+            r"metric 'cond_mi' pairs each row with label and given; here one is per sample, the other per token",
         ),
-        (lambda: token_target("nll", torch.ones(2, 3), None), r"wants logits \(B, T, V\), the model gives \(2, 3\)"),
+        (lambda: token_target("nll", torch.ones(2, 3), None), r"needs logits \(B, T, V\), but the model gives \(2, 3\)"),
         (lambda: token_target("margin", torch.ones(2, 3, 4), None), "no target is called 'margin'"),
     ],
 )

@@ -90,10 +90,10 @@ def test_labels_that_do_not_count_and_labels_that_there_are_not():
     x, y = data()
     some = y.where(torch.arange(101) % 3 > 0, -100)
     assert evaluate(nn.Identity(), [(x, some)])["loss"] == pytest.approx(float(nn.functional.cross_entropy(x, some)))
-    with pytest.raises(ValueError, match="the model has 4 classes, the labels run from 0 to 7"):
+    with pytest.raises(ValueError, match="the model has 4 classes, but labels run from 0 to 7"):
         evaluate(nn.Identity(), [(x, y + (y == 3) * 4)])
     with pytest.raises(
-        ValueError, match=r"cross-entropy wants logits \(B, K\) and class labels \(B,\), not \(101, 4\) and \(101, 1\)"
+        ValueError, match=r"cross-entropy needs logits \(B, K\) and class labels \(B,\), not \(101, 4\) and \(101, 1\)"
     ):
         evaluate(nn.Identity(), [(x, y[:, None])])
 

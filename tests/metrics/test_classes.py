@@ -65,7 +65,7 @@ def test_bins_are_of_the_samples_held():
     n = 2500
     y, labels = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3
     metric = get_metric("class_mi", method="binning")
-    held = Sample.of(Rows.of(y), labels, keys=torch.arange(n))
+    held = Sample.of(Rows.of(y), labels, hashes=torch.arange(n))
     assert metric.counts(None, y=held) == {"constant": 0, "rows_left_out": n - 2048}
     near(metric(None, y=held), of("class_mi", y[:2048], labels[:2048], method="binning"))
 

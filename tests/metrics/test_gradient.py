@@ -304,7 +304,7 @@ def test_sums_of_float32_rows_far_from_zero_keep_what_differs():
 
 def test_widths_that_differ_are_named():
     x, y, g = layer()
-    with pytest.raises(ValueError, match=r"inputs \(49, 6\), outputs \(50, 4\) and gradients \(50, 4\): one row each"):
+    with pytest.raises(ValueError, match=r"inputs \(49, 6\), outputs \(50, 4\), gradients \(50, 4\): rows differ"):
         WeightSums.of(x[1:], y, g)
 
 

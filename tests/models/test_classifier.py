@@ -1,4 +1,4 @@
-"""Training: what is logged, what travels in a checkpoint, what is refused."""
+"""Training of classifiers: logged values, checkpoint contents and error messages."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -62,7 +62,7 @@ def test_fit_logs_and_steps_the_scheduler(tmp_path):
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
-def test_the_config_travels_in_a_checkpoint_that_needs_no_code(tmp_path):
+def test_the_config_is_stored_in_a_checkpoint_without_code(tmp_path):
     module, run = classifier(), trainer(tmp_path, max_epochs=1)
     module.config = {"model": {"widths": [1, 2]}, "seed": 0}
     run.fit(module, loader(), loader())
@@ -74,7 +74,7 @@ def test_the_config_travels_in_a_checkpoint_that_needs_no_code(tmp_path):
     assert Classifier(MLP(4, 3, [8]), weights=str(tmp_path / "a.ckpt")).config == module.config
 
 
-def test_a_config_that_a_checkpoint_cannot_hold_is_named():
+def test_a_config_that_a_checkpoint_cannot_hold_raises():
     module = classifier()
     module.config = {"model": {"widths": [1, torch.Size([2])]}}
     with pytest.raises(TypeError, match=r"config.model.widths.1 is Size; a checkpoint holds plain dicts"):
@@ -100,6 +100,6 @@ def test_logits_come_from_a_tensor_or_an_output():
         logits_of((x,))
 
 
-def test_training_without_an_optimizer_says_how_to_set_one():
+def test_training_without_an_optimizer_raises():
     with pytest.raises(ValueError, match=r"the model has no optimizer.*set model.optimizer"):
         classifier(optimizer=None).configure_optimizers()

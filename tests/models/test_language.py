@@ -1,4 +1,4 @@
-"""Language models: how they come about, what is logged while they train, what is refused."""
+"""Language models: construction, values logged in training, and error messages."""
 
 import importlib.util
 import json
@@ -58,18 +58,18 @@ def trainer(folder, **options):
     )
 
 
-def test_a_tiny_model_knows_the_byte_level_tokens():
+def test_a_tiny_model_has_the_byte_level_vocabulary():
     net = small()
     assert net.config.vocab_size == BYTES == ByteTokenizer().size
     assert net(torch.tensor([[256, 104, 105]])).logits.shape == (1, 3, 259)
     assert small(classes=50).config.vocab_size == 50
     assert len(small(layers=3).model.layers) == 3
     for options in ({"heads": 3}, {"kv_heads": 3}, {"width": 12, "heads": 4}):
-        with pytest.raises(ValueError, match=r"^tiny_lm: width \d+, \d heads, \d kv_heads; heads divide the width"):
+        with pytest.raises(ValueError, match=r"^tiny_lm: width \d+, \d heads, \d kv_heads; heads must divide the width"):
             small(**options)
 
 
-def test_a_stored_model_comes_back_as_it_was(stored, capsys):
+def test_a_stored_model_loads_unchanged(stored, capsys):
     bar = hf_logging.is_progress_bar_enabled()
     net, ids = causal_lm(stored), torch.tensor([[256, 104, 105]])
     assert_close(net(ids).logits, small().eval()(ids).logits, rtol=0, atol=0)
@@ -86,7 +86,7 @@ def test_a_stored_model_comes_back_as_it_was(stored, capsys):
     assert hf_logging.is_progress_bar_enabled() == bar
 
 
-def test_a_model_of_random_weights_comes_from_its_type_alone():
+def test_a_model_type_gives_random_weights():
     with torch.device("meta"):
         net = causal_lm(model_type="gpt2", config={"n_embd": 32, "n_head": 4, "n_layer": 3})
     assert next(net.parameters()).is_meta
@@ -98,15 +98,13 @@ def test_a_stored_config_is_read_without_weights(stored):
     assert language_config(stored, config={"num_hidden_layers": 7}).num_hidden_layers == 7
 
 
-def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
+def test_an_unavailable_model_raises_one_line_quickly(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     start = time.monotonic()
-    words = (
-        r"^no model to load at 'no/body': it is no folder here, .* cannot reach the hub; give a folder .* or take model=tiny_lm$"
-    )
+    words = r"^no model to load at 'no/body': it is not a local folder, .*; give a folder .* or take model=tiny_lm$"
     with pytest.raises(OSError, match=words):
         causal_lm("no/body")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
@@ -123,36 +121,39 @@ def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
     [
         ({}, "give model.path, or model.net.model_type for random weights: one of the two"),
         ({"path": "stored", "model_type": "llama"}, "one of the two"),
-        ({"model_type": "lama"}, "^'lama' is no model that can be built: Unrecognized model identifier: lama$"),
-        ({"model_type": "t5"}, "^'t5' is a model of type t5, which is no causal language model$"),
-        ({"model_type": "llama", "config": {"hidden_size": 9}}, r"^'llama' is no .*: The hidden size \(9\) is not a multiple"),
+        ({"model_type": "lama"}, "^'lama' cannot be built: Unrecognized model identifier: lama$"),
+        ({"model_type": "t5"}, "has the model type t5, which is not a causal language model$"),
+        (
+            {"model_type": "llama", "config": {"hidden_size": 9}},
+            r"^'llama' cannot be built: The hidden size \(9\) is not a multiple",
+        ),
         ({"path": "stored", "attention": "fast"}, r'cannot be built: Specified `attn_implementation="fast"` is not supported$'),
         ({"path": "stored", "config": {"num_hidden_layers": 2}}, r"9 of its weights are missing \(model.layers.1"),
         ({"path": "stored", "config": {"hidden_size": 32}}, "cannot be read, or do not fit its config; save them again"),
     ],
     ids=label,
 )
-def test_a_model_that_cannot_be_is_one_line(options, words, stored):
+def test_an_impossible_model_raises_one_line(options, words, stored):
     options = {k: stored if v == "stored" else v for k, v in options.items()}
     with pytest.raises(ValueError, match=words) as refused:
         causal_lm(**options)
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_code_beside_the_weights_is_never_run(tmp_path):
+def test_code_stored_with_the_weights_is_never_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}))
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(ValueError, match=r"is no model that can be built: .* contains custom code"):
+    with pytest.raises(ValueError, match=r"cannot be built: .* contains custom code"):
         causal_lm(str(tmp_path))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is not None, reason="accelerate is here")
-def test_a_device_map_asks_for_accelerate(stored):
+def test_a_device_map_requires_accelerate(stored):
     with pytest.raises(ValueError, match=r"cannot be built: .* requires `accelerate`$"):
         causal_lm(stored, device_map="auto")
 
 
-def test_weights_of_few_bits_need_a_library_and_stored_weights(stored, monkeypatch):
+def test_quantization_requires_libraries_and_stored_weights(stored, monkeypatch):
     with pytest.raises(ValueError, match=r"^model.net.quantization is '3bit'; it is 8bit, 4bit or null$"):
         causal_lm(stored, quantization="3bit")
     with pytest.raises(ValueError, match=r"^model.net.quantization=8bit is for stored weights: give model.path$"):
@@ -163,10 +164,10 @@ def test_weights_of_few_bits_need_a_library_and_stored_weights(stored, monkeypat
         causal_lm(stored, quantization="4bit")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not here")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("bits", "share", "error"), [("8bit", 0.6, 0.05), ("4bit", 0.45, 0.4)])
-def test_weights_of_few_bits_are_smaller_and_nearly_right(bits, share, error, tmp_path):
+def test_quantized_weights_are_smaller_and_nearly_equal(bits, share, error, tmp_path):
     torch.manual_seed(0)
     tiny_lm(width=128, mlp=256, layers=2).save_pretrained(tmp_path)
     exact, ids = causal_lm(str(tmp_path)), torch.arange(64)[None]
@@ -194,7 +195,7 @@ def test_loss_and_accuracy_are_those_of_all_predicted_tokens(side, tmp_path):
     assert_close(found["test/acc"], right / total, rtol=1e-6, atol=0)
 
 
-def test_fit_learns_and_the_config_travels(data, tmp_path):
+def test_fit_learns_and_stores_the_config(data, tmp_path):
     torch.manual_seed(0)
     module, run = LanguageModel(small(), partial(torch.optim.AdamW, lr=1e-2)), trainer(tmp_path, max_epochs=2)
     module.config = {"model": {"width": 16}}
@@ -217,21 +218,21 @@ def test_a_stored_model_is_trained_with_its_dropout(tmp_path, data):
     assert module.path == "somewhere"
 
 
-def test_a_batch_without_labels_is_refused():
+def test_a_batch_without_labels_raises():
     with pytest.raises(TypeError, match="a batch is Tensor; expected a dict with input_ids and labels"):
         LanguageModel(small()).training_step(torch.zeros(1, 2), 0)
     logits = LanguageModel(small()).predict_step({"input_ids": torch.zeros(1, 2).long(), "ids": torch.zeros(1)}, 0)
     assert logits.shape == (1, 2, 259)
 
 
-def test_a_batch_with_nothing_to_predict_costs_nothing():
+def test_a_batch_without_a_token_to_predict_has_zero_loss():
     module, ids = LanguageModel(small()), torch.tensor([[256]])
     module.log = lambda *_, **__: None
     assert module.training_step({"input_ids": ids, "labels": ids}, 0).item() == 0
 
 
-def test_tokens_that_the_model_does_not_know_are_counted():
+def test_a_vocabulary_larger_than_the_embeddings_raises():
     check_vocabulary(small(), 259)
     check_vocabulary(nn.Linear(2, 2), 10**6)
-    with pytest.raises(ValueError, match=r"the data's tokenizer has 512 ids, LlamaForCausalLM knows 259; set dataset.tokenizer"):
+    with pytest.raises(ValueError, match=r"the data's tokenizer has 512 ids, but LlamaForCausalLM has 259; set dataset.tokenizer"):
         check_vocabulary(small(), 512)

@@ -1,4 +1,4 @@
-"""Models from folders written by save_pretrained, and the messages when they do not fit or are not there."""
+"""Models from folders written by save_pretrained, and errors for unsuitable or missing ones."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def vit_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_a_resnet_comes_back_as_it_was(stem, tmp_path):
+def test_a_stored_resnet_loads_unchanged(stem, tmp_path):
     torch.manual_seed(1)
     net = resnet(18, 10, 3, 32, stem=stem, width=8).eval()
     net.save_pretrained(tmp_path)
@@ -38,13 +38,13 @@ def test_a_resnet_comes_back_as_it_was(stem, tmp_path):
     assert_close(again(x).logits, net(x).logits, rtol=0, atol=0)
 
 
-def test_a_vit_comes_back_as_it_was(vit_folder):
+def test_a_stored_vit_loads_unchanged(vit_folder):
     torch.manual_seed(0)
     x, net = torch.ones(2, 3, 8, 8), vit(10, 3, 8, hidden=6, depth=1, mlp=4).eval()
     assert_close(vit(10, 3, 8, path=vit_folder).eval()(x).logits, net(x).logits, rtol=0, atol=0)
 
 
-def test_other_classes_get_a_new_head_and_one_line(folder, caplog, capsys):
+def test_other_classes_get_a_new_head_and_one_log_line(folder, caplog, capsys):
     verbosity = hf_logging.get_verbosity()
     with caplog.at_level(logging.INFO):
         net = resnet(18, 4, 3, 32, path=folder)
@@ -60,27 +60,27 @@ def test_other_classes_get_a_new_head_and_one_line(folder, caplog, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"channels": 1}, "stored with channels 3, asked for is channels 1"),
-        ({"depth": 34}, r"stored with depths \[2, 2, 2, 2\], asked for is depths \[3, 4, 6, 3\]"),
-        ({"stem": "imagenet"}, "stored with stem small, asked for is stem imagenet"),
+        ({"channels": 1}, "stored with channels 3, but channels 1 is needed"),
+        ({"depth": 34}, r"stored with depths \[2, 2, 2, 2\], but depths \[3, 4, 6, 3\] is needed"),
+        ({"stem": "imagenet"}, "stored with stem small, but stem imagenet is needed"),
     ],
     ids=["channels", "depth", "stem"],
 )
-def test_a_resnet_of_another_shape_is_refused(options, words, folder):
+def test_a_resnet_of_another_shape_raises(options, words, folder):
     with pytest.raises(ValueError, match=words):
         resnet(**{"depth": 18, "classes": 10, "channels": 3, "size": 32, "path": folder} | options)
 
 
-def test_a_vit_of_another_shape_is_refused(folder, vit_folder):
-    with pytest.raises(ValueError, match=r"stored with size 8, asked for is size 32"):
+def test_a_vit_of_another_shape_raises(folder, vit_folder):
+    with pytest.raises(ValueError, match=r"stored with size 8, but size 32 is needed"):
         vit(10, 3, 32, path=vit_folder)
-    with pytest.raises(ValueError, match=r"stored with patch 1, asked for is patch 2"):
+    with pytest.raises(ValueError, match=r"stored with patch 1, but patch 2 is needed"):
         vit(10, 3, 8, patch=2, path=vit_folder)
-    with pytest.raises(ValueError, match=r"holds a model of type resnet, asked for is vit"):
+    with pytest.raises(ValueError, match=r"holds a model of type resnet, but vit is needed"):
         vit(10, 3, 8, path=folder)
 
 
-def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, folder):
+def test_weights_that_do_not_fit_their_config_raise(tmp_path, folder):
     resnet(18, 10, 3, 32, width=8).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"embedding_size": 16}))
@@ -95,7 +95,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, folder):
         resnet(18, 10, 3, 32, path=str(tmp_path))
 
 
-def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
+def test_an_unavailable_model_raises_one_line_quickly(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
@@ -103,8 +103,8 @@ def test_a_model_that_is_not_here_is_one_line_at_once(tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(
         OSError,
-        match=r"no model to load at 'nobody/nothing': it is no folder here, it is not in the "
-        "cache, and this machine cannot reach the hub; give a local folder",
+        match=r"no model to load at 'nobody/nothing': it is not a local folder, it is not in the "
+        "cache, and the hub cannot be reached; give a local folder",
     ):
         resnet(18, 10, 3, 32, path="nobody/nothing")
     with pytest.raises(OSError, match=r"the folder holds no readable config.json"):

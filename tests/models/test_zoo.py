@@ -1,4 +1,4 @@
-"""Published parameter counts, shapes, and what each family refuses."""
+"""Published parameter counts, shapes and error messages of each model family."""
 
 import pytest
 import torch
@@ -41,12 +41,12 @@ def test_the_default_patch_divides_the_image(size, patch):
     ids=["mlp", "cnn", "resnet", "vit"],
 )
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 12)])
-def test_every_family_takes_the_same_numbers(make, channels, size):
+def test_every_family_takes_the_same_arguments(make, channels, size):
     output = make(7, channels, size)(torch.ones(2, channels, size, size))
     assert getattr(output, "logits", output).shape == (2, 7)
 
 
-def test_mlp_and_cnn_are_what_they_say():
+def test_mlp_and_cnn_have_the_documented_layers():
     assert [name for name, _ in MLP(4, 3, [5, 6]).named_children()] == ["0", "fc1", "relu1", "fc2", "relu2", "head"]
     assert CNN(1, 3)(torch.ones(2, 1, 9, 13)).shape == (2, 3)
 
@@ -62,12 +62,12 @@ def test_mlp_and_cnn_are_what_they_say():
     ],
     ids=["depth", "stem", "patch", "heads", "pixels"],
 )
-def test_what_cannot_be_built_is_said(call, words):
+def test_impossible_models_raise(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
-def test_unknown_names_of_the_package_stay_unknown():
+def test_unknown_names_of_the_package_raise():
     import nodelens.models
 
     with pytest.raises(AttributeError, match=r"no attribute 'resnt'"):

@@ -1,4 +1,4 @@
-"""Hidden units of experts that share tensors, beside models in which each expert has layers of its own that hooks see."""
+"""Hidden units of experts with stacked weights, compared with models whose experts are separate, hookable layers."""
 
 import copy
 import functools
@@ -55,11 +55,11 @@ FAMILIES = {
 }
 
 
-EAGER = {"gpt oss"}  # in float64 its rows of padding on the left are NaN
+EAGER = {"gpt oss"}  # in float64, its rows of left padding are NaN
 
 
 class Apart(nn.Module):
-    """Experts of layers of their own; the last read what is zero for a token that goes elsewhere."""
+    """Experts as separate layers; their output projections read zeros for tokens routed elsewhere."""
 
     def __init__(self, fused, formula):
         super().__init__()
@@ -96,7 +96,7 @@ def linear(weight, bias=None):
 
 @functools.cache
 def build(name):
-    """A random model in float64; the same with experts apart; axes of both, of the same names. Nobody changes them."""
+    """A random float64 model; the same with separate experts; groups of both, with equal names. Cached: do not modify."""
     config, options, formula, rows = FAMILIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -105,18 +105,18 @@ def build(name):
         model = transformers.AutoModelForCausalLM.from_config(made, **chosen).double().eval()
         for key, parameter in model.named_parameters():
             nn.init.normal_(parameter, 1.0 if "norm" in key.lower() else 0.0, 2.0 if "gate_up_proj" in key else 0.4)
-    axes = [axis for axis in family_groups(model) if axis.kind == "moe_ffn"]
+    groups = [group for group in family_groups(model) if group.kind == "moe_ffn"]
     twin = copy.deepcopy(model)
-    for path in dict.fromkeys(axis.together for axis in axes):
+    for path in dict.fromkeys(group.together for group in groups):
         twin.set_submodule(path, Apart(model.get_submodule(path), formula))
-    return model, twin, axes, [apart(axis, rows, "gpt" in name) for axis in axes]
+    return model, twin, groups, [apart(group, rows, "gpt" in name) for group in groups]
 
 
-def apart(axis, rows, biased):
-    path, e = axis.together, axis.slices[0].entry
+def apart(group, rows, biased):
+    path, e = group.together, group.slices[0].entry
     made = [GroupSlice(f"{path}.made.{e}", "weight", 0, rows, "producer")]
     made += [GroupSlice(f"{path}.made.{e}", "bias", 0, rows, "producer")] if biased else []
-    return PruningGroup(axis.name, "moe_ffn", 8, (*made, GroupSlice(f"{path}.down.{e}", "weight", 1, identity(8), "consumer")))
+    return PruningGroup(group.name, "moe_ffn", 8, (*made, GroupSlice(f"{path}.down.{e}", "weight", 1, identity(8), "consumer")))
 
 
 def texts(lengths, side="right", total=None, seed=0):
@@ -155,28 +155,28 @@ def close(found, expected, rtol=1e-5):  # norms and routers are taken in float32
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_criteria_see_what_layers_of_their_own_would_show(name):
-    model, twin, axes, same = build(name)
+def test_criteria_agree_with_those_of_separate_layers(name):
+    model, twin, groups, same = build(name)
     batch = texts([9, 5, 7])
     with torch.no_grad():
         torch.testing.assert_close(twin(**batch).logits, model(**batch).logits)
     data = [batch, texts([4, 6], "right" if name in EAGER else "left", seed=1)]
-    close(score_table(model, axes, CRITERIA, data), score_table(twin, same, CRITERIA, data))
+    close(score_table(model, groups, CRITERIA, data), score_table(twin, same, CRITERIA, data))
 
 
-def test_the_mean_loss_of_a_text_is_taken_of_experts_too():
+def test_the_mean_loss_per_text_applies_to_experts_too():
     chosen = {name: get_metric(name, loss_reduction="mean") for name in ("scar_prot", "scar_conn")}
     for name in ("mixtral", "llama4"):
-        model, twin, axes, same = build(name)
-        found, summed = (score_table(model, axes, c, [texts([9, 5])]) for c in (chosen, {k: get_metric(k) for k in chosen}))
+        model, twin, groups, same = build(name)
+        found, summed = (score_table(model, groups, c, [texts([9, 5])]) for c in (chosen, {k: get_metric(k) for k in chosen}))
         close(found, score_table(twin, same, chosen, [texts([9, 5])]))
         assert (found.sum() < summed.sum()).all()
 
 
-def test_experts_that_all_get_alike_are_one_wide_ffn():
-    """Every token goes to every expert with a weight of 1/4."""
-    model, _, axes, _ = build("mixtral")
-    model, axes = copy.deepcopy(model), axes[:4]
+def test_experts_with_equal_routing_are_one_wide_ffn():
+    """Every token is routed to every expert with weight 1/4."""
+    model, _, groups, _ = build("mixtral")
+    model, groups = copy.deepcopy(model), groups[:4]
     experts = model.model.layers[0].mlp.experts
     model.model.layers[0].mlp.gate.top_k = 4
     model.model.layers[0].mlp.gate.weight.data.zero_()
@@ -189,7 +189,7 @@ def test_experts_that_all_get_alike_are_one_wide_ffn():
     batch, chosen = texts([9, 6]), {k: v for k, v in CRITERIA.items() if "scar" not in k}
     with torch.no_grad():
         torch.testing.assert_close(dense(**batch).logits, model(**batch).logits)
-    found, expected = score_table(model, axes, chosen, [batch]), score_table(dense, [wide], chosen, [batch])
+    found, expected = score_table(model, groups, chosen, [batch]), score_table(dense, [wide], chosen, [batch])
     close(found.reset_index(drop=True), expected.reset_index(drop=True))
 
 
@@ -204,11 +204,11 @@ class FFN(nn.Module):
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt oss", "llama4"])
 def test_q_is_the_slope_of_the_loss_in_a_gate(name):
-    model, _, axes, _ = build(name)
+    model, _, groups, _ = build(name)
     model, batch, step = copy.deepcopy(model), texts([12], seed=3), 0.02
-    axis = axes[5]  # of the last layer: no router, which is differentiated in float32, follows
-    found = score_table(model, [axis], {"size": get_metric("taylor", abs=True)}, [batch])["size"].to_numpy()
-    down = axis.by_role("consumer")[0].of(model)
+    group = groups[5]  # of the last layer: no later router, which would be differentiated in float32
+    found = score_table(model, [group], {"size": get_metric("taylor", abs=True)}, [batch])["size"].to_numpy()
+    down = group.by_role("consumer")[0].of(model)
 
     def loss(unit, factor):
         column = down[unit] if name != "mixtral" else down[:, unit]
@@ -226,19 +226,19 @@ def test_q_is_the_slope_of_the_loss_in_a_gate(name):
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4"])
 def test_batches_padding_and_the_order_of_experts_do_not_matter(name):
-    model, _, axes, _ = build(name)
+    model, _, groups, _ = build(name)
     lengths = [9, 5, 7, 6]
     whole = texts(lengths)
     single = [{k: v[i : i + 1, :n] for k, v in whole.items()} for i, n in enumerate(lengths)]
-    expected = score_table(model, axes, CRITERIA, single)
-    close(score_table(model, axes, CRITERIA, [whole]), expected)
+    expected = score_table(model, groups, CRITERIA, single)
+    close(score_table(model, groups, CRITERIA, [whole]), expected)
     left = {k: torch.stack([row.roll(9 - n) for row, n in zip(v, lengths, strict=True)]) for k, v in whole.items()}
-    close(score_table(model, axes, CRITERIA, [left]), expected)
+    close(score_table(model, groups, CRITERIA, [left]), expected)
     if name == "mixtral":
         other = copy.deepcopy(model)
         for block in other.model.layers:
             block.mlp.gate.forward = functools.partial(swapped, block.mlp.gate.forward)
-        close(score_table(other, axes, CRITERIA, single), expected)
+        close(score_table(other, groups, CRITERIA, single), expected)
 
 
 def swapped(forward, x):
@@ -246,12 +246,12 @@ def swapped(forward, x):
     return logits, weights.flip(1), ids.flip(1)
 
 
-def test_an_expert_that_gets_nothing_is_worth_nothing():
-    model, _, axes, _ = build("gpt oss")
+def test_an_expert_without_tokens_scores_zero():
+    model, _, groups, _ = build("gpt oss")
     model = copy.deepcopy(model)
     model.model.layers[0].mlp.router.bias.data[2] = -1e9
     chosen = {k: v for k, v in CRITERIA.items() if "scar" not in k}
-    found = score_table(model, axes, chosen, [texts([9, 5])])
+    found = score_table(model, groups, chosen, [texts([9, 5])])
     assert (found.loc["model.layers.0.mlp.experts[2]"] == 0).all().all()
     assert (found.drop("model.layers.0.mlp.experts[2]", level="group") > 0).any().all()
     units = nl.analyze(model, [texts([9, 5])], ["activation_rms", "scar_loss_proxy"], "blocks[0].mlp.hidden").units
@@ -260,16 +260,16 @@ def test_an_expert_that_gets_nothing_is_worth_nothing():
 
 
 def test_half_precision_is_close():
-    model, _, axes, _ = build("mixtral")
+    model, _, groups, _ = build("mixtral")
     chosen = {k: v for k, v in CRITERIA.items() if "scar" not in k}
-    found = score_table(copy.deepcopy(model).bfloat16(), axes, chosen, [texts([9, 5])])
-    expected = score_table(model, axes, chosen, [texts([9, 5])])
+    found = score_table(copy.deepcopy(model).bfloat16(), groups, chosen, [texts([9, 5])])
+    expected = score_table(model, groups, chosen, [texts([9, 5])])
     for name in found:
         some = expected[name] > 0
         assert np.corrcoef(np.log(found[name][some] + 1e-30), np.log(expected[name][some]))[0, 1] > 0.9, name
 
 
-# --- what is not known
+# --- unsupported experts
 
 
 class Doubled(transformers.models.mixtral.modeling_mixtral.MixtralExperts):
@@ -289,75 +289,71 @@ def broken(kind):
 
 
 @pytest.mark.parametrize("name", ["wanda", "taylor"])
-def test_experts_of_another_formula_are_refused(name):
-    axes, data = build("mixtral")[2], [texts([9, 5])]
-    words = r"model.layers.1.mlp.experts \(Doubled\) puts out something else than .*off by 1.0e-03 .* is not known"
+def test_experts_with_another_formula_raise(name):
+    groups, data = build("mixtral")[2], [texts([9, 5])]
+    words = r"model.layers.1.mlp.experts \(Doubled\) returns another output than .*difference 1.0e-03.* is unknown"
     with pytest.raises(ValueError, match=words):
-        score_table(broken(Doubled), axes, {name: get_metric(name)}, data)
+        score_table(broken(Doubled), groups, {name: get_metric(name)}, data)
     with pytest.raises(ValueError, match=words):
         nl.analyze(broken(Doubled), data, ["activation_rms"], "blocks.mlp.hidden")
-    close(*(score_table(m, axes, {name: get_metric(name)}, data) for m in (broken(Alone), build("mixtral")[0])))
+    close(*(score_table(m, groups, {name: get_metric(name)}, data) for m in (broken(Alone), build("mixtral")[0])))
 
 
-def test_a_formula_that_nobody_gives_is_refused():
+def test_experts_without_an_activation_raise():
     model = copy.deepcopy(build("mixtral")[0])
     del model.model.layers[0].mlp.experts.act_fn
     model.model.layers[0].mlp.experts._apply_gate = None
     experts = Experts.of(model.model.layers[0].mlp.experts)
-    with pytest.raises(ValueError, match="MixtralExperts has no act_fn: the formula of its experts is not known"):
+    with pytest.raises(ValueError, match="MixtralExperts has no act_fn: the activation of its experts is unknown"):
         experts.hidden(torch.ones(2, 16))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((torch.ones(6, 16),), r"experts \(MixtralExperts\) is called with \(6, 16\) float32; experts are seen where"),
+        ((torch.ones(6, 16),), r"experts \(MixtralExperts\) is called with \(6, 16\) float32; supported are calls"),
         ((torch.ones(6, 16), torch.ones(6, 2), torch.ones(6, 2)), r"called with \(6, 16\) float32, \(6, 2\) float32, \(6, 2\)"),
         ((torch.ones(6, 16), torch.ones(6, 2, dtype=torch.long), torch.ones(6, 3)), r"\(6, 2\) int64, \(6, 3\) float32"),
         ((3,), r"called with no tensor"),
     ],
     ids=label,
 )
-def test_experts_that_are_called_otherwise_are_refused(given, words):
+def test_experts_with_another_signature_raise(given, words):
     experts = Experts.of(build("mixtral")[0].model.layers[0].mlp.experts)
     with pytest.raises(ValueError, match=words):
         Call.of(experts, "experts", given, {})
 
 
-def test_maps_are_not_looked_for_in_experts():
-    model, _, axes, _ = build("mixtral")
-    with pytest.raises(
-        ValueError, match=r"hrank wants maps: group 'model.layers.0.mlp.experts\[0\]' is read by .* by no two-dimensional"
-    ):
-        score_table(model, axes, {"hrank": get_metric("hrank")}, [texts([9, 5])])
+def test_criteria_of_feature_maps_reject_experts():
+    model, _, groups, _ = build("mixtral")
+    with pytest.raises(ValueError, match=r"hrank wants maps: group .*experts\[0\]' is read by .* by no two-dimensional"):
+        score_table(model, groups, {"hrank": get_metric("hrank")}, [texts([9, 5])])
 
 
-def test_experts_that_never_run_are_an_error():
-    model, _, axes, _ = build("mixtral")
+def test_experts_that_never_run_raise():
+    model, _, groups, _ = build("mixtral")
     model = copy.deepcopy(model)
     model.model.layers[1].mlp.forward = lambda x: x
-    with pytest.raises(
-        ValueError, match=r"layer 'model.layers.1.mlp.experts\[0\].hidden' is never called by MixtralForCausalLM.forward"
-    ):
-        score_table(model, axes, {"wanda": get_metric("wanda")}, [texts([9, 5])])
+    with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp.experts\[0\].hidden' is never called by"):
+        score_table(model, groups, {"wanda": get_metric("wanda")}, [texts([9, 5])])
 
 
 # --- pruning
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "loss_proxy", "scar_prot"])
-def test_a_mixture_is_pruned_by_what_passes(criterion):
+def test_a_mixture_is_pruned_by_activations(criterion):
     options = ROTARY | OWN | {"num_experts": 4, "moe_intermediate_size": 16}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**options)).eval()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.4)
-    axes, batch = family_groups(model), texts([9, 5])
+    groups, batch = family_groups(model), texts([9, 5])
     made = {"criterion": criterion, "amount": 0.5, "scope": "moe_ffn", "data": [batch]}
     found = nl.prune(copy.deepcopy(model), apply="slice", **made)
     ids = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), masked(model, axes, found.plan.removed):
+    with torch.no_grad(), masked(model, groups, found.plan.removed):
         expected = model(**ids).logits
     with torch.no_grad():
         torch.testing.assert_close(found.model(**ids).logits, expected, rtol=1e-4, atol=1e-4)
@@ -368,8 +364,8 @@ def test_a_mixture_is_pruned_by_what_passes(criterion):
 # --- the engine
 
 
-def by_hand(twin, batch, path):
-    """{expert: u (r, 8) and q (r, 8) of the tokens that go to it and are not padded, and their samples}, by layers of its own."""
+def directly(twin, batch, path):
+    """{expert: u (r, 8) and q (r, 8) at the unpadded tokens routed to it, and their samples}, from separate layers."""
     shown, apart_ = {}, twin.get_submodule(path)
 
     def keep(site, x):
@@ -391,16 +387,16 @@ def by_hand(twin, batch, path):
     return found
 
 
-@pytest.mark.parametrize("length", [9, 16])  # also one that packed rows are filled up to
+@pytest.mark.parametrize("length", [9, 16])  # 16 is also a length that routed tokens are padded to
 @pytest.mark.parametrize("name", ["mixtral", "gpt oss", "deepseek v3"])
-def test_units_are_measured_at_the_tokens_that_go_to_their_expert(name, length):
+def test_units_are_measured_at_the_tokens_routed_to_their_expert(name, length):
     model, twin, _, _ = build(name)
     batch, path = texts([length, 5, 8], "left" if length == 16 else "right"), "model.layers.1.mlp.experts"
     metrics = ["activation_rms", "activation_mean", "scar_loss_proxy", "scar_taylor", "scar_curvature"]
     result = nl.analyze(model, [batch], metrics, "blocks[1].mlp.hidden", groups=2, precision="float64")
-    hand = by_hand(copy.deepcopy(twin), batch, path)
-    assert len(hand) == 4
-    for e, (u, q, _) in hand.items():
+    direct = directly(copy.deepcopy(twin), batch, path)
+    assert len(direct) == 4
+    for e, (u, q, _) in direct.items():
         rows = result.units.loc[f"{path}[{e}].hidden"]
         expected = {
             "activation_rms": u.square().mean(0).sqrt(),
@@ -412,19 +408,19 @@ def test_units_are_measured_at_the_tokens_that_go_to_their_expert(name, length):
         for metric, value in expected.items():
             np.testing.assert_allclose(rows[metric], value, rtol=1e-6, err_msg=f"{e} {metric}")
     seen = {row["layer"]: row["rows"] for row in result.metadata["rows"] if "output," in row["statistic"]}
-    assert [seen[f"{path}[{e}].hidden"] for e in range(4)] == [len(u) for u, _, _ in hand.values()]
+    assert [seen[f"{path}[{e}].hidden"] for e in range(4)] == [len(u) for u, _, _ in direct.values()]
     assert sum(seen[f"{path}[{e}].hidden"] for e in range(4)) == 2 * (length + 5 + 8)
     shared = [layer for layer in result.units.index.unique("layer") if "[" not in layer]
     assert shared == (["model.layers.1.mlp.shared_experts.down_proj.input"] if name == "deepseek v3" else [])
 
 
-def test_a_sample_counts_where_one_of_its_tokens_goes_there():
+def test_a_sample_counts_if_one_of_its_tokens_is_routed_to_the_expert():
     model, twin, _, _ = build("qwen3 moe")
     batch, path = texts([3, 2, 3, 4], seed=5), "model.layers.0.mlp.experts"
     metric = nl.get_metric("scar_loss_proxy", tokens="per_sequence")
     units = nl.analyze(model, [batch], {"lp": metric}, "blocks[0].mlp.hidden", groups=2).units
     missing = 0
-    for e, (_, q, sample) in by_hand(copy.deepcopy(twin), batch, path).items():
+    for e, (_, q, sample) in directly(copy.deepcopy(twin), batch, path).items():
         total = torch.zeros(4, 8, dtype=torch.float64).index_add_(0, sample, q)[sample.unique()]
         missing += 4 - len(total)
         np.testing.assert_allclose(units.loc[f"{path}[{e}].hidden", "lp"], total.square().mean(0) / 2, rtol=1e-6)
@@ -441,7 +437,7 @@ def test_the_pass_is_the_same_in_any_batches():
         np.testing.assert_allclose(other[metrics], found[metrics], rtol=1e-6)
 
 
-def test_only_what_goes_to_an_expert_is_made_again():
+def test_only_routed_tokens_are_recomputed():
     model, _, _, _ = build("mixtral")
     batch, shown = texts([9, 5]), {}
     layers = find_layers(model, "*.1.mlp.experts[*].hidden")
@@ -454,7 +450,7 @@ def test_only_what_goes_to_an_expert_is_made_again():
     assert {name: x.shape for name, x in wrapped.items()} == {site.layer.name: x.values.shape for site, x in shown.items()}
 
 
-def test_experts_next_to_each_other_are_compared_by_samples():
+def test_layer_pairs_of_experts_use_the_samples_view():
     model, _, _, _ = build("mixtral")
     batch = texts([16] * 6)
     result = nl.analyze(model, [batch], ["linear_cka"], "*.1.mlp.experts[*].hidden", groups=2)
@@ -463,7 +459,7 @@ def test_experts_next_to_each_other_are_compared_by_samples():
     assert all("samples" in statistic for statistic in used), used
 
 
-def test_targets_of_tokens_are_not_known_at_packed_rows():
+def test_token_targets_are_rejected_at_routed_rows():
     model, _, _, _ = build("mixtral")
     metric = {"mi": nl.get_metric("mi", target="loss")}
     with pytest.raises(ValueError, match=r"experts\[0\].hidden.output has \d+ rows a sample, and target .* for each of 16 tokens"):
@@ -487,16 +483,16 @@ def test_a_pass_can_be_planned_without_weights(name):
         assert (rows.raw.is_meta, rows.raw.shape[:2], rows.grid) == (True, (2, 8), (16,))
 
 
-def test_tokens_that_do_not_belong_to_samples_are_an_error():
+def test_tokens_that_do_not_divide_into_samples_raise():
     (layer, *_) = find_layers(build("mixtral")[0], "*.1.mlp.experts[*].hidden")
-    with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp.experts\[0\].hidden' shows 9 tokens for a batch of 2 samples"):
+    with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp.experts\[0\].hidden' has 9 tokens for a batch of 2 samples"):
         layer.rows(Routed(torch.ones(3, 8), torch.arange(3), 9), 2)
 
 
 # --- heads
 
 
-SPANS = {  # where the heads' units stand at what reads them: width of a unit
+SPANS = {  # where the units of the heads lie in the input of their reader: width of a unit
     "grouped queries": ("Llama", ROTARY | {"num_attention_heads": 4, "num_key_value_heads": 2}, "self_attn.o_proj", 16),
     "gpt2": ("GPT2", {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}, "attn.c_proj", 4),
     "fused": ("Phi3", ROTARY | {"num_attention_heads": 2}, "self_attn.o_proj", 16),
@@ -513,13 +509,13 @@ def test_scores_of_heads_are_those_of_their_whole_span(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{config}Config")(**options)).double().eval()
-    axes, batch = [axis for axis in family_groups(model) if axis.kind in ("head", "kv_group")], texts([9, 5, 7])
+    groups, batch = [group for group in family_groups(model) if group.kind in ("head", "kv_group")], texts([9, 5, 7])
     chosen = {k: CRITERIA[k] for k in ("power", "taylor", "size", "proxy", "proxy_token")}
     columns = chosen | {k: nl.get_metric(k) for k in METRICS}
-    found = score_table(model, axes, columns, [batch], precision="float64")
+    found = score_table(model, groups, columns, [batch], precision="float64")
     shown = {}
-    for axis in axes:
-        (layer,) = find_layers(model, f"{axis.name.rpartition('.')[0]}.{writer}.input")
+    for group in groups:
+        (layer,) = find_layers(model, f"{group.name.rpartition('.')[0]}.{writer}.input")
         with Capture([Site(layer, p) for p in ("output", "output*grad")], lambda s, x: shown.update({s.port: x})) as capture:
             capture.gate = True
             z = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].flatten(0, 1)
@@ -530,8 +526,8 @@ def test_scores_of_heads_are_those_of_their_whole_span(name):
             "scar_activation_power": u.square(),
             "scar_curvature": (q / u).square(),
         }
-        for column, value in parts.items():  # what is no first-order change is each place's own, and added up
-            np.testing.assert_allclose(found.loc[axis.name, column], value[real].mean(0).sum(1), rtol=1e-6, err_msg=column)
+        for column, value in parts.items():  # computed per input feature, then summed
+            np.testing.assert_allclose(found.loc[group.name, column], value[real].mean(0).sum(1), rtol=1e-6, err_msg=column)
         q = q.sum(3)  # (samples, tokens, units): the change when the whole head goes
         expected = {
             "power": u[real].square().mean(0).sum(1),
@@ -543,7 +539,7 @@ def test_scores_of_heads_are_those_of_their_whole_span(name):
             "scar_loss_proxy": q[real].square().mean(0) / 2,
         }
         for column, value in expected.items():
-            np.testing.assert_allclose(found.loc[axis.name, column], value, rtol=1e-7, err_msg=column)
+            np.testing.assert_allclose(found.loc[group.name, column], value, rtol=1e-7, err_msg=column)
 
 
 def test_a_metric_of_the_catalogue_ranks_the_hidden_units_of_experts():

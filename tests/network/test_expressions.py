@@ -1,4 +1,4 @@
-"""Index expressions: Python's meaning, for a small language, without evaluating a thing."""
+"""Index expressions have the meaning of Python's slicing, and nothing is evaluated."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ OPERATORS = ("+", "-", "*", "//", "%")
 
 
 def python(text, n):
-    """What Python's own slicing makes of an expression; None where that is an error or nothing."""
+    """The indices that Python's own slicing selects; None for an error or an empty selection."""
     every, found = list(range(n)), []
     try:
         for item in text.split(","):
@@ -50,7 +50,7 @@ def item(dice):
     return ":".join(number(dice) if dice.random() < 0.6 else "" for _ in range(dice.choice((2, 3))))
 
 
-def test_every_sentence_means_what_it_means_in_python():
+def test_every_expression_agrees_with_python():
     dice, answers = random.Random(0), 0
     for _ in range(6000):
         text, n = ", ".join(item(dice) for _ in range(dice.choice((1, 1, 1, 2, 3)))), dice.randrange(9)
@@ -71,7 +71,7 @@ def test_all_short_slices(n):
 
 
 @pytest.mark.parametrize("characters", ["0123n()+-*/%:, ", "0n,:-_.[]{}'\"ablx=@&|^~<>!#\\\n\t\x00٣²n;"])
-def test_any_string_gives_places_or_a_value_error(characters):
+def test_any_string_gives_indices_or_a_value_error(characters):
     dice = random.Random(1)
     for _ in range(10_000):
         text, n = "".join(dice.choices(characters, k=dice.randrange(30))), dice.randrange(12)
@@ -79,7 +79,7 @@ def test_any_string_gives_places_or_a_value_error(characters):
         assert found is None or (set(found) <= set(range(n)) and len(set(found)) == len(found) > 0)
 
 
-def test_places_keep_their_order_and_come_once():
+def test_indices_keep_their_order_without_duplicates():
     assert parse_index("3, 0, :2, -1", 5) == [3, 0, 1, 4]
     assert parse_index("::-1", 4) == [3, 2, 1, 0]
     assert parse_index(" all ", 3) == parse_index(":", 3) == [0, 1, 2]
@@ -152,24 +152,24 @@ MALICIOUS = [
 
 
 @pytest.mark.parametrize("text", MALICIOUS)
-def test_what_is_not_in_the_language_is_refused(text):
+def test_text_outside_the_grammar_raises(text):
     with pytest.raises(ValueError, match="with n = 5: "):
         parse_index(text, 5)
 
 
 REASONS = {
-    "5": "index '5' with n = 5: 5 is out of range; it goes from -5 to 4",
-    "0, n": "index '0, n' with n = 5: n is out of range; it goes from -5 to 4",
-    "5:": "index '5:' with n = 5: it names nothing",
+    "5": "index '5' with n = 5: 5 is out of range; valid are -5 to 4",
+    "0, n": "index '0, n' with n = 5: n is out of range; valid are -5 to 4",
+    "5:": "index '5:' with n = 5: it selects nothing",
     "n//(n-5)": "index 'n//(n-5)' with n = 5: 'n//(n-5)' divides by zero",
     "n%0:": "index 'n%0:' with n = 5: 'n%0' divides by zero",
     "::0": "index '::0' with n = 5: the step of '::0' is 0",
-    "9**9": "index '9**9' with n = 5: '9**9' is no sum or product of integers and n",
-    "0:999*999*2": f"index '0:999*999*2' with n = 5: '999*999*2' makes a number beyond {LARGEST:,}",
-    "open": "index 'open' with n = 5: it takes all, or integers, n, + - * // %, brackets, colons and commas",
+    "9**9": "index '9**9' with n = 5: '9**9' is not an expression of integers and n",
+    "0:999*999*2": f"index '0:999*999*2' with n = 5: '999*999*2' gives a number beyond {LARGEST:,}",
+    "open": "index 'open' with n = 5: allowed are all, or integers, n, + - * // %, brackets, colons and commas",
     "1:2:3:4": "index '1:2:3:4' with n = 5: '1:2:3:4' has more colons than start:stop:step",
     "0,": "index '0,' with n = 5: a number or a slice is missing",
-    "1," * 60: f"index '{'1,' * 50}...' with n = 5: it has 120 characters, at most 100 are read",
+    "1," * 60: f"index '{'1,' * 50}...' with n = 5: it has 120 characters, at most 100 are allowed",
 }
 
 
@@ -180,7 +180,7 @@ def test_an_error_repeats_the_text_and_n(text, words):
     assert str(caught.value) == words
 
 
-def test_of_nothing_nothing_can_be_named():
+def test_zero_items_have_no_indices():
     for text in ("all", ":", "0", "-1", "n"):
         with pytest.raises(ValueError, match="with n = 0"):
             parse_index(text, 0)

@@ -1,4 +1,4 @@
-"""Roles of transformers: they resolve, fire, and are what they are said to be."""
+"""Roles of transformers resolve, are called, and show the documented tensors."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.roles import PARTS, roles_of
 
-ROTARY = {  # more heads than the residual width has room for
+ROTARY = {  # head width x heads exceeds the residual width
     "hidden_size": 48,
     "intermediate_size": 40,
     "num_hidden_layers": 3,
@@ -164,15 +164,15 @@ FAMILIES = {
     ),
 }
 
-WITHOUT_EMBEDDING = {"mamba", "falcon mamba", "rwkv"}  # their hidden states begin behind the first block
-POST_NORM = {"bert", "openai gpt"}  # their blocks end in a norm: no other follows, and the last hidden state is the last output
-NOT_A_SUM = POST_NORM | {"gemma2", "gemma3", "olmo2", "granite"}  # a norm or a scale lies between a part and the residual
-BEHIND = {"gemma2": lambda z: 30 * torch.tanh(z / 30), "granite": lambda z: z / 2, "vit": lambda z: z[:, 0]}  # the head
+WITHOUT_EMBEDDING = {"mamba", "falcon mamba", "rwkv"}  # their hidden states start after the first block
+POST_NORM = {"bert", "openai gpt"}  # their blocks end in a norm: no final norm; the last hidden state is the last output
+NOT_A_SUM = POST_NORM | {"gemma2", "gemma3", "olmo2", "granite"}  # a norm or a scale lies between a part and the residual stream
+AFTER_NORM = {"gemma2": lambda z: 30 * torch.tanh(z / 30), "granite": lambda z: z / 2, "vit": lambda z: z[:, 0]}  # the head
 
 
 @functools.cache
 def seen(name):
-    """A model's roles, its output, and {layer: what it shows at each call}."""
+    """The roles of a model, its output, and {layer: its tensor at each call}."""
     config, options, head, _ = FAMILIES[name]
     model = make(config, options, head)
     roles = roles_of(model)
@@ -188,7 +188,7 @@ def seen(name):
 
 
 def make(config, options, head="CausalLM"):
-    """A random model in which no norm is trivial."""
+    """A random model with non-trivial norms."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, f"AutoModelFor{head}").from_config(getattr(transformers, f"{config}Config")(**options))
@@ -206,7 +206,7 @@ def batch_of(head, samples=2, length=7):
 
 
 def at(name, part):
-    """What is seen at a part of each block; None where there is none."""
+    """The tensor at a part of each block; None if the block has no such part."""
     roles, _, shown = seen(name)
     return [shown[layer.name][0] if isinstance(layer := block.parts[part], Layer) else None for block in roles.blocks]
 
@@ -217,7 +217,7 @@ def same(a, b, far=1e-4):
 
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items(), ids=list(FAMILIES))
-def test_parts_go_by_the_path_of_their_module(name, family):
+def test_parts_have_the_path_of_their_module(name, family):
     *_, block = seen(name)[0].blocks
     found = [block.parts[part] for part in PARTS]
     assert [(layer.name, layer.side) for layer in found[:2]] == [(f"{block.name}.input", "input"), (block.name, "output")]
@@ -231,7 +231,7 @@ def test_parts_go_by_the_path_of_their_module(name, family):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_role_fires_once(name):
+def test_every_role_is_called_once(name):
     assert {layer: len(calls) for layer, calls in seen(name)[2].items()} == dict.fromkeys(seen(name)[2], 1)
 
 
@@ -248,30 +248,30 @@ def test_the_stream_is_the_hidden_states(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_A_SUM])
-def test_a_block_adds_what_its_parts_put_out(name):
+def test_a_block_adds_the_outputs_of_its_parts(name):
     sites = [at(name, part) for part in ("input", "attention", "mlp", "output")]
     for before, attention, mlp, after in zip(*sites, strict=True):
-        if attention is not None and mlp is not None and name != "rwkv":  # whose first block norms its input
+        if attention is not None and mlp is not None and name != "rwkv":  # its first block normalises the input
             same(attention + mlp.reshape(before.shape), after - before)  # OPT's FFN reads rows (B T, d)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_norm_and_the_head_make_the_logits(name):
+def test_the_norm_and_the_head_give_the_logits(name):
     roles, out, shown = seen(name)
     norm, head = roles.single["final_norm"], roles.single["head"]
     if name in POST_NORM:
-        assert "a norm behind its blocks" in norm
+        assert "a norm after its blocks" in norm
         return
     normed = shown[norm.name][0]
     same(normed, norm.module(at(name, "output")[-1]))
-    if name == "modernbert":  # which has a layer between
+    if name == "modernbert":  # it has a layer in between
         return
     assert torch.equal(normed, out.hidden_states[-1]) or name == "vit"
-    same(BEHIND.get(name, lambda z: z)(head.module(normed)), out.logits)
+    same(AFTER_NORM.get(name, lambda z: z)(head.module(normed)), out.logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hidden_units_and_heads_are_what_the_writers_read(name):
+def test_hidden_units_and_heads_are_the_inputs_of_the_output_projections(name):
     roles, _, _ = seen(name)
     for part in ("heads", "mlp.hidden"):
         for block, x in zip(roles.blocks, at(name, part), strict=True):
@@ -309,7 +309,7 @@ def test_expressions_find_layers_by_the_names_of_their_modules():
     assert names(model, "blocks[0].mlp", "model.layers.0.mlp", "*.0.mlp") == ["model.layers.0.mlp"]
 
 
-def test_experts_go_by_their_numbers():
+def test_experts_are_named_by_their_numbers():
     model = lm("deepseek v3")
     expert = "model.layers.{}.mlp.experts[{}].hidden".format
     shared = "model.layers.{}.mlp.shared_experts.down_proj.input".format
@@ -325,7 +325,7 @@ def test_experts_go_by_their_numbers():
     assert (layer.expert, layer.mixture, layer.weight) == (3, "model.layers.2.mlp.experts", None)
 
 
-def test_what_patterns_stand_for_can_be_stored():
+def test_resolved_patterns_can_be_stored():
     assert resolved(lm("gpt2"), ["blocks[1:].heads", "*.0.mlp", "final_norm"]) == {
         "blocks[1:].heads": ["transformer.h.1.attn.c_proj.input", "transformer.h.2.attn.c_proj.input"],
         "*.0.mlp": ["transformer.h.0.mlp"],
@@ -335,7 +335,7 @@ def test_what_patterns_stand_for_can_be_stored():
 
 
 ERRORS = {
-    "blocks[3].output": r"'blocks\[3\].output': index '3' with n = 3: 3 is out of range; it goes from -3 to 2",
+    "blocks[3].output": r"'blocks\[3\].output': index '3' with n = 3: 3 is out of range; valid are -3 to 2",
     "blocks[9**9]": r"index '9\*\*9' with n = 3",
     "blocks[0].mlp.hiden": r"a block has no part 'mlp.hiden'; the roles of LlamaForCausalLM are blocks\[0:3\].input, .*, head$",
     "blokcs.output": r"no layer matches 'blokcs.output'.* its roles are blocks\[0:3\].input, .* embedding, final_norm, head$",
@@ -345,7 +345,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("pattern", "words"), ERRORS.items(), ids=list(ERRORS))
-def test_what_is_no_role_says_what_there_is(pattern, words):
+def test_an_unknown_role_raises_with_the_roles_of_the_model(pattern, words):
     with pytest.raises(ValueError, match=words):
         find_layers(lm("llama"), pattern)
 
@@ -354,16 +354,16 @@ MISSING = {
     "mamba": (
         "blocks[1].attention",
         r"no .attention is found in block backbone.layers.1 \(MambaBlock\) of MambaForCausalLM: backbone.layers.1: none of norm "
-        r"\(MambaRMSNorm\), mixer \(MambaMixer\) is known as an attention; a module can be named directly$",
+        r"\(MambaRMSNorm\), mixer \(MambaMixer\) is known as an attention; give the name of a module instead$",
     ),
-    "jamba": ("blocks.heads", r"block model.layers.0 \(JambaMambaDecoderLayer\).*directly, and blocks\[1\].heads are found$"),
-    "rwkv": ("blocks[-1].heads", r"rwkv.blocks.2.attention: it may be key or value or receptance or output; a module can be named"),
-    "bert": ("final_norm", r"no final_norm is found in BertForMaskedLM: none of .* is known as a norm behind its blocks; a module"),
+    "jamba": ("blocks.heads", r"block model.layers.0 \(JambaMambaDecoderLayer\).*instead, or blocks\[1\].heads$"),
+    "rwkv": ("blocks[-1].heads", r"rwkv.blocks.2.attention: it may be key or value or receptance or output; give the name"),
+    "bert": ("final_norm", r"no final_norm is found in BertForMaskedLM: none of .* is known as a norm after its blocks; give the"),
 }
 
 
 @pytest.mark.parametrize(("name", "case"), MISSING.items(), ids=list(MISSING))
-def test_what_a_model_does_not_have_is_an_error(name, case):
+def test_a_missing_role_raises(name, case):
     with pytest.raises(ValueError, match=case[1]):
         find_layers(lm(name), case[0])
 
@@ -375,20 +375,20 @@ NO_BLOCKS = {
     "Bart": (HALVES | {"d_model": 48, "vocab_size": 64}, "it may be model.encoder.layers or model.decoder.layers"),
     "Albert": (
         PLAIN | {"embedding_size": 16},
-        r"its config says 3, and no list of modules is as long: there is albert.encoder.albert",
+        r"its config says 3 blocks, but no list of modules has that length: albert.encoder.albert",
     ),
 }
 
 
 @pytest.mark.parametrize(("config", "case"), NO_BLOCKS.items(), ids=list(NO_BLOCKS))
-def test_blocks_that_are_not_clear_are_an_error(config, case):
+def test_ambiguous_blocks_raise(config, case):
     model = make(config, case[0], {"Bart": "Seq2SeqLM", "Albert": "MaskedLM"}[config])
-    with pytest.raises(ValueError, match=f"{type(model).__name__} has no blocks: {case[1]}.*; a module can be named directly"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no blocks: {case[1]}.*; give the name of a module instead"):
         find_layers(model, "blocks.output")
 
 
 class Mixing(nn.Module):
-    """Attention of a name that no family uses, with the norm of what it adds to inside."""
+    """Attention with a name that no family uses, which contains its own pre-norm."""
 
     def __init__(self, inner=nn.Linear):
         super().__init__()
@@ -423,7 +423,7 @@ class OwnModel(nn.Module):
         return self.unembed(self.last(self.blocks(self.embed(ids))))
 
 
-def test_structure_stands_in_for_names():
+def test_unknown_names_are_resolved_by_structure():
     net = build(OwnModel)
     ids = torch.arange(8).reshape(2, 4)
     expected = {
@@ -445,14 +445,14 @@ def test_structure_stands_in_for_names():
 def test_the_model_may_be_the_list_of_blocks():
     net = build(lambda: nn.Sequential(OwnBlock(), OwnBlock()))
     assert names(net, "blocks[0].mlp.hidden", "blocks[1]") == ["0.net.2.input", "1"]
-    assert "a norm behind its blocks" in text_of(roles_of(net).single["final_norm"])
+    assert "a norm after its blocks" in text_of(roles_of(net).single["final_norm"])
     assert text_of(roles_of(net).single["head"]).endswith("is known as a head")
 
 
 def test_modules_come_before_roles():
     net = build(OwnModel)
     assert names(net, "blocks") == ["blocks"]
-    assert names(net, "blocks.input") == ["blocks.input"]  # of the list itself, which is a module that runs
+    assert names(net, "blocks.input") == ["blocks.input"]  # of the list itself, which is a called module
     assert names(net, "blocks[0].input") == ["blocks.0.input"]
     assert names(net, "blocks.output") == ["blocks.0", "blocks.1", "blocks.2"]
     net.head = nn.Linear(2, 2)
@@ -462,7 +462,7 @@ def test_modules_come_before_roles():
 
 
 def module(**parts):
-    """A module of these parts."""
+    """A module with these parts."""
     net = nn.Module()
     for name, part in parts.items():
         net.add_module(name, part)
@@ -470,7 +470,7 @@ def module(**parts):
 
 
 def fused(experts, units, rows):
-    """Experts in one tensor, understood where ``rows`` are twice the units."""
+    """Experts with stacked weights, supported if ``rows`` is twice the units."""
     net = nn.Module()
     net.gate_up_proj, net.down_proj = nn.Parameter(torch.ones(experts, rows, 6)), nn.Parameter(torch.ones(experts, 6, units))
     net.act_fn = nn.SiLU()
@@ -478,14 +478,14 @@ def fused(experts, units, rows):
 
 
 def changed(**parts):
-    """Roles of the first block of a model whose block has other modules."""
+    """Roles of the first block of a model after its modules are replaced."""
     block = OwnBlock()
     for name, part in parts.items():
         setattr(block, name, part)
     return roles_of(OwnModel([block, OwnBlock()])).blocks[0].parts
 
 
-def test_what_may_be_either_is_not_chosen():
+def test_ambiguous_parts_have_no_role():
     linear = functools.partial(nn.Linear, 6, 6)
     two = module(first=nn.Linear(6, 9), o_proj=linear(), out_proj=linear())
     assert text_of(changed(self_attn=two)["heads"]) == "blocks.0.self_attn: it may be o_proj or out_proj"
@@ -501,43 +501,43 @@ def test_what_may_be_either_is_not_chosen():
     assert text_of(changed(mlp=experts)["mlp.hidden"]) == "blocks.0.mlp: it has experts, experts"
     odd = module(gate=linear(), experts=fused(3, 2, 5), shared=module(down_proj=linear()))
     assert text_of(changed(mlp=odd)["mlp.hidden"]) == (
-        "blocks.0.mlp: its experts lie in one tensor, experts.gate_up_proj; shared.down_proj belongs to an expert that every token "
-        "passes, and is not the whole FFN"
+        "blocks.0.mlp: its experts share one tensor, experts.gate_up_proj; shared.down_proj belongs to a shared expert, which "
+        "every token passes, and is not the whole FFN"
     )
     two = module(experts=fused(3, 2, 4), shared=fused(2, 2, 4))
-    assert "its experts lie in one tensor, experts.gate_up_proj; " not in (found := text_of(changed(mlp=two)["mlp.hidden"]))
-    assert found.startswith("blocks.0.mlp: its experts lie in one tensor, experts.gate_up_proj")
-    beside = module(experts=fused(3, 2, 4), shared=fused(2, 2, 5))
-    assert text_of(changed(mlp=beside)["mlp.hidden"]) == (
-        "blocks.0.mlp: its experts lie in one tensor, and beside them is shared.gate_up_proj"
+    assert "its experts share one tensor, experts.gate_up_proj; " not in (found := text_of(changed(mlp=two)["mlp.hidden"]))
+    assert found.startswith("blocks.0.mlp: its experts share one tensor, experts.gate_up_proj")
+    stacked = module(experts=fused(3, 2, 4), shared=fused(2, 2, 5))
+    assert text_of(changed(mlp=stacked)["mlp.hidden"]) == (
+        "blocks.0.mlp: its experts share one tensor, and it has another stacked tensor, shared.gate_up_proj"
     )
     hidden = type("Hidden", (nn.Module,), {"forward": lambda self, x, residual: x})()
     hidden.inner = nn.Sequential(nn.Linear(6, 9))
-    assert "what Hidden puts out may hold the residual, and blocks.0.mlp: none of inner" in text_of(changed(mlp=hidden)["mlp"])
+    assert "the output of Hidden may include the residual, and blocks.0.mlp: none of inner" in text_of(changed(mlp=hidden)["mlp"])
 
 
-def test_a_stream_that_is_not_one_and_a_name_that_is_taken_are_no_roles():
-    assert text_of(changed(altup=nn.Linear(6, 6))["output"]) == "blocks.0: it carries several residual streams beside each other"
+def test_several_streams_and_a_name_collision_have_no_role():
+    assert text_of(changed(altup=nn.Linear(6, 6))["output"]) == "blocks.0: it carries several parallel residual streams"
     taken = changed(input=nn.Linear(6, 6))
-    assert text_of(taken["input"]) == "blocks.0: what it reads would go by the name of its own module input"
+    assert text_of(taken["input"]) == "blocks.0: its inputs would have the name of its own submodule input"
     assert taken["output"].name == "blocks.0"
 
 
-def test_a_module_of_two_blocks_has_no_role():
+def test_a_module_shared_by_two_blocks_has_no_role():
     block, other = OwnBlock(), OwnBlock()
     other.look = block.look
     first, second, last = roles_of(OwnModel([block, other, OwnBlock()])).blocks
-    assert text_of(second.parts["heads"]) == "blocks.0.look.last: it is part of 2 blocks, and its calls cannot be told apart"
+    assert text_of(second.parts["heads"]) == "blocks.0.look.last: it is shared by 2 blocks, and its calls cannot be told apart"
     assert isinstance(last.parts["heads"], Layer)
     assert isinstance(first.parts["mlp"], Layer)
-    assert all("part of 2 blocks" in text_of(roles_of(OwnModel([block, block])).blocks[k].parts["output"]) for k in range(2))
+    assert all("shared by 2 blocks" in text_of(roles_of(OwnModel([block, block])).blocks[k].parts["output"]) for k in range(2))
 
 
-def test_torch_s_encoder_has_heads_that_nobody_sees():
+def test_the_heads_of_torch_s_encoder_cannot_be_captured():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, nn.LayerNorm(8)).eval()
-    with pytest.raises(ValueError, match="torch's MultiheadAttention reads the weight of out_proj and never calls it"):
+    with pytest.raises(ValueError, match="torch's MultiheadAttention uses the weight of out_proj without calling the module"):
         find_layers(net, "blocks.heads")
     patterns = ["blocks.input", "blocks", "blocks.attention", "blocks.mlp.hidden", "final_norm"]
     _, shown = nl.ModelWrapper(net, patterns).forward_with_activations(torch.ones(3, 5, 8))
@@ -550,15 +550,13 @@ def test_torch_s_encoder_has_heads_that_nobody_sees():
 def test_a_model_without_blocks_has_no_roles():
     net = build(Mixed)
     assert (roles_of(net).blocks, str(roles_of(net))) == ((), "")
-    with pytest.raises(
-        ValueError, match="Mixed has no blocks: no list of modules that hold modules is in it; a module can be named"
-    ):
+    with pytest.raises(ValueError, match="Mixed has no blocks: it contains no list of modules that have submodules; give the name"):
         find_layers(net, "blocks[0].output")
     with pytest.raises(ValueError, match="no layer matches 'final_norm'; the model has: stem, grouped"):
         find_layers(net, "final_norm")
 
 
-def test_stages_are_blocks_of_what_has_no_others():
+def test_stages_are_the_blocks_of_a_model_without_others():
     model = transformers.ResNetForImageClassification(
         transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 4, 8], depths=[2, 2, 4], layer_type="basic")
     )
@@ -584,7 +582,7 @@ def test_analyze_takes_roles(name):
     assert result.layers["d_pr"].notna().all()
 
 
-def test_a_role_that_never_fires_stops_the_run():
+def test_a_role_that_is_never_called_raises():
     net = build(OwnModel)
     net.last = nn.Identity()
     net.final_norm = nn.LayerNorm(6)
@@ -592,7 +590,7 @@ def test_a_role_that_never_fires_stops_the_run():
         nl.analyze(net, [torch.arange(8).reshape(2, 4)], ["activation_variance"], ["final_norm"])
 
 
-def test_an_embedding_can_be_measured_and_what_patterns_mean_is_stored():
+def test_an_embedding_can_be_measured_and_resolved_patterns_are_stored():
     net = lm("llama")
     ids = torch.randint(0, 40, (4, 7), generator=torch.Generator().manual_seed(0))
     result = nl.analyze(net, [{"input_ids": ids}], ["activation_variance"], ["embedding", "blocks[0].mlp.hidden"])

@@ -1,4 +1,4 @@
-"""Sums of each class, against the rows of each class."""
+"""Statistics per class, compared with the rows of each class."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_second_moments_of_a_class_are_those_of_its_rows():
 
 
 @pytest.mark.parametrize("statistic", [ByClass, ClassSizes, ClassGram])
-def test_a_sample_s_label_holds_for_all_its_positions(statistic):
+def test_the_label_of_a_sample_applies_to_all_its_positions(statistic):
     y = torch.tensor([0, 2, 2, 0, 1, -1, 0, 1, 2, 2, 0, 1])
     keep = torch.rand(12, 7, generator=torch.Generator().manual_seed(1)) > 0.3
     keep[3] = False
@@ -62,7 +62,7 @@ def test_a_sample_s_label_holds_for_all_its_positions(statistic):
             assert_close(one.tensors()[name], tensor, rtol=1e-12, atol=1e-12)
 
 
-def test_a_class_without_rows_has_no_mean_and_one_of_a_row_no_variance():
+def test_a_class_without_rows_has_no_mean_and_a_class_of_one_row_no_variance():
     y = torch.tensor([0, 0, 2, 3, 3, 3])
     found, grams = ByClass.of(X[:6], y), ClassGram.of(X[:6], y)
     assert found.n.tolist() == [2, 0, 1, 3]
@@ -74,20 +74,20 @@ def test_a_class_without_rows_has_no_mean_and_one_of_a_row_no_variance():
     assert ByClass.of(X[:0], y[:0]).n.tolist() == [0]
 
 
-def test_a_row_without_its_target_or_class_is_left_out():
-    beside = torch.cat([Y[:, None], Z], 1)
-    beside[3, 0], beside[11, 1], beside[40, 2] = torch.nan, torch.inf, torch.nan
+def test_a_row_without_target_or_class_is_left_out():
+    paired = torch.cat([Y[:, None], Z], 1)
+    paired[3, 0], paired[11, 1], paired[40, 2] = torch.nan, torch.inf, torch.nan
     keep = torch.ones(N, dtype=torch.bool)
     keep[[3, 11, 40]] = False
-    found, right = ClassCross.of(X, beside), ClassCross.of(X[keep], beside[keep])
+    found, right = ClassCross.of(X, paired), ClassCross.of(X[keep], paired[keep])
     assert_close(found.n, right.n)
     assert_close(found.covariance(), right.covariance(), rtol=1e-10, atol=1e-10)
 
 
-def test_labels_that_do_not_fit_stop_the_run():
-    with pytest.raises(ValueError, match=r"90 samples meet labels \(89,\) of torch.int64: one class number a sample"):
+def test_labels_of_a_wrong_shape_or_dtype_raise():
+    with pytest.raises(ValueError, match=r"90 samples, but labels \(89,\) of torch.int64: give one integer class"):
         ByClass.of(X, Y[1:])
     with pytest.raises(ValueError, match=r"labels \(90,\) of torch.float64"):
         ClassSizes.of(X, Z[:, 0])
-    with pytest.raises(ValueError, match=r"90 samples of 1 rows each meet targets \(90, 1\): one row \(class, target, ...\)"):
+    with pytest.raises(ValueError, match=r"90 samples of 1 rows each, but targets \(90, 1\): give one row \(class, target, ...\)"):
         ClassCross.of(X, Z[:, :1])

@@ -1,4 +1,4 @@
-"""The one law, over every statistic: parts add to the whole, whatever the split."""
+"""The law of every statistic: the parts of any split add up to the whole."""
 
 import pytest
 import torch
@@ -51,17 +51,17 @@ def test_width_one(statistic):
 def test_another_shift_is_the_same_statistic(statistic):
     x = drifting()
     s = make(statistic, x)
-    moved = s.about(**{name: s.tensors()[name] + 3.5 for name in s.shifts})
-    same(s, moved)
+    shifted = s.about(**{name: s.tensors()[name] + 3.5 for name in s.shifts})
+    same(s, shifted)
 
 
 @every
-def test_rows_of_weight_zero_and_rows_that_are_not_finite_vanish(statistic):
+def test_masked_and_non_finite_rows_are_left_out(statistic):
     x = drifting(60)
     keep = torch.arange(60) % 3 != 1
-    if issubclass(statistic, (Cross, Pair, Cosines, ClassStatistic, Sample)):  # what stands beside keeps its place
-        beside = [k for k in range(60) if keep[k]]
-        parts = [make(statistic, x[k : k + 1], k) for k in beside]
+    if issubclass(statistic, (Cross, Pair, Cosines, ClassStatistic, Sample)):  # paired targets are looked up by row
+        rows = [k for k in range(60) if keep[k]]
+        parts = [make(statistic, x[k : k + 1], k) for k in rows]
         kept = sum(parts[1:], parts[0])
     else:
         kept = make(statistic, x[keep])
@@ -72,7 +72,7 @@ def test_rows_of_weight_zero_and_rows_that_are_not_finite_vanish(statistic):
 
 
 @every
-def test_resumed_in_the_middle(statistic):
+def test_an_accumulator_resumes_from_a_saved_state(statistic):
     whole, parts = whole_and_parts(statistic, [30, 40, 31])
     first = Accumulator(statistic, groups=2)
     first.add(parts[0], 0)
@@ -104,7 +104,7 @@ def test_an_accumulator_changes_no_value_it_was_given(statistic):
 
 
 @pytest.mark.parametrize("statistic", [Gram, Moments, Quantiles], ids=lambda s: s.__name__)
-def test_rows_taken_in_are_the_rows_values(statistic):
+def test_adding_rows_equals_the_statistic_of_all_rows(statistic):
     x = drifting(300)
     rows = Rows.of(x, torch.arange(300) % 7 != 0).about(x.mean(0))
     accumulator = Accumulator(statistic)
@@ -113,10 +113,10 @@ def test_rows_taken_in_are_the_rows_values(statistic):
     same(statistic.of(rows), accumulator.value)
 
 
-def test_a_saved_state_of_more_groups_is_refused():
+def test_a_saved_state_of_more_groups_raises():
     accumulator = Accumulator(Moments, groups=3)
     accumulator.add(Moments.of(drifting()), 2)
-    with pytest.raises(ValueError, match="saved state has group 2, here there are 1 groups"):
+    with pytest.raises(ValueError, match="saved state has group 2, but this accumulator has 1 groups"):
         Accumulator(Moments).load_state_dict(accumulator.state_dict())
 
 
@@ -126,7 +126,7 @@ def test_permuted_units_permute_a_covariance():
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 5000])
-def test_a_mean_of_a_thousand_spreads_costs_no_precision(batch):
+def test_a_mean_of_a_thousand_standard_deviations_costs_no_precision(batch):
     x = torch.randn(5000, 6, generator=torch.Generator().manual_seed(1)) @ torch.randn(
         6, 6, generator=torch.Generator().manual_seed(2)
     )
@@ -153,6 +153,6 @@ def test_one_row_has_no_variance():
     assert Gram.of(torch.ones(1, 3)).covariance.isnan().all()
 
 
-def test_targets_that_do_not_fit_stop_the_run():
-    with pytest.raises(ValueError, match="5 samples of 1 rows each meet 4 targets"):
+def test_a_wrong_number_of_targets_raises():
+    with pytest.raises(ValueError, match="5 samples of 1 rows, but 4 targets"):
         Cross.of(torch.ones(5, 2), torch.ones(4))

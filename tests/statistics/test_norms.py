@@ -1,4 +1,4 @@
-"""Norms, pairs and directions: against the rows themselves, and the debiased similarity against its n x n form."""
+"""Norms, pairs and directions compared with the rows, and the debiased similarity with its n x n form."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def added(parts):
 
 
 @pytest.mark.parametrize("far", [0.0, 20.0, -150.0])
-def test_mixed_sums_about_any_shift_centre_to_what_the_rows_say(far):
+def test_mixed_sums_about_any_shift_agree_with_the_centred_rows(far):
     x, y = sites()
     right = truth(x, y)
     shift = torch.full((6,), far, dtype=torch.float64)
@@ -50,14 +50,14 @@ def test_mixed_sums_about_any_shift_centre_to_what_the_rows_say(far):
     for statistic, names in ((gram, ("skew", "quartic")), (pair, ("cross", "e", "f", "mixed", "left", "right"))):
         for name in names:
             scale = float(right[name].abs().max())
-            loss = 1e-10 if abs(far) < 100 else 1e-7  # a fourth power loses the fourth power of how far the shift is
+            loss = 1e-10 if abs(far) < 100 else 1e-7  # the error of a fourth power grows with the fourth power of the shift
             assert_close(
                 getattr(statistic, name), right[name], rtol=loss, atol=loss * scale, msg=lambda m, name=name: f"{name}: {m}"
             )
     assert_close(gram.norm_mean, right["e"] / len(x), rtol=1e-10, atol=0)
 
 
-def test_the_norms_variance_is_that_of_the_centred_rows():
+def test_the_variance_of_the_norms_is_that_of_the_centred_rows():
     x, _ = sites()
     e = (x - x.mean(0)).square().sum(1)
     statistic = NormedGram.of(x, shift=torch.full((6,), 9.0, dtype=torch.float64))
@@ -90,7 +90,7 @@ def test_the_debiased_similarity_is_the_u_statistic_of_gram_matrices(splits):
 
 
 @pytest.mark.parametrize("width", [6, 40])
-def test_a_mean_of_a_thousand_spreads_costs_a_pair_no_precision(width):
+def test_a_mean_of_a_thousand_standard_deviations_costs_a_pair_no_precision(width):
     x = (rows(3000, width) + 1000).float()
     y = (x.double() - 1000 + rows(3000, width, 1) + 1000).float()
     shift = x[:64].double().mean(0)
@@ -140,14 +140,14 @@ def test_a_pair_s_covariance_is_torch_s_own():
     assert_close(Pair.of(x, y).covariance, both[:6, 6:], rtol=1e-12, atol=1e-12)
 
 
-def test_sites_that_do_not_fit_stop_the_run():
-    with pytest.raises(ValueError, match="5 samples of 1 rows each meet 4 samples of 1"):
+def test_sites_with_different_rows_raise():
+    with pytest.raises(ValueError, match="5 samples of 1 rows each cannot be paired with 4 samples of 1"):
         Pair.of(torch.ones(5, 2), torch.ones(4, 3))
-    with pytest.raises(ValueError, match="5 samples of 2 rows each meet 5 samples of 1"):
+    with pytest.raises(ValueError, match="5 samples of 2 rows each cannot be paired with 5 samples of 1"):
         NormedPair.of(torch.ones(5, 2, 2), torch.ones(5, 3))
 
 
-def test_directions_are_of_the_rows_as_they_are():
+def test_directions_use_the_rows_without_a_shift():
     x = drifting(40) - 3
     x[4], x[9] = 0, 1e-30
     unit = x[x.abs().sum(1) > 0]
@@ -159,7 +159,7 @@ def test_directions_are_of_the_rows_as_they_are():
         assert_close(found.outer, unit.T @ unit, rtol=1e-12, atol=1e-12)
         assert_close(found.covariance, torch.cov(unit.T), rtol=1e-11, atol=1e-12)
     assert found.about() is found
-    with pytest.raises(ValueError, match="held about zero"):
+    with pytest.raises(ValueError, match="always about zero"):
         found.about(shift=torch.ones(5))
 
 
@@ -175,7 +175,7 @@ def test_cosines_are_torch_s_own():
     assert found.n.item() == 28
     assert_close(found.mean, right[left].mean().reshape(1), rtol=1e-12, atol=0)
     assert Cosines.of(x * 0, y).mean.isnan().all()
-    assert Cosines.of(x, y[:, :4]).n.item() == 0  # rows of different width have no angle
+    assert Cosines.of(x, y[:, :4]).n.item() == 0  # no cosine between rows of different width
 
 
 def test_one_row_has_no_covariance_with_another_site():

@@ -1,4 +1,4 @@
-"""Higher moments, quantiles, mean sizes and the sample of rows, against numpy and the rows themselves."""
+"""Higher moments, quantiles, mean absolute values and the sample of rows, compared with numpy and the rows."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_quantiles_of_smooth_rows_are_far_closer_than_a_bin():
     assert_close(torch.stack([found.quantile(q) for q in (0.5, 0.9, 0.99)]), right, rtol=1e-3, atol=0)
 
 
-def test_what_lies_outside_the_bins_is_counted_at_their_ends():
+def test_values_outside_the_bins_are_counted_in_the_outermost_bins():
     x = torch.tensor([[0.0, 1e-12, -1e30, 1e300, 5.0]], dtype=torch.float64).T
     found = Quantiles.of(x)
     assert found.counts.shape == (1, BINS)
@@ -83,7 +83,7 @@ def test_what_lies_outside_the_bins_is_counted_at_their_ends():
     assert abs(found.quantile(1).item() / 1e8 - 1) < 0.02
 
 
-def test_rows_that_are_not_kept_are_no_zeros():
+def test_masked_rows_do_not_count_as_zeros():
     x, keep = normal(6, 3, 50).float(), torch.rand(6, 50, generator=torch.Generator().manual_seed(1)) > 0.4
     found = Quantiles.of(Rows(x, keep))
     kept = x.transpose(1, 2)[keep]
@@ -104,7 +104,7 @@ def test_the_outlier_index_of_recorded_activations():
         assert_close(found, right, rtol=1e-2, atol=0)
 
 
-def test_mean_sizes_square_each_sample_s_mean():
+def test_mean_sizes_square_the_mean_of_each_sample():
     x, keep = normal(9, 3, 8), torch.rand(9, 8, generator=torch.Generator().manual_seed(1)) > 0.4
     keep[4] = False
     means = torch.stack([s[:, k].abs().mean(1) for s, k in zip(x, keep, strict=True) if k.any()])
@@ -114,55 +114,55 @@ def test_mean_sizes_square_each_sample_s_mean():
         assert_close(found.square, means.square().sum(0), rtol=1e-12, atol=0)
 
 
-def test_a_sample_is_the_rows_of_the_smallest_keys_in_any_batches():
+def test_a_sample_is_the_rows_of_the_smallest_hashes_in_any_batches():
     n = 3 * ROWS
-    x, z, keys = normal(n, 3), normal(n, 2, seed=1), mix(torch.arange(n))
+    x, z, hashes = normal(n, 3), normal(n, 2, seed=1), mix(torch.arange(n))
     x[5], z[17, 1] = torch.nan, torch.inf
-    whole = Sample.of(x, z, keys=keys)
+    whole = Sample.of(x, z, hashes=hashes)
     good = torch.ones(n, dtype=torch.bool)
     good[[5, 17]] = False
-    first = torch.argsort(keys.where(good, torch.iinfo(torch.int64).max))[:ROWS]
+    first = torch.argsort(hashes.where(good, torch.iinfo(torch.int64).max))[:ROWS]
     assert torch.equal(whole.rows, x[first])
-    assert torch.equal(whole.beside, z[first])
+    assert torch.equal(whole.target, z[first])
     assert whole.seen.item() == n - 2
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
     accumulator = Accumulator(Sample, groups=2)
     for k, part in enumerate(order.split(100)):
-        accumulator.add(Sample.of(x[part], z[part], keys=keys[part]), k % 2)
+        accumulator.add(Sample.of(x[part], z[part], hashes=hashes[part]), k % 2)
     for name, tensor in accumulator.value.tensors().items():
         assert torch.equal(tensor, whole.tensors()[name]), name
 
 
-def test_each_position_of_a_sample_has_a_key_of_its_own():
-    x, keys = normal(4, 2, 6), mix(torch.arange(4))
-    whole = Sample.of(x, keys=keys)
+def test_each_position_of_a_sample_has_its_own_hash():
+    x, hashes = normal(4, 2, 6), mix(torch.arange(4))
+    whole = Sample.of(x, hashes=hashes)
     assert whole.rows.shape == (24, 2)
-    assert whole.beside.shape == (24, 0)
-    assert len(whole.keys.unique()) == 24
-    parts = Sample.of(x[2:], keys=keys[2:]) + Sample.of(x[:2], keys=keys[:2])
+    assert whole.target.shape == (24, 0)
+    assert len(whole.hashes.unique()) == 24
+    parts = Sample.of(x[2:], hashes=hashes[2:]) + Sample.of(x[:2], hashes=hashes[:2])
     assert torch.equal(parts.rows, whole.rows)
     assert_close(whole.rows.sum(0), x.sum((0, 2)))
-    with_target = Sample.of(x, torch.arange(4), keys=keys)
-    place = with_target.beside[:, 0].long()
+    with_target = Sample.of(x, torch.arange(4), hashes=hashes)
+    place = with_target.target[:, 0].long()
     assert all((row == x[p].T).all(1).any() for row, p in zip(with_target.rows, place, strict=True))
 
 
-def test_a_sample_without_keys_stops_the_run():
-    with pytest.raises(ValueError, match="5 samples meet no keys and 5 targets"):
+def test_a_sample_without_hashes_raises():
+    with pytest.raises(ValueError, match="5 samples, but no hashes and 5 targets"):
         Sample.of(torch.ones(5, 2))
-    with pytest.raises(ValueError, match="5 samples meet 5 keys and 4 targets"):
-        Sample.of(torch.ones(5, 2), torch.ones(4), keys=torch.arange(5))
+    with pytest.raises(ValueError, match="5 samples, but 5 hashes and 4 targets"):
+        Sample.of(torch.ones(5, 2), torch.ones(4), hashes=torch.arange(5))
 
 
 def test_rows_that_do_not_vary_far_from_the_shift_leave_no_rounding_behind():
-    """As where the one sample is left out in which a unit was ever active: what is left are zeros about another mean."""
+    """For example, the only sample in which a unit is active is left out: zeros about another mean remain."""
     for shift in (0.0029, 0.1, 3.7):
         zeros = Higher.of(torch.zeros(57, 4), shift=torch.full((4,), shift, dtype=torch.float64))
         assert zeros.kurtosis.isnan().all()
         assert zeros.skewness.isnan().all()
         assert zeros.mean_square.tolist() == [0.0] * 4
     x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) * 1e-2
-    far = Higher.of(x, shift=torch.ones(4, dtype=torch.float64))  # a spread of a hundredth of the distance is no rounding
+    far = Higher.of(x, shift=torch.ones(4, dtype=torch.float64))  # a hundredth of the distance is not rounding
     near = Higher.of(x, shift=torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(far.mean_square, near.mean_square, rtol=1e-2, atol=0)
     assert far.kurtosis.isfinite().all()

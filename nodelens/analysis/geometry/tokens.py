@@ -12,7 +12,7 @@ from torch import Tensor
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Site
 from nodelens.statistics.processes import reduce_tensor, world
-from nodelens.statistics.sample_hash import content_keys, mix
+from nodelens.statistics.sample_hash import content_hashes, mix
 
 _LAST = torch.iinfo(torch.int64).max  # behind every key
 _NUMBERED = {"ids", "sample_ids"}
@@ -54,7 +54,7 @@ class TokenBatch:
         place = real.cumsum(1) - 1
         named = isinstance(raw, Mapping) and not _NUMBERED.isdisjoint(raw)
         numbered = named or getattr(raw, "ids", None) is not None
-        sample = batch.keys if numbered else _content(tokens.cpu(), real, place)
+        sample = batch.hashes if numbered else _content(tokens.cpu(), real, place)
         first = {"input_ids" if "input_ids" in takes else "x": tokens} if batch.args else {}
         beside = {name: value for name, value in takes.items() if value is not None}
         chosen = {"select": mask} if isinstance(raw, Mapping) and "select" in raw else {}
@@ -103,7 +103,7 @@ class TokenBatch:
 
 def _content(tokens: Tensor, mask: Tensor, place: Tensor) -> Tensor:
     """A key a sample, (B,), of the tokens that count and their order."""
-    ids = content_keys(tokens.flatten(0, 1)).reshape(mask.shape) if tokens.is_floating_point() else tokens.long()
+    ids = content_hashes(tokens.flatten(0, 1)).reshape(mask.shape) if tokens.is_floating_point() else tokens.long()
     return mix(mix(ids, place).where(mask, 0).sum(1))
 
 

@@ -20,7 +20,7 @@ def experts_axes(path: str, module: nn.Module) -> list[PruningGroup]:
     experts = Experts.of(module)
     if experts is None:
         return []
-    made, n, turned = experts.made, experts.units, int(experts.turned)
+    made, n, turned = experts.up_name, experts.units, int(experts.transposed)
     if not plain(module._parameters[made]) or not plain(module._parameters["down_proj"]):
         raise UnclearError("the experts' weights are quantised, or made of other tensors")
     bias = f"{made}_bias" if module._parameters.get(f"{made}_bias") is not None else None

@@ -79,7 +79,7 @@ def _axis(model: nn.Module, path: str, experts: Experts, shared: Collection[str]
     own = [key for key, tensor in experts.module._parameters.items() if tensor is not None]
     if not all(plain(weight) for module in (experts.module, block.get_submodule(name)) for weight in module.parameters()):
         raise UnclearError("weights are quantised, or made of other tensors")
-    rows = (experts.made, "down_proj")  # what makes an expert; the rest goes with it
+    rows = (experts.up_name, "down_proj")  # what makes an expert; the rest goes with it
     slices = [GroupSlice(path, key, 0, identity(n), "producer") for key in rows]
     slices += [GroupSlice(path, key, 0, identity(n), "tied") for key in own if key not in rows]
     slices += [GroupSlice(place.module, place.tensor, place.dim, identity(n), "tied") for place in held]
@@ -92,7 +92,7 @@ def _axis(model: nn.Module, path: str, experts: Experts, shared: Collection[str]
 def _router(block: nn.Module, experts: Experts) -> tuple[str, int]:
     """The name of the module that chooses among a block's experts, and how many it needs. Raises UnclearError."""
     n = len(experts)
-    if experts.blocked:
+    if experts.blockwise:
         raise UnclearError("they are called with a block of rows each")
     found = [
         (name, module)

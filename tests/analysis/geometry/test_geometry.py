@@ -627,7 +627,7 @@ MISTAKES = {
     "no path": ({"hook_point": "module_input:"}, "hook_point is 'module_input:'; it is residual_input"),
     "no module": ({"hook_point": "module_output:model.layerz"}, "'module_output:model.layerz': no layer matches 'model.layerz'"),
     "twice": ({"hook_point": ["residual_input"] * 2}, "give one, or several that differ"),
-    "layer": ({"layers": [3]}, r"layers=\[3\] of a model of 3 blocks: .*3 is out of range; it goes from -3 to 2"),
+    "layer": ({"layers": [3]}, r"layers=\[3\] of a model of 3 blocks: .*3 is out of range; valid are -3 to 2"),
     "no layer": ({"layers": []}, "it names no layer"),
     "expression": ({"layers": "first"}, "layers='first' of a model of 3 blocks"),
     "layers of a module": ({"layers": [0], "hook_point": "module_input:lm_head"}, "chooses among blocks"),
