@@ -106,7 +106,7 @@ class PruningContext:
         return self._norms
 
     @property
-    def every_batch(self) -> Iterable[Any]:
+    def all_batches(self) -> Iterable[Any]:
         """The calibration batches of all processes. Raises ValueError without data."""
         found = self.data if self.whole is None else self.whole
         if found is None:

@@ -50,7 +50,7 @@ class Cost:
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[PruningGroup], batch: Batch | None = None) -> "Cost":
         """Counts; MACs by one forward of two samples of the batch."""
-        groups = [*groups, *(groups.apart if isinstance(groups, PruningGroups) else ())]
+        groups = [*groups, *(groups.opt_in if isinstance(groups, PruningGroups) else ())]
         slices: dict[_Owned, list[tuple[PruningGroup, GroupSlice]]] = defaultdict(list)
         for group in groups:
             for piece in group.slices:
@@ -60,7 +60,7 @@ class Cost:
             return cls({a.name: a.n for a in groups}, weights, ())
         positions = _positions(model, batch)
         products = _blocks(positions, {owned: [pair for pair in pairs if not _whole(*pair)] for owned, pairs in slices.items()})
-        attention = [_Block(a.attention * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in groups if a.attention]
+        attention = [_Block(a.attention_macs * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in groups if a.attention_macs]
         return cls({a.name: a.n for a in groups}, weights, (*products, *attention))
 
     def params(self, kept: Mapping[str, int] | None = None) -> int:

@@ -138,7 +138,7 @@ def _protected(groups: PruningGroups, protect: Mapping[str, Sequence[int]]) -> d
     """Units that stay, by group; a pattern or kind stands for several groups."""
     found: dict[str, Sequence[int]] = {}
     for pattern, units in protect.items():
-        for name in sorted(groups._matched(pattern, "protect")):
+        for name in sorted(groups.matching(pattern, "protect")):
             n = groups.named(name).n
             if any(not 0 <= u < n for u in units):
                 raise ValueError(f"protect.{pattern}: group {name!r} has units 0 to {n - 1}, not {list(units)}")

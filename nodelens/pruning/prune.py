@@ -17,10 +17,10 @@ from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.allocation.selection import Mode
 from nodelens.pruning.criteria.criterion import Criterion, Spec
 from nodelens.pruning.criteria.scoring import Reduce
-from nodelens.pruning.surgery.compensate import Compensate, compensate_units, renew_batch_norm
+from nodelens.pruning.surgery.compensate import Compensate, compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
 from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
-from nodelens.pruning.surgery.slice import patched, slice_units
+from nodelens.pruning.surgery.slice import slice_units, updated_counts
 
 from .context import PruningContext
 from .cost import Budget
@@ -79,7 +79,7 @@ def carry_out(
         removed, how = plan.removed, apply if step == len(shares) else "mask"
         numbers = _applied(model, now.groups, removed, how, gate)
         if options.compensate == "batch_norm":
-            renew_batch_norm(model, context.every_batch)
+            reestimate_batch_norm(model, context.all_batches)
         if finetune is not None:
             finetuned = finetune(model, partial(zero, groups=now.groups, removed=removed if how == "mask" else {}))
         now = replace(now, _moments={})
@@ -103,7 +103,7 @@ def _made_up_for(
 def _applied(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
     """Takes units away, in place; the numbers that modules keep beside their tensors and that a slice changed."""
     if apply == "slice":
-        numbers = patched(model, groups, removed)
+        numbers = updated_counts(model, groups, removed)
         slice_units(model, groups, removed)
         return numbers
     if apply == "scale":

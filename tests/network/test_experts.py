@@ -107,13 +107,13 @@ def build(name):
             nn.init.normal_(parameter, 1.0 if "norm" in key.lower() else 0.0, 2.0 if "gate_up_proj" in key else 0.4)
     axes = [axis for axis in family_groups(model) if axis.kind == "moe_ffn"]
     twin = copy.deepcopy(model)
-    for path in dict.fromkeys(axis.together for axis in axes):
+    for path in dict.fromkeys(axis.equal_count for axis in axes):
         twin.set_submodule(path, Apart(model.get_submodule(path), formula))
     return model, twin, axes, [apart(axis, rows, "gpt" in name) for axis in axes]
 
 
 def apart(axis, rows, biased):
-    path, e = axis.together, axis.cuts[0].entry
+    path, e = axis.equal_count, axis.slices[0].entry
     made = [GroupSlice(f"{path}.made.{e}", "weight", 0, rows, "producer")]
     made += [GroupSlice(f"{path}.made.{e}", "bias", 0, rows, "producer")] if biased else []
     return PruningGroup(axis.name, "moe_ffn", 8, (*made, GroupSlice(f"{path}.down.{e}", "weight", 1, identity(8), "consumer")))

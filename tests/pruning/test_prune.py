@@ -13,7 +13,7 @@ from nodelens.network.batch import Batch
 from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.cost import Cost
 from nodelens.pruning.planning import Schedule
-from nodelens.pruning.surgery.compensate import compensate_units, renew_batch_norm
+from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.moments import input_moments
 
 
@@ -244,7 +244,7 @@ def test_the_shift_of_a_convolution_goes_to_the_norm_behind_it_and_is_exact_insi
 def test_batch_norms_are_estimated_anew(data):
     net = resnet()
     renewed = copy.deepcopy(net)
-    renew_batch_norm(renewed, data)
+    reestimate_batch_norm(renewed, data)
     seen = []
     first = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))

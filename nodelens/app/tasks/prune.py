@@ -23,7 +23,7 @@ from nodelens.pruning.prune import Pruned
 from nodelens.pruning.sweep.latency import latency
 from nodelens.pruning.sweep.ranking import areas, measure_of
 from nodelens.pruning.sweep.sweep import Cell, Sweep, cells
-from nodelens.pruning.sweep.tables import axes_table, sweep_table
+from nodelens.pruning.sweep.tables import groups_table, sweep_table
 from nodelens.results.files import plain, read_json, write, write_json
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
@@ -180,7 +180,7 @@ def _measured(cfg: DictConfig, folder: Path, context: PruningContext, data: Any,
     table, refused = context.tables(criteria)
     units = table.rename_axis(index=["layer", "unit"])
     samples = len(data.indices["calibration"]) if hasattr(data, "indices") else None
-    result = Result(units, axes_table(context.model, context.groups, context.cost))
+    result = Result(units, groups_table(context.model, context.groups, context.cost))
     result.metadata |= provenance() | about(cfg, data, "calibration", trained_by)
     result.metadata |= {
         "metrics": {name: described(term) for name, term in columns.items() if name in units},

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from nodelens.messages import nearest
-from nodelens.network.groups import PruningGroup, shown
+from nodelens.network.groups import PruningGroup, listed
 
 from .selection import EARLIER, PROTECTED, Rules
 
@@ -124,7 +124,7 @@ def erk(groups: Sequence[PruningGroup], shapes: Shapes | None) -> Wish:
     """
     missing = [group.name for group in groups if group.name not in (shapes or {})]
     if shapes is None or missing:
-        raise ValueError(f"erk reads the shape of the weight behind each group; there is none for {shown(missing)}: give shapes")
+        raise ValueError(f"erk reads the shape of the weight behind each group; there is none for {listed(missing)}: give shapes")
     n = np.array([group.n for group in groups])
     density = np.array([sum(shapes[group.name]) / math.prod(shapes[group.name]) for group in groups])
     density = density / density.min()
@@ -164,7 +164,7 @@ def shares_of(groups: Sequence[PruningGroup], shares: Mapping[str, float]) -> np
         if not 0 <= share <= 1:
             raise ValueError(f"shares.{word} is {share}: a share of the units to remove, from 0 to 1")
         if word not in names | kinds and not any(fnmatchcase(name, word) for name in names):
-            there = f"{shown(sorted(names))}, of the kinds {shown(sorted(kinds))}"
+            there = f"{listed(sorted(names))}, of the kinds {listed(sorted(kinds))}"
             raise ValueError(f"shares name {word!r}, which fits no group.{nearest(word, names | kinds)} There are {there}")
     found = np.array([_share(group, shares) for group in groups])
     if not found.any():

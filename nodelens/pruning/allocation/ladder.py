@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nodelens.network.groups import PruningGroup, shown
+from nodelens.network.groups import PruningGroup, listed
 
 from .densities import numbered
 from .selection import Rules
@@ -34,10 +34,12 @@ class Ladder:
     def of(cls, groups: Sequence[PruningGroup], rules: Rules, min_keep: int, max_remove: float, multiple: int | None) -> "Ladder":
         """Raises ValueError for groups that belong together and differ in width, or have lost more than they may."""
         names, n = tuple(group.name for group in groups), np.array([group.n for group in groups])
-        rung_group = numbered([group.together or (group.name,) for group in groups])
+        rung_group = numbered([group.equal_count or (group.name,) for group in groups])
         width = n[np.unique(rung_group, return_index=True)[1]]
         most, gone, step = width.copy(), np.zeros_like(width), np.ones_like(width)
-        spared = np.maximum([max(min_keep, group.least) for group in groups], n - np.floor(max_remove * n + 1e-9).astype(np.int64))
+        spared = np.maximum(
+            [max(min_keep, group.min_keep) for group in groups], n - np.floor(max_remove * n + 1e-9).astype(np.int64)
+        )
         spared = np.maximum(spared, [len(rules.protected.get(name, ())) for name in names])
         np.minimum.at(most, rung_group, np.maximum(0, n - spared))
         np.maximum.at(gone, rung_group, [len(rules.removed.get(name, ())) for name in names])
@@ -87,8 +89,8 @@ class Ladder:
 
 def _check_groups(groups: Sequence[PruningGroup], uneven: np.ndarray, over: np.ndarray) -> None:
     if uneven.any():
-        together = groups[int(uneven.argmax())].together
-        members = [f"{group.name} {group.n}" for group in groups if group.together == together]
-        raise ValueError(f"groups that belong together ({together}) differ in width: {shown(members)}")
+        together = groups[int(uneven.argmax())].equal_count
+        members = [f"{group.name} {group.n}" for group in groups if group.equal_count == together]
+        raise ValueError(f"groups that belong together ({together}) differ in width: {listed(members)}")
     if over.any():
         raise ValueError(f"group {groups[int(over.argmax())].name!r} has lost more units already than floors and caps now allow")

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from nodelens.messages import nearest
-from nodelens.network.groups import PruningGroup, shown
+from nodelens.network.groups import PruningGroup, listed
 from nodelens.statistics.sample_hash import generator
 
 Mode = Literal["low", "high", "random"]
@@ -145,7 +145,7 @@ def _known(groups: Sequence[PruningGroup], named: Iterable[str], what: str) -> N
     names = [group.name for group in groups]
     unknown = sorted(set(named) - set(names))
     if unknown:
-        raise ValueError(f"{what} names the group {unknown[0]!r}.{nearest(unknown[0], names)} There are {shown(names)}")
+        raise ValueError(f"{what} names the group {unknown[0]!r}.{nearest(unknown[0], names)} There are {listed(names)}")
 
 
 def _check_count(group: PruningGroup, count: int, rules: Rules) -> None:

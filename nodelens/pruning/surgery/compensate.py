@@ -75,7 +75,7 @@ def compensate_units(
 
 
 @torch.no_grad()
-def renew_batch_norm(model: nn.Module, data: Iterable[Any]) -> None:
+def reestimate_batch_norm(model: nn.Module, data: Iterable[Any]) -> None:
     """Batch norms' running means and variances anew, as plain averages over the data's batches; nothing else changes.
 
     They depend on how the data are cut into batches, as in training. Raises ValueError for a model without one.

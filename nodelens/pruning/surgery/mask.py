@@ -25,7 +25,7 @@ def masked(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -
     gates = gates_of(groups, removed)
     whole = [group for group in groups if group.router is not None and group.name in removed]
     for group in whole:
-        check_least(group, removed[group.name])
+        check_min_keep(group, removed[group.name])
         del gates[group.name]
     with scaled(model, groups, gates), unrouted(model, whole, removed):
         yield
@@ -40,7 +40,7 @@ def scaled(model: nn.Module, groups: Iterable[PruningGroup], gates: Mapping[str,
     """
     by_name = {group.name: group for group in groups}
     for name, gate in gates.items():
-        check_axis(by_name, name, len(gate))
+        check_group(by_name, name, len(gate))
         _check_weights(by_name[name])
     reads: dict[str, list[tuple[GroupSlice, Tensor]]] = {}
     for name, gate in gates.items():
@@ -64,7 +64,7 @@ def zero(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> 
     by_name = {group.name: group for group in groups}
     with torch.no_grad():
         for name, units in removed.items():
-            check_axis(by_name, name, None, units)
+            check_group(by_name, name, None, units)
             _check_weights(by_name[name])
             for piece in by_name[name].slices:
                 tensor = piece.of(model)
@@ -77,7 +77,7 @@ def scale(model: nn.Module, groups: Iterable[PruningGroup], gates: Mapping[str, 
     by_name = {group.name: group for group in groups}
     with torch.no_grad():
         for name, gate in gates.items():
-            check_axis(by_name, name, len(gate))
+            check_group(by_name, name, len(gate))
             _check_weights(by_name[name])
             for piece in by_name[name].by_role("consumer"):
                 _multiply(piece, piece.of(model), torch.as_tensor(gate))
@@ -88,7 +88,7 @@ def gates_of(groups: Iterable[PruningGroup], removed: Removed) -> dict[str, Tens
     by_name = {group.name: group for group in groups}
     gates = {}
     for name, units in removed.items():
-        check_axis(by_name, name, None, units)
+        check_group(by_name, name, None, units)
         gates[name] = torch.ones(by_name[name].n).index_fill(0, torch.tensor(list(units), dtype=torch.long), 0)
     return gates
 
@@ -98,7 +98,7 @@ def channel_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
-def check_axis(by_name: Mapping[str, PruningGroup], name: str, length: int | None, units: Sequence[int] = ()) -> None:
+def check_group(by_name: Mapping[str, PruningGroup], name: str, length: int | None, units: Sequence[int] = ()) -> None:
     """Raises ValueError for a group that is not there, gates of another length, units it does not have."""
     if name not in by_name:
         raise ValueError(f"the plan names the group {name!r}; the model has {', '.join(by_name) or 'none'}")
@@ -109,12 +109,12 @@ def check_axis(by_name: Mapping[str, PruningGroup], name: str, length: int | Non
         raise ValueError(f"group {name!r} has {n} units, the plan removes unit {max(units) if max(units) >= n else min(units)}")
 
 
-def check_least(group: PruningGroup, units: Sequence[int]) -> None:
+def check_min_keep(group: PruningGroup, units: Sequence[int]) -> None:
     """Raises ValueError where fewer experts stay than a router chooses for a token."""
     left = group.n - len(set(units))
-    if left < group.least:
+    if left < group.min_keep:
         raise ValueError(
-            f"group {group.name!r} would keep {left} of {group.n} experts; its router needs {group.least} to choose from"
+            f"group {group.name!r} would keep {left} of {group.n} experts; its router needs {group.min_keep} to choose from"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nodelens.network.groups import GroupSlice, PruningGroup
 
-from .mask import Removed, check_axis, check_least
+from .mask import Removed, check_group, check_min_keep
 
 _SIZES = {"Linear": ("out_features", "in_features"), "Conv1D": ("nx", "nf"), "Embedding": ("num_embeddings", "embedding_dim")}
 
@@ -23,10 +23,10 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
     groups = list(groups)
     by_name = {group.name: group for group in groups}
     for name, units in removed.items():
-        check_axis(by_name, name, None, units)
+        check_group(by_name, name, None, units)
         if len(set(units)) >= by_name[name].n:
             raise ValueError(f"group {name!r} would lose all of its {by_name[name].n} units: one has to stay")
-        check_least(by_name[name], units)
+        check_min_keep(by_name[name], units)
     slices: dict[tuple[str, str], list[tuple[GroupSlice, Tensor]]] = {}
     for name, units in removed.items():
         gone = torch.tensor(sorted(set(units)), dtype=torch.long)
@@ -35,7 +35,7 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
     for (path, tensor), pairs in slices.items():
         module = model.get_submodule(path)
         replace_tensor(module, tensor, _without(getattr(module, tensor).detach(), pairs))
-    for path, attributes in patched(model, [by_name[name] for name in removed], removed).items():
+    for path, attributes in updated_counts(model, [by_name[name] for name in removed], removed).items():
         for attribute, value in attributes.items():
             set_number(model.get_submodule(path), attribute, value)
     for path in {path for path, _ in slices}:
@@ -43,12 +43,12 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
     return model
 
 
-def patched(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> dict[str, dict[str, int]]:
+def updated_counts(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> dict[str, dict[str, int]]:
     """{module: {attribute: new value}} of what tensors do not tell, such as the number of heads."""
     found: dict[str, dict[str, int]] = {}
     for group in groups:
         gone = len(set(removed.get(group.name, ())))
-        for patch in group.patches:
+        for patch in group.counts:
             if len({len(set(removed.get(name, ()))) for name in patch.among}) > 1:
                 continue
             held: Any = model.get_submodule(patch.module)

@@ -66,7 +66,7 @@ def sweep_table(rows: Iterable[Mapping[str, Any]], dense: Mapping[str, Any]) -> 
     return table.assign(**{k: float(v) for k, v in dense.items() if k != "samples" and not isinstance(v, dict)})
 
 
-def axes_table(model: nn.Module, groups: PruningGroups, cost: Cost) -> pd.DataFrame:
+def groups_table(model: nn.Module, groups: PruningGroups, cost: Cost) -> pd.DataFrame:
     """A row a group: kind, units, what one unit costs when it goes first, whether a slice equals a mask, what is coupled."""
     rows = []
     for group in groups:

@@ -425,7 +425,7 @@ def test_shares_by_name_pattern_and_kind():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_axes_that_belong_together_keep_the_same_count(kind):
-    experts = [group(f"{layer}{k}", 32, "moe_ffn", together=layer, multiple=8) for layer in "ab" for k in range(4)]
+    experts = [group(f"{layer}{k}", 32, "moe_ffn", equal_count=layer, multiple=8) for layer in "ab" for k in range(4)]
     groups = [*experts, group("d", 40)]
     shapes = {a.name: (a.n, 3 + len(a.name)) for a in groups}
     shares = Allocation("dict", shares={"a*": 0.5, "b*": 0.2, "d": 0.7}) if kind == "dict" else Allocation(kind)
@@ -441,12 +441,12 @@ def test_axes_that_belong_together_keep_the_same_count(kind):
 
 
 def test_experts_get_the_mean_of_their_counts():
-    groups = [group("e0", 4, together="e"), group("e1", 4, together="e"), group("f", 4)]
+    groups = [group("e0", 4, equal_count="e"), group("e1", 4, equal_count="e"), group("f", 4)]
     table = scores(e0=[1, 2, 3, 4], e1=[101, 102, 103, 104], f=[50, 51, 52, 53])
     assert allocate(groups, table, 4 / 12, allocation=Allocation("global", "raw")) == {"e0": 2, "e1": 2, "f": 4}
     # three of e0 and one of f would go: 1.5 each, rounded to 2, is the budget already
     with pytest.raises(ValueError, match=r"groups that belong together \(e\) differ in width: e0 4, e1 5"):
-        allocate([group("e0", 4, together="e"), group("e1", 5, together="e")], None, 0.5)
+        allocate([group("e0", 4, equal_count="e"), group("e1", 5, equal_count="e")], None, 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

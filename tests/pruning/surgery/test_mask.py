@@ -7,7 +7,7 @@ from torch import nn
 from nodelens.network.batch import Batch
 from nodelens.network.groups import GroupSlice, PruningGroup, PruningGroups, identity, span
 from nodelens.pruning.cost import Cost
-from nodelens.pruning.groups.find import find_groups, written_axis
+from nodelens.pruning.groups.find import find_groups, custom_group
 from nodelens.pruning.surgery.mask import gates_of, masked, scale, scaled, zero
 from nodelens.pruning.surgery.slice import slice_units
 
@@ -26,10 +26,10 @@ def network(seed=0):
     return net.double().eval()
 
 
-def axes_of(net):
+def groups_of(net):
     made = [GroupSlice("3", tensor, 0, identity(5), "producer") for tensor in ("weight", "bias")]
     flat = PruningGroup("3", "channel", 5, (*made, GroupSlice("6", "weight", 1, span(5, 4), "consumer")))
-    return PruningGroups((written_axis(net, WRITTEN | {"consumer": ["3.weight"]}), flat))
+    return PruningGroups((custom_group(net, WRITTEN | {"consumer": ["3.weight"]}), flat))
 
 
 X = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -38,7 +38,7 @@ REMOVED = {"body": [0, 4], "3": [1, 2, 3]}
 
 def test_a_mask_a_slice_zeros_and_gates_of_zero_are_one_thing():
     net = network()
-    groups = axes_of(net)
+    groups = groups_of(net)
     dense = net(X)
     with masked(net, groups, REMOVED):
         wanted = net(X)
@@ -58,7 +58,7 @@ def test_a_mask_a_slice_zeros_and_gates_of_zero_are_one_thing():
 
 def test_gates_scale_what_is_read_and_take_gradients():
     net = network()
-    groups = axes_of(net)
+    groups = groups_of(net)
     seen = []
     net[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     net(X)
@@ -76,7 +76,7 @@ def test_gates_scale_what_is_read_and_take_gradients():
 
 def test_costs_follow_from_kept_counts():
     net = network().float()
-    groups = axes_of(net)
+    groups = groups_of(net)
     cost = Cost.of(net, groups, Batch.of(X.float()))
     assert cost.params() == sum(p.numel() for p in net.parameters()) == 108 + 12 + 275 + 63
     assert cost.macs() == 16 * 108 + 4 * 270 + 60
@@ -90,7 +90,7 @@ def test_costs_follow_from_kept_counts():
 
 def test_what_does_not_fit_is_refused():
     net = network()
-    groups = axes_of(net)
+    groups = groups_of(net)
     for removed, said in (
         ({"head": [0]}, "the plan names the group 'head'; the model has body, 3"),
         ({"3": [5]}, "group '3' has 5 units, the plan removes unit 5"),
@@ -130,7 +130,7 @@ def test_axes_written_by_hand_are_checked_and_take_the_place_of_those_found():
     net = network()
     found = find_groups(net, Batch.of(X), [WRITTEN | {"consumer": ["3.weight"], "name": "0"}])
     assert [(a.name, a.n) for a in found] == [("3", 5), ("0", 6)]
-    assert written_axis(net, {"name": "t", "producer": ["6.weight@1"], "consumer": ["6.weight"]}).n == 20
+    assert custom_group(net, {"name": "t", "producer": ["6.weight@1"], "consumer": ["6.weight"]}).n == 20
     for wrong, said in (
         ({"name": "a"}, "producers and consumers have one length"),
         ({"producer": ["0.weight"]}, "has a name, a kind and the tensors"),
@@ -138,6 +138,6 @@ def test_axes_written_by_hand_are_checked_and_take_the_place_of_those_found():
         (WRITTEN | {"consumer": ["6.weight"]}, "have one length, here"),
     ):
         with pytest.raises(ValueError, match=said):
-            written_axis(net, wrong)
+            custom_group(net, wrong)
     with pytest.raises(ValueError, match="are read from its graph, and that needs an input"):
         find_groups(net)
