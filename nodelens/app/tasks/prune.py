@@ -67,7 +67,7 @@ def asked_of(cfg: DictConfig) -> list[Cell]:
         schedule=[build(cfg.schedule, "schedule")],
         budget=[values["budget"]["amount"]],
         protect=[values["protect"]],
-        nan=[values["nan"]],
+        nan_policy=[values["nan_policy"]],
     )
 
 
@@ -121,7 +121,7 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
         seed=cfg.seed,
         reduce=values["reduce"],
         columns=build_all(cfg.metrics, "metrics"),
-        whole=data.loader("calibration"),
+        all_data=data.loader("calibration"),
         progress=bar("measuring", None, rank == 0),
         options=options,
     )
@@ -240,7 +240,7 @@ def _keep(cfg: DictConfig, folder: Path, sweep: Sweep, todo: list[Cell], table: 
         place = folder / "pruned" / name if cfg.save == "all" else folder / "pruned"
         if (place / "plan.json").is_file():
             continue
-        pruned = sweep.carried_out(todo[names.index(name)])
+        pruned = sweep.pruned(todo[names.index(name)])
         if "transformers" not in pruned.origin:
             pruned = replace(pruned, origin={"net": plain(resolved(cfg)["model"].get("net") or {}), **pruned.origin})
         if world()[0] == 0:

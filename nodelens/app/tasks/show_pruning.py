@@ -27,7 +27,7 @@ def show_axes(console: Console, context: PruningContext) -> None:
     for name, row in list(groups_table(context.model, groups, cost).iterrows())[:MOST]:
         words = row["coupled"] + ("" if row["exact"] else " (allow_approximate: a norm reduces over it)")
         words += f" (kept in multiples of {row['multiple']})" if row["multiple"] > 1 else ""
-        table.add_row(str(name), row["kind"], str(row["units"]), f"{row['params_a_unit']:,}", f"{row['macs_a_unit']:,}", words)
+        table.add_row(str(name), row["kind"], str(row["units"]), f"{row['params_per_unit']:,}", f"{row['macs_per_unit']:,}", words)
     console.print(table)
     if len(groups) > MOST:
         console.print(f"and {len(groups) - MOST} more groups")

@@ -364,7 +364,10 @@ FROZEN = {
     "falcon alibi": ("transformer.h.1.self_attention", "reads alibi"),
     "mpt": ("transformer.blocks.1.attn", "no pattern matches Wqkv, out_proj"),
     "t5": ("decoder.block.1.layer.1.EncDecAttention", "no pattern matches q, k, v, o"),
-    "stablelm with a norm a head": ("model.layers.0.self_attn", "has the parameter q_layernorm.norms.0.weight (8,) outside its projections"),
+    "stablelm with a norm a head": (
+        "model.layers.0.self_attn",
+        "has the parameter q_layernorm.norms.0.weight (8,) outside its projections",
+    ),
     "gpt bigcode": ("transformer.h.0.attn", "c_attn is a Linear"),
     "trocr": ("model.decoder.layers.0.self_attn", "assumes that its input is as wide as all heads together"),
     "diffllama": ("model.layers.0.self_attn", "has the parameter lambda_q1 (8,) outside its projections"),

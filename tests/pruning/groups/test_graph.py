@@ -395,7 +395,7 @@ STAY = {  # the operation in between: groups that remain, the layer reported as 
     "padded channels": (between(lambda m, x: space(F.pad(x, (0, 0, 0, 0, 2, 2))), 12), "a", "b", "pad in .* changes the number"),
     "a constant map": (between(lambda m, x: space(x * torch.arange(8.0)[:, None, None])), "a", "b", "mul in .* combines them with"),
     "a weight norm": (between(lambda m, x: space(x), b=weight_norm(conv(6, 8))), "", "b", "weights that are computed from others"),
-    "a spectral norm": (between(lambda m, x: space(x), b=spectral_norm(conv(6, 8))), "", "a", "weights that are computed from others"),
+    "a spectral norm": (between(lambda m, x: space(x), b=spectral_norm(conv(6, 8))), "", "a", "are computed from others"),
     "a bare parameter": (
         between(lambda m, x: F.linear(space(x), m.w), 6, w=nn.Parameter(torch.ones(6, 8))), "a", "b", "the parameter w outside",
     ),
