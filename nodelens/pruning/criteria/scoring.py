@@ -51,6 +51,7 @@ def score_table(
     groups: Sequence[PruningGroup],
     columns: Mapping[str, Metric | Baseline],
     data: Iterable[Any] | None = None,
+    /,  # options of nl.analyze include ``groups``
     *,
     reduce: Reduce = "sum",
     seed: int = 0,
@@ -94,6 +95,7 @@ def _joined(
     data: Any,
     read: bool,
     reduce: Reduce,
+    /,
     **options: Any,
 ) -> pd.DataFrame:
     """The metrics' values a unit, from one pass over their layers."""

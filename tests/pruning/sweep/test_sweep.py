@@ -88,7 +88,7 @@ def test_a_sweep_has_one_row_per_cell_and_the_page_its_curve(undisturbed):
     assert list(nl.load(undisturbed).units) == ["rq"], "measured once, for the criteria alone"
     assert (table["macs"] < table["dense_macs"]).all()
     assert (table["latency_batch1_ms"] > 0).all()
-    assert (table[["val_accuracy", "val_pruned_accuracy", "val_dense_accuracy", "accuracy_se"]].notna()).all(group=None)
+    assert (table[["val_accuracy", "val_pruned_accuracy", "val_dense_accuracy", "accuracy_se"]].notna()).all(axis=None)
     assert set(json.loads((undisturbed / "splits.json").read_text())) >= {"test", "val", "calibration", "fingerprint"}
 
 
