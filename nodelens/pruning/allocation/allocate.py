@@ -143,7 +143,7 @@ def _explicit(ladder: Ladder, groups: Sequence[PruningGroup], allocation: Alloca
     asked = ladder.n * shares_of(groups, allocation.shares or {})
     rungs, wanted = ladder.nearest(asked), ladder.rounded(asked, allocation.min_keep)
     for k in np.flatnonzero(ladder.unmet(rungs, wanted)):
-        name, least, most = ladder.names[ladder.bundle.tolist().index(k)], ladder.gone[k], ladder.lost(ladder.rungs)[k]
+        name, least, most = ladder.names[ladder.bundle.tolist().index(k)], ladder.removed[k], ladder.lost(ladder.rungs)[k]
         raise ValueError(
             f"shares remove {wanted[k]} of the {ladder.width[k]} units of group {name!r}; an earlier plan, max_remove, multiples "
             f"and protected units allow {least} to {most}"
@@ -187,7 +187,7 @@ def _unit_prices(ladder: Ladder, price: Price) -> np.ndarray:
 
 
 def _solved(ladder: Ladder, curve: RemovalCurve, target: _Target, asked: str) -> np.ndarray:
-    """The rungs at the smallest share that meets the budget; bundles that step at the same share step one by one."""
+    """The rungs at the share that meets the budget; of bundles that step at this share, as many step as come nearest to it."""
     low, high = ladder.nearest(curve(0.0)), ladder.nearest(curve(1.0))
     if target.cost(low) <= target.left:
         return low

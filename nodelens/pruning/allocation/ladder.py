@@ -18,7 +18,7 @@ class Ladder:
     Rung 0 is the present number, rung 1 the largest multiple below it, and so on down to what floors and caps allow.
     Shapes: names, n and bundle (groups,), where bundle is the index of the group's bundle;
     the others (bundles,), int64: members, groups of the bundle;
-            width, units per group; gone, units per group that an earlier plan removed; step, the multiple; rungs, number below 0
+            width, units per group; removed, units per group in an earlier plan; step, the multiple; rungs, number below 0
     """
 
     names: tuple[str, ...]
@@ -26,7 +26,7 @@ class Ladder:
     bundle: np.ndarray
     members: np.ndarray
     width: np.ndarray
-    gone: np.ndarray
+    removed: np.ndarray
     step: np.ndarray
     rungs: np.ndarray
 
@@ -36,24 +36,24 @@ class Ladder:
         names, n = tuple(group.name for group in groups), np.array([group.n for group in groups])
         bundle = numbered([group.equal_count or (group.name,) for group in groups])
         width = n[np.unique(bundle, return_index=True)[1]]
-        most, gone, step = width.copy(), np.zeros_like(width), np.ones_like(width)
+        most, removed, step = width.copy(), np.zeros_like(width), np.ones_like(width)
         floors = np.array([max(min_keep, group.min_keep, len(rules.protected.get(group.name, ()))) for group in groups])
         floors = np.maximum(floors, n - np.floor(max_remove * n + 1e-9).astype(np.int64))
         np.minimum.at(most, bundle, np.maximum(0, n - floors))
-        np.maximum.at(gone, bundle, [len(rules.removed.get(name, ())) for name in names])
+        np.maximum.at(removed, bundle, [len(rules.removed.get(name, ())) for name in names])
         np.lcm.at(step, bundle, [multiple or group.multiple for group in groups])
-        _check_groups(groups, n != width[bundle], (gone > most)[bundle])
-        top = (width - gone - 1) // step * step
-        return cls(names, n, bundle, np.bincount(bundle), width, gone, step, np.maximum(0, (top - width + most) // step + 1))
+        _check_groups(groups, n != width[bundle], (removed > most)[bundle])
+        top = (width - removed - 1) // step * step
+        return cls(names, n, bundle, np.bincount(bundle), width, removed, step, np.maximum(0, (top - width + most) // step + 1))
 
     @property
     def top(self) -> np.ndarray:
         """Units kept on rung 1, (bundles,)."""
-        return (self.width - self.gone - 1) // self.step * self.step
+        return (self.width - self.removed - 1) // self.step * self.step
 
     def lost(self, rungs: np.ndarray) -> np.ndarray:
         """Units that each group of a bundle loses, (bundles,)."""
-        return np.where(rungs == 0, self.gone, self.width - self.top + (rungs - 1) * self.step)
+        return np.where(rungs == 0, self.removed, self.width - self.top + (rungs - 1) * self.step)
 
     def left(self, rungs: np.ndarray) -> float:
         """Units kept in all groups."""
@@ -71,7 +71,7 @@ class Ladder:
         """The rung nearest to the mean loss of a bundle, (groups,) -> (bundles,); the lower count of two equally near."""
         lost, second = self.mean(lost), self.width - self.top
         below = np.clip(np.floor((lost - second) / self.step + 0.5).astype(np.int64) + 1, 1, np.maximum(1, self.rungs))
-        return np.where((self.rungs > 0) & (lost >= (self.gone + second) / 2), below, 0)
+        return np.where((self.rungs > 0) & (lost >= (self.removed + second) / 2), below, 0)
 
     def rounded(self, lost: np.ndarray, min_keep: int) -> np.ndarray:
         """floor(mean + 1/2) of each bundle, capped to keep ``min_keep`` or the next multiple above, (groups,) -> (bundles,)."""
