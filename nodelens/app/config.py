@@ -128,7 +128,7 @@ class Prune(Common):
     custom_groups: list[Any] = field(default_factory=list)
     allow_approximate: bool = False
     reduce: str = "sum"
-    nan: str = "remove"
+    nan_policy: str = "drop"
     budget: PruneBudget = field(default_factory=PruneBudget)  # type: ignore[assignment]
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"

@@ -1,4 +1,4 @@
-"""What goes together when units are removed: slices through tensors, and groups made of them."""
+"""Pruning groups: units that are coupled through the network, and the slices of tensors that belong to each unit."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn", "expert")
 
 @dataclass(frozen=True, eq=False)
 class GroupSlice:
-    """Where a group's units lie in one dimension of one tensor.
+    """Where the units of a group lie along one dimension of one tensor.
 
-    module: the path of the module that holds it, "" for the model itself; tensor: its name there, such as ``weight``.
-    index (units, span) int64: the places of each unit along ``dim``. role: ``producer`` (rows that make the unit),
-    ``consumer`` (columns that read it), ``tied`` (a norm's parameters, a depthwise filter, a per-head entry).
-    reads (units, places): where the unit lies in the consumer's input, where that is not ``index`` (a grouped convolution).
-    entry: the expert that is cut, of a tensor that has one a row in dimension 0; ``dim`` counts from the whole tensor.
+    module: path of the module that holds the tensor, "" for the model itself; tensor: its attribute name, such as ``weight``.
+    index (units, span) int64: positions of each unit along ``dim``. role: ``producer`` (rows that compute the unit),
+    ``consumer`` (columns that read it), ``tied`` (parameters of a norm, depthwise filters, entries per head).
+    reads (units, places): positions of the unit in the consumer's input where they differ from ``index`` (grouped convolutions).
+    entry: the expert, where dimension 0 of the tensor holds one row per expert; ``dim`` counts dimension 0 as well.
     """
 
     module: str
@@ -37,27 +37,27 @@ class GroupSlice:
 
     @property
     def places(self) -> Tensor:
-        """(units, places) in a consumer's input."""
+        """Positions of each unit in the consumer's input, (units, places)."""
         return self.index if self.reads is None else self.reads
 
     def of(self, model: nn.Module) -> Tensor:
-        """The tensor itself; of an expert its own part."""
+        """The tensor, or the expert's part of it."""
         tensor = getattr(model.get_submodule(self.module), self.tensor).detach()
         return tensor if self.entry is None else tensor[self.entry]
 
     def by_unit(self, model: nn.Module) -> Tensor:
-        """The unit's entries, (units, the rest)."""
+        """The entries of each unit, flattened, (units, entries)."""
         tensor = self.of(model)
         moved = tensor.movedim(self.dim - (self.entry is not None), 0)
         return moved[self.index.to(tensor.device)].flatten(1)
 
 
 @dataclass(frozen=True)
-class Patch:
-    """A number that a module keeps beside its tensors and that falls by ``step`` with each removed unit.
+class StoredCount:
+    """An integer attribute of a module that decreases by ``step`` with every removed unit, such as ``num_heads``.
 
-    attribute: its name; ``config.x`` is the field of a config, of which the module and its parts then have a copy of their own.
-    among: groups that the number belongs to together; it falls only where all of them lose as many units.
+    attribute: its name; ``config.x`` is a field of the module's config, which is copied before it is changed.
+    among: names of groups; where it is given, the attribute changes only if all of them lose the same number of units.
     """
 
     module: str
@@ -68,60 +68,61 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class PruningGroup:
-    """Units that can be removed one by one, and all that has to go with each.
+    """Units that can be removed one by one, and the slices of tensors that are removed with each.
 
-    name: its own in the model; kind: one of ``KINDS``. exact: whether a slice gives what a mask gives (no norm reduces over
-    the group). together: groups of this name keep the same number of units (experts of a layer). multiple: of which the kept number
-    has to be one. attention: multiplications a unit and pair of positions beside those of its tensors. router: the module that
-    chooses units for each token, where these are whole experts; least: how many have to stay.
+    name: unique in the model; kind: one of ``KINDS``. exact: whether slicing and masking give the same output; they do unless a
+    norm reduces over the group. equal_count: groups with the same label keep the same number of units (experts of one layer).
+    multiple: the number of kept units is a multiple of this. attention_macs: multiply-accumulates per unit and pair of positions
+    in attention, beyond those of the tensors. router: the module that routes tokens, where the units are whole experts.
+    min_keep: the smallest number of units that can stay.
     """
 
     name: str
     kind: str
     n: int
     slices: tuple[GroupSlice, ...]
-    patches: tuple[Patch, ...] = ()
+    counts: tuple[StoredCount, ...] = ()
     exact: bool = True
-    together: str | None = None
+    equal_count: str | None = None
     multiple: int = 1
-    attention: int = 0
+    attention_macs: int = 0
     router: str | None = None
-    least: int = 1
+    min_keep: int = 1
 
     def by_role(self, *roles: Role) -> list[GroupSlice]:
         return [piece for piece in self.slices if piece.role in roles]
 
     @property
     def gated(self) -> bool:
-        """Whether each consumer is a module of its own, at whose input a unit can be seen and shut off."""
+        """Whether every consumer is a module of its own, so that units can be observed and masked at its input."""
         return self.router is None and all(piece.entry is None for piece in self.by_role("consumer"))
 
     def describe(self) -> str:
-        """What makes and what reads the units, such as ``layer1.0: conv1 > conv2``: what all share of a path stands once."""
-        makes, reads = (
-            list(dict.fromkeys(_spoken(piece) for piece in self.by_role(role) if piece.tensor != "bias"))
+        """Producers and consumers, such as ``layer1.0: conv1 > conv2``; the common part of their paths is named once."""
+        producers, consumers = (
+            list(dict.fromkeys(_label(piece) for piece in self.by_role(role) if piece.tensor != "bias"))
             for role in ("producer", "consumer")
         )
         if self.router is not None:
-            makes, reads = [self.router], [self.name]
+            producers, consumers = [self.router], [self.name]
         shared = 0
-        for parts in zip(*(name.split(".")[:-1] for name in (*makes, *reads)), strict=False):
+        for parts in zip(*(name.split(".")[:-1] for name in (*producers, *consumers)), strict=False):
             if len(set(parts)) > 1:
                 break
             shared += 1
-        ends = [", ".join(".".join(name.split(".")[shared:]) for name in names) for names in (makes, reads)]
-        prefix = ".".join(makes[0].split(".")[:shared]) + ": " if shared else ""
+        ends = [", ".join(".".join(name.split(".")[shared:]) for name in names) for names in (producers, consumers)]
+        prefix = ".".join(producers[0].split(".")[:shared]) + ": " if shared else ""
         return f"{prefix}{ends[0]} > {ends[1]}"
 
 
-def _spoken(piece: GroupSlice) -> str:
-    """A layer by its path; a tensor of another name by its own."""
+def _label(piece: GroupSlice) -> str:
+    """The module's path for a ``weight``, else the path of the tensor."""
     return piece.module if piece.tensor == "weight" and piece.module else piece.name
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What is not pruned, and why."""
+    """A part of the model that is not pruned, and the reason."""
 
     what: str
     reason: str
@@ -129,14 +130,14 @@ class Frozen:
 
 @dataclass(frozen=True)
 class PruningGroups(Sequence[PruningGroup]):
-    """The groups of a model, in order, and the report of what was left out.
+    """The pruning groups of a model, in order, and what is frozen.
 
-    apart: groups across others, which are taken only where a scope asks for them: whole experts, whose channels are groups, too.
+    opt_in: groups that overlap others and are chosen only where a scope names them: whole experts, whose channels are groups too.
     """
 
     groups: tuple[PruningGroup, ...]
     frozen: tuple[Frozen, ...] = field(default=())
-    apart: tuple[PruningGroup, ...] = field(default=())
+    opt_in: tuple[PruningGroup, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -148,77 +149,78 @@ class PruningGroups(Sequence[PruningGroup]):
         return iter(self.groups)
 
     def named(self, name: str) -> PruningGroup:
-        """Raises ValueError for a name that no group has."""
-        found = next((group for group in (*self.groups, *self.apart) if group.name == name), None)
-        if found is None:
-            raise ValueError(f"there is no group {name!r}; the model has {shown([a.name for a in self.groups])}")
-        return found
+        """The group of that name. Raises ValueError if there is none."""
+        group = next((group for group in (*self.groups, *self.opt_in) if group.name == name), None)
+        if group is None:
+            raise ValueError(f"there is no group {name!r}; the model has {listed([g.name for g in self.groups])}")
+        return group
 
-    def chosen(self, scope: str | Sequence[str] = "*", freeze: str | Sequence[str] = (), inexact: bool = False) -> "PruningGroups":
-        """The groups that a scope names, by name, pattern or kind, without frozen and, unless asked for, inexact ones.
+    def chosen(
+        self, scope: str | Sequence[str] = "*", freeze: str | Sequence[str] = (), allow_approximate: bool = False
+    ) -> "PruningGroups":
+        """The groups in scope, by name, pattern or kind, without those that ``freeze`` names.
 
-        PruningGroups apart are taken by their kind, ``expert``, their name, or a pattern that fits no other
-        group: ``*`` leaves them out.
-        Raises ValueError where a word of the scope or of ``freeze`` matches nothing, no group is left, or both experts and their
-        channels are.
+        Groups over which a norm reduces are included only with ``allow_approximate``. An ``opt_in`` group is included where the
+        scope gives its kind (``expert``), its name, or a pattern that matches no other group; ``*`` leaves it out.
+        Raises ValueError if a word of ``scope`` or ``freeze`` matches nothing, if no group is left, or if both whole experts and
+        their channels are in scope.
         """
-        wanted, shut = self._matched(scope, "scope"), self._matched(freeze, "freeze", across=True)
+        in_scope, excluded = self.matching(scope, "scope"), self.matching(freeze, "freeze", with_opt_in=True)
         kept, report = [], list(self.frozen)
-        for group in (*self.groups, *self.apart):
-            if group.name not in wanted:
+        for group in (*self.groups, *self.opt_in):
+            if group.name not in in_scope:
                 continue
-            if group.name in shut:
+            if group.name in excluded:
                 report.append(Frozen(group.name, "named by freeze"))
-            elif not group.exact and not inexact:
-                report.append(Frozen(group.name, "inexact: a norm reduces over its units (inexact=true takes it)"))
+            elif not group.exact and not allow_approximate:
+                report.append(Frozen(group.name, "a norm reduces over its units; allow_approximate=true includes it"))
             else:
                 kept.append(group)
         if not kept:
             why = "; ".join(f"{f.what}: {f.reason}" for f in report[:6]) or "the model has none"
             raise ValueError(f"scope {scope!r} leaves no group to prune: {why}")
-        both = sorted({group.together or "" for group in kept} & {group.name for group in kept if group.router is not None})
+        both = sorted({group.equal_count or "" for group in kept} & {group.name for group in kept if group.router is not None})
         if both:
             raise ValueError(f"scope {scope!r} takes both the experts of {both[0]} and their channels: prune one, then the other")
         return PruningGroups(tuple(kept), tuple(report))
 
     def coverage(self, model: nn.Module) -> float:
-        """The share of the parameters that lie in some group's slices."""
-        piece = {(c.module, c.tensor) for group in self.groups for c in group.slices}
+        """The share of the model's parameters in tensors that some group slices."""
+        sliced = {(piece.module, piece.tensor) for group in self.groups for piece in group.slices}
         parameters = {id(p): p.numel() for p in model.parameters()}
-        inside = {id(getattr(model.get_submodule(m), t)) for m, t in piece}
+        inside = {id(getattr(model.get_submodule(m), t)) for m, t in sliced}
         return sum(n for key, n in parameters.items() if key in inside) / max(1, sum(parameters.values()))
 
-    def _matched(self, patterns: str | Sequence[str], what: str, across: bool = False) -> set[str]:
-        found: set[str] = set()
+    def matching(self, patterns: str | Sequence[str], option: str, with_opt_in: bool = False) -> set[str]:
+        """Names of the groups that match, by name, pattern or kind. Raises ValueError, naming the option, if none does."""
+        matched: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            names = {a.name for a in self.groups if pattern in (a.name, a.kind) or fnmatchcase(a.name, pattern)}
-            loose = across or not names
-            names |= {a.name for a in self.apart if pattern in (a.name, a.kind) or (loose and fnmatchcase(a.name, pattern))}
+            names = {g.name for g in self.groups if pattern in (g.name, g.kind) or fnmatchcase(g.name, pattern)}
+            loose = with_opt_in or not names
+            names |= {g.name for g in self.opt_in if pattern in (g.name, g.kind) or (loose and fnmatchcase(g.name, pattern))}
             if not names and len(self.groups):
-                kinds = shown(sorted({a.kind for a in (*self.groups, *self.apart)}))
-                raise ValueError(
-                    f"{what} {pattern!r} matches no group; there are {shown([a.name for a in self.groups])}, of the kinds {kinds}"
-                )
-            found |= names
-        return found
+                known, kinds = [g.name for g in self.groups], sorted({g.kind for g in (*self.groups, *self.opt_in)})
+                raise ValueError(f"{option} {pattern!r} matches no group; there are {listed(known)}, of the kinds {listed(kinds)}")
+            matched |= names
+        return matched
 
 
 def identity(n: int) -> Tensor:
-    """A unit a place, (n, 1)."""
+    """One position per unit, (n, 1)."""
     return torch.arange(n)[:, None]
 
 
 def span(n: int, width: int, start: int = 0) -> Tensor:
-    """``width`` neighbouring places a unit, from ``start``, (n, width)."""
+    """``width`` consecutive positions per unit, from ``start`` on, (n, width)."""
     return start + torch.arange(n * width).reshape(n, width)
 
 
 def offsets(parts: Iterable[Tensor]) -> Tensor:
-    """The same units in several blocks of one tensor, (n, the sum of their spans)."""
+    """Positions of the same units in several blocks of one tensor, (n, sum of the spans)."""
     return torch.cat(list(parts), 1)
 
 
-def shown(names: Sequence[str], most: int = 12) -> str:
-    """Names in a line."""
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names on one line, at most ``most`` of them."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "") if names else "none"

@@ -1,1 +1,1 @@
-"""Removing units: what goes together, what scores it, which go, and what is left."""
+"""Pruning: which units are coupled, how they are scored, which are removed, and the smaller model."""

@@ -1,4 +1,4 @@
-"""A model that is to lose units, and what is known of it."""
+"""The pruning context: a model, its pruning groups, their cost, and the data to score them with."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ from .cost import Cost
 
 @dataclass
 class PruningContext:
-    """A model that is to lose units: its groups, their cost, and what was measured of them, each thing once.
+    """A model to prune, its groups and their cost, and the moments of its inputs, which are measured once.
 
-    data: calibration batches that can be read again and again; None where nothing is measured.
+    data: calibration batches that can be read several times; None if nothing has to be measured.
     """
 
     model: nn.Module
@@ -34,13 +34,13 @@ class PruningContext:
     cost: Cost
     batch: Batch | None = None
     data: Iterable[Any] | None = None
-    whole: Iterable[Any] | None = None  # where data are one process's share: those of all processes
+    all_data: Iterable[Any] | None = None  # the batches of all processes, where data are one process's share
     seed: int = 0
     reduce: Reduce = "sum"
     loss: Any = summed_loss
     columns: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-    options: Mapping[str, Any] = field(default_factory=dict)  # of nl.analyze
+    options: Mapping[str, Any] = field(default_factory=dict)  # options of nl.analyze
     _moments: dict[bool, Any] = field(default_factory=dict)
     _norms: dict[str, str] | None = None
 
@@ -57,21 +57,21 @@ class PruningContext:
         custom_groups: Sequence[PruningGroup | Mapping[str, Any]] = (),
         **options: Any,
     ) -> "PruningContext":
-        """Finds the groups and counts what they cost. Raises ValueError as ``find_groups`` and ``PruningGroups.chosen`` do."""
+        """Finds the groups and their cost. Raises ValueError as ``find_groups`` and ``PruningGroups.chosen`` do."""
         batch = None if batch is None else batch.head(2).to(device_of(model))
         every = find_groups(model, batch, custom_groups)
         return cls(model, every.chosen(scope, freeze, allow_approximate), Cost.of(model, every, batch), batch, data, **options)
 
     def table(self, criteria: Iterable[Criterion]) -> pd.DataFrame:
-        """What the criteria read, a row a unit, measured now."""
+        """Measures the columns that the criteria read, one row per unit."""
         columns = columns_of(criteria, self.columns)
         keywords = {"reduce": self.reduce, "seed": self.seed, "loss": self.loss, "progress": self.progress, **self.options}
         return score_table(self.model, self.groups, columns, self.data, **keywords)
 
     def tables(self, criteria: Sequence[Criterion]) -> tuple[pd.DataFrame, dict[str, str]]:
-        """What those criteria read that can score these groups, and {criterion: why it cannot}.
+        """The columns of the criteria that can score these groups, and {criterion: reason} of those that cannot.
 
-        Raises ValueError where none can.
+        Raises ValueError if none can.
         """
         try:
             return self.table(criteria), {}
@@ -79,20 +79,20 @@ class PruningContext:
             if len(criteria) == 1:
                 raise
             first = error
-        found, refused = pd.DataFrame(), dict[str, str]()
+        joined, refused = pd.DataFrame(), dict[str, str]()
         for criterion in criteria:
             try:
                 table = self.table([criterion])
             except ValueError as error:
                 refused[criterion.name] = str(error)
             else:
-                found = table if found.empty else found.join(table[[c for c in table if c not in found]])
+                joined = table if joined.empty else joined.join(table[[c for c in table if c not in joined]])
         if len(refused) == len(criteria):
             raise first
-        return found, refused
+        return joined, refused
 
     def moments(self, products: bool) -> Any:
-        """What consumers read on average, measured once."""
+        """Moments of the consumers' inputs, measured once; products: with covariances."""
         if self.data is None:
             raise ValueError("compensation needs data: give data=, or compensate=none")
         if products not in self._moments:
@@ -100,20 +100,20 @@ class PruningContext:
         return self._moments[products]
 
     def norms(self) -> dict[str, str]:
-        """{consumer: the batch norm behind it}."""
+        """{consumer: batch norm that reads its output}."""
         if self._norms is None:
             self._norms = {} if self.batch is None else norms_behind(self.model, self.groups, self.batch)
         return self._norms
 
     @property
-    def every_batch(self) -> Iterable[Any]:
+    def all_batches(self) -> Iterable[Any]:
         """The calibration batches of all processes. Raises ValueError without data."""
-        found = self.data if self.whole is None else self.whole
-        if found is None:
+        data = self.data if self.all_data is None else self.all_data
+        if data is None:
             raise ValueError("re-estimating batch norms needs data: give data=, or another compensate=")
-        return found
+        return data
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the model's weights."""
+        """A hash of the model's weights."""
         return fingerprint(self.model)

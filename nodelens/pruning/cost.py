@@ -1,4 +1,4 @@
-"""What a model costs when units are gone: parameters, and multiply-accumulates (MACs) a sample."""
+"""The cost of a model as a function of kept units: parameters, and multiply-accumulates (MACs) per sample."""
 
 import math
 from collections import defaultdict
@@ -20,27 +20,27 @@ _Owned = tuple[str, str]  # a module's path, a tensor's name there
 
 @dataclass(frozen=True)
 class _Block:
-    """A tensor, or an expert's part of one: each dimension less what groups take from it, times how often it counts."""
+    """The size of a tensor, or of an expert's part, after removing units, times its number of uses."""
 
-    often: float
+    uses: float
     size: tuple[int, ...]
-    taken: tuple[tuple[int, str, int], ...] = ()  # (dimension, group, places a unit)
+    sliced: tuple[tuple[int, str, int], ...] = ()  # (dimension, group, positions per unit)
 
     def __call__(self, removed: Mapping[str, int]) -> float:
         left = list(self.size)
-        for dim, group, places in self.taken:
+        for dim, group, places in self.sliced:
             left[dim] -= places * removed.get(group, 0)
-        return self.often * math.prod(left)
+        return self.uses * math.prod(left)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and MACs as functions of kept counts, {group: units}: a convolution costs what it reads times what it puts out.
+    """Parameters and MACs as functions of kept counts, {group: units}.
 
-    Parameters: distinct tensors, tied ones once. MACs: of Linear layers, convolutions, routers and experts, positions times
-    weights (two FLOPs each), and the products of queries with keys and of scores with values of attention that has a group, a
-    causal one counted full. Biases, norms, embeddings and activations are not counted. MACs are 0 where no sample was shown.
-    Where a whole expert goes, its tokens go to others: the MACs of experts stay.
+    Parameters: distinct tensors; tied ones count once. MACs: positions times weights (two FLOPs each) of Linear layers,
+    convolutions, routers and experts, and the products of queries with keys and of scores with values in attention modules that
+    form a group; causal attention counts in full. Biases, norms, embeddings and activations do not count. MACs are 0 without a
+    batch. Removing whole experts does not change the MACs of experts, because their tokens are routed to others.
     """
 
     units: Mapping[str, int]
@@ -49,30 +49,31 @@ class Cost:
 
     @classmethod
     def of(cls, model: nn.Module, groups: Iterable[PruningGroup], batch: Batch | None = None) -> "Cost":
-        """Counts; MACs by one forward of two samples of the batch."""
-        groups = [*groups, *(groups.apart if isinstance(groups, PruningGroups) else ())]
+        """Counts the parameters, and the MACs in one forward pass of two samples of the batch."""
+        groups = [*groups, *(groups.opt_in if isinstance(groups, PruningGroups) else ())]
         slices: dict[_Owned, list[tuple[PruningGroup, GroupSlice]]] = defaultdict(list)
         for group in groups:
             for piece in group.slices:
                 slices[piece.module, piece.tensor].append((group, piece))
         weights = _blocks({_owned(name): (p, 1.0) for name, p in model.named_parameters()}, slices)
         if batch is None:
-            return cls({a.name: a.n for a in groups}, weights, ())
+            return cls({g.name: g.n for g in groups}, weights, ())
         positions = _positions(model, batch)
-        products = _blocks(positions, {owned: [pair for pair in pairs if not _whole(*pair)] for owned, pairs in slices.items()})
-        attention = [_Block(a.attention * _pairs(a, positions), (a.n,), ((0, a.name, 1),)) for a in groups if a.attention]
-        return cls({a.name: a.n for a in groups}, weights, (*products, *attention))
+        routed = {owned: [pair for pair in pairs if not _of_whole_experts(*pair)] for owned, pairs in slices.items()}
+        products = _blocks(positions, routed)
+        attention = [_Block(g.attention_macs * _pairs(g, positions), (g.n,), ((0, g.name, 1),)) for g in groups if g.attention_macs]
+        return cls({g.name: g.n for g in groups}, weights, (*products, *attention))
 
     def params(self, kept: Mapping[str, int] | None = None) -> int:
-        """Parameters with these counts; a group that is not named keeps all."""
+        """Parameters with these counts; a group that is not named keeps all units."""
         return self._sum(self.weights, kept or {})
 
     def macs(self, kept: Mapping[str, int] | None = None) -> int:
-        """MACs a sample with these counts."""
+        """MACs per sample with these counts."""
         return self._sum(self.products, kept or {})
 
     def price(self, budget: Budget, kept: Mapping[str, int] | None = None) -> int:
-        """What a budget counts."""
+        """Units, parameters or MACs with these counts."""
         if budget == "units":
             return sum((kept or {}).get(name, n) for name, n in self.units.items())
         return self.params(kept) if budget == "params" else self.macs(kept)
@@ -85,49 +86,49 @@ class Cost:
 def _blocks(
     tensors: Mapping[_Owned, tuple[Tensor, float]], slices: Mapping[_Owned, list[tuple[PruningGroup, GroupSlice]]]
 ) -> tuple[_Block, ...]:
-    """A block a tensor that groups piece, an expert one each; all that no group slices in one."""
-    fixed, found = 0.0, []
-    for owned, (tensor, often) in tensors.items():
-        here = slices.get(owned, [])
-        if not here:
-            fixed += often * tensor.numel()
+    """One block per sliced tensor, or per expert of it, and one block for all tensors that no group slices."""
+    fixed, blocks = 0.0, []
+    for owned, (tensor, uses) in tensors.items():
+        pairs = slices.get(owned, [])
+        if not pairs:
+            fixed += uses * tensor.numel()
             continue
-        taken = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in here if piece.entry is None)
-        if all(piece.entry is None for _, piece in here):
-            found.append(_Block(often, tuple(tensor.shape), taken))
+        common = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in pairs if piece.entry is None)
+        if all(piece.entry is None for _, piece in pairs):
+            blocks.append(_Block(uses, tuple(tensor.shape), common))
             continue
-        for expert in range(len(tensor)):  # all keep as many of their own: a part of a tensor that may lose whole ones
-            own = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in here if piece.entry == expert)
-            found.append(_Block(often / len(tensor), tuple(tensor.shape), (*taken, *own)))
-    return (*found, _Block(fixed, ()))
+        for expert in range(len(tensor)):  # an equal part of the tensor each, which may also lose whole experts
+            own = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in pairs if piece.entry == expert)
+            blocks.append(_Block(uses / len(tensor), tuple(tensor.shape), (*common, *own)))
+    return (*blocks, _Block(fixed, ()))
 
 
-def _whole(group: PruningGroup, piece: GroupSlice) -> bool:
-    """Whether a piece takes whole experts from the tensors that these share."""
+def _of_whole_experts(group: PruningGroup, piece: GroupSlice) -> bool:
+    """Whether the slice is of the experts' own tensors in a group of whole experts."""
     return group.router is not None and piece.role == "producer"
 
 
 def _positions(model: nn.Module, batch: Batch) -> dict[_Owned, tuple[Tensor, float]]:
-    """How often a sample multiplies each weight, with the weight itself."""
+    """{tensor: (weight, number of positions per sample that multiply it)}."""
     paths = {module: path for path, module in model.named_modules()}
-    batch, often = batch.head(2), defaultdict[_Owned, float](float)
+    batch, uses = batch.head(2), defaultdict[_Owned, float](float)
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         for tensor, times in _multiplied(module, (*args, *kwargs.values()), output).items():
-            often[paths[module], tensor] += times / len(batch)
+            uses[paths[module], tensor] += times / len(batch)
 
     matrices = [m for m in model.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
     with eval_mode(model), torch.no_grad(), observed(matrices, see):
         batch.run(model)
-    return {owned: (getattr(model.get_submodule(owned[0]), owned[1]), times) for owned, times in often.items()}
+    return {owned: (getattr(model.get_submodule(owned[0]), owned[1]), times) for owned, times in uses.items()}
 
 
-def _multiplied(module: nn.Module, read: tuple, output: Any) -> dict[str, float]:
-    """{tensor: times} of one call: positions of a layer, tokens an expert on average."""
-    x = tensor_of(read)
+def _multiplied(module: nn.Module, inputs: tuple, output: Any) -> dict[str, float]:
+    """{tensor: uses} in one call: positions of a layer, mean number of tokens per expert."""
+    x = tensor_of(inputs)
     experts = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
     if experts and not isinstance(module, nn.modules.conv._ConvNd):
-        choices = [v for v in read if isinstance(v, Tensor) and not v.is_floating_point()]
+        choices = [v for v in inputs if isinstance(v, Tensor) and not v.is_floating_point()]
         tokens = choices[0].numel() if choices else x.numel() // x.shape[-1] if x is not None else 0
         return {name: tokens / len(getattr(module, name)) for name in experts if name != "bias" and "bias" not in name}
     weight = getattr(module, "weight", None)
@@ -140,11 +141,10 @@ def _multiplied(module: nn.Module, read: tuple, output: Any) -> dict[str, float]
 
 
 def _pairs(group: PruningGroup, positions: Mapping[_Owned, tuple[Tensor, float]]) -> float:
-    """Pairs of positions that attention compares: those of its queries times those of its keys."""
-    made = [
-        positions[piece.module, piece.tensor][1] for piece in group.by_role("producer") if (piece.module, piece.tensor) in positions
-    ]
-    return made[0] * made[-1] if made else 0.0
+    """Pairs of positions in attention: positions of the queries times positions of the keys."""
+    tensors = [(piece.module, piece.tensor) for piece in group.by_role("producer")]
+    counts = [positions[tensor][1] for tensor in tensors if tensor in positions]
+    return counts[0] * counts[-1] if counts else 0.0
 
 
 def _owned(name: str) -> _Owned:

@@ -1,4 +1,4 @@
-"""What is asked for, and the plan that answers it."""
+"""Pruning options, and the removal plan that follows from them and a table of scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ import pandas as pd
 from nodelens.network.groups import PruningGroups
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.densities import shapes_of_groups
-from nodelens.pruning.allocation.selection import Mode, select
+from nodelens.pruning.allocation.selection import Mode, NanPolicy, select
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.surgery.compensate import Compensate, check_compensate
 
@@ -21,10 +21,10 @@ from .schedule import kept_shares
 
 @dataclass(frozen=True)
 class Schedule:
-    """In how many steps: ``one_shot``, or ``iterative``, which measures the masked model anew before each.
+    """The number of pruning steps: ``one_shot``, or ``iterative``, which scores the masked model again before each step.
 
-    shape: how fast units go: linear, geometric or cubic (most at the start); see ``kept_shares``. Shares are of the original
-    units, plans nested: what has gone stays gone. Compensation and recovery follow every step.
+    shape: linear, geometric or cubic (fastest at the start); see ``kept_shares``. Shares are of the original units. Plans are
+    nested: removed units stay removed. Compensation and fine-tuning follow every step.
     """
 
     kind: Literal["one_shot", "iterative"] = "one_shot"
@@ -35,17 +35,17 @@ class Schedule:
         if self.kind not in ("one_shot", "iterative"):
             raise ValueError(f"schedule.kind is {self.kind!r}; it is one_shot or iterative")
         if (self.kind == "one_shot") != (self.steps == 1):
-            raise ValueError(f"schedule {self.kind!r} of {self.steps} steps: one_shot has one, iterative more")
+            raise ValueError(f"schedule {self.kind!r} has {self.steps} steps: one_shot takes 1, iterative 2 or more")
         kept_shares(0.5, self.steps, self.shape)
 
     def shares(self, amount: float) -> list[float]:
-        """The share that is gone after each step; the last is the amount."""
+        """The share removed after each step; the last is the amount."""
         return [*(1 - kept for kept in kept_shares(amount, self.steps, self.shape)[:-1]), amount]
 
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """What is asked for. amount: the share of the budget's units, parameters or MACs to remove."""
+    """What to prune and how. amount: share of the budget (units, params or macs) to remove; nan_policy: see ``Rules``."""
 
     criterion: Criterion
     amount: float
@@ -56,7 +56,7 @@ class PruningOptions:
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
     protect: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    nan: Literal["remove", "keep"] = "remove"  # units that have no score: a metric is NaN where a unit is constant
+    nan_policy: NanPolicy = "drop"  # of units without a score: a metric can be NaN for a constant unit
 
     def __post_init__(self) -> None:
         check_removal(self.amount, self.mode)
@@ -66,7 +66,7 @@ class PruningOptions:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Plain values, for a plan or a table."""
+        """The options as plain values, for a plan or a table."""
         return {
             "criterion": self.criterion.name,
             "terms": self.criterion.spec,
@@ -78,7 +78,7 @@ class PruningOptions:
             "schedule": asdict(self.schedule),
             "seed": self.seed,
             "protect": {k: list(v) for k, v in self.protect.items()},
-            "nan": self.nan,
+            "nan_policy": self.nan_policy,
         }
 
 
@@ -89,9 +89,9 @@ def plan_removal(
     share: float | None = None,
     removed: Mapping[str, Sequence[int]] | None = None,
 ) -> RemovalPlan:
-    """Which units go by a table of scores, and what that achieves.
+    """The units to remove according to a table of scores, and what the plan achieves.
 
-    share: of the budget, where it is not the options'; removed: earlier, in any case.
+    share: of the budget, instead of the options' amount; removed: units of earlier steps, which the plan includes.
     """
     removed, amount = removed or {}, options.amount if share is None else share
     scores = options.criterion.score(table, options.seed)
@@ -112,35 +112,42 @@ def plan_removal(
         removed=removed,
         mode=options.mode,
         seed=options.seed,
-        nan=options.nan,
+        nan_policy=options.nan_policy,
     )
     chosen = select(
-        context.groups, scores, keep, mode=options.mode, seed=options.seed, nan=options.nan, protected=protect, removed=removed
+        context.groups,
+        scores,
+        keep,
+        mode=options.mode,
+        seed=options.seed,
+        protected=protect,
+        removed=removed,
+        nan_policy=options.nan_policy,
     )
-    without = {str(a): int(n) for a, n in scores.isna().groupby(level="group").sum().items() if n}
+    without = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
     return RemovalPlan(chosen, {**options.about, "without_score": without, **achieved(context, chosen, amount, budget)})
 
 
 def achieved(context: PruningContext, removed: Mapping[str, Sequence[int]], amount: float, budget: Budget) -> dict[str, Any]:
-    """What a plan leaves: units, parameters, MACs, and how far it is from what was asked."""
+    """The units, parameters and MACs that a plan leaves, and its difference from the requested amount."""
     kept = {group.name: group.n - len(removed.get(group.name, ())) for group in context.groups}
-    cost, gone = context.cost, sum(map(len, removed.values()))
+    cost, units_removed = context.cost, sum(map(len, removed.values()))
     total = sum(group.n for group in context.groups)
-    found: dict[str, Any] = {"units": total, "units_removed": gone, "smallest_kept": min(kept.values())}
+    result: dict[str, Any] = {"units": total, "units_removed": units_removed, "smallest_kept": min(kept.values())}
     for name, count in (("params", cost.params), ("macs", cost.macs)):
         dense, left = count(), count(kept)
-        found |= {name: left, f"dense_{name}": dense, f"{name}_share": left / dense if dense else float("nan")}
-    dense, left = (total, total - gone) if budget == "units" else (found[f"dense_{budget}"], found[budget])
-    return found | {"budget_error": (dense - left) - amount * dense, "exact": all(a.exact for a in context.groups)}
+        result |= {name: left, f"dense_{name}": dense, f"{name}_share": left / dense if dense else float("nan")}
+    dense, left = (total, total - units_removed) if budget == "units" else (result[f"dense_{budget}"], result[budget])
+    return result | {"budget_error": (dense - left) - amount * dense, "exact": all(g.exact for g in context.groups)}
 
 
 def _protected(groups: PruningGroups, protect: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Units that stay, by group; a pattern or kind stands for several groups."""
-    found: dict[str, Sequence[int]] = {}
+    """{group: units to keep} of {name, pattern or kind: units}."""
+    protected: dict[str, Sequence[int]] = {}
     for pattern, units in protect.items():
-        for name in sorted(groups._matched(pattern, "protect")):
+        for name in sorted(groups.matching(pattern, "protect")):
             n = groups.named(name).n
             if any(not 0 <= u < n for u in units):
                 raise ValueError(f"protect.{pattern}: group {name!r} has units 0 to {n - 1}, not {list(units)}")
-            found[name] = sorted({*found.get(name, ()), *units})
-    return found
+            protected[name] = sorted({*protected.get(name, ()), *units})
+    return protected

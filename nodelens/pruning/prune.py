@@ -1,4 +1,4 @@
-"""A network loses units: scored, allocated, chosen, removed, made up for, finetuned."""
+"""Prune a network: score its units, allocate a budget, select and remove units, compensate, fine-tune."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +17,10 @@ from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.allocation.selection import Mode
 from nodelens.pruning.criteria.criterion import Criterion, Spec
 from nodelens.pruning.criteria.scoring import Reduce
-from nodelens.pruning.surgery.compensate import Compensate, compensate_units, renew_batch_norm
+from nodelens.pruning.surgery.compensate import Compensate, compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
 from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
-from nodelens.pruning.surgery.slice import patched, slice_units
+from nodelens.pruning.surgery.slice import slice_units, updated_counts
 
 from .context import PruningContext
 from .cost import Budget
@@ -31,14 +31,14 @@ Apply = Literal["slice", "mask", "scale"]
 
 
 class FineTuning(Protocol):
-    """What is done after units went: it trains the model in place, and keeps what is removed at zero."""
+    """Trains a pruned model in place; calls ``zeros`` so that removed units stay zero. Returns what it reports."""
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]: ...
 
 
 @dataclass
 class Pruned:
-    """A model that lost units, the plan, the scores it rests on, and how it was done."""
+    """A pruned model, the removal plan, the scores behind it, and how it was pruned."""
 
     model: nn.Module
     plan: RemovalPlan
@@ -46,12 +46,12 @@ class Pruned:
     groups: PruningGroups
     apply: Apply = "slice"
     origin: Mapping[str, Any] = field(default_factory=dict)  # what the dense model is built from
-    dense: Mapping[str, Any] = field(default_factory=dict)  # the dense model's tensors
-    numbers: Mapping[str, Any] = field(default_factory=dict)  # that modules keep beside their tensors
-    finetuned: Mapping[str, Any] = field(default_factory=dict)
+    dense: Mapping[str, Any] = field(default_factory=dict)  # names, dtypes and shapes of the dense model's tensors
+    numbers: Mapping[str, Any] = field(default_factory=dict)  # counts that modules store, such as num_heads
+    finetuned: Mapping[str, Any] = field(default_factory=dict)  # what fine-tuning reports
 
     def save(self, folder: str | Path) -> Path:
-        """Writes weights and plan, so that ``load_pruned`` makes the model again: smaller, or, of a mask, with its zeros."""
+        """Writes weights and plan; ``load_pruned`` restores the model: smaller after a slice, with zeros after a mask."""
         return save_pruned(self, Path(folder))
 
 
@@ -63,47 +63,45 @@ def carry_out(
     finetune: FineTuning | None = None,
     gate: float = 0.0,
 ) -> Pruned:
-    """Prunes a copy of the context's model. table: scores that are there already; later steps of a schedule measure their own."""
+    """Prunes a copy of the context's model. table: scores for the first step; later steps of a schedule measure their own."""
     model = copy.deepcopy(context.model)
-    now = replace(context, model=model)
+    current = replace(context, model=model)
     removed: Removed = {}
     finetuned: Mapping[str, Any] = {}
-    grown: set[str] = set()
+    added_bias: set[str] = set()
     shares = options.schedule.shares(options.amount)
     for step, share in enumerate(shares, 1):
         if table is None or step > 1:
-            table = now.table([options.criterion])
-        plan = plan_removal(now, table, options, share, removed)
-        measured = context if step == 1 else now  # the dense model's moments serve every cell of a sweep
-        grown |= _made_up_for(measured, model, plan.removed, removed, options)
+            table = current.table([options.criterion])
+        plan = plan_removal(current, table, options, share, removed)
+        measured = context if step == 1 else current  # all cells of a sweep share the dense model's moments
+        added_bias |= _compensate(measured, model, plan.removed, removed, options)
         removed, how = plan.removed, apply if step == len(shares) else "mask"
-        numbers = _applied(model, now.groups, removed, how, gate)
+        numbers = _remove(model, current.groups, removed, how, gate)
         if options.compensate == "batch_norm":
-            renew_batch_norm(model, context.every_batch)
+            reestimate_batch_norm(model, context.all_batches)
         if finetune is not None:
-            finetuned = finetune(model, partial(zero, groups=now.groups, removed=removed if how == "mask" else {}))
-        now = replace(now, _moments={})
-    about = {**plan.about, "added_bias": sorted(grown), "dense_fingerprint": context.fingerprint}
+            finetuned = finetune(model, partial(zero, groups=current.groups, removed=removed if how == "mask" else {}))
+        current = replace(current, _moments={})
+    about = {**plan.about, "added_bias": sorted(added_bias), "dense_fingerprint": context.fingerprint}
     plan = RemovalPlan(removed, about)
     dense = structure(context.model)
-    return Pruned(model, plan, table, now.groups, apply, origin_of(context.model), dense, numbers, finetuned)
+    return Pruned(model, plan, table, current.groups, apply, origin_of(context.model), dense, numbers, finetuned)
 
 
-def _made_up_for(
-    measured: PruningContext, model: nn.Module, removed: Removed, before: Removed, options: PruningOptions
-) -> set[str]:
-    """Compensates for what has gone since ``before``; returns the modules that were given a bias."""
+def _compensate(measured: PruningContext, model: nn.Module, removed: Removed, before: Removed, options: PruningOptions) -> set[str]:
+    """Compensates for the units removed since ``before``; returns the modules to which a bias was added."""
     if options.compensate not in ("bias", "least_squares"):
         return set()
-    fresh = {name: sorted({*units} - {*before.get(name, ())}) for name, units in removed.items()}
+    new = {name: sorted({*units} - {*before.get(name, ())}) for name, units in removed.items()}
     moments = measured.moments(options.compensate == "least_squares")
-    return set(compensate_units(model, measured.groups, fresh, moments, options.compensate, measured.norms()))
+    return set(compensate_units(model, measured.groups, new, moments, options.compensate, measured.norms()))
 
 
-def _applied(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
-    """Takes units away, in place; the numbers that modules keep beside their tensors and that a slice changed."""
+def _remove(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
+    """Removes units in place; returns the counts stored by modules that slicing changed."""
     if apply == "slice":
-        numbers = patched(model, groups, removed)
+        numbers = updated_counts(model, groups, removed)
         slice_units(model, groups, removed)
         return numbers
     if apply == "scale":
@@ -138,20 +136,20 @@ def prune(
     loss: Any = summed_loss,
     **options: Any,
 ) -> Pruned:
-    """A copy of a model without the units that a criterion ranks lowest.
+    """Prunes a copy of a model: removes the units that a criterion ranks lowest. The model itself is not changed.
 
-    criterion: a published criterion's or a metric's name, {name: signed weight}, or the long form of ``Criterion``. amount: the
-    share of the budget (units, params or macs) to remove. data: calibration batches as ``nl.analyze`` takes them, a loader or a
-    list that can be read again; criteria of weights need none. example_inputs: one batch, where there are no data. scope: groups
-    by name, pattern or kind (ffn, head, kv_group, channel, moe_ffn; expert, whole ones, which ``*`` leaves out); freeze: groups
-    that stay whole; protect: {group: units that stay}. allocation: uniform, global, erk, lamp, isomorphic, or an ``Allocation``
-    with its options. mode: low, high or random.
+    criterion: name of a published criterion or a metric, {name: signed weight}, or the long form of ``Criterion``. amount: share
+    of the budget (units, params or macs) to remove. data: calibration batches as for ``nl.analyze``, a loader or a list that can
+    be read several times; criteria of weights need none. example_inputs: one batch, if there are no data. scope: groups by name,
+    pattern or kind (ffn, head, kv_group, channel, moe_ffn; expert for whole experts, which ``*`` leaves out); freeze: groups not
+    to prune; protect: {group: units to keep}; allow_approximate: include groups over which a norm reduces. allocation: uniform,
+    global, erk, lamp, isomorphic, or an ``Allocation``. mode: remove low, high or random scores.
     apply: slice (smaller tensors), mask (zeros), scale (removed units times ``gate``). compensate: none, bias, least_squares,
-    batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options go to
-    ``nl.analyze``. Raises ValueError for what does not fit; the model itself is never changed.
+    batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options are those of
+    ``nl.analyze``. Raises ValueError for arguments that do not fit the model or each other.
     """
     if data is not None and iter(data) is data:  # type: ignore[call-overload]
-        raise ValueError("data can be read only once: give a loader or a list; graph, scores and moments each read it")
+        raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
     if apply not in ("slice", "mask", "scale"):
         raise ValueError(f"apply is {apply!r}; it is slice, mask or scale")
     asked = PruningOptions(

@@ -1,4 +1,4 @@
-"""Which units go: a plan that can be read, compared and replayed."""
+"""Which units are removed: a plan that can be saved, compared and applied again."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """Removed units by group, sorted; groups that lose none are absent. ``about``: where it comes from and what it achieves."""
+    """Removed units by group, sorted; groups that lose none are absent. ``about``: the options and what the plan achieves."""
 
     removed: Mapping[str, Sequence[int]]
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """A hash of the units: equal plans, equal key."""
+        """A hash of the removed units; equal plans have equal keys."""
         text = json.dumps({k: list(v) for k, v in sorted(self.removed.items())})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -30,29 +30,29 @@ class RemovalPlan:
         return sum(len(units) for units in self.removed.values())
 
     def kept(self, units: Mapping[str, int]) -> dict[str, int]:
-        """{group: kept units} of {group: units}."""
+        """{group: number of kept units} of {group: number of units}."""
         return {name: n - len(self.removed.get(name, ())) for name, n in units.items()}
 
     def save(self, path: str | Path, **more: Any) -> Path:
-        """A JSON file, with more beside the plan."""
+        """Writes the plan, with further keys, to a JSON file."""
         path = Path(path)
         write_json(path, {"schema": SCHEMA, "key": self.key, "removed": self.removed, "about": self.about, **more})
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "RemovalPlan":
-        """Raises ValueError for a file that is no plan, or whose units are not those it was saved with."""
+        """Reads a plan. Raises ValueError for a file that is not a plan, or whose units were changed after it was saved."""
         return cls.read(read_json(Path(path)), str(path))
 
     @classmethod
-    def read(cls, found: Any, where: str) -> "RemovalPlan":
-        """A plan from what its file holds; raises as ``load``."""
-        if not isinstance(found, dict) or not isinstance(found.get("removed"), dict):
+    def read(cls, content: Any, where: str) -> "RemovalPlan":
+        """A plan from the content of its file; raises as ``load``."""
+        if not isinstance(content, dict) or not isinstance(content.get("removed"), dict):
             raise ValueError(f"{where} is no removal plan: it has no units by group under 'removed'")
-        removed = {str(group): [int(u) for u in units] for group, units in found["removed"].items()}
-        plan = cls(removed, found.get("about") or {})
-        if found.get("key") != plan.key:
-            raise ValueError(f"{where}: its units have the hash {plan.key}, it was saved with {found.get('key')}: it was changed")
+        removed = {str(group): [int(u) for u in units] for group, units in content["removed"].items()}
+        plan = cls(removed, content.get("about") or {})
+        if content.get("key") != plan.key:
+            raise ValueError(f"{where} was changed: its units have the hash {plan.key}, it was saved with {content.get('key')}")
         return plan
 
 

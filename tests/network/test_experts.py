@@ -107,13 +107,13 @@ def build(name):
             nn.init.normal_(parameter, 1.0 if "norm" in key.lower() else 0.0, 2.0 if "gate_up_proj" in key else 0.4)
     groups = [group for group in family_groups(model) if group.kind == "moe_ffn"]
     twin = copy.deepcopy(model)
-    for path in dict.fromkeys(group.together for group in groups):
+    for path in dict.fromkeys(group.equal_count for group in groups):
         twin.set_submodule(path, Apart(model.get_submodule(path), formula))
     return model, twin, groups, [apart(group, rows, "gpt" in name) for group in groups]
 
 
 def apart(group, rows, biased):
-    path, e = group.together, group.slices[0].entry
+    path, e = group.equal_count, group.slices[0].entry
     made = [GroupSlice(f"{path}.made.{e}", "weight", 0, rows, "producer")]
     made += [GroupSlice(f"{path}.made.{e}", "bias", 0, rows, "producer")] if biased else []
     return PruningGroup(group.name, "moe_ffn", 8, (*made, GroupSlice(f"{path}.down.{e}", "weight", 1, identity(8), "consumer")))

@@ -13,7 +13,7 @@ from nodelens.network.batch import Batch
 from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.cost import Cost
 from nodelens.pruning.planning import Schedule
-from nodelens.pruning.surgery.compensate import compensate_units, renew_batch_norm
+from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.moments import input_moments
 
 
@@ -113,14 +113,23 @@ def test_a_model_of_ones_own_is_loaded_into_a_skeleton(tmp_path):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     pruned = nl.prune(net, "magnitude", 0.5, example_inputs=torch.rand(2, 4))
     pruned.save(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a torch.nn.modules.container.Sequential: give one to load into"):
+    with pytest.raises(ValueError, match=r"holds a torch.nn.modules.container.Sequential: give a model to load into"):
         nl.load_pruned(tmp_path)
     skeleton = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     assert torch.equal(nl.load_pruned(tmp_path, skeleton)(torch.ones(4)), pruned.model(torch.ones(4)))
-    with pytest.raises(
-        ValueError, match=r"is not the model that .* was made of: 0.weight is \[9, 4\] here and \[8, 4\] in the plan"
-    ):
+    with pytest.raises(ValueError, match=r"is not the dense model of .*: 0.weight is \[9, 4\] here and \[8, 4\] in the plan"):
         nl.load_pruned(tmp_path, nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3)))
+
+
+def test_a_folder_of_earlier_versions_is_loaded(tmp_path):
+    pruned = nl.prune(llama(), "magnitude", 0.5)
+    pruned.save(tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    about = {"nan_policy": "nan", "terms": "terms"}
+    plan["about"] = {about.get(k, k): v for k, v in plan["about"].items()} | {"nan": "remove"}
+    plan["about"]["allocation"]["normalise"] = plan["about"]["allocation"].pop("normalize")
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert torch.equal(logits(nl.load_pruned(tmp_path), TEXT), logits(pruned.model, TEXT))
 
 
 def test_files_that_were_changed_are_refused(tmp_path):
@@ -133,12 +142,12 @@ def test_files_that_were_changed_are_refused(tmp_path):
             nl.load_pruned(tmp_path)
         (tmp_path / "plan.json").write_text(json.dumps(plan))
 
-    refused("it was changed", removed={"model.layers.0.mlp": [0]})
-    refused("it sets counts alone", numbers={"model": {"forward": 3}})
-    refused("it sets counts alone", numbers={"model": {"num_heads": "x"}})
-    refused("is not the model that", dense=plan["dense"] | {"lm_head.weight": ["float32", [9, 9]]})
+    refused("plan.json was changed", removed={"model.layers.0.mlp": [0]})
+    refused("a plan can set only counts", numbers={"model": {"forward": 3}})
+    refused("a plan can set only counts", numbers={"model": {"num_heads": "x"}})
+    refused("is not the dense model of", dense=plan["dense"] | {"lm_head.weight": ["float32", [9, 9]]})
     save_file(weights | {"more": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"more has the shape \[2\], the plan says that it is not there"):
+    with pytest.raises(ValueError, match=r"more has the shape \[2\] in model.safetensors, the plan does not have it"):
         nl.load_pruned(tmp_path)
     first = next(iter(weights))
     save_file({k: v for k, v in weights.items() if k != first}, tmp_path / "model.safetensors")
@@ -237,14 +246,14 @@ def test_the_shift_of_a_convolution_goes_to_the_norm_behind_it_and_is_exact_insi
     wanted = net[:4](x)[:, [c for c in range(5) if c not in kept]]
     assert torch.allclose(found["bias"].model[:4](x), wanted, atol=1e-5)
     assert not torch.allclose(found["none"].model[:4](x), wanted, atol=1e-2)
-    with pytest.raises(ValueError, match="'1' is no Linear layer: least squares needs products"):
+    with pytest.raises(ValueError, match="'1' is no Linear layer or 1x1 convolution: least squares needs products"):
         nl.prune(net, "l2", 0.25, data=data, compensate="least_squares")
 
 
 def test_batch_norms_are_estimated_anew(data):
     net = resnet()
     renewed = copy.deepcopy(net)
-    renew_batch_norm(renewed, data)
+    reestimate_batch_norm(renewed, data)
     seen = []
     first = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -302,7 +311,7 @@ def test_a_gate_between_zero_and_one_is_between_the_mask_and_the_dense_model(dat
         ({"criterion": "tailor"}, "tailor"),
         ({"amount": 1.0}, "amount is 1.0"),
         ({"mode": "lo"}, "mode is 'lo'"),
-        ({"apply": "piece"}, "apply is 'piece'; it is slice, mask or scale"),
+        ({"apply": "cut"}, "apply is 'cut'; it is slice, mask or scale"),
         ({"compensate": "magic"}, "compensate is 'magic'"),
         ({"budget": "flops"}, "budget is 'flops'"),
         ({"scope": "ffn"}, "scope 'ffn' matches no group"),

@@ -56,7 +56,7 @@ def test_half_the_hidden_units_and_a_group_of_heads_leave_what_they_should(stori
     assert cost.params() - cost.params({heads.name: heads.n - 1}) == 3_072
     kept = {a.name: 86 if a.kind == "ffn" else 3 for a in groups}
     assert cost.params(kept) == 162_112
-    assert heads.attention == 2 * 2 * 8, "two products, two query heads a group, eight numbers a head"
+    assert heads.attention_macs == 2 * 2 * 8, "two products, two query heads a group, eight numbers a head"
 
 
 def test_a_quarter_and_a_half_of_the_inner_channels_cost_what_they_should(quiet_home, monkeypatch):

@@ -117,9 +117,8 @@ class Supernodes:
         if not every:
             why = "; ".join(f"{frozen.what}: {frozen.reason}" for frozen in every.frozen[:4]) or "nothing is recognised"
             raise ValueError(f"{type(model).__name__} has no group of hidden units: {why}")
-        return list(
-            PruningGroups(every.groups, every.frozen).chosen([w for word in words for w in _words(word, kinds)], inexact=True)
-        )
+        patterns = [w for word in words for w in _words(word, kinds)]
+        return list(PruningGroups(every.groups, every.frozen).chosen(patterns, allow_approximate=True))
 
     def _core_size(self, n: int) -> int:
         return min(n, self.top_k) if self.top_k is not None else share_of(n, self.core_fraction, self.min_core)

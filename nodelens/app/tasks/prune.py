@@ -23,7 +23,7 @@ from nodelens.pruning.prune import Pruned
 from nodelens.pruning.sweep.latency import latency
 from nodelens.pruning.sweep.ranking import areas, measure_of
 from nodelens.pruning.sweep.sweep import Cell, Sweep, cells
-from nodelens.pruning.sweep.tables import axes_table, sweep_table
+from nodelens.pruning.sweep.tables import groups_table, sweep_table
 from nodelens.results.files import plain, read_json, write, write_json
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
@@ -67,7 +67,7 @@ def asked_of(cfg: DictConfig) -> list[Cell]:
         schedule=[build(cfg.schedule, "schedule")],
         budget=[values["budget"]["amount"]],
         protect=[values["protect"]],
-        nan=[values["nan"]],
+        nan_policy=[values["nan_policy"]],
     )
 
 
@@ -121,7 +121,7 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
         seed=cfg.seed,
         reduce=values["reduce"],
         columns=build_all(cfg.metrics, "metrics"),
-        whole=data.loader("calibration"),
+        all_data=data.loader("calibration"),
         progress=bar("measuring", None, rank == 0),
         options=options,
     )
@@ -180,7 +180,7 @@ def _measured(cfg: DictConfig, folder: Path, context: PruningContext, data: Any,
     table, refused = context.tables(criteria)
     units = table.rename_axis(index=["layer", "unit"])
     samples = len(data.indices["calibration"]) if hasattr(data, "indices") else None
-    result = Result(units, axes_table(context.model, context.groups, context.cost))
+    result = Result(units, groups_table(context.model, context.groups, context.cost))
     result.metadata |= provenance() | about(cfg, data, "calibration", trained_by)
     result.metadata |= {
         "metrics": {name: described(term) for name, term in columns.items() if name in units},
@@ -240,7 +240,7 @@ def _keep(cfg: DictConfig, folder: Path, sweep: Sweep, todo: list[Cell], table: 
         place = folder / "pruned" / name if cfg.save == "all" else folder / "pruned"
         if (place / "plan.json").is_file():
             continue
-        pruned = sweep.carried_out(todo[names.index(name)])
+        pruned = sweep.pruned(todo[names.index(name)])
         if "transformers" not in pruned.origin:
             pruned = replace(pruned, origin={"net": plain(resolved(cfg)["model"].get("net") or {}), **pruned.origin})
         if world()[0] == 0:

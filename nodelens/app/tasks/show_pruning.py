@@ -6,7 +6,7 @@ from rich.table import Table
 
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.sweep.ranking import KEY, areas, curves, measure_of
-from nodelens.pruning.sweep.tables import axes_table
+from nodelens.pruning.sweep.tables import groups_table
 
 MOST = 60  # lines of a table
 
@@ -24,10 +24,10 @@ def show_axes(console: Console, context: PruningContext) -> None:
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_column("made by > read by", overflow="fold")
-    for name, row in list(axes_table(context.model, groups, cost).iterrows())[:MOST]:
+    for name, row in list(groups_table(context.model, groups, cost).iterrows())[:MOST]:
         words = row["coupled"] + ("" if row["exact"] else " (allow_approximate: a norm reduces over it)")
         words += f" (kept in multiples of {row['multiple']})" if row["multiple"] > 1 else ""
-        table.add_row(str(name), row["kind"], str(row["units"]), f"{row['params_a_unit']:,}", f"{row['macs_a_unit']:,}", words)
+        table.add_row(str(name), row["kind"], str(row["units"]), f"{row['params_per_unit']:,}", f"{row['macs_per_unit']:,}", words)
     console.print(table)
     if len(groups) > MOST:
         console.print(f"and {len(groups) - MOST} more groups")

@@ -1,4 +1,4 @@
-"""How many units each group would lose, as one number for the whole network grows from nothing to everything."""
+"""Removal curves: the number of units that each group loses, as a function of one share for the whole network."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +8,11 @@ import numpy as np
 from torch import nn
 
 from nodelens.messages import nearest
-from nodelens.network.groups import PruningGroup, shown
+from nodelens.network.groups import PruningGroup, listed
 
 from .selection import EARLIER, PROTECTED, Rules
 
-Wish = Callable[[float], np.ndarray]  # from 0 to 1 -> units that each group would lose, (groups,), real numbers that never fall
+RemovalCurve = Callable[[float], np.ndarray]  # share in [0, 1] -> units that each group loses, (groups,) real, non-decreasing
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -24,18 +24,18 @@ def ranked(
     normalize: str = "mean",
     prices: np.ndarray | None = None,
     scopes: Sequence[object] | None = None,
-) -> Wish:
-    """The same share of every scope, its units compared across groups: those that sort first go, never all below a threshold.
+) -> RemovalCurve:
+    """The same share of every scope; within a scope the units of all groups are sorted and the first are removed.
 
-    most (groups,): how many a group can lose; what it cannot lose is out of the contest. prices (groups,): scores are divided by
-    them. scopes: a word a group; None is one scope for all. Order: constraint class, normalized score, seeded draw.
-    Raises ValueError as ``contest`` does.
+    most (groups,): the number of units that a group can lose; only these are compared. prices (groups,): scores are divided by
+    them. scopes: one label per group; None is one scope for all. Sorted by constraint class, normalized score, seeded draw.
+    Raises ValueError as ``sort_keys`` does.
     """
     costs = [None] * len(groups) if prices is None else prices.tolist()
-    keys = [contest(group, values.get(group.name), rules, normalize, cost) for group, cost in zip(groups, costs, strict=True)]
+    keys = [sort_keys(group, values.get(group.name), rules, normalize, cost) for group, cost in zip(groups, costs, strict=True)]
     classes, scores, draws = (np.concatenate(part) for part in zip(*keys, strict=True))
     owner = np.repeat(np.arange(len(groups)), [group.n for group in groups])
-    order = np.argsort(draws)  # three sorts, the last of small integers: half the time of one lexsort
+    order = np.argsort(draws)  # three sorts, the last of small integers, take half the time of one lexsort
     order = order[np.argsort(scores[order], kind="stable")]
     order = order[np.argsort(classes[order], kind="stable")]
     owner = owner[order[classes[order] != PROTECTED]]
@@ -45,37 +45,37 @@ def ranked(
     owner = owner[np.argsort(_short(scope[owner]), kind="stable")]
     queues = np.split(owner, np.searchsorted(scope[owner], np.arange(1, len(totals))))
 
-    def wish(share: float) -> np.ndarray:
-        gone = [queue[: math.floor(share * total + 0.5)] for queue, total in zip(queues, totals, strict=True)]
-        return np.bincount(np.concatenate(gone), minlength=len(groups)).astype(np.float64)
+    def curve(share: float) -> np.ndarray:
+        removed = [queue[: math.floor(share * total + 0.5)] for queue, total in zip(queues, totals, strict=True)]
+        return np.bincount(np.concatenate(removed), minlength=len(groups)).astype(np.float64)
 
-    return wish
+    return curve
 
 
-def contest(
+def sort_keys(
     group: PruningGroup, values: np.ndarray | None, rules: Rules, normalize: str, price: float | None
 ) -> tuple[np.ndarray, ...]:
-    """Class, normalized score and draw of a group's units, (n,) each; what comes lower goes earlier.
+    """Class, normalized score and draw of a group's units, (n,) each; lower is removed earlier.
 
-    Units that an earlier plan removed, or that have no score, take no part in the normalising.
-    Raises ValueError where infinite scores cannot be normalized, or a negative one would be divided by a price.
+    Units that an earlier plan removed, or that have no score, do not affect the normalization.
+    Raises ValueError if infinite scores cannot be normalized, or if a negative score would be divided by a price.
     """
     classes, scores, draws = rules.keys(group, values)
-    there = np.flatnonzero((classes != EARLIER) & ~np.isnan(scores))
-    there = there[np.lexsort((draws[there], scores[there]))]
-    normal = np.full(group.n, np.nan)
+    scored = np.flatnonzero((classes != EARLIER) & ~np.isnan(scores))
+    scored = scored[np.lexsort((draws[scored], scores[scored]))]
+    normalized = np.full(group.n, np.nan)
     with np.errstate(invalid="ignore", over="ignore"):
-        normal[there] = NORMALIZERS[normalize](scores[there]) if len(there) else 0
-    if np.isnan(normal[there]).any():
-        raise ValueError(f"group {group.name!r} has infinite scores, which {normalize!r} cannot normalize: take rank or raw")
+        normalized[scored] = NORMALIZERS[normalize](scores[scored]) if len(scored) else 0
+    if np.isnan(normalized[scored]).any():
+        raise ValueError(f"group {group.name!r} has infinite scores, which {normalize!r} cannot normalize: use rank or raw")
     if price is not None:
-        if (normal[there] < 0).any():
+        if (normalized[scored] < 0).any():
             raise ValueError(
-                f"group {group.name!r} has scores below zero after {normalize!r}, and a negative score divided by a price turns "
-                "round: leave per_cost out, or normalize by mean, rank or minmax a score that is nowhere negative"
+                f"group {group.name!r} has negative scores after normalize={normalize!r}; dividing them by a price reverses their "
+                "order: leave per_cost out, or use a score that is nowhere negative with normalize=mean, rank or minmax"
             )
-        normal /= price
-    return classes, -normal if rules.mode == "high" else normal, draws
+        normalized /= price
+    return classes, -normalized if rules.mode == "high" else normalized, draws
 
 
 def _over(x: np.ndarray, scale: float) -> np.ndarray:
@@ -94,15 +94,14 @@ def _minmax(x: np.ndarray) -> np.ndarray:
 
 def _lamp(x: np.ndarray) -> np.ndarray:
     if x[0] < 0:
-        raise ValueError("lamp squares the scores, which misorders negative ones: give it a score that is nowhere negative")
+        raise ValueError("lamp squares the scores, which misorders negative ones: use a score that is nowhere negative")
     squares = _over(x, x[-1]) ** 2
     tail = squares[::-1].cumsum()[::-1]
     return np.divide(squares, tail, out=np.zeros_like(x), where=tail > 0)
 
 
-# Each of a group's scores in ascending order, to the same order; a group whose scale is 0 is all 0 (minmax: 1/2). ``mean``
-# and ``sum`` divide by absolute values: by the mean and sum themselves where no score is negative, and never by a negative
-# number, which would turn the order round.
+# Each takes a group's scores in ascending order and keeps that order; a group whose scale is 0 becomes all 0 (minmax: 1/2).
+# ``mean`` and ``sum`` divide by the mean and sum of absolute values, because a negative divisor would reverse the order.
 NORMALIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "raw": lambda x: x,
     "mean": lambda x: _over(x, np.abs(x).mean()),
@@ -110,21 +109,21 @@ NORMALIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "robust_z": _robust_z,
     "l2": lambda x: _over(x, float(np.linalg.norm(x))),
     "sum": lambda x: _over(x, np.abs(x).sum()),
-    "rank": lambda x: (np.arange(len(x)) + 0.5) / len(x),  # the half makes it round as uniform does
+    "rank": lambda x: (np.arange(len(x)) + 0.5) / len(x),  # with 0.5, counts round as in ``uniform``
     "minmax": _minmax,
     "lamp": _lamp,
 }
 
 
-def erk(groups: Sequence[PruningGroup], shapes: Shapes | None) -> Wish:
-    """Kept share min(1, e (sum of the shape) / (product of the shape)) of each group, e falling from where all are 1 to 0.
+def erk(groups: Sequence[PruningGroup], shapes: Shapes | None) -> RemovalCurve:
+    """Kept share min(1, e (sum of the shape) / (product of the shape)) of each group, where e decreases until all are 0.
 
-    shapes: {group: the shape of the weight that makes it, (out, in, *kernel)}, see ``shapes_of_groups``.
+    shapes: {group: shape of the weight that produces it, (out, in, *kernel)}, see ``shapes_of_groups``.
     Raises ValueError for a group without a shape. Source: Evci et al. 2020, arXiv:1911.11134, section 3.
     """
     missing = [group.name for group in groups if group.name not in (shapes or {})]
     if shapes is None or missing:
-        raise ValueError(f"erk reads the shape of the weight behind each group; there is none for {shown(missing)}: give shapes")
+        raise ValueError(f"erk reads the shape of the weight that produces each group; {listed(missing)} has none: give shapes")
     n = np.array([group.n for group in groups])
     density = np.array([sum(shapes[group.name]) / math.prod(shapes[group.name]) for group in groups])
     density = density / density.min()
@@ -132,17 +131,17 @@ def erk(groups: Sequence[PruningGroup], shapes: Shapes | None) -> Wish:
 
 
 def shapes_of_groups(model: nn.Module, groups: Sequence[PruningGroup]) -> dict[str, tuple[int, ...]]:
-    """The shape of each group's first producing weight, (out, in, *kernel); of an expert its own. Groups without one are absent."""
-    found = {}
+    """The shape of each group's first producer weight (for an expert, its part), (out, in, *kernel); groups without are absent."""
+    shapes = {}
     for group in groups:
         piece = next((c for c in group.by_role("producer") if c.of(model).ndim > 1), None)
         if piece is not None:
-            found[group.name] = tuple(piece.of(model).movedim(piece.dim - (piece.entry is not None), 0).shape)
-    return found
+            shapes[group.name] = tuple(piece.of(model).movedim(piece.dim - (piece.entry is not None), 0).shape)
+    return shapes
 
 
 def scopes_of(groups: Sequence[PruningGroup], shapes: Shapes | None = None) -> list[object]:
-    """What groups share that are built alike: kind, units, tensors and the producing weight's shape where it is given."""
+    """One label per group, equal for groups of the same structure: kind, units, tensors and, where given, the weight's shape."""
     return [
         (
             group.kind,
@@ -155,21 +154,21 @@ def scopes_of(groups: Sequence[PruningGroup], shapes: Shapes | None = None) -> l
 
 
 def shares_of(groups: Sequence[PruningGroup], shares: Mapping[str, float]) -> np.ndarray:
-    """The share that each group is to lose, (groups,): by its name, else the first pattern that fits, else its kind, else 0.
+    """The share of units to remove per group, (groups,): by its name, else the first matching pattern, else its kind, else 0.
 
-    Raises ValueError for a word that fits no group, a share outside [0, 1], or shares that are all 0.
+    Raises ValueError for a key that matches no group, a share outside [0, 1], or shares that are all 0.
     """
     names, kinds = {group.name for group in groups}, {group.kind for group in groups}
     for word, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"shares.{word} is {share}: a share of the units to remove, from 0 to 1")
         if word not in names | kinds and not any(fnmatchcase(name, word) for name in names):
-            there = f"{shown(sorted(names))}, of the kinds {shown(sorted(kinds))}"
-            raise ValueError(f"shares name {word!r}, which fits no group.{nearest(word, names | kinds)} There are {there}")
-    found = np.array([_share(group, shares) for group in groups])
-    if not found.any():
+            there = f"{listed(sorted(names))}, of the kinds {listed(sorted(kinds))}"
+            raise ValueError(f"shares name {word!r}, which matches no group.{nearest(word, names | kinds)} There are {there}")
+    per_group = np.array([_share(group, shares) for group in groups])
+    if not per_group.any():
         raise ValueError("shares are all 0: there is nothing to remove")
-    return found
+    return per_group
 
 
 def _share(group: PruningGroup, shares: Mapping[str, float]) -> float:
@@ -180,13 +179,13 @@ def _share(group: PruningGroup, shares: Mapping[str, float]) -> float:
 
 
 def numbered(words: Sequence[object]) -> np.ndarray:
-    """Equal words, equal numbers, from 0 in order of appearance."""
+    """Equal labels as equal integers, from 0 in order of appearance."""
     numbers: dict[object, int] = {}
     return np.array([numbers.setdefault(word, len(numbers)) for word in words])
 
 
 def _places(owner: np.ndarray) -> np.ndarray:
-    """How many of the same owner stand before each, (units,)."""
+    """The number of earlier units with the same owner, (units,)."""
     order = np.argsort(_short(owner), kind="stable")
     counts = np.bincount(owner)
     places = np.empty_like(owner)
@@ -195,5 +194,5 @@ def _places(owner: np.ndarray) -> np.ndarray:
 
 
 def _short(numbers: np.ndarray) -> np.ndarray:
-    """The same numbers in as few bits as hold them: 16 are sorted by radix."""
+    """The same integers in the smallest dtype that holds them: radix sort is used up to 16 bits."""
     return numbers.astype(np.min_scalar_type(numbers.max(initial=0)))

@@ -1,4 +1,4 @@
-"""Which units of each group go: by constraint, then by score, then by a seeded permutation."""
+"""Which units of each group are removed: by constraint, then by score, then by a seeded permutation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ import pandas as pd
 import torch
 
 from nodelens.messages import nearest
-from nodelens.network.groups import PruningGroup, shown
+from nodelens.network.groups import PruningGroup, listed
 from nodelens.statistics.sample_hash import generator
 
 Mode = Literal["low", "high", "random"]
-Nan = Literal["remove", "keep"]
+NanPolicy = Literal["drop", "keep"]
 Units = Mapping[str, Iterable[int]]
 
-EARLIER, FIRST, UNKNOWN, SCORED, UNKNOWN_LAST, PROTECTED = range(6)  # the classes of units, in the order in which they go
+EARLIER, FIRST, UNSCORED_FIRST, SCORED, UNSCORED_LAST, PROTECTED = range(6)  # classes of units, in the order of removal
 
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """What decides, beside the scores, in which order a group's units go.
+    """What determines the order in which a group's units are removed, besides the scores.
 
-    mode: ``low`` removes the smallest scores, ``high`` the largest, ``random`` takes a uniform draw for every score.
-    nan: units without a score go before those that have one (``remove``) or after them (``keep``).
-    protected units never go, ``first`` go before the rest, ``removed`` are gone already: {group: unit ids}.
+    mode: ``low`` removes the smallest scores, ``high`` the largest, ``random`` replaces the scores by uniform draws.
+    nan_policy: units without a score are removed before all others (``drop``) or after them (``keep``).
+    protected units are never removed, ``first`` before the rest, ``removed`` by an earlier plan: {group: unit ids}.
     """
 
     mode: Mode
     seed: int
-    nan: Nan
+    nan_policy: NanPolicy
     protected: Mapping[str, np.ndarray]
     first: Mapping[str, np.ndarray]
     removed: Mapping[str, np.ndarray]
@@ -41,35 +41,36 @@ class Rules:
         groups: Sequence[PruningGroup],
         mode: Mode = "low",
         seed: int = 0,
-        nan: Nan = "remove",
+        nan_policy: NanPolicy = "drop",
         protected: Units | None = None,
         first: Units | None = None,
         removed: Units | None = None,
     ) -> "Rules":
-        """Raises ValueError for an unknown word, group or unit, or a unit that is both protected and removed."""
+        """Raises ValueError for an unknown mode, policy, group or unit, or a unit that is both protected and removed."""
         if mode not in ("low", "high", "random"):
             raise ValueError(f"mode is {mode!r}: low removes the smallest scores, high the largest, random any")
-        if nan not in ("remove", "keep"):
-            raise ValueError(f"nan is {nan!r}: units without a score go first (remove) or last (keep)")
+        if nan_policy not in ("drop", "keep"):
+            raise ValueError(f"nan_policy is {nan_policy!r}: units without a score are removed first (drop) or last (keep)")
         sets = {"protected": protected, "first": first, "removed": removed}
-        rules = cls(mode, seed, nan, **{what: _ids(groups, units or {}, what) for what, units in sets.items()})
-        for name, gone in rules.removed.items():
-            both = np.intersect1d(gone, rules.protected.get(name, ()))
+        rules = cls(mode, seed, nan_policy, **{what: _ids(groups, units or {}, what) for what, units in sets.items()})
+        for name, removed_ids in rules.removed.items():
+            both = np.intersect1d(removed_ids, rules.protected.get(name, ()))
             if len(both):
                 raise ValueError(f"group {name!r}: unit {int(both[0])} is protected, and an earlier plan has removed it")
         return rules
 
     def keys(self, group: PruningGroup, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Class, score and tie-breaking draw a unit, (n,) each: what comes lower goes earlier, but the score in mode ``high``."""
+        """Class, score and tie-breaking draw per unit, (n,) each; lower is removed earlier, except the score in mode ``high``."""
         draws = torch.rand(group.n, generator=generator(self.seed, group.name), dtype=torch.float64).numpy()
         scores = draws if values is None or self.mode == "random" else values
-        classes = np.where(np.isnan(scores), UNKNOWN if self.nan == "remove" else UNKNOWN_LAST, SCORED).astype(np.int8)
+        unscored = UNSCORED_FIRST if self.nan_policy == "drop" else UNSCORED_LAST
+        classes = np.where(np.isnan(scores), unscored, SCORED).astype(np.int8)
         for kind, units in ((FIRST, self.first), (PROTECTED, self.protected), (EARLIER, self.removed)):
             classes[units.get(group.name, [])] = kind
         return classes, scores, draws
 
     def order(self, group: PruningGroup, values: np.ndarray | None) -> np.ndarray:
-        """Unit ids, the first to go first, (n,) int64."""
+        """Unit ids in the order of removal, (n,) int64."""
         classes, scores, draws = self.keys(group, values)
         return np.lexsort((draws, -scores if self.mode == "high" else scores, classes))
 
@@ -83,16 +84,16 @@ def select(
     protected: Units | None = None,
     first: Units | None = None,
     removed: Units | None = None,
-    nan: Nan = "remove",
+    nan_policy: NanPolicy = "drop",
 ) -> dict[str, list[int]]:
-    """The units that go so that ``kept[group]`` stay: {group: ascending ids}, only of groups that lose some.
+    """The units to remove so that ``kept[group]`` stay: {group: ascending ids}, for groups that lose units.
 
     scores: index (group, unit), high means keep; mode ``random`` reads none. A group that ``kept`` does not name loses nothing.
-    The constraints are those of ``Rules``; an earlier plan (``removed``) is contained in the answer. Equal scores are
-    decided by a permutation that belongs to the seed and the group's name.
+    The constraints are those of ``Rules``; units of an earlier plan (``removed``) are included in the result. Ties are broken by
+    a permutation determined by the seed and the group's name.
     Raises ValueError for scores that do not cover a group, an unknown name, or a count that the constraints do not allow.
     """
-    rules = Rules.of(groups, mode, seed, nan, protected, first, removed)
+    rules = Rules.of(groups, mode, seed, nan_policy, protected, first, removed)
     _known(groups, kept, "kept")
     losing = [group for group in groups if kept.get(group.name, group.n) != group.n or len(rules.removed.get(group.name, ()))]
     values = {} if mode == "random" else by_group(losing, scores)
@@ -105,54 +106,55 @@ def select(
 
 
 def by_group(groups: Sequence[PruningGroup], scores: pd.Series | None) -> dict[str, np.ndarray]:
-    """The scores of each group, by unit, (n,) float64. Raises ValueError where a group's units are not each there once."""
+    """The scores of each group, by unit, (n,) float64. Raises ValueError unless every unit of a group has exactly one row."""
     if not groups:
         return {}
     if scores is None or scores.index.nlevels != 2:
-        raise ValueError("scores are a series with the index (group, unit), one a unit; only mode random reads none")
+        raise ValueError("scores are a series with the index (group, unit), one row per unit; only mode random reads none")
     index = scores.index
     codes = np.asarray(index.codes[0])
     order = np.argsort(codes, kind="stable")
     ends = np.searchsorted(codes[order], np.arange(len(index.levels[0]) + 1))
     units, values = index.get_level_values(1).to_numpy()[order], scores.to_numpy(dtype=np.float64)[order]
-    place = {name: k for k, name in enumerate(index.levels[0])}
-    found = {}
+    code = {name: k for k, name in enumerate(index.levels[0])}
+    by_name = {}
     for group in groups:
-        k = place.get(group.name)
+        k = code.get(group.name)
         rows = slice(0, 0) if k is None else slice(ends[k], ends[k + 1])
         if not np.array_equal(np.sort(units[rows]), np.arange(group.n)):
             raise ValueError(
                 f"group {group.name!r} has the units 0 to {group.n - 1}, the scores have {len(units[rows])} rows for it: "
-                "give each unit one, NaN where there is no answer"
+                "give one row per unit, NaN where there is no score"
             )
-        found[group.name] = np.empty(group.n)
-        found[group.name][units[rows]] = values[rows]
-    return found
+        by_name[group.name] = np.empty(group.n)
+        by_name[group.name][units[rows]] = values[rows]
+    return by_name
 
 
 def _ids(groups: Sequence[PruningGroup], units: Units, what: str) -> dict[str, np.ndarray]:
     _known(groups, units, what)
     sizes = {group.name: group.n for group in groups}
-    found = {name: np.unique(np.array(list(ids), dtype=np.int64)) for name, ids in units.items()}
-    for name, ids in found.items():
+    sorted_ids = {name: np.unique(np.array(list(ids), dtype=np.int64)) for name, ids in units.items()}
+    for name, ids in sorted_ids.items():
         if len(ids) and not 0 <= ids[0] <= ids[-1] < sizes[name]:
             outside = int(ids[0] if ids[0] < 0 else ids[-1])
             raise ValueError(f"{what} names unit {outside} of group {name!r}, which has the units 0 to {sizes[name] - 1}")
-    return found
+    return sorted_ids
 
 
 def _known(groups: Sequence[PruningGroup], named: Iterable[str], what: str) -> None:
     names = [group.name for group in groups]
     unknown = sorted(set(named) - set(names))
     if unknown:
-        raise ValueError(f"{what} names the group {unknown[0]!r}.{nearest(unknown[0], names)} There are {shown(names)}")
+        raise ValueError(f"{what} names the group {unknown[0]!r}.{nearest(unknown[0], names)} There are {listed(names)}")
 
 
 def _check_count(group: PruningGroup, count: int, rules: Rules) -> None:
-    protected, gone = len(rules.protected.get(group.name, ())), len(rules.removed.get(group.name, ()))
+    protected, before = len(rules.protected.get(group.name, ())), len(rules.removed.get(group.name, ()))
+    asked = f"group {group.name!r}: {count} of {group.n} units are to be removed"
     if not 0 <= count < group.n:
-        raise ValueError(f"group {group.name!r} has {group.n} units, {group.n - count} are to stay: say from 1 to {group.n}")
+        raise ValueError(f"group {group.name!r} has {group.n} units, kept says {group.n - count}: give 1 to {group.n}")
     if count > group.n - protected:
-        raise ValueError(f"group {group.name!r}: {count} of {group.n} units are to go, but {protected} are protected")
-    if count < gone:
-        raise ValueError(f"group {group.name!r}: {count} of {group.n} units are to go, but an earlier plan has removed {gone}")
+        raise ValueError(f"{asked}, but {protected} are protected")
+    if count < before:
+        raise ValueError(f"{asked}, but an earlier plan has removed {before}")

@@ -37,6 +37,7 @@ def score_table(
     groups: Sequence[PruningGroup],
     columns: Mapping[str, Metric],
     data: Iterable[Any] | None = None,
+    /,  # options of nl.analyze include ``groups``
     *,
     reduce: Reduce = "sum",
     seed: int = 0,

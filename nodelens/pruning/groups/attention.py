@@ -1,4 +1,4 @@
-"""Attention: heads, or groups of query heads that share keys and values, as units."""
+"""Pruning groups of attention modules, whose units are heads, or groups of query heads that share keys and values."""
 
 import inspect
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from nodelens.network.architecture import UnclearError
-from nodelens.network.groups import GroupSlice, Patch, PruningGroup, offsets, span
+from nodelens.network.groups import GroupSlice, PruningGroup, StoredCount, offsets, span
 
 from .projections import Projection, child, has, join
 
-SEPARATE = (  # queries, keys, values; how the output may be called
+SEPARATE = (  # projections of queries, keys and values; possible names of the output projection
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense", "Wo")),
     (("self.query", "self.key", "self.value"), ("output.dense",)),
     (("attention.query", "attention.key", "attention.value"), ("output.dense",)),
     (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
 )
-FUSED = (  # the three in one; the output; whether they follow each other as blocks, else group by group
+FUSED = (  # one projection for all three; the output projection; whether q, k and v are blocks, or interleaved per group
     ("qkv_proj", "o_proj", True),
     ("c_attn", "c_proj", True),
     ("Wqkv", "Wo", True),
@@ -28,12 +28,12 @@ _QUERIES = ("num_heads", "num_attention_heads", "n_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _CHANNELS = ("embed_dim", "all_head_size", "split_size", "inner_dim")
 _IN_CONFIG = ("num_attention_heads", "num_key_value_heads")
-_OUTSIDE = ("alibi", "position_bias", "shared_kv_states")  # arguments with an entry a head
+_PER_HEAD_ARGUMENTS = ("alibi", "position_bias", "shared_kv_states")  # computed by another module, one entry per head
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """Groups, each of ``rep`` query heads and one head of keys, all ``width`` numbers, and one of values, ``value`` numbers."""
+    """``groups`` groups of ``rep`` query heads and one key head of dimension ``width``, and one value head of ``value``."""
 
     groups: int
     rep: int
@@ -42,16 +42,16 @@ class _Heads:
 
     @property
     def spans(self) -> tuple[int, int, int]:
-        """Numbers of a group: queries, keys, values."""
+        """Dimensions per group of queries, keys and values."""
         return self.rep * self.width, self.width, self.value
 
     def sizes(self, tensors: int) -> list[int]:
-        """Outputs of three projections, or of one that makes all."""
-        whole = [self.groups * s for s in self.spans]
-        return whole if tensors == 3 else [sum(whole)]
+        """Numbers of outputs of three projections, or of one fused projection."""
+        outputs = [self.groups * s for s in self.spans]
+        return outputs if tensors == 3 else [sum(outputs)]
 
     def places(self, tensors: int, blocks: bool) -> list[Tensor]:
-        """Where the groups lie in the outputs of each projection: of three, or of one that makes all."""
+        """Positions of the groups in the outputs of each of three projections, or of one fused projection."""
         spans = self.spans
         if tensors == 3:
             return [span(self.groups, s) for s in spans]
@@ -61,78 +61,78 @@ class _Heads:
         return [offsets(span(self.groups, s, start) for s, start in zip(spans, starts, strict=True))]
 
 
-def attention_axes(path: str, owner: nn.Module) -> list[PruningGroup]:
-    """The group of an attention module; empty where no pattern matches.
+def attention_groups(path: str, owner: nn.Module) -> list[PruningGroup]:
+    """The group of an attention module; empty if no pattern matches.
 
-    Kind ``head`` where queries, keys and values have as many heads; else ``kv_group``: a head of keys and values and all
-    query heads that read it. Inexact where a norm reduces over the heads. Raises UnclearError where it is not understood.
+    Kind ``head`` if queries, keys and values have the same number of heads, else ``kv_group``: one key and value head with the
+    query heads that read it. Not exact if a norm reduces over the heads. Raises UnclearError if the module is not understood.
     """
     for names, outputs in SEPARATE:
         for output in outputs:
             if has(owner, *names, output):
-                return [_axis(path, owner, [*names, output])]
+                return [_attention_group(path, owner, [*names, output])]
     for name, output, blocks in FUSED:
         if has(owner, name, output):
-            return [_axis(path, owner, [name, output], blocks)]
+            return [_attention_group(path, owner, [name, output], blocks)]
     return []
 
 
-def _axis(path: str, owner: nn.Module, names: list[str], blocks: bool = True) -> PruningGroup:
-    *made, out = [Projection.of(path, owner, name) for name in names]
-    inner = names[0].rpartition(".")[0]  # BERT keeps all but the output in a module of its own
+def _attention_group(path: str, owner: nn.Module, names: list[str], blocks: bool = True) -> PruningGroup:
+    *inputs, out = [Projection.of(path, owner, name) for name in names]
+    inner = names[0].rpartition(".")[0]  # in BERT a submodule holds everything but the output projection
     holder: Any = child(owner, inner) if inner else owner
-    held = join(path, inner)
-    if names[0] == "c_attn" and not made[0].transposed:
-        raise UnclearError("c_attn is a Linear: GPT-BigCode's order of heads in it depends on an option")
-    heads = _heads(holder, made, out)
-    tied, exact = _beside(held, holder, {name.rpartition(".")[2] for name in names}, heads)
-    producers = [c for part, place in zip(made, heads.places(len(made), blocks), strict=True) for c in part.makes(place)]
+    holder_path = join(path, inner)
+    if names[0] == "c_attn" and not inputs[0].transposed:
+        raise UnclearError("c_attn is a Linear: the order of its heads depends on an option of GPT-BigCode")
+    heads = _heads(holder, inputs, out)
+    tied, exact = _tied_parameters(holder_path, holder, {name.rpartition(".")[2] for name in names}, heads)
+    producers = [c for part, place in zip(inputs, heads.places(len(inputs), blocks), strict=True) for c in part.producers(place)]
     return PruningGroup(
         path,
         "head" if heads.rep == 1 else "kv_group",
         heads.groups,
-        (*producers, *tied, out.reads(span(heads.groups, heads.rep * heads.value))),
-        _patches(held, holder, heads),
+        (*producers, *tied, out.consumer(span(heads.groups, heads.rep * heads.value))),
+        _stored_counts(holder_path, holder, heads),
         exact,
-        attention=heads.rep * (heads.width + heads.value),
+        attention_macs=heads.rep * (heads.width + heads.value),
     )
 
 
-def _heads(holder: Any, made: list[Projection], out: Projection) -> _Heads:
-    """Counts and widths of the heads, from the width that the module keeps and the shapes of its weights."""
-    used = _code(holder).co_varnames  # its arguments and its own names
-    for argument in _OUTSIDE:
+def _heads(holder: Any, inputs: list[Projection], out: Projection) -> _Heads:
+    """Numbers and dimensions of the heads, from the head dimension that the module stores and the shapes of its weights."""
+    used = _code(holder).co_varnames  # arguments and local variables of the forward method
+    for argument in _PER_HEAD_ARGUMENTS:
         if argument in used and getattr(getattr(holder, "config", None), argument, True):
-            raise UnclearError(f"reads {argument}, which another module makes for every head")
+            raise UnclearError(f"reads {argument}, which another module computes for every head")
     if "embed_dim" in used:
-        raise UnclearError("takes the width of its input for that of all heads")
+        raise UnclearError("assumes that its input is as wide as all heads together")
     width = next((w for name in _WIDTH if isinstance(w := getattr(holder, name, None), int)), 0)
     if width < 1:
-        raise UnclearError(f"keeps no width of a head: none of {', '.join(_WIDTH)}")
-    sizes = [part.outputs for part in made]
-    if len(made) == 3:
+        raise UnclearError(f"stores no head dimension: it has none of {', '.join(_WIDTH)}")
+    sizes = [part.outputs for part in inputs]
+    if len(inputs) == 3:
         queries, groups = sizes[0] // width, sizes[1] // width
         value = sizes[2] // max(1, groups)
     else:
         queries, value = out.inputs // width, width
         groups = (sizes[0] // width - queries) // 2
     heads = _Heads(groups, queries // max(1, groups), width, value)
-    if groups < 1 or sizes != heads.sizes(len(made)) or out.inputs != groups * heads.rep * value:
-        shapes = ", ".join(f"{part.path.rpartition('.')[2]} makes {part.outputs}" for part in made)
-        raise UnclearError(f"heads of {width} do not fit: {shapes}, the output reads {out.inputs}")
+    if groups < 1 or sizes != heads.sizes(len(inputs)) or out.inputs != groups * heads.rep * value:
+        shapes = ", ".join(f"{part.path.rpartition('.')[2]} has {part.outputs} outputs" for part in inputs)
+        raise UnclearError(f"heads of dimension {width} do not fit: {shapes}, the output projection has {out.inputs} inputs")
     return heads
 
 
-def _beside(path: str, holder: nn.Module, used: set[str], heads: _Heads) -> tuple[list[GroupSlice], bool]:
-    """Cuts of what an attention module holds beside its projections, and whether no norm reduces over the heads.
+def _tied_parameters(path: str, holder: nn.Module, used: set[str], heads: _Heads) -> tuple[list[GroupSlice], bool]:
+    """Slices of the module's parameters outside its projections, and whether no norm reduces over the heads.
 
-    Raises UnclearError for anything but norms and tensors with an entry a query head.
+    Raises UnclearError for anything but norms and tensors with one entry per query head.
     """
     queries, slices, exact = heads.groups * heads.rep, [], True
     for name, tensor in holder.named_parameters(recurse=False):
         dims = [dim for dim, size in enumerate(tensor.shape) if size == queries]
-        if len(dims) != 1 or (queries == heads.width and "sink" not in name):  # DiffLlama's are as long as a head is wide
-            raise UnclearError(f"holds {name} {tuple(tensor.shape)} beside its projections")
+        if len(dims) != 1 or (queries == heads.width and "sink" not in name):  # DiffLlama's have one entry per dimension
+            raise UnclearError(f"has the parameter {name} {tuple(tensor.shape)} outside its projections")
         slices.append(GroupSlice(path, name, dims[0], span(heads.groups, heads.rep), "tied"))
     counts = {queries: heads.rep, heads.groups: 1}
     by_head = {(n, heads.width): s for n, s in counts.items()}
@@ -141,30 +141,30 @@ def _beside(path: str, holder: nn.Module, used: set[str], heads: _Heads) -> tupl
         for part, tensor in norm.named_parameters() if name not in used else ():
             shape, leaf = tuple(tensor.shape), "." not in part
             if leaf and shape == (heads.width,):
-                continue  # the same for every head
+                continue  # shared by all heads
             if not leaf or shape not in by_head | over_all:
-                raise UnclearError(f"holds {name}.{part} {shape} beside its projections")
+                raise UnclearError(f"has the parameter {name}.{part} {shape} outside its projections")
             slices.append(GroupSlice(join(path, name), part, 0, span(heads.groups, (by_head | over_all)[shape]), "tied"))
             exact &= shape in by_head and not hasattr(norm, "normalized_shape")
     return slices, exact
 
 
-def _patches(path: str, holder: Any, heads: _Heads) -> tuple[Patch, ...]:
-    """The counts and widths that the module keeps; those of its config where its forward reads them there."""
+def _stored_counts(path: str, holder: Any, heads: _Heads) -> tuple[StoredCount, ...]:
+    """The counts and widths that the module stores, and those of its config if its forward reads them there."""
     queries = heads.groups * heads.rep
     numbers = dict.fromkeys(_QUERIES, (queries, heads.rep)) | dict.fromkeys(_GROUPS, (heads.groups, 1))
     numbers |= dict.fromkeys(_CHANNELS, (queries * heads.width, heads.rep * heads.width))
     read = set(_code(holder).co_names)
     if "config" in read and any(name in read and not hasattr(holder, name) for name in _IN_CONFIG):
         numbers |= {f"config.{name}": numbers[name] for name in _IN_CONFIG}
-    return tuple(Patch(path, name, step) for name, (now, step) in numbers.items() if _number(holder, name) == now)
+    return tuple(StoredCount(path, name, step) for name, (now, step) in numbers.items() if _number(holder, name) == now)
 
 
 def _code(holder: nn.Module) -> Any:
-    """The code of a module's forward, for the names that it uses. Raises UnclearError where it is not Python's."""
+    """The code object of a module's forward, for the names that it uses. Raises UnclearError if it has none."""
     code = getattr(inspect.unwrap(type(holder).forward), "__code__", None)
     if code is None:
-        raise UnclearError("has a forward that cannot be read")
+        raise UnclearError("has a forward method without Python code")
     return code
 
 

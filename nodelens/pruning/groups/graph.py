@@ -1,4 +1,4 @@
-"""The groups of convolution networks and multilayer perceptrons, from their exported graph."""
+"""The pruning groups of convolutional networks and multilayer perceptrons, from their exported graph."""
 
 import copy
 import math
@@ -20,33 +20,33 @@ from .graph_ids import Ids
 from .graph_rules import follow
 from .graph_walk import Walk
 
-_CLOSE = 0.01  # of the largest output: a wrong piece moves far more, a GPU's convolutions round to a thousandth
+_CLOSE = 0.01  # of the largest output: a wrong slice changes far more, rounding on a GPU about a thousandth
 
 
 def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
-    """The groups that follow from the model's operations on two samples, and what has to stay, with the reason.
+    """The groups that follow from the model's operations on two samples, and what is frozen, with the reason.
 
-    Channels that meet in an addition, a norm or a depthwise filter are a unit; units of the same layers are a group. What no
-    rule understands is frozen. Every group is tried on a copy: a slice has to give what a mask gives. The model is left as it is.
-    Raises ValueError where torch.export cannot follow the forward pass.
-    Source: Fang et al. 2023, DepGraph, arXiv:2301.12900 (which layers go together).
+    Channels coupled by an addition, a norm or a depthwise filter form one unit; units of the same layers form one group.
+    Operations without a rule freeze their channels. Every group is tested on a copy of the model: slicing must give the same
+    output as masking. The model itself is not changed. Raises ValueError if torch.export cannot trace the forward pass.
+    Source: Fang et al. 2023, DepGraph, arXiv:2301.12900 (which layers are coupled).
     """
     two = batch.head(2) if len(batch) > 1 else batch.map(lambda t: t.repeat_interleave(2, 0))
     two = replace(two, kwargs={name: value for name, value in two.kwargs.items() if name not in ("labels", "label")})
     with eval_mode(model), torch.no_grad(), exact_products():
-        found = _walked(model, two).groups()
-        exact, inexact = ([group for group in found if group.exact == kind] for kind in (True, False))
-        failed = {f.what: f for f in chain(_failing(model, two, exact), _failing(model, two, inexact))}
+        found = _traced(model, two).groups()
+        exact, approximate = ([group for group in found if group.exact == kind] for kind in (True, False))
+        failed = {f.what: f for f in chain(_failing(model, two, exact), _failing(model, two, approximate))}
     return PruningGroups(tuple(group for group in found if group.name not in failed), (*found.frozen, *failed.values()))
 
 
-def _walked(model: nn.Module, batch: Batch) -> Ids:
+def _traced(model: nn.Module, batch: Batch) -> Ids:
     try:
         program = torch.export.export(model, batch.args, batch.kwargs)
-    except Exception as error:  # whatever a forward pass may raise
+    except Exception as error:  # a forward pass may raise anything
         raise ValueError(
-            f"torch.export cannot follow the forward pass of {type(model).__name__}: {_first_line(error)}; "
-            "name its groups by hand (groups=), or prune a model or a part of one that exports"
+            f"torch.export cannot trace the forward pass of {type(model).__name__}: {_first_line(error)}; "
+            "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
         ) from error
     holders: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
@@ -64,38 +64,41 @@ def _walked(model: nn.Module, batch: Batch) -> Ids:
 
 
 def _failing(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> list[Frozen]:
-    """PruningGroups, all exact or all not, of which units cannot be cut out: all are tried at once, and halves where that fails."""
-    why = _fault(model, batch, groups)
+    """The groups whose units cannot be sliced away: all are tested at once, then in halves if that fails.
+
+    The groups given are all exact or all not exact.
+    """
+    why = _failure(model, batch, groups)
     if not why:
         return []
     if len(groups) == 1:
         return [Frozen(groups[0].name, f"{groups[0].n} units: {why}")]
     half = len(groups) // 2
-    found = _failing(model, batch, groups[:half]) + _failing(model, batch, groups[half:])
-    return found or [Frozen(group.name, f"{group.n} units: with others, {why}") for group in groups]
+    failing = _failing(model, batch, groups[:half]) + _failing(model, batch, groups[half:])
+    return failing or [Frozen(group.name, f"{group.n} units: sliced with other groups, {why}") for group in groups]
 
 
-def _fault(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> str:
-    """What goes wrong on a copy without a part of each group, another one of each; "" if nothing does.
+def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> str:
+    """What fails on a copy without some units of each group; "" if nothing does.
 
-    A forward that runs proves nothing: it may hold numbers of its own, such as a width in a reshape or under a sum.
+    A forward pass that runs is not enough: it may contain constants such as a width in a reshape or as a divisor.
     """
     removed = {group.name: range(1, group.n, 2 + k % 3) for k, group in enumerate(groups) if group.n > 1}
     if not removed:
         return ""
     try:
         sliced = logits_of(batch.run(slice_units(copy.deepcopy(model), groups, removed)))
-    except Exception as error:  # whatever a forward pass may raise
+    except Exception as error:  # a forward pass may raise anything
         return f"without some of them the model does not run: {_first_line(error)}"
     with masked(model, groups, removed):
-        whole = logits_of(batch.run(model))
-    if sliced.shape != whole.shape:
-        return f"without some of them the output is {tuple(sliced.shape)}, not {tuple(whole.shape)}"
-    size = float(whole.abs().nan_to_num(0, 0, 0).max())
-    share = max(_CLOSE, math.sqrt(torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0))
-    close = sliced.allclose(whole, rtol=0, atol=share * size, equal_nan=True)
+        expected = logits_of(batch.run(model))
+    if sliced.shape != expected.shape:
+        return f"without some of them the output is {tuple(sliced.shape)}, not {tuple(expected.shape)}"
+    size = float(expected.abs().nan_to_num(0, 0, 0).max())
+    share = max(_CLOSE, math.sqrt(torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0))
+    close = sliced.allclose(expected, rtol=0, atol=share * size, equal_nan=True)
     if groups[0].exact and not close:
-        return f"a slice differs from a mask by {float((sliced - whole).abs().max()):.2g} of {size:.2g}"
+        return f"slicing and masking differ by {float((sliced - expected).abs().max()):.2g}; the largest output is {size:.2g}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What each operation does to the channels: a rule a family of ATen operations; what has no rule stops them."""
+"""How each operation maps channels: one rule per family of ATen operations; operations without a rule freeze their channels."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -23,13 +23,13 @@ _REDUCE = "amax amin linalg_vector_norm logsumexp max mean median min norm prod 
 
 
 def follow(walk: Walk, nodes: Iterable[Node]) -> Walk:
-    """Takes a walk through the nodes of an exported program, in their order."""
+    """Applies the rules to the nodes of an exported program, in order."""
     for node in nodes:
         if node.op == "call_function":
             walk.values[node] = _step(walk, node)
         elif node.op == "output":
             for source in node.all_input_nodes:
-                walk.stop(source, "the model's output")
+                walk.freeze(source, "the model's output")
         elif node.name not in walk.parameters:
             walk.values[node] = Fixed("the model's input" if node.name in walk.inputs else f"the constant {node.name}")
     return walk
@@ -37,7 +37,7 @@ def follow(walk: Walk, nodes: Iterable[Node]) -> Walk:
 
 def _step(walk: Walk, node: Node) -> Value:
     schema = getattr(node.target, "_schema", None)
-    if op_of(node) == "getitem":  # of several values that an operation gives, each has its channels
+    if op_of(node) == "getitem":  # all outputs of an operation have the same channels
         return walk.value(node.all_input_nodes[0])
     if schema is None or not schema.name.startswith("aten::"):
         return walk.unknown(node)
@@ -48,12 +48,12 @@ def _step(walk: Walk, node: Node) -> Value:
 
 
 def _pointwise(node: Node) -> bool:
-    """Whether torch says so, of the operation or of its form that is not in place, which has more of the tags."""
+    """Whether torch tags the operation, or its variant that is not in place, as pointwise; the latter has more tags."""
     if not isinstance(node.meta["val"], Tensor):
         return False
     target: Any = node.target
-    plain = getattr(getattr(torch.ops.aten, op_of(node).removesuffix("_"), None), target._overloadname, target)
-    return torch.Tag.pointwise in {*target.tags, *plain.tags}
+    functional = getattr(getattr(torch.ops.aten, op_of(node).removesuffix("_"), None), target._overloadname, target)
+    return torch.Tag.pointwise in {*target.tags, *functional.tags}
 
 
 def _linear(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
@@ -64,51 +64,51 @@ def _conv(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
     return _layer(walk, node, a, 1, a["groups"])
 
 
-def _layer(walk: Walk, node: Node, a: dict[str, Any], axis: int, groups: int) -> Value:
-    """Columns read the input's channels, rows make new ones; a depthwise filter belongs to the channel that it reads."""
-    weight, bias, read = a["weight"], a.get("bias"), walk.along(a["input"], axis, node)
+def _layer(walk: Walk, node: Node, a: dict[str, Any], dim: int, groups: int) -> Value:
+    """Columns consume the input's channels, rows produce new ones; a depthwise filter is tied to the channel that it reads."""
+    weight, bias, inputs = a["weight"], a.get("bias"), walk.along(a["input"], dim, node)
     outs, ins = (1, 0) if "transpose" in op_of(node) else (0, 1)
     key, why = walk.layer(node, weight, bias)
-    why = why or _oddity(node, weight, groups)
+    why = why or _unsupported(node, weight, groups)
     depthwise = not why and groups > 1 and shape_of(weight)[ins] == 1
     role: Role = "tied" if depthwise else "producer"
-    made = read if depthwise else walk.ids.fresh(shape_of(node)[axis])
+    outputs = inputs if depthwise else walk.ids.fresh(shape_of(node)[dim])
     if why:
-        walk.ids.stop(read, f"{where(node)} {why}")
-        walk.ids.stop(made, f"{where(node)} {why}")
+        walk.ids.freeze(inputs, f"{where(node)} {why}")
+        walk.ids.freeze(outputs, f"{where(node)} {why}")
     elif depthwise:
-        walk.ids.put(Place(key[0], "groups", 0, made, role, number=True))
+        walk.ids.put(Place(key[0], "groups", 0, outputs, role, is_count=True))
     else:
-        _tie_groups(walk, read, groups)
-        _tie_groups(walk, made, groups)
-        walk.ids.put(Place(*key, ins, read[: shape_of(weight)[ins]], "consumer", groups))
-    walk.ids.put(Place(*key, outs, made, role))
+        _tie_groups(walk, inputs, groups)
+        _tie_groups(walk, outputs, groups)
+        walk.ids.put(Place(*key, ins, inputs[: shape_of(weight)[ins]], "consumer", groups))
+    walk.ids.put(Place(*key, outs, outputs, role))
     if bias is not None and bias.name in walk.parameters:
-        walk.ids.put(Place(*walk.parameters[bias.name], 0, made, role))
-    return Channels(axis, made)
+        walk.ids.put(Place(*walk.parameters[bias.name], 0, outputs, role))
+    return Channels(dim, outputs)
 
 
-def _oddity(node: Node, weight: Node, groups: int) -> str:
-    """What is unusual about a layer and not followed; "" if nothing is."""
+def _unsupported(node: Node, weight: Node, groups: int) -> str:
+    """The property of a layer that is not supported; "" if there is none."""
     shape = shape_of(weight)
     if "conv" in op_of(node) and len(shape_of(node)) != len(shape):
-        return "reads a single sample without a batch"
+        return "reads a single sample without a batch dimension"
     if groups > 1 and "transpose" in op_of(node):
         return "is transposed and grouped"
     if groups > 1 and shape[1] == 1 and shape[0] != groups:
-        return "has several filters a channel"
+        return "has several filters per channel"
     return ""
 
 
 def _tie_groups(walk: Walk, ids: Tensor, groups: int) -> None:
-    """The same position of every group goes together, so that groups stay equal."""
+    """Ties the channels at the same position of every group, so that the groups of a convolution or norm stay equal in size."""
     if groups > 1:
         by_group = ids.reshape(groups, -1)
         walk.ids.tie(by_group[:1].expand_as(by_group).flatten(), ids)
 
 
 def _channel_norm(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """Statistics of each channel alone."""
+    """Norms with statistics per channel."""
     return _normed(walk, node, a, walk.along(a["input"], 1, node), "num_features")
 
 
@@ -123,19 +123,19 @@ def _normed(walk: Walk, node: Node, a: dict[str, Any], ids: Tensor, number: str)
     for name in ("weight", "bias", "running_mean", "running_var"):
         walk.tied(a.get(name), 0, ids, node)
     if a["weight"] is None and hasattr(walk.model.get_submodule(stack_of(node)), number):
-        walk.ids.put(Place(stack_of(node), number, 0, ids, "tied", number=True))  # no tensor tells it
+        walk.ids.put(Place(stack_of(node), number, 0, ids, "tied", is_count=True))  # no tensor has that size
     return Channels(1, ids)
 
 
 def _layer_norm(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """Statistics over the last dimensions, channels among them or not."""
+    """Norms with statistics over the last dimensions, which may include the channels."""
     value, start = walk.value(a["input"]), len(shape_of(node)) - len(a["normalized_shape"])
     if isinstance(value, Fixed):
         value = Channels(len(shape_of(node)) - 1, walk.along(a["input"], -1, node))
     parameters = [p for p in (a["weight"], a.get("bias")) if p is not None]
     if value.dim < start:
         for p in parameters:
-            walk.stop(p, f"{where(node)} normalises another dimension")
+            walk.freeze(p, f"{where(node)} normalizes another dimension")
         return value
     walk.ids.normalized.append(value.ids)
     for p in parameters:
@@ -152,32 +152,32 @@ def _prelu(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
 
 
 def _elementwise(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """Channels that meet are tied one by one; what has no channels may only be as wide as one."""
+    """The channels of all operands are tied; an operand without channels must have size 1 along the channel dimension."""
     sources = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
-    met: list[Channels] = []
+    operands: list[Channels] = []
     for source in sources:
         value = walk.value(source)
         if isinstance(value, Channels):
             dim = value.dim + len(shape_of(node)) - len(shape_of(source))
             if len(value.ids) == shape_of(node)[dim]:
-                met.append(Channels(dim, value.ids))
+                operands.append(Channels(dim, value.ids))
             else:
-                walk.ids.stop(value.ids, f"{where(node)} spreads one channel over many")
-    if not met:
+                walk.ids.freeze(value.ids, f"{where(node)} broadcasts one channel")
+    if not operands:
         return walk.value(sources[0]) if len(sources) == 1 else Fixed(where(node))
-    if len({value.dim for value in met}) > 1:
-        return walk.unknown(node, "joins channels of different dimensions")
+    if len({value.dim for value in operands}) > 1:
+        return walk.unknown(node, "combines channels along different dimensions")
     for source in sources:
-        value, dim = walk.value(source), met[0].dim - len(shape_of(node)) + len(shape_of(source))
+        value, dim = walk.value(source), operands[0].dim - len(shape_of(node)) + len(shape_of(source))
         if isinstance(value, Fixed) and dim >= 0 and shape_of(source)[dim] > 1:
-            walk.ids.stop(met[0].ids, f"{where(node)} joins them with {value.source}")
-    for value in met[1:]:
-        walk.ids.tie(met[0].ids, value.ids)
-    return met[0]
+            walk.ids.freeze(operands[0].ids, f"{where(node)} combines them with {value.source}")
+    for value in operands[1:]:
+        walk.ids.tie(operands[0].ids, value.ids)
+    return operands[0]
 
 
 def _move(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """Entries change their places only: the operation is run on the ids themselves."""
+    """Operations that only move entries: they are run on the ids themselves."""
     value, shape = walk.value(a["self"]), shape_of(a["self"])
     if isinstance(value, Fixed):
         return value
@@ -189,12 +189,12 @@ def _move(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
         if (moved == line.reshape([-1] + [1] * (moved.ndim - 1 - dim))).all():
             line, part = line.long(), op_of(node) in _PART.split()
             whole = line.equal(value.ids) if part else line.unique().equal(value.ids.unique())
-            return Channels(dim, line) if whole else walk.unknown(node, "takes a part of the channels")
+            return Channels(dim, line) if whole else walk.unknown(node, "selects some of the channels")
     return walk.unknown(node, "mixes channels with another dimension")
 
 
 def _pool(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """The last dimensions are space, as many as the operation's name says."""
+    """The last dimensions are spatial; the operation's name says how many."""
     source, space = node.all_input_nodes[0], int(re.findall(r"([123])d", op_of(node))[0])
     value = walk.value(source)
     if isinstance(value, Channels) and value.dim >= len(shape_of(source)) - space:
@@ -215,10 +215,10 @@ def _reduce(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
     if isinstance(value, Fixed):
         return value
     every = range(len(shape_of(a["self"])))
-    gone = {d % len(every) for d in ([dims] if isinstance(dims, int) else dims or every)}
-    if value.dim in gone:
+    reduced = {d % len(every) for d in ([dims] if isinstance(dims, int) else dims or every)}
+    if value.dim in reduced:
         return walk.unknown(node, "reduces over the channels")
-    return Channels(value.dim - (0 if a.get("keepdim") else sum(d < value.dim for d in gone)), value.ids)
+    return Channels(value.dim - (0 if a.get("keepdim") else sum(d < value.dim for d in reduced)), value.ids)
 
 
 def _softmax(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
@@ -228,11 +228,11 @@ def _softmax(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
 
 
 def _cat(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """Along the channels: one after the other. Along another dimension: tied one by one."""
+    """Along the channels they are concatenated; along another dimension they are tied."""
     values = [walk.value(source) for source in a["tensors"]]
     dims = {value.dim for value in values if isinstance(value, Channels)}
     if len(dims) != 1:
-        return walk.unknown(node, "joins channels of different dimensions") if dims else Fixed(where(node))
+        return walk.unknown(node, "combines channels along different dimensions") if dims else Fixed(where(node))
     (dim,) = dims
     parts = [walk.along(source, dim, node) for source in a["tensors"]]
     if a["dim"] % len(shape_of(node)) == dim:

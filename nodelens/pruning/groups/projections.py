@@ -1,4 +1,4 @@
-"""Projections: plain linear layers, as patterns of attribute names find them."""
+"""Projections: linear layers with plain weights, found by attribute name."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ from nodelens.network.layers import Layer
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A linear layer by its path in the model; GPT-2's ``Conv1D`` keeps the transpose: its dimensions are swapped."""
+    """A linear layer and its path in the model; GPT-2's ``Conv1D`` stores the transposed weight."""
 
     path: str
     module: nn.Module
 
     @classmethod
     def of(cls, path: str, owner: nn.Module, name: str) -> "Projection":
-        """The layer of a dotted name below an owner at a path. Raises UnclearError where it cannot be cut."""
+        """The layer with a dotted name below ``owner``, which is at ``path``. Raises UnclearError if it cannot be sliced."""
         module = child(owner, name)
         if module is None or isinstance(module, nn.modules.conv._ConvNd) or Layer(name, module).weight is None:
-            raise UnclearError(f"{name} is no linear layer, but {type(module).__name__}")
+            raise UnclearError(f"{name} is a {type(module).__name__}, not a linear layer")
         if not plain(module._parameters.get("weight")) or set(module._parameters) - {"weight", "bias"}:
-            raise UnclearError(f"the weight of {name} is quantised, or made of other tensors")
+            raise UnclearError(f"the weight of {name} is quantized or computed from other tensors")
         return cls(join(path, name), module)
 
     @property
@@ -44,23 +44,23 @@ class Projection:
         weight: Any = self.module.weight
         return tuple(weight.shape)
 
-    def makes(self, index: Tensor) -> list[GroupSlice]:
-        """The outputs at the units' places, (units, span), with their biases."""
+    def producers(self, index: Tensor) -> list[GroupSlice]:
+        """Slices of the outputs at the units' positions, (units, span): the weight and, if there is one, the bias."""
         slices = [GroupSlice(self.path, "weight", int(self.transposed), index, "producer")]
         return slices if self.module.bias is None else [*slices, GroupSlice(self.path, "bias", 0, index, "producer")]
 
-    def reads(self, index: Tensor) -> GroupSlice:
-        """The inputs at the units' places, (units, span)."""
+    def consumer(self, index: Tensor) -> GroupSlice:
+        """The slice of the inputs at the units' positions, (units, span)."""
         return GroupSlice(self.path, "weight", 1 - int(self.transposed), index, "consumer")
 
 
 def plain(weight: Tensor | None) -> bool:
-    """Whether a weight is a parameter of floating numbers, neither quantised nor made of others when it is used."""
+    """Whether a weight is a floating-point parameter, neither quantized nor computed from other tensors."""
     return type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1
 
 
 def child(owner: nn.Module, name: str) -> nn.Module | None:
-    """The module below another by its dotted name; None where there is none."""
+    """The module with a dotted name below another; None if there is none."""
     found: Any = owner
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -68,10 +68,10 @@ def child(owner: nn.Module, name: str) -> nn.Module | None:
 
 
 def has(owner: nn.Module, *names: str) -> bool:
-    """Whether modules of these dotted names lie below another."""
+    """Whether another module contains modules with all these dotted names."""
     return all(child(owner, name) is not None for name in names)
 
 
 def join(path: str, name: str) -> str:
-    """A dotted name below a path, which is empty for the model itself."""
+    """A dotted name below a path; the path of the model itself is empty."""
     return f"{path}.{name}" if path and name else path or name

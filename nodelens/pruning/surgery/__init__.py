@@ -1,1 +1,1 @@
-"""Surgery: units masked, sliced away, compensated for; the smaller model saved and loaded."""
+"""Surgery: masking, slicing and compensating removed units; saving and loading the smaller model."""

@@ -1,4 +1,4 @@
-"""What consumers read on average: sums over the calibration data at the input of each."""
+"""Moments of the consumers' inputs over the calibration data."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,9 +24,9 @@ def input_moments(
     products: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Moments | Gram]:
-    """{module path: sums of what it reads} of the groups' consumers; with ``products`` of its Linear layers all pairs' too.
+    """{path of a consumer: moments of its input}; with ``products``, Linear layers and 1x1 convolutions get a ``Gram``.
 
-    Padded tokens do not count. Sums are float64; under a process group of all processes' data.
+    Padded tokens do not count. Sums are float64, over the data of all processes.
     """
     paths = list(dict.fromkeys(piece.module for group in groups for piece in group.by_role("consumer") if piece.entry is None))
     layers = {path: Layer(path, model.get_submodule(path), "input") for path in paths}
@@ -51,16 +51,14 @@ def input_moments(
             batch = Batch.of(batch).to(device)
             batch.run(model)
     reduce_sums(sums, device)
-    found = {path: total.value for path, total in sums.items()}
-    if any(value is None for value in found.values()):
-        raise ValueError(
-            f"nothing was read by {', '.join(k for k, v in found.items() if v is None)}: the data are empty, or it is never called"
-        )
-    return found  # type: ignore[return-value]
+    values = {path: total.value for path, total in sums.items()}
+    if unseen := [path for path, value in values.items() if value is None]:
+        raise ValueError(f"{', '.join(unseen)} received no input: the data are empty, or the forward pass does not call it")
+    return values  # type: ignore[return-value]
 
 
 def pointwise(module: nn.Module) -> bool:
-    """Whether a module's output at a position is a matrix times its input there: a Linear layer, a 1x1 convolution."""
+    """Whether the output at a position is a matrix times the input there: a Linear layer or a 1x1 convolution."""
     if isinstance(module, nn.modules.conv._ConvNd):
         one = all(k == 1 for k in module.kernel_size) and module.groups == 1 and not module.transposed
         return one and all(s == 1 for s in module.stride) and not any(module.padding if isinstance(module.padding, tuple) else ())

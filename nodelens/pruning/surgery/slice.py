@@ -1,4 +1,4 @@
-"""A plan applied for good: tensors lose the removed units' entries, and modules know their new sizes."""
+"""Slicing: the entries of removed units are deleted from the tensors, and modules store their new sizes."""
 
 import copy
 from collections.abc import Iterable
@@ -9,58 +9,58 @@ from torch import Tensor, nn
 
 from nodelens.network.groups import GroupSlice, PruningGroup
 
-from .mask import Removed, check_axis, check_least
+from .mask import Removed, check_group, check_min_keep
 
 _SIZES = {"Linear": ("out_features", "in_features"), "Conv1D": ("nx", "nf"), "Embedding": ("num_embeddings", "embedding_dim")}
 
 
 def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> nn.Module:
-    """Removes units from the model itself and returns it: {group: unit ids}.
+    """Removes units, {group: unit ids}, from the model in place and returns it.
 
-    Slice before the model is compiled or wrapped for several devices. Raises ValueError for a group or a unit that is not
-    there, or a group that would lose its last unit.
+    Slice a model before it is compiled or wrapped for several devices. Raises ValueError for an unknown group or unit, or a
+    group that would lose all units.
     """
     groups = list(groups)
     by_name = {group.name: group for group in groups}
     for name, units in removed.items():
-        check_axis(by_name, name, None, units)
+        check_group(by_name, name, None, units)
         if len(set(units)) >= by_name[name].n:
-            raise ValueError(f"group {name!r} would lose all of its {by_name[name].n} units: one has to stay")
-        check_least(by_name[name], units)
+            raise ValueError(f"group {name!r} would lose all of its {by_name[name].n} units: keep at least one")
+        check_min_keep(by_name[name], units)
     slices: dict[tuple[str, str], list[tuple[GroupSlice, Tensor]]] = {}
     for name, units in removed.items():
-        gone = torch.tensor(sorted(set(units)), dtype=torch.long)
+        ids = torch.tensor(sorted(set(units)), dtype=torch.long)
         for piece in by_name[name].slices:
-            slices.setdefault((piece.module, piece.tensor), []).append((piece, piece.index[gone].flatten()))
+            slices.setdefault((piece.module, piece.tensor), []).append((piece, piece.index[ids].flatten()))
     for (path, tensor), pairs in slices.items():
         module = model.get_submodule(path)
         replace_tensor(module, tensor, _without(getattr(module, tensor).detach(), pairs))
-    for path, attributes in patched(model, [by_name[name] for name in removed], removed).items():
+    for path, attributes in updated_counts(model, [by_name[name] for name in removed], removed).items():
         for attribute, value in attributes.items():
-            set_number(model.get_submodule(path), attribute, value)
+            set_count(model.get_submodule(path), attribute, value)
     for path in {path for path, _ in slices}:
-        refit(model.get_submodule(path))
+        update_sizes(model.get_submodule(path))
     return model
 
 
-def patched(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> dict[str, dict[str, int]]:
-    """{module: {attribute: new value}} of what tensors do not tell, such as the number of heads."""
-    found: dict[str, dict[str, int]] = {}
+def updated_counts(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> dict[str, dict[str, int]]:
+    """{module: {attribute: new value}} of counts that no tensor size gives, such as the number of heads."""
+    updated: dict[str, dict[str, int]] = {}
     for group in groups:
-        gone = len(set(removed.get(group.name, ())))
-        for patch in group.patches:
-            if len({len(set(removed.get(name, ()))) for name in patch.among}) > 1:
+        lost = len(set(removed.get(group.name, ())))
+        for count in group.counts:
+            if len({len(set(removed.get(name, ()))) for name in count.among}) > 1:
                 continue
-            held: Any = model.get_submodule(patch.module)
-            for part in patch.attribute.split("."):
-                held = getattr(held, part)
-            here = found.setdefault(patch.module, {})
-            here[patch.attribute] = here.get(patch.attribute, held) - patch.step * gone
-    return found
+            value: Any = model.get_submodule(count.module)
+            for part in count.attribute.split("."):
+                value = getattr(value, part)
+            of_module = updated.setdefault(count.module, {})
+            of_module[count.attribute] = of_module.get(count.attribute, value) - count.step * lost
+    return updated
 
 
-def set_number(module: nn.Module, attribute: str, value: int) -> None:
-    """Sets a module's number; one of a config in a copy that is the module's own, and that of its parts which had the same."""
+def set_count(module: nn.Module, attribute: str, value: int) -> None:
+    """Sets a module's count. A config is copied first; the module and its submodules with the same config get the copy."""
     holder, _, field = attribute.rpartition(".")
     if holder:
         old = getattr(module, holder)
@@ -74,7 +74,7 @@ def set_number(module: nn.Module, attribute: str, value: int) -> None:
 
 
 def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a tensor in the place of a parameter or a buffer."""
+    """Replaces a parameter or a buffer."""
     old = getattr(module, name)
     if isinstance(old, nn.Parameter):
         setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
@@ -82,8 +82,8 @@ def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         setattr(module, name, value)
 
 
-def refit(module: nn.Module) -> None:
-    """Sets the sizes that a module keeps beside its tensors to what these are."""
+def update_sizes(module: nn.Module) -> None:
+    """Sets the sizes that a module stores to those of its tensors."""
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -104,29 +104,29 @@ def refit(module: nn.Module) -> None:
 
 
 def _without(tensor: Tensor, pairs: list[tuple[GroupSlice, Tensor]]) -> Tensor:
-    """A tensor without some places in each of several dimensions; experts each without their own."""
+    """A tensor without some positions along one or more dimensions; of experts, each without its own positions."""
     by_entry: dict[int | None, list[tuple[int, Tensor]]] = {}
-    for piece, gone in pairs:
-        by_entry.setdefault(piece.entry, []).append((piece.dim, gone))
+    for piece, positions in pairs:
+        by_entry.setdefault(piece.entry, []).append((piece.dim, positions))
     if None not in by_entry:
-        parts = [_dropped(tensor[e], [(dim - 1, gone) for dim, gone in by_entry.get(e, [])]) for e in range(len(tensor))]
+        parts = [_drop(tensor[e], [(dim - 1, at) for dim, at in by_entry.get(e, [])]) for e in range(len(tensor))]
         if len({part.shape for part in parts}) > 1:
             raise ValueError(
                 "experts of one tensor would keep different numbers of units: "
-                f"{', '.join(str(tuple(part.shape)) for part in parts)}; remove as many from each"
+                f"{', '.join(str(tuple(part.shape)) for part in parts)}; remove the same number from each"
             )
         return torch.stack(parts)
     if len(by_entry) > 1:
-        raise ValueError("whole experts and channels of experts would go from one tensor: remove one, then find the groups again")
-    return _dropped(tensor, by_entry[None])
+        raise ValueError("the plan removes whole experts and channels from one tensor: remove one, then find the groups again")
+    return _drop(tensor, by_entry[None])
 
 
-def _dropped(tensor: Tensor, gone: Iterable[tuple[int, Tensor]]) -> Tensor:
+def _drop(tensor: Tensor, removed: Iterable[tuple[int, Tensor]]) -> Tensor:
     by_dim: dict[int, list[Tensor]] = {}
-    for dim, places in gone:
-        by_dim.setdefault(dim, []).append(places)
+    for dim, positions in removed:
+        by_dim.setdefault(dim, []).append(positions)
     for dim, lists in by_dim.items():
-        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        stays[torch.cat(lists)] = False
-        tensor = tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
+        kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        kept[torch.cat(lists)] = False
+        tensor = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
     return tensor.contiguous().clone()

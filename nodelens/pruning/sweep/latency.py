@@ -1,4 +1,4 @@
-"""How long models take, measured side by side."""
+"""Latency of several models, measured in alternation."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from nodelens.engine.analyze import device_of
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 
-WARM = 10
+WARM = 10  # rounds before the first that counts
 QUARTILES = ("median", "q25", "q75")
 
 
@@ -20,29 +20,29 @@ def latency(
 ) -> dict[str, dict[str, float]]:
     """{model: {batch1_median: ms, batch1_q25, batch1_q75, ...}}: one forward pass in eval mode, without gradients.
 
-    The models take turns, so that what else the machine does meets all alike; ten rounds before are not counted. A batch is the
-    batch's samples, repeated. On a GPU by CUDA events, elsewhere by the wall clock; threads stay as they are set.
-    Raises ValueError for fewer than 3 repeats or a batch below 1.
+    The models alternate, so that other load on the machine affects all alike; the first ten rounds do not count. Larger batches
+    repeat the samples of ``batch``. Time is measured by CUDA events on a GPU, else by the wall clock; the number of threads is not
+    changed. Raises ValueError for fewer than 3 repeats or a batch size below 1.
     """
     if repeats < 3 or min(batches, default=1) < 1:
-        raise ValueError(f"latency: {repeats} repeats of batches {list(batches)}; it takes 3 repeats and 1 sample at least")
-    found: dict[str, dict[str, float]] = {name: {} for name in models}
+        raise ValueError(f"latency: {repeats} repeats of batches {list(batches)}: give at least 3 repeats and batches of 1 or more")
+    results: dict[str, dict[str, float]] = {name: {} for name in models}
     for size in batches:
         part = _tiled(batch, size)
         times: dict[str, list[float]] = {name: [] for name in models}
         for k in range(WARM + repeats):
             for name, model in models.items():
-                took = _once(model, part.to(device_of(model)))
+                ms = _forward_ms(model, part.to(device_of(model)))
                 if k >= WARM:
-                    times[name].append(took)
-        for name, taken in times.items():
-            q25, median, q75 = statistics.quantiles(taken, n=4)
-            found[name] |= {f"batch{size}_{k}": v for k, v in zip(QUARTILES, (median, q25, q75), strict=True)}
-    return found
+                    times[name].append(ms)
+        for name, measured in times.items():
+            q25, median, q75 = statistics.quantiles(measured, n=4)
+            results[name] |= {f"batch{size}_{k}": v for k, v in zip(QUARTILES, (median, q25, q75), strict=True)}
+    return results
 
 
-def _once(model: nn.Module, batch: Batch) -> float:
-    """Milliseconds of a forward pass."""
+def _forward_ms(model: nn.Module, batch: Batch) -> float:
+    """Duration of one forward pass in milliseconds."""
     with eval_mode(model), torch.inference_mode():
         if device_of(model).type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

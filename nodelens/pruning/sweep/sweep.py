@@ -1,4 +1,4 @@
-"""A sweep: criterion x allocation x compensation x mode x amount x seed, one file a finished cell, one table."""
+"""A sweep over criterion x allocation x compensation x mode x amount x seed: one file per finished cell, one table."""
 
 import hashlib
 import itertools
@@ -18,14 +18,17 @@ from nodelens.pruning.removal_plan import RemovalPlan
 from nodelens.results.files import read_json, write_json
 from nodelens.statistics.processes import first_of
 
-CLOCK = ("plan_s", "apply_s", "recover_s", "evaluate_s", "seconds")
 Evaluate = Callable[[Pruned], Mapping[str, Any]]
-Show = Callable[[Iterable[Any]], Iterable[Any]]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+# keys that earlier versions saved under other names
+_FORMER_OPTIONS = {"normalize": "normalise", "transform": "through", "nan_policy": "nan"}
+_FORMER_ROWS = {"outcome_key": "way", "finetuned": "recovered"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a sweep, with a name that is a file's."""
+    """One point of a sweep; its name is that of its file."""
 
     options: PruningOptions
 
@@ -36,31 +39,47 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A hash of all that was asked for."""
-        return hashlib.sha256(json.dumps(self.options.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """A hash of the options."""
+        return _hash(self.options.about)
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The hash, and the one that earlier versions saved for the same options."""
+        return self.key, _hash(_former(self.options.about))
+
+
+def _hash(options: Any) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _former(options: Any) -> Any:
+    """Options under their former keys."""
+    if isinstance(options, Mapping):
+        return {_FORMER_OPTIONS.get(key, key): _former(value) for key, value in options.items()}
+    return "remove" if options == "drop" else options
 
 
 def cells(**asked: Sequence[Any]) -> list[Cell]:
-    """Every combination of the options' fields, each a list, in order.
+    """One cell per combination of the fields of ``PruningOptions``, each given as a list, in order.
 
-    Raises ValueError for an empty list, or a cell named twice.
+    Raises ValueError for an empty list, or for two cells of the same name.
     """
     for what, values in asked.items():
         if not len(values):
-            raise ValueError(f"the sweep has no {what}: give one at least")
-    found = [Cell(PruningOptions(**dict(zip(asked, point, strict=True)))) for point in itertools.product(*asked.values())]
-    names = [cell.name for cell in found]
+            raise ValueError(f"the sweep has no {what}: give at least one")
+    grid = [Cell(PruningOptions(**dict(zip(asked, point, strict=True)))) for point in itertools.product(*asked.values())]
+    names = [cell.name for cell in grid]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
         raise ValueError(f"the sweep has the cell {twice} twice: give criteria and allocations that differ in name")
-    return found
+    return grid
 
 
 class Sweep:
-    """Carries out cells, writes each to ``folder/cells`` when it is done, and reads it again where it is there.
+    """Runs cells, writes each to ``folder/cells`` when it is finished, and reads finished cells instead of running them again.
 
-    Scores and moments are those of the context, measured once. Cells that remove the same units in the same way (a criterion
-    without chance, at several seeds) are carried out once. refused: criteria that cannot score these groups, and why.
+    Scores and moments are measured once, for all cells. Cells that remove the same units in the same way (a deterministic
+    criterion at several seeds) are run once. refused: {criterion: reason} of criteria that cannot score these groups.
     """
 
     def __init__(
@@ -79,18 +98,18 @@ class Sweep:
         self.refused = refused or {}
         self.done: dict[str, dict[str, Any]] = {}
 
-    def run(self, todo: Sequence[Cell], progress: Show = iter) -> list[dict[str, Any]]:
-        """A row a cell. Raises ValueError where a finished cell was another's."""
-        found = first_of({cell.name: read_json(path) for cell in todo if (path := self._path(cell)).is_file()})
+    def run(self, todo: Sequence[Cell], progress: Progress = iter) -> list[dict[str, Any]]:
+        """One row per cell. Raises ValueError if a finished cell had other options."""
+        finished = first_of({cell.name: _read(path) for cell in todo if (path := self._path(cell)).is_file()})
         for cell in todo:
-            row = found.get(cell.name)
+            row = finished.get(cell.name)
             if row is not None:
-                if row["cell"] != cell.key:
-                    raise ValueError(f"{self._path(cell)} was carried out with other settings: choose another folder")
-                self.done.setdefault(row["way"], row)
-        return [found.get(cell.name) or self._new(cell) for cell in progress(todo)]
+                if row["cell"] not in cell.keys:
+                    raise ValueError(f"{self._path(cell)} is of a sweep with other options: choose another folder")
+                self.done.setdefault(row["outcome_key"], row)
+        return [finished.get(cell.name) or self._run(cell) for cell in progress(todo)]
 
-    def carried_out(self, cell: Cell) -> Pruned:
+    def pruned(self, cell: Cell) -> Pruned:
         """The pruned model of a cell."""
         finetune = self.finetune(cell.options.seed) if self.finetune else None
         return carry_out(self.context, cell.options, self.table, self.apply, finetune)
@@ -98,13 +117,13 @@ class Sweep:
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"
 
-    def _new(self, cell: Cell) -> dict[str, Any]:
+    def _run(self, cell: Cell) -> dict[str, Any]:
         started = time.perf_counter()
         row: dict[str, Any] = {"name": cell.name, "cell": cell.key}
         try:
             row |= self._outcome(cell)
-        except ValueError as error:  # a budget that floors make impossible is an answer too
-            row |= {"status": "infeasible", "error": str(error), "way": "", **_asked(cell)}
+        except ValueError as error:  # an infeasible budget is a result, not a failure of the sweep
+            row |= {"status": "infeasible", "error": str(error), "outcome_key": "", **_settings(cell)}
         row["seconds"] = time.perf_counter() - started
         if self.write:
             write_json(self._path(cell), row)
@@ -117,36 +136,42 @@ class Sweep:
         one_shot = options.schedule.kind == "one_shot"
         plan = plan_removal(self.context, self.table, options) if one_shot else None
         planned = time.perf_counter() - started
-        way = self._way(cell, plan)
-        same = self.done.get(way)
+        key = self._outcome_key(cell, plan)
+        same = self.done.get(key)
         if same is None:
-            pruned = self.carried_out(cell)
+            pruned = self.pruned(cell)
             applied = time.perf_counter() - started - planned
             same = {"result": dict(self.evaluate(pruned)), "removed": pruned.plan.removed, "about": pruned.plan.about}
             same |= {"name": cell.name, "finetuned": dict(pruned.finetuned)}
             same["clock"] = {"plan_s": planned, "apply_s": applied, "evaluate_s": time.perf_counter() - started - planned - applied}
-            self.done[way] = same | {"way": way}
+            self.done[key] = same | {"outcome_key": key}
         about = same["about"] | (plan.about if plan else {})
         return {
             "status": "done",
             "error": None,
-            "way": way,
+            "outcome_key": key,
             "carried_out_as": same["name"],
-            **_asked(cell),
+            **_settings(cell),
             **{k: same[k] for k in ("result", "removed", "about", "finetuned", "clock")},
             "about": about,
             "plan": RemovalPlan(same["removed"]).key,
         }
 
-    def _way(self, cell: Cell, plan: RemovalPlan | None) -> str:
-        """What decides the outcome: the units, where one plan says them; else all that was asked."""
+    def _outcome_key(self, cell: Cell, plan: RemovalPlan | None) -> str:
+        """Equal for cells with the same outcome: the removed units if there is one plan, else all options."""
         if plan is None:
             return cell.key
-        chance = cell.options.seed if self.finetune else None
-        return f"{plan.key}-{cell.options.compensate}-{chance}"
+        seed = cell.options.seed if self.finetune else None
+        return f"{plan.key}-{cell.options.compensate}-{seed}"
 
 
-def _asked(cell: Cell) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """The row of a finished cell, also of earlier versions."""
+    row = read_json(path)
+    return row | {key: row[former] for key, former in _FORMER_ROWS.items() if former in row}
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
     r = cell.options
     schedule = r.schedule.kind if r.schedule.kind == "one_shot" else f"{r.schedule.kind}:{r.schedule.steps}"
     return {

@@ -1,4 +1,4 @@
-"""The tables of a pruning run: a row a cell, a row a group, a row a unit."""
+"""The tables of a pruning run: one row per cell of the sweep, one row per pruning group."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 from nodelens.network.groups import PruningGroups
 from nodelens.pruning.cost import Cost
 
-_ASKED = ("name", "status", "criterion", "allocation", "compensate", "mode", "amount", "seed", "budget", "schedule")
+_SETTINGS = ("name", "status", "criterion", "allocation", "compensate", "mode", "amount", "seed", "budget", "schedule")
 _ACHIEVED = (
     "units",
     "units_removed",
@@ -23,51 +23,40 @@ _ACHIEVED = (
     "smallest_kept",
     "exact",
 )
-_WORDS = {*_ASKED, "plan", "carried_out_as", "error"} - {"amount", "seed"}
+_STRINGS = {*_SETTINGS, "plan", "carried_out_as", "error"} - {"amount", "seed"}
+_INTEGERS = {"seed", "units", "units_removed", "params", "dense_params", "macs", "dense_macs", "smallest_kept"}
 
 
 def sweep_table(rows: Iterable[Mapping[str, Any]], dense: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a cell, dtypes fixed.
+    """One row per cell, with fixed dtypes.
 
-    accuracy, loss, ece: of the finished model on the test set, ``accuracy_se`` its standard error; val_pruned_*: on validation
-    data before recovery, val_*: after it; dense_*, val_dense_*: of the dense model. latency_ms and dense_latency_ms are medians at
-    batch 1 with their quartiles, and others by ``batchN_``; columns that end in _s, and seconds, are the clock's.
+    accuracy, loss, ece: of the finished model on the test set, ``accuracy_se`` the standard error; val_pruned_*: on validation
+    data before fine-tuning, val_*: after it; dense_*, val_dense_*: of the dense model. latency_batchN_ms, dense_latency_batchN_ms:
+    median latency in ms at batch size N, with quartiles (q25, q75). Columns ending in _s, and seconds, are durations.
+    carried_out_as: the cell whose pruned model this cell shares.
     """
-    found = []
+    cells = []
     for row in rows:
         about, result, clock = row.get("about") or {}, row.get("result") or {}, row.get("clock") or {}
-        cell = {k: row.get(k) for k in _ASKED} | {k: about.get(k) for k in _ACHIEVED}
+        cell = {k: row.get(k) for k in _SETTINGS} | {k: about.get(k) for k in _ACHIEVED}
         cell |= {k: v for k, v in result.items() if k != "samples"} | clock
         cell |= {"seconds": row.get("seconds"), "plan": row.get("plan"), "carried_out_as": row.get("carried_out_as")}
-        found.append(cell | {"error": row.get("error")})
-    table = pd.DataFrame(found)
-    words = {
-        "name",
-        "status",
-        "criterion",
-        "allocation",
-        "compensate",
-        "mode",
-        "budget",
-        "schedule",
-        "plan",
-        "carried_out_as",
-        "error",
-    }
+        cells.append(cell | {"error": row.get("error")})
+    table = pd.DataFrame(cells)
     for column in table:
-        if column in words:
+        if column in _STRINGS:
             table[column] = table[column].astype("string")
         elif column == "exact":
             table[column] = table[column].astype("boolean")
-        elif column in ("seed", "units", "units_removed", "params", "dense_params", "macs", "dense_macs", "smallest_kept"):
+        elif column in _INTEGERS:
             table[column] = table[column].astype("Int64")
         else:
             table[column] = table[column].astype(float)
     return table.assign(**{k: float(v) for k, v in dense.items() if k != "samples" and not isinstance(v, dict)})
 
 
-def axes_table(model: nn.Module, groups: PruningGroups, cost: Cost) -> pd.DataFrame:
-    """A row a group: kind, units, what one unit costs when it goes first, whether a slice equals a mask, what is coupled."""
+def groups_table(model: nn.Module, groups: PruningGroups, cost: Cost) -> pd.DataFrame:
+    """One row per group: kind, units, the cost of its first removed unit, whether slicing equals masking, coupled layers."""
     rows = []
     for group in groups:
         one = {group.name: group.n - 1}
@@ -76,8 +65,8 @@ def axes_table(model: nn.Module, groups: PruningGroups, cost: Cost) -> pd.DataFr
                 "layer": group.name,
                 "kind": group.kind,
                 "units": group.n,
-                "params_a_unit": cost.params() - cost.params(one),
-                "macs_a_unit": cost.macs() - cost.macs(one),
+                "params_per_unit": cost.params() - cost.params(one),
+                "macs_per_unit": cost.macs() - cost.macs(one),
                 "exact": group.exact,
                 "multiple": group.multiple,
                 "coupled": group.describe(),

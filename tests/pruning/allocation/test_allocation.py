@@ -45,7 +45,7 @@ def allocation(kind, **options):
 
 
 def chain(kept):
-    """A toy network: three inputs, groups in a row, ten classes; a weight reads all of the group before."""
+    """A toy network of fully connected layers: three inputs, the groups in sequence, ten classes."""
     widths = [3, *kept.values(), 10]
     return float(sum(m * n for m, n in itertools.pairwise(widths)) + 50)
 
@@ -67,7 +67,7 @@ def half_up(x):
 
 
 @pytest.mark.parametrize("amount", [0, 0.01, 0.25, 0.5, 0.9, 0.99])
-def test_uniform_is_exact_in_all_and_within_one_unit_in_each_axis(amount):
+def test_uniform_is_exact_in_total_and_within_one_unit_in_each_group(amount):
     groups = [group(f"x{n}", n) for n in (1, 2, 3, 4, 5, 6, 7, 10, 50, 101)]
     lost = removed_by(groups, allocate(groups, None, amount))
     asked = [min(amount * a.n, a.n - 1) for a in groups]
@@ -81,7 +81,7 @@ def test_uniform_leaves_as_many_as_asked():
     assert allocate([group("a", 10), group("b", 2)], None, 0.9, allocation=Allocation(min_keep=3)) == {"a": 3, "b": 2}
 
 
-def test_where_caps_bind_the_other_axes_make_up_for_it():
+def test_other_groups_compensate_where_caps_bind():
     groups = [group("a", 10), group("b", 10), group("c", 10)]
     assert allocate(groups, None, 0.4, protected={"b": range(10)}) == {"a": 4, "b": 10, "c": 4}
     assert allocate(groups, None, 0.4, removed={"b": range(8)}) == {"a": 8, "b": 2, "c": 8}
@@ -105,17 +105,18 @@ def test_units_are_exact_whatever_floors_caps_and_protected_units(kind):
     for trial in range(30):
         draw = np.random.default_rng(trial)
         groups = [group(f"x{k}", int(draw.integers(1, 30))) for k in range(draw.integers(1, 6))]
-        held = {a.name: draw.permutation(a.n)[: draw.integers(0, a.n + 1)] for a in groups}
+        protected = {a.name: draw.permutation(a.n)[: draw.integers(0, a.n + 1)] for a in groups}
         options = {"min_keep": int(draw.integers(1, 4)), "max_remove": float(draw.choice([0.5, 0.8, 1]))}
         most = [
-            max(0, min(math.floor(options["max_remove"] * a.n), a.n - max(options["min_keep"], len(held[a.name])))) for a in groups
+            max(0, min(math.floor(options["max_remove"] * a.n), a.n - max(options["min_keep"], len(protected[a.name]))))
+            for a in groups
         ]
         total, amount = sum(a.n for a in groups), float(draw.uniform(0, 0.9))
         wanted = half_up(amount * total)
 
-        def counts(amount, groups=groups, held=held, options=options):
+        def counts(amount, groups=groups, protected=protected, options=options):
             return removed_by(
-                groups, allocate(groups, drawn(groups), amount, allocation=Allocation(kind, **options), protected=held)
+                groups, allocate(groups, drawn(groups), amount, allocation=Allocation(kind, **options), protected=protected)
             )
 
         if wanted <= sum(most):
@@ -161,13 +162,13 @@ def test_multiples_are_kept_and_the_budget_within_half_a_step(kind, multiple):
                 assert abs(sum(removed_by(groups, kept)) - half_up(amount * 141)) <= multiple / 2
 
 
-def test_an_axis_brings_its_own_multiple_and_the_allocation_overrides_it():
+def test_a_group_has_its_own_multiple_and_the_allocation_overrides_it():
     groups = [group("a", 40, multiple=16), group("b", 40), group("c", 6, multiple=8)]
     assert allocate(groups, None, 0.5) == {"a": 16, "b": 20, "c": 6}
     assert allocate(groups, None, 0.5, allocation=Allocation(multiple=3)) == {"a": 21, "b": 21, "c": 3}
 
 
-def test_axes_of_equal_width_keep_equal_counts_under_a_multiple():
+def test_groups_of_equal_width_keep_equal_counts_under_a_multiple():
     groups = [group(name, 44, multiple=8) for name in "abcd"]
     assert set(allocate(groups, None, 0.5).values()) == {24}
 
@@ -176,7 +177,7 @@ def test_axes_of_equal_width_keep_equal_counts_under_a_multiple():
 def test_an_impossible_budget_states_the_largest_amount(kind, largest):
     groups = [group("a", 10), group("b", 20), group("c", 10)]
     options = allocation(kind, max_remove=0.3)
-    with pytest.raises(ValueError, match=r"amount 0.5 of the units cannot go: .* allow an amount of 0.3 at most"):
+    with pytest.raises(ValueError, match=r"amount 0.5 of the units cannot be removed: .* allow an amount of 0.3 at most"):
         allocate(groups, drawn(groups), 0.5, allocation=options, shapes=SHAPES)
     kept = allocate(groups, drawn(groups), largest, allocation=options, shapes=SHAPES)
     assert kept == {"a": 7, "b": 14, "c": 7}
@@ -184,7 +185,7 @@ def test_an_impossible_budget_states_the_largest_amount(kind, largest):
 
 def test_an_impossible_price_states_the_largest_amount():
     dense, least = chain({a.name: a.n for a in FOUR}), chain({a.name: 1 for a in FOUR})
-    with pytest.raises(ValueError, match="of the params cannot go") as error:
+    with pytest.raises(ValueError, match="of the params cannot be removed") as error:
         allocate(FOUR, None, 0.99, "params", price=chain)
     largest = float(str(error.value).split(" amount of ")[1].split()[0])
     assert largest == pytest.approx(1 - least / dense, abs=2e-6)
@@ -238,7 +239,7 @@ def test_global_is_a_sort(normalize, mode):
 
 
 @pytest.mark.parametrize("values", [[1.0] * 20, [0, 1] * 10])
-def test_ties_are_broken_by_the_seed_and_never_hit_a_whole_axis(values):
+def test_ties_are_broken_by_the_seed_and_never_remove_a_whole_group(values):
     groups = [group(name, 20) for name in "abcd"]
     table = scores(**{a.name: values for a in groups})
     for normalize in ("raw", "mean", "minmax", "z", "lamp", "rank"):
@@ -252,7 +253,7 @@ def test_ties_are_broken_by_the_seed_and_never_hit_a_whole_axis(values):
 
 
 @pytest.mark.parametrize("normalize", ["mean", "z", "robust_z", "l2", "sum", "rank", "minmax", "lamp"])
-def test_normalised_scores_do_not_follow_a_layer_s_scale(normalize):
+def test_normalized_scores_do_not_depend_on_a_layer_s_scale(normalize):
     groups = [group("a", 20), group("b", 20)]
     table = drawn(groups)
     louder = table.where(table.index.get_level_values("group") != "a", table * 1000)
@@ -262,7 +263,7 @@ def test_normalised_scores_do_not_follow_a_layer_s_scale(normalize):
 
 
 @pytest.mark.parametrize("normalize", NORMALIZERS)
-def test_normalising_keeps_the_order_of_signed_scores_and_answers_for_constant_ones(normalize):
+def test_normalizing_keeps_the_order_of_signed_scores_and_answers_for_constant_ones(normalize):
     signed = np.array([-9, -1, 0.5, 3]) if normalize != "lamp" else np.array([0, 0.5, 1, 3])
     assert (np.diff(NORMALIZERS[normalize](signed)) > 0).all()
     for constant in (0.0, 0.1, 7.3):
@@ -270,7 +271,7 @@ def test_normalising_keeps_the_order_of_signed_scores_and_answers_for_constant_o
             assert np.isfinite(NORMALIZERS[normalize](np.full(width, constant))).all()
 
 
-def test_normalisers_by_hand():
+def test_normalizers_by_hand():
     x = np.array([1.0, 2.0, 6.0])
     found = {name: normalize(x).tolist() for name, normalize in NORMALIZERS.items()}
     assert found["mean"] == pytest.approx([1 / 3, 2 / 3, 2])
@@ -291,7 +292,7 @@ def test_rank_is_uniform_up_to_rounding():
         assert all(abs(a.n - kept[a.name] - amount * a.n) <= 1 for a in FOUR)
 
 
-def test_raw_scores_collapse_the_quietest_axis_to_its_floor():
+def test_raw_scores_collapse_the_group_with_the_smallest_scores_to_its_floor():
     groups, table = [group("a", 8), group("b", 8)], scores(a=np.arange(8) / 100, b=np.arange(1, 9))
     assert allocate(groups, table, 0.5, allocation=Allocation("global", "raw")) == {"a": 1, "b": 7}
     assert allocate(groups, table, 0.5, allocation=Allocation("global", "raw", min_keep=3)) == {"a": 3, "b": 5}
@@ -304,9 +305,9 @@ def test_constraints_count_before_scores():
     table = scores(a=[1, 2, 3, 4], b=[11, 12, math.nan, 14])
     raw = Allocation("global", "raw")
     assert allocate(groups, table, 0.25, allocation=raw) == {"a": 3, "b": 3}
-    assert allocate(groups, table, 0.25, allocation=raw, nan="keep") == {"a": 2, "b": 4}
+    assert allocate(groups, table, 0.25, allocation=raw, nan_policy="keep") == {"a": 2, "b": 4}
     assert allocate(groups, table, 0.25, allocation=raw, first={"b": [0, 3]}) == {"a": 4, "b": 2}
-    assert allocate(groups, table, 0.25, allocation=raw, nan="keep", protected={"a": [0, 1, 2]}) == {"a": 3, "b": 3}
+    assert allocate(groups, table, 0.25, allocation=raw, nan_policy="keep", protected={"a": [0, 1, 2]}) == {"a": 3, "b": 3}
     assert allocate(groups, table, 0.25, allocation=raw, removed={"b": [0, 1]}) == {"a": 4, "b": 2}
 
 
@@ -322,9 +323,9 @@ def test_a_unit_s_price_divides_its_score():
     cheap = allocate(groups, table, 0.5, "params", replace(raw, per_cost="macs"), price, unit_price=lambda kept: sum(kept.values()))
     assert cheap["a"] == 1
     assert abs(price(cheap) - 100) <= 20
-    with pytest.raises(ValueError, match=r"group 'a' has scores below zero after 'z'.*turns round"):
+    with pytest.raises(ValueError, match=r"group 'a' has negative scores after normalize='z'.*reverses their order"):
         allocate(groups, table, 0.5, allocation=replace(raw, normalize="z"), price=price)
-    with pytest.raises(ValueError, match="per_cost=macs with a budget of params needs a unit_price"):
+    with pytest.raises(ValueError, match="per_cost=macs with a budget of params needs unit_price="):
         allocate(groups, table, 0.5, "params", replace(raw, per_cost="macs"), price)
     with pytest.raises(ValueError, match="a unit of group 'b' costs 0"):
         allocate(groups, table, 0.5, allocation=raw, price=lambda kept: kept["a"])
@@ -378,7 +379,7 @@ def test_erk_by_hand():
     kept = allocate(groups, None, 0.75, allocation=Allocation("erk"), shapes=kernels)
     e = 30 / (40 * 66 / 7200 + 80 * 122 / 3200)
     assert kept == {"a": half_up(e * 40 * 66 / 7200), "b": half_up(e * 80 * 122 / 3200)}
-    with pytest.raises(ValueError, match="there is none for b: give shapes"):
+    with pytest.raises(ValueError, match="b has none: give shapes"):
         allocate(groups, None, 0.5, allocation=Allocation("erk"), shapes={"a": (40, 20)})
 
 
@@ -410,22 +411,24 @@ def test_shares_by_name_pattern_and_kind():
     given = {"a*": 0.4, "a2": 0.1, "head": 0.25}
     assert allocate(groups, None, None, allocation=Allocation("dict", shares=given)) == {"a1": 6, "a2": 9, "b": 15, "c": 5}
     assert allocate(groups, None, 0.4, allocation=Allocation("dict", shares=given)) == {"a1": 3, "a2": 8, "b": 11, "c": 5}
-    with pytest.raises(ValueError, match=r"shares name 'd', which fits no group.* There are a1, a2, b, c, of the kinds ffn, head"):
+    with pytest.raises(
+        ValueError, match=r"shares name 'd', which matches no group.* There are a1, a2, b, c, of the kinds ffn, head"
+    ):
         allocate(groups, None, 0.1, allocation=Allocation("dict", shares={"d": 0.5}))
     with pytest.raises(ValueError, match=r"shares.b is 1.5"):
         allocate(groups, None, 0.1, allocation=Allocation("dict", shares={"b": 1.5}))
     with pytest.raises(ValueError, match="shares are all 0"):
         allocate(groups, None, 0.1, allocation=Allocation("dict", shares={"b": 0}))
-    with pytest.raises(ValueError, match=r"shares ask for 8 of the 20 units of group 'b'; .* allow 0 to 5"):
+    with pytest.raises(ValueError, match=r"shares remove 8 of the 20 units of group 'b'; .* allow 0 to 5"):
         allocate(groups, None, None, allocation=Allocation("dict", shares={"b": 0.4}, max_remove=0.25))
 
 
-# what belongs together, and plans in steps
+# equal counts, and plans in steps
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_axes_that_belong_together_keep_the_same_count(kind):
-    experts = [group(f"{layer}{k}", 32, "moe_ffn", together=layer, multiple=8) for layer in "ab" for k in range(4)]
+def test_groups_with_equal_counts_keep_the_same_number(kind):
+    experts = [group(f"{layer}{k}", 32, "moe_ffn", equal_count=layer, multiple=8) for layer in "ab" for k in range(4)]
     groups = [*experts, group("d", 40)]
     shapes = {a.name: (a.n, 3 + len(a.name)) for a in groups}
     shares = Allocation("dict", shares={"a*": 0.5, "b*": 0.2, "d": 0.7}) if kind == "dict" else Allocation(kind)
@@ -441,12 +444,12 @@ def test_axes_that_belong_together_keep_the_same_count(kind):
 
 
 def test_experts_get_the_mean_of_their_counts():
-    groups = [group("e0", 4, together="e"), group("e1", 4, together="e"), group("f", 4)]
+    groups = [group("e0", 4, equal_count="e"), group("e1", 4, equal_count="e"), group("f", 4)]
     table = scores(e0=[1, 2, 3, 4], e1=[101, 102, 103, 104], f=[50, 51, 52, 53])
     assert allocate(groups, table, 4 / 12, allocation=Allocation("global", "raw")) == {"e0": 2, "e1": 2, "f": 4}
     # three of e0 and one of f would go: 1.5 each, rounded to 2, is the budget already
-    with pytest.raises(ValueError, match=r"groups that belong together \(e\) differ in width: e0 4, e1 5"):
-        allocate([group("e0", 4, together="e"), group("e1", 5, together="e")], None, 0.5)
+    with pytest.raises(ValueError, match="the groups of e have to keep equal counts and differ in width: e0 4, e1 5"):
+        allocate([group("e0", 4, equal_count="e"), group("e1", 5, equal_count="e")], None, 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -470,7 +473,9 @@ def test_plans_are_nested_and_the_last_meets_the_target(kind, budget):
 def test_an_earlier_plan_that_took_more_stays():
     kept = allocate(FOUR, drawn(FOUR), 0.1, allocation=Allocation("global"), removed={"a": range(9)})
     assert removed_by(FOUR, kept) == [9, 0, 0, 0]
-    with pytest.raises(ValueError, match="group 'a' has lost more units already than floors and caps now allow"):
+    with pytest.raises(
+        ValueError, match="group 'a' has already lost more units than min_keep, max_remove and protected units allow"
+    ):
         allocate(FOUR, None, 0.5, allocation=Allocation(max_remove=0.5), removed={"a": range(9)})
 
 
@@ -507,11 +512,11 @@ def test_a_config_builds_an_allocation():
         ({"kind": "globl"}, "allocation.kind is 'globl'; there are uniform, global"),
         ({"kind": "global", "normalize": "max"}, "allocation.normalize is 'max'; there are raw, mean"),
         ({"kind": "global", "per_cost": "units"}, "allocation.per_cost is 'units'; there are None, params, macs"),
-        ({"kind": "dict"}, "dict needs shares, the others read none"),
-        ({"kind": "erk", "shares": {"a": 0.5}}, "dict needs shares, the others read none"),
-        ({"per_cost": "macs"}, "per_cost goes with global, isomorphic, lamp"),
-        ({"min_keep": 0}, "min_keep is 0, multiple None: both are at least 1"),
-        ({"multiple": 0}, "multiple 0: both are at least 1"),
+        ({"kind": "dict"}, "dict needs shares, the others do not read them"),
+        ({"kind": "erk", "shares": {"a": 0.5}}, "dict needs shares, the others do not read them"),
+        ({"per_cost": "macs"}, "use per_cost with global, isomorphic, lamp"),
+        ({"min_keep": 0}, "min_keep is 0, multiple None: both have to be at least 1"),
+        ({"multiple": 0}, "multiple 0: both have to be at least 1"),
         ({"max_remove": 1.2}, "max_remove is 1.2: a share of a group, from 0 to 1"),
     ],
 )
@@ -528,7 +533,7 @@ def test_an_allocation_that_makes_no_sense_stops_the_run(options, words):
         ({"amount": math.nan}, "amount is nan"),
         ({"amount": None}, "allocation 'uniform' needs an amount; only dict"),
         ({"amount": 0.5, "budget": "flops"}, "budget is 'flops'; there are units, params, macs"),
-        ({"amount": 0.5, "budget": "macs"}, "a budget of macs needs a price"),
+        ({"amount": 0.5, "budget": "macs"}, "a budget of macs needs price="),
         ({"amount": 0.5, "budget": "macs", "price": lambda kept: 0}, "the dense model has 0 macs"),
         ({"amount": 0.5, "allocation": Allocation("global")}, "scores are a series with the index"),
     ],
@@ -538,8 +543,8 @@ def test_what_does_not_fit_stops_the_run(options, words):
         allocate(FOUR, None, **options)
 
 
-def test_infinite_scores_are_ranked_and_not_normalised():
+def test_infinite_scores_are_ranked_and_not_normalized():
     groups, table = [group("a", 3), group("b", 3)], scores(a=[-math.inf, 1, 2], b=[1, 2, math.inf])
     assert allocate(groups, table, 1 / 6, allocation=Allocation("global", "raw")) == {"a": 2, "b": 3}
-    with pytest.raises(ValueError, match="group 'a' has infinite scores, which 'mean' cannot normalize: take rank or raw"):
+    with pytest.raises(ValueError, match="group 'a' has infinite scores, which 'mean' cannot normalize: use rank or raw"):
         allocate(groups, table, 1 / 6, allocation=Allocation("global"))

@@ -33,7 +33,7 @@ def test_the_sign_counts_not_the_size(mode, gone):
 
 @pytest.mark.parametrize("mode", ["low", "high", "random"])
 @pytest.mark.parametrize("seed", range(4))
-def test_protected_units_stay_and_first_ones_go_in_every_mode(mode, seed):
+def test_protected_units_stay_and_first_ones_are_removed_in_every_mode(mode, seed):
     gone = chosen([5, 1, 4, 2, 3], 3, mode=mode, seed=seed, protected={"a": [1, 0]}, first={"a": [4, 0]})
     assert 4 in gone
     assert not {0, 1} & set(gone)
@@ -45,18 +45,18 @@ def test_within_first_units_the_score_decides():
     assert chosen([5, 1, 4, 2], 2, first={"a": [0, 2, 3]}, mode="high") == [0, 2]
 
 
-@pytest.mark.parametrize(("nan", "mode", "gone"), [("remove", "low", [1, 2]), ("keep", "low", [0, 3]), ("remove", "high", [1, 2])])
-def test_units_without_a_score_go_first_or_last(nan, mode, gone):
-    assert chosen([3, math.nan, math.nan, 1], 2, nan=nan, mode=mode) == gone
+@pytest.mark.parametrize(("policy", "mode", "gone"), [("drop", "low", [1, 2]), ("keep", "low", [0, 3]), ("drop", "high", [1, 2])])
+def test_units_without_a_score_are_removed_first_or_last(policy, mode, gone):
+    assert chosen([3, math.nan, math.nan, 1], 2, nan_policy=policy, mode=mode) == gone
 
 
-def test_units_without_a_score_go_after_first_ones_and_stay_when_protected():
+def test_units_without_a_score_are_removed_after_first_ones_and_stay_if_protected():
     values = [3, math.nan, 1, math.nan]
     assert chosen(values, 2, first={"a": [0]}, protected={"a": [3]}) == [0, 1]
-    assert {0, 2} < set(chosen(values, 3, nan="keep"))
+    assert {0, 2} < set(chosen(values, 3, nan_policy="keep"))
 
 
-def test_ties_are_decided_by_the_seed_and_the_axis():
+def test_ties_are_broken_by_the_seed_and_the_group():
     plans = {(seed, name): tuple(select([group(name, 20)], scores(**{name: [1] * 20}), {name: 10}, seed=seed)[name])
              for seed in range(3) for name in ("a", "b")}  # fmt: skip
     assert len(set(plans.values())) == 6
@@ -90,7 +90,7 @@ def test_a_permutation_of_the_units_permutes_the_plan():
         assert chosen([values[u] for u in order], 11, mode=mode) == sorted(order.index(u) for u in gone)
 
 
-def test_the_order_of_rows_and_axes_does_not_matter():
+def test_the_order_of_rows_and_groups_does_not_matter():
     one = scores(a=[3, 1, 2], b=[1, 2, 3])
     assert select([group("a", 3), group("b", 3)], one, {"a": 1, "b": 2}) == {"a": [1, 2], "b": [0]}
     assert select([group("b", 3), group("a", 3)], one[::-1], {"b": 2, "a": 1}) == {"a": [1, 2], "b": [0]}
@@ -102,13 +102,13 @@ def test_plans_are_nested_though_the_scores_change(mode):
     for step in range(1, 8):
         values = torch.randn(10, generator=generator(step, "values"))
         values[gone] = math.nan if step % 2 else 100.0
-        now = chosen(values.tolist(), step, mode=mode, seed=step, removed={"a": gone}, nan="keep")
+        now = chosen(values.tolist(), step, mode=mode, seed=step, removed={"a": gone}, nan_policy="keep")
         assert len(now) == step
         assert set(gone) <= set(now)
         gone = now
 
 
-def test_axes_that_lose_nothing_are_absent():
+def test_groups_that_lose_nothing_are_absent():
     assert select([group("a", 2), group("b", 2), group("c", 2)], scores(a=[1, 2]), {"a": 1, "b": 2}) == {"a": [0]}
     assert select([group("a", 1)], scores(a=[1]), {"a": 1}) == {}
 
@@ -125,13 +125,13 @@ def test_a_generator_belongs_to_seed_and_words():
     ("options", "words"),
     [
         ({"mode": "lowest"}, "mode is 'lowest': low removes the smallest scores"),
-        ({"nan": "drop"}, "nan is 'drop': units without a score go first"),
+        ({"nan_policy": "remove"}, "nan_policy is 'remove': units without a score are removed first"),
         ({"protected": {"b": [0]}}, "protected names the group 'b'.* There are a"),
         ({"first": {"a": [4]}}, "first names unit 4 of group 'a', which has the units 0 to 3"),
         ({"removed": {"a": [-1]}}, "removed names unit -1 of group 'a'"),
         ({"removed": {"a": [1]}, "protected": {"a": [1]}}, "group 'a': unit 1 is protected, and an earlier plan has removed it"),
-        ({"removed": {"a": [0, 1, 2]}}, "group 'a': 2 of 4 units are to go, but an earlier plan has removed 3"),
-        ({"protected": {"a": [0, 1, 2]}}, "group 'a': 2 of 4 units are to go, but 3 are protected"),
+        ({"removed": {"a": [0, 1, 2]}}, "group 'a': 2 of 4 units are to be removed, but an earlier plan has removed 3"),
+        ({"protected": {"a": [0, 1, 2]}}, "group 'a': 2 of 4 units are to be removed, but 3 are protected"),
     ],
 )
 def test_what_does_not_fit_stops_the_run(options, words):
@@ -140,9 +140,9 @@ def test_what_does_not_fit_stops_the_run(options, words):
 
 
 def test_counts_and_scores_that_do_not_fit_stop_the_run():
-    with pytest.raises(ValueError, match="group 'a' has 4 units, 0 are to stay: say from 1 to 4"):
+    with pytest.raises(ValueError, match="group 'a' has 4 units, kept says 0: give 1 to 4"):
         chosen(SIGNED, 4)
-    with pytest.raises(ValueError, match="group 'a' has 4 units, 5 are to stay"):
+    with pytest.raises(ValueError, match="group 'a' has 4 units, kept says 5"):
         chosen(SIGNED, -1)
     with pytest.raises(ValueError, match="kept names the group 'c'"):
         select([group("a", 4)], scores(a=SIGNED), {"c": 1})

@@ -72,12 +72,12 @@ def test_whole_experts_and_their_channels_agree_too():
     model, groups = build("mixtral")
     batch = [BATCH | {"labels": TOKENS}]
     for chosen, names in (
-        (groups.apart, ["router_load", "taylor", "loss_proxy", "magnitude"]),
+        (groups.opt_in, ["router_load", "taylor", "loss_proxy", "magnitude"]),
         (groups, ["wanda", "flap", "taylor"]),
     ):
         shown = nl.analyze(model, batch, names, list(chosen), precision="float64").units[names]
         columns = {name: get_metric(name) for name in names}
-        scope = ["expert"] if chosen is groups.apart else "*"
+        scope = ["expert"] if chosen is groups.opt_in else "*"
         context = PruningContext.of(
             model, Batch.of(batch[0]), batch, scope=scope, columns=columns, options={"precision": "float64"}
         )

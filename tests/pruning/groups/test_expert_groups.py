@@ -1,4 +1,4 @@
-"""Whole experts: a mask is what a router does without them, and a slice is the mask."""
+"""Whole experts: a masked router does not choose them, and slicing gives the same output as masking."""
 
 import copy
 import functools
@@ -53,7 +53,7 @@ BATCH = {"input_ids": TOKENS, "attention_mask": MASK}
 
 @functools.cache
 def build(name, **more):
-    """A random model, no tensor of it trivial, and its groups; nobody changes it."""
+    """A random model without trivial tensors, and its groups; tests must not change it."""
     config, options, _ = FAMILIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -79,7 +79,7 @@ def tokens(model):
 
 
 def some(groups, amount, seed=2):
-    """Other experts in each mixture."""
+    """Different experts in each mixture."""
     dice = torch.Generator().manual_seed(seed)
     return {group.name: torch.randperm(group.n, generator=dice)[: int(amount * group.n)].sort().values.tolist() for group in groups}
 
@@ -92,29 +92,29 @@ def same(a, b):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_slice_is_the_mask(name, amount):
     model, groups = build(name)
-    removed, dense = some(groups.apart, amount), logits(model)
-    sliced = slice_units(copy.deepcopy(model), groups.apart, removed)
-    with masked(model, groups.apart, removed):
+    removed, dense = some(groups.opt_in, amount), logits(model)
+    sliced = slice_units(copy.deepcopy(model), groups.opt_in, removed)
+    with masked(model, groups.opt_in, removed):
         expected, written = logits(model), tokens(model)
     assert (expected - dense).abs().max() > 1e-2 * dense.abs().max()
     same(logits(sliced), expected)
     assert torch.equal(tokens(sliced), written)
     assert torch.equal(logits(model), dense)
-    for group in groups.apart:
-        held = sliced.get_submodule(group.name)
-        assert {len(tensor) for tensor in held.parameters()} == {E - len(removed[group.name])} == {held.num_experts}
+    for group in groups.opt_in:
+        experts = sliced.get_submodule(group.name)
+        assert {len(tensor) for tensor in experts.parameters()} == {E - len(removed[group.name])} == {experts.num_experts}
 
 
 @pytest.mark.parametrize("name", [name for name, (*_, how) in FAMILIES.items() if how == "softmax"])
 def test_a_mask_is_a_logit_at_minus_infinity(name, monkeypatch):
     """The dense model, in which the product that makes the logits is given minus infinity for some experts."""
     model, groups = build(name)
-    removed, linear = some(groups.apart, 0.5), nn.functional.linear
+    removed, linear = some(groups.opt_in, 0.5), nn.functional.linear
     rows = {}
-    for group in groups.apart:
+    for group in groups.opt_in:
         (weight,) = [piece.of(model) for piece in group.slices if piece.role == "tied" and piece.tensor == "weight"]
         rows[weight.data_ptr()] = torch.tensor(removed[group.name])
-    with masked(model, groups.apart, removed):
+    with masked(model, groups.opt_in, removed):
         found = logits(model)
 
     def without(x, weight, bias=None):
@@ -129,10 +129,10 @@ def test_a_mask_is_a_logit_at_minus_infinity(name, monkeypatch):
 def test_a_mask_is_a_choice_that_is_never_made():
     """DeepSeek chooses by corrected scores and weighs by the scores: a correction far below 0 removes an expert exactly."""
     model, groups = build("deepseek v3")
-    removed, twin = some(groups.apart, 0.5), copy.deepcopy(model)
+    removed, twin = some(groups.opt_in, 0.5), copy.deepcopy(model)
     for name, units in removed.items():
         twin.get_submodule(name.replace("experts", "gate")).e_score_correction_bias[units] = -1e9
-    with masked(model, groups.apart, removed):
+    with masked(model, groups.opt_in, removed):
         same(logits(model), logits(twin))
 
 
@@ -141,44 +141,47 @@ def test_experts_may_be_multiplied_in_any_way(how):
     model, groups = build("gpt oss")
     model = copy.deepcopy(model)
     model.config._experts_implementation = how
-    removed = {group.name: [0, 3, 4] for group in groups.apart}
-    sliced = slice_units(copy.deepcopy(model), groups.apart, removed)
+    removed = {group.name: [0, 3, 4] for group in groups.opt_in}
+    sliced = slice_units(copy.deepcopy(model), groups.opt_in, removed)
     assert sliced.config._experts_implementation == how
-    with masked(model, groups.apart, removed):
+    with masked(model, groups.opt_in, removed):
         same(logits(sliced), logits(model))
 
 
 def test_zeroing_an_expert_is_something_else():
     model, groups = build("mixtral")
-    removed, zeroed = some(groups.apart, 0.5), copy.deepcopy(model)
+    removed, zeroed = some(groups.opt_in, 0.5), copy.deepcopy(model)
     for name, units in removed.items():
         zeroed.get_submodule(name).down_proj.data[units] = 0
-    with masked(model, groups.apart, removed):
+    with masked(model, groups.opt_in, removed):
         assert (logits(model) - logits(zeroed)).abs().max() > 0.1 * logits(zeroed).abs().max()
 
 
 def test_an_expert_that_gets_nothing_is_not_missed():
     model, groups = build("gpt oss")
     model = copy.deepcopy(model)
-    for group in groups.apart:
+    for group in groups.opt_in:
         model.get_submodule(group.router).bias.data[3] = -1e4
-    removed = {group.name: [3] for group in groups.apart}
+    removed = {group.name: [3] for group in groups.opt_in}
     dense = logits(model)
-    with masked(model, groups.apart, removed):
+    with masked(model, groups.opt_in, removed):
         same(logits(model), dense)
-    sliced = slice_units(copy.deepcopy(model), groups.apart, removed)
+    sliced = slice_units(copy.deepcopy(model), groups.opt_in, removed)
     same(logits(sliced), dense)
     assert sum(p.numel() for p in sliced.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_hooks_see_the_choice_and_the_router_is_as_before():
     model, groups = build("mixtral")
-    group, seen = groups.apart[0], []
+    group, seen = groups.opt_in[0], []
     router = model.get_submodule(group.router)
     before = dict(router.__dict__)
-    with observed([router], lambda *call: seen.append(call[3])), masked(model, groups.apart, {group.name: [0, 5]}):
+    with observed([router], lambda *call: seen.append(call[3])), masked(model, groups.opt_in, {group.name: [0, 5]}):
         logits(model)
-        with pytest.raises(ValueError, match="are masked already: name all"), masked(model, groups.apart, {group.name: [1]}):
+        with (
+            pytest.raises(ValueError, match="are masked already: mask all of them"),
+            masked(model, groups.opt_in, {group.name: [1]}),
+        ):
             pass
         logits(model)
     first, second = seen
@@ -195,16 +198,16 @@ def test_hooks_see_the_choice_and_the_router_is_as_before():
 def test_a_mask_ends_when_the_model_fails():
     model, groups = build("mixtral")
     dense = logits(model)
-    with pytest.raises(RuntimeError, match="stop"), masked(model, groups.apart, some(groups.apart, 0.5)):
+    with pytest.raises(RuntimeError, match="stop"), masked(model, groups.opt_in, some(groups.opt_in, 0.5)):
         raise RuntimeError("stop")
     assert torch.equal(logits(model), dense)
 
 
 def test_a_masked_router_can_be_trained():
     model, groups = build("mixtral")
-    group = groups.apart[1]
+    group = groups.opt_in[1]
     weight = model.get_submodule(group.router).weight
-    with masked(model, groups.apart, {group.name: [0, 5]}):
+    with masked(model, groups.opt_in, {group.name: [0, 5]}):
         (slope,) = torch.autograd.grad(logits_of(model(**BATCH)).square().sum(), [weight])
     assert (slope[[0, 5]] == 0).all()
     assert (slope[[1, 2, 3, 4, 6, 7]] != 0).any(1).sum() >= K
@@ -212,22 +215,22 @@ def test_a_masked_router_can_be_trained():
 
 def test_as_many_experts_stay_as_a_token_goes_to():
     model, groups = build("mixtral")
-    group = groups.apart[0]
-    assert group.least == K
+    group = groups.opt_in[0]
+    assert group.min_keep == K
     words = r"group 'model.layers.0.mlp.experts' would keep 1 of 8 experts; its router needs 2 to choose from"
-    with pytest.raises(ValueError, match=words), masked(model, groups.apart, {group.name: range(1, E)}):
+    with pytest.raises(ValueError, match=words), masked(model, groups.opt_in, {group.name: range(1, E)}):
         pass
     with pytest.raises(ValueError, match=words):
-        slice_units(copy.deepcopy(model), groups.apart, {group.name: range(1, E)})
-    removed = {group.name: [*range(1, E - 1)] for group in groups.apart}
-    sliced = slice_units(copy.deepcopy(model), groups.apart, removed)
-    with masked(model, groups.apart, removed):
+        slice_units(copy.deepcopy(model), groups.opt_in, {group.name: range(1, E)})
+    removed = {group.name: [*range(1, E - 1)] for group in groups.opt_in}
+    sliced = slice_units(copy.deepcopy(model), groups.opt_in, removed)
+    with masked(model, groups.opt_in, removed):
         same(logits(sliced), logits(model))
 
 
 def test_a_group_is_scored_by_its_two_best():
-    assert build("deepseek v3", num_experts_per_tok=1)[1].apart[0].least == 2
-    assert build("mixtral", num_experts_per_tok=1)[1].apart[0].least == 1
+    assert build("deepseek v3", num_experts_per_tok=1)[1].opt_in[0].min_keep == 2
+    assert build("mixtral", num_experts_per_tok=1)[1].opt_in[0].min_keep == 1
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek v3", "minimax m2", "gpt oss"])
@@ -248,7 +251,7 @@ def test_what_is_saved_is_loaded(name, uneven, tmp_path):
 
 def test_the_model_knows_how_many_experts_all_layers_keep():
     model, groups = build("mixtral")
-    even = slice_units(copy.deepcopy(model), groups.apart, {group.name: [1, k] for k, group in enumerate(groups.apart, 2)})
+    even = slice_units(copy.deepcopy(model), groups.opt_in, {group.name: [1, k] for k, group in enumerate(groups.opt_in, 2)})
     assert even.num_experts == even.config.num_local_experts == even.model.config.num_local_experts == E - 2
     assert even.config is even.model.config
     assert model.config.num_local_experts == E
@@ -256,8 +259,8 @@ def test_the_model_knows_how_many_experts_all_layers_keep():
         found = even(**BATCH, labels=TOKENS, output_router_logits=True)
     assert found.aux_loss.isfinite()
     for left in ([E, E - 2], [E - 2, E], [E - 1, E - 2]):
-        removed = {group.name: range(E - n) for group, n in zip(groups.apart, left, strict=True)}
-        uneven = slice_units(copy.deepcopy(model), groups.apart, removed)
+        removed = {group.name: range(E - n) for group, n in zip(groups.opt_in, left, strict=True)}
+        uneven = slice_units(copy.deepcopy(model), groups.opt_in, removed)
         assert uneven.num_experts == uneven.config.num_local_experts == E
         assert [layer.mlp.experts.num_experts for layer in uneven.model.layers] == left
         assert [layer.mlp.gate.num_experts for layer in uneven.model.layers] == left
@@ -269,18 +272,18 @@ def test_experts_cost_parameters_and_no_multiplications():
     plain = Cost.of(model, PruningGroups(groups.groups), Batch.of({"input_ids": TOKENS}))
     assert cost.params() == plain.params() == sum(p.numel() for p in model.parameters())
     assert cost.macs() == plain.macs()
-    removed = some(groups.apart, 0.25)
+    removed = some(groups.opt_in, 0.25)
     kept = {name: E - len(units) for name, units in removed.items()}
-    assert cost.params(kept) == sum(p.numel() for p in slice_units(copy.deepcopy(model), groups.apart, removed).parameters())
+    assert cost.params(kept) == sum(p.numel() for p in slice_units(copy.deepcopy(model), groups.opt_in, removed).parameters())
     assert cost.macs() - cost.macs(kept) == sum(map(len, removed.values())) * 16 * TOKENS.shape[1]  # of the router alone
-    channels = [group for group in groups if group.together == "model.layers.0.mlp.experts"]
+    channels = [group for group in groups if group.equal_count == "model.layers.0.mlp.experts"]
     fewer = {group.name: 8 for group in channels}
     gone = {group.name: [0, 3, 5, 11] for group in channels}
     assert cost.params(fewer) == sum(p.numel() for p in slice_units(copy.deepcopy(model), groups, gone).parameters())
     assert cost.macs(fewer) == plain.macs(fewer) < cost.macs()
-    with pytest.raises(ValueError, match="whole experts and channels of experts would go from one tensor"):
-        slice_units(copy.deepcopy(model), [*channels, *groups.apart], gone | removed)
-    both = slice_units(slice_units(copy.deepcopy(model), groups, gone), groups.apart, removed)
+    with pytest.raises(ValueError, match="the plan removes whole experts and channels from one tensor"):
+        slice_units(copy.deepcopy(model), [*channels, *groups.opt_in], gone | removed)
+    both = slice_units(slice_units(copy.deepcopy(model), groups, gone), groups.opt_in, removed)
     assert cost.params(fewer | kept) == sum(p.numel() for p in both.parameters())
 
 
@@ -289,7 +292,7 @@ def test_a_budget_of_parameters_is_met():
     pruned = nl.prune(model, "group_l2", 0.2, scope="expert", budget="params", example_inputs=BATCH)
     about, left = pruned.plan.about, sum(p.numel() for p in pruned.model.parameters())
     assert about["params"] == left
-    one = sum(piece.by_unit(model)[0].numel() for piece in groups.apart[0].slices)
+    one = sum(piece.by_unit(model)[0].numel() for piece in groups.opt_in[0].slices)
     assert abs(left - 0.8 * about["dense_params"]) <= one / 2
     assert about["macs"] < about["dense_macs"]
 
@@ -297,7 +300,7 @@ def test_a_budget_of_parameters_is_met():
 def test_experts_are_taken_where_they_are_asked_for():
     model, groups = build("mixtral")
     whole = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
-    assert [(group.name, group.kind, group.n) for group in groups.apart] == [(name, "expert", E) for name in whole]
+    assert [(group.name, group.kind, group.n) for group in groups.opt_in] == [(name, "expert", E) for name in whole]
     assert (
         {group.kind for group in groups.chosen("*")}
         == {"kv_group", "moe_ffn"}
@@ -307,7 +310,7 @@ def test_experts_are_taken_where_they_are_asked_for():
     assert [group.name for group in groups.chosen("expert", freeze="model.layers.0.*")] == whole[1:]
     assert [group.kind for group in groups.chosen(["kv_group", whole[0]])] == ["kv_group", "kv_group", "expert"]
     assert groups.named(whole[0]).describe() == "model.layers.0.mlp: gate > experts"
-    assert [group.name for group in find_groups(model).apart] == whole
+    assert [group.name for group in find_groups(model).opt_in] == whole
     with pytest.raises(ValueError, match=r"takes both the experts of model\.layers\.0\.mlp\.experts and their channels"):
         groups.chosen(["expert", "moe_ffn"])
     with pytest.raises(ValueError, match="of the kinds expert, kv_group, moe_ffn"):
@@ -317,10 +320,10 @@ def test_experts_are_taken_where_they_are_asked_for():
 def test_criteria_of_weights_score_experts():
     model, groups = build("gpt oss")
     names = ["magnitude", "l2", "group_l2", "lamp", "fpgm", "random"]
-    table = score_table(model, groups.apart, {name: get_metric(name) for name in names})
+    table = score_table(model, groups.opt_in, {name: get_metric(name) for name in names})
     held = model.model.layers[1].mlp.experts
     rows = torch.cat([held.gate_up_proj.flatten(1), held.down_proj.flatten(1)], 1).double().detach()
-    found = {name: torch.tensor(column.to_numpy()) for name, column in table.loc[groups.apart[1].name].items()}
+    found = {name: torch.tensor(column.to_numpy()) for name, column in table.loc[groups.opt_in[1].name].items()}
     same(found["magnitude"], rows.abs().sum(1))
     same(found["l2"], rows.norm(dim=1))
     same(found["group_l2"], rows.square().sum(1))
@@ -328,7 +331,7 @@ def test_criteria_of_weights_score_experts():
     assert found["lamp"].max() == 1
     assert found["lamp"].argsort().equal(found["l2"].argsort())
     pruned = nl.prune(model, "magnitude", 0.5, scope="expert", example_inputs=BATCH)
-    assert pruned.plan.removed[groups.apart[1].name] == sorted(rows.abs().sum(1).argsort()[: E // 2].tolist())
+    assert pruned.plan.removed[groups.opt_in[1].name] == sorted(rows.abs().sum(1).argsort()[: E // 2].tolist())
 
 
 def test_a_budget_stops_where_a_router_could_not_choose():
@@ -339,8 +342,8 @@ def test_a_budget_stops_where_a_router_could_not_choose():
         nl.prune(model, "magnitude", 0.9, scope="expert", example_inputs=BATCH)
 
 
-def test_means_do_not_make_up_for_experts():
-    with pytest.raises(ValueError, match="no mean makes up for a whole expert, whose tokens go to others"):
+def test_whole_experts_cannot_be_compensated():
+    with pytest.raises(ValueError, match="whole experts cannot be compensated, their tokens go to others"):
         nl.prune(build("mixtral")[0], "magnitude", 0.25, scope="expert", data=[BATCH], compensate="bias")
 
 
@@ -373,11 +376,11 @@ def test_gates_on_experts_are_slopes_of_the_loss(name):
     chosen = {"taylor": get_metric("taylor"), "sizes": get_metric("taylor", abs=True), "loss_proxy": get_metric("loss_proxy")}
     chosen["token"] = get_metric("loss_proxy", unit="token")
     batch = BATCH | {"labels": TOKENS}
-    table = score_table(model, groups.apart, chosen, [batch])
+    table = score_table(model, groups.opt_in, chosen, [batch])
     halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
-    again = score_table(model, groups.apart, chosen, halves)
+    again = score_table(model, groups.opt_in, chosen, halves)
     assert (table - again).abs().max().max() <= 1e-5 * table.abs().max().max()
-    for group in groups.apart:
+    for group in groups.opt_in:
         q = slopes(model, group)
         whole, each = q.sum(1), q[MASK.bool()]
         found = {column: torch.tensor(values.to_numpy()) for column, values in table.loc[group.name].items()}
@@ -393,19 +396,19 @@ def test_gates_on_experts_are_slopes_of_the_loss(name):
 def test_experts_and_their_channels_are_scored_in_one_pass():
     model, groups = build("mixtral")
     batch = [BATCH | {"labels": TOKENS}]
-    both = score_table(model, [*groups, *groups.apart], {"taylor": get_metric("taylor")}, batch)
-    for part in (groups, groups.apart):
+    both = score_table(model, [*groups, *groups.opt_in], {"taylor": get_metric("taylor")}, batch)
+    for part in (groups, groups.opt_in):
         alone = score_table(model, list(part), {"taylor": get_metric("taylor")}, batch)
         assert torch.equal(torch.tensor(both.loc[alone.index].to_numpy()), torch.tensor(alone.to_numpy()))
 
 
 def test_the_load_of_a_router():
     model, groups = build("qwen3 moe")
-    group, seen = groups.apart[1], []
+    group, seen = groups.opt_in[1], []
     with observed([model.get_submodule(group.router)], lambda *call: seen.append(call[3][2])):
         logits(model)
     counts = seen[0].reshape(3, 9, K)[MASK.bool()].flatten().bincount(minlength=E).double()
-    found = torch.tensor(score_table(model, groups.apart, {"load": get_metric("router_load")}, [BATCH]).loc[group.name]["load"])
+    found = torch.tensor(score_table(model, groups.opt_in, {"load": get_metric("router_load")}, [BATCH]).loc[group.name]["load"])
     same(found, counts / counts.sum())
     pruned = nl.prune(model, "router_load", 0.25, scope="expert", data=[BATCH])
     assert (
@@ -444,12 +447,15 @@ def test_metrics_of_hidden_units_are_refused(metric):
 
 def test_weights_cannot_shut_an_expert_off():
     model, groups = build("mixtral")
-    name, words = groups.apart[0].name, "a whole expert goes by its router's choice, .*use apply=slice in one shot"
+    name, words = (
+        groups.opt_in[0].name,
+        "of a whole expert do not change the router, .*use apply=slice with",
+    )
     with pytest.raises(ValueError, match=words):
-        zero(model, groups.apart, {name: [1]})
+        zero(model, groups.opt_in, {name: [1]})
     with pytest.raises(ValueError, match=words):
-        scale(model, groups.apart, {name: torch.ones(E)})
-    with pytest.raises(ValueError, match=words), scaled(model, groups.apart, {name: torch.ones(E)}):
+        scale(model, groups.opt_in, {name: torch.ones(E)})
+    with pytest.raises(ValueError, match=words), scaled(model, groups.opt_in, {name: torch.ones(E)}):
         pass
     given = {"scope": "expert", "example_inputs": BATCH}
     for more in ({"apply": "mask"}, {"apply": "scale"}, {"schedule": Schedule("iterative", 2)}):
@@ -463,9 +469,9 @@ def reasons(groups):
 
 def test_groups_of_experts_stay_whole():
     groups = build("deepseek v3", n_group=2)[1]
-    words = "experts stay whole: its router gate (DeepseekV3TopkRouter) chooses among 2 groups of experts, of one size"
+    words = "experts stay whole: its router gate (DeepseekV3TopkRouter) chooses among 2 groups of equally many experts"
     assert reasons(groups)["model.layers.1.mlp.experts"] == words
-    assert not groups.apart
+    assert not groups.opt_in
     with pytest.raises(ValueError, match="scope 'expert' matches no group"):
         groups.chosen("expert")
 
@@ -474,28 +480,31 @@ def test_experts_that_are_called_otherwise_stay_whole():
     options = ROTARY | {"num_local_experts": 4, "intermediate_size_mlp": 12}
     model = transformers.AutoModelForCausalLM.from_config(transformers.Llama4TextConfig(**options))
     groups = family_groups(model)
-    assert not groups.apart
+    assert not groups.opt_in
     assert {w: r for w, r in reasons(groups).items() if w.endswith("experts")} == {
-        f"model.layers.{k}.feed_forward.experts": "experts stay whole: they are called with a block of rows each" for k in range(2)
+        f"model.layers.{k}.feed_forward.experts": "experts stay whole: each is called with its own block of rows" for k in range(2)
     }
 
 
 CHANGES = {
     "no router": (
         lambda block: setattr(block.gate, "top_k", None),
-        "none of gate .MixtralTopKRouter., experts .MixtralExperts. keeps",
+        "none of gate .MixtralTopKRouter., experts .MixtralExperts. stores",
     ),
-    "two routers": (lambda block: setattr(block, "other", copy.deepcopy(block.gate)), "2 of gate .*which one is the router"),
-    "ids": (lambda block: block.gate.register_buffer("of", torch.zeros(32, 2, dtype=torch.long)), r"gate.of \(32, 2\) holds whole"),
+    "two routers": (lambda block: setattr(block, "other", copy.deepcopy(block.gate)), "the router is not clear: 2 of gate"),
+    "ids": (
+        lambda block: block.gate.register_buffer("of", torch.zeros(32, 2, dtype=torch.long)),
+        r"gate.of \(32, 2\) holds integers",
+    ),
     "square": (
         lambda block: block.gate.register_buffer("of", torch.zeros(E, E)),
-        r"gate.of \(8, 8\) does not tell which dimension",
+        r"gate.of \(8, 8\) has two dimensions of the number",
     ),
     "none": (
         lambda block: setattr(block.gate, "weight", nn.Parameter(torch.zeros(9, 16))),
-        "no weight of its router gate has a row",
+        "no weight of its router gate has one row per expert",
     ),
-    "whole": (lambda block: setattr(block.gate, "extra", nn.Parameter(torch.zeros(3).half().to(torch.float8_e4m3fn))), "quantised"),
+    "whole": (lambda block: setattr(block.gate, "extra", nn.Parameter(torch.zeros(3).half().to(torch.float8_e4m3fn))), "quantized"),
 }
 
 
@@ -504,8 +513,8 @@ def test_routers_that_are_not_understood_are_frozen(change, words):
     model = copy.deepcopy(build("mixtral")[0])
     change(model.model.layers[1].mlp)
     groups = family_groups(model)
-    assert [group.name for group in groups.apart] == ["model.layers.0.mlp.experts"]
-    assert not any(patch.among for group in groups.apart for patch in group.patches)
+    assert [group.name for group in groups.opt_in] == ["model.layers.0.mlp.experts"]
+    assert not any(patch.among for group in groups.opt_in for patch in group.counts)
     assert re.match(f"experts stay whole: .*{words}", reasons(groups)["model.layers.1.mlp.experts"])
 
 
@@ -513,8 +522,8 @@ def test_a_router_of_two_mixtures_is_frozen():
     model = copy.deepcopy(build("mixtral")[0])
     model.model.layers[1].mlp.gate.weight = model.model.layers[0].mlp.gate.weight
     groups = family_groups(model)
-    assert not groups.apart
-    assert reasons(groups)["model.layers.1.mlp.experts"].endswith("gate.weight is a parameter of another module, too")
+    assert not groups.opt_in
+    assert reasons(groups)["model.layers.1.mlp.experts"].endswith("gate.weight is also a parameter of another module")
 
 
 def test_a_router_that_answers_otherwise_is_an_error():
@@ -523,7 +532,7 @@ def test_a_router_that_answers_otherwise_is_an_error():
     router = model.model.layers[1].mlp.gate
     router.__class__ = type("Pair", (type(router),), {"forward": lambda self, x: type(router).__mro__[1].forward(self, x)[1:]})
     with (
-        pytest.raises(ValueError, match=r"router model.layers.1.mlp.gate \(Pair\) puts out .*27, 2.*; experts are shut off where"),
-        masked(model, groups.apart, {groups.apart[1].name: [0]}),
+        pytest.raises(ValueError, match=r"router model.layers.1.mlp.gate \(Pair\) returns .*27, 2.*; masking experts needs"),
+        masked(model, groups.opt_in, {groups.opt_in[1].name: [0]}),
     ):
         logits(model)

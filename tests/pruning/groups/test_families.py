@@ -14,7 +14,7 @@ from nodelens.pruning.groups.families import family_groups
 from nodelens.pruning.surgery.mask import masked, zero
 from nodelens.pruning.surgery.slice import slice_units
 
-ROTARY = {  # more heads than the residual width has room for, queries in pairs
+ROTARY = {  # all heads together are wider than the residual stream; two query heads per key head
     "hidden_size": 48,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -107,12 +107,12 @@ FAMILIES = {
     "t5": ("T5", {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 6}, "Seq2SeqLM", 0.206),
 }
 MOE = [name for name, (_, options, _, _) in FAMILIES.items() if "num_experts_per_tok" in options]
-INEXACT = {"olmo2": "kv_group", "olmoe": "kv_group", "bitnet": "*"}
+APPROXIMATE = {"olmo2": "kv_group", "olmoe": "kv_group", "bitnet": "*"}
 
 
 @functools.cache
 def build(name, attention="eager", experts=None):
-    """A random model of sharp attention in which no bias and no norm's weight is trivial, and its groups; nobody changes it."""
+    """A random model with sharp attention and no trivial bias or norm weight, and its groups; tests must not change it."""
     config, options, head, _ = FAMILIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ def tokens(model, batch):
 
 
 def some(groups, amount, multiple=True, seed=0):
-    """Units to remove, others in each group: of experts so many that a multiple stays, one everywhere."""
+    """Random units of each group to remove; a multiple of the group's step stays, at least one."""
     dice, removed = random.Random(seed), {}
     for group in groups:
         step = group.multiple if multiple else 1
@@ -161,12 +161,12 @@ def same(a, b, far=1e-4):
 
 
 def check(name, attention, amount, experts=None):
-    """Mask, slice and zeros are the same model, also with padding and token by token; the dense model is another."""
+    """Masking, slicing and zeroing give the same output, also with padding and in generation, and change the dense model's."""
     model, groups = build(name, attention, experts)
     exact, batch = PruningGroups(tuple(a for a in groups if a.exact)), batch_of(name)
     removed = some(exact, amount, multiple=experts != "eager")
     if not removed:
-        assert name in INEXACT
+        assert name in APPROXIMATE
         return
     sliced = slice_units(copy.deepcopy(model), exact, removed)
     zeroed = copy.deepcopy(model)
@@ -203,7 +203,7 @@ def test_experts_one_by_one_take_any_width(name):
 
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())
-def test_the_share_of_parameters_in_axes(name, family):
+def test_the_share_of_parameters_in_groups(name, family):
     model, groups = build(name)
     assert groups.coverage(model) == pytest.approx(family[3], abs=0.002)
     assert len({group.name for group in groups}) == len(groups)
@@ -214,12 +214,12 @@ def test_the_share_of_parameters_in_axes(name, family):
             assert len(piece.index.unique()) == piece.index.numel()
 
 
-@pytest.mark.parametrize(("name", "kind"), INEXACT.items())
-def test_a_norm_over_all_heads_makes_an_axis_inexact(name, kind):
+@pytest.mark.parametrize(("name", "kind"), APPROXIMATE.items())
+def test_a_norm_over_all_heads_makes_a_group_approximate(name, kind):
     model, groups = build(name)
-    inexact = [group for group in groups if not group.exact]
-    assert {group.name for group in inexact} == {group.name for group in groups if kind in ("*", group.kind)}
-    removed, batch = some(inexact, 0.5), batch_of(name)
+    approximate = [group for group in groups if not group.exact]
+    assert {group.name for group in approximate} == {group.name for group in groups if kind in ("*", group.kind)}
+    removed, batch = some(approximate, 0.5), batch_of(name)
     with masked(model, groups, removed):
         expected = logits(model, batch)
     sliced = logits(slice_units(copy.deepcopy(model), groups, removed), batch)
@@ -227,7 +227,7 @@ def test_a_norm_over_all_heads_makes_an_axis_inexact(name, kind):
 
 
 def test_other_families_are_exact():
-    assert all(group.exact for name in FAMILIES for group in build(name)[1] if name not in INEXACT)
+    assert all(group.exact for name in FAMILIES for group in build(name)[1] if name not in APPROXIMATE)
 
 
 NAMES = {
@@ -249,13 +249,13 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "expected"), NAMES.items(), ids=list(NAMES))
-def test_axes_go_by_the_path_of_their_module(name, expected):
+def test_groups_are_named_by_the_path_of_their_module(name, expected):
     found = [f"{group.name} {group.kind} {group.n}" for group in build(name)[1]]
     assert found[: len(expected)] == expected
     assert found[len(expected) :] == [line.replace(".0", ".1", 1) for line in expected]
 
 
-def test_a_unit_of_a_group_holds_all_that_goes_with_it():
+def test_a_unit_of_a_group_contains_everything_that_is_removed_with_it():
     group = build("llama 8/2")[1].named("model.layers.1.self_attn")
     spans = {
         f"{piece.name.removeprefix('model.layers.1.self_attn.')} {piece.dim} {piece.role}": piece.index for piece in group.slices
@@ -264,10 +264,10 @@ def test_a_unit_of_a_group_holds_all_that_goes_with_it():
     expected = {f"{part}_proj.{t} 0 producer": queries if part == "q" else own for part in "qkv" for t in ("weight", "bias")}
     expected["o_proj.weight 1 consumer"] = queries
     assert {name: index[1].tolist() for name, index in spans.items()} == {k: v.tolist() for k, v in expected.items()}
-    assert (group.n, group.attention, group.together, group.multiple) == (2, 2 * 4 * 8, None, 1)
+    assert (group.n, group.attention_macs, group.equal_count, group.multiple) == (2, 2 * 4 * 8, None, 1)
 
 
-def test_what_lies_beside_the_projections_goes_with_its_head():
+def test_parameters_outside_the_projections_are_tied_to_their_head():
     sinks = build("gpt oss")[1].named("model.layers.0.self_attn")
     (tied,) = sinks.by_role("tied")
     assert (tied.name, tied.index.tolist()) == ("model.layers.0.self_attn.sinks", [[0, 1], [2, 3], [4, 5], [6, 7]])
@@ -279,11 +279,11 @@ def test_what_lies_beside_the_projections_goes_with_its_head():
     assert not build("qwen3")[1].named("model.layers.0.self_attn").by_role("tied")
 
 
-def test_experts_fall_together():
+def test_experts_keep_the_same_number_of_units():
     groups = [group for group in build("gpt oss")[1] if group.kind == "moe_ffn"][:4]
-    assert {group.together for group in groups} == {"model.layers.0.mlp.experts"}
+    assert {group.equal_count for group in groups} == {"model.layers.0.mlp.experts"}
     assert [group.multiple for group in groups] == [8] * 4
-    assert [len(group.patches) for group in groups] == [1, 0, 0, 0]
+    assert [len(group.counts) for group in groups] == [1, 0, 0, 0]
     assert {piece.entry for piece in groups[2].slices} == {2}
     assert not any(group.gated for group in groups)
     with pytest.raises(ValueError, match="experts of one tensor would keep different numbers of units"):
@@ -301,7 +301,7 @@ PATCHED = {
 
 
 @pytest.mark.parametrize(("name", "expected"), PATCHED.items(), ids=list(PATCHED))
-def test_numbers_beside_the_tensors_fall_too(name, expected):
+def test_stored_counts_decrease_with_the_units(name, expected):
     model, groups = build(name)
     path, numbers = expected
     sliced = slice_units(copy.deepcopy(model), groups, {path: [0, 2]})
@@ -312,14 +312,14 @@ def test_numbers_beside_the_tensors_fall_too(name, expected):
     assert sliced.config.to_dict() == model.config.to_dict()
 
 
-def test_the_experts_know_their_width():
+def test_the_experts_store_their_width():
     for name, attribute in {"mixtral": "intermediate_dim", "gpt oss": "intermediate_size", "llama4": "expert_dim"}.items():
         model, groups = build(name)
         sliced = slice_units(copy.deepcopy(model), groups, some([group for group in groups if group.kind == "moe_ffn"], 0.5))
         assert {getattr(m, attribute) for m in sliced.modules() if hasattr(m, "gate_up_proj") and hasattr(m, attribute)} == {8}
 
 
-DEAD = {  # where a group's values are made, and in which rows, (numbers in the tensor); heads are 8 wide
+DEAD = {  # the module that computes a group's values, their rows, and the tensor's dimension; heads have dimension 8
     "llama of heads": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
     "llama 8/4": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
     "llama 6/2": ("model.layers.0.self_attn.v_proj", lambda u: range(8 * u, 8 * u + 8), 0),
@@ -333,7 +333,7 @@ DEAD = {  # where a group's values are made, and in which rows, (numbers in the 
 
 
 @pytest.mark.parametrize(("name", "where"), DEAD.items(), ids=list(DEAD))
-def test_only_the_dead_group_is_missed_by_nobody(name, where):
+def test_only_removing_the_dead_group_changes_nothing(name, where):
     path, rows, dim = where
     model, groups = copy.deepcopy(build(name)[0]), build(name)[1]
     group = next(group for group in groups if path.startswith(group.name) and group.kind != "ffn")
@@ -359,18 +359,21 @@ def reasons(groups):
 
 FROZEN = {
     "deepseek v3": ("model.layers.0.self_attn", "no pattern matches q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj"),
-    "qwen3 next": ("model.layers.1.self_attn", "heads of 8 do not fit: q_proj makes 128, k_proj makes 32"),
-    "bloom": ("transformer.h.0.self_attention", "reads alibi, which another module makes for every head"),
+    "qwen3 next": ("model.layers.1.self_attn", "heads of dimension 8 do not fit: q_proj has 128 outputs, k_proj has 32 outputs"),
+    "bloom": ("transformer.h.0.self_attention", "reads alibi, which another module computes for every head"),
     "falcon alibi": ("transformer.h.1.self_attention", "reads alibi"),
     "mpt": ("transformer.blocks.1.attn", "no pattern matches Wqkv, out_proj"),
     "t5": ("decoder.block.1.layer.1.EncDecAttention", "no pattern matches q, k, v, o"),
-    "stablelm with a norm a head": ("model.layers.0.self_attn", "holds q_layernorm.norms.0.weight (8,) beside its projections"),
+    "stablelm with a norm a head": (
+        "model.layers.0.self_attn",
+        "has the parameter q_layernorm.norms.0.weight (8,) outside its projections",
+    ),
     "gpt bigcode": ("transformer.h.0.attn", "c_attn is a Linear"),
-    "trocr": ("model.decoder.layers.0.self_attn", "takes the width of its input for that of all heads"),
-    "diffllama": ("model.layers.0.self_attn", "holds lambda_q1 (8,) beside its projections"),
-    "mixtral": ("model.layers.1.mlp", "whole experts are cut where scope=expert asks for it, and with them gate"),
-    "llama 8/4": ("model.embed_tokens, lm_head", "embeddings and heads are never piece"),
-    "gpt2": ("transformer.wte, transformer.wpe", "embeddings and heads are never piece"),
+    "trocr": ("model.decoder.layers.0.self_attn", "assumes that its input is as wide as all heads together"),
+    "diffllama": ("model.layers.0.self_attn", "has the parameter lambda_q1 (8,) outside its projections"),
+    "mixtral": ("model.layers.1.mlp", "pruned only with whole experts (scope=expert): gate"),
+    "llama 8/4": ("model.embed_tokens, lm_head", "embeddings and output heads are not pruned"),
+    "gpt2": ("transformer.wte, transformer.wpe", "embeddings and output heads are not pruned"),
     "opt": ("the residual width", "norms reduce over it"),
 }
 
@@ -391,19 +394,19 @@ class Block(nn.Module):
         self.norm, self.c_fc, self.c_proj = nn.LayerNorm(6), first(6, width), nn.Linear(10, 6)
 
 
-class Quantised(nn.Linear):
+class Quantized(nn.Linear):
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.weight = nn.Parameter(torch.ones(self.weight.shape, dtype=torch.int8), requires_grad=False)
 
 
-def test_weights_that_are_no_plain_parameters_are_frozen():
+def test_weights_that_are_not_plain_parameters_are_frozen():
     norm = nn.utils.parametrizations.weight_norm
     wrong = {
-        "0": (Block(lambda *sizes: norm(nn.Linear(*sizes))), "the weight of c_fc is quantised, or made of other tensors"),
-        "1": (Block(Quantised), "the weight of c_fc is quantised, or made of other tensors"),
-        "2": (Block(lambda *sizes: nn.Sequential(nn.Linear(*sizes))), "c_fc is no linear layer, but Sequential"),
-        "3": (Block(width=20), "c_fc makes 20 numbers, c_proj reads 10"),
+        "0": (Block(lambda *sizes: norm(nn.Linear(*sizes))), "the weight of c_fc is quantized or computed from other tensors"),
+        "1": (Block(Quantized), "the weight of c_fc is quantized or computed from other tensors"),
+        "2": (Block(lambda *sizes: nn.Sequential(nn.Linear(*sizes))), "c_fc is a Sequential, not a linear layer"),
+        "3": (Block(width=20), "c_fc has 20 outputs, c_proj has 10 inputs"),
     }
     groups = family_groups(nn.ModuleList([*(block for block, _ in wrong.values()), Block()]))
     assert [group.name for group in groups] == ["4"]
@@ -411,15 +414,15 @@ def test_weights_that_are_no_plain_parameters_are_frozen():
     assert {name: found[name] for name in wrong} == {name: reason for name, (_, reason) in wrong.items()}
 
 
-def test_weights_of_two_modules_are_frozen():
+def test_weights_that_two_modules_share_are_frozen():
     blocks = nn.ModuleList([Block(), Block(), Block()])
     blocks[1].c_proj.weight = blocks[0].c_proj.weight
     groups = family_groups(blocks)
     assert [group.name for group in groups] == ["2"]
-    assert reasons(groups)["1"] == "1.c_proj.weight is a parameter of another module, too"
+    assert reasons(groups)["1"] == "1.c_proj.weight is also a parameter of another module"
 
 
-def test_a_norm_between_makes_hidden_units_inexact():
+def test_a_norm_in_between_makes_hidden_units_approximate():
     block = Block()
     block.between = nn.LayerNorm(10)
     (group,) = family_groups(block)
@@ -430,7 +433,7 @@ def test_a_norm_between_makes_hidden_units_inexact():
     )
     block.between = nn.Sequential(nn.Conv2d(10, 10, 3, groups=10))
     groups = family_groups(nn.Sequential(block))
-    assert (len(groups), reasons(groups)["0"]) == (0, "holds between.0.weight (10, 1, 3, 3) beside its projections")
+    assert (len(groups), reasons(groups)["0"]) == (0, "has the parameter between.0.weight (10, 1, 3, 3) outside its projections")
 
 
 def test_two_patterns_in_one_module_have_two_names():
@@ -442,12 +445,12 @@ def test_two_patterns_in_one_module_have_two_names():
     assert [group.name for group in family_groups(block)] == ["Block", "Block.query"]
 
 
-def test_a_model_without_a_pattern_has_no_axes():
+def test_a_model_without_a_pattern_has_no_groups():
     groups = family_groups(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
     assert (len(groups), groups.frozen) == (0, ())
 
 
-def test_common_names_alone_make_no_transformer():
+def test_common_names_alone_do_not_make_a_transformer():
     squeeze = nn.ModuleDict({"fc1": nn.Linear(8, 2), "fc2": nn.Linear(2, 8)})
     classifier = nn.ModuleDict({"fc1": nn.Linear(8, 5), "fc2": nn.Linear(5, 3)})
     net = nn.ModuleDict({"conv": nn.Conv2d(1, 8, 3), "squeeze": squeeze, "classifier": classifier})

@@ -1,4 +1,4 @@
-"""PruningGroups of convolution networks and perceptrons: a slice gives what a mask gives, and what is not understood stays."""
+"""Pruning groups of convolutional networks and perceptrons: slicing equals masking, and what is not understood is frozen."""
 
 import copy
 import math
@@ -73,7 +73,7 @@ def space(x: Tensor) -> Tensor:
 
 
 def removal(groups, shift: int) -> dict[str, list[int]]:
-    """Random units, another amount of each group."""
+    """Random units, a different amount of each group."""
     g = torch.Generator().manual_seed(shift)
     gone = {a.name: min(a.n - 1, math.floor(AMOUNTS[(k + shift) % 3] * a.n + 0.5)) for k, a in enumerate(groups)}
     return {a.name: torch.randperm(a.n, generator=g)[: gone[a.name]].tolist() for a in groups}
@@ -150,11 +150,11 @@ def test_the_numbers_of_full_resnets(depth, groups, dense, half):
     assert sum(p.numel() for p in model.parameters()) == half
 
 
-# --- the networks of other people, and what they are made of
+# --- small versions of published architectures
 
 
 class Block(nn.Module):
-    """A residual block whose shortcut is padded with channels of zeros."""
+    """A residual block whose shortcut is padded with zero channels."""
 
     def __init__(self, i: int, o: int, stride: int):
         super().__init__()
@@ -210,7 +210,7 @@ def concatenated() -> nn.Module:
 
 
 def squeezed() -> nn.Module:
-    """The widths of published squeeze-and-excite code are numbers in the graph, though they follow the tensor."""
+    """Published squeeze-and-excite code reads its widths from the tensor; in the exported graph they are constants."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         x = m.bn(m.stem(x))
@@ -242,7 +242,7 @@ def tokens() -> nn.Module:
 
 
 def scaled() -> nn.Module:
-    """Bare parameters with an entry a channel, slopes, a transposed convolution, a norm without parameters, pads over space."""
+    """Bare parameters with one entry per channel, PReLU, a transposed convolution, a norm without parameters, spatial padding."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         x = F.interpolate(m.prelu(m.stem(x)), scale_factor=2) * m.gamma.view(1, -1, 1, 1)
@@ -267,7 +267,7 @@ def residual() -> nn.Module:
 
 
 def sides() -> nn.Module:
-    """A U: what goes down comes back up beside what stayed, and the image too."""
+    """A small U-Net, which also concatenates the image."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         a = F.relu(m.a(x))
@@ -279,7 +279,7 @@ def sides() -> nn.Module:
 
 
 def halves() -> nn.Module:
-    """The channels of one layer go with those of two others."""
+    """The channels of one layer are tied to those of two others."""
     return Net(
         lambda m, x: m.head(space(m.a(x) * torch.cat([m.b(x), m.c(x)], 1))),
         **{"a": conv(3, 8), "b": conv(3, 3), "c": conv(3, 5), "head": nn.Linear(8, 5)},
@@ -322,11 +322,11 @@ def test_zeros_in_the_tensors_are_a_mask_too():
         assert_same(mask, output(model, x))
 
 
-# --- norms over the channels: another intervention, but the same places
+# --- norms over the channels: slicing differs from masking, but the positions are the same
 
 
 def widened() -> nn.Module:
-    """A block with its channels last, as ConvNeXt has them; then a group norm."""
+    """A channels-last block as in ConvNeXt, followed by a group norm."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -339,7 +339,7 @@ def widened() -> nn.Module:
     return Net(forward, stem=conv(3, 8), scale=nn.Parameter(torch.ones(8)), **block, **later)
 
 
-def test_an_axis_under_a_norm_is_inexact():
+def test_a_group_that_a_norm_reduces_over_is_approximate():
     groups = graph_groups(seeded(widened()), Batch.of(images()))
     assert {group.name: (group.n, group.exact) for group in groups} == {"stem": (8, False), "wide": (20, True), "last": (4, False)}
     mlp = seeded(nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.ReLU(), nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)))
@@ -349,8 +349,8 @@ def test_an_axis_under_a_norm_is_inexact():
 
 
 @pytest.mark.parametrize("build", [widened, FAMILIES["convnext"][0]], ids=["widened", "convnext"])
-def test_the_places_of_inexact_axes_are_right(build, monkeypatch):
-    """Without statistics over the channels every group is exact: what is left of a norm is its parameters."""
+def test_the_positions_of_approximate_groups_are_right(build, monkeypatch):
+    """Without statistics over the channels every group is exact: only the norm's parameters remain."""
     model, x = seeded(build()), images(32, 2)
     groups = graph_groups(model, Batch.of(x))
     assert not all(group.exact for group in groups)
@@ -359,11 +359,11 @@ def test_the_places_of_inexact_axes_are_right(build, monkeypatch):
     assert_exact(model, groups, x)
 
 
-# --- what has to stay
+# --- what is frozen
 
 
 def between(inside, width: int = 8, **modules):
-    """A convolution, another one, what lies between it and the head, and a head of that width."""
+    """Two convolutions, the given operation, and a head of the given width."""
     modules = {"a": conv(3, 6), "b": conv(6, 8), "head": nn.Linear(width, 5), **modules}
     return lambda: Net(lambda m, x: m.head(inside(m, m.b(F.relu(m.a(x))))), **modules)
 
@@ -376,49 +376,49 @@ def shared() -> nn.Module:
 
 @torch.library.custom_op("nodelens_test::relu", mutates_args=())
 def namesake(x: Tensor) -> Tensor:
-    """Called as a known operation, and something else."""
+    """An operation of another library with the name of a known one."""
     return x.flip(1).clone()
 
 
 namesake.register_fake(torch.empty_like)
 weight_norm, spectral_norm = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm
 fixed = nn.LayerNorm(8, elementwise_affine=False)
-STAY = {  # what lies between: groups that are left, what is named, why
+STAY = {  # the operation in between: groups that remain, the layer reported as frozen, the reason
     "an unknown operation": (between(lambda m, x: space(x.cumsum(1))), "a", "b", "cumsum in the model is not understood"),
     "another library's": (between(lambda m, x: space(namesake(x))), "a", "b", "relu in the model is not understood"),
     "a softmax over channels": (between(lambda m, x: space(x.softmax(1))), "a", "b", "softmax in .* reduces over the channels"),
     "a mean over channels": (between(lambda m, x: space(x - x.mean(1, True))), "a", "b", "mean in .* reduces over the channels"),
     "a chunk": (between(lambda m, x: space(x.chunk(2, 1)[0]), 4), "a", "b", "chunk in the model is not understood"),
-    "a part": (between(lambda m, x: space(x[:, 2:]), 6), "a", "b", "slice in the model takes a part of the channels"),
+    "a part": (between(lambda m, x: space(x[:, 2:]), 6), "a", "b", "slice in the model selects some of the channels"),
     "a shuffle": (between(lambda m, x: space(F.pixel_shuffle(x, 2)), 2), "a", "b", "pixel_shuffle in the model"),
     "groups by hand": (between(lambda m, x: x.view(len(x), 2, 4, -1).mean((1, 3)), 4), "a", "b", "view in .* mixes channels"),
     "padded channels": (between(lambda m, x: space(F.pad(x, (0, 0, 0, 0, 2, 2))), 12), "a", "b", "pad in .* changes the number"),
-    "a constant map": (between(lambda m, x: space(x * torch.arange(8.0)[:, None, None])), "a", "b", "mul in .* joins them with"),
-    "a weight norm": (between(lambda m, x: space(x), b=weight_norm(conv(6, 8))), "", "b", "weights that are computed"),
-    "a spectral norm": (between(lambda m, x: space(x), b=spectral_norm(conv(6, 8))), "", "a", "weights that are computed"),
+    "a constant map": (between(lambda m, x: space(x * torch.arange(8.0)[:, None, None])), "a", "b", "mul in .* combines them with"),
+    "a weight norm": (between(lambda m, x: space(x), b=weight_norm(conv(6, 8))), "", "b", "weights that are computed from others"),
+    "a spectral norm": (between(lambda m, x: space(x), b=spectral_norm(conv(6, 8))), "", "a", "are computed from others"),
     "a bare parameter": (
-        between(lambda m, x: F.linear(space(x), m.w), 6, w=nn.Parameter(torch.ones(6, 8))), "a", "b", "the parameter w outside of",
+        between(lambda m, x: F.linear(space(x), m.w), 6, w=nn.Parameter(torch.ones(6, 8))), "a", "b", "the parameter w outside",
     ),
     "computed weights": (
         between(lambda m, x: F.linear(F.linear(space(x), m.w * 2)[:, :4], m.w[:6, :4] * 2), 6, w=nn.Parameter(torch.ones(9, 8))),
-        "a", "b", "linear in the model has weights that are computed",
+        "a", "b", "linear in the model has weights that are computed from others",
     ),
     "a weight without its module": (
         between(lambda m, x: F.linear(space(x), m.c.weight), 6, c=nn.Linear(8, 6)), "a", "c", "weight of c without calling",
     ),
-    "a weight as data": (between(lambda m, x: space(x) * m.b.weight.std()), "", "b", "weight of b is also read outside"),
+    "a weight as data": (between(lambda m, x: space(x) * m.b.weight.std()), "", "b", "weight of b is also read outside its layer"),
     "a shared weight": (shared, "", "a", "has a weight that several modules share"),
-    "filters": (between(lambda m, x: space(m.c(x)), 16, c=conv(8, 16, groups=8)), "a", "b", "has several filters a channel"),
+    "filters": (between(lambda m, x: space(m.c(x)), 16, c=conv(8, 16, groups=8)), "a", "b", "has several filters per channel"),
     "a width in a reshape": (
         between(lambda m, x: m.c(x).reshape(-1, 384), 384, c=conv(8, 6)), "a b", "c", "the model does not run: ",
     ),
-    "a width in a product": (between(lambda m, x: space(x) / x.shape[1]), "a", "b", "a slice differs from a mask by "),
+    "a width in a product": (between(lambda m, x: space(x) / x.shape[1]), "a", "b", "slicing and masking differ by "),
     "a width in a norm": (between(lambda m, x: m.norm(space(x)), norm=fixed), "a", "b", "the model does not run: "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", STAY)
-def test_what_is_not_understood_stays_and_is_named(case):
+def test_what_is_not_understood_is_frozen_and_named(case):
     build, names, what, reason = STAY[case]
     model, x = seeded(build()), images()
     groups = graph_groups(model, Batch.of(x))
@@ -429,7 +429,7 @@ def test_what_is_not_understood_stays_and_is_named(case):
         assert_exact(model, groups, x)
 
 
-def test_channels_that_are_the_output_stay():
+def test_channels_of_the_output_are_frozen():
     model = seeded(Net(lambda m, x: (m.head(torch.cat([m.a(x), m.b(x)], 1)), m.b(x)), a=conv(3, 4), b=conv(3, 6), head=conv(10, 5)))
     groups = graph_groups(model, Batch.of(images()))
     assert [group.describe() for group in groups] == ["a > head"]
@@ -446,12 +446,12 @@ def test_places_of_a_unit():
     first, middle, last = groups
     (reads,) = first.by_role("consumer")
     assert [group.n for group in groups] == [3, 2, 6]
-    assert reads.index.tolist() == [[0], [1], [2]]  # a column of each of the 4 groups
+    assert reads.index.tolist() == [[0], [1], [2]]  # one column in each of the 4 groups
     assert reads.reads.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     assert [piece.index[1].tolist() for piece in middle.slices[:2]] == [[1, 3, 5, 7]] * 2
     assert last.by_role("consumer")[0].index.equal(torch.arange(384).reshape(6, 64))
     assert {piece.index.dtype for group in groups for piece in group.slices} == {torch.int64}
-    (patch,) = graph_groups(seeded(separable()), Batch.of(images()))[0].patches
+    (patch,) = graph_groups(seeded(separable()), Batch.of(images()))[0].counts
     assert (patch.module, patch.attribute, patch.step) == ("1.0", "groups", 1)
 
 
@@ -474,11 +474,11 @@ def test_the_model_is_left_as_it_was():
 
 def test_a_forward_that_does_not_export_is_named():
     model = Net(lambda m, x: m.a(x) if x.sum() > 0 else x, a=conv(3, 3))
-    with pytest.raises(ValueError, match=r"cannot follow the forward pass of Net: .*groups=.*that exports"):
+    with pytest.raises(ValueError, match=r"cannot trace the forward pass of Net: .*custom_groups=.*can be exported"):
         graph_groups(model, Batch.of(images().float()))
 
 
-def test_ties_find_the_same_classes_as_one_by_one():
+def test_ties_give_the_same_classes_as_merging_one_by_one():
     g = torch.Generator().manual_seed(0)
     ties = [(torch.randint(200, (40,), generator=g), torch.randint(200, (40,), generator=g)) for _ in range(3)]
     ties.append((torch.arange(500, 599), torch.arange(501, 600)))  # a long chain
@@ -502,7 +502,7 @@ class Logits(nn.Module):
 @pytest.mark.filterwarnings("ignore")  # the oracle's own, on what torch deprecates
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_oracle_finds_the_same_groups(family):
-    """torch-pruning's groups, and its parameter count after half of each has gone."""
+    """The groups of torch-pruning, and its parameter count after removing half of each."""
     oracle = pytest.importorskip("torch_pruning")
     model, x = seeded(FAMILIES[family][0]()).float(), images(32, 2).float()
     groups, other = graph_groups(model, Batch.of(x)), Logits(copy.deepcopy(model))

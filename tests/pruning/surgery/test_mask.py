@@ -7,15 +7,15 @@ from torch import nn
 from nodelens.network.batch import Batch
 from nodelens.network.groups import GroupSlice, PruningGroup, PruningGroups, identity, span
 from nodelens.pruning.cost import Cost
-from nodelens.pruning.groups.find import find_groups, written_axis
+from nodelens.pruning.groups.find import custom_group, find_groups
 from nodelens.pruning.surgery.mask import gates_of, masked, scale, scaled, zero
 from nodelens.pruning.surgery.slice import slice_units
 
-WRITTEN = {"name": "body", "producer": ["0.weight"], "tied": ["1.weight", "1.bias", "1.running_mean", "1.running_var"]}
+CUSTOM = {"name": "body", "producer": ["0.weight"], "tied": ["1.weight", "1.bias", "1.running_mean", "1.running_var"]}
 
 
 def network(seed=0):
-    """Two convolutions with a norm between them and a head that reads flattened maps; shifts that a wrong mask would leave."""
+    """Two convolutions with a norm in between and a head on flattened maps; a wrong mask would leave the norm's shifts."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = (nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten())
@@ -26,39 +26,39 @@ def network(seed=0):
     return net.double().eval()
 
 
-def axes_of(net):
-    made = [GroupSlice("3", tensor, 0, identity(5), "producer") for tensor in ("weight", "bias")]
-    flat = PruningGroup("3", "channel", 5, (*made, GroupSlice("6", "weight", 1, span(5, 4), "consumer")))
-    return PruningGroups((written_axis(net, WRITTEN | {"consumer": ["3.weight"]}), flat))
+def groups_of(net):
+    producers = [GroupSlice("3", tensor, 0, identity(5), "producer") for tensor in ("weight", "bias")]
+    flat = PruningGroup("3", "channel", 5, (*producers, GroupSlice("6", "weight", 1, span(5, 4), "consumer")))
+    return PruningGroups((custom_group(net, CUSTOM | {"consumer": ["3.weight"]}), flat))
 
 
 X = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 REMOVED = {"body": [0, 4], "3": [1, 2, 3]}
 
 
-def test_a_mask_a_slice_zeros_and_gates_of_zero_are_one_thing():
+def test_a_mask_a_slice_zeros_and_gates_of_zero_give_the_same_output():
     net = network()
-    groups = axes_of(net)
+    groups = groups_of(net)
     dense = net(X)
     with masked(net, groups, REMOVED):
         wanted = net(X)
     assert torch.equal(net(X), dense), "nothing is left behind"
     assert (wanted - dense).abs().max() > 0.1
-    piece = slice_units(copy.deepcopy(net), groups, REMOVED)
+    sliced = slice_units(copy.deepcopy(net), groups, REMOVED)
     zeroed, gated = copy.deepcopy(net), copy.deepcopy(net)
     zero(zeroed, groups, REMOVED)
     scale(gated, groups, gates_of(groups, REMOVED))
-    for other in (piece, zeroed, gated):
+    for other in (sliced, zeroed, gated):
         assert torch.allclose(other(X), wanted, rtol=1e-12)
-    assert [tuple(p.shape) for p in piece.parameters()] == [(4, 2, 3, 3), (4,), (4,), (2, 4, 3, 3), (2,), (3, 8), (3,)]
-    assert (piece[0].out_channels, piece[1].num_features, piece[3].in_channels, piece[6].in_features) == (4, 4, 4, 8)
+    assert [tuple(p.shape) for p in sliced.parameters()] == [(4, 2, 3, 3), (4,), (4,), (2, 4, 3, 3), (2,), (3, 8), (3,)]
+    assert (sliced[0].out_channels, sliced[1].num_features, sliced[3].in_channels, sliced[6].in_features) == (4, 4, 4, 8)
     assert not zeroed[0].weight[[0, 4]].any()
     assert not zeroed[1].bias[[0, 4]].any()
 
 
 def test_gates_scale_what_is_read_and_take_gradients():
     net = network()
-    groups = axes_of(net)
+    groups = groups_of(net)
     seen = []
     net[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     net(X)
@@ -76,21 +76,21 @@ def test_gates_scale_what_is_read_and_take_gradients():
 
 def test_costs_follow_from_kept_counts():
     net = network().float()
-    groups = axes_of(net)
+    groups = groups_of(net)
     cost = Cost.of(net, groups, Batch.of(X.float()))
     assert cost.params() == sum(p.numel() for p in net.parameters()) == 108 + 12 + 275 + 63
     assert cost.macs() == 16 * 108 + 4 * 270 + 60
     kept = {"body": 4, "3": 2}
-    piece = slice_units(copy.deepcopy(net), groups, REMOVED)
-    assert cost.params(kept) == sum(p.numel() for p in piece.parameters())
-    assert cost.macs(kept) == Cost.of(piece, [], Batch.of(X.float())).macs() == 16 * 72 + 4 * 72 + 24
+    sliced = slice_units(copy.deepcopy(net), groups, REMOVED)
+    assert cost.params(kept) == sum(p.numel() for p in sliced.parameters())
+    assert cost.macs(kept) == Cost.of(sliced, [], Batch.of(X.float())).macs() == 16 * 72 + 4 * 72 + 24
     assert cost.price("units", kept) == 6
     assert Cost.of(net, groups).macs() == 0
 
 
 def test_what_does_not_fit_is_refused():
     net = network()
-    groups = axes_of(net)
+    groups = groups_of(net)
     for removed, said in (
         ({"head": [0]}, "the plan names the group 'head'; the model has body, 3"),
         ({"3": [5]}, "group '3' has 5 units, the plan removes unit 5"),
@@ -101,11 +101,14 @@ def test_what_does_not_fit_is_refused():
                 act()
     with pytest.raises(ValueError, match="group '3' would lose all of its 5 units"):
         slice_units(net, groups, {"3": range(5)})
-    with pytest.raises(ValueError, match="group 'body' has 6 units, the gates are 4"), scaled(net, groups, {"body": torch.ones(4)}):
+    with (
+        pytest.raises(ValueError, match="group 'body' has 6 units, there are 4 gates"),
+        scaled(net, groups, {"body": torch.ones(4)}),
+    ):
         pass
 
 
-def test_scopes_choose_by_name_pattern_and_kind_and_say_what_they_leave():
+def test_scopes_choose_by_name_pattern_and_kind_and_report_what_they_leave_out():
     groups = PruningGroups(
         (
             PruningGroup("a.ffn", "ffn", 4, ()),
@@ -118,26 +121,26 @@ def test_scopes_choose_by_name_pattern_and_kind_and_say_what_they_leave():
     assert [a.name for a in groups.chosen(["a.*"], freeze="head")] == ["a.ffn"]
     assert {(f.what, f.reason.split(":")[0]) for f in groups.chosen(freeze=["head"]).frozen} == {
         ("a.attn", "named by freeze"),
-        ("b.ffn", "allow_approximate"),
+        ("b.ffn", "a norm reduces over its units; allow_approximate=true includes it"),
     }
     with pytest.raises(ValueError, match=r"scope 'c\.\*' matches no group; there are a.ffn, a.attn, b.ffn, of the kinds ffn, head"):
         groups.chosen("c.*")
-    with pytest.raises(ValueError, match=r"leaves no group to prune: b\.ffn: allow_approximate"):
+    with pytest.raises(ValueError, match=r"leaves no group to prune: b\.ffn: a norm reduces over its units; allow_approx"):
         groups.chosen("b.*")
 
 
-def test_axes_written_by_hand_are_checked_and_take_the_place_of_those_found():
+def test_custom_groups_are_checked_and_replace_groups_of_the_same_name():
     net = network()
-    found = find_groups(net, Batch.of(X), [WRITTEN | {"consumer": ["3.weight"], "name": "0"}])
+    found = find_groups(net, Batch.of(X), [CUSTOM | {"consumer": ["3.weight"], "name": "0"}])
     assert [(a.name, a.n) for a in found] == [("3", 5), ("0", 6)]
-    assert written_axis(net, {"name": "t", "producer": ["6.weight@1"], "consumer": ["6.weight"]}).n == 20
+    assert custom_group(net, {"name": "t", "producer": ["6.weight@1"], "consumer": ["6.weight"]}).n == 20
     for wrong, said in (
-        ({"name": "a"}, "producers and consumers have one length"),
-        ({"producer": ["0.weight"]}, "has a name, a kind and the tensors"),
-        (WRITTEN | {"consumer": ["9.weight"]}, "'9.weight' is no tensor of Sequential"),
-        (WRITTEN | {"consumer": ["6.weight"]}, "have one length, here"),
+        ({"name": "a"}, "needs producers and consumers, all of the same length"),
+        ({"producer": ["0.weight"]}, "a custom group has the keys name, kind, producer, consumer, tied"),
+        (CUSTOM | {"consumer": ["9.weight"]}, "Sequential has no tensor '9.weight'"),
+        (CUSTOM | {"consumer": ["6.weight"]}, "all of the same length, not"),
     ):
         with pytest.raises(ValueError, match=said):
-            written_axis(net, wrong)
-    with pytest.raises(ValueError, match="are read from its graph, and that needs an input"):
+            custom_group(net, wrong)
+    with pytest.raises(ValueError, match="are read from its exported graph, which needs an input"):
         find_groups(net)

@@ -15,6 +15,7 @@ from torch import nn
 
 import nodelens as nl
 from nodelens.network.batch import Batch
+from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.removal_plan import RemovalPlan
@@ -26,7 +27,7 @@ TWELVE = ("criterion=[rq,random]", "amounts=[0.25,0.5,0.75]", "seeds=[0,1]", "da
 
 
 def timeless(folder):
-    """The table without the clock's columns."""
+    """The table without durations."""
     table = pd.read_parquet(folder / "sweep.parquet")
     return table[[c for c in table if "latency" not in c and not c.endswith("_s") and c != "seconds"]]
 
@@ -76,7 +77,7 @@ def test_a_finished_sweep_is_shown_again_and_stays_as_it_is(undisturbed):
     assert {k: v for k, v in snapshot(undisturbed).items() if not k.startswith((".hydra", "prune.log"))} == before
 
 
-def test_a_sweep_has_a_row_a_cell_and_the_page_its_curve(undisturbed):
+def test_a_sweep_has_one_row_per_cell_and_the_page_its_curve(undisturbed):
     table = pd.read_parquet(undisturbed / "sweep.parquet")
     assert len(table) == 12
     assert table.groupby("criterion").size().to_dict() == {"rq": 6, "random": 6}
@@ -87,7 +88,7 @@ def test_a_sweep_has_a_row_a_cell_and_the_page_its_curve(undisturbed):
     assert list(nl.load(undisturbed).units) == ["rq"], "measured once, for the criteria alone"
     assert (table["macs"] < table["dense_macs"]).all()
     assert (table["latency_batch1_ms"] > 0).all()
-    assert (table[["val_accuracy", "val_pruned_accuracy", "val_dense_accuracy", "accuracy_se"]].notna()).all(group=None)
+    assert (table[["val_accuracy", "val_pruned_accuracy", "val_dense_accuracy", "accuracy_se"]].notna()).all(axis=None)
     assert set(json.loads((undisturbed / "splits.json").read_text())) >= {"test", "val", "calibration", "fingerprint"}
 
 
@@ -114,8 +115,8 @@ def test_every_choice_in_one_command(quiet_home):
         "budget.amount=macs",
         "schedule=iterative",
         "schedule.steps=2",
-        "finetune=finetune",
-        "recover.epochs=1",
+        "finetune=default",
+        "finetune.epochs=1",
         "latency.batches=[]",
         "dataset.calibration=64",
         "hydra.run.dir=run",
@@ -131,7 +132,7 @@ def test_every_choice_in_one_command(quiet_home):
     assert RemovalPlan.load("run/pruned/plan.json").key == table.set_index("name").loc["l2-global-bias-low-0.5-0", "plan"]
 
 
-def test_a_cell_that_cannot_be_is_a_row_with_its_reason(quiet_home):
+def test_an_infeasible_cell_is_a_row_with_its_reason(quiet_home):
     ended = command(
         "prune",
         "criterion=[magnitude]",
@@ -151,8 +152,8 @@ def test_a_cell_that_cannot_be_is_a_row_with_its_reason(quiet_home):
     assert "cells infeasible" in ended.out
 
 
-def test_plan_only_prints_every_axis_and_what_is_frozen(quiet_home):
-    ended = command("prune", "model=cnn", "plan_only=true", "hydra.run.dir=run")
+def test_dry_run_prints_every_axis_and_what_is_frozen(quiet_home):
+    ended = command("prune", "model=cnn", "dry_run=true", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
     for words in ("params/unit", "MACs/unit", "frozen:", "the model's output", "groups,"):
         assert words in ended.out, words
@@ -166,7 +167,7 @@ def context():
     return PruningContext.of(net, Batch.of(torch.rand(2, 4)))
 
 
-def test_cells_that_remove_the_same_units_are_carried_out_once(tmp_path):
+def test_cells_that_remove_the_same_units_are_run_once(tmp_path):
     calls, it = [], context()
     criteria = [Criterion.of("magnitude"), Criterion.of("random")]
     todo = cells(criterion=criteria, amount=[0.5], seed=[0, 1, 2])
@@ -177,12 +178,27 @@ def test_cells_that_remove_the_same_units_are_carried_out_once(tmp_path):
     assert todo[0].name == "magnitude-uniform-none-low-0.5-0"
     again = Sweep(tmp_path, it, it.table(criteria), lambda pruned: pytest.fail("it was there"))
     assert again.run(todo) == [json.loads((tmp_path / f"cells/{c.name}.json").read_text()) for c in todo]
-    with pytest.raises(ValueError, match="was carried out with other settings"):
-        again.run(cells(criterion=criteria[:1], amount=[0.5], seed=[0], nan=["keep"]))
+    with pytest.raises(ValueError, match="is of a sweep with other options"):
+        again.run(cells(criterion=criteria[:1], amount=[0.5], seed=[0], nan_policy=["keep"]))
     with pytest.raises(ValueError, match="the sweep has no amount"):
         cells(criterion=criteria, amount=[])
     with pytest.raises(ValueError, match=r"the cell magnitude-uniform-none-low-0\.5-0 twice"):
         cells(criterion=criteria[:1] * 2, amount=[0.5])
+
+
+def test_finished_cells_of_earlier_versions_are_read(tmp_path):
+    it, criteria = context(), [Criterion.of("magnitude")]
+    todo = cells(criterion=criteria, amount=[0.5], seed=[0, 1])
+    (row,) = Sweep(tmp_path, it, it.table(criteria), lambda pruned: {"accuracy": 0.5}).run(todo[:1])
+    former = {"outcome_key": "way", "finetuned": "recovered"}
+    row = {former.get(key, key): value for key, value in row.items()} | {"cell": "1c41f8231002845b"}
+    (tmp_path / f"cells/{todo[0].name}.json").write_text(json.dumps(row))
+    rows = Sweep(tmp_path, it, it.table(criteria), lambda pruned: pytest.fail("it is finished")).run(todo)
+    assert [r["carried_out_as"] for r in rows] == [todo[0].name] * 2
+    long = {"terms": {"l2": {"weight": 1.0, "transform": "log"}, "magnitude": 0.5}, "normalize": "minmax"}
+    raw = Allocation("global", normalize="raw", per_cost="params")
+    (cell,) = cells(criterion=[Criterion.of(long, "mine")], allocation=[raw], amount=[0.5], seed=[0], nan_policy=["keep"])
+    assert "3c909f120681ee1a" in cell.keys
 
 
 def test_areas_compare_over_the_range_that_all_reach():
@@ -197,7 +213,7 @@ def test_areas_compare_over_the_range_that_all_reach():
     assert found.index[0] == ("b", "uniform", "none", "low")
 
 
-def test_a_criterion_that_cannot_score_an_axis_leaves_the_others_alone(quiet_home):
+def test_a_criterion_that_cannot_score_a_group_does_not_stop_the_others(quiet_home):
     words = ("model=cnn", "amounts=[0.5]", "dataset.calibration=64", "latency.batches=[]")
     ended = command("prune", *words, "criterion=[l2,hrank,wanda]", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
