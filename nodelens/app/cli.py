@@ -15,9 +15,11 @@ from omegaconf import DictConfig, open_dict
 from nodelens.messages import nearest
 from nodelens.results.files import remove_traces
 
-from .config import CONF, TASKS, register, with_custom_model
-from .overrides import MistakeError, configs, flags_of
+from .config import TASKS, register, with_custom_model
+from .overrides import configs, flags_of, parsed_overrides
+from .renamed import taken_warnings, with_new_keys
 from .run import run
+from .search_path import CONF, MistakeError, config_folders
 
 _ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
 _SELECT = re.compile(r"^(dataset\.select)=([^'\"].*)$")
@@ -53,17 +55,21 @@ def main(task: str) -> None:
     here = str(Path.cwd())
     if here not in sys.path:  # a user's own module beside the place where the script was started
         sys.path.insert(0, here)
-    register()
+    for state in (_failed, _there, taken_warnings()):
+        state.clear()
     sys.argv[1:] = _rewrite(sys.argv[1:])
-    _failed.clear()
-    _there.clear()
     try:
         flags = flags_of(sys.argv[1:])
-        if not (flags.help or flags.hydra_help or flags.info or flags.cfg or flags.shell_completion):
+        lists = flags.help or flags.hydra_help or flags.shell_completion
+        if lists or flags.info or flags.cfg:
+            register(config_folders(parsed_overrides(flags.overrides), flags.config_dir), imports=not lists)
+        else:
             for cfg in configs(task, flags):
                 _check(cfg, bool(flags.multirun))
     except (ValueError, OSError) as error:
         sys.exit(_line(error))
+    for line in taken_warnings():
+        print(f"nodelens: {line}", file=sys.stderr)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=task)(_job)()
     if _failed:
         sys.exit(1)
@@ -107,7 +113,7 @@ def _rewrite(argv: Sequence[str]) -> list[str]:
     """
     overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
-    quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]
+    quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(with_new_keys(overrides))]
     if not {"-m", "--multirun"} & set(rest):
         quoted = [_SELECT.sub(lambda m: f"{m[1]}='" + m[2].replace("'", "\\'") + "'", override) for override in quoted]
     return rest + quoted

@@ -1,6 +1,7 @@
 """The config: composed by Hydra, checked against the code it names, built in one place."""
 
 import datetime
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,13 +10,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from .checks import check
+from .entries import store_entries
+from .renamed import rename_in_files, taken_warnings, with_new_keys
+from .search_path import CONF, SEARCHPATH, config_folders
 
-_PACKAGE = Path(__file__).parents[1]
-CONF = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if (p / "analyze.yaml").is_file())  # of a wheel, of a checkout
 TASKS = ("train", "analyze", "prune")
 
 
@@ -23,8 +26,8 @@ TASKS = ("train", "analyze", "prune")
 class Budget:
     """Limits of a pass: memory in bytes or as '4GB', null for none.
 
-    width: units beyond which products of all of them are not formed but as ``wide`` says. passes: how often the data may be read
-    where the sums of all layers do not fit into the memory at once; from 2 on products are formed whatever the width.
+    width: for wider layers the full covariance is not formed, ``covariance`` says what is kept instead. max_passes: how often the
+    data may be read if the sums of all layers do not fit into the memory at once; from 2 on, the width does not limit.
     """
 
     memory: str | None = "8GB"
@@ -87,7 +90,10 @@ class Train(MeasuringTask):
 
 @dataclass
 class CostOptions:
-    """What plan_only plans for: devices that share a copy of the model, bytes of each, ranks, hours, rows to read."""
+    """The machine of a cost estimate (``dry_run=true``): devices that share one copy of the model, bytes of each, number of
+
+    processes, hours that a pass may take, rows to read.
+    """
 
     devices: int = 1
     memory: str | None = None
@@ -104,8 +110,8 @@ class Analyze(MeasuringTask):
     analysis: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
-    plan_only: bool = False
-    forecast: CostOptions = field(default_factory=CostOptions)
+    dry_run: bool = False
+    cost: CostOptions = field(default_factory=CostOptions)
 
 
 @dataclass
@@ -132,31 +138,37 @@ class Prune(Common):
     budget: PruneBudget = field(default_factory=PruneBudget)  # type: ignore[assignment]
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
-    plan_only: bool = False
+    dry_run: bool = False
 
 
-def register() -> None:
-    """Makes the schema known to Hydra."""
+def register(folders: Sequence[Path] = (CONF,), imports: bool = True) -> None:
+    """Makes the schema and the entries of metrics and criteria known to Hydra; ``folders`` and ``imports`` as ``store_entries``."""
     store = ConfigStore.instance()
     for node in (Train, Analyze, Prune):
         store.store(name=f"{node.task}_schema", node=node)
+    store_entries(folders, imports)
+    rename_in_files()
 
 
 def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The config that a script would compose, for a notebook: ``load_config("analyze", ["model=resnet18"])``.
 
     Results go to ``outputs/<task>/<time>`` below the working folder unless ``paths.output_dir=`` says otherwise.
-    Raises ValueError for an unknown task.
+    Raises ValueError for an unknown task and for a folder of ``hydra.searchpath`` that does not exist.
     """
     if task not in TASKS:
         raise ValueError(f"no task is called {task!r}; there are {', '.join(TASKS)}")
-    register()
-    overrides = with_custom_model(overrides)
+    overrides = with_custom_model(with_new_keys(overrides))
+    searched = [line for line in overrides if line.lstrip("+").startswith(f"{SEARCHPATH}=")]
+    register(config_folders(OverridesParser.create().parse_overrides(searched)))
     if not any(o.startswith("paths.output_dir=") for o in overrides):
         now = datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
         overrides.append(f"paths.output_dir=outputs/{task}/{now}")
     with initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
-        return compose(task, overrides=overrides)
+        cfg = compose(task, overrides=overrides)
+    for line in taken_warnings():
+        warnings.warn(line, FutureWarning, stacklevel=2)
+    return cfg
 
 
 def with_custom_model(overrides: Sequence[str]) -> list[str]:

@@ -114,8 +114,8 @@ def test_every_choice_in_one_command(quiet_home):
         "budget.amount=macs",
         "schedule=iterative",
         "schedule.steps=2",
-        "finetune=finetune",
-        "recover.epochs=1",
+        "finetune=default",
+        "finetune.epochs=1",
         "latency.batches=[]",
         "dataset.calibration=64",
         "hydra.run.dir=run",
@@ -151,8 +151,8 @@ def test_a_cell_that_cannot_be_is_a_row_with_its_reason(quiet_home):
     assert "cells infeasible" in ended.out
 
 
-def test_plan_only_prints_every_axis_and_what_is_frozen(quiet_home):
-    ended = command("prune", "model=cnn", "plan_only=true", "hydra.run.dir=run")
+def test_dry_run_prints_every_axis_and_what_is_frozen(quiet_home):
+    ended = command("prune", "model=cnn", "dry_run=true", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
     for words in ("params/unit", "MACs/unit", "frozen:", "the model's output", "groups,"):
         assert words in ended.out, words
