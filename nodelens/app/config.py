@@ -158,6 +158,7 @@ def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     if task not in TASKS:
         raise ValueError(f"no task is called {task!r}; there are {', '.join(TASKS)}")
+    taken_warnings()  # those of an earlier composition
     overrides = with_custom_model(with_new_keys(overrides))
     searched = [line for line in overrides if line.lstrip("+").startswith(f"{SEARCHPATH}=")]
     register(config_folders(OverridesParser.create().parse_overrides(searched)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
@@ -46,10 +46,12 @@ def with_new_keys(overrides: Sequence[str]) -> list[str]:
 def rename_in_files() -> None:
     """From now on, in this process, Hydra reads a user's YAML files with the new keys in place of the old ones."""
     Plugins.instance()  # registers Hydra's own source, which this one replaces
-    SourcesRegistry.instance().types["file"] = _RenamingSource
+    SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
-class _RenamingSource(FileConfigSource):
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's source of YAML files, with the new keys. Hydra requires this class name of a source of files."""
+
     def load_config(self, config_path: str) -> ConfigResult:
         found = super().load_config(config_path)
         if isinstance(found.config, DictConfig) and not Path(self.path).is_relative_to(CONF):
