@@ -1,4 +1,4 @@
-"""The config: composed by Hydra, checked against the code it names, built in one place."""
+"""The config schema; composition by Hydra; construction of the objects that a config names."""
 
 import datetime
 import warnings
@@ -37,14 +37,14 @@ class Budget:
 
 @dataclass
 class PruneBudget(Budget):
-    """Limits of a pass, and what an amount is a share of: units, params or macs."""
+    """Limits of a pass, and what a pruning amount is a fraction of: units, params or macs."""
 
     amount: str = "units"
 
 
 @dataclass
 class Latency:
-    """Batch sizes at which models are timed ([]: not at all), and how often."""
+    """Batch sizes at which models are timed ([]: no timing), and the number of repeats."""
 
     batches: list[int] = field(default_factory=lambda: [1])
     repeats: int = 30
@@ -52,7 +52,7 @@ class Latency:
 
 @dataclass
 class Common:
-    """Keys that every task has; a group's values come from its file."""
+    """Keys of every task. The values of a config group come from its file."""
 
     task: str = MISSING
     seed: int = 0
@@ -90,10 +90,7 @@ class Train(MeasuringTask):
 
 @dataclass
 class CostOptions:
-    """The machine of a cost estimate (``dry_run=true``): devices that share one copy of the model, bytes of each, number of
-
-    processes, hours that a pass may take, rows to read.
-    """
+    """What a cost estimate (``dry_run=true``) assumes: devices per model copy, bytes of each, processes, hours, rows to read."""
 
     devices: int = 1
     memory: str | None = None
@@ -173,7 +170,7 @@ def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def with_custom_model(overrides: Sequence[str]) -> list[str]:
-    """A model of the user's own (``model.net._target_=``) starts from an empty group; its options need no ``+``."""
+    """Overrides for a user's own model (``model.net._target_=``): its group is ``custom``, and its options need no ``+``."""
     names = [o.split("=", 1)[0].lstrip("+") for o in overrides]
     if "model.net._target_" not in names:
         return list(overrides)
@@ -182,9 +179,9 @@ def with_custom_model(overrides: Sequence[str]) -> list[str]:
 
 
 def build(node: Any, path: str, **more: Any) -> Any:
-    """The objects that a config names, after ``check``: the one call of ``hydra.utils.instantiate``.
+    """Checks a config and builds the objects that it names: the only call of ``hydra.utils.instantiate``.
 
-    Raises ValueError with the config's path: for a key or type that does not fit, or what the object itself refuses.
+    Raises ValueError with the config's path, for an unknown key, a wrong type, or a value that the object refuses.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -203,7 +200,7 @@ def build(node: Any, path: str, **more: Any) -> Any:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The whole config as plain values. Raises ValueError for one that asks another group for what it does not have."""
+    """The whole config as plain values. Raises ValueError if a value refers to a key that another group does not have."""
     with _in_words():
         found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
@@ -211,7 +208,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def unset(cfg: DictConfig) -> list[str]:
-    """The keys without a value, sorted. Raises as ``resolved`` does."""
+    """The keys without a value, sorted. Raises the errors of ``resolved``."""
     with _in_words():
         return sorted(OmegaConf.missing_keys(cfg))
 
@@ -223,6 +220,6 @@ def _in_words() -> Iterator[None]:
     except InterpolationKeyError as error:
         line, key = str(error).splitlines()[0], str(error.full_key)
         if key.startswith("model.") and "'dataset." in line:
-            line = f"{key} asks for what this dataset does not have ({line})"
-            line += ": an image model takes images, texts want model=tiny_lm or model=causal_lm"
+            line = f"{key} refers to a value that this dataset does not have ({line})"
+            line += ": image models need images; for texts use model=tiny_lm or model=causal_lm"
         raise ValueError(line) from None

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in one line: Hydra's own messages are long, or name no way out."""
+"""Checks a command line before Hydra runs it. Each error is one line that says how to fix it."""
 
 import itertools
 import re
@@ -28,21 +28,21 @@ _MOST = 64  # jobs of a sweep that are composed beforehand
 
 
 def flags_of(argv: Sequence[str]) -> Namespace:
-    """Hydra's flags and the overrides. Raises MistakeError for a flag that is not there, a word that is no key=value."""
+    """Hydra's flags and the overrides. Raises MistakeError for an unknown flag and for a word that is not key=value."""
     flags, unknown = get_args_parser().parse_known_args(argv)
     if unknown:
-        raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help shows all")
+        raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help lists all")
     for word in flags.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help shows them")
+            raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help lists them")
     return flags
 
 
 def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
-    """The config of every job that a command line starts, Hydra's part included.
+    """The config of every job that a command line starts, with Hydra's part.
 
-    A sweep's choices are each seen once, not in every combination. Raises MistakeError for an option, key or type that does not
-    fit, the nearest name beside it.
+    Each choice of a sweep is composed once, not in every combination. Raises MistakeError for an unknown option or key, with the
+    nearest name, and for a wrong type.
     """
     parsed = parsed_overrides(flags.overrides)
     folders = config_folders(parsed, flags.config_dir)
@@ -51,8 +51,8 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
         _check_choice(override, folders)
         if override.is_sweep_override() and not flags.multirun:
             raise MistakeError(
-                f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
-                f"write {override.key_or_group}=[...]"
+                f"{override.input_line} names several values: start with -m for one job per value, or write "
+                f"{override.key_or_group}=[...] for all of them in one job"
             )
     register(folders)
     places = ",".join(f"'file://{folder.absolute()}'" for folder in folders[1:])
@@ -77,7 +77,7 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
     stored = ConfigStore.instance().repo.get(group)
     names = {path.name for folder in folders for path in (folder / group).glob("*.yaml")}
     options = sorted(name.removesuffix(".yaml") for name in names.union(stored if isinstance(stored, dict) else ()))
-    if not options or override.is_delete() or group.startswith("hydra"):  # launchers come from plugins
+    if not options or override.is_delete() or group.startswith("hydra"):  # Hydra checks its own groups
         return
     value: Any = override._value
     if isinstance(value, Glob):
@@ -92,7 +92,7 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
 
 
 def _listed(options: list[str]) -> str:
-    """Names, in a line that can be read: metrics have more than a hundred."""
+    """Names in a line of readable length; there are more than a hundred metrics."""
     rest = len(options) - _SHOWN
     return ", ".join(options) if rest <= _SHOWN else f"{', '.join(options[:_SHOWN])} and {rest} more, which --help lists"
 
@@ -119,7 +119,7 @@ def _compose(task: str, parsed: list[Override], lines: list[str], search: list[s
 
 
 def _explain(task: str, parsed: list[Override], search: list[str], error: Exception) -> NoReturn:
-    """Finds the key that is not there among the overrides, else repeats the reason in a line."""
+    """Raises MistakeError that names the first unknown key among the overrides, else Hydra's reason in one line."""
     groups = [line for line in _jobs([o for o in parsed if (CONF / o.key_or_group).is_dir()])[0] if not line.startswith("hydra")]
     try:
         keys = _keys(OmegaConf.to_container(hydra.compose(task, overrides=groups + search), resolve=False))
@@ -130,7 +130,7 @@ def _explain(task: str, parsed: list[Override], search: list[str], error: Except
         unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
         if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
             raise MistakeError(
-                f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job shows all)"
+                f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job lists all)"
             ) from None
     raise MistakeError(_reason(error)) from None
 

@@ -298,7 +298,7 @@ def test_sizes_are_read(size, number):
         ({"_target_": "nodelens.models.mlp", "classes": 10, "channels": 1}, "x: nodelens.models.mlp needs size: add x.size=..."),
         (
             {"_target_": "nodelens.models.mlp", "classes": True, "channels": 1, "size": 8},
-            "x.classes is True; nodelens.models.mlp wants int",
+            "x.classes is True; nodelens.models.mlp takes int",
         ),
         ({"_target_": "nodelens.results.result.Result.sav"}, "nodelens.results.result.Result has no 'sav'. Did you mean 'save'?"),
     ],
