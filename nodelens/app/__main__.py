@@ -1,4 +1,4 @@
-"""``python -m nodelens.app analyze ...``: the console script ``nodelens``, where it is not on the path."""
+"""``python -m nodelens.app analyze ...``: the console script ``nodelens``, if it is not on the path."""
 
 from .cli import script
 

@@ -1,4 +1,4 @@
-"""Whether a config fits the code it names: keys and types of every ``_target_``, the nearest name on a miss."""
+"""Checks a config against the code that it names: the keys and types of every ``_target_``."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ _CONTROL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 def check(node: Any, path: str) -> None:
     """Checks a config (plain containers) against the signatures of its targets.
 
-    Raises ValueError with the key, what stands there and what fits: an unknown target, an unknown key, a wrong type.
+    Raises ValueError, with the key, its value and what is expected, for an unknown target, an unknown key and a wrong type.
     """
     if isinstance(node, Mapping):
         if "_target_" in node:
@@ -28,10 +28,10 @@ def check(node: Any, path: str) -> None:
 
 
 def find(target: str, path: str) -> Any:
-    """The object of a dotted name. Raises ValueError, with the nearest name in its module, where there is none."""
+    """The object with a dotted name. Raises ValueError, with the nearest name in its module, if there is none."""
     module, _, name = str(target).rpartition(".")
     if not module:
-        raise ValueError(f"{path}._target_: {target!r} is no dotted name such as my_package.MyNet")
+        raise ValueError(f"{path}._target_: {target!r} is not a dotted name such as my_package.MyNet")
     try:
         home = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -44,10 +44,10 @@ def find(target: str, path: str) -> Any:
 
 
 def _member(module: str, name: str, path: str, target: str) -> Any:
-    """A class's method, whose 'module' is the class."""
+    """A method: what precedes the last dot is a class, not a module."""
     if "." not in module:
         raise ValueError(
-            f"{path}._target_: no module {module!r} for {target!r}: start where it lies, or add its folder to PYTHONPATH"
+            f"{path}._target_: no module {module!r} for {target!r}: start in its folder, or add that folder to PYTHONPATH"
         )
     owner = find(module, path)
     if not hasattr(owner, name):
@@ -59,7 +59,7 @@ def _check_target(node: Mapping[str, Any], path: str) -> None:
     target = find(node["_target_"], path)
     try:
         parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # built in, without a signature
+    except (TypeError, ValueError):  # a built-in without a signature
         return
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -72,7 +72,7 @@ def _check_target(node: Mapping[str, Any], path: str) -> None:
                 f"{path}.{key}: {node['_target_']} takes no {key!r}.{nearest(key, names)} It takes: {', '.join(names) or 'nothing'}"
             )
         if key in hints and not _fits(value, hints[key]):
-            raise ValueError(f"{path}.{key} is {value!r}; {node['_target_']} wants {_words(hints[key])}")
+            raise ValueError(f"{path}.{key} is {value!r}; {node['_target_']} takes {_words(hints[key])}")
     if not node.get("_partial_"):
         _check_complete(node, path, parameters)
 
@@ -88,14 +88,14 @@ def _hints(target: Callable) -> dict[str, Any]:
     owner = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
     try:
         return typing.get_type_hints(owner)
-    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
+    except (NameError, TypeError, AttributeError):  # names that only type checkers import
         return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("${")):
-        return True  # an object to be, or a value to be
+        return True  # built or resolved later
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in args)
     if origin is Literal:

@@ -15,14 +15,16 @@ from omegaconf import DictConfig, open_dict
 from nodelens.messages import nearest
 from nodelens.results.files import remove_traces
 
-from .config import CONF, TASKS, register, with_custom_model
-from .overrides import MistakeError, configs, flags_of
+from .config import TASKS, register, with_custom_model
+from .overrides import configs, flags_of, parsed_overrides
+from .renamed import taken_warnings, with_new_keys
 from .run import run
+from .search_path import CONF, MistakeError, config_folders
 
 _ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
 _SELECT = re.compile(r"^(dataset\.select)=([^'\"].*)$")
-_failed: list[str] = []  # lines of a multirun's failed jobs
-_there: list[Path] = []  # the folder above this run's that was there before
+_failed: list[str] = []  # a line for each failed job of a multirun
+_there: list[Path] = []  # the nearest folder above the run's that existed before it
 
 
 def train() -> None:
@@ -49,21 +51,25 @@ def script() -> None:
 
 
 def main(task: str) -> None:
-    """Composes a task's config from the command line and runs it; a mistake ends in one line and exit code 1."""
+    """Composes a task's config from the command line and runs it. A user's mistake is reported in one line, with exit code 1."""
     here = str(Path.cwd())
-    if here not in sys.path:  # a user's own module beside the place where the script was started
+    if here not in sys.path:  # a user's own modules in the working folder
         sys.path.insert(0, here)
-    register()
+    for state in (_failed, _there, taken_warnings()):
+        state.clear()
     sys.argv[1:] = _rewrite(sys.argv[1:])
-    _failed.clear()
-    _there.clear()
     try:
         flags = flags_of(sys.argv[1:])
-        if not (flags.help or flags.hydra_help or flags.info or flags.cfg or flags.shell_completion):
+        lists = flags.help or flags.hydra_help or flags.shell_completion
+        if lists or flags.info or flags.cfg:
+            register(config_folders(parsed_overrides(flags.overrides), flags.config_dir), imports=not lists)
+        else:
             for cfg in configs(task, flags):
                 _check(cfg, bool(flags.multirun))
     except (ValueError, OSError) as error:
         sys.exit(_line(error))
+    for line in taken_warnings():
+        print(f"nodelens: {line}", file=sys.stderr)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=task)(_job)()
     if _failed:
         sys.exit(1)
@@ -75,11 +81,11 @@ def _job(cfg: DictConfig) -> float | None:
     except (ValueError, OSError, MemoryError) as error:
         return _stop(_line(error), error)
     except KeyboardInterrupt:
-        sys.exit(f"nodelens: interrupted; the same command with hydra.run.dir={cfg.paths.output_dir} goes on from there")
+        sys.exit(f"nodelens: interrupted; the same command with hydra.run.dir={cfg.paths.output_dir} continues the run")
 
 
 def _stop(line: str, error: BaseException) -> float:
-    """Ends with one line; in a sweep of this process the other jobs go on, in a launcher's process the launcher is told."""
+    """Ends the run with one line. In a multirun the other jobs continue; under a launcher the error is raised for the launcher."""
     job = HydraConfig.get()
     if os.environ.get("HYDRA_FULL_ERROR"):
         raise error
@@ -101,20 +107,21 @@ def _line(error: BaseException) -> str:
 
 
 def _rewrite(argv: Sequence[str]) -> list[str]:
-    """Flags first: Hydra refuses one between overrides.
+    """Puts flags first, as Hydra requires, and overrides with their new keys behind them.
 
-    ``layers=blocks[0].output`` is quoted, as brackets are its lists; so is ``dataset.select=regex:a & loss``, but in a sweep.
+    Values that Hydra's grammar would misread are quoted: ``layers=blocks[0].output`` and, outside a multirun,
+    ``dataset.select=regex:a & loss``.
     """
     overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
-    quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(overrides)]
+    quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(with_new_keys(overrides))]
     if not {"-m", "--multirun"} & set(rest):
         quoted = [_SELECT.sub(lambda m: f"{m[1]}='" + m[2].replace("'", "\\'") + "'", override) for override in quoted]
     return rest + quoted
 
 
 def _check(cfg: DictConfig, multirun: bool) -> None:
-    """Raises before anything is written: for a config that cannot run, a folder that cannot be written or is taken."""
+    """Raises, before anything is written, for a config that cannot run and for a folder that is taken or cannot be written to."""
     from nodelens.app.tasks.common import check_settings, verify
 
     folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
@@ -132,7 +139,7 @@ def _check(cfg: DictConfig, multirun: bool) -> None:
 
 
 def _check_folder(folder: Path) -> Path:
-    """The folder itself or the nearest one above that is there. Raises MistakeError where nothing can be written to it."""
+    """The nearest existing folder, the given one included. Raises MistakeError if nothing can be written to it."""
     home = folder.absolute()
     while not home.exists():
         home = home.parent

@@ -1,6 +1,7 @@
-"""The config: composed by Hydra, checked against the code it names, built in one place."""
+"""The config schema; composition by Hydra; construction of the objects that a config names."""
 
 import datetime
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,13 +10,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from .checks import check
+from .entries import store_entries
+from .renamed import rename_in_files, taken_warnings, with_new_keys
+from .search_path import CONF, SEARCHPATH, config_folders
 
-_PACKAGE = Path(__file__).parents[1]
-CONF = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if (p / "analyze.yaml").is_file())  # of a wheel, of a checkout
 TASKS = ("train", "analyze", "prune")
 
 
@@ -23,8 +26,8 @@ TASKS = ("train", "analyze", "prune")
 class Budget:
     """Limits of a pass: memory in bytes or as '4GB', null for none.
 
-    width: units beyond which products of all of them are not formed but as ``wide`` says. passes: how often the data may be read
-    where the sums of all layers do not fit into the memory at once; from 2 on products are formed whatever the width.
+    width: for wider layers the full covariance is not formed, ``covariance`` says what is kept instead. max_passes: how often the
+    data may be read if the sums of all layers do not fit into the memory at once; from 2 on, the width does not limit.
     """
 
     memory: str | None = "8GB"
@@ -34,14 +37,14 @@ class Budget:
 
 @dataclass
 class PruneBudget(Budget):
-    """Limits of a pass, and what an amount is a share of: units, params or macs."""
+    """Limits of a pass, and what a pruning amount is a fraction of: units, params or macs."""
 
     amount: str = "units"
 
 
 @dataclass
 class Latency:
-    """Batch sizes at which models are timed ([]: not at all), and how often."""
+    """Batch sizes at which models are timed ([]: no timing), and the number of repeats."""
 
     batches: list[int] = field(default_factory=lambda: [1])
     repeats: int = 30
@@ -49,7 +52,7 @@ class Latency:
 
 @dataclass
 class Common:
-    """Keys that every task has; a group's values come from its file."""
+    """Keys of every task. The values of a config group come from its file."""
 
     task: str = MISSING
     seed: int = 0
@@ -87,7 +90,7 @@ class Train(MeasuringTask):
 
 @dataclass
 class CostOptions:
-    """What plan_only plans for: devices that share a copy of the model, bytes of each, ranks, hours, rows to read."""
+    """What a cost estimate (``dry_run=true``) assumes: devices per model copy, bytes of each, processes, hours, rows to read."""
 
     devices: int = 1
     memory: str | None = None
@@ -104,8 +107,8 @@ class Analyze(MeasuringTask):
     analysis: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
-    plan_only: bool = False
-    forecast: CostOptions = field(default_factory=CostOptions)
+    dry_run: bool = False
+    cost: CostOptions = field(default_factory=CostOptions)
 
 
 @dataclass
@@ -132,35 +135,42 @@ class Prune(Common):
     budget: PruneBudget = field(default_factory=PruneBudget)  # type: ignore[assignment]
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
-    plan_only: bool = False
+    dry_run: bool = False
 
 
-def register() -> None:
-    """Makes the schema known to Hydra."""
+def register(folders: Sequence[Path] = (CONF,), imports: bool = True) -> None:
+    """Makes the schema and the entries of metrics and criteria known to Hydra; ``folders`` and ``imports`` as ``store_entries``."""
     store = ConfigStore.instance()
     for node in (Train, Analyze, Prune):
         store.store(name=f"{node.task}_schema", node=node)
+    store_entries(folders, imports)
+    rename_in_files()
 
 
 def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The config that a script would compose, for a notebook: ``load_config("analyze", ["model=resnet18"])``.
 
     Results go to ``outputs/<task>/<time>`` below the working folder unless ``paths.output_dir=`` says otherwise.
-    Raises ValueError for an unknown task.
+    Raises ValueError for an unknown task and for a folder of ``hydra.searchpath`` that does not exist.
     """
     if task not in TASKS:
         raise ValueError(f"no task is called {task!r}; there are {', '.join(TASKS)}")
-    register()
-    overrides = with_custom_model(overrides)
+    taken_warnings()  # those of an earlier composition
+    overrides = with_custom_model(with_new_keys(overrides))
+    searched = [line for line in overrides if line.lstrip("+").startswith(f"{SEARCHPATH}=")]
+    register(config_folders(OverridesParser.create().parse_overrides(searched)))
     if not any(o.startswith("paths.output_dir=") for o in overrides):
         now = datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
         overrides.append(f"paths.output_dir=outputs/{task}/{now}")
     with initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
-        return compose(task, overrides=overrides)
+        cfg = compose(task, overrides=overrides)
+    for line in taken_warnings():
+        warnings.warn(line, FutureWarning, stacklevel=2)
+    return cfg
 
 
 def with_custom_model(overrides: Sequence[str]) -> list[str]:
-    """A model of the user's own (``model.net._target_=``) starts from an empty group; its options need no ``+``."""
+    """Overrides for a user's own model (``model.net._target_=``): its group is ``custom``, and its options need no ``+``."""
     names = [o.split("=", 1)[0].lstrip("+") for o in overrides]
     if "model.net._target_" not in names:
         return list(overrides)
@@ -169,9 +179,9 @@ def with_custom_model(overrides: Sequence[str]) -> list[str]:
 
 
 def build(node: Any, path: str, **more: Any) -> Any:
-    """The objects that a config names, after ``check``: the one call of ``hydra.utils.instantiate``.
+    """Checks a config and builds the objects that it names: the only call of ``hydra.utils.instantiate``.
 
-    Raises ValueError with the config's path: for a key or type that does not fit, or what the object itself refuses.
+    Raises ValueError with the config's path, for an unknown key, a wrong type, or a value that the object refuses.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -190,7 +200,7 @@ def build(node: Any, path: str, **more: Any) -> Any:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The whole config as plain values. Raises ValueError for one that asks another group for what it does not have."""
+    """The whole config as plain values. Raises ValueError if a value refers to a key that another group does not have."""
     with _in_words():
         found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
@@ -198,7 +208,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def unset(cfg: DictConfig) -> list[str]:
-    """The keys without a value, sorted. Raises as ``resolved`` does."""
+    """The keys without a value, sorted. Raises the errors of ``resolved``."""
     with _in_words():
         return sorted(OmegaConf.missing_keys(cfg))
 
@@ -210,6 +220,6 @@ def _in_words() -> Iterator[None]:
     except InterpolationKeyError as error:
         line, key = str(error).splitlines()[0], str(error.full_key)
         if key.startswith("model.") and "'dataset." in line:
-            line = f"{key} asks for what this dataset does not have ({line})"
-            line += ": an image model takes images, texts want model=tiny_lm or model=causal_lm"
+            line = f"{key} refers to a value that this dataset does not have ({line})"
+            line += ": image models need images; for texts use model=tiny_lm or model=causal_lm"
         raise ValueError(line) from None

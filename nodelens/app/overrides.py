@@ -1,6 +1,5 @@
-"""What is wrong with a command line, in one line: Hydra's own messages are long, or name no way out."""
+"""Checks a command line before Hydra runs it. Each error is one line that says how to fix it."""
 
-import importlib.util
 import itertools
 import re
 from argparse import Namespace
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
@@ -19,53 +19,50 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nodelens.messages import nearest
 
-from .config import CONF
+from .config import register
+from .search_path import CONF, SEARCHPATH, MistakeError, config_folders
 
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-_SEARCHPATH = "hydra.searchpath"
 _SHOWN = 16
 _MOST = 64  # jobs of a sweep that are composed beforehand
 
 
-class MistakeError(ValueError):
-    """A command line that cannot run; its words are for the person who typed it."""
-
-
 def flags_of(argv: Sequence[str]) -> Namespace:
-    """Hydra's flags and the overrides. Raises MistakeError for a flag that is not there, a word that is no key=value."""
+    """Hydra's flags and the overrides. Raises MistakeError for an unknown flag and for a word that is not key=value."""
     flags, unknown = get_args_parser().parse_known_args(argv)
     if unknown:
-        raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help shows all")
+        raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help lists all")
     for word in flags.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help shows them")
-    if flags.config_dir and not Path(flags.config_dir).is_dir():
-        raise MistakeError(f"--config-dir: no folder at {Path(flags.config_dir).absolute()}")
+            raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help lists them")
     return flags
 
 
 def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
-    """The config of every job that a command line starts, Hydra's part included.
+    """The config of every job that a command line starts, with Hydra's part.
 
-    A sweep's choices are each seen once, not in every combination. Raises MistakeError for an option, key or type that does not
-    fit, the nearest name beside it.
+    Each choice of a sweep is composed once, not in every combination. Raises MistakeError for an unknown option or key, with the
+    nearest name, and for a wrong type.
     """
-    parsed = _parsed(flags.overrides)
-    folders = [CONF, *([Path(flags.config_dir)] if flags.config_dir else []), *_searched(parsed)]
+    parsed = parsed_overrides(flags.overrides)
+    folders = config_folders(parsed, flags.config_dir)
+    register(folders, imports=False)  # names are enough to see a typing error, and importing torch takes a second
     for override in parsed:
         _check_choice(override, folders)
         if override.is_sweep_override() and not flags.multirun:
             raise MistakeError(
-                f"{override.input_line} names several values: for a job each start with -m, for all of them at once "
-                f"write {override.key_or_group}=[...]"
+                f"{override.input_line} names several values: start with -m for one job per value, or write "
+                f"{override.key_or_group}=[...] for all of them in one job"
             )
+    register(folders)
     places = ",".join(f"'file://{folder.absolute()}'" for folder in folders[1:])
-    search = [f"{_SEARCHPATH}=[{places}]"] if places else []
-    for lines in _jobs([override for override in parsed if override.key_or_group != _SEARCHPATH]):
+    search = [f"{SEARCHPATH}=[{places}]"] if places else []
+    for lines in _jobs([override for override in parsed if override.key_or_group != SEARCHPATH]):
         yield _compose(task, parsed, lines, search)
 
 
-def _parsed(lines: Sequence[str]) -> list[Override]:
+def parsed_overrides(lines: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra reads them. Raises MistakeError for one that it cannot read."""
     try:
         return OverridesParser.create().parse_overrides(list(lines))
     except OverrideParseException as error:
@@ -75,31 +72,12 @@ def _parsed(lines: Sequence[str]) -> list[Override]:
         ) from None
 
 
-def _searched(parsed: list[Override]) -> list[Path]:
-    """The folders that hydra.searchpath names. Raises MistakeError for one that is not there."""
-    value: Any = next((override.value() for override in parsed if override.key_or_group == _SEARCHPATH), None) or []
-    folders = []
-    for place in [value] if isinstance(value, str) else value:
-        scheme, _, rest = place.rpartition("://")
-        folder = _folder_of_package(rest) if scheme == "pkg" else Path(rest).absolute()
-        if folder is None or not folder.is_dir():
-            raise MistakeError(f"{_SEARCHPATH}: no folder at {folder or place}")
-        folders.append(folder)
-    return folders
-
-
-def _folder_of_package(name: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(name.replace("/", "."))
-    except (ImportError, ValueError):
-        return None
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-
-
 def _check_choice(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
-    options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
-    if not options or override.is_delete() or group.startswith("hydra"):  # launchers come from plugins
+    stored = ConfigStore.instance().repo.get(group)
+    names = {path.name for folder in folders for path in (folder / group).glob("*.yaml")}
+    options = sorted(name.removesuffix(".yaml") for name in names.union(stored if isinstance(stored, dict) else ()))
+    if not options or override.is_delete() or group.startswith("hydra"):  # Hydra checks its own groups
         return
     value: Any = override._value
     if isinstance(value, Glob):
@@ -114,7 +92,7 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
 
 
 def _listed(options: list[str]) -> str:
-    """Names, in a line that can be read: metrics have more than a hundred."""
+    """Names in a line of readable length; there are more than a hundred metrics."""
     rest = len(options) - _SHOWN
     return ", ".join(options) if rest <= _SHOWN else f"{', '.join(options[:_SHOWN])} and {rest} more, which --help lists"
 
@@ -141,7 +119,7 @@ def _compose(task: str, parsed: list[Override], lines: list[str], search: list[s
 
 
 def _explain(task: str, parsed: list[Override], search: list[str], error: Exception) -> NoReturn:
-    """Finds the key that is not there among the overrides, else repeats the reason in a line."""
+    """Raises MistakeError that names the first unknown key among the overrides, else Hydra's reason in one line."""
     groups = [line for line in _jobs([o for o in parsed if (CONF / o.key_or_group).is_dir()])[0] if not line.startswith("hydra")]
     try:
         keys = _keys(OmegaConf.to_container(hydra.compose(task, overrides=groups + search), resolve=False))
@@ -152,7 +130,7 @@ def _explain(task: str, parsed: list[Override], search: list[str], error: Except
         unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
         if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
             raise MistakeError(
-                f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job shows all)"
+                f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job lists all)"
             ) from None
     raise MistakeError(_reason(error)) from None
 

@@ -1,10 +1,10 @@
-"""A task from its config: what a script runs, and a notebook too."""
+"""Runs a task from its config, for scripts and notebooks."""
 
 from omegaconf import DictConfig
 
 
 def run(cfg: DictConfig) -> float:
-    """What the script of a config's task does; returns its number: accuracy, or the area under a pruning curve."""
-    from .tasks import TASKS  # the command line shows its help without them
+    """Runs the task that a config names. Returns the accuracy, or the area under the pruning curve."""
+    from .tasks import TASKS  # imported late: --help does not need them
 
     return TASKS[cfg.task](cfg)

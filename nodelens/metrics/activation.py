@@ -183,6 +183,7 @@ class ActivationZeroFraction(Metric):
 
     names: ClassVar = ("activation_zero_fraction", "zero_fraction")
     nan: ClassVar = "no rows"
+    higher_is_better: ClassVar = False
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
@@ -209,6 +210,7 @@ class ActivationCosine(Metric):
     names: ClassVar = ("activation_cosine_similarity",)
     kind: ClassVar = "pair"
     nan: ClassVar = "the unit is always 0, or it has no partner"
+    higher_is_better: ClassVar = False
     reduce: Literal["mean", "none"] = "mean"
     view: View = "positions"
 

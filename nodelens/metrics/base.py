@@ -34,6 +34,7 @@ class Metric:
     whole_experts: ClassVar[bool] = False  # whether it scores whole experts of a mixture from data
     grouped: ClassVar[bool] = False  # whether it takes the groups' sums, a list, in place of the whole
     nan: ClassVar[str] = "never"
+    higher_is_better: ClassVar[bool] = True  # as a pruning criterion: whether units with large values are kept
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():

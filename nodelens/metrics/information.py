@@ -34,6 +34,7 @@ class PairwiseRedundancy(Metric):
     names: ClassVar = ("pairwise_redundancy_gaussian", "redundancy")
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two rows (three with a bias), or a layer of one unit"
+    higher_is_better: ClassVar = False
     reduce: Literal["mean", "none"] = "mean"
     view: View = "positions"
     bias: Literal["none", "gaussian"] = "none"

@@ -170,6 +170,7 @@ class MultiRedundancy(TotalCorrelation):
     """
 
     names: ClassVar = ("multi_redundancy",)
+    higher_is_better: ClassVar = False
     kind: ClassVar = "unit"
 
     def _of(self, h: Entropies, units: int) -> Tensor:

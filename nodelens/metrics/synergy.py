@@ -80,6 +80,7 @@ class SharedInformation(Metric):
     names: ClassVar = ("pid_redundancy", "pid_shared", "pid_redundancy_t")
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two samples, or a layer of one unit"
+    higher_is_better: ClassVar = False
     target: Target = "auto"
     reduce: Literal["mean", "none"] = "mean"
     target_reduce: Literal["joint", "mean"] = "joint"
@@ -122,6 +123,7 @@ class UniqueInformation(SharedInformation):
     """
 
     names: ClassVar = ("pid_unique", "pid_unique_x", "pid_unique_t")
+    higher_is_better: ClassVar = True
 
     def _of(self, single: Tensor, shared: Tensor) -> Tensor:
         return single[:, None] - shared

@@ -181,6 +181,7 @@ class WeightCosine(Metric):
     names: ClassVar = ("weight_cosine_similarity", "cosine_similarity")
     weighted: ClassVar = True
     nan: ClassVar = "the unit's weights are all zero, or it has no partner"
+    higher_is_better: ClassVar = False
 
     def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
         w = weight.double()

@@ -137,6 +137,6 @@ def test_the_geometry_takes_the_budget_and_the_width_of_the_run(tmp_path, monkey
     )
     assert ended.code == 0, ended.err
     assert len(load_bundle("passes/geometry").metadata["passes"]) == 2
-    ended = command("analyze", *SMALL, *words, "budget.width=16", "plan_only=true", "hydra.run.dir=plan")
+    ended = command("analyze", *SMALL, *words, "budget.width=16", "dry_run=true", "hydra.run.dir=plan")
     assert ended.code == 0, ended.err
     assert "it would not start as it is: site" in ended.out

@@ -8,6 +8,9 @@ import pytest
 import torch
 from command import command, snapshot
 
+import nodelens as nl
+from nodelens.app.entries import from_registry
+
 ROOT = Path(__file__).parents[2]
 SMALL = ("dataset.calibration=64", "metrics=[rq]")
 MISTAKES = [
@@ -37,9 +40,9 @@ MISTAKES = [
     ("train trainer.max_epoch=3", "Did you mean 'trainer.max_epochs'?"),
     ("train +model.optimizer.lrr=1", "torch.optim.AdamW takes no 'lrr'. Did you mean 'lr'?"),
     ("analyze seed=abc", "seed: Value 'abc'"),
-    ("analyze metrics.rq.relative=maybe", "metrics.rq.relative is 'maybe'; nodelens.metrics.RayleighQuotient wants bool"),
-    ("train trainer.max_epochs=abc", "trainer.max_epochs is 'abc'; lightning.pytorch.Trainer wants int or null"),
-    ("analyze model.net.hidden=7", "model.net.hidden is 7; nodelens.models.mlp wants"),
+    ("analyze metrics.rq.relative=maybe", "metrics.rq.relative is 'maybe'; nodelens.metrics.RayleighQuotient takes bool"),
+    ("train trainer.max_epochs=abc", "trainer.max_epochs is 'abc'; lightning.pytorch.Trainer takes int or null"),
+    ("analyze model.net.hidden=7", "model.net.hidden is 7; nodelens.models.mlp takes"),
     ("analyze metrics.synergy.target=foo", "target is 'foo'; it takes logit_margin, correct_logit"),
     ("analyze groups=0", "groups is 0; it is 1 or more"),
     ("analyze positions=0", "positions is 0"),
@@ -47,7 +50,7 @@ MISTAKES = [
     ("analyze budget.memory=1KB", "or a larger budget"),
     ("analyze split=tset", "did you mean 'test'?"),
     ("analyze layers=conv*", "the model has: fc1, fc2, head"),
-    ("prune scope=conv*", "scope 'conv*' matches no axis; there are fc1, fc2"),
+    ("prune scope=conv*", "scope 'conv*' matches no group; there are fc1, fc2"),
     ("train callbacks=measure layers=conv*", "no layer matches 'conv*'"),
     ("analyze ckpt_path=nope.ckpt", "nope.ckpt; give a .safetensors file"),
     ("train ckpt_path=nope.ckpt", "nope.ckpt; give a .safetensors file"),
@@ -69,7 +72,7 @@ MISTAKES = [
     ("analyze dataset=cifar10", "uoft-cs/cifar10' is not on this machine and the hub cannot be reached; use dataset=digits"),
     ("analyze model.net._target_=nope.Net", "no module 'nope' for 'nope.Net'"),
     ("analyze model.net._target_=torch.nn.Linaer", "torch.nn has no 'Linaer'. Did you mean 'Linear'?"),
-    ("analyze model.net._target_=nope", "'nope' is no dotted name"),
+    ("analyze model.net._target_=nope", "'nope' is not a dotted name"),
     ("analyze trainer.accelerator=abacus", "trainer=cpu works everywhere"),
     ("analyze trainer=ddp layers=conv*", "no layer matches 'conv*'"),
     ("prune amounts=[1.0]", "amount is 1.0"),
@@ -77,7 +80,7 @@ MISTAKES = [
     ("prune mode=lo", "mode is 'lo'"),
     ("prune criterion=tailor", "Did you mean 'taylor'?"),
     ("prune +criterion.x=rand", "no metric is called 'rand'"),
-    ("prune +criterion.x.effective_rank=1", "effective_rank gives a value a layer"),
+    ("prune +criterion.x.effective_rank=1", "effective_rank gives one value per layer"),
     ("prune +criterion.x.taylor=much", "criterion 'x': taylor is 'much'"),
 ]
 
@@ -122,7 +125,7 @@ def test_a_network_of_outputs_only_has_nothing_to_prune(quiet_home):
     ended = command("prune", "model.net.hidden=[]")
     assert ended.code == 1
     assert ended.err == (
-        "nodelens: scope '*' leaves no axis to prune: the input of head: 64 units: reads the model's input; "
+        "nodelens: scope '*' leaves no group to prune: the input of head: 64 units: reads the model's input; "
         "head: 10 units: the model's output\n"
     )
 
@@ -192,3 +195,36 @@ def test_help_needs_no_torch_and_names_the_groups(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert "metrics: activation, activation_" in ended.stdout
+    listed = dict(line.split(": ", 1) for line in ended.stdout.splitlines() if ", " in line)
+    assert {*nl.list_metrics(), "default", "edges"} <= set(listed["metrics"].split(", "))
+    assert {*from_registry()["criterion"], "composite", "random"} == set(listed["criterion"].split(", "))
+    assert "relative: true" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("metrics=redun", ["metrics=redundancy", "metrics=redundancy_gaussian"]),
+        ("criterion=tay", ["criterion=taylor", "criterion=taylor_producer", "criterion=taylor_saliency"]),
+        ("metrics=rq metrics.rq.rel", ["metrics.rq.relative="]),
+        ("finetune=", ["finetune=default", "finetune=none"]),
+    ],
+)
+def test_the_shell_completes_names_and_options(line, words, monkeypatch, quiet_home):
+    monkeypatch.setenv("COMP_LINE", f"python prune.py {line}")
+    ended = command("prune", "-sc", "query=bash")
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == words
+
+
+def test_an_old_key_is_a_line_beside_the_run(quiet_home):
+    (quiet_home / "conf/experiment").mkdir(parents=True)
+    (quiet_home / "conf/experiment/mine.yaml").write_text("# @package _global_\nbudget: {passes: 2}\n")
+    ended = command("analyze", "--config-dir", "conf", "experiment=mine", "wide=diagonal", "hydra.run.dir=run", *SMALL)
+    assert ended.code == 0, ended.err
+    assert ended.err.splitlines()[:2] == [
+        "nodelens: wide is now called covariance; the old key works in this version only",
+        "nodelens: budget.passes is now called budget.max_passes; the old key works in this version only "
+        f"(in {quiet_home}/conf/experiment/mine)",
+    ]
+    assert ended.err.count("is now called") == 2

@@ -1,16 +1,21 @@
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from ids import label
 from omegaconf import OmegaConf
 
 import nodelens as nl
+from nodelens.app import renamed
 from nodelens.app.checks import check
+from nodelens.app.class_source import read_classes
 from nodelens.app.config import CONF, TASKS, build, resolved
+from nodelens.app.entries import from_registry, from_source
+from nodelens.app.renamed import RENAMED
+from nodelens.engine.members import of_groups_only
 from nodelens.engine.validation import in_bytes
 from nodelens.metrics import METRICS, get_metric
 
@@ -37,15 +42,9 @@ def tasks_with(group):
     }.get(group, ("analyze",))
 
 
-NAMED = set(nl.list_metrics()) - {"composite"}  # a file each, composed together: there are hundreds
 SETS = {"none", "default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
-EVERY = [
-    (task, group, option)
-    for group in GROUPS
-    for option in options(group)
-    if group not in ("metrics", "criterion") or option not in NAMED
-    for task in tasks_with(group)
-]
+WRITTEN = {"composite", "random", "scar_prot", "scar_conn", "supernode_protection_score", "supernode_connectivity_score"}
+EVERY = [(task, group, option) for group in GROUPS for option in options(group) for task in tasks_with(group)]
 
 
 @pytest.mark.parametrize(("task", "group", "option"), EVERY, ids=map("-".join, EVERY))
@@ -93,19 +92,44 @@ def test_every_trainer_builds(name, quiet_home):
 
 
 @pytest.mark.parametrize("name", nl.list_metrics())
-def test_a_metric_file_says_what_its_class_says(name):
-    ((key, node),) = yaml.safe_load((CONF / "metrics" / f"{name}.yaml").read_text()).items()
+def test_a_metric_entry_says_what_its_class_says(name):
+    ((key, node),) = resolved(nl.load_config("analyze", [f"metrics={name}"]))["metrics"].items()
     assert key == name
     metric = build(node, f"metrics.{name}")
     assert metric == get_metric(name)
     assert set(node) - {"_target_"} == {f.name for f in dataclasses.fields(metric) if f.init}
 
 
-def test_there_is_a_file_for_every_metric_and_a_criterion_for_every_metric_of_units():
+def test_there_is_an_entry_for_every_metric_and_a_criterion_for_every_metric_of_units():
     assert not SETS & set(nl.list_metrics()), "a set that is called like a metric would hide it"
-    assert set(options("metrics")) == {*nl.list_metrics(), *SETS}
+    assert set(options("metrics")) == SETS, "a file that repeats a class"
+    assert set(from_registry()["metrics"]) == set(nl.list_metrics())
     of_units = {name for name in nl.list_metrics() if get_metric(name).shape == "unit"}
-    assert set(options("criterion")) == of_units | {"composite"}
+    assert set(options("criterion")) == WRITTEN, "a file that repeats a class"
+    assert set(from_registry()["criterion"]) == of_units
+    assert len([*ROOT.glob("conf/**/*.yaml")]) <= 90
+
+
+@pytest.mark.parametrize("group", ["metrics", "criterion"])
+def test_what_is_read_from_the_source_is_what_the_registry_says(group):
+    read, imported = from_source()[group], from_registry()[group]
+    assert read == imported
+    for name, node in imported.items():
+        assert list(read[name]) == list(node), f"{name}: the order of the options"
+
+
+def test_a_class_is_read_without_running_its_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import no_such_library\n"
+        "_PRESETS = {'half': {'power': 0.5}}\n"
+        "class Base(Metric):\n    names: ClassVar = ()\n    view: str = 'positions'\n    power: float = 1.0\n"
+        "class Mine(Base):\n    names = ('mine', 'my')\n    presets: ClassVar = _PRESETS\n    kind: ClassVar = 'unit'\n"
+        "    power: float = 2.0\n    eps: float = no_such_library.eps\n    parts: list = field(default_factory=lambda: [1])\n"
+        "class Child(Mine):\n    extra: int = 3\n"
+    )
+    (mine,) = read_classes(tmp_path)
+    assert mine.variables == {"names": ("mine", "my"), "presets": {"half": {"power": 0.5}}, "kind": "unit"}
+    assert list(mine.fields.items()) == [("view", "positions"), ("power", 2.0), ("eps", "???"), ("parts", [1])]
 
 
 def test_every_metric_can_be_chosen_at_once():
@@ -113,13 +137,13 @@ def test_every_metric_can_be_chosen_at_once():
     cfg = nl.load_config("analyze", [f"metrics=[{','.join(names)}]"])
     check(resolved(cfg)["metrics"], "metrics")
     assert list(cfg.metrics) == names
-    criteria = sorted(set(names) & set(options("criterion")))
+    criteria = sorted(set(names) & {*options("criterion"), *from_registry()["criterion"]})
     assert list(nl.load_config("prune", [f"criterion=[{','.join(criteria)}]"]).criterion) == criteria
 
 
-@pytest.mark.parametrize("name", options("criterion"))
-def test_a_criterion_file_reads_its_metric_and_says_which_way(name):
-    ((key, terms),) = yaml.safe_load((CONF / "criterion" / f"{name}.yaml").read_text()).items()
+@pytest.mark.parametrize("name", sorted({*from_registry()["criterion"], *options("criterion")}))
+def test_a_criterion_reads_its_metric_and_says_which_way(name):
+    ((key, terms),) = resolved(nl.load_config("prune", [f"criterion={name}"]))["criterion"].items()
     assert key == name
     if name not in ("random", "composite"):
         terms = terms.get("terms", terms)
@@ -128,6 +152,71 @@ def test_a_criterion_file_reads_its_metric_and_says_which_way(name):
         metric = get_metric(name).names[0]
         alike = "similarity" in metric or "redundancy" in metric
         assert terms[name] == (-1 if alike or "zero_fraction" in name else 1)
+
+
+OLD = [
+    ("analyze", "plan_only=true", "dry_run", True),
+    ("prune", "plan_only=true", "dry_run", True),
+    ("analyze", "forecast.devices=8", "cost.devices", 8),
+    ("analyze", "++forecast.memory=80GB", "cost.memory", "80GB"),
+    ("train", "wide=sample:8", "covariance", "sample:8"),
+    ("analyze", "budget.passes=4", "budget.max_passes", 4),
+    ("prune", "recover=finetune", "finetune.epochs", 5),
+    ("prune", "recover=none", "finetune", {}),
+    ("prune", "inexact=true", "allow_approximate", True),
+    ("prune", "axes=[{name: a}]", "custom_groups", [{"name": "a"}]),
+]
+
+
+@pytest.mark.parametrize(("task", "old", "new", "value"), OLD, ids=[f"{task} {old}" for task, old, *_ in OLD])
+def test_an_old_key_works_and_a_warning_names_the_new_one(task, old, new, value):
+    key = next(key for key in RENAMED if re.match(rf"\+*{key}[.=]", old))
+    now = RENAMED[key]
+    with pytest.warns(FutureWarning, match=f"^{key} is now called {now}; the old key works in this version only$"):
+        cfg = nl.load_config(task, [old])
+    assert OmegaConf.select(cfg, new) == value
+
+
+def test_an_option_of_a_metric_is_renamed_where_the_metric_has_the_new_one(monkeypatch):
+    entries = {"metrics": {"mi": {"_target_": "Mi", "permutations": 0}, "own": {"_target_": "Own", "control": 0}}}
+    monkeypatch.setattr(renamed, "from_source", lambda: entries)
+    renamed.taken_warnings()
+    assert renamed.with_new_keys(["metrics.mi.control=9", "metrics.own.control=9", "metrics=[mi]", "~metrics"]) == [
+        *("metrics.mi.permutations=9", "metrics.own.control=9", "metrics=[mi]", "~metrics"),
+    ]
+    assert len(renamed.taken_warnings()) == 1
+
+
+@pytest.mark.filterwarnings("always")
+def test_old_keys_in_a_file_of_the_users_own_work_too(quiet_home, recwarn):
+    for file, text in {
+        "conf/experiment/mine.yaml": "# @package _global_\ndefaults: [{override /recover: finetune}]\n"
+        "inexact: true\nbudget: {passes: 3}\nrecover: {epochs: 2}\n",
+        "conf/analysis/wider.yaml": "defaults: [geometry]\ngeometry: {wide: diagonal, passes: 2}\n",
+        "conf/metrics/rq.yaml": "rq: {_target_: nodelens.metrics.RayleighQuotient, relative: false}\n",
+    }.items():
+        (quiet_home / file).parent.mkdir(parents=True, exist_ok=True)
+        (quiet_home / file).write_text(text)
+    place = "hydra.searchpath=['file://conf']"
+    cfg = nl.load_config("prune", [place, "experiment=mine"])
+    assert (cfg.allow_approximate, cfg.budget.max_passes, cfg.finetune.epochs, cfg.finetune.lr) == (True, 3, 2, 0.01)
+    found = {str(w.message).partition(" (in ")[0] for w in recwarn}
+    assert found == {
+        f"{old} is now called {RENAMED[old]}; the old key works in this version only"
+        for old in ("recover", "inexact", "budget.passes")
+    }
+    geometry = nl.load_config("analyze", [place, "analysis=wider"]).analysis.geometry
+    assert (geometry.covariance, geometry.max_passes) == ("diagonal", 2)
+    assert nl.load_config("analyze", [place, "metrics=[rq]"]).metrics.rq == {  # a file comes before the entry of its name
+        "_target_": "nodelens.metrics.RayleighQuotient",
+        "relative": False,
+    }
+    assert nl.load_config("analyze", ["metrics=[rq]"]).metrics.rq.relative is True
+
+
+def test_a_folder_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"hydra.searchpath: no folder at .*nowhere"):
+        nl.load_config("analyze", ["hydra.searchpath=[file://nowhere]"])
 
 
 @pytest.mark.parametrize("name", sorted(SETS - {"none"}))
@@ -147,6 +236,7 @@ def test_sets_hold_what_their_names_say():
     forward = {type(m) for m in chosen("forward").values()}
     for metric in (m() for m in METRICS):
         beyond = any("grad" in r or r == "next" for r in reads(metric)) or metric.parameter not in ("weight", "tensor")
+        beyond = beyond or of_groups_only(metric)
         assert (type(metric) in forward) == (metric.shape in ("unit", "layer") and not beyond), metric.names[0]
     variants = {"raw", "token_l2", "token_rms", "feature_standardized"}
     for name, metric in chosen("normalization_ablation").items():
@@ -173,7 +263,7 @@ def test_metrics_are_chosen_as_a_list(words, names):
 def test_the_default_set_has_a_metric_of_every_family():
     cfg = nl.load_config("analyze", ["metrics=default", "metrics.rq.relative=false"])
     kinds = {type(m).__module__.rpartition(".")[2] for m in build(cfg.metrics, "metrics").values()}
-    assert kinds == {"activation", "alignment", "information", "synergy", "gradient", "spectrum", "weight"}
+    assert kinds == {"activation", "alignment", "information", "synergy", "taylor", "spectrum", "weight"}
     assert cfg.metrics.rq.relative is False
 
 
@@ -209,7 +299,7 @@ def test_sizes_are_read(size, number):
         ({"_target_": "nodelens.models.mlp", "classes": 10, "channels": 1}, "x: nodelens.models.mlp needs size: add x.size=..."),
         (
             {"_target_": "nodelens.models.mlp", "classes": True, "channels": 1, "size": 8},
-            "x.classes is True; nodelens.models.mlp wants int",
+            "x.classes is True; nodelens.models.mlp takes int",
         ),
         ({"_target_": "nodelens.results.result.Result.sav"}, "nodelens.results.result.Result has no 'sav'. Did you mean 'save'?"),
     ],

@@ -261,10 +261,10 @@ def test_a_width_beyond_the_limit_is_forecast_and_said():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"devices": 0}, "forecast.devices is 0; it is a number above 0"),
-        ({"ranks": 1.5}, "forecast.ranks is 1.5"),
-        ({"hours": -1}, "forecast.hours is -1"),
-        ({"memory": 0}, "forecast.memory is 0"),
+        ({"devices": 0}, "cost.devices is 0; it is a number above 0"),
+        ({"ranks": 1.5}, "cost.ranks is 1.5"),
+        ({"hours": -1}, "cost.hours is -1"),
+        ({"memory": 0}, "cost.memory is 0"),
     ],
 )
 def test_machines_that_are_none_are_refused(given, words):
@@ -285,8 +285,8 @@ def test_what_cannot_be_planned_says_so():
 
 
 def planned(folder, *overrides):
-    """What plan_only=true does."""
-    cfg = nl.load_config("analyze", ["plan_only=true", f"paths.output_dir={folder}", *overrides])
+    """What dry_run=true does."""
+    cfg = nl.load_config("analyze", ["dry_run=true", f"paths.output_dir={folder}", *overrides])
     return plan(cfg, claim(cfg))
 
 
@@ -305,7 +305,7 @@ def test_a_folder_with_a_config_alone_is_planned(quiet_home, capsys):
         "metrics=[activation_rms]",
         "layers='blocks[:].mlp.hidden'",
         "analysis=geometry",
-        *(f"++forecast.{option}" for option in options),
+        *(f"++cost.{option}" for option in options),
     )
     assert json.loads((quiet_home / "run/plan.json").read_text()) == {name: each.plain() for name, each in found.items()}
     assert (found["units"].rate["rows"], found["units"].rate["hours"]) == (1000, 2)
@@ -351,6 +351,6 @@ def test_mistakes_of_a_plan_are_named(quiet_home):
     with pytest.raises(ValueError, match="no layer matches 'nothing'"):
         planned("b", "layers=nothing", "metrics=[activation_mean]")
     cfg = nl.load_config("analyze")
-    cfg.forecast.memory = "80 parsecs"
-    with pytest.raises(ValueError, match=r"forecast.memory is '80 parsecs'; it takes bytes"):
+    cfg.cost.memory = "80 parsecs"
+    with pytest.raises(ValueError, match=r"cost.memory is '80 parsecs'; it takes bytes"):
         machine_of(cfg)

@@ -201,7 +201,7 @@ def test_any_stored_model_is_taken_with_its_tokenizer(quiet_home):
         (["model=causal_lm", "model.path=nobody/nothing"], "no tokenizer at 'nobody/nothing': it is not on this machine"),
         (["model=causal_lm", "model.path=nobody/nothing", "dataset.tokenizer=null"], "no model to load at 'nobody/nothing'"),
         (["model=tiny_lm", "dataset.path=nobody/nothing"], "dataset 'nobody/nothing' is not on this machine"),
-        (["model=tiny_lm", "dataset.mode=packed"], "dataset.mode is 'packed'; nodelens.data.Text wants 'pack' or 'pad'"),
+        (["model=tiny_lm", "dataset.mode=packed"], "dataset.mode is 'packed'; nodelens.data.Text takes 'pack' or 'pad'"),
         (["model=tiny_lm", "dataset.length=1"], "dataset.length is 1"),
         (["model=tiny_lm", "model.net.heads=3"], "tiny_lm: width 128, 3 heads, 2 kv_heads"),
     ],

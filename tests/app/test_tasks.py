@@ -168,7 +168,7 @@ def test_a_sweep_of_metrics_is_a_job_each(quiet_home):
 
 
 def test_a_plan_alone_is_shown_and_nothing_measured(quiet_home):
-    ended = command("analyze", "plan_only=true", "hydra.run.dir=run")
+    ended = command("analyze", "dry_run=true", "hydra.run.dir=run")
     assert ended.code == 0
     assert "sums take" in ended.out
     assert not (quiet_home / "run/units.parquet").exists()

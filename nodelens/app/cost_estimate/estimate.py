@@ -33,7 +33,7 @@ class Machine:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and (value <= 0 or (name in ("devices", "ranks") and value != int(value))):
-                raise ValueError(f"forecast.{name} is {value}; it is a number above 0, devices and ranks whole ones")
+                raise ValueError(f"cost.{name} is {value}; it is a number above 0, devices and ranks whole ones")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _passes(plan: Plan, budget: float | None, allowed: int) -> tuple[list[Plan],
     if len(parts) <= allowed:
         return parts, []
     return parts, [
-        f"budget.passes is {allowed}, and it takes {len(parts)}: set budget.passes={len(parts)}, or a larger budget.memory"
+        f"budget.max_passes is {allowed}, and it takes {len(parts)}: set budget.max_passes={len(parts)}, or a larger budget.memory"
     ]
 
 

@@ -30,7 +30,7 @@ def analyze(cfg: DictConfig) -> float:
     from nodelens.report import write_page
 
     folder = claim(cfg)
-    if cfg.plan_only:
+    if cfg.dry_run:
         plan(cfg, folder)
         return float("nan")
     if (folder / "metadata.json").is_file():

@@ -1,4 +1,4 @@
-"""plan_only=true: what the passes of a config will take, of the config alone where shapes tell it."""
+"""dry_run=true: what the passes of a config will take, of the config alone where shapes tell it."""
 
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ def plan(cfg: DictConfig, folder: Path) -> dict[str, Forecast]:
 
 
 def machine_of(cfg: DictConfig) -> Machine:
-    """What ``forecast.*`` says. Raises ValueError for a memory that is no size, and numbers that are none."""
-    given = dict(resolved(cfg).get("forecast") or {})
+    """What ``cost.*`` says. Raises ValueError for a memory that is no size, and numbers that are none."""
+    given = dict(resolved(cfg).get("cost") or {})
     given.pop("rows", None)
     try:
         memory = in_bytes(given.pop("memory", None))
     except ValueError as error:
-        raise ValueError(str(error).replace("budget.memory", "forecast.memory")) from None
+        raise ValueError(str(error).replace("budget.memory", "cost.memory")) from None
     return Machine(memory=memory, **given)
 
 
@@ -124,7 +124,7 @@ def _loaded(cfg: DictConfig) -> tuple[nn.Module, Any, int]:
 
 
 def _wanted(cfg: DictConfig) -> int | None:
-    return (cfg.get("forecast") or {}).get("rows")
+    return (cfg.get("cost") or {}).get("rows")
 
 
 def _rows(cfg: DictConfig, data: dict[str, Any]) -> int:

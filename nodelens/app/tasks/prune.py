@@ -81,7 +81,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     context = context_of(cfg, placed(module.net, device).eval(), data)
     if rank == 0:
         show_axes(console(), context)
-    if cfg.plan_only:
+    if cfg.dry_run:
         return math.nan
     todo = asked_of(cfg)
     result = _measured(cfg, folder, context, data, todo, trained_by)
@@ -254,7 +254,7 @@ def _recover(cfg: DictConfig, data: Any) -> Callable[[int], Any] | None:
         return None
     if not len(data.loader("val")):
         raise ValueError("recovery keeps the best epoch on validation data, and there are none: give dataset.val=0.1")
-    return lambda seed: build(cfg.recover, "finetune", train=data.train_dataloader(), val=data.loader("val"), seed=seed)
+    return lambda seed: build(cfg.finetune, "finetune", train=data.train_dataloader(), val=data.loader("val"), seed=seed)
 
 
 def _once(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
