@@ -110,7 +110,7 @@ def main() -> None:
 
     started = time.perf_counter()
     result = ablated(net, data, held_out, options)
-    print("\n".join(result.lines()), f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
+    print(result.summary(), f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
     scores = every_score()
     table, refused = measured(net, list(result.layers.index), scores, data, options.out)
     own = result.units[["loss_proxy", "first_order", "largest", "curvature", "connectivity"]].rename(

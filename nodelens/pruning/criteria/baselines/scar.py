@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from nodelens.metrics.core_and_halo import connectivity, correlations, halo, largest, protection, redundancy_to_core, share_of
 from nodelens.metrics.gradient import LossReduction
+from nodelens.metrics.supernode import connectivity, correlations, halo, largest, protection, redundancy_to_supernodes, share_of
 from nodelens.network.groups import PruningGroup
 from nodelens.statistics.processes import reduce_tensor
 
@@ -114,7 +114,7 @@ class ScarProt(Baseline):
         members = halo(connected, core, self.halo_fraction)
         redundancy = torch.full_like(proxy, torch.nan)
         rho = sums.correlation(group, self.corr_eps)
-        every = redundancy_to_core(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        every = redundancy_to_supernodes(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
         redundancy[members] = every[members]
         kept = protection(redundancy, members, "rank_power", self.protection_floor, self.protection_rank_power)
         values = {"proxy": proxy, "connectivity": connected, "redundancy": redundancy, "protection": kept}

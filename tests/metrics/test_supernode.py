@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nodelens as nl
-from nodelens.metrics.core_and_halo import (
+from nodelens.metrics.supernode import (
     concentration,
     concentration_curve,
     connectivity,
@@ -20,7 +20,7 @@ from nodelens.metrics.core_and_halo import (
     largest,
     overlap,
     protection,
-    redundancy_to_core,
+    redundancy_to_supernodes,
     share_of,
 )
 from nodelens.network.batch import Batch
@@ -99,9 +99,9 @@ def test_connectivity_by_hand():
 def test_redundancy_and_protection_by_hand():
     rho = torch.tensor([[0.6, -0.9, 0], [0, 0, 0]], dtype=torch.float64)
     information = -0.5 * math.log(1 - 0.36)
-    assert_close(redundancy_to_core(rho, topk=2)[0].item(), information / 2)
-    assert_close(redundancy_to_core(rho, reduce="max")[0].item(), information)
-    assert_close(redundancy_to_core(rho, topk=1, positive=False)[0].item(), -0.5 * math.log(1 - 0.81))
+    assert_close(redundancy_to_supernodes(rho, topk=2)[0].item(), information / 2)
+    assert_close(redundancy_to_supernodes(rho, reduce="max")[0].item(), information)
+    assert_close(redundancy_to_supernodes(rho, topk=1, positive=False)[0].item(), -0.5 * math.log(1 - 0.81))
     redundancy, members = torch.tensor([9.0, 0.1, 0.3, 0.2]), torch.tensor([1, 2, 3])
     assert protection(redundancy, members).tolist() == pytest.approx([1, 1, 0.2, 0.2 + 0.8 * (1 - 0.5**8)])
     assert protection(redundancy, members, "rank").tolist() == pytest.approx([1, 1, 0, 0.5])
