@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from nodelens.pruning.criteria.baselines import BASELINES, baseline
 from transformers import AutoTokenizer
 
 import nodelens as nl
@@ -20,7 +21,6 @@ from nodelens.analysis.supernodes.supernode_result import SupernodesResult, load
 from nodelens.analysis.supernodes.supernodes import Supernodes
 from nodelens.metrics import Metric
 from nodelens.models import causal_lm
-from nodelens.pruning.criteria.baselines import BASELINES, baseline
 from nodelens.pruning.criteria.scoring import at_consumers, score_table
 from nodelens.pruning.groups.find import find_groups
 from nodelens.report.supernode_figures import write_supernodes
@@ -110,7 +110,7 @@ def main() -> None:
 
     started = time.perf_counter()
     result = ablated(net, data, held_out, options)
-    print("\n".join(result.lines()), f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
+    print(result.summary(), f"{time.perf_counter() - started:.0f} s", sep="\n", flush=True)
     scores = every_score()
     table, refused = measured(net, list(result.layers.index), scores, data, options.out)
     own = result.units[["loss_proxy", "first_order", "largest", "curvature", "connectivity"]].rename(

@@ -15,7 +15,7 @@ from timing import interleaved
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import nodelens as nl
-from nodelens.app.cost_estimate import forecast, forecast_geometry
+from nodelens.app.cost_estimate import estimate_cost, estimate_geometry_cost
 
 SHAPES = {  # those of Llama 3.2 1B and Llama 2 7B
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512},
@@ -102,8 +102,8 @@ def main() -> None:
     data = list(texts(options, device))
     batch = {"samples": options.batch, "length": options.length}
     plans = {
-        "geometry": forecast_geometry(net.config, **batch),
-        "units": forecast(net.config, UNITS, LAYERS, **batch),
+        "geometry": estimate_geometry_cost(net.config, **batch),
+        "units": estimate_cost(net.config, UNITS, LAYERS, **batch),
     }
     runs = contestants(net, data, device)
     memory = {name: peak(run, device) for name, run in runs.items()}

@@ -1,1 +1,1 @@
-"""What units are to each other, beyond a value each."""
+"""Analyses of how units are organised: geometry of the residual stream, supernodes."""

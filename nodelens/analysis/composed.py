@@ -1,4 +1,4 @@
-"""Analyses as a config composes them: options are fields, a call measures, what it returns is saved and says itself in lines."""
+"""Analyses as a config composes them. Options are fields; a call measures and returns a result that can be saved and summarised."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from nodelens.engine.validation import in_bytes
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-class Finding(Protocol):
-    """What an analysis found."""
+class AnalysisResult(Protocol):
+    """The result of an analysis."""
 
     def save(self, folder: Any) -> Any:
-        """Writes it, ``metadata.json`` last."""
+        """Writes the result to a folder, ``metadata.json`` last."""
         ...
 
-    def lines(self) -> list[str]:
-        """What it says, for a terminal."""
+    def summary(self) -> str:
+        """The main findings, one line each, for a terminal."""
         ...
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """What it holds, for a logger that takes tables."""
+        """The tables of the result by name, for a logger that accepts tables."""
         ...
 
 
 class Analysis(Protocol):
-    """What analyze.py calls for each member of the group ``analysis``: data and evaluation can be read several times."""
+    """The call that analyze.py makes for each member of the group ``analysis``. Data and evaluation can be read several times."""
 
     def __call__(
         self, model: nn.Module, data: Iterable[Any], *, evaluation: Iterable[Any] | None, seed: int, progress: Progress
-    ) -> Finding: ...
+    ) -> AnalysisResult: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GeometryAnalysis:
 
 @dataclass(frozen=True)
 class _Shown:
-    """Data under a progress bar, that can be read as often as they can."""
+    """Data under a progress bar. They can be read as often as the data themselves."""
 
     data: Iterable[Any]
     progress: Progress

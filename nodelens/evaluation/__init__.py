@@ -1,1 +1,1 @@
-"""How well a network does: accuracy, loss, perplexity, and lm-evaluation-harness."""
+"""Evaluation of networks: accuracy, loss, perplexity, and lm-evaluation-harness."""

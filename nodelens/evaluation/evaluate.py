@@ -1,4 +1,4 @@
-"""How well a classifier or a language model does, from sums that add over batches and processes."""
+"""Accuracy, loss and calibration of a classifier or language model, from sums over batches and processes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,18 +13,18 @@ from nodelens.network.targets import IGNORE, predictions
 from nodelens.statistics.processes import reduce_tensor
 
 _BINS = 15
-_CHUNK = 1 << 22  # logits that are in float64 at once: 32 MB
+_CHUNK = 1 << 22  # logits in float64 at a time: 32 MB
 
 
 def evaluate(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """Accuracy (share), loss (cross-entropy a sample, nats), ece (15 equal bins, l1) and samples, over all processes.
+    """Accuracy (share), loss (cross-entropy in nats per sample), ece (15 equal bins, l1) and samples, over all processes.
 
-    With a label a token every prediction of a next token counts alike, whichever batch or process it came in: accuracy, loss and
-    ece are over tokens, and there are tokens (predicted ones), perplexity exp(loss), the standard errors accuracy_se and loss_se
-    over samples (tokens of one text are not independent) and, where batches carry the bytes that their predicted tokens stand
-    for, bits_per_byte, total nats / ln 2 / bytes.
+    With one label per token, accuracy, loss and ece are averages over predicted tokens, whatever their batch or process. There are
+    also tokens (number of predicted tokens), perplexity exp(loss), the standard errors accuracy_se and loss_se over samples
+    (tokens of one text are not independent), and bits_per_byte, total nats / ln 2 / bytes, if batches carry the number of bytes of
+    their predicted tokens.
 
-    Raises ValueError for data without labels, without a sample, or with nothing to predict.
+    Raises ValueError for data without labels, without samples, or with nothing to predict.
     """
     device = device_of(model)
     sums = {"bins": (3, _BINS), "totals": (3,), "products": (3, 3), "texts": (1,), "bytes": (1,)}
@@ -44,7 +44,7 @@ def evaluate(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
 
 
 def _scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Bins of confidence (predictions, right ones, confidence; 3, bins) and a table (samples, 3): predictions, right ones, nats."""
+    """Bins of confidence, (3, bins): predictions, correct, confidence; and per sample, (samples, 3): predictions, correct, nats."""
     bins = torch.zeros(3, _BINS, dtype=torch.float64)
     table = torch.zeros(len(labels), 3, dtype=torch.float64)
     at = (labels != IGNORE).nonzero()
@@ -64,7 +64,7 @@ def _scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scores(sums: dict[str, Tensor]) -> dict[str, float]:
-    """What the sums of all processes say."""
+    """The scores from the sums of all processes."""
     n, right, nats = sums["totals"].tolist()
     if not n:
         raise ValueError("the data are empty: nothing to evaluate")
@@ -77,12 +77,12 @@ def _scores(sums: dict[str, Tensor]) -> dict[str, float]:
     score |= {"samples": int(sums["texts"]), "tokens": int(n), "perplexity": perplexity}
     for k, name in ((1, "accuracy"), (2, "loss")):
         score[f"{name}_se"] = _error(sums["products"][[0, k]][:, [0, k]], score[name], n)
-    if sums["bytes"] > 0:  # NaN where a batch did not say
+    if sums["bytes"] > 0:  # NaN if a batch has no bytes
         score["bits_per_byte"] = nats / float(torch.tensor(2.0, dtype=torch.float64).log()) / float(sums["bytes"])
     return score
 
 
 def _error(products: Tensor, ratio: float, n: float) -> float:
-    """Standard error of a ratio of sums over samples, of the samples' products: that of its linear form in them."""
+    """Standard error of a ratio of sums over samples, by linearisation (delta method), from the product sums of the samples."""
     direction = torch.tensor([-ratio, 1.0], dtype=torch.float64)
     return float((direction @ products @ direction).clamp_min(0).sqrt()) / n

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (Gao et al., 2024), an optional extra: benchmarks that ask a language model for answers."""
+"""Benchmark tasks of lm-evaluation-harness (Gao et al., 2024), an optional dependency."""
 
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -18,22 +18,22 @@ def harness(
     num_fewshot: int | None = None,
     include: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}}, with the standard error of a metric as ``<metric>_se``, NaN where the harness has none.
+    """Runs tasks: {task: {metric: value}}, with standard errors as ``<metric>_se``, NaN if the harness gives none.
 
-    net:         a causal language model of transformers, where it is and as it is; in eval mode while this lasts
-    tokenizer:   of transformers, or the folder or hub id that has it
-    tasks:       names of the harness, or whole task configs; their data come from the hub unless they lie here
-    limit:       questions of each task, a share of them below 1; None: all
-    num_fewshot: answered examples before a question; None: the task's own number
-    include:     a folder with task files (.yaml) of one's own
+    net:         a causal language model of transformers, on its current device; in eval mode during the call
+    tokenizer:   a transformers tokenizer, or the folder or hub id of one
+    tasks:       task names of the harness, or task configs; their data are downloaded unless they are cached
+    limit:       number of questions per task, or a share below 1; None: all
+    num_fewshot: number of answered examples before a question; None: the default of the task
+    include:     a folder with your own task files (.yaml)
 
-    A metric is called as in the harness, with its filter behind a comma where it has one: ``exact_match,strict-match``.
-    Raises: ValueError where lm_eval is not installed, a task is unknown, or there is no tokenizer.
+    Metrics have the names of the harness, followed by a comma and the filter if there is one: ``exact_match,strict-match``.
+    Raises: ValueError if lm_eval is not installed, a task is unknown, or there is no tokenizer.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("lm-evaluation-harness is not installed: pip install nodelens[lm_eval]")
     if tokenizer is None:
-        raise ValueError("the tasks of lm_eval are texts: give the model's own tokenizer, of transformers or a folder (model.path)")
+        raise ValueError("the tasks of lm_eval are texts: give the tokenizer of the model, as a transformers tokenizer or a folder")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -41,8 +41,8 @@ def harness(
     manager, wanted = TaskManager(include_path=include), [task if isinstance(task, str) else dict(task) for task in tasks]
     unknown = [task for task in wanted if isinstance(task, str) and not manager.match_tasks([task])]
     if unknown or not wanted:
-        what = f"has no task {', '.join(map(repr, unknown))}" if unknown else "is asked for no task"
-        raise ValueError(f"lm_eval {what}: `lm_eval ls tasks` shows what there is, include= adds a folder of one's own")
+        what = f"lm_eval has no task {', '.join(map(repr, unknown))}" if unknown else "no lm_eval task is given"
+        raise ValueError(f"{what}: `lm_eval ls tasks` lists the tasks, include= adds a folder with your own")
     with eval_mode(net):
         found = simple_evaluate(
             HFLM(pretrained=net, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def harness(
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by metric; beside them stand names and counts."""
+    """The metrics among the values of a task; entries without a filter are names and counts."""
     found = {}
     for key, value in values.items():
         name, comma, kind = key.partition(",")

@@ -1,1 +1,1 @@
-"""What is done to a network while it runs, and states taken from it."""
+"""Access to the activations of a running network, and interventions on them."""

@@ -1,4 +1,4 @@
-"""A model with names: what chosen layers put out or read in a forward pass, and their weights."""
+"""A wrapper that returns the activations and weights of chosen layers of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from nodelens.network.layers import Layer
 
 
 class ModelWrapper:
-    """Runs a model and hands out what its layers show, for metrics from tensors in hand.
+    """Runs a model and returns activations and weights of its layers, for metrics from tensors.
 
     >>> wrapper = ModelWrapper(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), tracked_layers=["0"])
     >>> outputs, activations = wrapper.forward_with_activations(torch.ones(4, 3))
@@ -21,7 +21,7 @@ class ModelWrapper:
     """
 
     def __init__(self, model: nn.Module, tracked_layers: str | Sequence[str] = "*", sites: Sequence[str] = ()):
-        """tracked_layers, sites: what ``find_layers`` takes. Of extra sites nothing is kept unless a call names them.
+        """tracked_layers, sites: as in ``find_layers``. Extra sites are captured only if a call names them.
 
         Raises ValueError for a name without a match.
         """
@@ -35,17 +35,17 @@ class ModelWrapper:
         layers: str | Sequence[str] | None = None,
         port: Literal["output", "input"] = "output",
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The model's output and {layer: what it put out, or read}, for one batch, in the mode the model is in.
+        """The model's output and {layer: its output, or input}, for one batch, in the current mode of the model.
 
-        inputs: a tensor, or a mapping of keyword arguments. layers: those wanted, all that are tracked by default.
+        inputs: a tensor, or a mapping of keyword arguments. layers: default: all tracked layers.
 
-        Activations carry no graph. They are copies: whether a later operation writes into a tensor in place, as a ReLU may, is
-        known only when it is too late. The calls of a layer that runs several times follow one another along the first axis.
+        Activations are detached copies, because a later operation, such as an in-place ReLU, may overwrite the original. If a layer
+        runs several times, its calls are concatenated along the first axis.
 
         Raises ValueError for a layer that is not tracked, or never runs.
         """
         if port not in ("output", "input"):
-            raise ValueError(f"port is {port!r}; it is 'output' or 'input'")
+            raise ValueError(f"port is {port!r}; it must be 'output' or 'input'")
         chosen = self._chosen(layers)
         shown: dict[str, list[Tensor]] = {layer.name: [] for layer in chosen}
         with Capture(
@@ -53,16 +53,16 @@ class ModelWrapper:
         ) as capture:
             capture.gate = True
             outputs = self._run(inputs)
-        silent = next((name for name, calls in shown.items() if not calls), None)
-        if silent is not None:
+        uncalled = next((name for name, calls in shown.items() if not calls), None)
+        if uncalled is not None:
             raise ValueError(
-                f"layer {silent!r} is never called by {type(self.model).__name__}.forward (its parent may read its weight "
+                f"layer {uncalled!r} is never called by {type(self.model).__name__}.forward (its parent may read its weight "
                 "directly): name another layer, such as the module that takes its output"
             )
         return outputs, {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in shown.items()}
 
     def get_layer_weights(self, layers: str | Sequence[str] | None = None) -> dict[str, Tensor]:
-        """{layer: its weight as it is stored, detached}. Raises ValueError for a layer that is not tracked or has none."""
+        """{layer: its stored weight, detached}. Raises ValueError for a layer that is not tracked or has no weight."""
         weights = {}
         for layer in self._chosen(layers):
             tensor = layer.tensor
@@ -75,7 +75,7 @@ class ModelWrapper:
         names = self.layers if layers is None else [layer.name for layer in find_layers(self.model, layers)]
         unknown = next((name for name in names if name not in self._found), None)
         if unknown is not None:
-            raise ValueError(f"layer {unknown!r} is not tracked; tracked are {', '.join(self._found)}")
+            raise ValueError(f"layer {unknown!r} is not tracked; tracked layers: {', '.join(self._found)}")
         return [self._found[name] for name in names]
 
     def _run(self, inputs: Tensor | Mapping[str, Any]) -> Any:
@@ -83,4 +83,4 @@ class ModelWrapper:
             return self.model(inputs)
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
-        raise ValueError(f"inputs are a tensor or a mapping of keyword arguments, not a {type(inputs).__name__}")
+        raise ValueError(f"inputs must be a tensor or a mapping of keyword arguments, not a {type(inputs).__name__}")

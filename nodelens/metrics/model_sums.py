@@ -15,7 +15,7 @@ from nodelens.network.groups import GroupSlice
 from nodelens.statistics.processes import reduce_tensor
 from nodelens.statistics.rows import Rows
 
-from .core_and_halo import correlations, largest, share_of
+from .supernode import correlations, largest, share_of
 
 Unit = Literal["sequence", "token"]
 LossReduction = Literal["sum", "mean"]

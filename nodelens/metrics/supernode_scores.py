@@ -9,9 +9,9 @@ from torch import Tensor
 from nodelens.network.group_layer import GroupLayer
 
 from .base import Metric
-from .core_and_halo import connectivity, halo, protection, redundancy_to_core
 from .model_sums import LossReduction, SupernodeProducts, Unit
 from .need import Need
+from .supernode import connectivity, halo, protection, redundancy_to_supernodes
 from .taylor import check_tokens
 
 
@@ -19,10 +19,10 @@ from .taylor import check_tokens
 class ScarProt(Metric):
     """Loss proxy of a channel, lowered in the halo by what the supernodes repeat of it.
 
-    The supernodes are the ``core_fraction`` channels of largest loss proxy L; the halo those that write most where they write. The
-    supernodes are kept by the criterion's own constraint (``protect``), not by their score. Data are read twice.
-    ``loss_reduction: mean`` takes the mean loss of each text, ``corr_eps: 1e-8`` stands under the root of the correlations: the
-    published code's numbers.
+    The supernodes are the share ``supernode_fraction`` of the channels, those of largest loss proxy L. The halo are the channels
+    that write most to the same outputs. The criterion's constraint ``protect`` keeps the supernodes, not their score. The data
+    are read twice. ``loss_reduction: mean`` takes the mean loss of each text; ``corr_eps: 1e-8`` stands under the root of the
+    correlations, as in the published code.
 
     Formula: L Protect, L = 0.5 E q^2, q = u dL/du per token, Protect by the rank of the redundancy: f + (1 - f)(1 - r^g)
     Shapes: q over tokens of what one linear layer reads -> (units,)
@@ -37,7 +37,7 @@ class ScarProt(Metric):
     parameter: ClassVar = "group"
     reads_consumers: ClassVar = True
     unit: Unit = "token"
-    core_fraction: float = 0.01
+    supernode_fraction: float = 0.01
     halo_fraction: float = 0.1
     connectivity_topk: int = 256
     connectivity_mass_fraction: float | None = None
@@ -50,7 +50,7 @@ class ScarProt(Metric):
     loss_reduction: LossReduction = "sum"
 
     def needs(self) -> dict[str, Need]:
-        options = (self.unit, self.core_fraction, self.loss_reduction)
+        options = (self.unit, self.supernode_fraction, self.loss_reduction)
         return {"q": Need(SupernodeProducts, "model", options=options)}  # type: ignore[arg-type]
 
     def check_group(self, name: str, group: GroupLayer) -> None:
@@ -63,7 +63,7 @@ class ScarProt(Metric):
         members = halo(connected, core, self.halo_fraction)
         redundancy = torch.full_like(proxy, torch.nan)
         rho = q.correlation(group.name, self.corr_eps)
-        every = redundancy_to_core(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        every = redundancy_to_supernodes(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
         redundancy[members] = every[members]
         kept = protection(redundancy, members, "rank_power", self.protection_floor, self.protection_rank_power)
         values = {"proxy": proxy, "connectivity": connected, "redundancy": redundancy, "protection": kept}

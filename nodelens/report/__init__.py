@@ -1,4 +1,4 @@
-"""Figures and pages, made of the saved files only."""
+"""Figures and report pages, made from the saved files only."""
 
 from .page import write_page, write_pruning_page
 

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes. The one file that draws."""
+"""Figures of metrics and pruning sweeps, as PNG bytes."""
 
 import io
 import warnings
@@ -29,7 +29,7 @@ plt.rcParams.update(
 
 
 def distributions(result: Result) -> bytes:
-    """A box a layer, a panel a metric."""
+    """Distribution over units: one panel per metric, one box per layer."""
     columns = values_of(result.units)
     names = list(dict.fromkeys(result.units.index.get_level_values("layer")))
     across = min(3, max(1, len(columns)))
@@ -59,7 +59,7 @@ def distributions(result: Result) -> bytes:
         axis.set_title(column)
         axis.set_yticks(range(1, len(names) + 1), [short(n) for n in names])
         spread = np.unique(np.concatenate(values)) if values else np.empty(0)
-        if len(spread) == 1:  # an axis of its own would make a scale out of nothing
+        if len(spread) == 1:  # automatic ticks would suggest a range
             axis.set_xticks(spread)
     axes.flat[0].invert_yaxis()
     for axis in list(axes.flat)[len(columns) :]:
@@ -68,12 +68,12 @@ def distributions(result: Result) -> bytes:
 
 
 def agreement(result: Result) -> bytes:
-    """A matrix of rank correlations of metrics."""
+    """Matrix of rank correlations between metrics."""
     columns = values_of(result.units)
     total, weight = np.zeros((len(columns),) * 2), np.zeros((len(columns),) * 2)
     for _, rows in result.units[columns].groupby(level="layer", sort=False):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a metric that is constant in a layer has no rank correlation
+            warnings.simplefilter("ignore", RuntimeWarning)  # constant metrics have no rank correlation
             found = rows.rank().corr().to_numpy()
         known = np.isfinite(found)
         total[known] += found[known] * len(rows)
@@ -94,18 +94,18 @@ def agreement(result: Result) -> bytes:
 
 
 def layers(result: Result) -> bytes:
-    """Values of whole layers, a panel a metric, with standard errors."""
+    """Metrics of layers with standard errors, one panel per metric."""
     names = [f"{short(str(n))} ({u})" for n, u in result.layers["units"].items()]
     return _dots(result.layers, names)
 
 
 def edges(result: Result) -> bytes:
-    """Values of pairs of layers, a panel a metric, with standard errors."""
+    """Metrics of layer pairs with standard errors, one panel per metric."""
     return _dots(result.edges, [f"{short(str(a), 20)} \u2192 {short(str(b), 20)}" for a, b in result.edges.index])
 
 
 def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
-    columns = [c for c in values_of(table) if table[c].notna().any()]  # an empty panel would have an axis out of nothing
+    columns = [c for c in values_of(table) if table[c].notna().any()]  # no empty panels
     across = min(4, max(1, len(columns)))
     down = -(-len(columns) // across)
     figure, axes = plt.subplots(
@@ -129,7 +129,7 @@ def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
 
 
 def curves(sweep: pd.DataFrame) -> bytes:
-    """Accuracy or perplexity against the share of MACs that went: a line a criterion, a panel an allocation and compensation."""
+    """Accuracy or perplexity against the share of MACs removed: a line per criterion, a panel per allocation and compensation."""
     found, order = curve_of(sweep), areas(sweep)["area"]
     ways = [list(dict.fromkeys(sweep[k])) for k in ("allocation", "compensate", "mode")]
     down, across = len(ways[0]) * len(ways[2]), len(ways[1])
@@ -168,7 +168,7 @@ def curves(sweep: pd.DataFrame) -> bytes:
 
 
 def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k: int) -> None:
-    """One criterion's line from the dense model on, with a band of one standard deviation over seeds."""
+    """The line of one criterion, starting at the dense model, with a band of one standard deviation over seeds."""
     curve = curve.sort_values("saved")
     x, mean = np.concatenate([[0.0], curve["saved"]]), np.concatenate([[dense], curve["mean"]])
     spread = np.concatenate([[0.0], curve["std"].fillna(0)])
@@ -180,14 +180,14 @@ def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k:
 
 
 def short(name: str, most: int = 40) -> str:
-    """The end of a long name, from a dot on."""
+    """A long name shortened to its end, cut at a dot."""
     while len(name) > most and "." in name.lstrip("\u2026"):
         name = "\u2026" + name.lstrip("\u2026").split(".", 1)[1]
     return name if len(name) <= most else "\u2026" + name[-most + 1 :]
 
 
 def png(figure: plt.Figure) -> bytes:
-    """The picture of a figure, which is closed."""
+    """The PNG bytes of a figure; closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""One HTML page of a finished run."""
+"""The HTML report page of a finished run."""
 
 import base64
 import html
@@ -24,7 +24,7 @@ th:first-child, td:first-child { text-align: left; } td.words { white-space: nor
 
 
 def write_page(folder: str | Path) -> Path:
-    """Draws what a run's folder holds and writes ``report.html`` with its figures inside, and ``figures/``.
+    """Writes ``report.html`` with embedded figures, and the figures as files in ``figures/``, from the files of a run.
 
     Raises FileNotFoundError for a folder without a finished run.
     """
@@ -44,29 +44,29 @@ def write_page(folder: str | Path) -> Path:
     if _layer_metrics(result):
         parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
     if len(result.edges) and result.edges[values_of(result.edges)].notna().any(axis=None):
-        parts += _section("Pairs of layers", [_figure(folder, "edges", figures.edges(result), _EDGES)])
+        parts += _section("Layer pairs", [_figure(folder, "edges", figures.edges(result), _EDGES)])
     if len(result.layers):
         parts += _section("Means over units", [_table(_means(result))])
     parts += _analyses(folder)
     if result.metadata["metrics"]:
         parts += _section("Definitions", [_definitions(result)])
-        parts += _section("What is missing, and why", [_missing(result)])
+        parts += _section("Missing values and their reasons", [_missing(result)])
     return _write(folder, parts)
 
 
 def _analyses(folder: Path) -> list[str]:
-    """A section for each analysis that lies finished below a run's folder."""
+    """One section per finished analysis in the run folder."""
     parts: list[str] = []
-    for name, (title, read, drawn) in _drawn().items():
+    for name, (title, read, draw) in _drawn().items():
         if (folder / name / "metadata.json").is_file():
             found = read(folder / name)
-            figures = [_figure(folder, f"{name}-{which}", png, words) for which, png, words in drawn(found)]
-            parts += _section(title, [*(f"<p>{html.escape(line)}</p>" for line in found.lines()), *figures])
+            figures = [_figure(folder, f"{name}-{which}", png, words) for which, png, words in draw(found)]
+            parts += _section(title, [*(f"<p>{html.escape(line)}</p>" for line in found.summary().splitlines()), *figures])
     return parts
 
 
 def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iterable[tuple[str, bytes, str]]]]]:
-    """By an analysis's folder: a title, what reads it, and what draws it."""
+    """{folder of an analysis: (title, function that loads it, function that draws it)}."""
     from nodelens.analysis.geometry.bundle import load_bundle
     from nodelens.analysis.supernodes.supernode_result import load_supernodes
 
@@ -74,13 +74,13 @@ def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iter
     from . import supernode_figures as supernodes
 
     return {
-        "geometry": ("Geometry of the residual stream", load_bundle, geometry.drawn),
-        "supernodes": ("Loss-critical channels", load_supernodes, supernodes.drawn),
+        "geometry": ("Geometry of the residual stream", load_bundle, geometry.figures_of),
+        "supernodes": ("Supernodes", load_supernodes, supernodes.figures_of),
     }
 
 
 def write_pruning_page(folder: str | Path) -> Path:
-    """The page of a pruning run: curves, ranking, axes, scores. Raises FileNotFoundError for a folder without a finished run."""
+    """The page of a pruning run: curves, ranking, groups, scores. Raises FileNotFoundError for a folder without a finished run."""
     from . import figures
 
     folder = Path(folder)
@@ -88,9 +88,9 @@ def write_pruning_page(folder: str | Path) -> Path:
     sweep = pd.read_parquet(folder / "sweep.parquet")
     parts = [_head(result)]
     parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
-    parts += _section("Axes", [_table(result.layers)])
+    parts += _section("Pruning groups", [_table(result.layers)])
     frozen = result.metadata.get("frozen") or []
-    parts += _section("What is frozen", [_table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
+    parts += _section("Frozen groups", [_table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
     if values_of(result.units):
         scores = [_figure(folder, "units", figures.distributions(result), _UNITS)]
         parts += _section("Scores", [*scores, _figure(folder, "agreement", figures.agreement(result), _AGREEMENT)])
@@ -106,18 +106,18 @@ def _write(folder: Path, parts: list[str]) -> Path:
 
 
 _CURVES = (
-    "Accuracy (of a language model perplexity) on the test set against the share of multiply-accumulates that went; bands are one "
-    "standard deviation over seeds, the dotted line is the dense network. In the table, area is the mean up to the share that "
-    "every line reaches; columns are requested amounts."
+    "Test accuracy (language models: perplexity) against the share of multiply-accumulates (MACs) removed. Bands are one standard "
+    "deviation over seeds; the dotted line is the dense network. In the table, area is the mean of a curve up to the share that "
+    "every curve reaches; the columns are requested amounts."
 )
-_UNITS = "Each metric over each layer's units: box from the first to the third quartile, whiskers to 1.5 times that range."
+_UNITS = "Distribution of each metric over the units of a layer. Boxes show the quartiles, whiskers 1.5 interquartile ranges."
 _AGREEMENT = (
-    "Spearman correlation of metrics over units, ranks within a layer, averaged over layers weighed by units; "
-    "grey where a metric is the same for every unit."
+    "Spearman correlation between metrics over the units of a layer, averaged over layers with the number of units as weights; "
+    "grey where a metric is constant."
 )
-_LAYERS = "Values of whole layers with one jackknife standard error; in brackets the number of units."
+_LAYERS = "Metrics of layers with one jackknife standard error; the number of units is in parentheses."
 _EDGES = (
-    "How pairs of layers compare, with one jackknife standard error; by positions where both have the same, else by samples "
+    "Metrics of layer pairs with one jackknife standard error. Rows are positions if both layers have the same, else samples "
     "(means over positions)."
 )
 
@@ -149,9 +149,9 @@ def _section(title: str, parts: Iterable[str]) -> list[str]:
 
 def _figure(folder: Path, name: str, png: bytes, caption: str) -> str:
     write(folder / "figures" / f"{name}.png", lambda path: path.write_bytes(png))
-    inside = base64.b64encode(png).decode()
-    words = html.escape(caption)
-    return f"<figure><img alt='{words}' src='data:image/png;base64,{inside}'><figcaption>{words}</figcaption></figure>"
+    encoded = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    return f"<figure><img alt='{text}' src='data:image/png;base64,{encoded}'><figcaption>{text}</figcaption></figure>"
 
 
 def _table(frame: pd.DataFrame, words: bool = False) -> str:
@@ -204,5 +204,5 @@ def _definitions(result: Result) -> str:
 def _missing(result: Result) -> str:
     entries = result.metadata.get("missing", [])
     if not entries:
-        return "<p>Nothing: every unit and layer has every number.</p>"
+        return "<p>None: every unit and layer has a value for every metric.</p>"
     return _table(pd.DataFrame(entries).set_index("layer"), words=True)

@@ -1,4 +1,4 @@
-"""Figures of loss-critical channels, made of what an analysis saved."""
+"""Figures of a supernode analysis, drawn from its saved result."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,48 +8,49 @@ import numpy as np
 import pandas as pd
 
 from nodelens.analysis.supernodes.agreement import MEAN, POOLED
+from nodelens.analysis.supernodes.controls import RANDOM
 from nodelens.analysis.supernodes.supernode_result import SupernodesResult, load_supernodes
 from nodelens.results.files import write
 
 from .figures import COLOURS, plt, png, short
 
 
-def drawn(found: SupernodesResult) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of what there is to draw."""
+def figures_of(found: SupernodesResult) -> Iterator[tuple[str, bytes, str]]:
+    """Name, picture and caption of each figure of a result."""
     yield (
         "concentration",
         concentration(found),
-        "Share of each layer's loss proxy that its largest units hold; alike: the diagonal.",
+        "Share of the units, largest first, against their share of the layer's loss proxy. Equal units would lie on the diagonal.",
     )
     if found.controls["difference"].notna().any():
         yield (
             "controls",
             controls(found),
-            "Redundancy of the halo to its core; of the halo to random cores; of matched units to the core.",
+            "Redundancy of the halo to its supernodes, of the halo to random sets, and of matched units to the supernodes.",
         )
     if len(found.ablation):
         yield (
             "ablation",
             ablation(found),
-            "Loss proxy against the true change of the loss; hollow: it falls; dotted: median standard error.",
+            "Loss proxy against the change of the loss under ablation. Open circles: it falls; dotted: median standard error.",
         )
         yield (
             "agreement",
             agreement(found),
-            "Rank correlation of each score with the true change: mean over layers, layers in grey.",
+            "Rank correlation of each score with the change of the loss under ablation: mean over layers; single layers in grey.",
         )
-        yield "hits", hits(found), "Share of the most harmful units that are among as many largest by a score, over all layers."
+        yield "hits", hits(found), "Share of the k units whose ablation raises the loss most that are among the top k by a score."
     if len(found.robustness):
-        yield "robustness", robustness(found), "Supernodes and loss proxies of resampled texts against each other, a draw a value."
+        yield "robustness", robustness(found), "Agreement of supernodes and loss proxies between resamples, one value per draw."
 
 
 def write_supernodes(folder: str | Path) -> list[Path]:
-    """Draws what a folder of ``SupernodesResult.save`` holds into ``figures`` below it; the files, in order.
+    """Draws the figures of a folder written by ``SupernodesResult.save`` into its subfolder ``figures``; returns their paths.
 
     Raises FileNotFoundError for a folder without a finished analysis.
     """
     paths = []
-    for name, image, _ in drawn(load_supernodes(folder)):
+    for name, image, _ in figures_of(load_supernodes(folder)):
         path = Path(folder) / "figures" / f"{name}.png"
         write(path, partial(Path.write_bytes, data=image))
         paths.append(path)
@@ -57,7 +58,7 @@ def write_supernodes(folder: str | Path) -> list[Path]:
 
 
 def concentration(result: SupernodesResult) -> bytes:
-    """The share of each layer's loss proxy that its largest units hold; alike they would lie on the diagonal."""
+    """Share of the units, largest first, against their share of the loss proxy; one line per layer."""
     figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
     layers = list(result.layers.index)
     for k, layer in enumerate(layers):
@@ -70,7 +71,7 @@ def concentration(result: SupernodesResult) -> bytes:
 
 
 def ablation(result: SupernodesResult, score: str = "loss_proxy") -> bytes:
-    """A score against the true change of the loss when the unit goes, on logarithmic axes; a change for the better lies hollow."""
+    """A score against the change of the loss under ablation, on logarithmic axes; open circles where the loss falls."""
     table = result.ablation.join(result.units[[score]])
     layers = list(dict.fromkeys(table.index.get_level_values("layer")))
     figure, axis = plt.subplots(figsize=(5.4, 4.2), layout="constrained")
@@ -83,16 +84,14 @@ def ablation(result: SupernodesResult, score: str = "loss_proxy") -> bytes:
     _level(axis, table["change_se"].median())
     pooled = result.pooled()
     rho = pooled[pooled["score"] == score].iloc[0]
-    axis.set(xscale="log", yscale="log", xlabel=score.replace("_", " "), ylabel="change of the loss, nats a prediction")
-    axis.set_title(
-        f"{len(table):,} units; Spearman {rho['spearman']:.2f} +- {rho['spearman_se']:.2f} pooled; hollow: the loss falls"
-    )
+    axis.set(xscale="log", yscale="log", xlabel=score.replace("_", " "), ylabel="change of the loss, nats per prediction")
+    axis.set_title(f"{len(table):,} units; Spearman {rho['spearman']:.2f} +- {rho['spearman_se']:.2f} pooled; open: the loss falls")
     axis.legend(frameon=False, fontsize=7)
     return png(figure)
 
 
 def agreement(result: SupernodesResult) -> bytes:
-    """Rank correlations of every score with the true change: the mean over layers with its standard error, layers as dots."""
+    """Rank correlation of each score with the change of the loss: mean over layers with standard error; layers as dots."""
     table = result.agreement
     place = MEAN if MEAN in set(table["layer"]) else table["layer"].iloc[0]
     mean = table[table["layer"] == place].set_index("score").sort_values("spearman", na_position="first")
@@ -103,12 +102,12 @@ def agreement(result: SupernodesResult) -> bytes:
     axis.scatter(own["spearman"], own["score"].map(at), s=8, color="#9aa2ad", linewidth=0)
     axis.errorbar(mean["spearman"], range(len(mean)), xerr=mean["spearman_se"], fmt="o", markersize=4, color=COLOURS[0], capsize=2)
     axis.set_yticks(range(len(mean)), mean.index)
-    axis.set_xlabel("Spearman correlation with the true change")
+    axis.set_xlabel("Spearman correlation with the change of the loss")
     return png(figure)
 
 
 def hits(result: SupernodesResult) -> bytes:
-    """The share of the most harmful units that each score finds, by budget, over all units; dashed: chance."""
+    """Share of the most harmful units that each score finds, by budget, over all units; dashed: chance."""
     table = result.pooled("hits")
     figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
     final = table.groupby("score")["hits"].mean().sort_values(ascending=False)
@@ -127,7 +126,7 @@ def hits(result: SupernodesResult) -> bytes:
 
 
 def controls(result: SupernodesResult) -> bytes:
-    """Redundancy of each layer's halo to its core, beside random cores and matched units, with their standard errors."""
+    """Redundancy of each layer's halo to its supernodes, with the controls and their standard errors."""
     table = result.controls[result.controls["quantity"] == "redundancy"]
     layers = list(result.layers.index)
     figure, axis = plt.subplots(figsize=(5.4, 1.2 + 0.3 * len(layers)), layout="constrained")
@@ -142,10 +141,10 @@ def controls(result: SupernodesResult) -> bytes:
             markersize=3.5,
             color=COLOURS[k + 1],
             capsize=2,
-            label="random cores" if control == "random core" else str(control),
+            label="halo to random sets" if control == RANDOM else f"{control} to supernodes",
         )
     halo = table.drop_duplicates("layer").set_index("layer").reindex(layers)["halo"]
-    axis.scatter(halo, place, s=18, color=COLOURS[0], label="halo to its core")
+    axis.scatter(halo, place, s=18, color=COLOURS[0], label="halo to its supernodes")
     axis.set_yticks(place, [short(str(layer)) for layer in layers])
     axis.invert_yaxis()
     axis.set_xlabel("redundancy, nats")
@@ -154,7 +153,7 @@ def controls(result: SupernodesResult) -> bytes:
 
 
 def robustness(result: SupernodesResult) -> bytes:
-    """How resampled texts agree, a box a layer: overlap of supernodes, rank correlation of loss proxies."""
+    """Agreement of resampled texts, one box per layer: overlap of supernodes, rank correlation of loss proxies."""
     layers = list(dict.fromkeys(result.robustness["layer"]))
     figure, panels = plt.subplots(1, 2, figsize=(7.4, 1.2 + 0.26 * len(layers)), sharey=True, layout="constrained")
     for axis, column, title in zip(panels, ("jaccard", "spearman"), ("supernodes, Jaccard", "loss proxy, Spearman"), strict=True):
@@ -167,16 +166,16 @@ def robustness(result: SupernodesResult) -> bytes:
 
 
 def _shade(k: int, n: int) -> tuple[float, float, float, float]:
-    """A colour for the k-th of n layers, dark to bright with depth."""
+    """The colour of the k-th of n layers, from dark to bright with depth."""
     return plt.get_cmap("viridis")(0.9 * k / max(n - 1, 1))
 
 
 def _named(layers: list[str], k: int) -> str | None:
-    """A layer's name in a legend: all of a few, of many the first and the last."""
+    """The legend entry of a layer: all of up to 8 layers, else the first and the last."""
     return short(str(layers[k]), 24) if len(layers) <= 8 or k in (0, len(layers) - 1) else None
 
 
 def _level(axis: plt.Axes, error: float) -> None:
-    """A line at the median standard error of a change: below it a change is noise of the text."""
+    """A line at the median standard error; smaller changes cannot be told from sampling noise."""
     if pd.notna(error) and error > 0:
         axis.axhline(error, color="#9aa2ad", linewidth=1, linestyle=":")

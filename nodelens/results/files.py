@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files: a file appears complete or not at all."""
 
 import json
 import math
@@ -12,37 +12,37 @@ _BEFOREHAND = {".hydra", "settings.json", ".log", "splits.json", "hparams.yaml"}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Has ``fill`` write a file beside the path, then puts it in its place in one step."""
+    """Lets ``fill`` write a temporary file next to the path, then renames it atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        fill(beside)
-        beside.replace(path)
+        fill(temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, NaN and infinities as null."""
+    """Writes a JSON file, with NaN and infinities as null."""
     text = json.dumps(plain(value), indent=1, allow_nan=False)
-    write(path, lambda beside: beside.write_text(text + "\n"))
+    write(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError for a file that is no JSON."""
+    """Reads a JSON file. Raises ValueError for a file that is not JSON."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def has_results(folder: Path) -> bool:
-    """Whether a run's folder holds more than what is written before anything is computed: settings, config, log, splits."""
+    """Whether a run folder has files other than those written before the computation: settings, config, log, splits."""
     return any(p.is_file() and not (_BEFOREHAND & {p.name, p.parent.name, p.suffix}) for p in folder.rglob("*"))
 
 
 def remove_traces(folder: Path, there: Path) -> None:
-    """Removes the folder of a run that ended before it found anything, and those above it that it made: up to ``there``."""
+    """Removes the folder of a run that ended without results, and its empty parents up to ``there``."""
     if there not in folder.parents or has_results(folder):
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,7 @@ def remove_traces(folder: Path, there: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dictionaries, lists, numbers and words only, as JSON and a weights-only load take them."""
+    """Converts a value to dictionaries, lists, numbers and strings, which JSON and a weights-only load accept."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):

@@ -1,4 +1,4 @@
-"""Results in the experiment's logger: scalars as curves, tables as tables."""
+"""Logging of results to experiment loggers: scalars and tables."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from .result import Result, values_of
 
 
 def scalars(result: Result) -> dict[str, float]:
-    """``units/<layer>/<metric>``: means over units; ``layers/<layer>/<metric>``: a layer's own; ``edges/<a>-<b>/<metric>``."""
+    """``units/<layer>/<metric>``: means over units; ``layers/<layer>/<metric>``; ``edges/<a>-<b>/<metric>``: layer pairs."""
     means = result.units[values_of(result.units)].groupby(level="layer", sort=False).mean()
     edges = result.edges[values_of(result.edges)] if len(result.edges) else pd.DataFrame()
     edges.index = [f"{a}-{b}" for a, b in edges.index]
@@ -23,7 +23,7 @@ def scalars(result: Result) -> dict[str, float]:
 
 
 def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float] | None = None) -> None:
-    """Final scalars to every logger, whole tables to those that take tables (W&B)."""
+    """Logs final scalars to every logger, and tables to loggers that accept them (W&B)."""
     for logger in loggers:
         logger.log_metrics(scalars(result) | (summary or {}))
         if hasattr(logger, "log_table"):
@@ -34,16 +34,16 @@ def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float]
 
 
 def log_tables(loggers: Iterable[Any], prefix: str, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Tables, ``<prefix>/<name>``, to the loggers that take any."""
+    """Logs tables as ``<prefix>/<name>`` to the loggers that accept them."""
     for logger in loggers:
         for name, table in tables.items():
             if hasattr(logger, "log_table") and len(table):
-                plain = table.astype(object).where(table.notna(), None)  # it takes plain values
+                plain = table.astype(object).where(table.notna(), None)  # None for missing values
                 logger.log_table(f"{prefix}/{name}", dataframe=plain)
 
 
 def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, float]) -> None:
-    """A sweep's curves, a step an amount in per cent, and its table."""
+    """Logs the curves of a sweep, with the amount in per cent as the step, and its table."""
     measure = "perplexity" if "perplexity" in table else "accuracy"
     for logger in loggers:
         logger.log_metrics({f"final/{k}": v for k, v in dense.items()})
@@ -53,17 +53,17 @@ def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, floa
             curve = {f"prune/{name}/{measure}": float(value) for name, value in zip(names, means, strict=True)}
             logger.log_metrics(curve | {"prune/amount": float(amount)}, step=round(100 * float(amount)))
         if hasattr(logger, "log_table"):
-            logger.log_table("sweep", dataframe=table.astype(object).where(table.notna(), None))  # it takes plain values
+            logger.log_table("sweep", dataframe=table.astype(object).where(table.notna(), None))  # None for missing values
 
 
 def _varied(table: pd.DataFrame) -> list[str]:
-    """What tells curves apart: the criterion, and whatever else differs."""
+    """The columns that distinguish curves: the criterion, and others that vary."""
     return [k for k in ("criterion", "allocation", "compensate", "mode") if k == "criterion" or table[k].nunique() > 1]
 
 
 def close(loggers: Iterable[Any]) -> None:
-    """Ends each logger's run, so that the next job of a sweep starts its own."""
+    """Ends the run of each logger, so that the next job of a sweep starts its own."""
     for logger in loggers:
         logger.finalize("success")
-        if hasattr(logger, "log_table") and logger._experiment is not None:  # asking for one that is not open would open it
+        if hasattr(logger, "log_table") and logger._experiment is not None:  # experiment would open one
             logger.experiment.finish()

@@ -1,4 +1,4 @@
-"""Results: tables, matrices and where they come from, saved to a folder and loaded again."""
+"""Results: tables, matrices and provenance, saved to a folder and loaded again."""
 
 import glob
 import hashlib
@@ -16,17 +16,17 @@ from torch import nn
 from .files import read_json, write, write_json
 
 SCHEMA = 1
-BESIDE = ("_se", "_bias", "_null", "_p")  # what may stand beside a column, by its suffix
+BESIDE = ("_se", "_bias", "_null", "_p")  # suffixes of columns that accompany a metric
 _PACKAGES = ("nodelens", "torch", "lightning", "hydra-core", "transformers", "datasets", "numpy", "pandas")
 
 
 @dataclass
 class Result:
-    """What a run found.
+    """The result of a run.
 
-    units: index (layer, unit), a column a metric, ``<metric>_se`` beside it; layers: a row a layer; matrices:
-    {(layer, name): (units, units)}, or (inputs,) for a value an input feature; metadata: definitions, rows seen, reasons for
-    NaN, versions, config; edges: index (layer, next), a row a pair of layers.
+    units: index (layer, unit), one column per metric and its standard error ``<metric>_se``; layers: one row per layer; matrices:
+    {(layer, name): (units, units)}, or (inputs,) for one value per input feature; metadata: definitions, rows seen, reasons for
+    NaN, versions, config; edges: index (layer, next), one row per layer pair.
     """
 
     units: pd.DataFrame
@@ -36,7 +36,7 @@ class Result:
     edges: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the tables, then the metadata that says they are complete. Raises OSError where it cannot."""
+        """Writes the tables, then the metadata, which marks the folder complete. Raises OSError if writing fails."""
         folder = Path(folder)
         write(folder / "units.parquet", self.units.to_parquet)
         write(folder / "layers.parquet", self.layers.to_parquet)
@@ -50,16 +50,16 @@ class Result:
 
 
 def values_of(frame: pd.DataFrame) -> list[str]:
-    """The numeric columns that are metrics: not the error, bias, null or p-value that stand beside one."""
+    """The numeric columns that are metrics, without the error, bias, null and p-value columns."""
     numeric = [str(c) for c in frame.select_dtypes("number") if c != "units"]
     return [c for c in numeric if not any(c.endswith(s) and c.removesuffix(s) in numeric for s in BESIDE)]
 
 
 def load(folder: str | Path) -> Result:
-    """The result in a run's folder. Raises FileNotFoundError where there is none that is complete."""
+    """Loads the result in a run folder. Raises FileNotFoundError if there is no complete one."""
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run: metadata.json is missing")
+        raise FileNotFoundError(f"{folder} has no finished run: metadata.json is missing")
     matrices = {}
     if (folder / "matrices.safetensors").is_file():
         for key, array in load_file(str(folder / "matrices.safetensors")).items():
@@ -71,12 +71,12 @@ def load(folder: str | Path) -> Result:
 
 
 def load_runs(pattern: str) -> pd.DataFrame:
-    """Finished runs below a pattern such as ``outputs/**`` as one frame: a row a unit, columns run and the config's values.
+    """Loads the finished runs that match a pattern such as ``outputs/**`` as one frame, with columns for run and config values.
 
-    Raises FileNotFoundError where no run matches.
+    The frame has one row per unit and run. Raises FileNotFoundError if no run matches.
     """
     found = {Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)}  # noqa: PTH207  absolute or not
-    folders = sorted(folder for folder in found if folder.parent not in found)  # the others are a run's analyses
+    folders = sorted(folder for folder in found if folder.parent not in found)  # subfolders are analyses of a run
     if not folders:
         raise FileNotFoundError(f"no finished run matches {pattern!r}")
     frames = []
@@ -88,7 +88,7 @@ def load_runs(pattern: str) -> pd.DataFrame:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as one level: keys joined by dots, lists as text."""
+    """A nested config as one level: keys joined by dots, lists as strings."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -99,13 +99,13 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what took part, and the commit of the code where it lies in a checkout."""
+    """Versions of the packages, and the commit of the code if it is in a checkout."""
     versions = {name: packages.version(name) for name in _PACKAGES if _installed(name)}
     return {"schema_version": SCHEMA, "versions": versions, "commit": _commit()}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every tensor in a model's state: equal weights, equal hash."""
+    """A hash of all tensors in the state of a model; equal weights have equal hashes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)

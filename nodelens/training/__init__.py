@@ -1,1 +1,1 @@
-"""Training: the callback that measures every epoch, and fine-tuning after pruning."""
+"""Training: a callback that measures units every epoch, and fine-tuning after pruning."""

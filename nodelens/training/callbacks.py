@@ -1,4 +1,4 @@
-"""Lightning's clock on one side, the plan on the other."""
+"""Lightning callbacks that measure units during training and record the test score."""
 
 import time
 from pathlib import Path
@@ -30,8 +30,8 @@ from nodelens.results.result import Result
 class Measure(Callback):
     """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
 
-    on: ``probe``, the data module's calibration samples in eval mode after each epoch: the same rows every time; or
-    ``train``, the training batches as they pass, from weights that move. The module measured is ``module.net``.
+    on: ``probe`` measures the calibration samples in eval mode after each epoch, the same rows every time; ``train`` measures the
+    training batches while the weights change. The measured module is ``module.net``.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class Measure(Callback):
             self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr, operator]
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights before training: a run that goes on compares with them too."""
+        """The weights before training, which a resumed run needs too."""
         return {"start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them back."""
+        """Restores the weights before training."""
         self.start = state_dict.get("start")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -129,7 +129,7 @@ class Measure(Callback):
             log_result(trainer.loggers, self.result)
 
     def close(self, *_: Any, **__: Any) -> None:
-        """Takes the hooks away, also when training raises."""
+        """Removes the hooks, also if training raises."""
         if self.capture:
             self.capture.close()
         self.capture = self.taken = None
@@ -179,9 +179,9 @@ class Measure(Callback):
 
 
 class Outcome(Callback):
-    """Logs a training's settings when it starts and its best weights' test score when it ends, and writes the score to a file.
+    """Logs the settings when training starts, and the test score of the best weights when it ends; writes the score to a file.
 
-    A callback, as the process that trains may be another than the one that started it.
+    It is a callback because training may run in another process than the one that started it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -220,6 +220,6 @@ def _on(data: Any, module: LightningModule) -> Any:
 
 
 def _undo_scaling(trainer: Trainer, terms: int) -> float:
-    """From the gradient of a mean loss, divided by accumulation and multiplied by a loss scale, to the summed loss's."""
+    """The factor from the gradient of Lightning's mean loss (with accumulation and loss scale) to that of the summed loss."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return terms * trainer.accumulate_grad_batches / (scaler.get_scale() if scaler is not None else 1.0)

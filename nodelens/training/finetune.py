@@ -1,4 +1,4 @@
-"""Training a pruned network for a while, by Lightning: what is removed stays removed, the best epoch on validation data is kept."""
+"""Fine-tuning of a pruned network with Lightning: removed units stay removed, the best epoch on validation data is kept."""
 
 import copy
 import logging
@@ -20,10 +20,10 @@ from nodelens.network.targets import summed_loss
 class Finetune:
     """Fine-tunes a model in place: ``Finetune(train, val, epochs=5)`` is what ``nl.prune(finetune=...)`` takes.
 
-    train, val: loaders of batches as ``nl.analyze`` takes them. optimizer: called with the parameters; SGD with momentum 0.9 and
-    ``lr``, falling as a cosine over the epochs, where it is None. The mean loss of a batch is descended. After every step
-    removed units are set to zero again: stale momentum or weight decay cannot revive them. After every epoch the model is evaluated
-    on ``val``; the weights of the best epoch stay, those before the first one included. seed: of the order of batches and dropout.
+    train, val: batches in any form that ``nl.analyze`` takes. optimizer: called with the parameters; default: SGD with momentum 0.9
+    and ``lr``, with cosine decay over the epochs. The loss is the mean of a batch. After every step removed units are set to zero
+    again, so that momentum and weight decay cannot change them. After every epoch the model is evaluated on ``val``; the best
+    weights are kept, which may be those before training. seed: for the order of batches and dropout.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Finetune:
         loss: Any = summed_loss,
     ):
         if epochs < 1 or lr <= 0:
-            raise ValueError(f"fine-tuning takes 1 epoch at least and a positive lr, not {epochs} and {lr}")
+            raise ValueError(f"fine-tuning takes at least 1 epoch and a positive lr, not {epochs} and {lr}")
         self.train, self.val, self.epochs, self.lr = train, val, epochs, lr
         self.optimizer, self.seed, self.loss = optimizer, seed, loss
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]:
-        """Trains; returns the scores before and after on validation data, and the epoch that was kept."""
+        """Trains, and returns the validation scores before and after, and the epoch that was kept."""
         module = _Tuned(model, self, zeros)
         module.keep_if_best(0)
         before, device = module.best_score, device_of(model)
@@ -69,7 +69,7 @@ class Finetune:
 
 
 class _Batches:
-    """Batches of any iterable: Lightning takes a list for several loaders."""
+    """Wraps any iterable of batches, because Lightning treats a list as several loaders."""
 
     def __init__(self, data: Iterable[Any]):
         self.data = data
@@ -79,7 +79,7 @@ class _Batches:
 
 
 class _Tuned(LightningModule):
-    """A network and its optimiser, with zeros kept and the best weights set aside."""
+    """A network and its optimiser. Removed units are kept at zero; the best weights are stored."""
 
     def __init__(self, net: nn.Module, how: Finetune, zeros: Callable[[nn.Module], None]):
         super().__init__()
@@ -103,8 +103,8 @@ class _Tuned(LightningModule):
         self.keep_if_best(self.current_epoch + 1)
 
     def keep_if_best(self, epoch: int) -> None:
-        """Evaluates, and sets the weights aside if none were better."""
-        self.zeros(self.net)  # a batch norm's running mean of a removed unit, too
+        """Evaluates, and stores the weights if they are the best so far."""
+        self.zeros(self.net)  # also running means of batch norms
         score = evaluate(self.net, self.how.val)
         if not self.best or (score["accuracy"], -score["loss"]) > (self.best_score["accuracy"], -self.best_score["loss"]):
             self.best = copy.deepcopy(self.net.state_dict())

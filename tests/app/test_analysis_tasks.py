@@ -44,7 +44,7 @@ def test_the_terminal_and_the_page_say_what_was_found(run):
     folder, out = run
     assert "geometry: residual_input: participation ratio" in out
     page = (folder / "report.html").read_text()
-    assert "GeometryAnalysis of the residual stream" in page
+    assert "Geometry of the residual stream" in page
     names = {p.name for p in (folder / "figures").iterdir()}
     assert names == {"geometry-dimensions.png", "geometry-spectra.png", "geometry-novelty.png"}
     assert nl.load(folder).metadata["analyses"] == ["geometry"]
@@ -97,9 +97,9 @@ def test_lines_say_the_largest_step_and_the_busiest_expert():
         {"hook_point": "residual_input", "transition": ["0->1", "1->2"], "linear_cka_debiased": [0.9, 0.4]},
     )
     router = pd.DataFrame({"layer": [0, 3], "load_imbalance": [1.1, 2.25]})
-    lines = nl.GeometryResult(metrics, novelty, router).lines()
-    assert lines[0].endswith("participation ratio 2.0 at layer 0, 3.5 at layer 1, of 8 dimensions; 10 tokens")
-    assert lines[1].endswith("largest step 1->2, debiased CKA 0.400")
+    lines = nl.GeometryResult(metrics, novelty, router).summary().splitlines()
+    assert lines[0].endswith("participation ratio 2.0 at layer 0, 3.5 at layer 1, out of 8 dimensions; 10 tokens")
+    assert lines[1].endswith("largest change from layer 1->2, debiased CKA 0.400")
     assert "layer 3" in lines[2]
     assert "2.25 times" in lines[2]
 
@@ -139,4 +139,4 @@ def test_the_geometry_takes_the_budget_and_the_width_of_the_run(tmp_path, monkey
     assert len(load_bundle("passes/geometry").metadata["passes"]) == 2
     ended = command("analyze", *SMALL, *words, "budget.width=16", "dry_run=true", "hydra.run.dir=plan")
     assert ended.code == 0, ended.err
-    assert "it would not start as it is: site" in ended.out
+    assert "the pass would be refused: site" in ended.out

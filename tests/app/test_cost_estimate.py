@@ -1,4 +1,4 @@
-"""Forecasts of shapes alone against the passes themselves."""
+"""Cost estimates from shapes alone, compared with the passes themselves."""
 
 import json
 import resource
@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from ids import label
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -15,9 +16,18 @@ from nodelens.analysis.geometry.columns import columns_of
 from nodelens.analysis.geometry.reading import read
 from nodelens.analysis.geometry.sites import hook_points
 from nodelens.analysis.geometry.tokens import TokenReader
-from nodelens.app.cost_estimate import Machine, Placement, forecast, forecast_geometry, hollow, image_batch, of_config, token_batch
-from nodelens.app.tasks.common import claim
-from nodelens.app.tasks.plan import machine_of, plan
+from nodelens.app.cost_estimate import (
+    Machine,
+    Placement,
+    estimate_cost,
+    estimate_geometry_cost,
+    image_batch,
+    meta_model,
+    model_from_config,
+    token_batch,
+)
+from nodelens.app.tasks.common import _flat, create_run_dir, is_dry_run
+from nodelens.app.tasks.estimate_costs import estimate_costs, machine_of
 from nodelens.engine.analyze import run_pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.models import resnet
@@ -70,7 +80,7 @@ def test_the_plan_of_a_config_is_that_of_the_pass_and_the_sums_are_as_large(tiny
     metrics = [name for name in UNITS if name != "rq" or "hidden" not in str(layers)]  # which have no weights of their own
     plans = []
     result = nl.analyze(tiny, [texts(16, 12)], metrics, layers, groups=2, on_plan=plans.append)
-    found = forecast(llama(), metrics, layers, samples=16, length=12, rows=192, groups=2)
+    found = estimate_cost(llama(), metrics, layers, samples=16, length=12, rows=192, groups=2)
     assert found.statistics == result.metadata["plan"]["statistics"]
     assert found.bytes["total"] == result.metadata["plan"]["bytes"]
     assert found.forward["overhead"] == result.metadata["plan"]["estimated_overhead"]
@@ -81,7 +91,7 @@ def test_the_plan_of_a_config_is_that_of_the_pass_and_the_sums_are_as_large(tiny
 @pytest.mark.parametrize("layers", ["blocks.input", "blocks[:].mlp.hidden", ["blocks[n//2:].attention", "final_norm"]], ids=label)
 def test_roles_are_taken_of_a_config_alone(tiny, layers):
     metrics = ["activation_variance", "redundancy", "linear_cka"]
-    found = forecast(llama(), metrics, layers, samples=8, length=12, groups=2)
+    found = estimate_cost(llama(), metrics, layers, samples=8, length=12, groups=2)
     result = nl.analyze(tiny, [texts(8, 12)], metrics, layers, groups=2)
     assert [site["layer"] for site in found.sites] == list(result.layers.index)
     assert found.statistics == result.metadata["plan"]["statistics"]
@@ -95,7 +105,7 @@ def test_the_geometry_is_planned_as_it_is_read(tiny, points, diagnostics):
     takes = {"input_ids": None, "use_cache": False, "logits_to_keep": 1}
     stream = TokenReader([{"input_ids": texts(4, 12)["input_ids"]}], takes, None)
     seen = read(tiny, lambda: stream, hook_points(tiny, points), columns, 16).values.plan
-    found = forecast_geometry(
+    found = estimate_geometry_cost(
         llama(), hook_point=points, diagnostics=diagnostics, sample_limit=16, novelty_k=4, samples=4, length=12
     )
     assert found.statistics == seen.rows()
@@ -106,7 +116,7 @@ def test_the_geometry_is_planned_as_it_is_read(tiny, points, diagnostics):
 @pytest.mark.parametrize(("shape", "known"), SHAPES.items(), ids=list(SHAPES))
 def test_large_models_take_no_memory_and_cost_what_their_shape_says(shape, known):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = forecast_geometry(large(shape), length=128)
+    found = estimate_geometry_cost(large(shape), length=128)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1e9
     parameters, shape = known
     width, depth = shape["hidden_size"], shape["num_hidden_layers"]
@@ -134,7 +144,7 @@ def test_large_models_take_no_memory_and_cost_what_their_shape_says(shape, known
 )
 def test_a_forward_without_weights_shows_and_costs_what_the_real_one_does(config):
     config.dtype = torch.bfloat16  # the experts of a mixture are counted in one implementation and in the other
-    real, empty = built(config), of_config(config)
+    real, empty = built(config), model_from_config(config)
     names = [layer.name for layer in find_layers(real, "blocks")]
     batch = Batch.of(texts(2, 16) | {"ids": torch.arange(2)})
     seen = DryRun.of(real, find_layers(real, names), batch)
@@ -148,7 +158,7 @@ def test_tensors_without_memory_are_told_apart():
     def small():
         return resnet(depth=18, classes=64, channels=3, size=16, width=4)
 
-    real, empty = small().eval(), hollow(small)
+    real, empty = small().eval(), meta_model(small)
     layers = {net: find_layers(net, ["*", "*.normalization", "resnet.pooler"]) for net in (real, empty)}
     images = {"x": torch.randn(2, 3, 16, 16), "ids": torch.arange(2)}
     seen = DryRun.of(real, layers[real], Batch.of(images))
@@ -160,8 +170,10 @@ def test_tensors_without_memory_are_told_apart():
 
 
 def test_bytes_lie_where_the_blocks_do():
-    found = forecast(large("8b"), ["activation_variance", "linear_cka"], "blocks.input", machine=Machine(devices=4, memory=24e9))
-    alone = forecast(large("8b"), ["activation_variance", "linear_cka"], "blocks.input", machine=Machine(memory=24e9))
+    found = estimate_cost(
+        large("8b"), ["activation_variance", "linear_cka"], "blocks.input", machine=Machine(devices=4, memory=24e9)
+    )
+    alone = estimate_cost(large("8b"), ["activation_variance", "linear_cka"], "blocks.input", machine=Machine(memory=24e9))
     (one,) = alone.devices
     assert found.bytes == alone.bytes
     for key in ("weights", "statistics", "buffers", "total"):
@@ -177,7 +189,7 @@ def test_bytes_lie_where_the_blocks_do():
 
 
 def test_what_finds_no_room_says_so():
-    found = forecast(large("8b"), ["activation_variance"], "blocks.input", machine=Machine(devices=2, memory=5e9))
+    found = estimate_cost(large("8b"), ["activation_variance"], "blocks.input", machine=Machine(devices=2, memory=5e9))
     assert found.devices[-1]["device"] is None
     assert not found.devices[-1]["fits"]
     assert found.sites[-1]["device"] is None
@@ -186,7 +198,7 @@ def test_what_finds_no_room_says_so():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_are_laid_out_in_order(tied):
-    place = Placement.of(of_config(llama(tie_word_embeddings=tied)), 2)
+    place = Placement.of(model_from_config(llama(tie_word_embeddings=tied)), 2)
     blocks = [place.devices[f"model.layers.{k}"] for k in range(3)]
     assert blocks == sorted(blocks)
     assert set(blocks) == {0, 1}
@@ -204,7 +216,7 @@ def test_devices_are_filled_as_transformers_fills_them(model_type, spare):
     pytest.importorskip("accelerate", reason="transformers fills devices with accelerate alone")
     from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 
-    net = of_config(transformers.AutoConfig.for_model(model_type))
+    net = model_from_config(transformers.AutoConfig.for_model(model_type))
     for devices in (1, 2, 3, 8):
         memory = int(spare * sum(p.nbytes for p in net.parameters()) / devices)
         limits = get_balanced_memory(net, dict.fromkeys(range(devices), memory), net._no_split_modules)
@@ -219,7 +231,7 @@ def test_devices_are_filled_as_transformers_fills_them(model_type, spare):
 def test_the_rate_follows_from_rows_hours_and_passes():
     config, options = llama(), {"samples": 8, "length": 16, "rows": 36_000, "groups": 1}
     metrics = ["activation_variance", "redundancy"]
-    found = forecast(config, metrics, "blocks.input", machine=Machine(ranks=7, hours=0.5), **options)
+    found = estimate_cost(config, metrics, "blocks.input", machine=Machine(ranks=7, hours=0.5), **options)
     share, rate = found.forward["overhead"], found.rate
     assert rate["rows_per_second"] == 20
     assert rate["samples_per_second"] == 1.25
@@ -231,29 +243,29 @@ def test_the_rate_follows_from_rows_hours_and_passes():
         "all_reduce_bytes": found.bytes["statistics"],
     }
     alone = max(site["bytes"] + site["buffers"] for site in found.sites)
-    several = forecast(config, metrics, "blocks.input", budget=alone * 1.01, **options)
+    several = estimate_cost(config, metrics, "blocks.input", budget=alone * 1.01, **options)
     assert [len(each["layers"]) for each in several.passes] == [1, 1, 1]
     assert all(each["bytes"] <= alone for each in several.passes)
     assert several.devices[0]["statistics"] + several.devices[0]["buffers"] == alone
     assert several.rate["flops"] == pytest.approx(36_000 * found.forward["flops_per_row"] * (3 + share))
     assert "budget.max_passes=3" in several.refused[0]
-    assert not forecast(config, metrics, "blocks.input", budget=alone * 1.01, max_passes=3, **options).refused
-    none = forecast(config, metrics, "blocks.input", budget=1000, **options)
+    assert not estimate_cost(config, metrics, "blocks.input", budget=alone * 1.01, max_passes=3, **options).refused
+    none = estimate_cost(config, metrics, "blocks.input", budget=1000, **options)
     assert not none.passes
     assert "more passes do not help" in none.refused[0]
 
 
 def test_gradients_are_a_backward_pass_more():
-    found = forecast(llama(), ["taylor"], "blocks.mlp.hidden", samples=4, length=8, rows=3600)
+    found = estimate_cost(llama(), ["taylor"], "blocks.mlp.hidden", samples=4, length=8, rows=3600)
     assert found.forward["gradients"]
     assert found.rate["flops_per_second"] == pytest.approx(3 * found.forward["flops_per_row"] * (1 + found.forward["overhead"]))
 
 
-def test_a_width_beyond_the_limit_is_forecast_and_said():
-    found = forecast(llama(), ["redundancy"], "blocks.input", samples=4, length=8, width=16)
+def test_a_width_beyond_the_limit_is_estimated_with_the_reason_of_its_refusal():
+    found = estimate_cost(llama(), ["redundancy"], "blocks.input", samples=4, length=8, width=16)
     assert "covariance=diagonal" in found.refused[0]
     assert found.bytes["statistics"] > 8 * 32**2
-    drawn = forecast(llama(), ["redundancy"], "blocks.input", samples=4, length=8, width=16, covariance="sample:8")
+    drawn = estimate_cost(llama(), ["redundancy"], "blocks.input", samples=4, length=8, width=16, covariance="sample:8")
     assert not drawn.refused
     assert drawn.bytes["statistics"] < found.bytes["statistics"]
 
@@ -274,11 +286,11 @@ def test_machines_that_are_none_are_refused(given, words):
 
 def test_what_cannot_be_planned_says_so():
     with pytest.raises(ValueError, match="max_tokens is null"):
-        forecast_geometry(llama(), max_tokens=None)
+        estimate_geometry_cost(llama(), max_tokens=None)
     with pytest.raises(ValueError, match="0 devices of 1 bytes"):
-        Placement.of(of_config(llama()), 0, 1)
+        Placement.of(model_from_config(llama()), 0, 1)
     with pytest.raises(ValueError, match=r"no layer matches 'blocsk.input'"):
-        forecast(llama(), ["activation_mean"], "blocsk.input")
+        estimate_cost(llama(), ["activation_mean"], "blocsk.input")
 
 
 # ---- the task
@@ -287,7 +299,7 @@ def test_what_cannot_be_planned_says_so():
 def planned(folder, *overrides):
     """What dry_run=true does."""
     cfg = nl.load_config("analyze", ["dry_run=true", f"paths.output_dir={folder}", *overrides])
-    return plan(cfg, claim(cfg))
+    return estimate_costs(cfg, create_run_dir(cfg))
 
 
 def test_a_folder_with_a_config_alone_is_planned(quiet_home, capsys):
@@ -316,14 +328,14 @@ def test_a_folder_with_a_config_alone_is_planned(quiet_home, capsys):
     out = capsys.readouterr().out
     assert "model.layers.*.mlp.down_proj.input" in out
     assert "4 ranks" in out
-    assert "where it lies" in out
+    assert "placement, in the order of device_map=auto" in out
 
 
 def test_images_are_planned_without_the_data(quiet_home, capsys):
     found = planned("run", "model=resnet18", "dataset=cifar10", "metrics=[rq]")["units"]
     assert found.model["parameters"] == 11_173_962  # with the stem for small images and ten classes
     assert (found.forward["row"], found.rate["rows"]) == ("sample", 512)
-    assert "samples a second" in capsys.readouterr().out
+    assert "samples per second" in capsys.readouterr().out
 
 
 class Asks(nn.Sequential):
@@ -340,13 +352,13 @@ def asking(features: int = 64) -> nn.Module:
 
 def test_a_model_that_asks_for_values_is_run_for_real(quiet_home, capsys):
     found = planned("run", "model=custom", f"model.net._target_={__name__}.asking", "metrics=[activation_mean]")["units"]
-    assert "asks for values on the way" in capsys.readouterr().out
+    assert "the forward of Asks reads values" in capsys.readouterr().out
     assert found.forward["flops_per_row"] == 2 * 64 * 10
     assert found.rate["rows"] == 512
 
 
 def test_mistakes_of_a_plan_are_named(quiet_home):
-    with pytest.raises(ValueError, match="no pass to plan"):
+    with pytest.raises(ValueError, match="there is no pass to estimate"):
         planned("a", "metrics=none")
     with pytest.raises(ValueError, match="no layer matches 'nothing'"):
         planned("b", "layers=nothing", "metrics=[activation_mean]")
@@ -354,3 +366,12 @@ def test_mistakes_of_a_plan_are_named(quiet_home):
     cfg.cost.memory = "80 parsecs"
     with pytest.raises(ValueError, match=r"cost.memory is '80 parsecs'; it takes bytes"):
         machine_of(cfg)
+
+
+@pytest.mark.parametrize("name", ["dry_run", "plan_only"])
+def test_deprecated_keys_mean_the_same_in_a_config_and_in_saved_settings(name):
+    assert is_dry_run(OmegaConf.create({name: True}))
+    assert not is_dry_run(OmegaConf.create({name: False}))
+    assert _flat({name: False, "forecast": {"rows": 3}}) == _flat({"dry_run": False, "cost": {"rows": 3}})
+    for group in ("cost", "forecast"):
+        assert machine_of(OmegaConf.create({group: {"devices": 2, "rows": 5}})) == Machine(devices=2)

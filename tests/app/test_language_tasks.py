@@ -13,7 +13,7 @@ from real import folder
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import nodelens as nl
-from nodelens.app.tasks.common import placed
+from nodelens.app.tasks.common import to_device
 from nodelens.data import Text
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.models import causal_lm
@@ -191,7 +191,7 @@ def test_any_stored_model_is_taken_with_its_tokenizer(quiet_home):
     )
     assert ended.code == 0, ended.err
     assert nl.load("run").metadata["evaluation"]["loss"] == pytest.approx(1.3, abs=5e-4)
-    assert "never trained" not in ended.out
+    assert "are random" not in ended.out
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,6 @@ def test_layers_by_role_on_the_command_line_and_a_sweep_by_perplexity(quiet_home
 def test_a_model_whose_parts_lie_where_they_were_put_is_not_moved(mark):
     net = llama()
     vars(net).update(mark)
-    assert placed(net, torch.device("meta")) is net
+    assert to_device(net, torch.device("meta")) is net
     assert next(net.parameters()).device.type == "cpu"
-    assert next(placed(llama(), torch.device("meta")).parameters()).device.type == "meta"
+    assert next(to_device(llama(), torch.device("meta")).parameters()).device.type == "meta"

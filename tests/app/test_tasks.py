@@ -134,7 +134,7 @@ def test_an_interrupted_training_goes_on_from_its_last_epoch(quiet_home):
 def test_weights_alone_are_no_training_to_go_on_with(trained, quiet_home):
     torch.save(torch.load(trained[0] / "checkpoints/best.ckpt", weights_only=True)["state_dict"], "weights.pt")
     ended = command("train", "ckpt_path=weights.pt")
-    assert ended.err == "nodelens: weights.pt holds weights alone, no training to go on with: start from them with model.weights=\n"
+    assert ended.err == "nodelens: weights.pt has weights but no training state to resume: start from them with model.weights=\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", sys.stdout)
         assert nl.run(nl.load_config("analyze", ["model.weights=weights.pt", *SHORT])) >= 0.95
@@ -144,7 +144,7 @@ def test_a_network_of_ones_own_from_a_file_beside_the_run(quiet_home):
     (quiet_home / "my_net.py").write_text(NET)
     ended = command("analyze", "model.net._target_=my_net.MyNet", "model.net.depth=3", "hydra.run.dir=run", *SHORT)
     assert ended.code == 0, ended.err
-    assert "the weights of MyNet were never trained" in ended.out
+    assert "the weights of MyNet are random; pass ckpt_path=... to measure a trained model" in ended.out
     assert list(nl.load("run").layers.index) == ["1", "2", "3", "4"]
     wrong = command("analyze", "model.net._target_=my_net.MyNet", "model.net.dept=3")
     assert wrong.err == "nodelens: model.net.dept: my_net.MyNet takes no 'dept'. Did you mean 'depth'? It takes: depth\n"
@@ -171,6 +171,7 @@ def test_a_plan_alone_is_shown_and_nothing_measured(quiet_home):
     ended = command("analyze", "dry_run=true", "hydra.run.dir=run")
     assert ended.code == 0
     assert "sums take" in ended.out
+    assert "buffered rows" in ended.out
     assert not (quiet_home / "run/units.parquet").exists()
 
 
@@ -236,7 +237,7 @@ def test_a_file_of_the_weights_at_the_start_and_every_pair_of_layers(tmp_path):
         (["metrics=[linear_cka]", "pairs=some"], "pairs is 'some'; it is consecutive, all, or a list"),
         (["metrics=[bn_scale]"], "reads the scale of a batch norm, and none is behind layer 'fc1'"),
         (["metrics=[rq]", "layers='fc1.input'"], "metric 'rq' needs weights, layer 'fc1.input' (Linear) has none"),
-        (["metrics=[mi]", "metrics.mi.control=-1"], "control is -1"),
+        (["metrics=[mi]", "metrics.mi.permutations=-1"], "permutations is -1"),
     ],
     ids=label,
 )

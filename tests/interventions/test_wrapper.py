@@ -152,13 +152,13 @@ def test_keyword_tensors_and_outputs_with_fields():
         (lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations(x, layers=["fc9"]), "no layer matches 'fc9'"),
         (
             lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations(x, layers=["fc2"]),
-            "'fc2' is not tracked; tracked are fc1",
+            "'fc2' is not tracked; tracked layers: fc1",
         ),
         (lambda m, x: ModelWrapper(m).forward_with_activations(x), "layer 'spare' is never called by MLP.forward"),
         (lambda m, x: ModelWrapper(m, ["fc1", "act"]).get_layer_weights(), r"layer 'act' \(ReLU\) has no weights"),
         (
             lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations(x, port="grad"),
-            "port is 'grad'; it is 'output' or 'input'",
+            "port is 'grad'; it must be 'output' or 'input'",
         ),
         (lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations([x]), "a tensor or a mapping .* not a list"),
     ],

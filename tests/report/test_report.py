@@ -30,7 +30,7 @@ def test_the_page_holds_its_figures_definitions_sources_and_gaps(run):
     for column, about in result.metadata["metrics"].items():
         assert column in page
         assert about["source"].split(",")[0].split("&")[0] in page
-    for words in ("Definitions", "What is missing, and why", "of the split calibration", "no checkpoint", "relative=True"):
+    for words in ("Definitions", "Missing values and their reasons", "of the split calibration", "no checkpoint", "relative=True"):
         assert words in page
 
 
@@ -46,7 +46,7 @@ def test_the_page_is_made_of_the_saved_files_alone(run):
     before = (run / "report.html").read_text()
     (run / "report.html").unlink()
     assert write_page(run).read_text() == before
-    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+    with pytest.raises(FileNotFoundError, match="has no finished run"):
         write_page(run / "figures")
 
 

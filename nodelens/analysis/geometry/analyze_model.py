@@ -20,7 +20,7 @@ from nodelens.results.result import provenance
 from nodelens.statistics.processes import world
 
 from .bundle import SCHEMA, GeometryResult, folder_of
-from .columns import DIAGNOSTICS, Asked, Columns, columns_of
+from .columns import DIAGNOSTICS, Columns, MetricSelection, columns_of
 from .reading import Reading, read
 from .router import experts_of, router_tables
 from .sites import RESIDUAL, HookPoint, hook_points
@@ -49,7 +49,7 @@ def analyze_model(
     max_tokens: int | None = 100_000,
     layers: str | Sequence[int] = "all",
     hook_point: str | Sequence[str] = "residual_input",
-    metrics: Asked = "default",
+    metrics: MetricSelection = "default",
     diagnostics: str | Sequence[str] | None = None,
     sample_limit: int | None = 512,
     novelty_k: int = 32,
@@ -101,11 +101,11 @@ def analyze_model(
     columns = columns_of(metrics, diagnostics, novelty_k, sample_limit is not None)
     net, label = _opened(model_name, model, device)
     points = hook_points(net, hook_point, layers)
-    begin = partial(TokenReader, dataloader, takes(net, points), _share(max_tokens))
+    begin = partial(TokenReader, dataloader, forward_options(net, points), _share(max_tokens))
     how, once = CovariancePolicy.of(covariance, width, max_passes=max_passes), isinstance(dataloader, Iterator)
     found = read(net, begin, points, columns, sample_limit, how, budget, max_passes, once)
     result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, novelty_k)
-    result.metadata = _about(net, label, points, found) | {
+    result.metadata = _metadata(net, label, points, found) | {
         "max_tokens": max_tokens,
         "hook_point": hook_point,
         "sample_limit": sample_limit,
@@ -139,8 +139,8 @@ def _tables(found: Reading, columns: Columns, names: Mapping[str, str], novelty_
     )
 
 
-def _about(net: nn.Module, label: str, points: Sequence[HookPoint], found: Reading) -> dict[str, Any]:
-    """What was measured, on what, with which versions."""
+def _metadata(net: nn.Module, label: str, points: Sequence[HookPoint], found: Reading) -> dict[str, Any]:
+    """What was measured, on which model, with which versions."""
     versions, config = provenance(), config_of(net)
     return {
         "artifact_schema_version": SCHEMA,
@@ -178,8 +178,8 @@ def _opened(model_name: str | Path | nn.Module | None, model: nn.Module | None, 
     return net, str(getattr(net, "name_or_path", "") or type(net).__name__)
 
 
-def takes(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, Any]:
-    """What a model can be given beside its tokens: no cache, and no logits but the last token's where nothing is read behind."""
+def forward_options(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, Any]:
+    """Forward arguments, besides the tokens, that save work: no cache, and only the last logits where no site needs the others."""
     known = inspect.signature(net.forward).parameters
     wanted: dict[str, Any] = {"input_ids": None, "use_cache": False}
     if all(point.name in RESIDUAL for point in points):
@@ -188,11 +188,11 @@ def takes(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, Any]:
 
 
 def _share(max_tokens: int | None) -> int | None:
-    """The tokens that are read here, of several processes."""
+    """The number of tokens that this process reads."""
     rank, processes = world()
     return None if max_tokens is None else max_tokens // processes + (rank < max_tokens % processes)
 
 
 def _key(label: str) -> str:
-    """A name that is safe in a file's name."""
+    """The label as it can appear in a file name."""
     return label.translate(dict.fromkeys(map(ord, "/\\ :"), "_")).lower()

@@ -1,4 +1,4 @@
-"""What the geometry of a language model is, as tables, and the folder it is kept in."""
+"""The result of a geometry analysis: its tables, and the folder that stores them."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +19,9 @@ _WORDS = dict.fromkeys(("model_key", "model_label", "hook_point", "transition", 
 class GeometryResult:
     """The geometry of a language model.
 
-    metrics: a row a layer; novelty: a row a layer and the next; router: a row a layer with experts, and experts: a row each of
-    them; diagnostics: tables by name; eigenvalues: {layer_00: (width,)}, largest first; metadata: what was measured on what, how,
-    and with which versions; artifact_dir: where it was saved.
+    metrics: one row per layer; novelty: one row per pair of consecutive layers; router: one row per layer with experts; experts:
+    one row per expert; diagnostics: tables by name; eigenvalues: {layer_00: (width,)}, largest first; metadata: model, data,
+    options and versions; artifact_dir: the folder it was saved to.
     """
 
     metrics: pd.DataFrame
@@ -34,9 +34,9 @@ class GeometryResult:
     experts: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def save(self, save_dir: str | Path | None = None, save_mode: str = "bundle") -> Path:
-        """Writes the tables (json; or csv, as a bundle does too), eigenvalues.npz, and last metadata.json: they are complete.
+        """Writes the tables (json, or csv in modes csv and bundle), eigenvalues.npz, then metadata.json, which marks them complete.
 
-        save_dir: None for where it was saved before. Raises ValueError for another mode or no folder.
+        save_dir: None for the folder it was saved to before. Raises ValueError for an unknown mode or without a folder.
         """
         folder = folder_of(save_dir or self.artifact_dir, save_mode)
         (folder / "metadata.json").unlink(missing_ok=True)
@@ -60,8 +60,8 @@ class GeometryResult:
         write_json(folder / "metadata.json", self.metadata)
         return self.artifact_dir
 
-    def lines(self) -> list[str]:
-        """In words: the dimensions of each hook point from its first layer to its last, its largest step, the routers' load."""
+    def summary(self) -> str:
+        """One line per finding: dimensions from first to last layer, the largest step between layers, the load of the routers."""
         found = []
         steps_of = self.by_point(self.novelty)
         for point, table in self.by_point(self.metrics).items():
@@ -69,22 +69,22 @@ class GeometryResult:
             if "d_pr" in table:
                 found.append(
                     f"{point}: participation ratio {first.d_pr:.1f} at layer {first.layer}, {last.d_pr:.1f} at layer {last.layer}, "
-                    f"of {first.hidden_dim} dimensions; {first.tokens_observed} tokens"
+                    f"out of {first.hidden_dim} dimensions; {first.tokens_observed} tokens"
                 )
             steps = steps_of.get(point, pd.DataFrame())
             if "linear_cka_debiased" in steps and steps.linear_cka_debiased.notna().any():
                 least = steps.loc[steps.linear_cka_debiased.idxmin()]
-                found.append(f"{point}: largest step {least.transition}, debiased CKA {least.linear_cka_debiased:.3f}")
+                found.append(f"{point}: largest change from layer {least.transition}, debiased CKA {least.linear_cka_debiased:.3f}")
         if len(self.router):
             busy = self.router.loc[self.router.load_imbalance.idxmax()]
             found.append(
-                f"routers: the least even load is that of layer {busy.layer}, whose busiest expert takes "
-                f"{busy.load_imbalance:.2f} times its even share"
+                f"routers: the load is least balanced in layer {busy.layer}, where the most used expert gets "
+                f"{busy.load_imbalance:.2f} times the balanced share"
             )
-        return found
+        return "\n".join(found)
 
     def by_point(self, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        """A table's rows by hook point, whose column is there only where there are several."""
+        """The rows of a table by hook point. A table has a column ``hook_point`` only if there are several."""
         if "hook_point" in table:
             return {str(point): part for point, part in table.groupby("hook_point", sort=False)}
         return {str(self.metadata.get("hook_point", "")): table} if len(table) else {}
@@ -120,11 +120,11 @@ def load_bundle(folder: str | Path) -> GeometryResult:
 
 
 def folder_of(save_dir: str | Path | None, save_mode: str) -> Path:
-    """The folder to save in. Raises ValueError for a mode that is none, no folder, or a path that is a file."""
+    """The folder to save to. Raises ValueError for an unknown mode, a missing folder, or a path to a file."""
     if save_mode not in MODES:
-        raise ValueError(f"save_mode is {save_mode!r}; it is {', '.join(MODES)}, or None")
+        raise ValueError(f"save_mode is {save_mode!r}; it must be {', '.join(MODES)}, or None")
     if save_dir is None:
-        raise ValueError(f"save_mode is {save_mode!r} and there is no folder: give save_dir=")
+        raise ValueError(f"save_mode is {save_mode!r}, but there is no folder: give save_dir=")
     if Path(save_dir).is_file():
         raise ValueError(f"save_dir {str(save_dir)!r} is a file: give a folder")
     return Path(save_dir)

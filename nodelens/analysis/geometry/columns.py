@@ -1,4 +1,4 @@
-"""Which columns the geometry of a language model has, and what each is made of."""
+"""The columns of a geometry analysis, and the metric behind each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,18 +29,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "novelty": ("feature_subspace_novelty", *_CKA),
     "router": (),
 }
-SAMPLED = {*FAMILIES["sample"], *_CKA}  # what a sample of rows tells, at next to no cost
+SAMPLED = {*FAMILIES["sample"], *_CKA}  # computed from a sample of rows, at almost no cost
 DIAGNOSTICS = ("normalization_ablation",)
 
-Asked = str | Metric | Sequence[str | Metric] | Mapping[str, Metric] | None
+MetricSelection = str | Metric | Sequence[str | Metric] | Mapping[str, Metric] | None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is asked for: metrics by column, in order, and how they are taken.
+    """The requested metrics by column, in order, and the rows that they read.
 
-    sampled: those that read the sample of rows and not all of them; ablation: {(variant, column): metric} of all rows;
-    router: whether the routers are wanted, ``required``: by name, so that a model without any is an error
+    sampled: columns computed from the sample of rows instead of all rows; ablation: {(variant, column): metric} of all rows;
+    router: whether routers are measured; required: whether they were requested by name, so that a model without one is an error
     """
 
     metrics: dict[str, Metric]
@@ -50,33 +50,33 @@ class Columns:
     required: bool
 
     def of(self, kind: str) -> dict[str, Metric]:
-        """The metrics of a layer, or of an edge: two layers."""
+        """The metrics of one kind: ``layer``, or ``edge`` (a layer pair)."""
         return {column: metric for column, metric in self.metrics.items() if metric.shape == kind}
 
     @property
     def summed(self) -> dict[str, Metric]:
-        """What a pass adds up for, under names of its own."""
+        """The metrics that need sums over all rows, under unique names."""
         whole = {column: metric for column, metric in self.metrics.items() if column not in self.sampled}
         return whole | {f"{column} {variant}": metric for (variant, column), metric in self.ablation.items()}
 
 
-def columns_of(metrics: Asked, diagnostics: Sequence[str], novelty_k: int, sample: bool) -> Columns:
-    """The columns of families (spectrum, sample, novelty, router; default is all), of the catalogue's names, and of metric objects.
+def columns_of(metrics: MetricSelection, diagnostics: Sequence[str], novelty_k: int, sample: bool) -> Columns:
+    """The columns of families (spectrum, sample, novelty, router; default: all of them), catalogue names and metric objects.
 
-    ``novelty_k`` axes in what compares subspaces by name; without ``sample`` all columns read all rows.
-    Raises ValueError for a name that is neither, a metric whose value is not of a layer or of two, one that reads gradients,
-    labels or logits, and an unknown diagnostic.
+    Metrics requested by name compare ``novelty_k`` axes. Without ``sample`` every column reads all rows.
+    Raises ValueError for an unknown name or diagnostic, for a metric that has no value per layer or layer pair, and for one that
+    reads gradients, labels or logits.
     """
     unknown = [name for name in diagnostics if name not in DIAGNOSTICS]
     if unknown:
-        raise ValueError(f"no diagnostic is called {unknown[0]!r}; there is {', '.join(DIAGNOSTICS)}")
+        raise ValueError(f"no diagnostic is called {unknown[0]!r}; available: {', '.join(DIAGNOSTICS)}")
     if isinstance(metrics, Mapping):
         chosen, words, names = dict(metrics), set[str](), set[str]()
     else:
-        asked = [metrics] if isinstance(metrics, (str, Metric)) else list(metrics or ["default"])
-        words = {word for word in asked if isinstance(word, str)}
-        names = {name for name in _spread([*words]) if isinstance(name, str)}
-        chosen = as_metrics([_known(m) if isinstance(m, str) else m for m in _spread(asked)])
+        requested = [metrics] if isinstance(metrics, (str, Metric)) else list(metrics or ["default"])
+        words = {word for word in requested if isinstance(word, str)}
+        names = {name for name in _expand_families([*words]) if isinstance(name, str)}
+        chosen = as_metrics([_checked(m) if isinstance(m, str) else m for m in _expand_families(requested)])
         chosen = {c: replace(m, novelty_k=novelty_k) if c in names and "novelty_k" in m.options else m for c, m in chosen.items()}  # type: ignore[call-arg]
     for column, metric in chosen.items():
         _check(column, metric)
@@ -89,40 +89,40 @@ def columns_of(metrics: Asked, diagnostics: Sequence[str], novelty_k: int, sampl
     )
 
 
-def _spread(asked: Sequence[str | Metric]) -> list[str | Metric]:
-    """Families as their columns, each name once."""
+def _expand_families(requested: Sequence[str | Metric]) -> list[str | Metric]:
+    """Replaces families by their columns; each name occurs once."""
     families = FAMILIES | {"default": tuple(name for family in FAMILIES.values() for name in family)}
     found: list[str | Metric] = []
-    for word in asked:
+    for word in requested:
         for each in families.get(word, (word,)) if isinstance(word, str) else (word,):
             if not isinstance(each, str) or each not in found:
                 found.append(each)
     return found
 
 
-def _known(name: str) -> str:
+def _checked(name: str) -> str:
     try:
         get_metric(name)
     except ValueError as error:
-        raise ValueError(f"{error}, and families are default, {', '.join(FAMILIES)}") from None
+        raise ValueError(f"{error}; the families are default, {', '.join(FAMILIES)}") from None
     return name
 
 
 def _check(column: str, metric: Metric) -> None:
     if metric.shape not in ("layer", "edge"):
         raise ValueError(
-            f"metric {column!r} has a value a {metric.shape}: here each layer, or two that follow each other, has one; "
-            "nl.analyze has a table of units and matrices of pairs"
+            f"metric {column!r} has one value per {metric.shape}; this analysis takes metrics with one value per layer or per pair "
+            "of consecutive layers. Use nl.analyze for values per unit and per pair of units"
         )
     for need in metric.needs().values():
         if need.port not in ("input", "output", "next", "projection") or need.target not in (None, "next", "input"):
             raise ValueError(
-                f"metric {column!r} reads {need}: here are rows alone, no gradient, label or logit; nl.analyze has them"
+                f"metric {column!r} reads {need}; this analysis has no gradients, labels or logits. Use nl.analyze for it"
             )
 
 
 def _scaled(column: str, variant: str) -> SpectrumMetric:
-    """A column of the spectrum of scaled rows."""
+    """The metric of a spectrum column on scaled rows."""
     found = get_metric(column, rows=variant)
     assert isinstance(found, SpectrumMetric)
     return found

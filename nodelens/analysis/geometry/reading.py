@@ -1,4 +1,4 @@
-"""One pass of a language model over tokens: what its sites show, a sample of it, and what its routers decide."""
+"""One pass of a language model over tokens: sums at its sites, a sample of rows, and the load of its routers."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -25,17 +25,17 @@ from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor
 
 from .columns import Columns
 from .router import Router, RouterCounts, Routers
-from .sites import HookPoint, Shown, check_rows, merged, pairs, unique
+from .sites import HookPoint, SeenTensors, check_rows, merged, pairs, unique
 from .tables import Values
 from .tokens import TokenBatch, TokenReader, TokenSample
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a pass found, of all processes together.
+    """What the passes found, over all processes.
 
-    points: as they were read, sites that show one tensor as one; loads: {router: load}; blocks: their names; left_out: rows that
-    were not finite, by site
+    points: the hook points, with sites that show the same tensor merged; loads: {router: load}; blocks: their names;
+    left_out: number of rows that were not finite, by site
     """
 
     values: Values
@@ -45,7 +45,7 @@ class Reading:
     tokens: int
     batches: int
     left_out: list[dict[str, Any]]
-    passes: list[dict[str, Any]]  # over the data: layers and bytes of each
+    passes: list[dict[str, Any]]  # layers and bytes of each pass over the data
 
 
 def read(
@@ -59,20 +59,21 @@ def read(
     max_passes: int = 1,
     once: bool = False,
 ) -> Reading:
-    """The pass, or as many as it takes to hold the sums in ``budget`` bytes; ``begin`` opens the tokens for each. Collective.
+    """Runs one pass, or as many as are needed to keep the sums within ``budget`` bytes; ``begin`` opens the tokens. Collective.
 
-    Raises ValueError without a token, without the routers that are asked for, where a site does not show one row a token, and where
-    several passes do not see the same tokens or ``once`` says that there can be one; MemoryError beyond ``passes``.
+    Raises ValueError if there are no tokens, if requested routers are not found, if a site does not show one row per token, or if
+    several passes are needed but read different tokens or ``once`` (data that can be read once); MemoryError beyond ``max_passes``.
     """
     device, routers, stream = device_of(net), Routers(net), begin()
-    found = first_of(_recorded(net, stream.head(), unique(points), routers if columns.router else None))
+    found = first_of(_dry_run(net, stream.head(), unique(points), routers if columns.router else None))
     if found is None:
-        raise ValueError("the data hold no token that counts: nothing to measure")
+        raise ValueError("the data have no unmasked token: nothing to measure")
     dry_run, named, same = found
     if columns.required and not named:
         raise ValueError(
-            f"metrics names router, and no module of {type(net).__name__} is known as one: none puts out expert ids (tokens, k) "
-            "with weights and scores; leave router out, or count ids of your own with nodelens.analysis.geometry.router.router_load"
+            f"metrics includes router, but no module of {type(net).__name__} is recognised as a router: none returns expert ids "
+            "(tokens, k) with weights and scores. Remove router, or count expert ids with "
+            "nodelens.analysis.geometry.router.router_load"
         )
     routers.restore(named)
     points = merged(points, same)
@@ -80,10 +81,10 @@ def read(
     parts = divided(plan, budget, max_passes)
     check_again(once, len(parts), device)
     opened = [(stream, routers), *((begin(), None) for _ in parts[1:])]
-    every = [_read(net, part, *tokens, columns, sample_limit) for part, tokens in zip(parts, opened, strict=True)]
+    every = [_read_once(net, part, *tokens, columns, sample_limit) for part, tokens in zip(parts, opened, strict=True)]
     if len({one.seen for one in every}) > 1:
         seen = [one.seen for one in every]
-        raise ValueError(f"the passes saw {seen} tokens and batches: the data must be the same every time, or fit into one pass")
+        raise ValueError(f"the passes read different data, {seen} tokens and batches: the data must be the same every time")
     sums, rows, lost = (reduce(operator.or_, held) for held in zip(*(one[:3] for one in every), strict=True))
     return Reading(
         values=Values(plan, sums, rows, device),
@@ -97,8 +98,8 @@ def read(
     )
 
 
-class _Read(NamedTuple):
-    """What one pass found, of all processes: sums, the sample's rows by layer, rows not finite by site; tokens and batches."""
+class _PassResult(NamedTuple):
+    """Result of one pass over all processes: sums, sampled rows by layer, rows not finite by site, (tokens, batches)."""
 
     sums: dict[tuple[str, Need], Accumulator]
     rows: dict[str, Tensor]
@@ -106,46 +107,46 @@ class _Read(NamedTuple):
     seen: tuple[int, int]
 
 
-def _read(
+def _read_once(
     net: nn.Module, plan: Plan, stream: TokenReader, routers: Routers | None, columns: Columns, sample_limit: int | None
-) -> _Read:
-    """One pass, over the layers that the plan measures; routers are those of the first."""
+) -> _PassResult:
+    """Runs one pass over the layers that the plan measures. Routers are measured in the first pass only."""
     device, sample = device_of(net), TokenSample(sample_limit or 1)
     widths = {layer.name: plan.seen(layer, "output").width for layer in plan.measured if columns.sampled}
     taken = _pass(net, plan, stream, sample, list(widths), routers or Routers(net))
     counts = torch.tensor([stream.tokens, stream.batches, *(c.left_out for c in taken.collectors.values())], device=device)
     tokens, batches, *left = reduce_tensor(counts).tolist()
     lost = {str(site): n for site, n in zip(taken.collectors, left, strict=True) if n}
-    return _Read(_sums(taken, device), sample.gathered(widths, device), lost, (tokens, batches))
+    return _PassResult(_sums(taken, device), sample.gathered(widths, device), lost, (tokens, batches))
 
 
-def _recorded(
+def _dry_run(
     net: nn.Module, head: TokenBatch | None, sites: Sequence[Layer], routers: Routers | None
 ) -> tuple[DryRun, dict[str, Router], dict[str, str]] | None:
-    """What one small forward shows: the sites' shapes, which modules route, and which sites show the tensor of another."""
+    """One small forward: the shapes at the sites, the modules that are routers, and sites that show the same tensor."""
     if head is None:
         return None
-    looked = routers or Routers(net)
-    looked.tokens = head.mask[:2].numel()
-    shown = Shown()
-    capture = Capture([Site(layer, "output") for layer in sites], shown.see)
+    finder = routers or Routers(net)
+    finder.tokens = head.mask[:2].numel()
+    seen = SeenTensors()
+    capture = Capture([Site(layer, "output") for layer in sites], seen.see)
     capture.gate = True
-    with observed(net.modules() if routers else (), looked.look), capture:
+    with observed(net.modules() if routers else (), finder.discover), capture:
         dry_run = DryRun.of(net, sites, Batch.of(head.inputs).to(device_of(net)))
     check_rows(sites, dry_run, head.mask.shape[1])
-    return dry_run, {router.name: router for router in looked.found.values()}, shown.same()
+    return dry_run, {router.name: router for router in finder.found.values()}, seen.duplicates()
 
 
 def _pass(net: nn.Module, plan: Plan, stream: TokenReader, sample: TokenSample, sampled: list[str], routers: Routers) -> Pass:
-    """Every batch, shown to the plan's sums, of some layers to the sample, and to the routers."""
+    """Runs every batch and adds it to the sums of the plan, to the sample of some layers, and to the routers."""
     capture = Capture([Site(layer, "output") for layer in plan.measured if layer.name in sampled], sample.see)
     capture.gate = True
     with capture, observed(routers.found, routers.see):
-        return run_pass(net, plan, stream.shown(sample.begin, routers.begin))
+        return run_pass(net, plan, stream.iterate(sample.begin, routers.begin))
 
 
 def _sums(taken: Pass, device: torch.device) -> dict[tuple[str, Need], Accumulator]:
-    """Complete sums, on the CPU. Collective."""
+    """The sums over all processes, on the CPU. Collective."""
     sums = taken.sums()
     reduce_sums(sums, device)
     for accumulator in sums.values():

@@ -1,4 +1,4 @@
-"""Routers of mixtures of experts: which expert gets how many of the tokens."""
+"""Routers of mixtures of experts: how many tokens each expert gets."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,15 +15,15 @@ from nodelens.statistics.processes import reduce_tensor
 from .tokens import TokenBatch
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "top_k")
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "top_k")
 
 
 @dataclass(frozen=True, eq=False)
 class RouterCounts:
-    """What the E experts of a layer get, as sums that add.
+    """The load of the E experts of a layer, as sums over tokens.
 
-    Shapes: counts (E,) int64, assignments; tokens (1,) int64; weight (E,) float64, the weights that the router gave with them;
-            probability (E,) float64, softmax of its scores over all experts, also where it makes weights of them otherwise
+    Shapes: counts (E,) int64, assignments; tokens (1,) int64; weight (E,) float64, summed weights of the assignments;
+            probability (E,) float64, summed softmax of the scores over all experts, whatever the weights are computed from
     """
 
     counts: Tensor
@@ -40,12 +40,12 @@ class RouterCounts:
 
     @property
     def columns(self) -> dict[str, float]:
-        """How even the load is.
+        """How balanced the load is.
 
         Formula: load_e = counts_e / sum counts; router_entropy -sum load ln load; router_entropy_norm / ln E;
                  load_imbalance E max load; top_expert_load max load, of most_used_expert; routed_assignments sum counts
-        Unit:    nats, in [0, ln E]: ln E where all get as many, ln k where the same k get all; load_imbalance in [1, E]
-        NaN:     without a token; router_entropy_norm of one expert
+        Unit:    nats, in [0, ln E]: ln E for a balanced load, ln k if the same k experts get all; load_imbalance in [1, E]
+        NaN:     without tokens; router_entropy_norm of one expert
         Source:  Fedus, Zoph & Shazeer 2022, 2101.03961, eq. 5 (the load)
         """
         counts, experts = self.counts.double().cpu(), len(self.counts)
@@ -62,7 +62,7 @@ class RouterCounts:
         }
 
     def experts(self) -> list[dict[str, float]]:
-        """A row an expert: assignments and their share, mean weight and probability a token; NaN without tokens."""
+        """One row per expert: assignments and their share, mean weight and probability per token; NaN without tokens."""
         counts, n = self.counts.double(), self.tokens.double()
         found = {"load": counts / counts.sum(), "weight": self.weight / n, "probability": self.probability / n}
         return [
@@ -75,7 +75,7 @@ class RouterCounts:
 
 
 def router_tables(loads: Mapping[str, RouterCounts], blocks: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row a router, and a row an expert of each; ``layer`` is the block it lies in, else its place in the model's order."""
+    """One row per router, and one row per expert. ``layer`` is the index of the block, or of the router outside blocks."""
     routers, experts = [], []
     for place, (name, load) in enumerate(loads.items()):
         layer = next((k for k, block in enumerate(blocks) if name.startswith(f"{block}.")), place)
@@ -87,17 +87,17 @@ def router_tables(loads: Mapping[str, RouterCounts], blocks: Sequence[str]) -> t
 def router_load(
     routed: Tensor, k: int | None = None, experts: int | None = None, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> RouterCounts:
-    """The load of router scores (n, E), floating, of which each token takes the ``k`` largest, or of expert ids (n, k), integer.
+    """The load from router scores (n, E), floating, where each token takes the ``k`` largest, or from expert ids (n, k), integer.
 
-    mask (n,) bool: which tokens count; weights (n, k): what the router gives with each id, NaN where it is not said.
-    Raises ValueError for scores without k, ids without the number of experts, a k beyond it.
+    mask (n,) bool: tokens to count; weights (n, k): the router's weight of each id, NaN where unknown.
+    Raises ValueError for scores without k, for ids without the number of experts, and for a k out of range.
     """
     scores = routed if routed.is_floating_point() else None
     size = experts if scores is None else scores.shape[1]
     if size is None or (scores is not None and k is None):
-        raise ValueError(f"the load of {'ids needs experts=' if size is None else 'router scores needs k='}, which is not known")
+        raise ValueError(f"the load of {'expert ids needs experts=' if size is None else 'router scores needs k='}")
     if scores is not None and not 1 <= int(k or 0) <= size:
-        raise ValueError(f"k is {k}; of {size} experts a token takes 1 to {size}")
+        raise ValueError(f"k is {k}; it must be from 1 to {size}, the number of experts")
     ids = routed if scores is None else scores.topk(int(k or 0), dim=1).indices
     return _load(ids, weights, scores, size, torch.ones(len(ids), dtype=torch.bool) if mask is None else mask)
 
@@ -105,15 +105,15 @@ def router_load(
 def _load(ids: Tensor, weights: Tensor | None, scores: Tensor | None, experts: int, keep: Tensor) -> RouterCounts:
     keep = keep.to(ids.device)
     zeros = torch.zeros(experts, dtype=torch.float64, device=ids.device)
-    every = keep[:, None].expand_as(ids).flatten().double()  # a pad adds 0 where it was sent
+    every = keep[:, None].expand_as(ids).flatten().double()  # a masked token adds 0 to its expert
     where = ids.long().flatten()
     given = zeros + math.nan if weights is None else zeros.scatter_add(0, where, every * weights.flatten().double().nan_to_num())
-    chance = zeros + math.nan if scores is None else _shares(scores).double().where(keep[:, None], 0).sum(0)
+    chance = zeros + math.nan if scores is None else _probabilities(scores).double().where(keep[:, None], 0).sum(0)
     return RouterCounts(zeros.scatter_add(0, where, every).long(), keep.sum().reshape(1), given, chance)
 
 
-def _shares(scores: Tensor) -> Tensor:
-    """Probabilities of scores (n, E); some routers put them out themselves."""
+def _probabilities(scores: Tensor) -> Tensor:
+    """Probabilities from scores (n, E). Some routers already return probabilities."""
     scores = scores.float()
     known = (scores >= 0).all(1) & ((scores.sum(1) - 1).abs() < 1e-3)
     return scores.where(known[:, None], scores.softmax(1))
@@ -121,7 +121,7 @@ def _shares(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Router:
-    """A module that routes. k: how many of the largest scores a token takes, where it puts out no ids."""
+    """A router module. k: number of experts per token, for a router that returns scores without expert ids."""
 
     name: str
     experts: int
@@ -129,10 +129,10 @@ class Router:
 
 
 class Routers:
-    """The routers of a model, and what they do with the tokens that count.
+    """The routers of a model, and their load over unmasked tokens.
 
-    A router is known by what it puts out for n tokens: integers (n, k) below E, with floats (n, k), their weights, and (n, E),
-    its scores; else by its class's name, *Router, with scores (n, E) alone. ``look`` finds them in one forward.
+    A router is recognised by its output for n tokens: integers (n, k) below E, floats (n, k), their weights, and floats (n, E),
+    its scores; otherwise by a class name *Router and scores (n, E) alone. ``discover`` finds them in one forward.
     """
 
     def __init__(self, model: nn.Module):
@@ -142,25 +142,25 @@ class Routers:
         self.loads: dict[str, RouterCounts] = {}
         self.tokens, self.keep = 0, torch.empty(0, dtype=torch.bool)
 
-    def look(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Sees a module's call; inner modules are called before those that hold them. Raises ValueError where k is not known."""
-        ids, _, scores = _decided(output, self.tokens)
+    def discover(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Hook on every module; inner modules are called before those that contain them. Raises ValueError for an unknown k."""
+        ids, _, scores = _routing(output, self.tokens)
         if scores is None or any(inner in self.found for inner in module.modules()):
             return
         name, experts = self.names[module], scores.shape[1]
         if ids is not None and int(ids.max()) < experts:
             self.found[module] = Router(name, experts)
         elif "router" in type(module).__name__.lower() and experts == (experts_of(module) or experts_of(self.config)):
-            k = _first(module, _CHOSEN) or _first(self.config, _CHOSEN)
+            k = _first(module, _TOP_K) or _first(self.config, _TOP_K)
             if k is None:
                 raise ValueError(
-                    f"{name} puts out the scores of {experts} experts and no choice, and neither it nor the config says how many "
-                    f"a token takes: set config.{_CHOSEN[0]}"
+                    f"{name} returns the scores of {experts} experts but no expert ids, and neither it nor the config has the "
+                    f"number of experts per token: set config.{_TOP_K[0]}"
                 )
             self.found[module] = Router(name, experts, k)
 
     def restore(self, found: Mapping[str, Router]) -> None:
-        """Takes over what another process found."""
+        """Uses the routers that another process found."""
         modules = {name: module for module, name in self.names.items()}
         self.found = {modules[name]: router for name, router in found.items()}
 
@@ -168,11 +168,11 @@ class Routers:
         self.keep = batch.mask.flatten()
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Adds what a router decided for the batch that passes."""
+        """Adds the assignments of a router for the current batch."""
         router = self.found[module]
-        ids, weights, scores = _decided(output, len(self.keep))
+        ids, weights, scores = _routing(output, len(self.keep))
         if scores is None or (ids is None and router.k is None):
-            raise ValueError(f"router {router.name} decided on other rows than the {len(self.keep)} tokens of the batch")
+            raise ValueError(f"router {router.name} does not return one row for each of the {len(self.keep)} tokens of the batch")
         if ids is None or router.k is not None:
             ids, weights = scores.topk(int(router.k or 0), dim=1).indices, None
         load = _load(ids, weights, scores, router.experts, self.keep)
@@ -192,12 +192,12 @@ class Routers:
 
 
 def experts_of(holder: Any) -> int | None:
-    """How many experts a config, or a module, speaks of; None for none."""
+    """The number of experts that a config or module names; None if it names none."""
     return _first(holder, _COUNTS)
 
 
-def _decided(output: Any, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Ids (n, k) and their weights, both or neither, and scores (n, E), in what a module puts out; None for what is not there."""
+def _routing(output: Any, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Ids (n, k) with their weights (both or neither) and scores (n, E) in the output of a module; None for what is missing."""
     parts = output if isinstance(output, (tuple, list)) else [output]
     flat = [t.reshape(tokens, -1) for t in parts if isinstance(t, Tensor) and t.ndim > 1 and t.numel() == tokens * t.shape[-1] > 0]
     floats = [t for t in flat if t.is_floating_point()]

@@ -1,4 +1,4 @@
-"""The tables of a language model's geometry, from complete sums and a sample of rows."""
+"""The tables of a geometry analysis, computed from complete sums and a sample of rows."""
 
 import itertools
 import math
@@ -25,12 +25,12 @@ from nodelens.statistics.linalg import ROUNDING, constant, principal_axes, spect
 from .columns import ABLATED, VARIANTS, Columns
 from .sites import HookPoint
 
-RAW = SpectrumMetric()  # whose covariance is that of the rows as they are
+RAW = SpectrumMetric()  # the covariance of unscaled rows
 _OF_SPECTRUM = (SpectrumMetric.__call__, ParticipationRatio.__call__)
 
 
 class Values:
-    """Metrics at layers and pairs of layers; each eigenproblem is solved once, however many columns read it."""
+    """Metrics of layers and layer pairs. Each eigenproblem is solved once, however many columns read it."""
 
     def __init__(
         self, plan: Plan, sums: Mapping[tuple[str, Need], Accumulator], sample: Mapping[str, Tensor], device: torch.device
@@ -42,7 +42,7 @@ class Values:
         self._samples: dict[str, tuple[Tensor, Tensor]] = {}
 
     def whole(self, metric: Metric, place: Place) -> float:
-        """The value from all rows; NaN where a site is too wide for it."""
+        """The value from all rows; NaN at a site that is too wide for the metric."""
         if not self.plan.resolve(metric, place) and metric.needs():
             return math.nan
         if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM and metric.view == "positions":
@@ -53,29 +53,29 @@ class Values:
         return float(found.value)
 
     def sampled(self, metric: Metric, place: Place) -> float:
-        """The value from the sample of rows, those left out that are not finite."""
+        """The value from the sample of rows, without rows that are not finite."""
         every = [self._finite(layer.name) for layer in place if layer is not None]
         rows, keep = [r for r, _ in every], torch.stack([finite for _, finite in every]).all(0)
-        turned = metric.names[0] != "layer_cosine_sim"  # all others are the same in any basis
-        first, *rest = [_narrow(r[keep]) if turned else r[keep] for r in rows]
-        if len(first) < 2 or (rest and not turned and rest[0].shape != first.shape):
+        invariant = metric.names[0] != "layer_cosine_sim"  # all others do not depend on the basis
+        first, *rest = [_reduced_basis(r[keep]) if invariant else r[keep] for r in rows]
+        if len(first) < 2 or (rest and not invariant and rest[0].shape != first.shape):
             return math.nan
         if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM:
             key = place[0].name, "sample"
             if key not in self._spectra:
-                self._spectra[key] = _of_rows(first)
+                self._spectra[key] = _sample_spectrum(first)
             return float(metric.of(self._spectra[key]))
         return float(metric.compute(outputs=first, next_outputs=rest[0] if rest else None))
 
     def _finite(self, layer: str) -> tuple[Tensor, Tensor]:
-        """A layer's sample of rows in float64, and which of them are finite."""
+        """The sampled rows of a layer in float64, and which of them are finite."""
         if layer not in self._samples:
             rows = self.sample[layer].double()
             self._samples[layer] = rows, rows.isfinite().all(1)
         return self._samples[layer]
 
     def spectrum(self, metric: SpectrumMetric, layer: Layer) -> Tensor:
-        """Eigenvalues of a layer's rows, largest first, scaled as the metric has them."""
+        """Eigenvalues of the covariance of a layer's rows, scaled as the metric scales them; largest first."""
         key = layer.name, "token" if metric.rows.startswith("token") else metric.rows
         if key not in self._spectra:
             covariance = metric.covariance(self._parts(metric, (layer, None))["y"]).to(self.device)
@@ -88,7 +88,7 @@ class Values:
         return self._spectra[key]
 
     def rows(self, layer: Layer) -> int | None:
-        """Rows that a layer's products were formed of; None where there are none."""
+        """Number of rows in the products of a layer; None without products."""
         held = [
             a.value
             for (name, need), a in self.sums.items()
@@ -105,8 +105,8 @@ class Values:
         u, v = (self._axes[layer.name][:, :k] for layer in place if layer is not None)
         return float(metric.between(u, v, live_covariance(parts["y"])))
 
-    def compared(self, k: int, *layers: Layer) -> int:
-        """Of ``k`` leading directions those that are compared: none without variance."""
+    def compared_axes(self, k: int, *layers: Layer) -> int:
+        """How many of ``k`` leading directions are compared: only those with variance."""
         width = min(self.plan.seen(layer, "output").width for layer in layers)
         known = [self._spectra[layer.name, "raw"] for layer in layers if (layer.name, "raw") in self._spectra]
         return min(k, width, *(int((values > 0).sum()) for values in known))
@@ -116,7 +116,7 @@ class Values:
         for name, (owner, need) in self.plan.resolve(metric, place).items():
             value = self.sums[owner.name, self.plan.lookup(owner, need)].value
             if value is None:
-                raise ValueError(f"no row was seen at {owner.name}: the data hold no token that counts, or the module did not run")
+                raise ValueError(f"no row was seen at {owner.name}: the data have no unmasked token, or the module did not run")
             found[name] = adapt(value, need.statistic)
         return found
 
@@ -124,12 +124,12 @@ class Values:
 def metrics_table(
     points: Sequence[HookPoint], columns: Columns, values: Values, about: Mapping[str, str], tokens: int
 ) -> pd.DataFrame:
-    """A row a layer: where it is, what it was measured on, a column a metric."""
+    """One row per layer: its position, the number of tokens, and one column per metric."""
     rows = []
     for point in points:
         for k, layer in point.sites.items():
             n = values.rows(layer)
-            row = _where(about, point, len(points)) | {
+            row = _identity(about, point, len(points)) | {
                 "layer": k,
                 "num_layers": len(point.sites),
                 "layer_norm_depth": k / max(1, *point.sites),
@@ -143,19 +143,19 @@ def metrics_table(
 def novelty_table(
     points: Sequence[HookPoint], columns: Columns, values: Values, about: Mapping[str, str], novelty_k: int
 ) -> pd.DataFrame:
-    """A row a layer with the next one measured."""
+    """One row per pair of consecutive measured layers."""
     rows = []
     for point in points if columns.of("edge") else ():
         sites = list(point.sites.items())
         for (k, layer), (after, other) in itertools.pairwise(sites):
-            place = {"layer": k, "transition": f"{k}->{after}", "novelty_k": values.compared(novelty_k, layer, other)}
-            rows.append(_where(about, point, len(points)) | place | _row(columns, "edge", values, (layer, other)))
+            place = {"layer": k, "transition": f"{k}->{after}", "novelty_k": values.compared_axes(novelty_k, layer, other)}
+            rows.append(_identity(about, point, len(points)) | place | _row(columns, "edge", values, (layer, other)))
     names = ["model_key", "model_label", "layer", "transition", "novelty_k", *columns.of("edge")]
     return pd.DataFrame(rows, columns=None if rows else names)
 
 
 def ablation_table(points: Sequence[HookPoint], columns: Columns, values: Values, about: Mapping[str, str]) -> pd.DataFrame:
-    """A row a layer and variant: the columns of the spectrum from rows that are scaled, of all tokens."""
+    """One row per layer and variant: the spectrum columns of scaled rows, over all tokens."""
     rows = []
     for point in points:
         for k, layer in point.sites.items():
@@ -164,12 +164,12 @@ def ablation_table(points: Sequence[HookPoint], columns: Columns, values: Values
                 place = {"layer": k, "variant": variant, "tokens": values.rows(layer)}
                 found = {column: values.whole(metric, (layer, None)) for column, metric in metrics.items()}
                 width = {"hidden_dim": values.plan.seen(layer, "output").width}
-                rows.append(_where(about, point, len(points)) | place | width | found)
+                rows.append(_identity(about, point, len(points)) | place | width | found)
     return pd.DataFrame(rows)
 
 
 def eigenvalues(points: Sequence[HookPoint], values: Values) -> dict[str, np.ndarray]:
-    """{layer_00: (width,) float64}, largest first, in the unit of x squared; of several hook points {point.layer_00: ...}."""
+    """{layer_00: (width,) float64}, largest first, in the unit of x squared; with several hook points {point.layer_00: ...}."""
     found = {}
     for point in points:
         for k, layer in point.sites.items():
@@ -179,7 +179,7 @@ def eigenvalues(points: Sequence[HookPoint], values: Values) -> dict[str, np.nda
     return found
 
 
-def _where(about: Mapping[str, str], point: HookPoint, points: int) -> dict[str, Any]:
+def _identity(about: Mapping[str, str], point: HookPoint, points: int) -> dict[str, Any]:
     return dict(about) | ({"hook_point": point.name} if points > 1 else {})
 
 
@@ -192,13 +192,13 @@ def _axes(metric: SubspaceMetric, before: Tensor, after: Tensor) -> int:
     return min(metric.novelty_k, *(int((values > 0).sum()) for values in metric.cut(before, after)))
 
 
-def _narrow(x: Tensor) -> Tensor:
-    """Rows (n, d) in a basis of their own, at most n wide: lengths and products of rows stay as they are."""
+def _reduced_basis(x: Tensor) -> Tensor:
+    """Rows (n, d) in a basis of at most n dimensions; norms and inner products of rows do not change."""
     return x if len(x) >= x.shape[1] else torch.linalg.qr(x.T, mode="r").R.T
 
 
-def _of_rows(x: Tensor) -> Tensor:
-    """Eigenvalues of the covariance of a few rows, largest first, as ``spectrum`` has them."""
+def _sample_spectrum(x: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of a few rows, largest first, with the conventions of ``spectrum``."""
     live = ~constant(x.var(0), x.mean(0))
     found = torch.linalg.svdvals((x - x.mean(0)).where(live, 0)).square() / (len(x) - 1)
     return found.where(found > ROUNDING * found[:1], 0)

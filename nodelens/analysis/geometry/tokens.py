@@ -1,4 +1,4 @@
-"""Tokens as a pass reads them: which of them count, up to an exact number, and a sample that no batching changes."""
+"""The tokens of a pass: which of them count, an exact limit on their number, and a sample that does not depend on batching."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from nodelens.network.hooks import Site
 from nodelens.statistics.processes import reduce_tensor, world
 from nodelens.statistics.sample_hash import content_hashes, mix
 
-_LAST = torch.iinfo(torch.int64).max  # behind every key
+_LAST = torch.iinfo(torch.int64).max  # sorts after every key
 _NUMBERED = {"ids", "sample_ids"}
 
 
@@ -22,9 +22,9 @@ _NUMBERED = {"ids", "sample_ids"}
 class TokenBatch:
     """A batch of B samples of T tokens.
 
-    Shapes: inputs: what ``Batch.of`` reads, by name: what the model is called with, ``x`` what has none, and select (B, T) where
-            the batch has it; mask (B, T) bool, true where a token counts; keys (B, T) int64, a number that is the token's own in
-            any batch, order or padding
+    Shapes: inputs: arguments of the model by name, ``x`` for one without a name, and select (B, T) if the batch has it;
+            mask (B, T) bool, true where a token counts; keys (B, T) int64, a hash of the token that does not depend on batching,
+            order or padding
     """
 
     inputs: dict[str, Any]
@@ -33,53 +33,53 @@ class TokenBatch:
 
     @classmethod
     def of(cls, raw: Any, takes: Mapping[str, Any]) -> Self:
-        """Reads what ``Batch.of`` reads, labels left out; ``takes``: what the model can be given beside, by name, and its value.
+        """Reads what ``Batch.of`` reads, without labels. ``takes``: further arguments of the model by name, and their values.
 
-        Padding on the left is moved to the right: then positions count from the first token in every model, whether or not it
-        takes position_ids. Raises ValueError where there are no tokens (B, T), or a mask of another shape.
+        Left padding is moved to the right, so that positions count from the first token in every model, with or without
+        position_ids. Raises ValueError for a batch without tokens (B, T), or with a mask of another shape.
         """
         batch = Batch.of(raw)
         tokens = batch.args[0] if batch.args else batch.kwargs.get("input_ids", batch.kwargs.get("inputs_embeds"))
         if not isinstance(tokens, Tensor) or tokens.ndim != (3 if tokens.is_floating_point() else 2):
             raise ValueError(
-                f"a batch holds {batch.describe()}: the geometry of a language model is measured on tokens, input_ids (B, T); "
-                "nl.analyze measures any other network"
+                f"a batch has {batch.describe()}; the geometry of a language model is measured on tokens, input_ids (B, T). "
+                "Use nl.analyze for other networks"
             )
         shape = tokens.shape[:2]
         given = batch.kwargs.get("attention_mask")
         real = torch.ones(shape, dtype=torch.bool) if given is None else given.bool().cpu()
         if real.shape != shape:
-            raise ValueError(f"the attention_mask is {tuple(real.shape)}, the tokens are {tuple(shape)}: give 0 or 1 a token")
+            raise ValueError(f"the attention_mask is {tuple(real.shape)}, the tokens are {tuple(shape)}: give one value per token")
         mask = real if batch.mask is None else batch.mask.cpu()
         place = real.cumsum(1) - 1
         named = isinstance(raw, Mapping) and not _NUMBERED.isdisjoint(raw)
         numbered = named or getattr(raw, "ids", None) is not None
         sample = batch.hashes if numbered else _content(tokens.cpu(), real, place)
         first = {"input_ids" if "input_ids" in takes else "x": tokens} if batch.args else {}
-        beside = {name: value for name, value in takes.items() if value is not None}
+        extra = {name: value for name, value in takes.items() if value is not None}
         chosen = {"select": mask} if isinstance(raw, Mapping) and "select" in raw else {}
-        return cls(beside | batch.kwargs | first | chosen, mask, mix(sample[:, None], place))._turned(real)
+        return cls(extra | batch.kwargs | first | chosen, mask, mix(sample[:, None], place))._left_aligned(real)
 
-    def _turned(self, real: Tensor) -> Self:
-        """Each sample from its first token that is no padding, what stood before it behind it."""
+    def _left_aligned(self, real: Tensor) -> Self:
+        """Moves the padding before the first token of each sample to its end."""
         lead = real.long().argmax(1, keepdim=True)
         if not bool(lead.any()):
             return self
         rows, length = torch.arange(len(lead))[:, None], self.mask.shape[1]
         turn = (torch.arange(length) + lead) % length
 
-        def turned(value: Any) -> Any:
+        def shift(value: Any) -> Any:
             fits = isinstance(value, Tensor) and value.shape[:2] == self.mask.shape
             return value[rows.to(value.device), turn.to(value.device)] if fits else value
 
-        return type(self)({k: turned(v) for k, v in self.inputs.items()}, turned(self.mask), turned(self.keys))
+        return type(self)({k: shift(v) for k, v in self.inputs.items()}, shift(self.mask), shift(self.keys))
 
     def __len__(self) -> int:
-        """Tokens that count."""
+        """Number of tokens that count."""
         return int(self.mask.sum())
 
     def take(self, rows: slice, places: slice = slice(None)) -> Self:
-        """Some of the samples, at some of their places."""
+        """The batch restricted to some samples and positions."""
         shape = self.mask.shape
 
         def part(value: Any) -> Any:
@@ -90,7 +90,7 @@ class TokenBatch:
         return type(self)({k: part(v) for k, v in self.inputs.items()}, self.mask[rows, places], self.keys[rows, places])
 
     def first(self, count: int) -> list[Self]:
-        """The first ``count`` tokens that count: the samples that lie in them whole, and the one that they end in, cut there."""
+        """The first ``count`` tokens that count: a batch of whole samples, and the sample in which they end, cut there."""
         ends = self.mask.sum(1).cumsum(0)
         whole = int((ends <= count).sum())
         left = count - (int(ends[whole - 1]) if whole else 0)
@@ -102,32 +102,32 @@ class TokenBatch:
 
 
 def _content(tokens: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-    """A key a sample, (B,), of the tokens that count and their order."""
+    """One key per sample, (B,): a hash of its unpadded tokens and their order."""
     ids = content_hashes(tokens.flatten(0, 1)).reshape(mask.shape) if tokens.is_floating_point() else tokens.long()
     return mix(mix(ids, place).where(mask, 0).sum(1))
 
 
 class TokenReader:
-    """The batches of a loader up to exactly ``limit`` tokens, None for all of them.
+    """The batches of a loader up to exactly ``limit`` tokens; None for all of them.
 
-    The last sample is cut behind the last token that counts: in a causal model nothing before it changes, so that what is
-    measured does not depend on the batch size. No batch is asked for that is not needed.
+    The last sample is cut after the last token that counts. In a causal model this changes no earlier token, so the result does
+    not depend on the batch size. Batches that are not needed are not loaded.
     """
 
     def __init__(self, data: Iterable[Any], takes: Mapping[str, Any], limit: int | None = None):
-        self.tokens = self.batches = 0  # that were shown
-        self._rest = _up_to(data, takes, math.inf if limit is None else limit)
+        self.tokens = self.batches = 0  # read so far
+        self._remaining = _up_to(data, takes, math.inf if limit is None else limit)
 
     def head(self) -> TokenBatch | None:
-        """The first batch, which is not used up; None where there is no token."""
-        head = next(self._rest, None)
+        """The first batch, without consuming it; None if there are no tokens."""
+        head = next(self._remaining, None)
         if head is not None:
-            self._rest = chain([head], self._rest)
+            self._remaining = chain([head], self._remaining)
         return head
 
-    def shown(self, *listeners: Callable[[TokenBatch], None]) -> Iterator[dict[str, Any]]:
-        """What the model takes, batch after batch, each first shown to the listeners."""
-        for batch in self._rest:
+    def iterate(self, *listeners: Callable[[TokenBatch], None]) -> Iterator[dict[str, Any]]:
+        """The model inputs of each batch. The listeners get each batch first."""
+        for batch in self._remaining:
             self.tokens += len(batch)
             self.batches += 1
             for listener in listeners:
@@ -147,7 +147,7 @@ def _up_to(data: Iterable[Any], takes: Mapping[str, Any], left: float) -> Iterat
 
 
 class TokenSample:
-    """Rows of the same tokens at every site: those of the ``limit`` smallest keys. Of tokens with one key, which are alike, one."""
+    """Rows of the same tokens at every site: those with the ``limit`` smallest keys. Of tokens with equal keys, one is kept."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -157,7 +157,7 @@ class TokenSample:
         self._samples = 0
 
     def begin(self, batch: TokenBatch) -> None:
-        """Decides, before the model runs, which of a batch's tokens come in and which of those held go."""
+        """Decides, before the model runs, which tokens of a batch enter the sample and which leave it."""
         place = batch.mask.flatten().nonzero()[:, 0]
         if len(self.keys) == self.limit:
             place = place[batch.keys.flatten()[place] < self.keys.max()]
@@ -168,27 +168,27 @@ class TokenSample:
         self._samples = len(batch.mask)
 
     def see(self, site: Site, tensor: Tensor) -> None:
-        """Takes what passes at a site."""
+        """Adds the rows of a site to the sample."""
         raw = site.layer.rows(tensor, self._samples).raw  # (B, width, T)
         fresh = raw.transpose(1, 2).reshape(-1, raw.shape[1])[self._place.to(raw.device)]
         held = self.rows.get(site.layer.name)
         self.rows[site.layer.name] = fresh if held is None else torch.cat([held[self._stay.to(raw.device)], fresh])
 
     def gathered(self, widths: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
-        """{layer: (r, width)} in the order of the keys, the sample of all processes together. Collective."""
-        keys = _of_all(_padded(self.keys, self.limit, _LAST), device)
+        """{layer: (r, width)}, the sample over all processes, in the order of the keys. Collective."""
+        keys = _gather(_padded(self.keys, self.limit, _LAST), device)
         order = _smallest(keys, self.limit)
         order = order[keys[order] != _LAST]
         found = {}
         for name, width in widths.items():
             own = self.rows.get(name, torch.empty(0, width)).cpu()
-            own = own.double() if world()[1] > 1 else own  # all alike, whoever has none
-            found[name] = _of_all(_padded(own, self.limit, 0), device)[order]
+            own = own.double() if world()[1] > 1 else own  # one dtype, also in a process without rows
+            found[name] = _gather(_padded(own, self.limit, 0), device)[order]
         return found
 
 
 def _smallest(keys: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` smallest keys, ascending in key, each key once."""
+    """Indices of the ``count`` smallest distinct keys, ascending."""
     order = torch.argsort(keys, stable=True)
     fresh = torch.ones_like(order, dtype=torch.bool)
     fresh[1:] = keys[order][1:] != keys[order][:-1]
@@ -200,8 +200,8 @@ def _padded(tensor: Tensor, length: int, value: int) -> Tensor:
     return torch.cat([tensor, rest])
 
 
-def _of_all(tensor: Tensor, device: torch.device) -> Tensor:
-    """Every process's rows, one after another, on the CPU: a sum in which each fills a place of its own."""
+def _gather(tensor: Tensor, device: torch.device) -> Tensor:
+    """The rows of every process, concatenated, on the CPU. An all-reduce in which each process fills its own slot."""
     rank, processes = world()
     every = tensor.new_zeros(processes, *tensor.shape)
     every[rank] = tensor

@@ -1,1 +1,1 @@
-"""Supernodes: the few channels that carry the loss, what surrounds them, and whether the scores are true."""
+"""Supernodes: the few units with most of the loss proxy, their halo, and checks of the scores against ablation."""

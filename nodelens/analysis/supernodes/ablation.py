@@ -1,4 +1,4 @@
-"""Single-unit ablation: what the loss truly becomes when one unit is zero where it is read."""
+"""Single-unit ablation: the change of the loss when one unit is set to zero where it is read."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ from nodelens.statistics.processes import reduce_tensor, world
 from nodelens.statistics.sample_hash import generator
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-_CHUNK = 1 << 22  # logits that are in float64 at once: 32 MB
+_CHUNK = 1 << 22  # logits in float64 at a time: 32 MB
 
 
-def sampled(groups: Iterable[PruningGroup], count: int | str, seed: int = 0) -> dict[str, list[int]]:
-    """{group: ids} of ``all`` units, or of so many of each group, drawn uniformly without replacement by a generator of its own.
+def sample_units(groups: Iterable[PruningGroup], count: int | str, seed: int = 0) -> dict[str, list[int]]:
+    """{group: ids} of ``all`` units, or of ``count`` units per group, drawn uniformly without replacement from the seed.
 
-    Raises ValueError for anything but "all" or a number from 0 on.
+    Raises ValueError for a count that is neither "all" nor a number >= 0.
     """
     if count != "all" and (isinstance(count, (bool, str)) or count < 0):
-        raise ValueError(f"ablate is {count!r}; it is 0 for none, a number of units of each group, or all")
+        raise ValueError(f"ablate is {count!r}; it must be 0 (no ablation), a number of units per group, or all")
     found = {}
     for group in groups:
         order = torch.randperm(group.n, generator=generator(seed, "ablate", group.name))
@@ -49,15 +49,15 @@ def ablate(
     cached: bool = True,
     progress: Progress = iter,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A row a unit, index (layer, unit): ``change``, loss without it less loss with it, nats a prediction; its standard error.
+    """One row per unit, index (layer, unit): ``change``, loss without minus loss with the unit, in nats per prediction; its error.
 
-    Samples are read until they hold so many predictions (``tokens``, over processes shared out; None: all) and kept. With
-    ``cached`` the blocks before a unit's own do not run again: what the last of them put out is kept, and is used where the
-    dense loss comes out the same, sample by sample. change_se: over samples, of the paired difference. Also what it was taken on:
-    dense loss, predictions, samples, groups that ran from a block on. Raises ValueError where there is nothing to predict.
+    Samples are read until they have ``tokens`` predictions (divided over processes; None: all) and are kept in memory. With
+    ``cached`` the blocks before the unit's block do not run again: the output of the last of them is cached. The cache is used
+    only if it reproduces the dense loss of every sample. change_se: standard error over samples of the paired difference. Also
+    returns the dense loss, predictions, samples and cached groups. Raises ValueError if there is nothing to predict.
     """
     with eval_mode(model), torch.no_grad():
-        held = _Held(model, data, tokens)
+        held = _HeldBatches(model, data, tokens)
         rows = [held.changes(group, units[group.name], cached, progress) for group in groups if len(units[group.name])]
     about = {"loss": held.loss, "predictions": held.predictions, "samples": held.samples, "from_block": held.shortened}
     if not rows:
@@ -66,32 +66,32 @@ def ablate(
     return pd.concat(rows), about
 
 
-class _Held:
-    """Batches in hand, the dense loss of their samples, and what one block put out for each."""
+class _HeldBatches:
+    """The evaluation batches, the dense loss of their samples, and the cached output of one block for each."""
 
     def __init__(self, model: nn.Module, data: Iterable[Any], tokens: int | None):
         self.model, self.device = model, device_of(model)
-        self.frames: list[Batch] = []
+        self.batches: list[Batch] = []
         self.blocks = [model.get_submodule(block.name) for block in roles_of(model).blocks]
         self.names = [block.name for block in roles_of(model).blocks]
-        self.at, self.outputs = 0, list[Any]()  # blocks before this one stand still; what the last of them puts out
+        self.at, self.outputs = 0, list[Any]()  # first block that runs; cached outputs of the block before it
         self.shortened: list[str] = []
         left = math.inf if tokens is None else math.ceil(tokens / world()[1])
         for batch in data if left > 0 else ():
             batch = Batch.of(batch).to(self.device)
             ends = batch.tokens.cumsum(0)
-            whole = batch.head(int((ends < left).sum()) + 1)  # the sample that meets the number is the last
-            self.frames.append(whole)
+            whole = batch.head(int((ends < left).sum()) + 1)  # up to the sample that reaches the limit
+            self.batches.append(whole)
             left -= int(whole.tokens.sum())
             if left <= 0:
                 break
-        every = [self._run(k, 0) for k in range(len(self.frames))]
+        every = [self._run(k, 0) for k in range(len(self.batches))]
         self.dense = torch.cat([nats for nats, _ in every]) if every else torch.zeros(0, dtype=torch.float64)
         self.counts = torch.cat([count for _, count in every]) if every else torch.zeros(0, dtype=torch.float64)
         sums = reduce_tensor(torch.stack([self.dense.sum(), self.counts.sum(), (self.counts > 0).double().sum()]).to(self.device))
         nats, predicted, samples = sums.tolist()
         if not predicted:
-            raise ValueError("the evaluation data are empty: nothing to predict, and no loss that a unit could change")
+            raise ValueError("the evaluation data are empty: there is nothing to predict, so ablation cannot be measured")
         self.loss, self.predictions, self.samples = nats / predicted, int(predicted), int(samples)
 
     def changes(self, group: PruningGroup, units: Sequence[int], cached: bool, progress: Progress) -> pd.DataFrame:
@@ -99,7 +99,7 @@ class _Held:
         sums = torch.zeros(len(units), 3, dtype=torch.float64)  # of d, d^2, d t over samples
         for row, unit in enumerate(progress(units)):
             with masked(self.model, [group], {group.name: [unit]}):
-                d = torch.cat([self._run(k, start)[0] for k in range(len(self.frames))] or [self.dense]) - self.dense
+                d = torch.cat([self._run(k, start)[0] for k in range(len(self.batches))] or [self.dense]) - self.dense
             sums[row] = torch.stack([d.sum(), d @ d, d @ self.counts])
         d, dd, dt = reduce_tensor(sums.to(self.device)).cpu().unbind(1)
         tt = float(reduce_tensor((self.counts @ self.counts).reshape(1).to(self.device)))
@@ -110,7 +110,7 @@ class _Held:
         return pd.DataFrame({"change": change.numpy(), "change_se": error.numpy()}, index=index)
 
     def _start(self, group: PruningGroup) -> int:
-        """The block that holds all that reads a group, from which on the model may run; 0 where it runs whole."""
+        """The block with all readers of a group, from which the model may run; 0 if the whole model must run."""
         paths = {piece.module for piece in group.by_role("consumer")}
         at = next((k for k, name in enumerate(self.names) if all(path.startswith(f"{name}.") for path in paths)), 0)
         if at and at != self.at and not self._kept_before(at):
@@ -120,10 +120,10 @@ class _Held:
         return at
 
     def _kept_before(self, at: int) -> bool:
-        """Keeps what the block before ``at`` puts out; whether the dense loss is the same when the model runs from there."""
+        """Caches the output of the block before ``at``; returns whether running from there reproduces the dense loss."""
         start = self.at if 0 < self.at < at else 0
         outputs, calls = [], 0
-        for k in range(len(self.frames)):
+        for k in range(len(self.batches)):
             seen: list[Any] = []
 
             def see(module: nn.Module, args: tuple, kwargs: dict, output: Any, seen: list[Any] = seen) -> None:
@@ -135,24 +135,24 @@ class _Held:
             outputs.append(seen[-1] if seen else None)
         self.at, self.outputs = at, outputs
         if calls == 1 and all(output is not None for output in outputs):
-            again = [self._run(k, at)[0] for k in range(len(self.frames))]
+            again = [self._run(k, at)[0] for k in range(len(self.batches))]
             if torch.allclose(torch.cat(again), self.dense, rtol=1e-9, atol=1e-9):
                 return True
         self.at, self.outputs = 0, []
         return False
 
     def _run(self, k: int, start: int) -> tuple[Tensor, Tensor]:
-        """Nats and predictions of each sample of a batch, (B,) float64 on the CPU."""
-        batch = self.frames[k]
-        with standing_still(self.blocks[:start], self.outputs[k] if start else None):
+        """Summed loss in nats and number of predictions per sample of batch k, (B,) float64 on the CPU."""
+        batch = self.batches[k]
+        with constant_outputs(self.blocks[:start], self.outputs[k] if start else None):
             logits = logits_of(batch.run(self.model))
         return nats(logits, batch.labels)
 
 
 def nats(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over each sample's predictions, and how many there are, (B,) float64 on the CPU.
+    """Cross-entropy summed over the predictions of each sample, and their number, (B,) float64 on the CPU.
 
-    Raises ValueError for labels that do not fit the logits, or none.
+    Raises ValueError for missing labels, or labels that do not fit the logits.
     """
     z, y = predictions(logits, labels)
     found = torch.zeros(2, len(y), dtype=torch.float64)
@@ -165,8 +165,8 @@ def nats(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def standing_still(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Inside, modules put out a copy of ``output`` without being run; whatever calls them does not see the difference."""
+def constant_outputs(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Inside, the modules return a copy of ``output`` instead of running."""
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:
@@ -181,7 +181,7 @@ def standing_still(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
 
 
 def _copy(output: Any) -> Any:
-    """What a block put out, in tensors of its own: the stream may be added to in place. None where it is not understood."""
+    """A copy of a block's output, because later blocks may modify it in place. None for an unknown kind of output."""
     if isinstance(output, Tensor):
         return output.clone()
     if isinstance(output, tuple) and not hasattr(output, "_fields"):

@@ -1,4 +1,4 @@
-"""How well scores agree with what they are to predict: rank correlations with their errors, hits among the most harmful."""
+"""Agreement of scores with the measured change of the loss: rank correlations with errors, hit rates among the largest units."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,39 +7,39 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nodelens.metrics.core_and_halo import share_of
+from nodelens.metrics.supernode import share_of
 from nodelens.statistics.sample_hash import generator
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
-GROUPS = 20  # of units, for the jackknife
+GROUPS = 20  # groups of units for the jackknife
 POOLED, MEAN = "all layers pooled", "mean over layers"
 
 
 def spearman(a: Any, b: Any) -> float:
-    """Spearman's rank correlation, ties averaged, of the pairs that have both; NaN below two, or where one does not vary."""
-    a, b = _both(a, b)
+    """Spearman's rank correlation over finite pairs, ties averaged; NaN for fewer than two pairs or a constant."""
+    a, b = _finite_pairs(a, b)
     return pearson(pd.Series(a).rank(), pd.Series(b).rank())
 
 
 def pearson(a: Any, b: Any) -> float:
-    """Pearson's correlation of the pairs that have both; NaN below two, or where one does not vary."""
-    a, b = _both(a, b)
+    """Pearson's correlation over finite pairs; NaN for fewer than two pairs or a constant."""
+    a, b = _finite_pairs(a, b)
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    a, b = ((x - x.mean()) / np.abs(x - x.mean()).max() for x in (a, b))  # a square of what is tiny would be 0
+    a, b = ((x - x.mean()) / np.abs(x - x.mean()).max() for x in (a, b))  # squares of tiny values would underflow
     return float((a @ b) / np.sqrt((a @ a) * (b @ b)))
 
 
 def agreement(table: pd.DataFrame, scores: Sequence[str], against: str = "change", seed: int = 0) -> pd.DataFrame:
-    """A row a layer and score: n, spearman and pearson with a column, each with a standard error.
+    """One row per layer and score: n, spearman and pearson with the column ``against``, each with a standard error.
 
-    table: a row a unit, level ``layer`` in the index. Besides the layers there are all units pooled, and the mean over layers.
-    Errors: the jackknife over 20 groups of units drawn by the seed; of the mean those of independent layers.
+    table: one row per unit, with the index level ``layer``. There are also rows for all units pooled and for the mean over layers.
+    Errors: jackknife over 20 groups of units drawn from the seed; that of the mean assumes independent layers.
     """
     by_layer = [(str(layer), rows) for layer, rows in table.groupby(level="layer", sort=False)]
     places = by_layer if len(by_layer) == 1 else [*by_layer, (POOLED, table)]
     pairs = [(score, layer, rows) for score in scores for layer, rows in places]
-    found = [{"layer": layer, "score": score} | _agree(rows[score], rows[against], seed, layer) for score, layer, rows in pairs]
+    found = [{"layer": layer, "score": score} | _correlate(rows[score], rows[against], seed, layer) for score, layer, rows in pairs]
     every = pd.DataFrame(found, columns=["layer", "score", "n", "spearman", "spearman_se", "pearson", "pearson_se"])
     if len(by_layer) == 1:
         return every
@@ -48,9 +48,9 @@ def agreement(table: pd.DataFrame, scores: Sequence[str], against: str = "change
 
 
 def hits(table: pd.DataFrame, scores: Iterable[str], against: str = "change", budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
-    """A row a layer, score and budget: the share of the truly largest units that are among as many largest by the score.
+    """One row per layer, score and budget: share of the k largest units by ``against`` that are among the k largest by the score.
 
-    k units of n make a budget, one at least; chance is k / n. Ties go to the lower unit.
+    A budget is a share of the n units, k of them, at least one; chance is k / n. Ties go to the lower unit.
     """
     by_layer = [(str(layer), rows) for layer, rows in table.groupby(level="layer", sort=False)]
     rows = []
@@ -64,8 +64,8 @@ def hits(table: pd.DataFrame, scores: Iterable[str], against: str = "change", bu
     return pd.DataFrame(rows, columns=["layer", "score", "budget", "k", "hits", "chance"])
 
 
-def _agree(score: pd.Series, truth: pd.Series, seed: int, layer: str) -> dict[str, Any]:
-    a, b = _both(score, truth)
+def _correlate(score: pd.Series, truth: pd.Series, seed: int, layer: str) -> dict[str, Any]:
+    a, b = _finite_pairs(score, truth)
     order = torch.randperm(len(a), generator=generator(seed, "jackknife", layer)).numpy()
     parts = [part for part in np.array_split(order, GROUPS) if len(part)]
     found: dict[str, Any] = {"n": len(a)}
@@ -86,11 +86,11 @@ def _mean(score: Any, rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _order(values: pd.Series) -> np.ndarray:
-    """Places from the largest value on; NaN last."""
+    """Indices in descending order of the values; NaN last."""
     return np.argsort(-values.fillna(-np.inf).to_numpy(float), kind="stable")
 
 
-def _both(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+def _finite_pairs(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, float), np.asarray(b, float)
     known = np.isfinite(a) & np.isfinite(b)
     return a[known], b[known]

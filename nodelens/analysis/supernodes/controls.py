@@ -1,4 +1,4 @@
-"""Controls of the redundancy to a core: other cores of the same size, and units outside the halo that matter as much."""
+"""Controls of the redundancy to supernodes: random sets of the same size, and matched units outside the halo."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,43 +9,44 @@ from torch import Tensor
 
 from nodelens.statistics.sample_hash import generator
 
-_FLIPS = 999  # of signs, for the p-value of a mean difference
+_FLIPS = 999  # sign flips for the p-value of a mean difference
+RANDOM = "random core"  # a value of the column control in saved tables
 COLUMNS = ("layer", "control", "quantity", "halo", "other", "difference", "se", "p", "n")
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Which units of a group are compared: ids. core (k,), halo (h,), random (draws, k), matched pairs halo -> other (pairs, 2)."""
+class ControlSets:
+    """Ids of units to compare in a group: supernodes (k,), halo (h,), random (draws, k), pairs (halo, matched) (pairs, 2)."""
 
-    core: Tensor
+    supernodes: Tensor
     halo: Tensor
     random: Tensor
     pairs: Tensor
 
     @classmethod
-    def of(cls, name: str, proxy: Tensor, core: Tensor, halo: Tensor, draws: int, seed: int) -> "Compared":
-        """Random cores are drawn among the units of neither core nor halo; without enough of them there is none."""
-        outside = _outside(len(proxy), core, halo)
-        cores = [outside[torch.randperm(len(outside), generator=generator(seed, "core", name, str(k)))] for k in range(draws)]
-        enough = [drawn[: len(core)] for drawn in cores if len(outside) >= len(core)]
-        random = torch.stack(enough) if enough else torch.zeros(0, len(core), dtype=torch.long)
-        return cls(core, halo, random, matched(proxy, halo, outside))
+    def of(cls, name: str, proxy: Tensor, supernodes: Tensor, halo: Tensor, draws: int, seed: int) -> "ControlSets":
+        """Random sets are drawn from the units outside supernodes and halo; there are none if these are too few."""
+        outside, k = _outside(len(proxy), supernodes, halo), len(supernodes)
+        every = [outside[torch.randperm(len(outside), generator=generator(seed, "core", name, str(d)))] for d in range(draws)]
+        sets = [order[:k] for order in every if len(outside) >= k]
+        random = torch.stack(sets) if sets else torch.zeros(0, k, dtype=torch.long)
+        return cls(supernodes, halo, random, matched(proxy, halo, outside))
 
     @property
     def rows(self) -> Tensor:
-        """Units whose redundancy is wanted."""
+        """Units whose redundancy is computed."""
         return torch.cat([self.halo, self.pairs[:, 1]]).unique()
 
     @property
     def columns(self) -> Tensor:
-        """Units to which."""
-        return torch.cat([self.core, self.random.flatten()]).unique()
+        """Units to which redundancy is computed."""
+        return torch.cat([self.supernodes, self.random.flatten()]).unique()
 
 
 def matched(proxy: Tensor, halo: Tensor, outside: Tensor) -> Tensor:
-    """Each halo unit with the unit outside that is nearest in the logarithm of the loss proxy, (pairs, 2) ids.
+    """Pairs each halo unit with the outside unit of the nearest log loss proxy, (pairs, 2) ids.
 
-    Without replacement, the largest first; no more pairs than there are units outside.
+    Matching is without replacement, largest halo unit first; there are at most as many pairs as outside units.
     """
     size = proxy.clamp_min(torch.finfo(torch.float64).tiny).log()
     order = halo[size[halo].argsort(descending=True, stable=True)]
@@ -59,15 +60,15 @@ def matched(proxy: Tensor, halo: Tensor, outside: Tensor) -> Tensor:
 
 
 def control_rows(
-    name: str, chosen: Compared, redundancy: Callable[[Tensor, Tensor], Tensor], connectivity: Tensor, seed: int
+    name: str, chosen: ControlSets, redundancy: Callable[[Tensor, Tensor], Tensor], connectivity: Tensor, seed: int
 ) -> list[dict[str, Any]]:
-    """Rows of the table of controls. redundancy (units, core) -> that of units to a core, (units,); connectivity (units,)."""
-    own = redundancy(chosen.halo, chosen.core)
-    others = torch.stack([redundancy(chosen.halo, core).mean() for core in chosen.random]) if len(chosen.random) else own[:0]
-    rows = [{"layer": name, "control": "random core", "quantity": "redundancy"} | _against(own.mean(), others)]
+    """Rows of the table of controls. redundancy: function of (units, set), redundancy of units to a set; connectivity (units,)."""
+    own = redundancy(chosen.halo, chosen.supernodes)
+    others = torch.stack([redundancy(chosen.halo, ids).mean() for ids in chosen.random]) if len(chosen.random) else own[:0]
+    rows = [{"layer": name, "control": RANDOM, "quantity": "redundancy"} | _against(own.mean(), others)]
     a, b = chosen.pairs.T.contiguous()
     values: Mapping[str, tuple[Tensor, Tensor]] = {
-        "redundancy": (redundancy(a, chosen.core), redundancy(b, chosen.core)),
+        "redundancy": (redundancy(a, chosen.supernodes), redundancy(b, chosen.supernodes)),
         "connectivity": (connectivity[a], connectivity[b]),
     }
     for quantity, (left, right) in values.items():
@@ -77,7 +78,7 @@ def control_rows(
 
 
 def _against(value: Tensor, draws: Tensor) -> dict[str, Any]:
-    """A value beside draws of chance: se is their spread, p one-sided with the value among them."""
+    """A value compared with random draws: se is their standard deviation, p is one-sided and counts the value itself."""
     n = len(draws)
     mean = float(draws.mean()) if n else float("nan")
     return {
@@ -91,13 +92,13 @@ def _against(value: Tensor, draws: Tensor) -> dict[str, Any]:
 
 
 def _paired(a: Tensor, b: Tensor, word: str, seed: int) -> dict[str, Any]:
-    """The mean difference of pairs, its standard error, and a two-sided p by flips of their signs."""
+    """The mean difference of pairs, its standard error, and a two-sided p-value from random sign flips."""
     known = a.isfinite() & b.isfinite()
     a, b = a[known].double(), b[known].double()
     d, n = a - b, int(known.sum())
     signs = torch.randint(2, (_FLIPS, n), generator=generator(seed, "flip", word)).double() * 2 - 1
     null = (signs @ d).abs() / max(n, 1)
-    least = d.mean().abs() * (1 - 1e-12)  # a flip of nothing is as large
+    least = d.mean().abs() * (1 - 1e-12)  # a draw without a flip must count, despite rounding
     return {
         "halo": float(a.mean()),
         "other": float(b.mean()),
@@ -108,7 +109,7 @@ def _paired(a: Tensor, b: Tensor, word: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _outside(n: int, core: Tensor, halo: Tensor) -> Tensor:
+def _outside(n: int, supernodes: Tensor, halo: Tensor) -> Tensor:
     inside = torch.zeros(n, dtype=torch.bool)
-    inside[core], inside[halo] = True, True
+    inside[supernodes], inside[halo] = True, True
     return (~inside).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""What reads hidden units sees, and how the loss leans on it: sums of a pass over the data, a row a token (or a sample)."""
+"""Values of hidden units where they are read, and gradients of the loss there: sums over rows (tokens or samples) of a pass."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -25,12 +25,12 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class HiddenPass:
-    """Shows a batch's rows of every group: u, what is read of the units; g, the summed loss's slope in it; q = u g, a value a unit.
+    """Passes the rows of every group to sums: u, values of units; g, gradients of the summed loss; q = u g, one value per unit.
 
-    q is summed over a unit's places, its readers and their calls before anything else is made of it, and with ``unit: sequence``
-    over the positions: it is the first-order change of the loss when the unit goes. A backward pass shows each layer when it
-    comes to it, and nothing waits for its end. Of experts in one tensor u is what is read, times the router's weight, at the
-    tokens that go there; elsewhere it is 0, and the token counts all the same.
+    q is the first-order change of the loss when the unit is removed. It is first summed over the places of a unit, its readers and
+    their calls, and with ``unit: sequence`` over positions. Each layer is reduced when the backward pass reaches it, so that no
+    layer is buffered until the end. For experts in one tensor, u is the value read times the router's weight, at the tokens routed
+    to the expert; at other tokens u is 0, and these tokens count as rows too.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class HiddenPass:
 
     @torch.inference_mode(False)
     def run(self, data: Iterable[Any], sums: "HiddenSums", loss: Loss = summed_loss) -> int:
-        """Shows every batch; how many samples of all processes there were. Raises ValueError where there is none."""
+        """Runs every batch and returns the number of samples over all processes. Raises ValueError for empty data."""
         self.sums, samples = sums, 0
         modules = {path: self.model.get_submodule(path) for path in self.read}
         hooked = [Layer(path, module, "input") for path, module in modules.items() if path not in self.experts]
         mixed = [Layer(path, modules[path]) for path in self.experts]
         sites = [Site(layer, port) for layer in hooked for port in ("output", *sums.ports)]
         sites += [Site(layer, "grad") for layer in mixed]
-        maps = [layer.name for layer in hooked if channel_dim(layer.module) == 1]  # a block may go on in place
+        maps = [layer.name for layer in hooked if channel_dim(layer.module) == 1]  # a block may modify maps in place
         self.capture = capture = Capture(sites, self._see, maps)
-        with eval_mode(self.model), capture, observed((layer.module for layer in mixed), self._called), torch.enable_grad():
+        with eval_mode(self.model), capture, observed((layer.module for layer in mixed), self._see_experts), torch.enable_grad():
             for batch in data:
                 batch = Batch.of(batch, self.folds, self.seed).to(self.device)
                 samples += len(batch)
@@ -66,20 +66,20 @@ class HiddenPass:
                 capture.gate = False
                 total = loss(logits, batch.labels)
                 if not total.requires_grad:
-                    raise ValueError("the loss does not depend on the units: loss= gives a number without a gradient")
+                    raise ValueError("the loss does not depend on the units: the value of loss= has no gradient")
                 total.backward()
                 self._end()
                 del logits, total
         found = int(reduce_tensor(torch.tensor(samples, device=self.device)))
         if not found:
-            raise ValueError("the data are empty: not one batch to score units by")
-        silent = next((str(site) for site in sites if samples and not capture.fired[str(site)]), None)
-        if silent:
-            raise ValueError(f"{silent} never passed in {type(self.model).__name__}.forward: leave its group out of the scope")
+            raise ValueError("the data are empty: there is no batch to score units with")
+        uncalled = next((str(site) for site in sites if samples and not capture.fired[str(site)]), None)
+        if uncalled:
+            raise ValueError(f"{uncalled} was never called by {type(self.model).__name__}.forward: remove its group from the scope")
         return found
 
     def _begin(self, batch: Batch) -> None:
-        self.batch, self.waiting, self.held = batch, dict[str, int](), dict[str, Tensor]()
+        self.batch, self.pending, self.partial = batch, dict[str, int](), dict[str, Tensor]()
         self.calls = {path: list[Call]() for path in self.experts}
         self.fold = batch.group.to(self.device)
         self.scale = None if self.reduction == "sum" else 1 / batch.tokens.clamp_min(1).double().to(self.device)
@@ -87,7 +87,7 @@ class HiddenPass:
     def _see(self, site: Site, tensor: Tensor) -> None:
         path = site.layer.name
         if path in self.experts:
-            self._see_routed(path, self.calls[path].pop(), tensor)  # the last call's slope comes first
+            self._see_routed(path, self.calls[path].pop(), tensor)  # backward visits the last call first
             return
         rows = site.layer.rows(tensor, len(self.batch), self.batch.mask)
         raw = rows.raw if rows.keep is None else rows.raw.where(rows.keep[:, None], 0)
@@ -96,14 +96,14 @@ class HiddenPass:
         for group, piece in self.read[path]:
             x = _placed(raw, piece.places)
             if site.port == "output":
-                self._await(group, rows.mask().sum(1))
+                self._count_call(group, rows.mask().sum(1))
                 self.sums.values(group, x)
             elif site.port == "grad":
                 self.sums.slopes(group, x)
             else:
                 self._product(group, x.sum(2) if x.shape[2] > 1 else x[:, :, 0])
 
-    def _called(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _see_experts(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         path = next(path for path, experts in self.experts.items() if experts.module is module)
         with torch.no_grad():
             call = Call.of(self.experts[path], path, args, kwargs)
@@ -114,10 +114,10 @@ class HiddenPass:
         mask, shape = self.batch.mask, (len(self.batch), call.tokens // len(self.batch))
         count = mask.sum(1) if mask is not None and mask.shape == shape else torch.full(shape[:1], shape[1], device=self.device)
         for group, _ in self.read[path]:
-            self._await(group, count)
+            self._count_call(group, count)
 
     def _see_routed(self, path: str, call: Call, slope: Tensor) -> None:
-        """Takes the slope in what experts put out."""
+        """Reduces the gradient at the output of experts."""
         for group, piece in self.read[path]:
             assert piece.entry is not None
             share = call.share(piece.entry)
@@ -132,35 +132,35 @@ class HiddenPass:
     def _reduced(self, slope: Tensor) -> Tensor:
         return slope if self.scale is None else slope * self.scale[:, None, None].to(slope)
 
-    def _await(self, group: PruningGroup, count: Tensor) -> None:
-        """Counts a call, whose gradient will come; the group's rows are those of its first call."""
-        if group.name not in self.waiting:
+    def _count_call(self, group: PruningGroup, count: Tensor) -> None:
+        """Counts a forward call, whose gradient follows. The first call of a group defines its rows."""
+        if group.name not in self.pending:
             self.sums.rows(group, torch.ones_like(count) if self.unit == "sequence" else count, self.fold)
         self.sums.positions(group, count)
-        self.waiting[group.name] = self.waiting.get(group.name, 0) + 1
+        self.pending[group.name] = self.pending.get(group.name, 0) + 1
 
     def _product(self, group: PruningGroup, q: Tensor) -> None:
         if self.unit == "sequence":
             q = q.sum(2, keepdim=True)
-        held = self.held.pop(group.name, None)
+        held = self.partial.pop(group.name, None)
         q = q if held is None else held + q
-        self.waiting[group.name] -= 1
-        if self.waiting[group.name]:
-            self.held[group.name] = q
+        self.pending[group.name] -= 1
+        if self.pending[group.name]:
+            self.partial[group.name] = q
         else:
             self.sums.products(group, q, self.fold)
 
     def _end(self) -> None:
-        """Takes what still waits for calls on which the loss does not depend: their q is 0."""
+        """Adds the partial sums of groups with calls on which the loss does not depend; q of these calls is 0."""
         groups = {group.name: group for every in self.read.values() for group, _ in every}
-        for name, q in self.held.items():
+        for name, q in self.partial.items():
             self.sums.products(groups[name], q, self.fold)
 
 
 class HiddenSums:
-    """What a pass adds up. x (samples, units, places, positions); q (samples, units, rows); fold (samples,); count (samples,).
+    """Base class of sums over a pass. x (samples, units, places, positions); q (samples, units, rows); fold, count (samples,).
 
-    Rows that do not count are 0. ``ports``: what is differentiated.
+    Masked rows are 0. ``ports``: the gradient ports that are needed.
     """
 
     ports: tuple[str, ...] = ("output*grad",)
@@ -173,10 +173,10 @@ class HiddenSums:
 
 
 class UnitSums(HiddenSums):
-    """HiddenSums a unit in float64: of u^2 and g^2 over positions; of q, |q| and, by fold of samples, q^2 over rows; largest |u|.
+    """Sums per unit in float64: u^2 and g^2 over positions; q, |q| and, by fold of samples, q^2 over rows; maximum of |u|.
 
-    Read ``found[group, what]``: power, slope, total, absolute, largest (units,); square (folds, units); rows (folds,);
-    positions (1,).
+    ``found[group, name]``: power (u^2), slope (g^2), total (q), absolute (|q|), largest (units,); square (folds, units); rows
+    (folds,); positions (1,).
     """
 
     ports = ("grad", "output*grad")
@@ -209,7 +209,7 @@ class UnitSums(HiddenSums):
         self.found[group.name, "square"].index_add_(0, fold, squares)
 
     def reduce(self) -> None:
-        """HiddenSums of all processes, on the CPU. Collective."""
+        """Reduces the sums over all processes, to the CPU. Collective."""
         for key, value in self.found.items():
             if key[1] == "largest":
                 every = value.new_zeros(world()[1], len(value))
@@ -219,8 +219,8 @@ class UnitSums(HiddenSums):
                 self.found[key] = reduce_tensor(value).cpu()
 
 
-class HiddenCoreSums(HiddenSums):
-    """HiddenSums of q_i q_s over rows, for some units i and s of each group: (i, s) float64."""
+class ProductSums(HiddenSums):
+    """Sums of q_i q_s over rows for chosen units i and s of each group, (i, s) float64."""
 
     def __init__(self, chosen: Mapping[str, tuple[Tensor, Tensor]], device: torch.device):
         self.chosen = {name: (i.to(device), s.to(device)) for name, (i, s) in chosen.items()}
@@ -232,30 +232,30 @@ class HiddenCoreSums(HiddenSums):
             self.found[group.name] += torch.einsum("bip,bsp->is", q[:, i], q[:, s])
 
     def reduce(self) -> None:
-        """HiddenSums of all processes, on the CPU. Collective."""
+        """Reduces the sums over all processes, to the CPU. Collective."""
         self.found = {name: reduce_tensor(value).cpu() for name, value in self.found.items()}
 
 
 def check_readers(model: nn.Module, group: PruningGroup, unit: Unit) -> list[GroupSlice]:
-    """The slices that read a group. Raises ValueError where there is none, or its units have no tokens of their own."""
+    """The slices that read a group. Raises ValueError if there are none, or if ``unit: token`` does not apply to the group."""
     slices = group.by_role("consumer")
     reads = ", ".join(f"{c.module} ({type(model.get_submodule(c.module)).__name__})" for c in slices)
     if not slices:
-        raise ValueError(f"group {group.name!r} has nothing that reads it: leave it out of the scope")
+        raise ValueError(f"no module reads group {group.name!r}: remove it from the scope")
     if unit == "token" and (len(slices) > 1 or channel_dim(model.get_submodule(slices[0].module)) != -1):
         raise ValueError(
-            f"group {group.name!r} has no tokens of its own: it is read by {reads}, not by one linear layer; take unit: sequence"
+            f"group {group.name!r} is read by {reads}, not by one linear layer, so it has no value per token: set unit: sequence"
         )
     return slices
 
 
 def _placed(raw: Tensor, places: Tensor) -> Tensor:
-    """(samples, width, positions) as (samples, units, places, positions); without a copy where a unit is a place."""
+    """(samples, width, positions) as (samples, units, places, positions); no copy if each unit has one place."""
     if places.shape[1] == 1 and len(places) == raw.shape[1] and torch.equal(places[:, 0], torch.arange(len(places))):
         return raw[:, :, None]
     return raw[:, places.to(raw.device)]
 
 
 def _square(x: Tensor) -> Tensor:
-    """HiddenSums of squares a unit, (units,) float64, no copy of x made."""
+    """Sum of squares per unit, (units,) float64, without a copy of x."""
     return torch.linalg.vector_norm(x, dim=(2, 3)).double().square().sum(0)

@@ -1,4 +1,4 @@
-"""Whether other texts name the same supernodes: resamples made of sums by group of samples, without a further pass."""
+"""Robustness of supernodes to the choice of texts: resamples from sums by group of samples, without another pass."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nodelens.metrics.core_and_halo import largest, overlap, share_of
+from nodelens.metrics.supernode import largest, overlap, share_of
 from nodelens.statistics.sample_hash import generator
 
 from .agreement import spearman
@@ -14,14 +14,14 @@ from .agreement import spearman
 Resample = Literal["halves", "bootstrap"]
 
 
-def resampled(
-    name: str, square: Tensor, rows: Tensor, core: float, draws: int, how: Resample = "halves", seed: int = 0
+def resample_scores(
+    name: str, square: Tensor, rows: Tensor, fraction: float, draws: int, how: Resample = "halves", seed: int = 0
 ) -> list[dict[str, Any]]:
-    """A row a draw: Jaccard overlap of two cores and Spearman correlation of two loss proxies, from sums by group.
+    """One row per draw: Jaccard index of two sets of supernodes, Spearman correlation of two loss proxies, from sums by group.
 
-    square (groups, units) of q^2, rows (groups,). ``halves``: the groups in two random halves, one against the other; each has
-    half the data, so the agreement is less than that of two texts as long as the whole. ``bootstrap``: groups drawn with
-    replacement, against the whole.
+    square (groups, units), sums of q^2; rows (groups,). ``halves``: two random halves of the groups are compared. Each has half
+    the data, so they agree less than two samples of full size. ``bootstrap``: groups drawn with replacement are compared with
+    all groups.
     """
     found = []
     some = rows > 0
@@ -30,21 +30,21 @@ def resampled(
         if not float(a @ rows) or not float(b @ rows):
             continue
         one, other = (0.5 * (w @ square) / (w @ rows) for w in (a, b))
-        k = share_of(square.shape[1], core)
+        k = share_of(square.shape[1], fraction)
         jaccard = overlap(largest(one, k), largest(other, k))
         found.append({"layer": name, "draw": draw, "jaccard": jaccard, "spearman": spearman(one, other)})
     return found
 
 
-def by_chance(n: int, k: int) -> float:
-    """The Jaccard overlap of two random sets of k of n units, at the expected size of what they share."""
+def chance_jaccard(n: int, k: int) -> float:
+    """Jaccard index of two random sets of k of n units, at the expected size of their intersection."""
     return (k * k / n) / (2 * k - k * k / n)
 
 
 def _weights(groups: int, draws: int, how: Resample, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """How often each group counts in the two samples that are compared, (groups,) each."""
+    """Weights of the groups in the two samples to compare, (groups,) each."""
     for draw in range(draws if groups > 1 else 0):
-        chance = generator(seed, "resample", str(draw))  # the same texts in every layer
+        chance = generator(seed, "resample", str(draw))  # the same groups in every layer
         if how == "halves":
             first = torch.zeros(groups, dtype=torch.float64)
             first[torch.randperm(groups, generator=chance)[: groups // 2]] = 1

@@ -1,4 +1,4 @@
-"""What an analysis of loss-critical channels found: tables, the folder they are kept in, and a few lines in words."""
+"""The result of a supernode analysis: its tables, the folder that stores them, and a summary."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +10,7 @@ import pandas as pd
 from nodelens.results.files import read_json, write, write_json
 
 from .agreement import MEAN, POOLED
+from .controls import RANDOM
 
 SCHEMA = 1  # of the folder
 TABLES = ("units", "layers", "concentration", "controls", "ablation", "agreement", "hits", "robustness")
@@ -17,13 +18,13 @@ TABLES = ("units", "layers", "concentration", "controls", "ablation", "agreement
 
 @dataclass
 class SupernodesResult:
-    """Loss-critical channels of a model, as tables; layer is a group of units.
+    """Supernodes of a model, as tables. A layer is a pruning group.
 
-    units: a row a unit, index (layer, unit): its scores, whether it is a supernode or in the halo. layers: a row a layer.
-    concentration: share of the units against the share of the loss proxy that the largest of them hold. controls: redundancy
-    and connectivity of the halo beside random cores and matched units. ablation: a row an ablated unit, the true change of the
-    loss in nats a prediction; agreement: how scores correlate with it; hits: how many of the most harmful they find.
-    robustness: a row a layer and draw of texts. metadata: options, data, versions.
+    units: one row per unit, index (layer, unit): its scores, whether it is a supernode or in the halo. layers: one row per layer.
+    concentration: share of the units, largest first, against their share of the loss proxy. controls: redundancy and connectivity
+    of the halo compared with random sets and matched units. ablation: one row per ablated unit, the change of the loss in nats per
+    prediction; agreement: correlations of the scores with it; hits: share of the most harmful units that a score finds.
+    robustness: one row per layer and resample of texts. metadata: options, data, versions.
     """
 
     units: pd.DataFrame
@@ -37,7 +38,7 @@ class SupernodesResult:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes a parquet file a table, and last metadata.json: a folder that has it is complete. Raises ValueError for a file."""
+        """Writes one parquet file per table, then metadata.json, which marks the folder complete. Raises ValueError for a file."""
         folder = Path(folder)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file: give a folder")
@@ -51,36 +52,36 @@ class SupernodesResult:
         """Every table by name."""
         return {name: getattr(self, name) for name in TABLES}
 
-    def lines(self) -> list[str]:
-        """What was found, in a few lines."""
+    def summary(self) -> str:
+        """The main findings, one line each."""
         m, layers = self.metadata, self.layers
         one, ten = (f"{100 * layers[f'concentration_{k}'].median():.0f} %" for k in (1, 10))
         activations, weights = (layers[f"jaccard_{name}"].mean() for name in ("largest", "magnitude"))
         found = [
             f"{len(self.units):,} units in {len(layers)} layers; {m['rows']:,} {m['unit']}s of {m['samples']:,} samples",
-            f"supernodes: {int(layers['supernodes'].sum()):,} units; the top 1 % of a layer hold {one} of its loss proxy, the top "
-            f"10 % {ten} (median over layers), Gini {layers['gini'].median():.2f}; they overlap with the largest activations by "
-            f"{activations:.2f}, with the largest weights by {weights:.2f} (Jaccard, mean)",
+            f"supernodes: {int(layers['supernodes'].sum()):,} units; the top 1 % of a layer have {one} of its loss proxy, the top "
+            f"10 % {ten} (median over layers), Gini {layers['gini'].median():.2f}; overlap with the units of largest activation "
+            f"{activations:.2f}, of largest weight {weights:.2f} (mean Jaccard index)",
         ]
         flat = layers[layers["support"] == layers["width"]]
         if len(flat):
             found.append(
-                f"connectivity says nothing in {len(flat)} layers: its support is the whole width ({int(flat['width'].min())}), "
-                "every unit has 1, and the halo are the first units; set connectivity_topk below it"
+                f"connectivity is 1 for every unit in {len(flat)} layers, because its support is the whole width "
+                f"({int(flat['width'].min())}), so their halo is arbitrary; set connectivity_topk below the width"
             )
-        return found + [line for line in (self._controls(), self._ablation(), self._robustness()) if line]
+        return "\n".join([*found, *filter(None, (self._controls(), self._ablation(), self._robustness()))])
 
     def _controls(self) -> str:
         rows = self.controls[self.controls["quantity"] == "redundancy"]
         if rows["difference"].notna().sum() == 0:
             return ""
-        said = []
+        parts = []
         for control, part in rows.groupby("control", sort=False):
-            words = "random cores" if control == "random core" else control
-            clear = int((part["p"] <= 0.05).sum())
-            said.append(f"{words} {part['other'].mean():.3g} (p <= 0.05 in {clear} of {len(part)} layers)")
-        halo = f"redundancy of {int(self.layers['halo'].sum()):,} halo units to the core"
-        return f"{halo} {rows['halo'].mean():.3g} nats; {', '.join(said)}"
+            name = "to random sets" if control == RANDOM else f"of {control} units"
+            significant = int((part["p"] <= 0.05).sum())
+            parts.append(f"{name} {part['other'].mean():.3g} (p <= 0.05 in {significant} of {len(part)} layers)")
+        halo = f"redundancy of {int(self.layers['halo'].sum()):,} halo units to the supernodes"
+        return f"{halo} {rows['halo'].mean():.3g} nats; {', '.join(parts)}"
 
     def _ablation(self) -> str:
         if not len(self.agreement):
@@ -89,13 +90,13 @@ class SupernodesResult:
         place = MEAN if MEAN in places else str(self.agreement["layer"].iloc[0])
         rows = self.agreement[self.agreement["layer"] == place].dropna(subset="spearman").sort_values("spearman", ascending=False)
         shown = pd.concat([rows[rows["score"] == "loss_proxy"], rows[rows["score"] != "loss_proxy"].head(3)])
-        errors = shown["spearman_se"].map(lambda se: f" +- {se:.2f}" if se == se else "")  # too few units have none
+        errors = shown["spearman_se"].map(lambda se: f" +- {se:.2f}" if se == se else "")  # NaN for too few units
         best = ", ".join(f"{r.score} {r.spearman:.2f}{se}" for r, se in zip(shown.itertuples(), errors, strict=True))
         about = self.metadata["ablation"]
         where = "mean over layers" if place == MEAN else f"in {place}"
         return (
             f"{len(self.ablation):,} units ablated one by one on {about['predictions']:,} predictions (loss {about['loss']:.4f}); "
-            f"rank correlation with the true change, {where}: {best}"
+            f"rank correlation with the measured change, {where}: {best}"
         )
 
     def _robustness(self) -> str:
@@ -105,24 +106,24 @@ class SupernodesResult:
         how = "two halves of the texts" if self.metadata["options"]["resample"] == "halves" else "resampled texts"
         chance = self.layers["jaccard_by_chance"].mean()
         return (
-            f"{how}: supernodes overlap by {r['jaccard'].mean():.2f} (Jaccard; chance {chance:.2f}), loss proxies correlate by "
-            f"{r['spearman'].mean():.3f} (Spearman)"
+            f"{how}: Jaccard index of supernodes {r['jaccard'].mean():.2f} (chance {chance:.2f}), Spearman correlation of loss "
+            f"proxies {r['spearman'].mean():.3f}"
         )
 
     def pooled(self, table: str = "agreement") -> pd.DataFrame:
-        """The rows of ``agreement`` or ``hits`` over all units together."""
+        """The rows of ``agreement`` or ``hits`` for all units pooled."""
         found = getattr(self, table)
         places = list(dict.fromkeys(found["layer"]))
         return found[found["layer"] == (POOLED if POOLED in places else places[0])] if places else found
 
 
 def load_supernodes(folder: str | Path) -> SupernodesResult:
-    """What ``SupernodesResult.save`` wrote. Raises FileNotFoundError where no folder is complete, ValueError for a later schema."""
+    """Loads a saved ``SupernodesResult``. Raises FileNotFoundError for an incomplete folder, ValueError for another schema."""
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no finished analysis of supernodes: metadata.json is missing")
+        raise FileNotFoundError(f"{folder} has no finished analysis of supernodes: metadata.json is missing")
     metadata = read_json(folder / "metadata.json")
     version = metadata.get("supernodes_schema_version")
     if version != SCHEMA:
-        raise ValueError(f"{folder} has the schema {version}, this version reads {SCHEMA}: run the analysis again")
+        raise ValueError(f"{folder} has schema version {version}, but this version reads {SCHEMA}: run the analysis again")
     return SupernodesResult(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}, metadata=metadata)

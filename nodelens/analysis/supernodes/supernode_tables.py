@@ -1,4 +1,4 @@
-"""Tables of loss-critical channels: a row a unit, a row a layer, a curve."""
+"""Tables of a supernode analysis: units, layers, and concentration curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,25 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.metrics import get_metric
-from nodelens.metrics.core_and_halo import (
-    concentration,
-    concentration_curve,
-    connectivity,
-    gini,
-    largest,
-    overlap,
-    protection,
-    support,
-)
+from nodelens.metrics.supernode import concentration, concentration_curve, connectivity, gini, largest, overlap, protection, support
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup
 
 from .agreement import spearman
-from .controls import Compared
-from .robustness import by_chance
+from .controls import RANDOM, ControlSets
+from .robustness import chance_jaccard
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
-SCORES = (  # columns of the table of units that say which unit matters more
+SCORES = (  # columns of the table of units that rank units
     "loss_proxy",
     "loss_proxy_factored",
     "taylor",
@@ -45,32 +36,33 @@ SCORES = (  # columns of the table of units that say which unit matters more
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """A group with what its weights and its core say: where the core writes (ids of outputs), each unit's part in that."""
+class GroupConnectivity:
+    """The connectivity of a group: the outputs to which its supernodes write (support), and each unit's connectivity to them."""
 
     group: PruningGroup
     support: Tensor
-    width: int  # outputs
+    width: int  # number of outputs
     connectivity: Tensor
-    _compared: Compared | None = None
+    _controls: ControlSets | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, group: PruningGroup, core: Tensor, topk: int, mass: float | None) -> "Layout":
+    def of(cls, model: nn.Module, group: PruningGroup, supernodes: Tensor, topk: int, mass: float | None) -> "GroupConnectivity":
         weights = GroupLayer.of(model, group).columns
-        return cls(group, support(weights, core, topk, mass), len(weights), connectivity(weights, core, topk, mass).double())
+        values = connectivity(weights, supernodes, topk, mass).double()
+        return cls(group, support(weights, supernodes, topk, mass), len(weights), values)
 
-    def surrounded(self, compared: Compared) -> "Layout":
-        """The same with core and halo, and what these are compared with."""
-        return replace(self, _compared=compared)
+    def with_controls(self, controls: ControlSets) -> "GroupConnectivity":
+        """A copy with supernodes, halo and control sets."""
+        return replace(self, _controls=controls)
 
     @property
-    def compared(self) -> Compared:
-        assert self._compared is not None
-        return self._compared
+    def controls(self) -> ControlSets:
+        assert self._controls is not None
+        return self._controls
 
 
-def measured(group: PruningGroup, sums: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-    """Scores a unit of the sums of a pass, (units,) float64; loss_proxy_se is the jackknife's over groups of samples."""
+def unit_scores(group: PruningGroup, sums: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+    """Scores of each unit from the sums of a pass, (units,) float64; loss_proxy_se: jackknife over groups of samples."""
     rows, positions, square = (sums[group.name, what] for what in ("rows", "positions", "square"))
     n, total = rows.sum(), square.sum(0)
     power, curvature = (sums[group.name, what] / positions for what in ("power", "slope"))
@@ -92,25 +84,25 @@ def measured(group: PruningGroup, sums: Mapping[tuple[str, str], Tensor]) -> dic
 
 def unit_table(
     model: nn.Module,
-    layout: Layout,
+    layout: GroupConnectivity,
     sums: Mapping[tuple[str, str], Tensor],
     redundancy: Tensor,
     reads: Tensor,
     rule: tuple[Any, float, float],
 ) -> pd.DataFrame:
-    """A row a unit. redundancy (halo,): of its members; reads (units,); rule: of protection, its floor and power."""
-    group, compared, conn = layout.group, layout.compared, layout.connectivity
-    found = measured(group, sums)
+    """One row per unit. redundancy (halo,) of halo units; reads (units,), read connectivity; rule: options of ``protection``."""
+    group, controls, conn = layout.group, layout.controls, layout.connectivity
+    found = unit_scores(group, sums)
     every = torch.full((group.n,), torch.nan, dtype=torch.float64)
-    every[compared.halo] = redundancy
-    kept = protection(every, compared.halo, *rule)
+    every[controls.halo] = redundancy
+    kept = protection(every, controls.halo, *rule)
     proxy = found["loss_proxy"]
     found |= {
         "magnitude": get_metric("group_l2")(GroupLayer.of(model, group)).sqrt(),
         "connectivity": conn,
         "read_connectivity": reads,
-        "supernode": torch.zeros(group.n, dtype=torch.bool).index_fill(0, compared.core, True),
-        "halo": torch.zeros(group.n, dtype=torch.bool).index_fill(0, compared.halo, True),
+        "supernode": torch.zeros(group.n, dtype=torch.bool).index_fill(0, controls.supernodes, True),
+        "halo": torch.zeros(group.n, dtype=torch.bool).index_fill(0, controls.halo, True),
         "redundancy_to_core": every,
         "protection": kept,
         "scar_prot": proxy * kept,
@@ -121,22 +113,22 @@ def unit_table(
 
 
 def layer_rows(
-    layout: Layout,
+    layout: GroupConnectivity,
     table: pd.DataFrame,
     sums: Mapping[tuple[str, str], Tensor],
     controls: Sequence[Mapping[str, Any]],
     drawn: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The row of a layer, of its units' table, its controls and its resamples."""
-    group, core = layout.group, layout.compared.core
+    """The row of a layer, from the table of its units, its controls and its resamples."""
+    group, supernodes = layout.group, layout.controls.supernodes
     proxy = torch.tensor(table["loss_proxy"].to_numpy())
     row: dict[str, Any] = {
         "layer": group.name,
         "kind": group.kind,
         "units": group.n,
         "rows": int(sums[group.name, "rows"].sum()),
-        "supernodes": len(core),
-        "halo": len(layout.compared.halo),
+        "supernodes": len(supernodes),
+        "halo": len(layout.controls.halo),
         "support": len(layout.support),
         "width": layout.width,
         "loss_proxy": float(proxy.sum()),
@@ -144,28 +136,29 @@ def layer_rows(
     row |= {f"concentration_{100 * share:g}": concentration(proxy, share) for share in SHARES} | {"gini": gini(proxy)}
     for other in ("largest", "power", "magnitude"):
         values = torch.tensor(table[other].to_numpy())
-        row[f"jaccard_{other}"] = overlap(core, largest(values, len(core)))
+        row[f"jaccard_{other}"] = overlap(supernodes, largest(values, len(supernodes)))
         row[f"spearman_{other}"] = spearman(proxy, values)
     for found in controls:
         if found["quantity"] == "redundancy":
-            prefix = "random" if found["control"] == "random core" else "matched"
+            prefix = "random" if found["control"] == RANDOM else "matched"
             row |= {"redundancy": found["halo"], f"redundancy_{prefix}": found["other"], f"{prefix}_p": found["p"]}
     row["jaccard_resampled"] = float(np.mean([draw["jaccard"] for draw in drawn])) if drawn else np.nan
     row["spearman_resampled"] = float(np.mean([draw["spearman"] for draw in drawn])) if drawn else np.nan
-    return row | {"jaccard_by_chance": by_chance(group.n, len(core))}
+    return row | {"jaccard_by_chance": chance_jaccard(group.n, len(supernodes))}
 
 
 def concentration_table(name: str, proxy: pd.Series) -> pd.DataFrame:
-    """The curve of a layer: share of its units, and of its loss proxy that the largest of them hold."""
+    """The curve of a layer: share of its units, largest first, and their share of its loss proxy."""
     share, held = concentration_curve(torch.tensor(proxy.to_numpy()))
     return pd.DataFrame({"layer": name, "share": share.numpy(), "held": held.numpy()})
 
 
-def read_by_next(model: nn.Module, layouts: Sequence[Layout]) -> dict[str, Tensor]:
-    """{group: the share of what its units read that the core of the FFN before writes, (units,)}; NaN where there is none.
+def read_connectivity(model: nn.Module, layouts: Sequence[GroupConnectivity]) -> dict[str, Tensor]:
+    """{group: share of a unit's incoming weight from outputs to which the supernodes of the previous FFN write, (units,)}.
 
-    Formula: sum over h in H of |w_j[h]| / sum over all h, w_j all weights that make unit j (gate and up), H the support before it
-    Source: 2604.23475
+    Formula: sum over h in H of |w_j[h]| / sum over all h; w_j: incoming weights of unit j (gate and up), H: support of that FFN
+    NaN:     a group without a previous FFN of the same width
+    Source:  2604.23475
     """
     found, before = {}, None
     for layout in layouts:

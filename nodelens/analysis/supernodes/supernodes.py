@@ -1,4 +1,4 @@
-"""Loss-critical channels: which units carry the loss, what surrounds them, and whether the scores are true (2604.23475)."""
+"""Supernodes: the few hidden units with most of the loss proxy, their halo, and checks of the scores (2604.23475)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.analyze import device_of
-from nodelens.metrics.core_and_halo import correlations, halo, largest, redundancy_to_core, share_of
 from nodelens.metrics.gradient import LossReduction
+from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
 from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.pruning.groups.find import find_groups
 from nodelens.results.result import fingerprint, provenance
 
-from .ablation import ablate, sampled
+from .ablation import ablate, sample_units
 from .agreement import agreement, hits
-from .controls import COLUMNS, Compared, control_rows
-from .hidden import HiddenCoreSums, HiddenPass, Progress, Unit, UnitSums
-from .robustness import Resample, resampled
+from .controls import COLUMNS, ControlSets, control_rows
+from .hidden import HiddenPass, ProductSums, Progress, Unit, UnitSums
+from .robustness import Resample, resample_scores
 from .supernode_result import SupernodesResult
-from .supernode_tables import SCORES, Layout, concentration_table, layer_rows, measured, read_by_next, unit_table
+from .supernode_tables import SCORES, GroupConnectivity, concentration_table, layer_rows, read_connectivity, unit_scores, unit_table
 
 Found = Mapping[tuple[str, str], Tensor]
 _SCOPES = {"heads": ("head", "kv_group"), "experts": ("moe_ffn",), "channels": ("channel",)}
@@ -31,21 +31,21 @@ Score = Literal["loss_proxy", "loss_proxy_factored", "taylor", "curvature", "pow
 
 @dataclass(frozen=True)
 class Supernodes:
-    """Scores of hidden units, the few that carry the loss (supernodes), what repeats them (halo), and controls of it all.
+    """Scores hidden units, finds the few with most of the loss proxy (supernodes) and the halo that repeats them, with controls.
 
-    scope: groups by kind (ffn, heads, channels), name or pattern. unit: a row a ``token`` of what one linear layer reads, or a
-    ``sequence`` (an image): its positions summed first. score: what makes a supernode; the scores of the halo stand on the loss
-    proxy. top_k: so many supernodes of each group instead of a share. loss_reduction: ``mean`` divides a text's gradients by its
-    predictions, and corr_eps: 1e-8 stands under the root of the correlations: both as in the published code.
-    draws: random cores. groups: of samples, for errors and for ``resamples`` in halves or with replacement.
-    ablate: units of each group that are shut off one by one, drawn uniformly; 0 none, or all; on ``ablate_tokens`` predictions.
+    scope: groups by kind (ffn, heads, channels), name or pattern. unit: one row per ``token`` that a linear layer reads, or per
+    ``sequence`` (or image), summed over positions. score: ranks the supernodes; the halo's scores use the loss proxy. top_k:
+    number of supernodes per group, instead of a share. loss_reduction: ``mean`` divides the gradients of a sample by its number
+    of predictions; with corr_eps 1e-8 this reproduces the published code. draws: number of random sets. groups: groups of samples
+    for standard errors and ``resamples``. ablate: number of units per group to ablate one by one, drawn uniformly (0: none, or
+    all), on ``ablate_tokens`` predictions.
     """
 
     scope: str | Sequence[str] = "ffn"
     unit: Unit = "token"
     score: Score = "loss_proxy"
-    core_fraction: float = 0.01
-    min_core: int = 1
+    supernode_fraction: float = 0.01
+    min_supernodes: int = 1
     top_k: int | None = None
     halo_fraction: float = 0.1
     connectivity_topk: int = 256
@@ -70,11 +70,11 @@ class Supernodes:
         for name, value in vars(self).items():
             choices = get_args(hints[name])
             if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
-                raise ValueError(f"supernodes: {name} is {value!r}; it is {', '.join(choices)}")
-        for name in ("core_fraction", "halo_fraction"):
+                raise ValueError(f"supernodes: {name} is {value!r}; it must be one of {', '.join(choices)}")
+        for name in ("supernode_fraction", "halo_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it is a share of a group, between 0 and 1")
-        sampled((), self.ablate)
+                raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it must be a share between 0 and 1")
+        sample_units((), self.ablate)
 
     def __call__(
         self,
@@ -85,22 +85,22 @@ class Supernodes:
         seed: int = 0,
         progress: Progress = iter,
     ) -> SupernodesResult:
-        """Reads data twice, one backward pass each, and ``evaluation`` (else data) once for ablation; what is held does not grow.
+        """Reads data twice, with a backward pass each, and ``evaluation`` (default: data) once for ablation.
 
-        Under a process group each process gives its own share of both. Raises ValueError for a scope without a group, units that
-        cannot be seen, data that are empty, without labels or can be read once only.
+        Memory does not grow with the data. Under a process group each process gives its own share of both. Raises ValueError for a
+        scope without groups, for units that are never observed, and for data that are empty, unlabelled or readable only once.
         """
         if isinstance(data, Iterator):
-            raise ValueError("supernodes reads its data twice, and they are an iterator: give a loader or a list of batches")
-        groups, device = self._axes(model, data), device_of(model)
-        reading = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
+            raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
+        groups, device = self._groups(model, data), device_of(model)
+        hidden = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
         sums = UnitSums(groups, self.groups, device)
-        samples = reading.run(progress(data), sums)
+        samples = hidden.run(progress(data), sums)
         sums.reduce()
         layouts = [self._layout(model, group, sums.found, seed) for group in groups]
-        chosen = {layout.group.name: layout.compared for layout in layouts}
-        products = HiddenCoreSums({name: (c.rows, c.columns) for name, c in chosen.items()}, device)
-        reading.run(progress(data), products)
+        chosen = {layout.group.name: layout.controls for layout in layouts}
+        products = ProductSums({name: (c.rows, c.columns) for name, c in chosen.items()}, device)
+        hidden.run(progress(data), products)
         products.reduce()
         tables = self._tables(model, layouts, sums.found, products.found, seed)
         ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, seed, progress)
@@ -108,80 +108,83 @@ class Supernodes:
         about = {"ablation": about, "samples": samples, "rows": int(sums.found[groups[0].name, "rows"].sum())}
         return SupernodesResult(**tables, ablation=ablated, metadata=about | self._about(model, groups, seed))
 
-    def _axes(self, model: nn.Module, data: Iterable[Any]) -> list[PruningGroup]:
+    def _groups(self, model: nn.Module, data: Iterable[Any]) -> list[PruningGroup]:
         first = next(iter(data), None)
         batch = None if first is None else Batch.of(first).head(2).to(device_of(model))
         every = find_groups(model, batch)
         words = [self.scope] if isinstance(self.scope, str) else [str(word) for word in self.scope]
         kinds = {group.kind for group in every}
         if not every:
-            why = "; ".join(f"{frozen.what}: {frozen.reason}" for frozen in every.frozen[:4]) or "nothing is recognised"
+            why = "; ".join(f"{frozen.what}: {frozen.reason}" for frozen in every.frozen[:4]) or "no layer is recognised"
             raise ValueError(f"{type(model).__name__} has no group of hidden units: {why}")
-        patterns = [w for word in words for w in _words(word, kinds)]
-        return list(PruningGroups(every.groups, every.frozen).chosen(patterns, allow_approximate=True))
+        return list(
+            PruningGroups(every.groups, every.frozen).chosen(
+                [w for word in words for w in _group_kinds(word, kinds)], allow_approximate=True
+            )
+        )
 
-    def _core_size(self, n: int) -> int:
-        return min(n, self.top_k) if self.top_k is not None else share_of(n, self.core_fraction, self.min_core)
+    def _supernode_count(self, n: int) -> int:
+        return min(n, self.top_k) if self.top_k is not None else share_of(n, self.supernode_fraction, self.min_supernodes)
 
-    def _layout(self, model: nn.Module, group: PruningGroup, sums: Found, seed: int) -> Layout:
-        """Supernodes, halo and what they are compared with."""
-        values = measured(group, sums)
-        core = largest(values[self.score], self._core_size(group.n))
-        layout = Layout.of(model, group, core, self.connectivity_topk, self.connectivity_mass_fraction)
-        members = halo(layout.connectivity, core, self.halo_fraction)
-        return layout.surrounded(Compared.of(group.name, values["loss_proxy"], core, members, self.draws, seed))
+    def _layout(self, model: nn.Module, group: PruningGroup, sums: Found, seed: int) -> GroupConnectivity:
+        """Supernodes, halo and control sets of a group."""
+        values = unit_scores(group, sums)
+        supernodes = largest(values[self.score], self._supernode_count(group.n))
+        layout = GroupConnectivity.of(model, group, supernodes, self.connectivity_topk, self.connectivity_mass_fraction)
+        members = halo(layout.connectivity, supernodes, self.halo_fraction)
+        return layout.with_controls(ControlSets.of(group.name, values["loss_proxy"], supernodes, members, self.draws, seed))
 
     def _tables(
         self,
         model: nn.Module,
-        layouts: Sequence[Layout],
+        layouts: Sequence[GroupConnectivity],
         sums: Found,
         products: Mapping[str, Tensor],
         seed: int,
     ) -> dict[str, pd.DataFrame]:
-        units, layers, controls, robust, curves = [], [], [], [], []
-        reads = read_by_next(model, layouts)
+        units, layers, controls, resamples, curves = [], [], [], [], []
+        reads = read_connectivity(model, layouts)
         for layout in layouts:
-            name, compared = layout.group.name, layout.compared
+            name, sets = layout.group.name, layout.controls
             redundancy = self._redundancy(layout, sums, products[name])
-            own = redundancy(compared.halo, compared.core)
+            own = redundancy(sets.halo, sets.supernodes)
             rule = (self.protection, self.protection_floor, self.protection_rank_power)
             table = unit_table(model, layout, sums, own, reads[name], rule)
-            found = control_rows(name, compared, redundancy, layout.connectivity, seed)
-            share = len(compared.core) / layout.group.n
-            drawn = resampled(name, sums[name, "square"], sums[name, "rows"], share, self.resamples, self.resample, seed)
+            found = control_rows(name, sets, redundancy, layout.connectivity, seed)
+            share = len(sets.supernodes) / layout.group.n
+            drawn = resample_scores(name, sums[name, "square"], sums[name, "rows"], share, self.resamples, self.resample, seed)
             units.append(table)
             controls += found
-            robust += drawn
+            resamples += drawn
             curves.append(concentration_table(name, table["loss_proxy"]))
             layers.append(layer_rows(layout, table, sums, found, drawn))
         return {
             "units": pd.concat(units),
             "layers": pd.DataFrame(layers).set_index("layer"),
             "controls": pd.DataFrame(controls, columns=list(COLUMNS)),
-            "robustness": pd.DataFrame(robust, columns=["layer", "draw", "jaccard", "spearman"]),
+            "robustness": pd.DataFrame(resamples, columns=["layer", "draw", "jaccard", "spearman"]),
             "concentration": pd.concat(curves, ignore_index=True),
         }
 
-    def _redundancy(self, layout: Layout, sums: Found, products: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function of ids of units and of a core: the redundancy of those to it, (units,)."""
+    def _redundancy(self, layout: GroupConnectivity, sums: Found, products: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (units, supernodes), both ids, that returns the redundancy of these units to the supernodes, (units,)."""
         name = layout.group.name
         n, total, square = sums[name, "rows"].sum(), sums[name, "total"], sums[name, "square"].sum(0)
         variance = (square / n - (total / n).square()).clamp_min(0)
-        rows, columns = layout.compared.rows, layout.compared.columns
+        rows, columns = layout.controls.rows, layout.controls.columns
 
-        def redundancy(units: Tensor, core: Tensor) -> Tensor:
-            i, s = torch.searchsorted(rows, units), torch.searchsorted(columns, core)
-            shared = products[i][:, s] / n - total[units, None] * total[core] / n.square()
-            rho = correlations(shared, variance[units], variance[core], self.corr_eps)
-            return redundancy_to_core(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        def redundancy(units: Tensor, supernodes: Tensor) -> Tensor:
+            i, s = torch.searchsorted(rows, units), torch.searchsorted(columns, supernodes)
+            shared = products[i][:, s] / n - total[units, None] * total[supernodes] / n.square()
+            rho = correlations(shared, variance[units], variance[supernodes], self.corr_eps)
+            return redundancy_to_supernodes(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
 
         return redundancy
 
     def _ablated(
         self, model: nn.Module, groups: Sequence[PruningGroup], data: Iterable[Any], seed: int, progress: Progress
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        units = sampled(groups, self.ablate, seed)
+        units = sample_units(groups, self.ablate, seed)
         if any(units.values()):
             return ablate(model, groups, data, units, tokens=self.ablate_tokens, progress=progress)
         empty = pd.MultiIndex.from_tuples([], names=["layer", "unit"])
@@ -201,6 +204,6 @@ class Supernodes:
         return provenance() | notes | {"options": options, "groups": [a.name for a in groups], "seed": seed, "model": found}
 
 
-def _words(word: str, kinds: set[str]) -> list[str]:
-    """A word of the scope as one that the groups have: ``heads`` are of two kinds."""
+def _group_kinds(word: str, kinds: set[str]) -> list[str]:
+    """The kinds of group that a word of the scope stands for: ``heads`` are of two kinds."""
     return [kind for kind in _SCOPES.get(word, ()) if kind in kinds] or [word]

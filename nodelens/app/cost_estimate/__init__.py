@@ -1,19 +1,19 @@
-"""What a pass will take, before anything is loaded: of a config alone, for models and machines that are not here."""
+"""Cost estimates: memory, operations and time of a pass from shapes alone, for models and machines that need not be present."""
 
-from .estimate import Forecast, Machine
-from .hollow import hollow, hollow_lm, image_batch, of_config, token_batch
+from .estimate import CostEstimate, Machine
+from .meta_device import image_batch, meta_lm, meta_model, model_from_config, token_batch
 from .placement import Placement
-from .planning import forecast, forecast_geometry
+from .planning import estimate_cost, estimate_geometry_cost
 
 __all__ = [
-    "Forecast",
+    "CostEstimate",
     "Machine",
     "Placement",
-    "forecast",
-    "forecast_geometry",
-    "hollow",
-    "hollow_lm",
+    "estimate_cost",
+    "estimate_geometry_cost",
     "image_batch",
-    "of_config",
+    "meta_lm",
+    "meta_model",
+    "model_from_config",
     "token_batch",
 ]

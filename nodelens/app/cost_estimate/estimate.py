@@ -1,4 +1,4 @@
-"""The report of a plan: bytes, operations, time and place, in plain numbers."""
+"""The cost estimate of a plan: bytes, operations, time and placement."""
 
 import itertools
 import math
@@ -19,10 +19,10 @@ from .placement import Placement
 
 @dataclass(frozen=True)
 class Machine:
-    """What a pass will run on, and for how long.
+    """The machine that a pass will run on.
 
-    devices: that share one copy of the model, in order; memory: bytes of each, None for any; ranks: processes, each with such a
-    copy and its share of the data; hours: in which it shall end
+    devices: number of devices that share one copy of the model; memory: bytes per device, None for no limit; ranks: number of
+    processes, each with its own copy of the model and share of the data; hours: time limit of the pass
     """
 
     devices: int = 1
@@ -33,23 +33,23 @@ class Machine:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and (value <= 0 or (name in ("devices", "ranks") and value != int(value))):
-                raise ValueError(f"cost.{name} is {value}; it is a number above 0, devices and ranks whole ones")
+                raise ValueError(f"cost.{name} is {value}; it is a number above 0 (devices and ranks: a whole number)")
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What a pass will take. Bytes are exact sums of tensors, buffers at most; operations are two a multiply-add.
+class CostEstimate:
+    """The cost of a pass. Bytes of sums are exact, bytes of buffers are an upper bound; a multiply-add is two operations.
 
-    model:      class, dtype, parameters, bytes (buffers included), blocks
-    sites:      a layer each: width, statistics (names), bytes of sums, bytes of buffers, device (None: there is no room)
-    statistics: the plan's own rows, complete
-    bytes:      statistics, buffers (rows that wait for company), total; what the forward itself takes is not in it
-    forward:    flops a sample and a row, overhead (a share of forward, or of forward and backward with ``gradients``)
-    rate:       rows to read (tokens, of images samples), in so many hours: rows, samples and operations a second, of all ranks
-    passes:     over the data, each with its layers and bytes, as few as fit into ``budget``; empty where one layer does not
-    devices:    each with its blocks, bytes of weights, statistics and buffers (of the largest pass), and whether they fit
-    ranks:      processes, bytes on each, rows that each reads, bytes that the sum over all moves
-    refused:    why the pass would not start as it is; empty where it would
+    model:      class, dtype, parameters, bytes (with the model's buffers), blocks
+    sites:      per layer: width, statistics (names), bytes of sums, bytes of buffers, device (None: no room)
+    statistics: the rows of the plan
+    bytes:      statistics, buffers (buffered rows), total; activations of the forward itself are not included
+    forward:    flops per sample and per row, overhead (relative to forward, or to forward and backward with ``gradients``)
+    rate:       rows to read (tokens; for images samples), hours; rows, samples and operations per second, over all ranks
+    passes:     layers and bytes of each pass over the data, as few passes as fit into ``budget``; empty if one layer does not fit
+    devices:    per device: blocks, bytes of weights, statistics and buffers (of the largest pass), whether they fit
+    ranks:      number of processes, bytes and rows of each, bytes of the all-reduce
+    refused:    reasons why the pass would not start with these settings; empty if it would start
     """
 
     model: dict[str, Any]
@@ -65,33 +65,33 @@ class Forecast:
     refused: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """Dictionaries, lists, numbers and words."""
+        """The estimate as dictionaries, lists, numbers and strings."""
         return asdict(self)
 
 
-def report(
+def estimate_plan(
     net: nn.Module,
     plan: Plan,
     rows: int,
     per_sample: int,
     machine: Machine,
     budget: float | None = None,
-    passes: int = 1,
+    max_passes: int = 1,
     extra: Mapping[str, int] | None = None,
     refused: Sequence[str] = (),
-) -> Forecast:
-    """The report of a plan.
+) -> CostEstimate:
+    """The cost estimate of a plan.
 
-    rows: how many are to be read, ``per_sample`` of each sample; extra: bytes that wait at a layer beside those of the plan
+    rows: number of rows to read; per_sample: rows of each sample; extra: bytes buffered at a layer in addition to the plan
     """
     place = Placement.of(net, machine.devices, math.inf if machine.memory is None else machine.memory)
-    parts, words = _passes(plan, budget, passes)
+    parts, reasons = _passes(plan, budget, max_passes)
     sums, buffers = sizes(plan, extra or {})
     on = {layer.name: place.device_of(layer) for layer in plan.layers}
     forward = _forward(plan, per_sample)
     total = {"statistics": sum(sums.values()), "buffers": sum(buffers.values())}
     devices = _devices(place, machine.memory, parts or [plan], on, extra or {})
-    return Forecast(
+    return CostEstimate(
         model=_model(net),
         sites=_sites(plan, sums, buffers, on),
         statistics=plan.rows(),
@@ -107,12 +107,12 @@ def report(
             "all_reduce_bytes": total["statistics"] if machine.ranks > 1 else 0,
         },
         budget=budget,
-        refused=[*refused, *words],
+        refused=[*refused, *reasons],
     )
 
 
 def sizes(plan: Plan, extra: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """({layer: bytes of its sums}, {layer: bytes of rows that wait there}); in all the plan's ``total_bytes``, and ``extra``."""
+    """({layer: bytes of sums}, {layer: bytes of buffered rows}); their total is the plan's ``total_bytes`` plus ``extra``."""
     sums, buffers = Counter[str](), Counter(extra)
     for row in plan.rows():
         sums[row["layer"]] += row["bytes"]
@@ -124,16 +124,15 @@ def sizes(plan: Plan, extra: Mapping[str, int]) -> tuple[dict[str, int], dict[st
 
 
 def _passes(plan: Plan, budget: float | None, allowed: int) -> tuple[list[Plan], list[str]]:
-    """As few passes as fit into a budget, and what speaks against them."""
+    """The fewest passes that fit into the budget, and the reasons why they would be refused."""
     try:
         parts = divided(plan, budget, max(1, len(plan.layers)))
     except MemoryError as error:
         return [], [str(error)]
     if len(parts) <= allowed:
         return parts, []
-    return parts, [
-        f"budget.max_passes is {allowed}, and it takes {len(parts)}: set budget.max_passes={len(parts)}, or a larger budget.memory"
-    ]
+    wanted = f"set budget.max_passes={len(parts)}, or a larger budget.memory"
+    return parts, [f"budget.max_passes is {allowed}, but {len(parts)} passes are needed: {wanted}"]
 
 
 def _model(net: nn.Module) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def _sites(plan: Plan, sums: Mapping[str, int], buffers: Mapping[str, int], on: 
 
 
 def _forward(plan: Plan, tokens: int) -> dict[str, Any]:
-    """Operations of the model alone, and what share of them the statistics cost beside."""
+    """Operations of the model, and the overhead of the statistics relative to them."""
     return {
         "flops_per_sample": plan.dry_run.flops,
         "flops_per_row": plan.dry_run.flops / tokens,
@@ -177,7 +176,7 @@ def _forward(plan: Plan, tokens: int) -> dict[str, Any]:
 
 
 def _rate(forward: Mapping[str, Any], rows: int, hours: float, passes: int) -> dict[str, Any]:
-    """What it takes to end in time: the model runs once a pass, every statistic is added up in one of them."""
+    """The rate needed to finish in time. The model runs once per pass; each statistic is computed in one pass."""
     seconds, bare = 3600 * hours, forward["flops_per_row"] * (3 if forward["gradients"] else 1)
     return {
         "rows": rows,
@@ -193,14 +192,14 @@ def _rate(forward: Mapping[str, Any], rows: int, hours: float, passes: int) -> d
 def _devices(
     place: Placement, memory: float | None, parts: Sequence[Plan], on: Mapping[str, int | None], extra: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """A row a device, and one for what finds no room: the largest pass that it holds."""
+    """One row per device, for its largest pass, and one row for parts that fit on no device."""
     every, found = [sizes(part, extra) for part in parts], []
     for name in dict.fromkeys(place.devices.values()):
         here = [layer for layer, device in on.items() if device == name]
         held = [tuple(sum(size.get(layer, 0) for layer in here) for size in both) for both in every]
         statistics, buffers = max(held, key=sum)
-        lies = [part for part, device in place.devices.items() if device == name]
-        row: dict[str, Any] = {"device": name, "first": lies[0], "last": lies[-1], "weights": place.weights(name)}
+        held_parts = [part for part, device in place.devices.items() if device == name]
+        row: dict[str, Any] = {"device": name, "first": held_parts[0], "last": held_parts[-1], "weights": place.weights(name)}
         row |= {"statistics": statistics, "buffers": buffers, "total": row["weights"] + statistics + buffers}
         found.append(row | {"fits": name is not None and (memory is None or row["total"] <= memory)})
     return found

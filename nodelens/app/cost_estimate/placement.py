@@ -1,4 +1,4 @@
-"""Where a model's parts lie, and with them the sums of its sites: on one device, or in order on several."""
+"""Placement of a model's parts, and of the sums at its sites, on one device or in order on several."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from nodelens.network.roles import roles_of
 
 @dataclass(frozen=True)
 class Placement:
-    """On which device each part of a model lies, None for what finds no room; a part is a block, or a module outside them.
+    """The device of each part of a model; None for a part that does not fit. A part is a block, or a module outside blocks.
 
     parts: {name: bytes of its parameters and buffers}, in order; devices: {name: device}
     """
@@ -21,18 +21,18 @@ class Placement:
     net: nn.Module
     parts: dict[str, int]
     devices: dict[str, int | None]
-    homes: dict[Tensor, str]  # of a parameter or buffer, by identity: the part
+    homes: dict[Tensor, str]  # parameter or buffer (by identity): name of its part
 
     @classmethod
     def of(cls, net: nn.Module, devices: int = 1, memory: float = math.inf) -> "Placement":
-        """In order, as transformers fills devices for ``device_map="auto"``: balanced, and never back to one that was left.
+        """Fills devices in order, balanced, as transformers does for ``device_map="auto"``.
 
-        Each device but the last takes a share of the parameters and 1.25 times the largest part, at most its memory; on the
-        first there stays room for the largest part that is still to come. Tied weights lie where the first of them is.
+        Each device but the last is filled up to an equal share of the parameters plus 1.25 times the largest part, at most its
+        memory. The first keeps room for the largest remaining part. Tied weights are on the device of the first of them.
         Raises ValueError for less than one device, or no memory.
         """
         if devices < 1 or memory <= 0:
-            raise ValueError(f"there are {devices} devices of {memory:,.0f} bytes: give one or more, with some memory")
+            raise ValueError(f"there are {devices} devices of {memory:,.0f} bytes: give at least one device, with memory above 0")
         blocks = {block.name for block in roles_of(net).blocks}
         parts: dict[str, int] = {}
         homes: dict[Tensor, str] = {}
@@ -45,14 +45,14 @@ class Placement:
         return cls(net, parts, dict(zip(parts, _filled([*parts.values()], limits), strict=True)), homes)
 
     def device_of(self, layer: Layer) -> int | None:
-        """Where a layer lies: with its own first parameter, else with that of the module around it."""
+        """The device of a layer: that of its first parameter, else that of the enclosing module."""
         names = layer.name.removesuffix(".input" if layer.side == "input" else "").split(".")
         around = (self.net.get_submodule(".".join(names[:k])) for k in reversed(range(len(names))))
         for module in itertools.chain([layer.module], around):
             first = next(itertools.chain(module.parameters(), module.buffers()), None)
             if first is not None:
                 return self.devices[self.homes[first]]
-        return 0  # a model without any
+        return 0  # a model without parameters
 
     def weights(self, device: int | None) -> int:
         """Bytes of parameters and buffers on a device."""
@@ -60,14 +60,14 @@ class Placement:
 
 
 def _part(name: str, blocks: Collection[str]) -> str:
-    """The block that a tensor lies in, else its own module."""
+    """The block that contains a tensor, else its own module."""
     *path, _ = name.split(".")
     above = (".".join(path[:k]) for k in range(1, len(path) + 1))
     return next((part for part in above if part in blocks), ".".join(path))
 
 
 def _filled(sizes: Sequence[int], limits: Sequence[float]) -> list[int | None]:
-    """The device of each part, in order."""
+    """The device of each part, in order; None if it does not fit."""
     found: list[int | None] = []
     device, used = 0, 0
     for k, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Forecasts of the passes that there are: of units, and of the geometry of a language model."""
+"""Cost estimates of the pass over units and of the geometry of a language model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from nodelens.analysis.geometry.analyze_model import takes
-from nodelens.analysis.geometry.columns import Asked, columns_of
-from nodelens.analysis.geometry.sites import Shown, hook_points, merged, pairs, unique
-from nodelens.engine.analyze import DEFAULT, Metrics, device_of
+from nodelens.analysis.geometry.analyze_model import forward_options
+from nodelens.analysis.geometry.columns import MetricSelection, columns_of
+from nodelens.analysis.geometry.sites import SeenTensors, hook_points, merged, pairs, unique
+from nodelens.engine.analyze import DEFAULT, device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
-from nodelens.engine.request import as_metrics
+from nodelens.engine.request import Metrics, as_metrics
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 
-from .estimate import Forecast, Machine, report
-from .hollow import of_config, token_batch
+from .estimate import CostEstimate, Machine, estimate_plan
+from .meta_device import model_from_config, token_batch
 
 
 @torch.inference_mode(False)
-def forecast(
+def estimate_cost(
     model: Any,
     metrics: Metrics = DEFAULT,
     layers: str | Sequence[str] = "*",
@@ -43,34 +43,35 @@ def forecast(
     precision: str = "float32",
     pairs: str | Sequence[Sequence[str]] = "consecutive",
     initial: bool = False,
-) -> Forecast:
-    """What ``nl.analyze`` will take, of shapes alone: on the meta device neither weights nor data take memory or time.
+) -> CostEstimate:
+    """Estimates the cost of ``nl.analyze`` from shapes alone, on the meta device, without weights or data.
 
-    model:   a config of transformers' causal language models, or any network, such as one that ``hollow`` made
-    batch:   of any form that ``nl.analyze`` takes, on the network's device, one of those to come in size; None: ``samples`` texts
+    model:   a transformers config of a causal language model, or any network, such as one from ``meta_model``
+    batch:   a batch in any form that ``nl.analyze`` takes, of the size to come, on the network's device; None: ``samples`` texts
              of ``length`` tokens. Two of its samples are run
-    rows:    tokens to be read, of images samples
-    machine: what it will run on; initial: whether the weights before training will be known
-    All others are those of ``nl.analyze``; what it would refuse for its bytes is forecast all the same, and says so. Raises
-    ValueError as it does; with a RuntimeError as its cause where the model's forward asks for values that the meta device has not.
+    rows:    number of tokens to read; for images, number of samples
+    machine: the machine it will run on; initial: whether the weights before training will be given
+    All others are options of ``nl.analyze``. A plan that it would refuse for its size is estimated too, with the reason in
+    ``refused``. Raises ValueError as ``nl.analyze`` does; with a RuntimeError as its cause if the model's forward reads values,
+    which the meta device does not have.
     """
-    net = model if isinstance(model, nn.Module) else of_config(model)
+    net = model if isinstance(model, nn.Module) else model_from_config(model)
     batch = Batch.of(token_batch(samples, length, device_of(net)) if batch is None else batch, groups)
     found = find_layers(net, layers, net.state_dict() if initial else None)
     dry_run = DryRun.of(net, found, batch)
     chosen: Mapping[str, Any] = as_metrics(metrics)
     plan_of = partial(Plan.of, net, found, chosen, dry_run, groups, positions, layers == "*", precision, pairs, ["label"])
     plan, refused = _planned(plan_of, covariance, width, max_passes)
-    return report(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), budget, max_passes, refused=refused)
+    return estimate_plan(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), budget, max_passes, refused=refused)
 
 
 @torch.inference_mode(False)
-def forecast_geometry(
+def estimate_geometry_cost(
     model: Any,
     *,
     layers: str | Sequence[int] = "all",
     hook_point: str | Sequence[str] = "residual_input",
-    metrics: Asked = "default",
+    metrics: MetricSelection = "default",
     diagnostics: str | Sequence[str] | None = None,
     sample_limit: int | None = 512,
     novelty_k: int = 32,
@@ -82,35 +83,35 @@ def forecast_geometry(
     max_passes: int = 1,
     covariance: str | None = None,
     width: int = LIMIT,
-) -> Forecast:
-    """What ``nl.analyze_model`` will take, of shapes alone; ``model`` as in ``forecast``, all else as it takes it.
+) -> CostEstimate:
+    """Estimates the cost of ``nl.analyze_model`` from shapes alone; ``model`` as in ``estimate_cost``, the rest as in the call.
 
-    The counts of routers are not in it. Raises ValueError as ``forecast`` does, and for a pass without ``max_tokens``.
+    Counts of routers are not included. Raises ValueError as ``estimate_cost`` does, and if ``max_tokens`` is None.
     """
     if max_tokens is None:
-        raise ValueError("max_tokens is null: how long it takes depends on how many tokens are read, give a number")
-    net = model if isinstance(model, nn.Module) else of_config(model)
-    asked = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or ())
-    columns = columns_of(metrics, asked, novelty_k, sample_limit is not None)
+        raise ValueError("max_tokens is null: the cost depends on the number of tokens, so give a number")
+    net = model if isinstance(model, nn.Module) else model_from_config(model)
+    requested = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or ())
+    columns = columns_of(metrics, requested, novelty_k, sample_limit is not None)
     points = hook_points(net, hook_point, layers)
     device = device_of(net)
-    batch = token_batch(samples, length, device) | {k: v for k, v in takes(net, points).items() if k == "logits_to_keep"}
+    batch = token_batch(samples, length, device) | {k: v for k, v in forward_options(net, points).items() if k == "logits_to_keep"}
     del batch["labels"]
-    shown = Shown()
-    capture = Capture([Site(layer, "output") for layer in unique(points)], shown.see)
+    seen = SeenTensors()
+    capture = Capture([Site(layer, "output") for layer in unique(points)], seen.see)
     capture.gate = True
     with capture:
         dry_run = DryRun.of(net, unique(points), Batch.of(batch))
-    points = merged(points, shown.same())
+    points = merged(points, seen.duplicates())
     plan_of = partial(Plan.of, net, unique(points), columns.summed, dry_run, groups=1, pairs=pairs(points))
     plan, refused = _planned(plan_of, covariance, width, max_passes)
     sample = 4 * (sample_limit or 0) if columns.sampled else 0
     extra = {layer.name: sample * plan.seen(layer, "output").width for layer in plan.layers}
-    return report(net, plan, max_tokens, length, machine or Machine(), budget, max_passes, extra, refused)
+    return estimate_plan(net, plan, max_tokens, length, machine or Machine(), budget, max_passes, extra, refused)
 
 
 def _planned(plan_of: Callable[..., Plan], covariance: str | None, width: int, passes: int) -> tuple[Plan, list[str]]:
-    """The plan; where sites are too wide for it that of the full covariances, and why it would be refused."""
+    """The plan; for sites that are too wide, the plan with full covariances and the reason why it would be refused."""
     try:
         return plan_of(covariance=CovariancePolicy.of(covariance, width, 0, passes)), []
     except ValueError as error:
@@ -120,6 +121,6 @@ def _planned(plan_of: Callable[..., Plan], covariance: str | None, width: int, p
 
 
 def _tokens(batch: Batch, dry_run: DryRun) -> int:
-    """Rows of a sample: its tokens where each has logits of its own, else one."""
+    """Number of rows per sample: its tokens if each has logits, else one."""
     inputs = next(t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, torch.Tensor))
     return inputs.shape[1] if dry_run.tokens else 1

@@ -1,4 +1,4 @@
-"""What the scripts do, as functions of a config."""
+"""The tasks of the three scripts, as functions of a config."""
 
 from .analyze import analyze
 from .prune import prune

@@ -1,4 +1,4 @@
-"""analyze.py: the units of a network, measured in one pass, and the analyses that are asked for beside them."""
+"""analyze.py: measures the units of a network in one pass, and runs the analyses of the config."""
 
 import copy
 import time
@@ -17,26 +17,35 @@ from nodelens.results.files import plain
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
-from .common import bar, build_all, claim, console, in_words, launch, load_module, placed, say
-from .plan import plan
+from .common import (
+    build_all,
+    console,
+    create_run_dir,
+    format_score,
+    is_dry_run,
+    launch,
+    load_module,
+    print_line,
+    progress_bar,
+    to_device,
+)
+from .estimate_costs import estimate_costs
 from .show import show_plan, show_result
 from .splits import splits
 
-# keys of a dataset that cut no sample otherwise
-
 
 def analyze(cfg: DictConfig) -> float:
-    """Measures, evaluates, saves, draws; returns the accuracy. A run that is finished in the same folder is shown again."""
+    """Measures, evaluates, saves and draws; returns the accuracy. A finished run in the same folder is shown again."""
     from nodelens.report import write_page
 
-    folder = claim(cfg)
-    if cfg.dry_run:
-        plan(cfg, folder)
+    folder = create_run_dir(cfg)
+    if is_dry_run(cfg):
+        estimate_costs(cfg, folder)
         return float("nan")
     if (folder / "metadata.json").is_file():
-        say(f"already finished: {folder}")
+        print_line(f"already finished: {folder}")
         result = load(folder)
-        if not (folder / "report.html").is_file():  # it ended between the tables and the page
+        if not (folder / "report.html").is_file():  # the run was stopped between tables and page
             write_page(folder)
         _show(result)
         return float(result.metadata["evaluation"]["accuracy"])
@@ -50,14 +59,14 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     data = build(cfg.dataset, "dataset")
     data.setup()
     module, trained_by = load_module(cfg, data.classes)
-    placed(module.net, device)
+    to_device(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
     result = measure(cfg, module.net, data, measured)
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
-    score = evaluate(module.net, bar("evaluating", _batches(loader), rank == 0)(loader))
+    score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
-    result.metadata |= about(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
+    result.metadata |= run_metadata(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
     if cfg.evaluate:
         from nodelens.evaluation.harness import harness
 
@@ -71,7 +80,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
 
 
 def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:
-    """The pass that a config asks for, over one split."""
+    """Measures the metrics of a config on one split."""
     from nodelens.engine.analyze import analyze as measure_units
 
     rank, processes = world()
@@ -83,7 +92,7 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
 
     metrics = metrics or build_all(cfg.metrics, "metrics")
     if not metrics and cfg.get("analysis"):
-        return _unmeasured(net, cfg.seed)
+        return _empty_result(net, cfg.seed)
     if not metrics:
         raise ValueError("no metric is chosen: give some, as in 'metrics=[rq,synergy]'")
     result = measure_units(
@@ -103,17 +112,17 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
         covariance=cfg.covariance,
         width=cfg.budget.width,
         on_plan=on_plan,
-        progress=bar("measuring", _batches(loader), rank == 0),
+        progress=progress_bar("measuring", _batches(loader), rank == 0),
     )
     passes = result.metadata["passes"]
     if rank == 0 and len(passes) > 1:
-        say(f"the data were read {len(passes)} times: budget.memory holds the sums of some layers at a time")
+        print_line(f"the data were read {len(passes)} times, because budget.memory does not fit the sums of all layers at once")
     return result
 
 
-def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
-    """What the metadata say of config, data and weights."""
-    counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # of texts: documents, tokens, what is no row
+def run_metadata(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
+    """The metadata of a run: its config, data and weights."""
+    counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # texts: documents, tokens, excluded tokens
     return {
         "config": plain(resolved(cfg)),
         "data": {"split": split, "fingerprint": data.fingerprint(), **counts},
@@ -121,8 +130,8 @@ def about(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> di
     }
 
 
-def _unmeasured(net: torch.nn.Module, seed: int) -> Result:
-    """The result of a run that measures no units."""
+def _empty_result(net: torch.nn.Module, seed: int) -> Result:
+    """The result of a run without metrics of units."""
     about = {"metrics": {}, "samples": 0, "seed": seed, "seconds": {}, "missing": []}
     model = {"class": type(net).__name__, "fingerprint": fingerprint(net)}
     units = pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["layer", "unit"]))
@@ -131,20 +140,20 @@ def _unmeasured(net: torch.nn.Module, seed: int) -> Result:
 
 
 def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str]) -> dict[str, Any]:
-    """Runs each analysis into a folder of its own name below the run's; one that is finished there is not repeated."""
+    """Runs each analysis and saves it to a subfolder of its name; a finished one is not repeated."""
     rank, processes = world()
     every = {}
     for name, analysis in build_all(cfg.analysis, "analysis").items():
         if (folder / name / "metadata.json").is_file():
-            say(f"{name}: already finished")
+            print_line(f"{name}: already finished")
             continue
         measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
-        progress = bar(name, _batches(measured), rank == 0)
+        progress = progress_bar(name, _batches(measured), rank == 0)
         every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress)
         if rank == 0:
             found.save(folder / name)
-            for line in found.lines():
-                say(f"{name}: {line}")
+            for line in found.summary().splitlines():
+                print_line(f"{name}: {line}")
     return every
 
 
@@ -165,7 +174,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, A
     finally:
         close(loggers)
     _show(result)
-    say(f"page: {page}")
+    print_line(f"page: {page}")
 
 
 def _show(result: Result) -> None:
@@ -173,9 +182,9 @@ def _show(result: Result) -> None:
         show_result(console(), result)
     else:
         found = result.metadata["evaluation"]
-        say(f"{in_words(found)} of the split {found['split']!r}")
+        print_line(f"{format_score(found)}, split {found['split']!r}")
     for task, values in result.metadata.get("lm_eval", {}).items():
-        say(f"lm_eval {task}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
+        print_line(f"lm_eval {task}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
 
 
 def _layers(cfg: DictConfig) -> Any:
@@ -183,7 +192,7 @@ def _layers(cfg: DictConfig) -> Any:
 
 
 def initial_of(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
-    """The network before training, where a file of its weights is named."""
+    """The network before training, from ``initial_path``; None if it is not given."""
     if cfg.initial_path is None:
         return None
     start = copy.deepcopy(net)

@@ -1,4 +1,4 @@
-"""What the tasks share: the run's folder, the model and its weights, processes, words for a person."""
+"""Shared by the tasks: the run folder, the model and its weights, processes, terminal output."""
 
 import logging
 import sys
@@ -23,14 +23,14 @@ from nodelens.results.result import flatten
 
 
 def console() -> Console:
-    """A terminal's own width; 140 columns where the output goes to a file."""
+    """The console, as wide as the terminal, or 140 columns for output to a file."""
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=False)
 
 
 def verify(cfg: DictConfig) -> None:
-    """Raises ValueError for what can be seen to be wrong before anything is opened or written.
+    """Raises ValueError for mistakes that can be found before anything is read or written.
 
-    A value that is missing, a key or type that its class does not take, a number out of range.
+    These are a missing value, a key or type that a class does not accept, and a number out of range.
     """
     if missing := unset(cfg):
         raise ValueError(f"{missing[0]} has no value: give {missing[0]}=...")
@@ -46,21 +46,21 @@ def verify(cfg: DictConfig) -> None:
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Raises ValueError where the run's folder holds results of other settings: nothing there is overwritten."""
+    """Raises ValueError if the run folder has results of other settings, so that nothing is overwritten."""
     folder = Path(cfg.paths.output_dir)
     if not (folder / "settings.json").is_file() or not has_results(folder):
         return
-    old, new = flatten(read_json(folder / "settings.json")), flatten(_settings(cfg))
+    old, new = _flat(read_json(folder / "settings.json")), _flat(_settings(cfg))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ValueError(
-                f"{folder} holds a run with {key}={_shown(old.get(key))}, this one has {key}={_shown(new.get(key))}: "
-                "choose another folder (hydra.run.dir=), or the same settings to go on"
+                f"{folder} holds a run with {key}={_or_null(old.get(key))}, this one has {key}={_or_null(new.get(key))}: "
+                "choose another folder (hydra.run.dir=), or the same settings to resume"
             )
 
 
-def claim(cfg: DictConfig) -> Path:
-    """The run's folder, made if need be and marked with its settings; raises ValueError as verify and check_settings do."""
+def create_run_dir(cfg: DictConfig) -> Path:
+    """Creates the run folder and writes its settings; raises ValueError as verify and check_settings do."""
     verify(cfg)
     check_settings(cfg)
     folder = Path(cfg.paths.output_dir)
@@ -70,56 +70,61 @@ def claim(cfg: DictConfig) -> Path:
     return folder
 
 
+def is_dry_run(cfg: DictConfig) -> bool:
+    """Whether the config asks for cost estimates only. ``plan_only`` is the deprecated name of ``dry_run``."""
+    return bool(cfg.get("dry_run") or cfg.get("plan_only"))
+
+
 def build_all(node: Any, path: str) -> dict[str, Any]:
-    """The objects of a group, by name; one that is set to null is left out."""
+    """The objects of a config group by name, without those set to null."""
     return {name: built for name, built in (build(node, path) if node else {}).items() if built is not None}
 
 
 def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
-    """Runs work(device) on the trainer's accelerator, in as many processes as it names; returns the first one's number."""
+    """Runs work(device) on the trainer's accelerator, in its number of processes; returns the value of the first process."""
     wanted = {k: cfg.trainer[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if cfg.trainer.get(k) is not None}
     try:
         fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
     except ValueError as error:
         raise ValueError(
-            f"{error}; trainer=cpu works everywhere, trainer=gpu and trainer=ddp take one GPU and several processes"
+            f"{error}; trainer=cpu works everywhere, trainer=gpu needs a GPU, trainer=ddp runs several processes"
         ) from error
-    quiet()
-    with in_one_line():
+    quiet_lightning()
+    with plain_worker_errors():
         return fabric.launch(lambda fabric: work(fabric.device))
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
-    """What a forked process refused is raised again here in its own words, without the process's traceback."""
+def plain_worker_errors() -> Iterator[None]:
+    """Re-raises the error of a forked process with its own message, without the traceback of the process."""
     try:
         yield
     except ProcessRaisedException as error:
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-        kind, _, words = last.partition(": ")
+        kind, _, message = last.partition(": ")
         if kind in ("ValueError", "FileNotFoundError", "MemoryError"):
-            raise ValueError(words) from None
+            raise ValueError(message) from None
         raise
 
 
-def quiet() -> None:
-    """Lightning's notices go to the run's log, not to the terminal; a deprecated name it uses is its own affair."""
+def quiet_lightning() -> None:
+    """Sends Lightning's notices to the log of the run instead of the terminal, and hides warnings that users cannot act on."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # expected when a run resumes
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="The number of training batches")
 
 
 def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[str, Any] | None]:
-    """The Lightning module with its weights, and the config of the run that trained them, where that is known.
+    """The Lightning module with its weights, and the config of the run that trained them, if known.
 
-    classes: of the data. Raises ValueError where a language model knows fewer tokens.
+    classes: number of classes (or tokens) of the data. Raises ValueError if a language model has fewer tokens.
     """
-    with torch.random.fork_rng(devices=[]):  # weights that are not loaded are drawn: the same in every process and run
+    with torch.random.fork_rng(devices=[]):  # weights that are not loaded are random, but the same in every process and run
         torch.manual_seed(cfg.seed)
         module = build(cfg.model, "model")
     trained_by = None
@@ -128,37 +133,38 @@ def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[
     if cfg.ckpt_path:
         trained_by = load_weights(module.net, cfg.ckpt_path)
     elif not cfg.model.get("weights") and not (cfg.model.get("net") or {}).get("path"):
-        say(f"the weights of {type(module.net).__name__} were never trained: what is measured is their start (give ckpt_path=)")
+        name = type(module.net).__name__
+        print_line(f"warning: the weights of {name} are random; pass ckpt_path=... to measure a trained model")
     return module, trained_by
 
 
-def placed(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The network on a device, but for one whose parts lie where they were put (``device_map``) or that is quantised."""
-    stays = getattr(net, "hf_device_map", None) or getattr(net, "is_quantized", False)
-    return net if stays else net.to(device)
+def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Moves the network to a device, unless it is quantised or already placed by ``device_map``."""
+    fixed = getattr(net, "hf_device_map", None) or getattr(net, "is_quantized", False)
+    return net if fixed else net.to(device)
 
 
 def check_tokens(net: torch.nn.Module, classes: int) -> None:
-    """Raises ValueError where the data have more tokens than a language model knows."""
+    """Raises ValueError if the data have more tokens than the vocabulary of a language model."""
     if hasattr(net, "get_input_embeddings"):
-        from nodelens.models import check_vocabulary  # costs a second that no other network needs
+        from nodelens.models import check_vocabulary  # a slow import that other networks do not need
 
         check_vocabulary(net, classes)
 
 
-def in_words(score: dict[str, Any]) -> str:
-    """Accuracy and, of texts, perplexity, of how many."""
+def format_score(score: dict[str, Any]) -> str:
+    """A score as text: accuracy, loss and, for texts, perplexity, with the number of samples or tokens."""
     if "perplexity" not in score:
         return f"accuracy {100 * score['accuracy']:.2f} % (loss {score['loss']:.4f}) on {score['samples']} samples"
-    size = f", {score['bits_per_byte']:.3f} bits a byte" if score.get("bits_per_byte") else ""
-    nats = f"perplexity {score['perplexity']:.3f} ({score['loss']:.4f} nats a token{size})"
+    size = f", {score['bits_per_byte']:.3f} bits per byte" if score.get("bits_per_byte") else ""
+    nats = f"perplexity {score['perplexity']:.3f} ({score['loss']:.4f} nats per token{size})"
     return f"{nats}, next-token accuracy {100 * score['accuracy']:.2f} % on {score['tokens']} tokens"
 
 
-def bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A progress bar around an iterable, on a terminal; silent elsewhere."""
+def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Wraps an iterable in a progress bar on a terminal; elsewhere it shows nothing."""
 
-    def around(items: Iterable[Any]) -> Iterable[Any]:
+    def wrap(items: Iterable[Any]) -> Iterable[Any]:
         if not (show and sys.stderr.isatty()):
             yield from items
             return
@@ -166,18 +172,23 @@ def bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], I
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             yield from progress.track(items, total=len(items) if isinstance(items, Sized) else total)
 
-    return around
+    return wrap
 
 
-def say(line: str) -> None:
-    """One line for the person at the terminal."""
+def print_line(line: str) -> None:
+    """Prints one line without markup."""
     console().print(line, markup=False)
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """What makes a run this run; paths below its own folder stand without it, so that the folder may move."""
+    """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
     found = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger")})
     return _relative(found, str(cfg.paths.output_dir))
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as one level, with the current names of renamed keys."""
+    return {key.replace("plan_only", "dry_run").replace("forecast.", "cost."): value for key, value in flatten(settings).items()}
 
 
 def _relative(value: Any, home: str) -> Any:
@@ -188,5 +199,5 @@ def _relative(value: Any, home: str) -> Any:
     return "." + value.removeprefix(home) if isinstance(value, str) and value.startswith(home) else value
 
 
-def _shown(value: Any) -> Any:
+def _or_null(value: Any) -> Any:
     return "null" if value is None else value

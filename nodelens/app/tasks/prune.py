@@ -1,4 +1,4 @@
-"""prune.py: units scored once, removed in every way that is asked for, and what is left evaluated."""
+"""prune.py: scores units once, removes them in every combination of the config, and evaluates each pruned model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -28,42 +28,42 @@ from nodelens.results.files import plain, read_json, write, write_json
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
-from .analyze import about
-from .common import bar, build_all, claim, console, launch, load_module, placed, say
-from .show_pruning import show_axes, show_sweep
+from .analyze import run_metadata
+from .common import build_all, console, create_run_dir, is_dry_run, launch, load_module, print_line, progress_bar, to_device
+from .show_pruning import show_groups, show_sweep
 
 
 def prune(cfg: DictConfig) -> float:
-    """Runs the sweep and returns the area under the best curve of accuracy over the MACs that went."""
-    asked_of(cfg)
-    folder = claim(cfg)
+    """Runs the sweep and returns the area under the best curve of accuracy over the share of MACs removed."""
+    requested_cells(cfg)
+    folder = create_run_dir(cfg)
     if (folder / "sweep.parquet").is_file() and (folder / "report.html").is_file():
-        say(f"already finished: {folder}")
+        print_line(f"already finished: {folder}")
         table = pd.read_parquet(folder / "sweep.parquet")
         show_sweep(console(), table)
-        return _number(table)
+        return _best_area(table)
     return launch(cfg, lambda device: _work(cfg, folder, device))
 
 
-def _number(table: pd.DataFrame) -> float:
-    """The best curve's area."""
+def _best_area(table: pd.DataFrame) -> float:
+    """The area under the best curve."""
     return float(areas(table)["area"].iloc[0]) if table["accuracy"].notna().any() else math.nan
 
 
-def asked_of(cfg: DictConfig) -> list[Cell]:
-    """Every cell that a config asks for. Raises ValueError for what a sweep cannot use, before anything is measured."""
+def requested_cells(cfg: DictConfig) -> list[Cell]:
+    """All cells of a config. Raises ValueError for invalid options before anything is measured."""
     values = resolved(cfg)
     criteria = [Criterion.of(spec, name) for name, spec in values["criterion"].items() if spec is not None]
     columns_of(criteria, dict.fromkeys(values["metrics"] or {}))
     if values["apply"] not in ("slice", "mask"):
-        raise ValueError(f"apply is {values['apply']!r}; it is slice or mask")
+        raise ValueError(f"apply is {values['apply']!r}; it must be slice or mask")
     return cells(
         criterion=criteria,
         allocation=list(build_all(cfg.allocation, "allocation").values()),
-        compensate=_listed(values["compensate"]),
-        mode=_listed(values["mode"]),
-        amount=sorted(set(map(float, _listed(values["amounts"])))),
-        seed=sorted(set(_listed(values["seeds"]))),
+        compensate=_as_list(values["compensate"]),
+        mode=_as_list(values["mode"]),
+        amount=sorted(set(map(float, _as_list(values["amounts"])))),
+        seed=sorted(set(_as_list(values["seeds"]))),
         schedule=[build(cfg.schedule, "schedule")],
         budget=[values["budget"]["amount"]],
         protect=[values["protect"]],
@@ -78,29 +78,29 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     data = build(cfg.dataset, "dataset")
     data.setup()
     module, trained_by = load_module(cfg, data.classes)
-    context = context_of(cfg, placed(module.net, device).eval(), data)
+    context = context_of(cfg, to_device(module.net, device).eval(), data)
     if rank == 0:
-        show_axes(console(), context)
-    if cfg.dry_run:
+        show_groups(console(), context)
+    if is_dry_run(cfg):
         return math.nan
-    todo = asked_of(cfg)
-    result = _measured(cfg, folder, context, data, todo, trained_by)
-    judge = Judge(cfg, context, data)
-    dense = _once(folder / "dense.json", lambda: judge.of(context.model, "dense_"))
+    requested = requested_cells(cfg)
+    result = _load_or_measure(cfg, folder, context, data, requested, trained_by)
+    evaluator = SweepEvaluator(cfg, context, data)
+    dense = _cached_json(folder / "dense.json", lambda: evaluator.of(context.model, "dense_"))
     table = result.units.rename_axis(index=["group", "unit"])
-    sweep = Sweep(folder, context, table, judge, cfg.apply, _recover(cfg, data), rank == 0, result.metadata["refused"])
-    rows = sweep.run(todo, bar("sweep", len(todo), rank == 0))
+    sweep = Sweep(folder, context, table, evaluator, cfg.apply, _finetuning(cfg, data), rank == 0, result.metadata["refused"])
+    rows = sweep.run(requested, progress_bar("sweep", len(requested), rank == 0))
     found = sweep_table(rows, dense)
     if rank == 0:
         _finish(cfg, folder, found, dense)
-    _keep(cfg, folder, sweep, todo, found, module)
+    _save_models(cfg, folder, sweep, requested, found, module)
     if rank == 0:
-        say(f"page: {write_pruning_page(folder)}")
-    return _number(found)
+        print_line(f"page: {write_pruning_page(folder)}")
+    return _best_area(found)
 
 
 def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningContext:
-    """The network with its groups, and the calibration data of this process."""
+    """The pruning context: the network with its groups, and the calibration data of this process."""
     rank, processes = world()
     values = resolved(cfg)
     loader = data.loader("calibration", rank=rank, world=processes)
@@ -122,13 +122,13 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
         reduce=values["reduce"],
         columns=build_all(cfg.metrics, "metrics"),
         all_data=data.loader("calibration"),
-        progress=bar("measuring", None, rank == 0),
+        progress=progress_bar("measuring", None, rank == 0),
         options=options,
     )
 
 
-class Judge:
-    """What a finished model is worth: accuracy and loss on validation and test data, and its latency."""
+class SweepEvaluator:
+    """Evaluates a pruned model: accuracy and loss on validation and test data, and latency."""
 
     def __init__(self, cfg: DictConfig, context: PruningContext, data: Any):
         rank, processes = world()
@@ -147,7 +147,7 @@ class Judge:
         return {**found, **self._latency(pruned)}
 
     def of(self, model: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
-        """Accuracy, its standard error, loss, ece (of texts perplexity) of the test set; accuracy and loss of validation data."""
+        """Accuracy with standard error, loss and ece (texts: perplexity) on test data; accuracy and loss on validation data."""
         test = evaluate(model, self.loaders["test"])
         val = evaluate(model, self.loaders["val"]) if self.has_val else {"accuracy": math.nan, "loss": math.nan}
         test.setdefault("accuracy_se", math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["samples"]))
@@ -156,7 +156,7 @@ class Judge:
         return found if prefix else found | {"samples": test["samples"]}
 
     def _latency(self, pruned: Pruned) -> Mapping[str, float]:
-        """Milliseconds, beside the dense model's in the same minute; once for models of the same widths."""
+        """Latency in ms, with that of the dense model measured alongside; once for all models of the same widths."""
         if not self.batches or self.rank:
             return {}
         widths = tuple(sorted((k, len(v)) for k, v in pruned.plan.removed.items()))
@@ -171,19 +171,21 @@ class Judge:
         return self.timed[widths]
 
 
-def _measured(cfg: DictConfig, folder: Path, context: PruningContext, data: Any, todo: list[Cell], trained_by: Any) -> Result:
-    """The scores that every criterion reads, measured once: again only where they are not in the folder."""
+def _load_or_measure(
+    cfg: DictConfig, folder: Path, context: PruningContext, data: Any, requested: list[Cell], trained_by: Any
+) -> Result:
+    """The scores that the criteria read, from the folder if they are there, else measured and saved."""
     if (folder / "metadata.json").is_file():
         return load(folder)
-    criteria = list({cell.options.criterion.name: cell.options.criterion for cell in todo}.values())
+    criteria = list({cell.options.criterion.name: cell.options.criterion for cell in requested}.values())
     columns = columns_of(criteria, context.columns)
     table, refused = context.tables(criteria)
     units = table.rename_axis(index=["layer", "unit"])
     samples = len(data.indices["calibration"]) if hasattr(data, "indices") else None
     result = Result(units, groups_table(context.model, context.groups, context.cost))
-    result.metadata |= provenance() | about(cfg, data, "calibration", trained_by)
+    result.metadata |= provenance() | run_metadata(cfg, data, "calibration", trained_by)
     result.metadata |= {
-        "metrics": {name: described(term) for name, term in columns.items() if name in units},
+        "metrics": {name: describe_column(term) for name, term in columns.items() if name in units},
         "refused": refused,
         "seed": cfg.seed,
         "samples": samples,
@@ -197,8 +199,8 @@ def _measured(cfg: DictConfig, folder: Path, context: PruningContext, data: Any,
     return result
 
 
-def described(term: Any) -> dict[str, Any]:
-    """What a column is, of a metric or a published criterion."""
+def describe_column(term: Any) -> dict[str, Any]:
+    """The definition of a column: a metric or a published criterion."""
     if isinstance(term, Metric):
         return describe(term)
     return {
@@ -223,9 +225,9 @@ def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str,
     show_sweep(console(), table)
 
 
-def _keep(cfg: DictConfig, folder: Path, sweep: Sweep, todo: list[Cell], table: pd.DataFrame, module: Any) -> None:
-    """Writes the pruned model of a cell, and loads it again: the best on validation data at the largest amount, or those named."""
-    names = [cell.name for cell in todo]
+def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Cell], table: pd.DataFrame, module: Any) -> None:
+    """Saves the pruned models of ``cfg.save``: the best cell on validation data at the largest amount, one cell, or all."""
+    names = [cell.name for cell in requested]
     if cfg.save == "best":
         finished = table[(table["status"] == "done") & (table["amount"] == table["amount"].max())]
         lower = "val_loss" if measure_of(table) == "perplexity" else "params_share"
@@ -236,28 +238,28 @@ def _keep(cfg: DictConfig, folder: Path, sweep: Sweep, todo: list[Cell], table: 
         chosen = names if cfg.save == "all" else [] if cfg.save in (None, "none") else [cfg.save]
     for name in chosen:
         if name not in names:
-            raise ValueError(f"save is {name!r}; it is best, all, none, or a cell, such as {names[0]}")
+            raise ValueError(f"save is {name!r}; it must be best, all, none, or a cell such as {names[0]}")
         place = folder / "pruned" / name if cfg.save == "all" else folder / "pruned"
         if (place / "plan.json").is_file():
             continue
-        pruned = sweep.pruned(todo[names.index(name)])
+        pruned = sweep.pruned(requested[names.index(name)])
         if "transformers" not in pruned.origin:
             pruned = replace(pruned, origin={"net": plain(resolved(cfg)["model"].get("net") or {}), **pruned.origin})
         if world()[0] == 0:
             pruned.save(place)
-            say(f"{place} holds {name}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")
+            print_line(f"saved {name} to {place}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")
 
 
-def _recover(cfg: DictConfig, data: Any) -> Callable[[int], Any] | None:
-    """Seed to fine-tuning on the training split, selected on validation; None where nothing is asked."""
+def _finetuning(cfg: DictConfig, data: Any) -> Callable[[int], Any] | None:
+    """A function from seed to fine-tuning on the training split, selected on validation data; None without fine-tuning."""
     if not cfg.finetune:
         return None
     if not len(data.loader("val")):
-        raise ValueError("recovery keeps the best epoch on validation data, and there are none: give dataset.val=0.1")
+        raise ValueError("fine-tuning selects the best epoch on validation data, but there are none: set dataset.val=0.1")
     return lambda seed: build(cfg.finetune, "finetune", train=data.train_dataloader(), val=data.loader("val"), seed=seed)
 
 
-def _once(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _cached_json(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
     if not path.is_file():
         value = compute()
         if world()[0] == 0:
@@ -266,5 +268,5 @@ def _once(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, floa
     return read_json(path)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]

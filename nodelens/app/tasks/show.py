@@ -9,11 +9,11 @@ from rich.table import Table
 from nodelens.engine.plan import Plan
 from nodelens.results.result import BESIDE, Result, values_of
 
-from .common import in_words
+from .common import format_score
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """A line a layer: what is kept there and how many bytes it takes; then the totals."""
+    """One line per layer: its statistics and their bytes; then the totals."""
     table = Table(title="plan of the pass", title_justify="left")
     for name, justify in (("layer", "left"), ("units", "right"), ("statistics", "left"), ("groups", "right"), ("MiB", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -30,38 +30,38 @@ def show_plan(console: Console, plan: Plan) -> None:
         )
     console.print(table)
     console.print(
-        f"sums take {plan.total_bytes / 2**20:,.1f} MiB at most, buffers included; estimated overhead over the bare "
+        f"sums and buffers take at most {plan.total_bytes / 2**20:,.1f} MiB; estimated overhead over the bare "
         f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %"
     )
     if plan.never_called:
-        console.print(f"left out, never called by the model's forward: {', '.join(plan.never_called)}", markup=False)
+        console.print(f"not measured, never called by the model's forward: {', '.join(plan.never_called)}", markup=False)
 
 
 def show_result(console: Console, result: Result) -> None:
-    """A row a layer: the mean of each metric over its units, the layer's own values; then what is missing and why."""
-    values = summary(result)
+    """One row per layer: the mean of each metric over its units, and metrics of the layer; then missing values with reasons."""
+    values = layer_means(result)
     own = [c for c in values if c in result.layers and c != "units"]
-    console.print("mean over a layer's units" + (f"; of {', '.join(own)} the layer's own value" if own else ""), markup=False)
+    console.print("mean over the units of a layer" + (f"; one value per layer: {', '.join(own)}" if own else ""), markup=False)
     labels = _labels(list(map(str, values.index)), console.width)
     _show_table(console, values, labels, "layer")
     if len(result.edges):
-        console.print("pairs of layers")
+        console.print("layer pairs")
         edges = result.edges[values_of(result.edges)]
-        _show_table(console, edges, [f"{a} -> {b}" for a, b in edges.index], "edge")
-    for line in _gaps(result.metadata.get("missing", [])):
+        _show_table(console, edges, [f"{a} -> {b}" for a, b in edges.index], "layer pair")
+    for line in _missing_lines(result.metadata.get("missing", [])):
         console.print(line, markup=False)
     for entry in result.metadata.get("left_out", []):
-        console.print(f"{entry['site']}: {entry['rows']} rows were not finite and left out", markup=False)
+        console.print(f"{entry['site']}: {entry['rows']} rows that are not finite were excluded", markup=False)
     found = result.metadata.get("evaluation")
     if found:
         console.print(
-            f"{in_words(found)} of the split {found['split']!r}; units measured on {result.metadata['samples']} of "
-            f"{result.metadata['data']['split']!r}"
+            f"{format_score(found)}, split {found['split']!r}; units measured on {result.metadata['samples']} samples, "
+            f"split {result.metadata['data']['split']!r}"
         )
 
 
-def _gaps(missing: list[dict], most: int = 12) -> list[str]:
-    """What has no number and why: a line a column and reason; an error that is missing with its value goes without saying."""
+def _missing_lines(missing: list[dict], most: int = 12) -> list[str]:
+    """One line per column and reason of missing values. A standard error is not listed if its value is missing too."""
     without = {(m["layer"], m["column"]) for m in missing}
     found: dict[tuple[str, str], list[dict]] = {}
     for m in missing:
@@ -77,19 +77,19 @@ def _gaps(missing: list[dict], most: int = 12) -> list[str]:
 
 
 def _show_table(console: Console, values: pd.DataFrame, labels: list[str], what: str) -> None:
-    """A frame as one table or, where it is too wide for the terminal, as several."""
-    for names in _fitting(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
+    """Prints a frame as one table, or as several if it is too wide for the terminal."""
+    for names in _split_columns(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
         table = Table()
         table.add_column(what, overflow="fold")
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         for label, (_, row) in zip(labels, values[names].iterrows(), strict=True):
-            table.add_row(label, *(_number(v) for v in row))
+            table.add_row(label, *(_format_number(v) for v in row))
         console.print(table)
 
 
 def _labels(names: list[str], width: int) -> list[str]:
-    """Layer names; where they would take a third of the terminal, their first parts go as long as the rest tells them apart."""
+    """Layer names. Names longer than a third of the terminal lose leading parts as long as all names stay distinct."""
     while any(len(name) > width // 3 for name in names):
         shorter = ["\u2026" + name.split(".", 1)[1] if len(name) > width // 3 and "." in name else name for name in names]
         if shorter == names or len(set(shorter)) < len(names):
@@ -98,8 +98,8 @@ def _labels(names: list[str], width: int) -> list[str]:
     return names
 
 
-def _fitting(columns: list[str], width: int) -> list[list[str]]:
-    """Columns in as many tables as it takes for each to fit a width."""
+def _split_columns(columns: list[str], width: int) -> list[list[str]]:
+    """Splits columns into as many tables as are needed to fit a width."""
     tables: list[list[str]] = [[]]
     used = 0
     for name in columns:
@@ -111,13 +111,13 @@ def _fitting(columns: list[str], width: int) -> list[list[str]]:
     return tables
 
 
-def summary(result: Result) -> pd.DataFrame:
-    """A row a layer, a column a metric: means over units, and the layers' own values."""
+def layer_means(result: Result) -> pd.DataFrame:
+    """One row per layer, one column per metric: means over units, and metrics of the layer."""
     means = result.units[values_of(result.units)].groupby(level="layer", sort=False).mean()
     return result.layers[["units", *values_of(result.layers)]].join(means)
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
         return str(int(value))
     return "NaN" if math.isnan(value) else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""PruningGroups and sweeps on the terminal."""
+"""Pruning groups and sweeps on the terminal."""
 
 import pandas as pd
 from rich.console import Console
@@ -8,11 +8,11 @@ from nodelens.pruning.context import PruningContext
 from nodelens.pruning.sweep.ranking import KEY, areas, curves, measure_of
 from nodelens.pruning.sweep.tables import groups_table
 
-MOST = 60  # lines of a table
+MOST = 60  # maximum number of lines of a table
 
 
-def show_axes(console: Console, context: PruningContext) -> None:
-    """A line a group: units, what one costs, what is coupled; then what is frozen, and why."""
+def show_groups(console: Console, context: PruningContext) -> None:
+    """One line per group: units, cost per unit, coupled layers; then what is frozen, and why."""
     groups, cost = context.groups, context.cost
     table = Table(title="groups", title_justify="left")
     for name, justify in (
@@ -23,35 +23,37 @@ def show_axes(console: Console, context: PruningContext) -> None:
         ("MACs/unit", "right"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("made by > read by", overflow="fold")
+    table.add_column("producers > consumers", overflow="fold")
     for name, row in list(groups_table(context.model, groups, cost).iterrows())[:MOST]:
-        words = row["coupled"] + ("" if row["exact"] else " (allow_approximate: a norm reduces over it)")
-        words += f" (kept in multiples of {row['multiple']})" if row["multiple"] > 1 else ""
-        table.add_row(str(name), row["kind"], str(row["units"]), f"{row['params_per_unit']:,}", f"{row['macs_per_unit']:,}", words)
+        coupled = row["coupled"] + ("" if row["exact"] else " (allow_approximate: a norm reduces over the units)")
+        coupled += f" (kept in multiples of {row['multiple']})" if row["multiple"] > 1 else ""
+        table.add_row(
+            str(name), row["kind"], str(row["units"]), f"{row['params_per_unit']:,}", f"{row['macs_per_unit']:,}", coupled
+        )
     console.print(table)
     if len(groups) > MOST:
         console.print(f"and {len(groups) - MOST} more groups")
     share = 100 * groups.coverage(context.model)
     console.print(
-        f"{len(groups)} groups, {sum(a.n for a in groups):,} units; tensors with {share:.1f} % of the "
-        f"{cost.params():,} parameters are cut; {cost.macs():,} MACs a sample",
+        f"{len(groups)} groups, {sum(a.n for a in groups):,} units; prunable tensors have {share:.1f} % of the "
+        f"{cost.params():,} parameters; {cost.macs():,} MACs per sample",
         markup=False,
     )
     for frozen in groups.frozen[:MOST]:
         console.print(f"frozen: {frozen.what}: {frozen.reason}", markup=False)
     if len(groups.frozen) > MOST:
-        console.print(f"and {len(groups.frozen) - MOST} more that are frozen")
+        console.print(f"and {len(groups.frozen) - MOST} more frozen")
 
 
 def show_sweep(console: Console, table: pd.DataFrame) -> None:
-    """Accuracy or perplexity by amount, mean over seeds (standard deviation), the best area under the curve first."""
+    """Accuracy or perplexity by amount, as mean over seeds (standard deviation), sorted by area under the curve, best first."""
     means, area = curves(table), areas(table)
     amounts = sorted(table["amount"].unique())
     varied = [k for k in KEY if table[k].nunique() > 1 or k == "criterion"]
     upto = f"{100 * area['upto'].iloc[0]:.0f} %" if len(area) else "0 %"
     measure = measure_of(table)
     dense = f"dense {table[f'dense_{measure}'].iloc[0]:.4f}"
-    title = f"test {measure} by amount, {dense}; area: its mean up to {upto} of the MACs saved"
+    title = f"test {measure} by amount, {dense}; area: mean of the curve up to {upto} of the MACs removed"
     shown = Table(title=title, title_justify="left")
     for name in (*varied, "area", *(f"{a:g}" for a in amounts)):
         shown.add_column(name, justify="left" if name in KEY else "right")
@@ -61,9 +63,9 @@ def show_sweep(console: Console, table: pd.DataFrame) -> None:
         shown.add_row(*labels, f"{row['area']:.4f}", *("infeasible" if c is None else _with_spread(c) for c in here))
     console.print(shown)
     if len(area) > MOST:
-        console.print(f"and {len(area) - MOST} more lines in sweep.parquet")
-    wrong = table[table["status"] != "done"]
-    for reason, rows in list(wrong.groupby("error"))[:6]:
+        console.print(f"and {len(area) - MOST} more rows in sweep.parquet")
+    infeasible = table[table["status"] != "done"]
+    for reason, rows in list(infeasible.groupby("error"))[:6]:
         console.print(f"{len(rows)} cells infeasible, such as {rows['name'].iloc[0]}: {reason}", markup=False)
 
 

@@ -1,4 +1,4 @@
-"""Which samples a task measures, and on which it evaluates."""
+"""The splits that a task measures and evaluates on."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ _FREE = {"batch_size", "workers", "classes", "channels", "size", "mean", "std", 
 
 
 def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, str]:
-    """Which samples are measured and on which the accuracy is taken.
+    """The split to measure and the split to evaluate.
 
-    Calibration and test, which are apart; data that came as one set are taken whole, but where the weights were trained
-    on them by nodelens.
+    The defaults are calibration and test, which are disjoint. A single unsplit file serves as both, unless the weights were
+    trained on it by nodelens.
     """
     chosen = cfg.get("split")
     here = trained_by is not None and (trained_by.get("dataset") or {}).get("path") == cfg.dataset.get("path")
@@ -26,7 +26,7 @@ def splits(cfg: DictConfig, data: Any, trained_by: dict | None) -> tuple[str, st
 
 
 def _check_same_cut(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Raises ValueError where the data of a training are cut otherwise: its training samples would be in the test set."""
+    """Raises ValueError if the data are split differently than in training: training samples would be in the test set."""
     for key in sorted((now.keys() | then.keys()) - _FREE):
         if key in then and now.get(key) != then[key]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""train.py: a network trained by Lightning, its units measured every epoch if asked."""
+"""train.py: trains a network with Lightning and, with callbacks=measure, measures its units every epoch."""
 
 import sys
 from pathlib import Path
@@ -9,21 +9,21 @@ from omegaconf import DictConfig, OmegaConf
 from nodelens.app.config import build, resolved
 from nodelens.results.files import plain, read_json
 
-from .common import build_all, check_tokens, claim, in_one_line, in_words, quiet, say
+from .common import build_all, check_tokens, create_run_dir, format_score, plain_worker_errors, print_line, quiet_lightning
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains, takes the best checkpoint's test accuracy and returns it. Goes on from ``checkpoints/last.ckpt`` in the folder."""
+    """Trains and returns the test accuracy of the best checkpoint. Resumes from ``checkpoints/last.ckpt`` in the folder."""
     from lightning.pytorch import seed_everything
 
     from nodelens.results.loggers import close
 
-    folder = claim(cfg)
+    folder = create_run_dir(cfg)
     if (folder / "result.json").is_file():
         found = read_json(folder / "result.json")
-        say(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
+        print_line(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
         return float(found["accuracy"])
-    quiet()
+    quiet_lightning()
     seed_everything(cfg.seed, workers=True, verbose=False)
     data = build(cfg.dataset, "dataset")
     data.setup()
@@ -47,27 +47,29 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
 
     outcome = Outcome(folder / "result.json", plain(resolved(cfg)))
     callbacks = [*build_all(cfg.callbacks, "callbacks").values(), outcome]
-    trainer = build(_with_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder))
+    trainer = build(
+        _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
+    )
     try:
-        with in_one_line():
+        with plain_worker_errors():
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    except SystemExit:  # how the trainer ends on Ctrl-C
+    except SystemExit:  # the trainer exits on Ctrl-C
         raise KeyboardInterrupt from None
-    if not outcome.path.is_file():  # nothing was left to train: it had ended before its score was written
+    if not outcome.path.is_file():  # training had finished before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
-    say(f"test {in_words(found)}")
+    print_line(f"test {format_score(found)}")
     if found["checkpoint"]:
-        say(f"checkpoint: {found['checkpoint']}")
+        print_line(f"checkpoint: {found['checkpoint']}")
     return float(found["accuracy"])
 
 
 def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
-    """The checkpoint that training goes on from: the folder's own last one, else ``ckpt_path``, else none.
+    """The checkpoint to resume from: the last one in the folder, else ``ckpt_path``, else None.
 
-    Raises FileNotFoundError or ValueError where ``ckpt_path`` is no checkpoint of a training of this network.
+    Raises FileNotFoundError or ValueError if ``ckpt_path`` is not a training checkpoint of this network.
     """
     from nodelens.models import load_weights, training_state
 
@@ -77,12 +79,12 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
     if cfg.ckpt_path:
         load_weights(net, cfg.ckpt_path)
         if not training_state(cfg.ckpt_path):
-            raise ValueError(f"{cfg.ckpt_path} holds weights alone, no training to go on with: start from them with model.weights=")
+            raise ValueError(f"{cfg.ckpt_path} has weights but no training state to resume: start from them with model.weights=")
     return cfg.ckpt_path
 
 
 def fits(net: Any, data: Any) -> None:
-    """Raises ValueError, with the input's shape and the way out, where the network cannot take the data."""
+    """Raises ValueError, with the shape of the input and a way out, if the network does not fit the data."""
     from nodelens.engine.dry_run import DryRun
     from nodelens.network.batch import Batch
 
@@ -95,8 +97,8 @@ def fits(net: Any, data: Any) -> None:
         )
 
 
-def _with_bar(trainer: DictConfig) -> DictConfig:
-    """A progress bar on a terminal only: in a log file each refresh is a line."""
+def _with_progress_bar(trainer: DictConfig) -> DictConfig:
+    """Shows a progress bar on a terminal only; in a log file each refresh would be a line."""
     shown = trainer.get("enable_progress_bar")
     shown = sys.stderr.isatty() if shown is None else shown
     return OmegaConf.merge(trainer, {"enable_progress_bar": shown})  # type: ignore[return-value]

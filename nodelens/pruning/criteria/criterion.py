@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nodelens.metrics.core_and_halo import largest, share_of
+from nodelens.metrics.supernode import largest, share_of
 from nodelens.results.result import values_of
 from nodelens.statistics.sample_hash import generator
 

@@ -354,9 +354,9 @@ def test_metrics_are_families_names_and_objects(llama):
     near(found.metrics.iloc[1], {"trace": np.cov(states[1].T).trace()})
     near(found.metrics.iloc[1], {"trace": found.eigenvalues["layer_01"].sum()})
     assert found.metadata["metrics"]["subspace_overlap"]["options"]["novelty_k"] == 5
-    turned = nl.analyze_model(llama, batches(), metrics={"flat": get_metric("d_pr", rows="token_l2")})
-    near(turned.metrics.iloc[1], {"flat": spectrum(scaled(states[1], "token_l2"))["d_pr"], "tokens_observed": 105})
-    assert turned.eigenvalues == {}
+    invariant = nl.analyze_model(llama, batches(), metrics={"flat": get_metric("d_pr", rows="token_l2")})
+    near(invariant.metrics.iloc[1], {"flat": spectrum(scaled(states[1], "token_l2"))["d_pr"], "tokens_observed": 105})
+    assert invariant.eigenvalues == {}
     own = nl.analyze_model(llama, batches(), metrics={"flat": get_metric("d_pr", rows="token_l2"), "all": Trace()})
     assert list(own.metrics)[7:] == ["flat", "all"]
     near(own.metrics.iloc[1], {"flat": spectrum(scaled(states[1], "token_l2"))["d_pr"]})
@@ -534,7 +534,9 @@ def test_a_router_that_does_not_say_how_many_is_an_error():
     router.num_experts = 4
     net, data = Sparse(router), [torch.stack(texts((12,) * 4))]
     options = {"hook_point": "module_input:last", "metrics": ["router"]}
-    with pytest.raises(ValueError, match=r"router puts out the scores of 4 experts and no choice.*set config.num_experts_per_tok"):
+    with pytest.raises(
+        ValueError, match=r"router returns the scores of 4 experts but no expert ids.*set config.num_experts_per_tok"
+    ):
         nl.analyze_model(net, data, **options)
     router.top_k = 3
     found = nl.analyze_model(net, data, **options)
@@ -545,15 +547,15 @@ def test_a_router_that_does_not_say_how_many_is_an_error():
 def test_a_site_shows_each_token_once():
     net = Sparse(Scores())
     net.twice = True
-    with pytest.raises(ValueError, match=r"last.input shows 12 rows for 12 tokens in each of 2 calls.*name another module"):
+    with pytest.raises(ValueError, match=r"last.input shows 12 rows for 12 tokens in each of 2 calls.*Name another module"):
         nl.analyze_model(net, [torch.stack(texts((12,) * 4))], hook_point="module_input:last")
 
 
 def test_a_model_without_routers_says_so_when_they_are_named(llama):
     assert not len(nl.analyze_model(llama, batches()).router)
-    with pytest.raises(ValueError, match=r"no module of LlamaForCausalLM is known as one.*leave router out"):
+    with pytest.raises(ValueError, match=r"no module of LlamaForCausalLM is recognised as a router.*Remove router"):
         nl.analyze_model(llama, batches(), metrics=["spectrum", "router"])
-    with pytest.raises(ValueError, match="no module of Sparse is known as one"):
+    with pytest.raises(ValueError, match="no module of Sparse is recognised as a router"):
         nl.analyze_model(Sparse(Scores()), [torch.stack(texts((12,) * 4))], hook_point="module_input:last", metrics="router")
 
 
@@ -622,39 +624,39 @@ def test_a_folder_of_transformers_is_opened(llama, tmp_path):
 MISTAKES = {
     "residual": (
         {"hook_point": "residual"},
-        "hook_point is 'residual'; it is residual_input, residual_output, module_input:<path>",
+        "hook_point is 'residual'; it must be residual_input, residual_output, module_input:<path>",
     ),
-    "no path": ({"hook_point": "module_input:"}, "hook_point is 'module_input:'; it is residual_input"),
+    "no path": ({"hook_point": "module_input:"}, "hook_point is 'module_input:'; it must be residual_input"),
     "no module": ({"hook_point": "module_output:model.layerz"}, "'module_output:model.layerz': no layer matches 'model.layerz'"),
-    "twice": ({"hook_point": ["residual_input"] * 2}, "give one, or several that differ"),
-    "layer": ({"layers": [3]}, r"layers=\[3\] of a model of 3 blocks: .*3 is out of range; valid are -3 to 2"),
-    "no layer": ({"layers": []}, "it names no layer"),
-    "expression": ({"layers": "first"}, "layers='first' of a model of 3 blocks"),
-    "layers of a module": ({"layers": [0], "hook_point": "module_input:lm_head"}, "chooses among blocks"),
+    "twice": ({"hook_point": ["residual_input"] * 2}, "give one, or several different ones"),
+    "layer": ({"layers": [3]}, r"layers=\[3\] for a model with 3 blocks: .*3 is out of range; valid are -3 to 2"),
+    "no layer": ({"layers": []}, "it selects no layer"),
+    "expression": ({"layers": "first"}, "layers='first' for a model with 3 blocks"),
+    "layers of a module": ({"layers": [0], "hook_point": "module_input:lm_head"}, "selects blocks"),
     "other rows": (
         {"hook_point": "module_output:model.rotary_emb", "dataloader": batches(3, "left")},
         "rows must belong to samples",
     ),
     "not called": ({"hook_point": "module_output:model.layers"}, "is never called by LlamaForCausalLM.forward"),
-    "diagnostic": ({"diagnostics": ["ablation"]}, "no diagnostic is called 'ablation'; there is normalization_ablation"),
+    "diagnostic": ({"diagnostics": ["ablation"]}, "no diagnostic is called 'ablation'; available: normalization_ablation"),
     "metric": (
         {"metrics": ["spectrun"]},
-        "no metric is called 'spectrun'.* families are default, spectrum, sample, novelty, router",
+        "no metric is called 'spectrun'.* the families are default, spectrum, sample, novelty, router",
     ),
-    "units": ({"metrics": ["activation_mean"]}, "'activation_mean' has a value a unit: .*nl.analyze has a table"),
-    "pairs": ({"metrics": {"r": get_metric("redundancy", reduce="none")}}, "'r' has a value a pair"),
+    "units": ({"metrics": ["activation_mean"]}, "'activation_mean' has one value per unit; .*Use nl.analyze for values per unit"),
+    "pairs": ({"metrics": {"r": get_metric("redundancy", reduce="none")}}, "'r' has one value per pair"),
     "weights": ({"metrics": ["nuc_norm"]}, "needs weights, layer 'model.layers.0.input' .* has none"),
-    "gradients": ({"metrics": [Slope()]}, r"'slope' reads Gram\(grad, positions\): here are rows alone"),
+    "gradients": ({"metrics": [Slope()]}, r"'slope' reads Gram\(grad, positions\); this analysis has no gradients"),
     "asked twice": ({"metrics": ["d_pr", Trace(), Trace()]}, "'trace' is asked for twice"),
-    "mode": ({"save_mode": "parquet", "save_dir": "x"}, "save_mode is 'parquet'; it is json, csv, bundle"),
-    "no folder": ({"save_mode": "csv"}, "save_mode is 'csv' and there is no folder: give save_dir="),
+    "mode": ({"save_mode": "parquet", "save_dir": "x"}, "save_mode is 'parquet'; it must be json, csv, bundle"),
+    "no folder": ({"save_mode": "csv"}, "save_mode is 'csv', but there is no folder: give save_dir="),
     "a file": ({"save_dir": __file__}, "is a file: give a folder"),
     "tokens": ({"max_tokens": 0}, "max_tokens is 0; it takes 1 or more"),
     "limit": ({"sample_limit": 0}, "sample_limit is 0; it takes 1 or more"),
     "axes": ({"novelty_k": 0}, "novelty_k is 0; it takes 1 or more"),
     "no data": ({"dataloader": None}, "dataloader is missing: give batches of tokens"),
-    "empty": ({"dataloader": []}, "the data hold no token that counts"),
-    "images": ({"dataloader": [torch.randn(2, 3, 4, 4)]}, "a batch holds input 0 .*nl.analyze measures any other network"),
+    "empty": ({"dataloader": []}, "the data have no unmasked token"),
+    "images": ({"dataloader": [torch.randn(2, 3, 4, 4)]}, "a batch has input 0 .*Use nl.analyze for other networks"),
     "no tokens": ({"dataloader": [{"pixel_values": torch.randn(2, 3)}]}, r"measured on tokens, input_ids \(B, T\)"),
     "mask": (
         {"dataloader": [{"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 1, 5, 5)}]},
@@ -677,7 +679,7 @@ def test_a_call_without_a_model_is_a_mistake():
         router_load(torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="needs k="):
         router_load(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="k is 5; of 4 experts"):
+    with pytest.raises(ValueError, match="k is 5; it must be from 1 to 4"):
         router_load(torch.zeros(3, 4), 5)
 
 
@@ -767,5 +769,5 @@ def test_passes_that_see_other_tokens_are_refused(llama):
             return iter(batches(3, "right")[: self.begun])
 
     size = nl.analyze_model(llama, Fresh(), metrics="spectrum").metadata["passes"][0]["bytes"]
-    with pytest.raises(ValueError, match=r"the passes saw .* the data must be the same every time"):
+    with pytest.raises(ValueError, match=r"the passes read different data.* the data must be the same every time"):
         nl.analyze_model(llama, Fresh(), metrics="spectrum", budget=0.6 * size, max_passes=4)

@@ -12,11 +12,11 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from nodelens.analysis.supernodes.ablation import ablate, sampled, standing_still
+from nodelens.analysis.supernodes.ablation import ablate, constant_outputs, sample_units
 from nodelens.analysis.supernodes.agreement import MEAN, POOLED, agreement, hits, pearson, spearman
-from nodelens.analysis.supernodes.controls import Compared, control_rows, matched
+from nodelens.analysis.supernodes.controls import ControlSets, control_rows, matched
 from nodelens.analysis.supernodes.hidden import HiddenPass, UnitSums
-from nodelens.analysis.supernodes.robustness import by_chance, resampled
+from nodelens.analysis.supernodes.robustness import chance_jaccard, resample_scores
 from nodelens.analysis.supernodes.supernode_result import TABLES, load_supernodes
 from nodelens.analysis.supernodes.supernodes import Supernodes
 from nodelens.evaluation.evaluate import evaluate
@@ -84,7 +84,7 @@ def golden_net():
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_golden_scores_of_a_language_model(golden_net, size, reduction):
     net, every = golden_net
-    result = Supernodes(loss_reduction=reduction, core_fraction=0.125)(net, batches(every, size))
+    result = Supernodes(loss_reduction=reduction, supernode_fraction=0.125)(net, batches(every, size))
     for k in (0, 1):
         for name, wanted in document("scar_llama")["expected"][f"{reduction}_layer{k}"].items():
             found = column(result, f"model.layers.{k}.mlp", NAMES[name])
@@ -96,14 +96,14 @@ def test_golden_supernodes_halo_and_protection(golden_net):
     doc = document("scar_supernodes")
     for k, (own, wanted) in enumerate(zip(doc["options"].values(), doc["expected"].values(), strict=True)):
         names = (
-            "core_fraction",
             "halo_fraction",
             "connectivity_topk",
             "redundancy_topk",
             "redundancy_reduce",
             "positive_redundancy",
         )
-        result = Supernodes(**{name: own[name] for name in names})(net, batches(every, 2))
+        options = {name: own[name] for name in names} | {"supernode_fraction": own["core_fraction"]}
+        result = Supernodes(**options)(net, batches(every, 2))
         units = result.units.loc[f"model.layers.{k}.mlp"]
         assert units.index[units["supernode"]].tolist() == wanted["supernodes"]
         assert units.index[units["halo"]].tolist() == wanted["halo"]
@@ -135,12 +135,12 @@ def test_golden_scores_of_a_convolutional_network(size):
     net.load_state_dict({k: tensor(v) for k, v in doc["inputs"]["state_dict"].items()})
     x, y = tensor(doc["inputs"]["images"]), torch.tensor(doc["inputs"]["labels"])
     data = list(zip(x.split(size), y.split(size), strict=True))
-    result = Supernodes(scope="channels", unit="sequence", connectivity_topk=2, core_fraction=0.3)(net, data)
+    result = Supernodes(scope="channels", unit="sequence", connectivity_topk=2, supernode_fraction=0.3)(net, data)
     for group in find_groups(net, Batch.of(x)):
         made = group.by_role("producer")[0].module
         for case, name in ((f"layer{made}", "loss_proxy"), (f"layer{made}_taylor", "taylor")):
             assert_close(column(result, group.name, name), tensor(doc["expected"][case]), rtol=1e-8, atol=1e-12)
-    with pytest.raises(ValueError, match="has no tokens of its own"):
+    with pytest.raises(ValueError, match="has no value per token"):
         Supernodes(scope="channels")(net, data)
 
 
@@ -161,7 +161,7 @@ def products(net, layer, every, reduction):
 @pytest.mark.parametrize(("reduction", "eps"), [("sum", 0.0), ("mean", 1e-8), ("sum", 1e-8)])
 def test_redundancy_by_hand_with_the_published_epsilon_and_reduction(reduction, eps):
     net, every = llama(), texts([9, 14, 11, 12])
-    options = {"core_fraction": 0.1, "halo_fraction": 0.3, "connectivity_topk": 4, "redundancy_topk": 2}
+    options = {"supernode_fraction": 0.1, "halo_fraction": 0.3, "connectivity_topk": 4, "redundancy_topk": 2}
     result = Supernodes(**options, corr_eps=eps, loss_reduction=reduction)(net, batches(every, 2))
     groups = [group for group in find_groups(net) if group.kind == "ffn"]
     for group in groups:
@@ -191,7 +191,7 @@ def test_redundancy_by_hand_with_the_published_epsilon_and_reduction(reduction, 
 @pytest.mark.parametrize(("size", "side"), [(1, "right"), (5, "left"), (2, "right")])
 def test_batches_and_padding_change_nothing(size, side):
     net, every = llama(), texts([9, 14, 11, 12, 7])
-    analysis = Supernodes(scope=["ffn", "heads"], core_fraction=0.1, connectivity_topk=4, groups=4)
+    analysis = Supernodes(scope=["ffn", "heads"], supernode_fraction=0.1, connectivity_topk=4, groups=4)
     one, other = analysis(net, batches(every, 3)), analysis(net, batches(every, size, side))
     assert set(one.layers["kind"]) == {"ffn", "kv_group"}
     pd.testing.assert_frame_equal(one.units, other.units, rtol=1e-9, atol=1e-15)
@@ -228,10 +228,10 @@ def gpt2():
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_loss_proxy_is_that_of_gates(make, scope, unit, reduction):
     net, data = make(), batches(texts([9, 12, 10]), 2)
-    found = Supernodes(scope=scope, unit=unit, core_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)(net, data)
+    found = Supernodes(scope=scope, unit=unit, supernode_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)(net, data)
     groups = [group for group in find_groups(net) if group.name in found.layers.index]
     chosen = {"proxy": get_metric("loss_proxy", unit=unit), "power": get_metric("activation_power")}
-    chosen["prot"] = get_metric("scar_prot", unit=unit, core_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)
+    chosen["prot"] = get_metric("scar_prot", unit=unit, supernode_fraction=0.1, connectivity_topk=4, loss_reduction=reduction)
     table = score_table(net, groups, chosen, data)
     if reduction == "sum":
         assert_close(numbers(found.units["loss_proxy"]), numbers(table["proxy"]), rtol=1e-9, atol=1e-18)
@@ -280,7 +280,7 @@ def test_the_error_of_the_loss_proxy_is_the_jackknife_over_groups():
 def test_ablation_is_the_loss_of_the_masked_model_and_the_same_from_a_block_on(make):
     net, data = make(), batches(texts([9, 12, 10]), 2)
     groups = [group for group in find_groups(net) if group.kind in ("ffn", "moe_ffn", "head", "kv_group")]
-    units = sampled(groups, 2, seed=3)
+    units = sample_units(groups, 2, seed=3)
     found, about = ablate(net, groups, data, units, tokens=None)
     plain, whole = ablate(net, groups, data, units, tokens=None, cached=False)
     pd.testing.assert_frame_equal(found, plain, rtol=0, atol=1e-9)
@@ -337,14 +337,14 @@ def test_the_error_of_a_change_is_over_samples():
 
 
 def stopped(layer):
-    with standing_still([layer], None):
+    with constant_outputs([layer], None):
         raise ValueError("stop")
 
 
 def test_modules_stand_still_and_run_again_also_after_an_error():
     layer, x = nn.Linear(3, 3), torch.ones(1, 3)
     before = layer(x)
-    with standing_still([layer], torch.zeros(1, 3)):
+    with constant_outputs([layer], torch.zeros(1, 3)):
         layer(x).add_(1)
         assert not layer(x).any(), "each call has a copy of its own"
     assert torch.equal(layer(x), before)
@@ -403,7 +403,7 @@ def test_units_are_matched_by_the_logarithm_once_each():
 def test_controls_see_a_halo_that_repeats_its_core_and_none_that_does_not():
     n, core, members = 60, torch.tensor([0, 1]), torch.arange(2, 14)
     proxy = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
-    chosen = Compared.of("layer", proxy, core, members, 39, 0)
+    chosen = ControlSets.of("layer", proxy, core, members, 39, 0)
     assert chosen.random.shape == (39, 2)
     assert not set(chosen.random.flatten().tolist()) & {*core.tolist(), *members.tolist()}
     noise = torch.rand(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -420,7 +420,7 @@ def test_controls_see_a_halo_that_repeats_its_core_and_none_that_does_not():
     d = (redundancy(1.0)(a, core) - redundancy(1.0)(b, core)).numpy()
     assert row["difference"] == pytest.approx(d.mean())
     assert row["se"] == pytest.approx(d.std(ddof=1) / math.sqrt(len(d)))
-    without = Compared.of("layer", proxy[:4], core, torch.tensor([2]), 5, 0)
+    without = ControlSets.of("layer", proxy[:4], core, torch.tensor([2]), 5, 0)
     assert len(without.random) == 0
     assert math.isnan(pd.DataFrame(control_rows("layer", without, redundancy(0), connectivity, 0))["p"][0])
 
@@ -428,24 +428,24 @@ def test_controls_see_a_halo_that_repeats_its_core_and_none_that_does_not():
 def test_resamples_agree_where_texts_do():
     generator = torch.Generator().manual_seed(0)
     one, rows = torch.rand(40, generator=generator, dtype=torch.float64), torch.full((8,), 5.0, dtype=torch.float64)
-    same = pd.DataFrame(resampled("a", one.expand(8, 40) * rows[:, None], rows, 0.1, 6))
+    same = pd.DataFrame(resample_scores("a", one.expand(8, 40) * rows[:, None], rows, 0.1, 6))
     assert (same["jaccard"] == 1).all()
     assert same["spearman"].to_numpy() == pytest.approx(1)
     noise = torch.rand(8, 2000, generator=generator, dtype=torch.float64)
     for how in ("halves", "bootstrap"):
-        drawn = pd.DataFrame(resampled("a", noise, rows, 0.1, 6, how))
+        drawn = pd.DataFrame(resample_scores("a", noise, rows, 0.1, 6, how))
         assert len(drawn) == 6
         assert drawn["spearman"].nunique() == 6
         assert (drawn["spearman"].abs().mean() < 0.2) == (how == "halves")
-    chance = pd.DataFrame(resampled("a", noise, rows, 0.1, 30))["jaccard"].mean()
-    assert chance == pytest.approx(by_chance(2000, 200), abs=0.02)
-    assert resampled("a", noise[:1], rows[:1], 0.1, 5) == []
-    assert by_chance(10, 10) == 1
+    chance = pd.DataFrame(resample_scores("a", noise, rows, 0.1, 30))["jaccard"].mean()
+    assert chance == pytest.approx(chance_jaccard(2000, 200), abs=0.02)
+    assert resample_scores("a", noise[:1], rows[:1], 0.1, 5) == []
+    assert chance_jaccard(10, 10) == 1
 
 
 def test_what_the_next_layer_reads_of_where_the_core_writes():
     net, every = llama(), texts([9, 14])
-    result = Supernodes(core_fraction=0.1, connectivity_topk=4)(net, batches(every, 2))
+    result = Supernodes(supernode_fraction=0.1, connectivity_topk=4)(net, batches(every, 2))
     first, second = (f"model.layers.{k}.mlp" for k in (0, 1))
     assert column(result, first, "read_connectivity").isnan().all()
     units = result.units.loc[first]
@@ -462,7 +462,7 @@ def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
 
     net, every = llama(), texts([9, 14, 11, 12, 10, 13])
     shown = []
-    analysis = Supernodes(core_fraction=0.1, connectivity_topk=4, ablate=6, resamples=4)
+    analysis = Supernodes(supernode_fraction=0.1, connectivity_topk=4, ablate=6, resamples=4)
     result = analysis(net, batches(every, 2), evaluation=batches(texts([12, 12], 7), 2), progress=lambda x: shown.append(1) or x)
     assert len(shown) == 4, "two passes, two layers"
     assert len(result.ablation) == 12
@@ -474,12 +474,12 @@ def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
     loaded = load_supernodes(tmp_path / "supernodes")
     for name in TABLES:
         pd.testing.assert_frame_equal(getattr(loaded, name), getattr(result, name))
-    assert loaded.lines() == result.lines()
+    assert loaded.summary() == result.summary()
     assert loaded.metadata["ablation"]["predictions"] == 22
-    text = "\n".join(result.lines())
-    for words in ("48 units in 2 layers", "supernodes: 4 units", "random cores", "12 units ablated", "two halves of the texts"):
+    text = result.summary()
+    for words in ("48 units in 2 layers", "supernodes: 4 units", "random sets", "12 units ablated", "two halves of the texts"):
         assert words in text, text
-    assert "connectivity says nothing in 2 layers" in "\n".join(Supernodes()(net, batches(every, 2)).lines())
+    assert "connectivity is 1 for every unit in 2 layers" in Supernodes()(net, batches(every, 2)).summary()
     names = ("concentration", "controls", "ablation", "agreement", "hits", "robustness")
     paths = write_supernodes(tmp_path / "supernodes")
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
@@ -491,7 +491,7 @@ def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("nodelens.analysis.supernodes.supernode_result.SCHEMA", 99)
     result.save(tmp_path / "later")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has the schema 99"):
+    with pytest.raises(ValueError, match="has schema version 99"):
         load_supernodes(tmp_path / "later")
     with pytest.raises(ValueError, match="is a file"):
         result.save(tmp_path / "later/units.parquet")
@@ -500,8 +500,8 @@ def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
 def test_what_does_not_fit_is_said():
     net, data = llama(), batches(texts([9]), 1)
     for options, words in (
-        ({"resample": "thirds"}, "resample is 'thirds'; it is halves, bootstrap"),
-        ({"core_fraction": 1.5}, "core_fraction is 1.5"),
+        ({"resample": "thirds"}, "resample is 'thirds'; it must be one of halves, bootstrap"),
+        ({"supernode_fraction": 1.5}, "supernode_fraction is 1.5"),
         ({"ablate": "some"}, "ablate is 'some'"),
         ({"ablate": -1}, "ablate is -1"),
     ):
@@ -546,7 +546,7 @@ def _share(rank, world, home, shares):
     dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=world)
     every, start = texts([9, 14, 11, 12, 7]), sum(shares[:rank])
     data = batches(every[start : start + shares[rank]], 2)
-    result = Supernodes(core_fraction=0.1, connectivity_topk=4, ablate=2, resamples=3)(llama(), data)
+    result = Supernodes(supernode_fraction=0.1, connectivity_topk=4, ablate=2, resamples=3)(llama(), data)
     if rank == world - 1:
         result.save(f"{home}/result")
     dist.destroy_process_group()
@@ -556,7 +556,7 @@ def test_processes_add_up_also_where_one_is_empty(tmp_path):
     shares = [3, 0, 2]
     mp.start_processes(_share, (3, str(tmp_path), shares), 3, start_method="spawn" if torch.cuda.is_initialized() else "fork")
     found = load_supernodes(tmp_path / "result")
-    alone = Supernodes(core_fraction=0.1, connectivity_topk=4, ablate=2, resamples=3)(
+    alone = Supernodes(supernode_fraction=0.1, connectivity_topk=4, ablate=2, resamples=3)(
         llama(), batches(texts([9, 14, 11, 12, 7]), 5)
     )
     for name in TABLES:

@@ -1,4 +1,4 @@
-"""Forecasts on the terminal."""
+"""Cost estimates on the terminal."""
 
 import re
 from typing import Any
@@ -6,53 +6,53 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nodelens.app.cost_estimate import Forecast
+from nodelens.app.cost_estimate import CostEstimate
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_NUMBER = re.compile(r"(?<=[.\[])\d+(?=[.\]]|$)")  # of a block or an expert, in a name
+_NUMBER = re.compile(r"(?<=[.\[])\d+(?=[.\]]|$)")  # the index of a block or an expert in a name
 
 
-def show_forecast(console: Console, name: str, found: Forecast) -> None:
-    """Sites, those of equal blocks as one line; the model, the time, the passes, the devices and the ranks."""
-    _sites(console, f"plan of the pass: {name}", found)
+def show_cost(console: Console, name: str, found: CostEstimate) -> None:
+    """Prints the sites (one line for equal blocks), the model, the time, the passes, the devices and the ranks."""
+    _sites(console, f"cost estimate: {name}", found)
     model, forward, rate, ranks = found.model, found.forward, found.rate, found.ranks
     row, both = forward["row"], "forward and backward" if forward["gradients"] else "forward"
     lines = [
-        f"sums take {size(found.bytes['statistics'])}, rows that wait {size(found.bytes['buffers'])} at most; estimated overhead "
+        f"sums take {size(found.bytes['statistics'])}, buffered rows at most {size(found.bytes['buffers'])}; estimated overhead "
         f"over the bare {both} pass {100 * forward['overhead']:+.0f} %",
         f"{model['class']}: {model['parameters']:,} parameters, {size(model['bytes'])} in {model['dtype']}; "
-        f"{number(forward['flops_per_row'])}FLOP a {row}, forward",
-        f"{rate['rows']:,} {row}s in {rate['hours']:g} h: {rate['rows_per_second']:,.1f} {row}s a second, "
+        f"{number(forward['flops_per_row'])}FLOP per {row} (forward)",
+        f"{rate['rows']:,} {row}s in {rate['hours']:g} h: {rate['rows_per_second']:,.1f} {row}s per second, "
         f"{number(rate['flops_per_second'])}FLOP/s with the overhead",
     ]
     if found.passes:
         most, budget = max(each["bytes"] for each in found.passes), size(found.budget) if found.budget else "no limit"
-        lines.append(f"passes over the data: {len(found.passes)}, of at most {size(most)} each (budget.memory: {budget})")
+        lines.append(f"passes over the data: {len(found.passes)}, at most {size(most)} each (budget.memory: {budget})")
     if ranks["ranks"] > 1:
         lines.append(
-            f"{ranks['ranks']} ranks: {size(ranks['bytes'])} on each, with all its statistics; {ranks['rows']:,} {row}s are read "
-            f"by each; the sum over all moves {size(ranks['all_reduce_bytes'])}"
+            f"{ranks['ranks']} ranks: {size(ranks['bytes'])} each, with all statistics; {ranks['rows']:,} {row}s each; "
+            f"the all-reduce moves {size(ranks['all_reduce_bytes'])}"
         )
     for line in lines:
         console.print(line, markup=False)
     _devices(console, found.devices)
     for reason in found.refused:
-        console.print(f"it would not start as it is: {reason}", markup=False)
+        console.print(f"the pass would be refused: {reason}", markup=False)
 
 
 def size(count: float) -> str:
-    """Bytes in words: 1.5 GB are 1,500,000,000 of them."""
+    """A number of bytes with a decimal unit: 1.5 GB is 1,500,000,000 bytes."""
     power = next((k for k in range(len(_UNITS)) if abs(count) < 1000 ** (k + 1)), len(_UNITS) - 1)
     return f"{count / 1000**power:.{0 if power == 0 else 1}f} {_UNITS[power]}"
 
 
 def number(count: float) -> str:
-    """A large number with its prefix: 1.5 T."""
+    """A large number with an SI prefix: 1.5 T."""
     power = next((k for k in range(6) if abs(count) < 1000 ** (k + 1)), 5)
     return f"{count / 1000**power:.1f} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
-def _sites(console: Console, title: str, found: Forecast) -> None:
+def _sites(console: Console, title: str, found: CostEstimate) -> None:
     table = Table(title=title, title_justify="left")
     for name, justify in (("layer", "left"), ("layers", "right"), ("units", "right"), ("statistics", "left"), ("bytes", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -69,8 +69,8 @@ def _sites(console: Console, title: str, found: Forecast) -> None:
 def _devices(console: Console, devices: list[dict[str, Any]]) -> None:
     if len(devices) == 1 and devices[0]["fits"]:
         return
-    table = Table(title="where it lies, in order as device_map=auto fills", title_justify="left")
-    for name in ("device", "from", "to", "weights", "statistics", "rows that wait", "in all", "fits"):
+    table = Table(title="placement, in the order of device_map=auto", title_justify="left")
+    for name in ("device", "from", "to", "weights", "statistics", "buffered rows", "total", "fits"):
         table.add_column(name, justify="left" if name in ("from", "to") else "right", overflow="fold")
     for row in devices:
         place = "no room" if row["device"] is None else str(row["device"])

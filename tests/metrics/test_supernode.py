@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import nodelens as nl
 from nodelens.metrics import get_metric
-from nodelens.metrics.core_and_halo import (
+from nodelens.metrics.supernode import (
     concentration,
     concentration_curve,
     connectivity,
@@ -21,7 +21,7 @@ from nodelens.metrics.core_and_halo import (
     largest,
     overlap,
     protection,
-    redundancy_to_core,
+    redundancy_to_supernodes,
     share_of,
 )
 from nodelens.metrics.supernode_scores import ScarProt
@@ -66,7 +66,8 @@ def test_the_numbers_of_another_system(size):
             net,
             axis,
             data,
-            **{k: own[k] for k in ("core_fraction", "halo_fraction", "connectivity_topk", "redundancy_topk", "redundancy_reduce")},
+            supernode_fraction=own["core_fraction"],
+            **{k: own[k] for k in ("halo_fraction", "connectivity_topk", "redundancy_topk", "redundancy_reduce")},
         )
         expected = wanted["expected"][case]
         assert parts["core"].tolist() == expected["supernodes"]
@@ -103,9 +104,9 @@ def test_connectivity_by_hand():
 def test_redundancy_and_protection_by_hand():
     rho = torch.tensor([[0.6, -0.9, 0], [0, 0, 0]], dtype=torch.float64)
     information = -0.5 * math.log(1 - 0.36)
-    assert_close(redundancy_to_core(rho, topk=2)[0].item(), information / 2)
-    assert_close(redundancy_to_core(rho, reduce="max")[0].item(), information)
-    assert_close(redundancy_to_core(rho, topk=1, positive=False)[0].item(), -0.5 * math.log(1 - 0.81))
+    assert_close(redundancy_to_supernodes(rho, topk=2)[0].item(), information / 2)
+    assert_close(redundancy_to_supernodes(rho, reduce="max")[0].item(), information)
+    assert_close(redundancy_to_supernodes(rho, topk=1, positive=False)[0].item(), -0.5 * math.log(1 - 0.81))
     redundancy, members = torch.tensor([9.0, 0.1, 0.3, 0.2]), torch.tensor([1, 2, 3])
     assert protection(redundancy, members).tolist() == pytest.approx([1, 1, 0.2, 0.2 + 0.8 * (1 - 0.5**8)])
     assert protection(redundancy, members, "rank").tolist() == pytest.approx([1, 1, 0, 0.5])
@@ -144,7 +145,7 @@ def test_a_channel_that_repeats_the_core_is_less_worth_and_the_core_stays():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(64, 4, generator=generator, dtype=torch.float64)
     data = [(x[:40], (x[:40].sum(1) > 0).long()), (x[40:], (x[40:].sum(1) > 0).long())]
-    options = {"unit": "sequence", "core_fraction": 0.125, "halo_fraction": 0.3, "connectivity_topk": 3}
+    options = {"unit": "sequence", "supernode_fraction": 0.125, "halo_fraction": 0.3, "connectivity_topk": 3}
     axis = find_groups(net, Batch.of(x))[0]
     parts, (prot, conn) = scored(net, axis, data, **options)
     core = parts["core"].tolist()
