@@ -7,10 +7,8 @@ from typing import Any, Protocol
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.geometry.analyze_model import analyze_model
+from nodelens.analysis.geometry.analyze_model import GeometryOptions, measure_geometry
 from nodelens.analysis.geometry.bundle import GeometryResult
-from nodelens.engine.covariance import LIMIT
-from nodelens.engine.validation import in_bytes
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -40,22 +38,8 @@ class Analysis(Protocol):
 
 
 @dataclass(frozen=True)
-class GeometryAnalysis:
-    """The geometry of a language model's residual stream; the fields are those of ``analyze_model``."""
-
-    max_tokens: int | None = 100_000
-    layers: str | list[int] = "all"
-    hook_point: str | list[str] = "residual_input"
-    metrics: str | list[str] = "default"
-    diagnostics: str | list[str] | None = None
-    sample_limit: int | None = 512
-    novelty_k: int = 32
-    covariance: str | None = None
-    width: int = LIMIT
-    budget: str | float | None = None  # bytes, or a size such as 8GB
-    max_passes: int = 1
-    tokenizer_name: str | None = None
-    dataset_name: str | None = None
+class GeometryAnalysis(GeometryOptions):
+    """The geometry of a language model's residual stream, as a config composes it; the fields are those of ``GeometryOptions``."""
 
     def __call__(
         self,
@@ -66,8 +50,8 @@ class GeometryAnalysis:
         seed: int = 0,
         progress: Progress = iter,
     ) -> GeometryResult:
-        options = {name: _plain(value) for name, value in vars(self).items()} | {"budget": in_bytes(self.budget)}
-        return analyze_model(model, _Shown(data, progress), **options)
+        options = {name: _plain(value) for name, value in vars(self).items()}
+        return measure_geometry(model, _Shown(data, progress), GeometryOptions(**options))
 
 
 @dataclass(frozen=True)

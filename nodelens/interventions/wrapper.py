@@ -10,6 +10,8 @@ from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+
 
 class ModelWrapper:
     """Runs a model and returns activations and weights of its layers, for metrics from tensors.
@@ -70,6 +72,34 @@ class ModelWrapper:
                 raise ValueError(f"layer {layer.name!r} ({type(layer.module).__name__}) has no weights of its units: leave it out")
             weights[layer.name] = tensor
         return weights
+
+    @property
+    def tracked_layers(self) -> list[str]:
+        """Names of the tracked layers; the same as ``layers``."""
+        return self.layers
+
+    def get_layer(self, name: str) -> nn.Module:
+        """The module of one layer, tracked or not. Raises ValueError for a name that no module has, or a pattern of several."""
+        found = find_layers(self.model, name)
+        if len(found) > 1:
+            raise ValueError(f"{name!r} names {len(found)} layers: {', '.join(layer.name for layer in found[:4])}; give one")
+        return found[0].module
+
+    def get_layer_info(self, name: str | None = None) -> dict[str, Any]:
+        """Type, parameters and sizes of a layer, or {layer: these} of all tracked ones. Raises ValueError as ``get_layer`` does."""
+        if name is None:
+            return {layer: self.get_layer_info(layer) for layer in self.layers}
+        module = self.get_layer(name)
+        counts = {p: p.numel() for p in module.parameters()}
+        info = {
+            "name": name,
+            "type": type(module).__name__,
+            "total_params": sum(counts.values()),
+            "trainable_params": sum(n for p, n in counts.items() if p.requires_grad),
+        }
+        weight = getattr(module, "weight", None)
+        sizes = {size: getattr(module, size) for size in _SIZES if hasattr(module, size)}
+        return info | ({"weight_shape": list(weight.shape)} if isinstance(weight, Tensor) else {}) | sizes
 
     def _chosen(self, layers: str | Sequence[str] | None) -> list[Layer]:
         names = self.layers if layers is None else [layer.name for layer in find_layers(self.model, layers)]

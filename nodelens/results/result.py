@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import html
 import subprocess
 from dataclasses import dataclass, field
 from importlib import metadata as packages
@@ -47,6 +48,27 @@ class Result:
             write(folder / "matrices.safetensors", lambda path: save_file(arrays, str(path)))
         write_json(folder / "metadata.json", self.metadata)
         return folder
+
+    def summary(self) -> str:
+        """What is there, in a few lines: layers, units, samples, metrics, matrices and values without an answer."""
+        samples, missing = self.metadata.get("samples"), self.metadata.get("missing") or []
+        counts = [(len(self.layers), "layer"), (len(self.units), "unit"), *([(samples, "sample")] if samples else [])]
+        tables = {"units": self.units, "layers": self.layers, "pairs of layers": self.edges}
+        lines = [", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counts)]
+        lines += [f"metrics of {kind}: {', '.join(names)}" for kind, table in tables.items() if (names := values_of(table))]
+        if self.matrices:
+            lines.append(f"matrices: {', '.join(sorted({name for _, name in self.matrices}))}")
+        if missing:
+            places = sorted({f"{m['column']} of {m['layer']}" for m in missing})
+            lines.append(f"missing: {', '.join(places[:4])}{f' and {len(places) - 4} more' if len(places) > 4 else ''}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Result: {self.summary()}"
+
+    def _repr_html_(self) -> str:
+        """The summary, and the first units, for a notebook."""
+        return f"<pre>{html.escape(repr(self))}</pre>{self.units.head().to_html()}"
 
 
 def values_of(frame: pd.DataFrame) -> list[str]:

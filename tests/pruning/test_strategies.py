@@ -93,6 +93,71 @@ def test_convolutions_and_single_weights():
     assert it.bias.all()
 
 
+def test_scores_that_are_given():
+    scores = torch.tensor([1.0, 4, -3, 2])
+    it = layer()
+    assert nl.get_pruning_strategy("precomputed", scores=scores).prune(it).tolist() == [False, True, False, True]
+    single = nl.PruningConfig(0.25, structured=False)
+    every = nl.get_pruning_strategy("precomputed", single, scores=torch.arange(8.0).reshape(4, 2)).prune(layer(), apply=False)
+    assert every.tolist() == [[False, False]] + [[True, True]] * 3
+    strategy = nl.get_pruning_strategy("precomputed", nl.PruningConfig(0.5))
+    assert strategy.create_pruning_mask(scores).tolist() == [False, True, False, True]
+    assert strategy.create_pruning_mask(scores, 0.25, pruning_mode="high").tolist() == [True, False, True, True]
+    assert strategy.create_pruning_mask(scores, pruning_mode="random").sum() == 2
+    table = torch.tensor([[1.0, 5, 0], [1, -9, 9]])
+    assert strategy.create_pruning_mask(table).tolist() == [[True] * 3, [False] * 3]
+    assert strategy.create_pruning_mask(table, 0.34, dim=1).tolist() == [[True, False, True]] * 2
+    assert strategy.create_pruning_mask(table, structured=False).tolist() == [[False, True, False], [True, False, True]]
+
+
+def test_a_mask_is_put_on_and_taken_off():
+    it, strategy = layer(), nl.get_pruning_strategy("magnitude", nl.PruningConfig(0.5))
+    keep, parameters = strategy.prune(it, apply=False), dict(it.named_parameters())
+    assert it.weight.equal(layer().weight)
+    strategy.apply_pruning(it, keep)
+    assert not it.weight[~keep].any()
+    assert not it.bias[~keep].any()
+    assert strategy.get_sparsity(it) == 0.625, "the mask, and the zero that is there anyway"
+    with torch.no_grad():
+        it.parametrizations.weight.original.add_(1)  # a step of training does not undo the mask
+    assert not it.weight[~keep].any()
+    it(torch.ones(1, 2)).sum().backward()
+    assert not it.parametrizations.weight.original.grad[~keep].any()
+    strategy.apply_pruning(it, ~keep)
+    assert not it.weight[keep].any(), "another mask replaces the first"
+    strategy.clear_pruning_state(it)
+    assert it.weight.equal(layer().weight + 1)
+    assert dict(it.named_parameters()) == parameters, "the same parameters as before"
+    strategy.apply_pruning(it, keep)
+    strategy.remove_pruning(it)
+    assert type(it) is nn.Linear
+    assert not it.weight[~keep].any()
+    assert it.weight[keep].equal(layer().weight[keep] + 1)
+    strategy.clear_pruning_state(it)  # nothing left to give back
+    assert not it.weight[~keep].any()
+
+
+def test_a_mask_of_convolutions_and_single_weights():
+    conv = nn.ConvTranspose2d(3, 4, 2)
+    strategy = nl.get_pruning_strategy("magnitude", nl.PruningConfig(0.5))
+    keep = strategy.prune(conv)
+    assert not conv.weight[:, ~keep].any()
+    assert conv.weight[:, keep].all()
+    it, single = layer(), torch.rand(4, 2, generator=torch.Generator().manual_seed(0)) > 0.5
+    strategy.apply_pruning(it, single.float(), make_permanent=True)
+    assert not it.weight[~single].any()
+    assert it.bias.all()
+
+
+def test_every_layer_of_a_model_by_its_own_weights():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 6))
+    masks = nl.get_pruning_strategy("magnitude", nl.PruningConfig(0.5)).prune_model(net)
+    assert {name: (len(keep), int(keep.sum())) for name, keep in masks.items()} == {"0": (4, 2), "2": (6, 3)}
+    assert not net[2].weight[~masks["2"]].any()
+    masks = nl.get_pruning_strategy("magnitude", nl.PruningConfig(0.5)).prune_model(net, 0.25, layers=["0"])
+    assert list(masks) == ["0"]
+
+
 def test_every_name_that_is_listed_can_be_had():
     names = nl.list_pruning_strategies()
     assert {"magnitude", "random", "taylor", "fisher", "wanda", "flap", "fpgm", "hrank", "chip", "lamp", ALIGNMENT} <= set(names)
@@ -111,6 +176,21 @@ def test_every_name_that_is_listed_can_be_had():
         (lambda: nl.get_pruning_strategy("taylor").prune(layer()), "taylor needs outputs= and gradients="),
         (lambda: nl.get_pruning_strategy("magnitude").prune(nn.ReLU()), "ReLU has no weights of its own"),
         (lambda: nl.get_pruning_strategy("effective_rank").prune(layer()), "effective_rank gives a value a layer"),
+        (lambda: nl.get_pruning_strategy("rq", relativ=True), "no option 'relativ'; did you mean 'relative'"),
+        (lambda: nl.get_pruning_strategy("precomputed", score=1), "precomputed has no option 'score'; it takes scores"),
+        (lambda: nl.get_pruning_strategy("precomputed").prune(layer()), "precomputed needs scores="),
+        (
+            lambda: nl.get_pruning_strategy("precomputed", scores=torch.ones(3)).prune(layer()),
+            r"scores are \(3,\), Linear takes \(4,\)",
+        ),
+        (lambda: nl.get_pruning_strategy("magnitude").prune(layer(), input=torch.ones(1, 2)), "no 'input'. Did you mean 'inputs'"),
+        (lambda: nl.get_pruning_strategy("magnitude").apply_pruning(layer(), torch.ones(3)), r"the mask is \(3,\): give \(4,\)"),
+        (lambda: nl.get_pruning_strategy("magnitude").apply_pruning(nn.ReLU(), torch.ones(3)), "ReLU has no weights of its own"),
+        (
+            lambda: nl.get_pruning_strategy("magnitude").apply_pruning(nn.ConvTranspose2d(4, 4, 1, groups=2), torch.ones(3)),
+            "ConvTranspose2d is a grouped transposed convolution",
+        ),
+        (lambda: nl.get_pruning_strategy("magnitude").create_pruning_mask(torch.ones(3), 1.0), "amount is 1.0"),
         (lambda: latency({}, Batch.of(torch.ones(1, 2)), repeats=2), "2 repeats"),
     ],
 )

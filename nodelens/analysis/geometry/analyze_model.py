@@ -4,8 +4,8 @@ import inspect
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from nodelens.engine.analyze import device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.narrow import describe as describe_covariance
 from nodelens.engine.request import describe
+from nodelens.engine.validation import in_bytes
 from nodelens.network.architecture import config_of
 from nodelens.results.result import provenance
 from nodelens.statistics.processes import world
 
-from .bundle import SCHEMA, GeometryResult, folder_of
+from .bundle import SCHEMA, GeometryResult
 from .columns import DIAGNOSTICS, Columns, MetricSelection, columns_of
 from .reading import Reading, read
 from .router import experts_of, router_tables
@@ -40,88 +41,92 @@ _CONFIG = (
 )
 
 
-@torch.inference_mode(False)
-def analyze_model(
-    model_name: str | Path | nn.Module | None = None,
-    dataloader: Iterable[Any] | None = None,
-    *,
-    model: nn.Module | None = None,
-    max_tokens: int | None = 100_000,
-    layers: str | Sequence[int] = "all",
-    hook_point: str | Sequence[str] = "residual_input",
-    metrics: MetricSelection = "default",
-    diagnostics: str | Sequence[str] | None = None,
-    sample_limit: int | None = 512,
-    novelty_k: int = 32,
-    covariance: str | None = None,
-    width: int = LIMIT,
-    budget: float | None = None,
-    max_passes: int = 1,
-    save_mode: str | None = None,
-    save_dir: str | Path | None = None,
-    tokenizer_name: str | None = None,
-    dataset_name: str | None = None,
-    run_metadata: Mapping[str, Any] | None = None,
-    run_name: str | None = None,
-    device: str | torch.device | None = None,
-) -> GeometryResult:
-    """Measures the residual stream of a language model in one pass, in eval mode, each token that counts a row.
+@dataclass(frozen=True)
+class GeometryOptions:
+    """What is measured of a residual stream, and on which tokens.
 
-    model_name:   a hub id or folder of transformers, or with ``model``, which may stand here too, its name in the tables
-    dataloader:   batches of tokens: tensors (B, T), or dicts with input_ids, attention_mask (0: left out of everything),
-                  ids, and what else the model takes; under a process group each process's own share
-    max_tokens:   how many that count are read, exactly: the last sample is cut; None: all. Over processes it is shared out
-    layers:       of residual hook points: all, indices, or an expression of n blocks, such as ``n//2:``
+    max_tokens:   how many tokens are read, exactly: the last sample is cut. None: all. Padding does not count. Several processes
+                  divide the number among them
+    layers:       blocks of residual hook points: all, indices, or an expression of n blocks, such as ``n//2:``
     hook_point:   residual_input, residual_output, module_input:<path>, module_output:<path>, or several of them
     metrics:      default, or some of spectrum, sample, novelty, router; names of the catalogue; metric objects
-    diagnostics:  normalization_ablation: the spectrum of rows scaled in four ways
-    sample_limit: how many tokens the sample family and CKA read, chosen by a hash of what they are: any batching, order or
-                  padding gives the same; None: all of them, from sums
+    diagnostics:  normalization_ablation: the spectrum of rows that are scaled in four ways
+    sample_limit: how many tokens the sample family and CKA read. A hash of the tokens chooses them, so that batching, order and
+                  padding change nothing. None: all tokens, from sums
     novelty_k:    leading directions that are compared
-    wide:         at sites of more than ``width`` units, whose products are not formed: diagonal, sample:<count>, sketch:<count>,
-                  each as ``nodelens.engine.covariance.CovariancePolicy`` has it; None: an error with these choices
-    budget:       bytes that the sums may take; passes: over how many readings of the data the layers may be divided to fit
-    save_mode:    json, csv or bundle, into ``save_dir``, which alone means bundle
-    device:       where the model is moved to; None: it stays. The other words go into the metadata.
+    covariance:   for sites of more than ``width`` units, whose products are not formed: diagonal, sample:<count> or
+                  sketch:<count>, as in ``nodelens.engine.covariance.CovariancePolicy``. None: an error that shows these choices
+    budget:       bytes that the sums may take, or a size such as 8GB; max_passes: how often the data may be read to fit
+    tokenizer_name, dataset_name: notes for the metadata
 
-    Beside each number that few rows bend stands one that they do not: d_pr_debiased, linear_cka_debiased. Standard errors of the
-    same metrics are nl.analyze's. Raises ValueError, with the way out, for what does not fit; MemoryError over the budget;
-    OSError for a model not to be had.
+    Raises ValueError for a number below 1.
     """
-    started = time.perf_counter()
-    if dataloader is None:
-        raise ValueError("dataloader is missing: give batches of tokens, such as [{'input_ids': tokens}]")
-    for name, value in {"max_tokens": max_tokens, "sample_limit": sample_limit, "novelty_k": novelty_k}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it takes 1 or more")
-    mode = save_mode or (None if save_dir is None else "bundle")
-    if mode is not None:
-        folder_of(save_dir, mode)  # before the work, not behind it
-    diagnostics = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or ())
-    columns = columns_of(metrics, diagnostics, novelty_k, sample_limit is not None)
-    net, label = _opened(model_name, model, device)
-    points = hook_points(net, hook_point, layers)
-    begin = partial(TokenReader, dataloader, forward_options(net, points), _share(max_tokens))
-    how, once = CovariancePolicy.of(covariance, width, max_passes=max_passes), isinstance(dataloader, Iterator)
-    found = read(net, begin, points, columns, sample_limit, how, budget, max_passes, once)
-    result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, novelty_k)
-    result.metadata = _metadata(net, label, points, found) | {
-        "max_tokens": max_tokens,
-        "hook_point": hook_point,
-        "sample_limit": sample_limit,
-        "novelty_k": novelty_k,
+
+    max_tokens: int | None = 100_000
+    layers: str | Sequence[int] = "all"
+    hook_point: str | Sequence[str] = "residual_input"
+    metrics: MetricSelection = "default"
+    diagnostics: str | Sequence[str] | None = None
+    sample_limit: int | None = 512
+    novelty_k: int = 32
+    covariance: str | None = None
+    width: int = LIMIT
+    budget: str | float | None = None
+    max_passes: int = 1
+    tokenizer_name: str | None = None
+    dataset_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "sample_limit", "novelty_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it takes 1 or more")
+
+
+@torch.inference_mode(False)
+def measure_geometry(
+    model: nn.Module,
+    data: Iterable[Any],
+    options: GeometryOptions | None = None,
+    *,
+    label: str | None = None,
+    run_name: str | None = None,
+    run_metadata: Mapping[str, Any] | None = None,
+) -> GeometryResult:
+    """Measures the residual stream of a language model in eval mode: one pass over the data, one row per token.
+
+    data: batches of tokens: tensors (B, T), or dicts with input_ids, attention_mask (tokens with 0 are left out of everything),
+    ids, and what else the model takes. Under a process group each process gives its own share. label: the model's name in the
+    tables. run_name, run_metadata: notes for the metadata.
+
+    Each statistic that is biased at small n has a debiased counterpart: d_pr_debiased, linear_cka_debiased. ``nl.analyze`` gives
+    standard errors of the same metrics. Raises ValueError, with the way out, for what does not fit; MemoryError over the budget.
+    """
+    started, options = time.perf_counter(), options or GeometryOptions()
+    diagnostics = [options.diagnostics] if isinstance(options.diagnostics, str) else list(options.diagnostics or ())
+    columns = columns_of(options.metrics, diagnostics, options.novelty_k, options.sample_limit is not None)
+    points = hook_points(model, options.hook_point, options.layers)
+    begin = partial(TokenReader, data, forward_options(model, points), _share(options.max_tokens))
+    policy = CovariancePolicy.of(options.covariance, options.width, max_passes=options.max_passes)
+    budget, once = in_bytes(options.budget), isinstance(data, Iterator)
+    found = read(model, begin, points, columns, options.sample_limit, policy, budget, options.max_passes, once)
+    label = label or str(getattr(model, "name_or_path", "") or type(model).__name__)
+    result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, options.novelty_k)
+    result.metadata = _metadata(model, label, points, found) | {
+        "max_tokens": options.max_tokens,
+        "hook_point": options.hook_point,
+        "sample_limit": options.sample_limit,
+        "novelty_k": options.novelty_k,
         "covariance": describe_covariance(found.values.plan),
         "passes": found.passes,
         "metrics": {name: describe(m) | {"sampled": name in columns.sampled} for name, m in columns.metrics.items()},
         "diagnostics": diagnostics,
         "run_name": run_name,
-        "tokenizer": tokenizer_name,
-        "dataset": dataset_name,
+        "tokenizer": options.tokenizer_name,
+        "dataset": options.dataset_name,
         "run_metadata": dict(run_metadata or {}),
         "runtime_sec": time.perf_counter() - started,
     }
-    if mode is not None and world()[0] == 0:
-        result.save(save_dir, mode)
     return result
 
 
@@ -160,22 +165,6 @@ def _metadata(net: nn.Module, label: str, points: Sequence[HookPoint], found: Re
         "processes": world()[1],
         "input_device": str(device_of(net)),
     }
-
-
-def _opened(model_name: str | Path | nn.Module | None, model: nn.Module | None, device: Any) -> tuple[nn.Module, str]:
-    """The model, and its name."""
-    net = model_name if model is None and isinstance(model_name, nn.Module) else model
-    if net is None:
-        if not isinstance(model_name, (str, Path)):
-            raise ValueError("there is no model: give model_name=, a hub id or a folder, or model=")
-        from nodelens.models import causal_lm
-
-        net = causal_lm(str(model_name))
-    if device is not None and not getattr(net, "hf_device_map", None):  # whose parts lie where they were put
-        net.to(device)
-    if isinstance(model_name, (str, Path)):
-        return net, str(model_name)
-    return net, str(getattr(net, "name_or_path", "") or type(net).__name__)
 
 
 def forward_options(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, Any]:

@@ -101,17 +101,21 @@ class GeometryResult:
 
 
 def load_bundle(folder: str | Path) -> GeometryResult:
-    """What ``GeometryResult.save`` wrote, in any mode. Raises FileNotFoundError where no folder is complete."""
+    """What ``GeometryResult.save`` wrote, in any mode, or a folder that representation-geometry 0.1 wrote.
+
+    Raises FileNotFoundError where no folder is complete.
+    """
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished geometry: metadata.json is missing")
     metadata = read_json(folder / "metadata.json")
-    kind = "json" if metadata["save_mode"] == "json" else "csv"
-    tables = {name: _read(folder / f"{name}.{kind}", columns) for name, columns in metadata["tables"].items()}
+    kind = "json" if metadata["save_mode"] == "json" or not (folder / "metrics.csv").is_file() else "csv"
+    listed = metadata.get("tables") or dict.fromkeys(_files(folder, kind))  # representation-geometry lists none
+    tables = {name: _read(folder / f"{name}.{kind}", columns) for name, columns in listed.items()}
     found = {name: tables.pop(name) for name in ("metrics", "novelty", "router", "experts") if name in tables}
     diagnostics = {name.removeprefix("diagnostics/"): table for name, table in tables.items()}
     eigenvalues: dict[str, np.ndarray] = {}
-    if metadata["arrays"]:
+    if metadata.get("arrays", (folder / "eigenvalues.npz").is_file()):
         with np.load(folder / "eigenvalues.npz") as arrays:
             eigenvalues = dict(arrays)
     return GeometryResult(
@@ -130,9 +134,14 @@ def folder_of(save_dir: str | Path | None, save_mode: str) -> Path:
     return Path(save_dir)
 
 
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def _files(folder: Path, kind: str) -> list[str]:
+    """Names of the tables that lie in a folder."""
+    return [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob(f"*.{kind}") if path.stem != "metadata"]
+
+
+def _read(path: Path, columns: list[str] | None) -> pd.DataFrame:
     if path.suffix == ".csv":
         return pd.read_csv(path, dtype=_WORDS)
     table = pd.DataFrame(read_json(path), columns=columns)
-    missing = [name for name in columns if table[name].isna().all()]
+    missing = [name for name in table if table[name].isna().all()]
     return table.astype(dict.fromkeys(missing, float))

@@ -1,0 +1,103 @@
+"""Metric names of NodeLens and representation-geometry: what each is called here.
+
+The registry of metrics reads METRIC_ALIASES. A name that stands in it is found by ``get_metric`` and wherever else a metric is
+named; ``list_metrics`` and the catalogue show the standard names. RENAMED says which names of the first edition of nodelens were
+taken for two different quantities or said nothing, and what they are called now; all of them are aliases too.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+_K = TypeVar("_K")
+
+RENAMED: dict[str, str] = {  # old name: new name
+    # a plain and a conditional name for two quantities that both are conditional
+    "conditional_mi": "mi_given_class",  # I(unit; target | class): the class is the condition
+    "conditional_mutual_information": "mi_given_target",  # I(unit; target | another target), by partial correlation
+    # mi_0 and mi_1 are the same quantity by two estimators, mi_about_class another target
+    "mi_1": "mi_binning",  # plug-in of equal-width bins; mi_0 is the Gaussian one, mi_gaussian
+    "mi_about_class": "class_mutual_information",  # the target is the class: continuous with discrete
+    # information of a pair of units about a class, and about a continuous target
+    "synergy_gaussian_mmi": "class_synergy",  # the target is the class
+    "gaussian_pid_synergy_mmi": "pid_synergy",  # the target is a number per row; beside pid_redundancy and pid_unique
+    # redundancy between units by their outputs, between units by weights and inputs, and between input features
+    "average_redundancy": "input_side_redundancy",  # from w'Cw: rows of the input, not of the output
+    "node_redundancy": "input_feature_redundancy",  # one value per input feature, mean absolute correlation: no information
+    # no information about a target: the capacity of a noisy channel that carries the unit
+    "gaussian_mi_analytic": "noisy_channel_information",  # noise of a given size
+    "mi_in_proxy": "relative_channel_information",  # noise of the size of the layer's own variances
+    # dimensions of a spectrum: shares of eigenvalues here, of singular values in effective_rank
+    "d_entropy": "entropy_dimension",  # exp of the entropy of the eigenvalues' shares
+}
+
+_PART = "pairwise_redundancy_gaussian"  # the parts of the composites are columns: they keep the names of their system
+_NODE_SCORING = {"mutual_information_gaussian": 0.3, "gaussian_pid_synergy_mmi": 0.2, _PART: -0.3, "rayleigh_quotient": 0.2}
+_RQ_MINUS_R = {"rayleigh_quotient": 1.0, _PART: -0.3}
+_VISION = {"rayleigh_quotient": 1.0, "gaussian_pid_synergy_mmi": 0.5, _PART: -0.3}
+_CROSS = {"rayleigh_quotient": 0.25, "downstream_importance": 0.35, _PART: -0.25, "activation_mean": 0.15}
+_WITHIN = {"activation_mean": 0.6, _PART: -0.4}
+
+METRIC_ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {alias: (name, {}) for alias, name in RENAMED.items()} | {
+    # NodeLens 0.2
+    "activation_l2_norm": ("activation_rms", {}),
+    "activation_norm": ("activation_rms", {}),
+    "activation_mean_abs": ("activation_mean", {}),
+    "cond_rq": ("conditional_rayleigh_quotient", {}),
+    "cond_act_norm": ("conditional_activation_norm", {}),
+    "cond_mi": ("mi_given_class", {}),
+    "mi_class": ("class_mutual_information", {}),
+    "mi_0": ("mutual_information_gaussian", {}),
+    "mutual_information": ("mutual_information_gaussian", {}),
+    "ixy": ("relative_channel_information", {}),
+    "pairwise_redundancy_gaussian": ("redundancy", {}),
+    "redundancy_gaussian": ("input_side_redundancy", {}),
+    "input_redundancy": ("input_feature_redundancy", {}),
+    "cross_layer_redundancy": ("downstream_importance", {}),
+    "synergy_continuous_target": ("pid_synergy", {}),
+    "pid_shared": ("pid_redundancy", {}),
+    "pid_redundancy_t": ("pid_redundancy", {}),
+    "pid_unique_x": ("pid_unique", {}),
+    "pid_unique_t": ("pid_unique", {}),
+    "cosine_similarity": ("weight_cosine_similarity", {}),
+    "combined_score": ("composite_importance", {}),
+    "node_scoring": ("composite_importance", {"weights": _NODE_SCORING}),
+    "alignment_minus_redundancy": ("composite_importance", {"weights": _RQ_MINUS_R, "log": ()}),
+    "rq_minus_r": ("composite_importance", {"weights": _RQ_MINUS_R, "log": ()}),
+    "composite_vision": ("composite_importance", {"weights": _VISION, "log": ()}),
+    "cross_layer_importance": ("composite_importance", {"weights": _CROSS, "log": ()}),
+    "within_layer_importance": ("composite_importance", {"weights": _WITHIN, "log": ()}),
+    # representation-geometry, and its columns
+    "d_pr": ("participation_ratio", {}),
+    "d_pr_norm": ("participation_ratio", {"normalize": True}),
+    "d_entropy_norm": ("entropy_dimension", {"normalize": True}),
+    "d_pr_debiased": ("participation_ratio_debiased", {}),
+    "sv_effective_rank": ("effective_rank", {}),
+    "sv_stable_rank": ("stable_rank", {}),
+    "sv_participation_ratio": ("participation_ratio", {}),
+    "log_spectrum_slope_10_200": ("log_spectrum_slope", {"first": 10, "last": 200}),
+    "top1_share": ("top_share", {"k": 1}),
+    "top10_share": ("top_share", {"k": 10}),
+    "top32_share": ("top_share", {"k": 32}),
+    "ve_4": ("top_share", {"k": 4}),
+    "ve_8": ("top_share", {"k": 8}),
+    "ve_16": ("top_share", {"k": 16}),
+    "ve_32": ("top_share", {"k": 32}),
+    "k90": ("component_count", {"share": 0.9}),
+    "k95": ("component_count", {"share": 0.95}),
+}
+
+
+def with_aliases(registry: Mapping[str, tuple[_K, Mapping[str, Any]]]) -> dict[str, tuple[_K, Mapping[str, Any]]]:
+    """A registry, {name: (class, options)}, with every alias beside its own names.
+
+    Raises ValueError for an alias that is a name of its own already, or of a name that is not there.
+    """
+    found = dict(registry)
+    for alias, (name, options) in METRIC_ALIASES.items():
+        if alias in registry:
+            raise ValueError(f"the alias {alias!r} of {name!r} is the name of a metric")
+        if name not in registry:
+            raise ValueError(f"the alias {alias!r} stands for {name!r}, which no metric is called")
+        kind, preset = registry[name]
+        found[alias] = kind, {**preset, **options}
+    return found

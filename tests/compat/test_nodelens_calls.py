@@ -1,0 +1,98 @@
+"""The calls that users of NodeLens 0.2 write, quoted as they write them."""
+
+import pytest
+import torch
+from nets import build, generator
+from torch import nn
+from torch.testing import assert_close
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.ModuleDict({"conv1": nn.Conv2d(3, 8, 3, padding=1)}))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.layer1[0]["conv1"](x).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    return build(Net)
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(6, 3, 5, 5, generator=generator())
+
+
+def test_wrapper(model, inputs):
+    from nodelens import ModelWrapper
+
+    w = ModelWrapper(model, tracked_layers=["layer1.0.conv1"])
+    outputs, activations = w.forward_with_activations(inputs)
+    assert outputs.shape == (6, 4)
+    assert activations["layer1.0.conv1"].shape == (6, 8, 5, 5)
+    weights = w.get_layer_weights(layers=["layer1.0.conv1"])
+    assert weights["layer1.0.conv1"].shape == (8, 3, 3, 3)
+    assert w.tracked_layers == ["layer1.0.conv1"]
+
+
+def test_layers_of_the_wrapper(model):
+    from nodelens import ModelWrapper
+
+    w = ModelWrapper(model, tracked_layers=["layer1.0.conv1", "fc"])
+    assert w.get_layer("fc") is model.fc
+    info = w.get_layer_info("layer1.0.conv1")
+    assert info == {
+        "name": "layer1.0.conv1",
+        "type": "Conv2d",
+        "total_params": 224,
+        "trainable_params": 224,
+        "weight_shape": [8, 3, 3, 3],
+        "in_channels": 3,
+        "out_channels": 8,
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "groups": 1,
+    }
+    model.fc.bias.requires_grad_(False)
+    assert w.get_layer_info() == {"layer1.0.conv1": info, "fc": w.get_layer_info("fc")}
+    assert w.get_layer_info("fc")["trainable_params"] == 32
+    with pytest.raises(ValueError, match="no layer matches 'fcc'; did you mean 'fc'"):
+        w.get_layer("fcc")
+    with pytest.raises(ValueError, match=r"'\*' names 2 layers: layer1.0.conv1, fc; give one"):
+        w.get_layer_info("*")
+
+
+def test_metric():
+    from nodelens.metrics import get_metric, list_metrics
+
+    layer_inputs, layer_weights = torch.randn(50, 4, generator=generator()), torch.eye(4)[:2]
+    found = get_metric("rayleigh_quotient", relative=True, regularization=1e-6).compute(inputs=layer_inputs, weights=layer_weights)
+    variances = layer_inputs.double().var(0) + 1e-6
+    assert_close(found.double(), (variances / variances.sum())[:2], rtol=1e-5, atol=0)
+    assert "rayleigh_quotient" in list_metrics()
+
+
+def test_pruning():
+    from nodelens.pruning import PruningConfig, get_pruning_strategy, list_pruning_strategies
+
+    layer = nn.Linear(2, 4)
+    layer.weight.data = torch.tensor([[3.0, -4], [0.1, 0], [1, 1], [0, -2]])
+    config = PruningConfig(amount=0.5, pruning_mode="low")
+    mask = get_pruning_strategy("magnitude", config=config).prune(layer, amount=0.5)
+    assert mask.sum() == 2
+    assert mask[0]
+    assert not mask[1]
+    assert {"magnitude", "precomputed"} <= set(list_pruning_strategies())
+
+
+def test_the_package_names_are_lazy_and_listed():
+    from nodelens import pruning
+
+    assert {"PruningConfig", "get_pruning_strategy"} <= set(dir(pruning))
+    with pytest.raises(AttributeError, match=r"'nodelens\.pruning' has no attribute 'get_strategy'"):
+        _ = pruning.get_strategy

@@ -1,0 +1,101 @@
+"""What ``import nodelens as nl`` offers in a notebook."""
+
+import inspect
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import nodelens as nl
+from nodelens.results.result import Result
+
+DESIGN = [
+    "analyze",
+    "analyze_model",
+    "prune",
+    "load_pruned",
+    "evaluate",
+    "load",
+    "load_runs",
+    "run",
+    "load_config",
+    "list_metrics",
+    "get_metric",
+]
+DESIGN += [
+    "register_metric",
+    "find_layers",
+    "find_groups",
+    "estimate_cost",
+    "Schedule",
+    "Allocation",
+    "Finetune",
+    "Supernodes",
+    "PruningOptions",
+]
+DESIGN += ["Pruned", "Metric", "Need", "Result", "ModelWrapper", "PruningConfig", "get_pruning_strategy", "list_pruning_strategies"]
+
+
+@pytest.mark.parametrize("name", nl.__all__)
+def test_every_public_name_resolves_and_says_what_it_is(name):
+    assert name in dir(nl)
+    assert (inspect.getdoc(getattr(nl, name)) or "").strip()
+
+
+def test_the_names_of_the_design_are_public():
+    assert set(DESIGN) <= set(nl.__all__)
+    with pytest.raises(AttributeError, match="module 'nodelens' has no attribute 'prun'"):
+        _ = nl.prun
+
+
+NOT_MADE_BY_USERS = {"Batch", "CostEstimate", "FineTuning", "Forecast", "Plan"}
+
+
+def mentioned(hint):
+    """Classes in a type hint."""
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        yield hint
+    for inner in typing.get_args(hint):
+        yield from mentioned(inner)
+
+
+@pytest.mark.parametrize("name", [name for name in nl.__all__ if inspect.isfunction(getattr(nl, name))])
+def test_what_a_signature_mentions_can_be_had_from_the_package(name):
+    hints = typing.get_type_hints(inspect.unwrap(getattr(nl, name)))
+    own = {kind for hint in hints.values() for kind in mentioned(hint) if kind.__module__.startswith("nodelens.")}
+    public = {getattr(nl, each) for each in nl.__all__}
+    assert {kind.__name__ for kind in own - public} <= NOT_MADE_BY_USERS
+
+
+def test_the_import_is_light():
+    code = "import time; t = time.perf_counter(); import nodelens; print(time.perf_counter() - t)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(nl.__file__).parents[1], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert float(run.stdout) < 0.3
+
+
+def test_a_result_says_what_is_there():
+    index = pd.MultiIndex.from_tuples([("fc<1>", 0), ("fc<1>", 1)], names=["layer", "unit"])
+    result = Result(
+        pd.DataFrame({"rq": [0.1, 0.2], "rq_se": [0.01, 0.01]}, index=index),
+        pd.DataFrame({"units": [2], "effective_rank": [1.5]}, index=pd.Index(["fc<1>"], name="layer")),
+        {("fc<1>", "redundancy"): None},
+        {"samples": 64, "missing": [{"layer": "fc<1>", "column": "rq", "count": 1, "reason": "constant"}]},
+    )
+    assert result.summary().splitlines() == [
+        "1 layer, 2 units, 64 samples",
+        "metrics of units: rq",
+        "metrics of layers: effective_rank",
+        "matrices: redundancy",
+        "missing: rq of fc<1>",
+    ]
+    assert repr(result) == f"Result: {result.summary()}"
+    page = result._repr_html_()
+    assert "missing: rq of fc&lt;1&gt;" in page
+    assert "<table" in page
+    assert repr(Result(pd.DataFrame(), pd.DataFrame())) == "Result: 0 layers, 0 units"
