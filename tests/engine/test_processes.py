@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases_metrics import NAMES_PLAIN as NAMES_CONVOLUTIONAL
+from cases_metrics import batches as in_batches
+from cases_metrics import convolutional, rows, start_of
+from compare import close, same
 from ids import label
 from laws import drifting, make
 from nets import Mixed, batches, build, images
-from test_every_metric import NAMES_PLAIN as NAMES_CONVOLUTIONAL
-from test_every_metric import batches as in_batches
-from test_every_metric import convolutional, rows, start_of
 
 import nodelens as nl
 from nodelens.statistics import STATISTICS, Accumulator
@@ -41,9 +42,6 @@ def _work(rank, world, folder, shares):
 
 @pytest.mark.parametrize("shares", [[50, 50], [60, 0, 40]], ids=label)
 def test_processes_add_up(tmp_path, shares):
-    from test_analyze import close
-    from test_laws_statistics import same
-
     mp.start_processes(
         _work,
         (len(shares), str(tmp_path), shares),
