@@ -159,4 +159,5 @@ def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> d
     }
 
 
-EVERY_METRIC: list[Metric] = [get_metric(name) for m in METRICS for name in (m.names[0], *m.presets)]
+_METRICS = [get_metric(name) for m in METRICS for name in (m.names[0], *m.presets)]
+EVERY_METRIC: list[Metric] = list({repr(m): m for m in _METRICS}.values())  # a preset may be the default: once is enough

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from ids import metric_id
 from real import folder
 from torch import nn
 from torch.testing import assert_close
@@ -27,7 +28,7 @@ from nodelens.statistics.weight_sums import WeightSums
 
 REMOVALS = [Taylor(), Taylor(mode="mean_abs"), Taylor(mode="sq_mean"), Fisher(), ScarTaylor(), LossProxy()]
 SCORES = [*REMOVALS, ActivationPower(), Curvature(), LossProxyFactored()]
-named = {"ids": lambda m: m.names[0]}
+named = {"ids": metric_id}
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

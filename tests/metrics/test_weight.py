@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ids import metric_id
 from real import folder
 from torch.testing import assert_close
 
@@ -23,7 +24,7 @@ from nodelens.metrics.weight import (
 
 OF_UNITS = [WeightMagnitude(), WeightMagnitude(p=1), GeometricMedian(), WeightCosine()]
 OF_LAYERS = [L1Norm(), L2Norm(), NuclearNorm(), Sparsity(eps=0.3), SpectralGap(), SpectralNormRatio()]
-named = {"ids": lambda m: m.names[0]}
+named = {"ids": metric_id}
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
