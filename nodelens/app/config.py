@@ -129,7 +129,7 @@ class Prune(Common):
     allow_approximate: bool = False
     reduce: str = "sum"
     nan: str = "remove"
-    budget: PruneBudget = field(default_factory=PruneBudget)  # type: ignore[assignment]
+    budget: PruneBudget = field(default_factory=PruneBudget)
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
     plan_only: bool = False

@@ -28,7 +28,7 @@ class WeightMagnitude(Metric):
     weighted: ClassVar = True
     p: Literal[1, 2] = 2
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight.double(), ord=self.p, dim=1)
 
 
@@ -50,7 +50,7 @@ class NormScale(Metric):
     weighted: ClassVar = True
     parameter: ClassVar = "norm"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().flatten().abs()
 
 
@@ -68,7 +68,7 @@ class GeometricMedian(Metric):
     names: ClassVar = ("geometric_median", "fpgm")
     weighted: ClassVar = True
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         w = w - w.mean(0)
         return torch.cat([_distances(part, w).sum(1) for part in w.split(max(1, CHUNK // len(w)))])
@@ -102,7 +102,7 @@ class WeightCosine(Metric):
     weighted: ClassVar = True
     nan: ClassVar = "the unit's weights are all zero, or it has no partner"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         live = w.any(1)
         unit = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
@@ -111,7 +111,7 @@ class WeightCosine(Metric):
         value = (unit @ unit.sum(0) - 1) / partners  # the sum holds the unit itself, once
         return value.where(live & (partners > 0), torch.nan)
 
-    def counts(self, weight: Tensor) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor) -> dict[str, int]:
         return {"zero": int((~weight.any(1)).sum())}
 
 
@@ -142,7 +142,7 @@ class L1Norm(_OfTensor):
 
     names: ClassVar = ("l1_norm",)
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().abs().sum()
 
 
@@ -159,7 +159,7 @@ class L2Norm(_OfTensor):
 
     names: ClassVar = ("l2_norm",)
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().square().sum()
 
 
@@ -177,7 +177,7 @@ class NuclearNorm(_OfTensor):
     names: ClassVar = ("nuc_norm",)
     nan: ClassVar = "the weight is no matrix"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         if weight.ndim != 2:
             return weight.new_full((), torch.nan, dtype=torch.float64)
         return torch.linalg.svdvals(weight.double()).sum()
@@ -209,7 +209,7 @@ class Sparsity(_OfTensor):
         if not self.eps > 0:
             raise ValueError(f"sparsity: eps is {self.eps}; a weight counts when it is smaller than eps: above 0")
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return (weight.abs() < self.eps).double().mean()
 
     @classmethod
@@ -236,7 +236,7 @@ class SpectralGap(Metric):
     weighted: ClassVar = True
     nan: ClassVar = "the weights are all zero"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         s = torch.linalg.svdvals(weight.double())
         return 1 - s[1:2].sum() / s[0]
 
@@ -257,7 +257,7 @@ class SpectralNormRatio(Metric):
     weighted: ClassVar = True
     nan: ClassVar = "the weights are all zero"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         return torch.linalg.matrix_norm(w, ord=2) / torch.linalg.matrix_norm(w)
 

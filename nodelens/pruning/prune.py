@@ -150,7 +150,7 @@ def prune(
     batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options go to
     ``nl.analyze``. Raises ValueError for what does not fit; the model itself is never changed.
     """
-    if data is not None and iter(data) is data:  # type: ignore[call-overload]
+    if data is not None and iter(data) is data:
         raise ValueError("data can be read only once: give a loader or a list; graph, scores and moments each read it")
     if apply not in ("slice", "mask", "scale"):
         raise ValueError(f"apply is {apply!r}; it is slice, mask or scale")
