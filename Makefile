@@ -3,9 +3,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # a worker per core, at most four, each of one thread; NODELENS_DATA=<folder> adds the tests on real images and trained networks
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
-# a minute: the laws of statistics and metrics, the golden numbers, the order of the rooms, one run from end to end
-CHECK = tests/statistics/test_laws_statistics.py tests/metrics/test_laws_metrics.py tests/metrics/test_every_metric.py \
-	tests/test_golden.py tests/test_structure.py tests/app/test_tasks.py
+# a minute: runs from end to end, the order of the rooms, every metric through a pass, golden numbers, the laws
+CHECK = tests/app/test_tasks.py tests/test_structure.py tests/metrics/test_every_metric.py tests/test_golden.py \
+	tests/metrics/test_laws_metrics.py tests/statistics/test_laws_statistics.py
 
 .PHONY: help setup run check test test-all lint docs bench clean
 
