@@ -15,9 +15,8 @@ from ids import label
 from torch import nn
 
 import nodelens as nl
-from nodelens import metrics
 from nodelens.app.config import load_config
-from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
+from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric, registry
 from nodelens.statistics import Gram, Moments
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +158,7 @@ class Trace(Metric):
 @pytest.fixture
 def names(monkeypatch):
     """The catalogue's names, which are as before when a test ends."""
-    monkeypatch.setattr(metrics, "_BY_NAME", dict(metrics._BY_NAME))
+    monkeypatch.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
 
 
 def test_a_metric_is_known_by_name_once_it_is_registered(names):
