@@ -1,8 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# a worker per core, at most four, each of one thread; NODELENS_DATA=<folder> adds the tests on real images and trained networks
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# a minute: runs from end to end, the order of the rooms, every metric through a pass, golden numbers, the laws
+CHECK = tests/app/test_tasks.py tests/test_structure.py tests/metrics/test_every_metric.py tests/test_golden.py \
+	tests/metrics/test_laws_metrics.py tests/statistics/test_laws_statistics.py
 
-.PHONY: help setup run test test-all lint bench clean
+.PHONY: help setup run check test test-all lint docs bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -19,16 +24,22 @@ run: $(VENV)/.stamp  ## train the small default network, its units measured ever
 	$(BIN)/python train.py callbacks=measure hydra.run.dir=$$run/train && \
 	$(BIN)/python analyze.py ckpt_path=$$run/train/checkpoints/best.ckpt hydra.run.dir=$$run/analyze
 
-test: $(VENV)/.stamp  ## the tests (NODELENS_DATA=<folder> adds those on real images and trained networks)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+check: $(VENV)/.stamp  ## the most telling tests, in about a minute
+	$(PYTEST) $(CHECK)
+
+test: $(VENV)/.stamp  ## all tests but the slow ones
+	$(PYTEST) -m 'not slow'
 
 test-all: $(VENV)/.stamp  ## the slow tests too
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.stamp  ## style, docstrings, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.stamp  ## the documentation, in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.stamp  ## what measuring costs, beside the bare forward pass
 	$(BIN)/python benchmarks/overhead.py
@@ -36,4 +47,4 @@ bench: $(VENV)/.stamp  ## what measuring costs, beside the bare forward pass
 	$(BIN)/python benchmarks/synergy.py
 
 clean:  ## remove the virtual environment and caches; results stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache

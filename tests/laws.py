@@ -160,4 +160,5 @@ def everything(n: int = 60, units: int = 4, fan_in: int = 6, seed: int = 0) -> d
     }
 
 
-EVERY_METRIC: list[Metric] = [get_metric(name) for name in OF_LAYERS]
+_METRICS = [get_metric(name) for name in OF_LAYERS]
+EVERY_METRIC: list[Metric] = list({repr(m): m for m in _METRICS}.values())  # a preset may be the default: once is enough

@@ -85,7 +85,7 @@ def _check_complete(node: Mapping[str, Any], path: str, parameters: Mapping[str,
 
 
 def _hints(target: Callable) -> dict[str, Any]:
-    owner = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    owner = target.__init__ if inspect.isclass(target) else target
     try:
         return typing.get_type_hints(owner)
     except (NameError, TypeError, AttributeError):  # names that only type checkers import

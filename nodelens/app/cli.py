@@ -5,6 +5,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -43,8 +44,11 @@ def prune() -> None:
 
 
 def script() -> None:
-    """Entry of the console script: ``nodelens analyze ...``."""
+    """Entry of the console script: ``nodelens analyze ...``, ``nodelens --version``."""
     task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if task == "--version":
+        print(version("nodelens"))
+        return
     if task not in TASKS:
         sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}, not {task!r}.{nearest(task, TASKS)}")
     main(task)

@@ -132,7 +132,7 @@ class Prune(Common):
     allow_approximate: bool = False
     reduce: str = "sum"
     nan_policy: str = "drop"
-    budget: PruneBudget = field(default_factory=PruneBudget)  # type: ignore[assignment]
+    budget: PruneBudget = field(default_factory=PruneBudget)
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
     dry_run: bool = False

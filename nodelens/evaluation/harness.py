@@ -45,15 +45,15 @@ def harness(
         raise ValueError(f"{what}: `lm_eval ls tasks` lists the tasks, include= adds a folder with your own")
     with eval_mode(net):
         found = simple_evaluate(
-            HFLM(pretrained=net, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
+            HFLM(pretrained=net, tokenizer=tokenizer, batch_size=batch_size),
             tasks=wanted,
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,
             log_samples=False,
-            random_seed=None,  # type: ignore[arg-type]  # global states are left alone; examples are drawn by a seed of their own
-            numpy_random_seed=None,  # type: ignore[arg-type]
-            torch_random_seed=None,  # type: ignore[arg-type]
+            random_seed=None,  # global states are left alone; examples are drawn by a seed of their own
+            numpy_random_seed=None,
+            torch_random_seed=None,
         )
     return {} if found is None else {task: _metrics(values) for task, values in found["results"].items()}
 

@@ -32,7 +32,7 @@ class ActivationMean(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Sizes if self.absolute else Moments, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Sizes | Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Sizes | Moments) -> Tensor:
         return y.absolute / y.n if isinstance(y, Sizes) else y.mean
 
 
@@ -54,7 +54,7 @@ class ActivationVariance(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Moments, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:
         return y.variance
 
 
@@ -82,7 +82,7 @@ class ActivationNorm(Metric):
         rows = Need(Moments, "output", self.view) if self.spatial == "all" else Need(MeanSizes, "output", "positions")
         return {"y": rows}
 
-    def __call__(self, weight: Tensor | None, y: Moments | MeanSizes) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments | MeanSizes) -> Tensor:
         square = y.mean_square.clamp_min(0) * y.n if isinstance(y, Moments) else y.square
         return (square / y.n if self.normalize == "rows" else square.where(y.n > 0, 0)).sqrt()
 
@@ -115,10 +115,10 @@ class ActivationOutlierIndex(Metric):
     def needs(self) -> dict[str, Need]:
         return {"tails": Need(Quantiles, "output", self.view), "y": Need(Sizes, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, tails: Quantiles, y: Sizes) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, tails: Quantiles, y: Sizes) -> Tensor:
         return _ratio(tails.quantile(self.quantile), y.absolute / y.n)
 
-    def counts(self, weight: Tensor | None, tails: Quantiles, y: Sizes) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, tails: Quantiles, y: Sizes) -> dict[str, int]:
         return {"largest_value": int(y.n.double() * (1 - self.quantile) < 1)}
 
 
@@ -140,7 +140,7 @@ class ActivationKurtosis(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Higher, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Higher) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Higher) -> Tensor:
         return y.kurtosis.where(~constant(y.variance, y.mean), torch.nan)
 
 
@@ -162,7 +162,7 @@ class ActivationMaxRatio(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Quantiles, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Quantiles) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Quantiles) -> Tensor:
         return _ratio(y.quantile(1.0), y.quantile(0.5))
 
 
@@ -189,7 +189,7 @@ class ActivationZeroFraction(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Zeros, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Zeros) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Zeros) -> Tensor:
         return y.zeros / y.n.double()
 
 
@@ -217,7 +217,7 @@ class ActivationCosine(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         outer = y.about(shift=torch.zeros_like(y.shift)).outer
         size = outer.diagonal().clamp_min(0).sqrt()
         pairs = outer / size.where(size > 0, torch.nan).outer(size.where(size > 0, torch.nan))
@@ -227,7 +227,7 @@ class ActivationCosine(Metric):
         live = size > 0
         return (pairs.nansum(1) / (live.sum() - 1)).where(live & (live.sum() > 1), torch.nan)
 
-    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
         return {"zero": int((y.about(shift=torch.zeros_like(y.shift)).outer.diagonal() <= 0).sum())}
 
 

@@ -70,7 +70,7 @@ class RayleighQuotient(_Quotient):
         output = {"y": Need(Moments, "projection")}
         return output | {"x": Need(Patches, "input")} if self.relative else output
 
-    def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:
         return self.quotient(weight, y.variance, None if x is None else (x.variance, x.mean))
 
 
@@ -96,7 +96,7 @@ class ConditionalRayleighQuotient(_Quotient):
         output = {"y": Need(ByClass, "projection", "positions", "label")}
         return output | {"x": Need(PatchesByClass, "input", "positions", "label")} if self.relative else output
 
-    def __call__(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> Tensor:
         seen, inputs = y.n > 1, None
         if x is not None:
             classes = max(len(y.n), len(x.n))
@@ -108,7 +108,7 @@ class ConditionalRayleighQuotient(_Quotient):
         within = self.quotient(weight, y.variance(), inputs)
         return y.n.double() @ within / y.n.sum()
 
-    def counts(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> dict[str, int]:
         return {"classes_left_out": int((y.n == 1).sum())}
 
 
@@ -135,7 +135,7 @@ class DeltaRayleighQuotient(_Quotient):
         every, within = self._parts()
         return every.needs() | {f"{name}_by_class": need for name, need in within.needs().items()}
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         weight: Tensor,
         y: Moments,
@@ -146,7 +146,7 @@ class DeltaRayleighQuotient(_Quotient):
         every, within = self._parts()
         return every(weight, y, x) - within(weight, y_by_class, x_by_class)
 
-    def counts(self, weight: Tensor, y_by_class: ByClass, **others: Moments) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor, y_by_class: ByClass, **others: Moments) -> dict[str, int]:
         return self._parts()[1].counts(weight, y_by_class)
 
     def _parts(self) -> tuple[RayleighQuotient, ConditionalRayleighQuotient]:
@@ -176,7 +176,7 @@ class DeltaAlignment(_Quotient):
         output = {"y": Need(Moments, "change")}
         return output | {"x": Need(Patches, "input")} if self.relative else output
 
-    def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:
         return self.quotient(weight, y.variance, None if x is None else (x.variance, x.mean))
 
 

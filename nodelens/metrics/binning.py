@@ -46,14 +46,14 @@ class BinnedInformation(Metric):
         target = beside_rows(self.target)
         return with_permutations({"y": Need(Sample, "output", "samples", target)}, self.permutations, target)
 
-    def __call__(self, weight: Tensor | None, y: Sample, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Sample, **_: Any) -> Tensor:
         z = first_axis(y.target) if self.target == "logit_pc1" else y.target
         if len(y.rows) < 2:
             return y.rows.new_full(y.rows.shape[1:], torch.nan)
         each = [plug_in(y.rows, column[:, 0], self.bins, self.bins) for column in bins_of(z, self.bins).split(1, 1)]
         return torch.stack(each).mean(0)
 
-    def counts(self, weight: Tensor | None, y: Sample, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Sample, **_: Any) -> dict[str, int]:
         return {"constant": int(still(y.rows).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
 
 

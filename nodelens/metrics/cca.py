@@ -46,7 +46,7 @@ class CCA(EdgeMetric):
     def needs(self) -> dict[str, Need]:
         return self.both()
 
-    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:
         (lam_x, u_x), (lam_y, u_y) = (principal_axes(live_covariance(side)) for side in (x, y))
         if not (lam_x[0] > 0 and lam_y[0] > 0) or self._too_few(xy, lam_x, lam_y):
             return lam_x.new_full((), torch.nan)
@@ -62,7 +62,7 @@ class CCA(EdgeMetric):
     def _too_few(self, xy: Pair, *spectra: Tensor) -> bool:
         return self.keep == 1 and int(xy.n) < ROWS * sum(int((lam > 0).sum()) for lam in spectra)
 
-    def counts(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> dict[str, int]:
         return {"too_few_rows": int(self._too_few(xy, spectrum(live_covariance(x)), spectrum(live_covariance(y))))}
 
 
@@ -111,7 +111,7 @@ class Procrustes(EdgeMetric):
     def needs(self) -> dict[str, Need]:
         return self.both()
 
-    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:
         own, other = (live_covariance(side).trace() for side in (x, y))
         cross = live_cross(x, y, xy)
         if not cross.isfinite().all():

@@ -35,7 +35,7 @@ class LinearCKA(EdgeMetric):
     def needs(self) -> dict[str, Need]:
         return self.both()
 
-    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:
         own = [torch.linalg.matrix_norm(live_covariance(side)) for side in (x, y)]
         return live_cross(x, y, xy).square().sum() / (own[0] * own[1])
 
@@ -60,7 +60,7 @@ class DebiasedCKA(EdgeMetric):
     def needs(self) -> dict[str, Need]:
         return self.both(NormedGram, NormedPair)
 
-    def __call__(self, weight: Tensor | None, x: NormedGram, y: NormedGram, xy: NormedPair) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, x: NormedGram, y: NormedGram, xy: NormedPair) -> Tensor:
         own, other, both = self._self_term(x), self._self_term(y), xy.centred()
         square = both.cross.square().sum()
         cross = debiased_hsic(both.n, square, both.e.squeeze(), both.f.squeeze(), both.mixed.squeeze())

@@ -36,7 +36,7 @@ class ConditionalActivationNorm(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(ByClass, "output", "samples", "label")}
 
-    def __call__(self, weight: Tensor | None, y: ByClass) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: ByClass) -> Tensor:
         y = y.only(y.n > 0)
         if not len(y.n):
             return torch.full_like(y.shift, torch.nan)
@@ -72,7 +72,7 @@ class ClassSelectivity(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(ClassSizes, "output", "samples", "label")}
 
-    def __call__(self, weight: Tensor | None, y: ClassSizes) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: ClassSizes) -> Tensor:
         means = y.only(y.n > 0).mean.sort(0).values
         if len(means) < 2:
             return y.absolute.new_full(y.absolute.shape[1:], torch.nan)

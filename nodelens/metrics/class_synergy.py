@@ -58,11 +58,11 @@ class ClassSynergy(Metric):
             needs = {"y": Need(ByClass, "output", "samples", "label"), "every": Need(Gram, "output", "samples")}
         return with_permutations(needs, self.permutations, "label")
 
-    def __call__(self, weight: Tensor | None, y: ClassGram | ByClass, every: Gram | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: ClassGram | ByClass, every: Gram | None = None, **_: Any) -> Tensor:
         pairs = self._pairs(y, every).synergy.fill_diagonal_(0)
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
-    def counts(self, weight: Tensor | None, y: ClassGram | ByClass, every: Gram | None = None, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: ClassGram | ByClass, every: Gram | None = None, **_: Any) -> dict[str, int]:
         few = int(((y.n > 0) & (y.n < FEWEST)).sum())
         rows = {"classes_left_out": few} if every is None else {"without_label": int(every.n - y.n.sum())}
         pairs = self._pairs(y, every)

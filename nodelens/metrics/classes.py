@@ -58,7 +58,7 @@ class ClassInformation(Metric):
         statistic = Sample if self.method == "binning" else ByClass
         return with_permutations({"y": Need(statistic, "output", "samples", "label")}, self.permutations, "label")
 
-    def __call__(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> Tensor:
         if isinstance(y, Sample):
             return self._binned(*_labelled(y))
         total, within, share = self._variances(y)
@@ -72,7 +72,7 @@ class ClassInformation(Metric):
         value = value.where(~constant(total, self._seen(y).moments.mean), 0.0)
         return value if bool((y.n > 1).any()) else torch.full_like(value, torch.nan)
 
-    def counts(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> dict[str, int]:
         if isinstance(y, Sample):
             return {"constant": int(still(_labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
         total, within, _share = self._variances(y)

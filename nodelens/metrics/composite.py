@@ -99,7 +99,7 @@ class CompositeImportance(Metric):
         return aliases & set(self.weights)
 
     @property
-    def weighted(self) -> bool:  # type: ignore[override]
+    def weighted(self) -> bool:
         """Whether a part reads the weight."""
         return any(part.weighted for part in self.parts.values())
 

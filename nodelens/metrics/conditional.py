@@ -50,7 +50,7 @@ class ConditionalInformation(Metric):
         target = f"label+{self.target}"
         return with_permutations({"y": Need(ClassCross, "output", "samples", target)}, self.permutations, target)
 
-    def __call__(self, weight: Tensor | None, y: ClassCross, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: ClassCross, **_: Any) -> Tensor:
         y = y.only(y.n >= FEWEST)
         spread, other = y.variance(), y.target_variance()
         other_mean = y.target_shift + y.target_total / y.n[:, None]
@@ -62,7 +62,7 @@ class ConditionalInformation(Metric):
         value = (y.n.double()[:, None] * value.mean(2)).sum(0) / y.n.sum()
         return value if len(y.n) else torch.full_like(value, torch.nan)
 
-    def counts(self, weight: Tensor | None, y: ClassCross, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: ClassCross, **_: Any) -> dict[str, int]:
         kept = y.only(y.n >= FEWEST).by_class
         return {
             "constant": int(constant(kept.variance(), kept.mean).all(0).sum()) if len(kept.n) else 0,
@@ -106,7 +106,7 @@ class ConditionalMutualInformation(Metric):
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", both)}
         return with_permutations(needs, self.permutations, both)
 
-    def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:
         r, own, among, size = self._parts(y, z)
         left = (1 - among.square().sum(1)) * (1 - own.square().sum())
         rho = (r - among @ own) / left.clamp_min(TWIN**2).sqrt()
@@ -116,7 +116,7 @@ class ConditionalMutualInformation(Metric):
             value = value - joint_bias(z.n - size, 1, 1) * tells
         return value
 
-    def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:
         _r, own, among, _size = self._parts(y, z)
         return {
             "constant": int(silent(y).sum()),

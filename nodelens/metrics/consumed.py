@@ -52,7 +52,7 @@ class Wanda(_OfReaders):
 
     names: ClassVar = ("wanda",)
 
-    def __call__(self, weight: GroupLayer, x: Sequence[Moments]) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, x: Sequence[Moments]) -> Tensor:
         def value(moments: Moments, kernels: Kernels) -> Tensor:
             return kernels.weight.abs().sum(2).mean(1) * (moments.n * moments.mean_square.clamp_min(0)).sqrt()
 
@@ -75,7 +75,7 @@ class Flap(_OfReaders):
     names: ClassVar = ("flap",)
     nan: ClassVar = "fewer than two rows"
 
-    def __call__(self, weight: GroupLayer, x: Sequence[Moments]) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, x: Sequence[Moments]) -> Tensor:
         def value(moments: Moments, kernels: Kernels) -> Tensor:
             return moments.variance * kernels.weight.square().sum((1, 2))
 
@@ -95,7 +95,7 @@ class ActivationPower(_OfReaders):
 
     names: ClassVar = ("activation_power",)
 
-    def __call__(self, weight: GroupLayer, x: Sequence[Moments]) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, x: Sequence[Moments]) -> Tensor:
         parts = self.at_places(weight, x, lambda moments, kernels: moments.mean_square.clamp_min(0))
         return sum(each.sum(1) for each in parts) / len(parts)  # type: ignore[return-value]
 
@@ -120,7 +120,7 @@ class Minitron(_OfReaders):
     def needs(self) -> dict[str, Need]:
         return {"x": Need(PositionPower, "consumed")}
 
-    def __call__(self, weight: GroupLayer, x: Sequence[PositionPower]) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, x: Sequence[PositionPower]) -> Tensor:
         parts = zip(x, weight.readers, strict=True)
         return sum(p.power[m.places].sum(1)[:, p.n > 0].sqrt().mean(1) for p, m in parts)  # type: ignore[return-value]
 

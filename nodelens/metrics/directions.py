@@ -36,7 +36,7 @@ class CosineMean(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Directions, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Directions) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Directions) -> Tensor:
         return _mean_cosine(y)
 
 
@@ -61,7 +61,7 @@ class CosineDeviation(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Directions, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Directions) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Directions) -> Tensor:
         pairs = _pairs(y)
         square = (y.outer.square().sum() - y.n.squeeze()) / pairs
         return ((square - _mean_cosine(y).square()).clamp_min(0) * pairs / (pairs - 1)).sqrt()
@@ -100,7 +100,7 @@ class DebiasedParticipationRatio(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(NormedGram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: NormedGram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: NormedGram) -> Tensor:
         n, about = y.n.double().squeeze(), y.centred()
         trace, quartic = about.outer.trace(), about.quartic.squeeze()
         norms = (quartic - trace.square() / n) / (n - 1)
@@ -131,7 +131,7 @@ class RankMe(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         raw = y.about(shift=torch.zeros_like(y.shift)).outer
         if not raw.isfinite().all():
             return raw.new_full((), torch.nan)

@@ -39,10 +39,10 @@ class DownstreamImportance(Metric):
             "yz": Need(Pair, "output", self.view, "next"),
         }
 
-    def __call__(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> Tensor:
         return gaussian_information(_squared(y.moments, z.moments, yz)).mean(1)
 
-    def counts(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> dict[str, int]:
         saturated = int((_squared(y.moments, z.moments, yz) >= MI_CEILING).sum())
         return {"constant": int(constant(y.moments.variance, y.mean).sum()), "saturated": saturated}
 
@@ -72,7 +72,7 @@ class TransitionEfficiency(Metric):
     def needs(self) -> dict[str, Need]:
         return DownstreamImportance(view=self.view).needs()
 
-    def __call__(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> Tensor:
         told = DownstreamImportance()(weight, y=y, z=z, yz=yz)
         return told / (1 + PairwiseRedundancy()(weight, y=y))
 

@@ -30,7 +30,7 @@ class RouterLoad(Metric):
     def needs(self) -> dict[str, Need]:
         return {"load": Need(Moments, "load")}
 
-    def __call__(self, weight: Tensor | None, load: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, load: Moments) -> Tensor:
         return load.mean / load.mean.sum()
 
 

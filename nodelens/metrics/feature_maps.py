@@ -34,7 +34,7 @@ class HRank(Metric):
     def needs(self) -> dict[str, Need]:
         return {"maps": Need(self.statistic, "maps")}
 
-    def __call__(self, weight: Tensor | None, maps: MapRanks) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, maps: MapRanks) -> Tensor:
         return maps.total / maps.n
 
     def check_group(self, name: str, group: GroupLayer) -> None:

@@ -68,7 +68,7 @@ class TaylorSaliency(_Removal):
     def needs(self) -> dict[str, Need]:
         return self.product(Sizes if self.mode == "abs_mean" else Moments)
 
-    def __call__(self, weight: Tensor | None, q: Sizes | Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Sizes | Moments) -> Tensor:
         if isinstance(q, Sizes):
             return q.absolute / q.n
         return q.mean.abs() if self.mode == "mean_abs" else mean_square(q)
@@ -95,7 +95,7 @@ class FisherInformation(_Removal):
     def needs(self) -> dict[str, Need]:
         return self.product(Moments)
 
-    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:
         return mean_square(q)
 
 
@@ -116,7 +116,7 @@ class ScarActivationPower(Metric):
     def needs(self) -> dict[str, Need]:
         return {"u": Need(Moments, "output")}
 
-    def __call__(self, weight: Tensor | None, u: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, u: Moments) -> Tensor:
         return mean_square(u)
 
 
@@ -139,7 +139,7 @@ class ScarTaylor(_Removal):
     def needs(self) -> dict[str, Need]:
         return self.product(Sizes)
 
-    def __call__(self, weight: Tensor | None, q: Sizes) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Sizes) -> Tensor:
         return q.absolute / q.n
 
 
@@ -164,7 +164,7 @@ class Curvature(Metric):
     def needs(self) -> dict[str, Need]:
         return {"g": Need(Moments, _port("grad", self.loss_reduction))}
 
-    def __call__(self, weight: Tensor | None, g: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, g: Moments) -> Tensor:
         return mean_square(g)
 
 
@@ -187,7 +187,7 @@ class ScarLossProxy(_Removal):
     def needs(self) -> dict[str, Need]:
         return self.product(Moments)
 
-    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:
         return 0.5 * mean_square(q)
 
 
@@ -212,7 +212,7 @@ class LossProxyFactored(Metric):
     def needs(self) -> dict[str, Need]:
         return {"u": Need(Moments, "output"), "g": Need(Moments, _port("grad", self.loss_reduction))}
 
-    def __call__(self, weight: Tensor | None, u: Moments, g: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, u: Moments, g: Moments) -> Tensor:
         return 0.5 * mean_square(u) * mean_square(g)
 
 
@@ -238,12 +238,12 @@ class GradientAlignment(Metric):
     def needs(self) -> dict[str, Need]:
         return {"sums": Need(WeightSums, "weight*grad", "samples")}
 
-    def __call__(self, weight: Tensor | None, sums: WeightSums) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, sums: WeightSums) -> Tensor:
         s, g = self._signals(sums)
         value = (s * g).sum(1) / (s.square().sum(1) * g.square().sum(1)).sqrt()
         return value.abs()
 
-    def counts(self, weight: Tensor | None, sums: WeightSums) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, sums: WeightSums) -> dict[str, int]:
         s, g = self._signals(sums)
         return {"constant": int((~(s.any(1) & g.any(1))).sum())}
 

@@ -42,11 +42,11 @@ class PairwiseRedundancy(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         pairs = pair_information(y, self.bias)
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
-    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
         return {"constant": int(silent(y).sum()), "saturated": saturated(y)}
 
 
@@ -90,10 +90,10 @@ class LayerRedundancy(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         return mean_of_partners(pair_information(y, self.bias)).mean()
 
-    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
         return {"constant": int(silent(y).sum()), "saturated": saturated(y)}
 
 
@@ -118,10 +118,10 @@ class NodeRedundancy(Metric):
     def needs(self) -> dict[str, Need]:
         return {"x": Need(Gram, "input", self.view)}
 
-    def __call__(self, weight: Tensor | None, x: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, x: Gram) -> Tensor:
         return mean_of_partners(correlation_of(x).abs().fill_diagonal_(0))
 
-    def counts(self, weight: Tensor | None, x: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, x: Gram) -> dict[str, int]:
         return {"constant": int(silent(x).sum())}
 
 
@@ -168,7 +168,7 @@ class MutualInformation(Metric):
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
         return with_permutations(needs, self.permutations, target)
 
-    def __call__(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> Tensor:
         y = y.moments if isinstance(y, Gram) else y
         if x is not None:
             r = _with_first_axis(y, z, x)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ class MutualInformation(Metric):
             value, lean = gaussian_information(r.square()).mean(1), joint_bias(z.n, 1, 1) * varying
         return value if self.bias == "none" else value - lean * ~silent(y)
 
-    def counts(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> dict[str, int]:
         found = {"constant": int(silent(y).sum())}
         if x is None:
             return found | {"without_target": int(y.n - z.n)}
@@ -219,7 +219,7 @@ class AnalyticInformation(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Moments, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:
         return 0.5 * torch.log1p(y.variance.where(~silent(y) | (y.n < 2), 0.0) / self.noise_std**2)
 
 
@@ -249,7 +249,7 @@ class ProxyInformation(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Moments, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:
         variance = y.variance.where(~silent(y) | (y.n < 2), 0.0)
         if isinstance(self.noise, str):
             noise = variance.mean() if self.noise == "mean" else variance.quantile(_PERCENTILES[self.noise])

@@ -52,7 +52,7 @@ class LayerCosine(EdgeMetric):
     def needs(self) -> dict[str, Need]:
         return {"xy": Need(Cosines, "output", self.view, "next")}
 
-    def __call__(self, weight: Tensor | None, xy: Cosines) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, xy: Cosines) -> Tensor:
         return xy.mean.squeeze()
 
 

@@ -58,11 +58,11 @@ class TotalCorrelation(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram if self.shrinkage == "none" else NormedGram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         value = self._of(self._entropies(y), int((~silent(y)).sum()))
         return value - self._lean(y) if self.bias == "gaussian" else value
 
-    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
         return {"constant": int(silent(y).sum()), "shrunk": int(self._shrinks(y))}
 
     def _of(self, h: Entropies, units: int) -> Tensor:

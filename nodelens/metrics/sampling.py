@@ -35,7 +35,7 @@ class EffectiveSampleSize(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Moments, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: list[Moments]) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: list[Moments]) -> Tensor:
         whole = sum(y[1:], y[0])
         if len(y) < 2:
             return torch.full_like(whole.mean, torch.nan)

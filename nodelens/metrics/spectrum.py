@@ -32,7 +32,7 @@ class SpectrumMetric(Metric):
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Directions if self.rows.startswith("token") else Gram, "output", self.view)}
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         return self.of(spectrum(self.covariance(y)))
 
     def of(self, eigenvalues: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class SpectrumMetric(Metric):
             return correlation(y.covariance, silent(y)).where(y.n > 1, torch.nan)
         return live_covariance(y)
 
-    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
         return {"constant": int(silent(y).sum())}
 
 
@@ -72,7 +72,7 @@ class ParticipationRatio(SpectrumMetric):
     presets: ClassVar = {"d_pr_norm": {"normalize": True}}
     normalize: bool = False
 
-    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         c = self.covariance(y)
         return self._scaled(c.trace().square() / c.square().sum(), len(c))
 

@@ -36,7 +36,7 @@ class SubspaceMetric(EdgeMetric):
     def needs(self) -> dict[str, Need]:
         return self.both(pair=None)
 
-    def __call__(self, weight: Tensor | None, x: Gram, y: Gram) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, x: Gram, y: Gram) -> Tensor:
         if len(x.shift) != len(y.shift):
             return x.shift.new_full((), torch.nan)
         before, after = live_covariance(x), live_covariance(y)
@@ -55,7 +55,7 @@ class SubspaceMetric(EdgeMetric):
     def _k(self, spectra: list[Tensor]) -> int:
         return min(self.novelty_k, *(int((lam > 0).sum()) for lam in spectra))
 
-    def counts(self, weight: Tensor | None, x: Gram, y: Gram) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, x: Gram, y: Gram) -> dict[str, int]:
         if len(x.shift) != len(y.shift):
             return {"unequal_widths": 1}
         spectra = self.cut(spectrum(live_covariance(x)), spectrum(live_covariance(y)))

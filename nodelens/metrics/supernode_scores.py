@@ -69,7 +69,7 @@ class ScarProt(Metric):
         values = {"proxy": proxy, "connectivity": connected, "redundancy": redundancy, "protection": kept}
         return values | {"core": core, "halo": members}
 
-    def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:
         parts = self.parts(weight, q)
         return parts["proxy"] * parts["protection"]
 
@@ -89,7 +89,7 @@ class ScarConn(ScarProt):
     names: ClassVar = ("scar_conn", "supernode_connectivity_score")
     nan: ClassVar = "a channel that nothing reads"
 
-    def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:
         parts = self.parts(weight, q)
         return parts["proxy"] * ((1 - parts["connectivity"]) + parts["connectivity"] * parts["protection"])
 

@@ -51,14 +51,14 @@ class Synergy(Metric):
         needs = {"y": Need(Gram, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
         return with_permutations(needs, self.permutations, target)
 
-    def __call__(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> Tensor:
         rho, r = correlation_of(y), _correlations(y.moments, z, self.target, self.target_reduce)
         single = _single(r, self.target_reduce)
         better = torch.maximum(single[:, None], single)
         pairs = (_joint(rho, r, self.target_reduce) - better).where(_distinct(rho) | ~rho.isfinite(), 0).fill_diagonal_(0)
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
-    def counts(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> dict[str, int]:
         twins = torch.triu(~_distinct(correlation_of(y)), 1)
         return {"constant": int(silent(y).sum()), "twins": int(twins.sum()), "without_target": int(y.n - z.n)}
 
@@ -95,12 +95,12 @@ class SharedInformation(Metric):
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
         return with_permutations(needs, self.permutations, target)
 
-    def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:
         single = _single(_correlations(y, z, self.target, self.target_reduce), self.target_reduce)
         pairs = self._of(single, torch.minimum(single[:, None], single)).fill_diagonal_(0)
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
-    def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:
         return {"constant": int(silent(y).sum()), "without_target": int(y.n - z.n)}
 
     def _of(self, single: Tensor, shared: Tensor) -> Tensor:

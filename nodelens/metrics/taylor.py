@@ -37,7 +37,7 @@ class Taylor(Metric):
     def needs(self) -> dict[str, Need]:
         return {"q": Need(Sizes if self.abs else Moments, "output*grad", "samples")}
 
-    def __call__(self, weight: Tensor | None, q: Sizes | Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Sizes | Moments) -> Tensor:
         return q.absolute / q.n if isinstance(q, Sizes) else mean_square(q)
 
 
@@ -63,7 +63,7 @@ class TaylorProducer(Metric):
     def needs(self) -> dict[str, Need]:
         return {"q": Need(Moments, "made*grad", "samples")}
 
-    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:
         return mean_square(q)
 
 
@@ -92,7 +92,7 @@ class LossProxy(Metric):
     def check_group(self, name: str, group: GroupLayer) -> None:
         check_tokens(group, self.unit)
 
-    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor | None, q: Moments) -> Tensor:
         return 0.5 * mean_square(q)
 
 

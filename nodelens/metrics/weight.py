@@ -34,7 +34,7 @@ class Magnitude(Metric):
     weighted: ClassVar = True
     p: Literal[1, 2] = 1
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().abs().pow(self.p).sum(1) ** (1 / self.p)
 
 
@@ -55,7 +55,7 @@ class GroupL2(Metric):
     weighted: ClassVar = True
     parameter: ClassVar = "group"
 
-    def __call__(self, weight: GroupLayer) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer) -> Tensor:
         slices = weight.pieces("producer", "consumer")
         return torch.stack([piece.by_unit(weight.module).double().square().sum(1).cpu() for piece in slices]).sum(0)
 
@@ -78,7 +78,7 @@ class NormScale(Metric):
     weighted: ClassVar = True
     parameter: ClassVar = "norm"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().reshape(len(weight), -1).abs().sum(1)
 
     def check_group(self, name: str, group: GroupLayer) -> None:
@@ -102,7 +102,7 @@ class GeometricMedian(Metric):
     names: ClassVar = ("fpgm", "geometric_median")
     weighted: ClassVar = True
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         w = w - w.mean(0)
         return torch.cat([_distances(part, w).sum(1) for part in w.split(max(1, CHUNK // len(w)))])
@@ -125,7 +125,7 @@ class Lamp(Metric):
     weighted: ClassVar = True
     nan: ClassVar = "the weights are all zero"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         square = Magnitude(p=2)(weight).square()
         ascending = square.sort().values
         above = ascending.flip(0).cumsum(0).flip(0)  # the sum of each and all behind it
@@ -148,7 +148,7 @@ class Random(Metric):
     parameter: ClassVar = "units"
     draw: int = 0
 
-    def __call__(self, weight: Units) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Units) -> Tensor:
         words = (str(self.draw),) if self.draw else ()
         chance = generator(weight.seed, *words, weight.layer)
         return torch.rand(weight.units, generator=chance, dtype=torch.float64)
@@ -183,7 +183,7 @@ class WeightCosine(Metric):
     nan: ClassVar = "the unit's weights are all zero, or it has no partner"
     higher_is_better: ClassVar = False
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         live = w.any(1)
         unit = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
@@ -192,7 +192,7 @@ class WeightCosine(Metric):
         value = (unit @ unit.sum(0) - 1) / partners  # the sum holds the unit itself, once
         return value.where(live & (partners > 0), torch.nan)
 
-    def counts(self, weight: Tensor) -> dict[str, int]:  # type: ignore[override]
+    def counts(self, weight: Tensor) -> dict[str, int]:
         return {"zero": int((~weight.any(1)).sum())}
 
 

@@ -37,7 +37,7 @@ class Gradient(_OfWeightGradients):
     def needs(self) -> dict[str, Need]:
         return {"g": Need(WeightGradients, "model", options=("producer",))}  # type: ignore[arg-type]
 
-    def __call__(self, weight: GroupLayer, g: WeightGradients) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, g: WeightGradients) -> Tensor:
         slices, model = weight.pieces("producer"), weight.module
         return added([(p.by_unit(model).double().cpu() * entries(p, g.totals[p.name]).cpu()).abs().sum(1) for p in slices])
 
@@ -60,7 +60,7 @@ class Fisher(_OfWeightGradients):
     def needs(self) -> dict[str, Need]:
         return {"g": Need(SampleGradients, "model", options=("producer",))}  # type: ignore[arg-type]
 
-    def __call__(self, weight: GroupLayer, g: SampleGradients) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, g: SampleGradients) -> Tensor:
         slices, model = weight.pieces("producer"), weight.module
         return 0.5 * added([(p.by_unit(model).double().square().cpu() * entries(p, g.mean(p)).cpu()).sum(1) for p in slices])
 
@@ -90,7 +90,7 @@ class LLMPruner(_OfWeightGradients):
         read = {"el2": ("second",), "mix": ("first", "second")}.get(self.form, ("first",))
         return {name: Need(kinds[name], "model", options=("producer", "consumer")) for name in read}  # type: ignore[arg-type]
 
-    def __call__(self, weight: GroupLayer, first: WeightGradients | None = None, second: SampleGradients | None = None) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, first: WeightGradients | None = None, second: SampleGradients | None = None) -> Tensor:
         parts = []
         for piece in weight.pieces("producer", "consumer"):
             w = piece.by_unit(weight.module).double().cpu()
@@ -133,7 +133,7 @@ class Movement(_OfWeightGradients):
     def needs(self) -> dict[str, Need]:
         return {"steps": Need(MovementSums, "model", options=(self.lr, self.epochs))}  # type: ignore[arg-type]
 
-    def __call__(self, weight: GroupLayer, steps: MovementSums) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: GroupLayer, steps: MovementSums) -> Tensor:
         return steps.totals[weight.name].cpu()
 
 

@@ -37,7 +37,7 @@ class L1Norm(_OfTensor):
 
     names: ClassVar = ("l1_norm",)
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().abs().sum()
 
 
@@ -54,7 +54,7 @@ class L2Norm(_OfTensor):
 
     names: ClassVar = ("l2_norm",)
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return weight.double().square().sum()
 
 
@@ -72,7 +72,7 @@ class NuclearNorm(_OfTensor):
     names: ClassVar = ("nuc_norm",)
     nan: ClassVar = "the weight is no matrix"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         if weight.ndim != 2:
             return weight.new_full((), torch.nan, dtype=torch.float64)
         return torch.linalg.svdvals(weight.double()).sum()
@@ -104,7 +104,7 @@ class Sparsity(_OfTensor):
         if not self.eps > 0:
             raise ValueError(f"sparsity: eps is {self.eps}; a weight counts when it is smaller than eps: above 0")
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         return (weight.abs() < self.eps).double().mean()
 
     @classmethod
@@ -131,7 +131,7 @@ class SpectralGap(Metric):
     weighted: ClassVar = True
     nan: ClassVar = "the weights are all zero"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         s = torch.linalg.svdvals(weight.double())
         return 1 - s[1:2].sum() / s[0]
 
@@ -152,7 +152,7 @@ class SpectralNormRatio(Metric):
     weighted: ClassVar = True
     nan: ClassVar = "the weights are all zero"
 
-    def __call__(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         return torch.linalg.matrix_norm(w, ord=2) / torch.linalg.matrix_norm(w)
 

@@ -117,7 +117,7 @@ class GroupLayer(Layer):
         """The first reader that is a two-dimensional convolution."""
         return next((m for m in self.readers if isinstance(self.module.get_submodule(m.piece.module), _IMAGES)), None)
 
-    def rows(self, tensor: UnitValues, samples: int, mask: Tensor | None = None) -> Rows:  # type: ignore[override]
+    def rows(self, tensor: UnitValues, samples: int, mask: Tensor | None = None) -> Rows:
         """Values of the units as rows, summed over each unit's places; tokens that an expert does not get are rows of zeros."""
         member, values = tensor
         if member is not None and isinstance(values, Tensor):

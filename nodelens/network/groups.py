@@ -142,7 +142,7 @@ class PruningGroups(Sequence[PruningGroup]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, k: int) -> PruningGroup:  # type: ignore[override]
+    def __getitem__(self, k: int) -> PruningGroup:
         return self.groups[k]
 
     def __iter__(self) -> Iterator[PruningGroup]:

@@ -148,7 +148,7 @@ def prune(
     batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options are those of
     ``nl.analyze``. Raises ValueError for arguments that do not fit the model or each other.
     """
-    if data is not None and iter(data) is data:  # type: ignore[call-overload]
+    if data is not None and iter(data) is data:
         raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
     if apply not in ("slice", "mask", "scale"):
         raise ValueError(f"apply is {apply!r}; it is slice, mask or scale")

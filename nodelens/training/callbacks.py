@@ -65,7 +65,7 @@ class Measure(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
         if self.start is None and any(metric.parameter == "change" for metric in self.metrics.values()):
-            self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr, operator]
+            self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
         """The weights before training, which a resumed run needs too."""

@@ -17,7 +17,7 @@ def test_four_jobs_through_submitit(tmp_path):
     more = ["hydra.sweep.dir=sweep", "dataset.calibration=64", "logger=none"]
     ended = subprocess.run(
         [sys.executable, "-m", "nodelens.app", "analyze", "-m", *words, *more],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False,
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     runs = nl.load_runs(f"{tmp_path}/sweep/*")

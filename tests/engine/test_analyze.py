@@ -4,9 +4,9 @@ import itertools
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from compare import close
 from nets import Mixed, Tokens, batches, build, images
 from torch import nn
 from torch.nn import functional
@@ -34,13 +34,6 @@ def outputs_of(net, x, names=LAYERS):
 
 def rows(t):
     return t.movedim(1, -1).reshape(-1, t.shape[1]) if t.ndim == 4 else t
-
-
-def close(a: pd.DataFrame, b: pd.DataFrame, rtol: float) -> None:
-    assert list(a.columns) == list(b.columns)
-    for column in a.select_dtypes("number"):
-        scale = b[column].abs().max()  # differences of sums round by a share of what they are differences of
-        np.testing.assert_allclose(a[column], b[column], rtol=rtol, atol=rtol * scale + 1e-30, err_msg=column)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases_metrics import NAMES_PLAIN as NAMES_CONVOLUTIONAL
+from cases_metrics import batches as in_batches
+from cases_metrics import convolutional, rows, start_of
+from compare import close, same
 from ids import label
 from laws import drifting, make
 from nets import Mixed, batches, build, images
-from test_every_metric import NAMES_PLAIN as NAMES_CONVOLUTIONAL
-from test_every_metric import batches as in_batches
-from test_every_metric import convolutional, rows, start_of
 
 import nodelens as nl
 from nodelens.statistics import STATISTICS, Accumulator
@@ -39,11 +40,15 @@ def _work(rank, world, folder, shares):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[50, 50], [60, 0, 40]], ids=label)
-def test_processes_add_up(tmp_path, shares):
-    from test_analyze import close
-    from test_laws_statistics import same
+@pytest.fixture(scope="module")
+def alone():
+    """What one process finds: the default metrics of one network, every metric of another."""
+    data = in_batches(rows(100, (3, 9, 9)), 16)
+    return nl.analyze(build(Mixed), batches(*images(), 16)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
 
+
+@pytest.mark.parametrize("shares", [[50, 50], [60, 0, 40]], ids=label)
+def test_processes_add_up(tmp_path, shares, alone):
     mp.start_processes(
         _work,
         (len(shares), str(tmp_path), shares),
@@ -55,16 +60,14 @@ def test_processes_add_up(tmp_path, shares):
         together = Accumulator(statistic, groups=2)
         together.load_state_dict(state[statistic.__name__])
         same(make(statistic, drifting(100)), together.value)
-    images_, labels = images()
-    alone = nl.analyze(build(Mixed), batches(images_, labels, 16))
+    few, every = alone
     found = nl.load(tmp_path / "result")
-    close(found.units, alone.units, 2e-5)
-    close(found.layers, alone.layers, 2e-5)
+    close(found.units, few.units, 2e-5)
+    close(found.layers, few.layers, 2e-5)
     assert found.metadata["processes"] == len(shares)
-    alone = analyze(convolutional(), in_batches(rows(100, (3, 9, 9)), 16), NAMES_CONVOLUTIONAL)
     found = nl.load(tmp_path / "every")
     for table in ("units", "layers", "edges"):
-        near(getattr(found, table), getattr(alone, table))
+        near(getattr(found, table), getattr(every, table))
 
 
 def analyze(net, data, names):

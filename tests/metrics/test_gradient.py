@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from ids import metric_id
 from real import folder
 from torch import nn
 from torch.testing import assert_close
@@ -28,7 +29,7 @@ from nodelens.statistics.weight_sums import WeightSums
 SIGNED = [TaylorSaliency(mode="mean_abs"), TaylorSaliency(mode="sq_mean")]
 REMOVALS = [TaylorSaliency(), *SIGNED, FisherInformation(), ScarTaylor(), ScarLossProxy()]
 SCORES = [*REMOVALS, ScarActivationPower(), Curvature(), LossProxyFactored()]
-named = {"ids": lambda m: m.names[0]}
+named = {"ids": metric_id}
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

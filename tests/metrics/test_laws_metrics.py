@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ids import label
+from ids import label, metric_id
 from laws import EVERY_METRIC, everything
 from torch.testing import assert_close
 
@@ -11,7 +11,7 @@ from nodelens.metrics import METRICS, PairwiseRedundancy, Synergy, get_metric, l
 every = pytest.mark.parametrize(
     "metric",
     [*(m for m in EVERY_METRIC if not m.grouped), PairwiseRedundancy(reduce="none"), Synergy(reduce="none")],
-    ids=lambda m: m.names[-1] + ("_pairs" if m.shape == "pair" else ""),
+    ids=metric_id,
 )
 INFORMATION = (
     "pairwise_redundancy_gaussian",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ids import metric_id
 from real import folder
 from torch.testing import assert_close
 
@@ -13,7 +14,7 @@ from nodelens.metrics.weight_norms import L1Norm, L2Norm, NuclearNorm, Sparsity,
 
 OF_UNITS = [Magnitude(p=2), Magnitude(), GeometricMedian(), WeightCosine()]
 OF_LAYERS = [L1Norm(), L2Norm(), NuclearNorm(), Sparsity(eps=0.3), SpectralGap(), SpectralNormRatio()]
-named = {"ids": lambda m: m.names[0]}
+named = {"ids": metric_id}
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -2,20 +2,15 @@
 
 import pytest
 import torch
+from compare import same
 from ids import label
-from laws import drifting, make, values
+from laws import drifting, make
 from torch.testing import assert_close
 
 from nodelens.statistics import STATISTICS, Accumulator, ClassStatistic, Cosines, Cross, Gram, Moments, Pair, Quantiles, Sample
 from nodelens.statistics.rows import Rows
 
 every = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda s: s.__name__)
-
-
-def same(a, b, rtol=1e-11):
-    for (name, x), y in zip(values(a).items(), values(b).values(), strict=True):
-        scale = float(x.double().nan_to_num().abs().max()) or 1.0
-        assert_close(x, y, rtol=rtol, atol=1e-11 * scale, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def whole_and_parts(statistic, splits, width=5):

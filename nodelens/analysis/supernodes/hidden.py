@@ -121,7 +121,7 @@ class HiddenPass:
         for group, piece in self.read[path]:
             assert piece.entry is not None
             share = call.share(piece.entry)
-            layer = ExpertLayer(group.name, call.experts.module, "hidden", experts=call.experts, expert=piece.entry)  # type: ignore[arg-type]
+            layer = ExpertLayer(group.name, call.experts.module, "hidden", experts=call.experts, expert=piece.entry)
             parts = (call.hidden(piece.entry, share) * share.weights, call.hidden_gradient(piece.entry, share, slope))
             u, g = (layer.rows(Routed(part, share.tokens, call.tokens), len(self.batch), self.batch.mask).raw for part in parts)
             u, g = _placed(u, piece.places), _placed(self._reduced(g), piece.places)

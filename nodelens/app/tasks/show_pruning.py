@@ -58,8 +58,8 @@ def show_sweep(console: Console, table: pd.DataFrame) -> None:
     for name in (*varied, "area", *(f"{a:g}" for a in amounts)):
         shown.add_column(name, justify="left" if name in KEY else "right")
     for key, row in list(area.iterrows())[:MOST]:
-        labels = [str(dict(zip(KEY, key, strict=True))[k]) for k in varied]  # type: ignore[call-overload]
-        here = [means.loc[(*key, a)] if (*key, a) in means.index else None for a in amounts]  # type: ignore[misc]
+        labels = [str(dict(zip(KEY, key, strict=True))[k]) for k in varied]
+        here = [means.loc[(*key, a)] if (*key, a) in means.index else None for a in amounts]
         shown.add_row(*labels, f"{row['area']:.4f}", *("infeasible" if c is None else _with_spread(c) for c in here))
     console.print(shown)
     if len(area) > MOST:

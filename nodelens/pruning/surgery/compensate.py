@@ -149,7 +149,7 @@ def _add_shift(model: nn.Module, path: str, shift: Tensor, norm: str | None) -> 
         module.bias.add_(shift.to(module.bias))
     elif norm is not None:
         mean = model.get_submodule(norm).running_mean
-        mean.sub_(shift.to(mean))  # type: ignore[union-attr, arg-type, operator]
+        mean.sub_(shift.to(mean))  # type: ignore[arg-type, operator]
     else:
         module.bias = nn.Parameter(shift.to(module.weight))
         return True

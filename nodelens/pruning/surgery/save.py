@@ -129,7 +129,7 @@ def _transformers_model(origin: Mapping[str, Any], folder: Path) -> nn.Module:
             setattr(config, {"attention": "_attn_implementation", "experts": "_experts_implementation"}[field], origin[field])
     model = kind(config)
     if origin.get("generation") is not None:
-        model.generation_config = transformers.GenerationConfig.from_dict(origin["generation"])  # type: ignore[assignment]
+        model.generation_config = transformers.GenerationConfig.from_dict(origin["generation"])
     return model
 
 

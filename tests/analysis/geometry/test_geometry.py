@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
+from families import build as build_family
 from ids import label
 from real import folder
 from torch import nn
@@ -487,8 +488,6 @@ def test_the_router_table_is_that_of_the_models_own_scores(mixtral):
 
 @pytest.mark.parametrize("name", ["qwen2 moe", "qwen3 moe", "olmoe", "gpt oss", "deepseek v3", "llama4", "aria", "mimo"])
 def test_routers_are_found_by_what_they_put_out(name):
-    from test_families import build as build_family
-
     with torch.random.fork_rng():
         model, _ = build_family(name)
     first = {"deepseek v3": 1, "mimo": 1}.get(name, 0)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases_criteria import EVERY, FORMS, NOT_OF_MAPS, OF_WEIGHTS, conv_data, conv_groups, conv_net, linear, of
 from ids import label
 from nets import Tokens, batches, build, generator
 from safetensors.torch import load_file
-from test_criteria import EVERY, FORMS, NOT_OF_MAPS, OF_WEIGHTS, conv_data, conv_groups, conv_net, linear, of
 from torch import Tensor, nn
 from torch.testing import assert_close
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from cases_criteria import conv_data, conv_groups, conv_net
+from expert_families import BATCH, TOKENS, build
 from nets import batches, generator
-from test_criteria import conv_data, conv_groups, conv_net
 from torch import nn
 
 import nodelens as nl
@@ -67,8 +68,6 @@ def test_analyze_at_a_group_is_the_table_that_prune_ranks_by(kind, name):
 
 
 def test_whole_experts_and_their_channels_agree_too():
-    from test_expert_groups import BATCH, TOKENS, build
-
     model, groups = build("mixtral")
     batch = [BATCH | {"labels": TOKENS}]
     for chosen, names in (
