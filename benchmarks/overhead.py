@@ -33,8 +33,8 @@ def overhead(
 ) -> tuple[float, float]:
     """(seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
     layers = find_layers(model)
-    batch = Batch.of(batch, groups).sorted()
-    plan = Plan.of(model, layers, as_metrics(metrics), DryRun.of(model, layers, batch), groups, positions)
+    prepared = Batch.of(batch, groups).sorted()
+    plan = Plan.of(model, layers, as_metrics(metrics), DryRun.of(model, layers, prepared), groups, positions)
     taken = Pass(plan)
     capture = Capture(plan.sites(), taken.see, plan.overwritten)
 
@@ -49,8 +49,8 @@ def overhead(
 
     def measured() -> None:
         with capture:
-            taken.begin(batch)
-            taken.end(_forward(model, batch, capture, summed_loss if plan.gradients else None))
+            taken.begin(prepared)
+            taken.end(_forward(model, prepared, capture, summed_loss if plan.gradients else None))
 
     with eval_mode(model):
         for _ in range(3):
