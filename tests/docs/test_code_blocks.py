@@ -29,11 +29,7 @@ from torch.nn import functional
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 PAGES = [page for page in PAGES if page.name not in ("metrics.md", "changelog.md")]
-# names that the documentation uses and the code does not know yet: blocks with one of them are left out
-PENDING = (
-    *("dry_run=", "cost.", "permutations=", "nan_policy=", "layers=groups", "results=", "nl.evaluate"),
-    *("from nodelens.pruning import", "normalize: and transform:", "python prune.py", "outputs/digits/prune/pruned"),
-)
+PENDING = ("layers=groups",)  # blocks with one of these words are left out
 TASKS = ("train", "analyze", "prune")
 _BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>\w+)?[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
