@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nodelens.metrics.registry import find_metrics
+
 HOME = Path(__file__).parents[1] / "nodelens"
 # a room imports from itself and from those before it; models and data stand beside the others
 ORDER = [
@@ -17,7 +19,11 @@ ORDER = [
     *("pruning", "analysis", "evaluation", "training", "report", "compat", "app"),
 ]
 BESIDE = {"models", "data"}
-LEAVES = {"nodelens.network.expressions", "nodelens.results.files"}  # import nothing; models and data may use them
+LEAVES = {
+    "nodelens.network.expressions",
+    "nodelens.results.files",
+    "nodelens.compat.names",
+}  # import nothing: any room may use them
 SHARED = "messages"
 WALLS = {  # which rooms, or files, may import a library
     "hydra": {"app"},
@@ -90,7 +96,9 @@ def upward(files):
             continue
         for name in modules(file, files):
             other = files[name].room
-            if other in (file.room, SHARED) or (file.room in BESIDE and name in LEAVES):
+            if file.name in LEAVES and other != SHARED:
+                found.append(f"{file.name} imports {name}, but is a file that any room may use")
+            if other in (file.room, SHARED) or name in LEAVES:
                 continue
             if other == "" or file.room in BESIDE or place[other] > place[file.room]:
                 found.append(f"{file.name} imports {name}")
@@ -157,6 +165,17 @@ def test_each_rule_can_fail(rule, added):
     for name, text in added.items():
         files[name] = File(name, files[name].source + "\n" + text, files[name].package)
     assert RULES[rule](files)
+
+
+def test_a_metric_name_that_is_given_twice_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "more_metrics").mkdir()
+    (tmp_path / "more_metrics" / "__init__.py").touch()
+    (tmp_path / "more_metrics" / "again.py").write_text(
+        "from nodelens.metrics import Metric\n\n\nclass Again(Metric):\n    names = ('rq',)\n\n\nMETRICS = (Again,)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"metric name 'rq' of more_metrics.again.Again is taken: .*RayleighQuotient has it"):
+        find_metrics("more_metrics", [tmp_path / "more_metrics"])
 
 
 def test_there_are_rooms_and_no_flat_files():

@@ -73,7 +73,7 @@ class Common:
 
 @dataclass
 class MeasuringTask(Common):
-    """Keys of the tasks that measure layers."""
+    """Keys of the tasks that measure layers: names, globs, roles, or ``groups`` for the model's pruning groups."""
 
     layers: Any = "*"
     pairs: Any = "consecutive"

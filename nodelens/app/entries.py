@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
 
+from nodelens.compat.names import METRIC_ALIASES
+
 from .class_source import read_classes
 
 _METRICS = Path(__file__).parents[1] / "metrics"
@@ -66,6 +68,10 @@ def from_source() -> Entries:
             kind = each.variables["kind"]
             of_units |= {name} if kind == "unit" or (kind == "pair" and options.get("reduce") == "mean") else set()
             worse |= set() if each.variables["higher_is_better"] else {name}
+    for alias, (name, preset) in METRIC_ALIASES.items():
+        metrics[alias] = metrics[name] | {key: _plain(value) for key, value in preset.items()}
+        for chosen in (of_units, worse):
+            chosen |= {alias} if name in chosen else set()
     return {"metrics": metrics, "criterion": _criteria(sorted(of_units), worse)}
 
 

@@ -6,9 +6,7 @@ taken for two different quantities or said nothing, and what they are called now
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-_K = TypeVar("_K")
+from typing import Any
 
 RENAMED: dict[str, str] = {  # old name: new name
     # a plain and a conditional name for two quantities that both are conditional
@@ -85,19 +83,3 @@ METRIC_ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {alias: (name, {}) fo
     "k90": ("component_count", {"share": 0.9}),
     "k95": ("component_count", {"share": 0.95}),
 }
-
-
-def with_aliases(registry: Mapping[str, tuple[_K, Mapping[str, Any]]]) -> dict[str, tuple[_K, Mapping[str, Any]]]:
-    """A registry, {name: (class, options)}, with every alias beside its own names.
-
-    Raises ValueError for an alias that is a name of its own already, or of a name that is not there.
-    """
-    found = dict(registry)
-    for alias, (name, options) in METRIC_ALIASES.items():
-        if alias in registry:
-            raise ValueError(f"the alias {alias!r} of {name!r} is the name of a metric")
-        if name not in registry:
-            raise ValueError(f"the alias {alias!r} stands for {name!r}, which no metric is called")
-        kind, preset = registry[name]
-        found[alias] = kind, {**preset, **options}
-    return found

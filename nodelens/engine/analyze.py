@@ -100,8 +100,7 @@ def analyze(
     batches = iter(() if of_weights else data)  # type: ignore[arg-type]
     head = next(batches, None)
     first = None if head is None else Batch.of(head, groups, seed).to(device)
-    shown = [layer for layer in dict.fromkeys([*found, *members.layers]) if not isinstance(layer, GroupLayer)]
-    shown = [layer for layer in shown if layer is not members.model]
+    shown = members.observed(found)
     seen = first_of(None if first is None else (DryRun.of(model, shown, first), _per_token(first)))
     seen = (DryRun.of_weights(shown), []) if of_weights else seen
     if seen is None:

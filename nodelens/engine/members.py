@@ -76,6 +76,11 @@ class Members:
             makers = {name: [(with_start(layer, start), places) for layer, places in every] for name, every in makers.items()}
         return cls(found.groups, around, readers, makers, mixtures, found.model)
 
+    def observed(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers that a hook sees: those among ``layers``, and those that show the units of groups."""
+        every = dict.fromkeys([*layers, *self.layers])
+        return [layer for layer in every if not isinstance(layer, GroupLayer) and layer is not self.model]
+
     @property
     def layers(self) -> list[Layer]:
         """The layers that show units of groups, the groups around layers, and the model."""

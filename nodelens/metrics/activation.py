@@ -24,7 +24,7 @@ class ActivationMean(Metric):
     Source: definition
     """
 
-    names: ClassVar = ("activation_mean", "activation_mean_abs")
+    names: ClassVar = ("activation_mean",)
     nan: ClassVar = "no rows"
     absolute: bool = True
     view: View = "positions"
@@ -72,7 +72,7 @@ class ActivationNorm(Metric):
     Source: definition
     """
 
-    names: ClassVar = ("activation_l2_norm", "activation_norm", "activation_rms")
+    names: ClassVar = ("activation_rms",)
     nan: ClassVar = "no rows"
     normalize: Literal["rows", "none"] = "rows"
     spatial: Literal["all", "mean_abs"] = "all"

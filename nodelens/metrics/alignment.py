@@ -89,7 +89,7 @@ class ConditionalRayleighQuotient(_Quotient):
     Source: definition; Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
     """
 
-    names: ClassVar = ("conditional_rayleigh_quotient", "conditional_rq", "cond_rq")
+    names: ClassVar = ("conditional_rayleigh_quotient", "conditional_rq")
     nan: ClassVar = "the unit's weights are all zero, no class has two rows, or the input does not vary in a class"
 
     def needs(self) -> dict[str, Need]:

@@ -31,7 +31,7 @@ class BinnedInformation(Metric):
     Source: plug-in estimate; bias: Panzeri & Treves 1996, Network 7:87, eq. 10
     """
 
-    names: ClassVar = ("mutual_information_binning", "mi_binning", "mi_1")
+    names: ClassVar = ("mutual_information_binning", "mi_binning")
     nan: ClassVar = "fewer than two samples"
     target: Target = "auto"
     bins: int = 10

@@ -8,6 +8,8 @@ from itertools import groupby
 from textwrap import fill
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from nodelens.compat.names import METRIC_ALIASES
+
 from .base import Metric
 from .registry import get_metric, metric_classes
 
@@ -63,6 +65,7 @@ def _entry(metric: type[Metric]) -> str:
     what, notes = _prose(metric)
     lines = {
         "also": ", ".join(f"`{name}`" for name in metric.names[1:]),
+        "aliases": "; ".join(_preset(names, options) for names, options in _aliases(metric)),
         "formula": _code(metric.section("Formula")),
         "one value per": _per(instance),
         "reads": _reads(instance),
@@ -70,7 +73,7 @@ def _entry(metric: type[Metric]) -> str:
         "NaN": _escaped(metric.section("NaN")),
         "raises": _escaped(metric.section("Raises")),
         "options": "; ".join(_option(f, hint) for f, hint in _options(metric)),
-        "presets": "; ".join(_preset(names, options) for names, options in _presets(metric)),
+        "presets": "; ".join(_preset(names, options) for names, options in _by_options(metric.presets)),
         "source": _escaped(metric.source()),
     }
     listed = "\n".join(_wrapped(f"- {key}: {value}", "  ") for key, value in lines.items() if value)
@@ -104,10 +107,16 @@ def _option(field: Field[Any], hint: Any) -> str:
     return f"`{field.name}: {_plain(default)}`" + (f" (or {', '.join(f'`{c}`' for c in choices)})" if choices else "")
 
 
-def _presets(metric: type[Metric]) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Presets with the same options are names of one."""
+def _aliases(metric: type[Metric]) -> list[tuple[list[str], Mapping[str, Any]]]:
+    """Names of other systems, and of earlier versions."""
+    own: dict[str, Any] = {name: {} for name in metric.names} | dict(metric.presets)
+    return _by_options({alias: {**own[name], **options} for alias, (name, options) in METRIC_ALIASES.items() if name in own})
+
+
+def _by_options(presets: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], Mapping[str, Any]]]:
+    """Names with the same options, side by side."""
     found: list[tuple[list[str], Mapping[str, Any]]] = []
-    for name, options in metric.presets.items():
+    for name, options in presets.items():
         same = next((names for names, others in found if others == options), None)
         if same is None:
             found.append(([name], options))
@@ -117,7 +126,8 @@ def _presets(metric: type[Metric]) -> list[tuple[list[str], Mapping[str, Any]]]:
 
 
 def _preset(names: list[str], options: Mapping[str, Any]) -> str:
-    return f"{', '.join(f'`{n}`' for n in names)} (" + ", ".join(f"`{k}: {_plain(v)}`" for k, v in options.items()) + ")"
+    listed = ", ".join(f"`{n}`" for n in names)
+    return listed + (f" ({', '.join(f'`{k}: {_plain(v)}`' for k, v in options.items())})" if options else "")
 
 
 def _plain(value: Any) -> str:

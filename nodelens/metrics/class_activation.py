@@ -28,7 +28,7 @@ class ConditionalActivationNorm(Metric):
     Source: definition
     """
 
-    names: ClassVar = ("conditional_activation_norm", "cond_act_norm")
+    names: ClassVar = ("conditional_activation_norm",)
     nan: ClassVar = "no rows, a unit that is always 0, one class only for variance, or a class in which the unit is 0 for ratio"
     aggregation: Literal["mean", "max", "variance", "ratio"] = "mean"
     normalize: bool = True

@@ -39,7 +39,7 @@ class ClassSynergy(Metric):
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV; Cover & Thomas 2006, theorem 8.4.1
     """
 
-    names: ClassVar = ("synergy_gaussian_mmi",)
+    names: ClassVar = ("class_synergy",)
     kind: ClassVar = "pair"
     nan: ClassVar = "no class has four rows (pooled: too few rows), or a layer of one unit"
     covariance: Literal["per_class", "pooled"] = "per_class"

@@ -39,7 +39,7 @@ class ClassInformation(Metric):
     Source: definition, Cover & Thomas 2006, ch. 8; pooled: eta^2, Pearson's correlation ratio
     """
 
-    names: ClassVar = ("mi_about_class", "mi_class", "class_mi")
+    names: ClassVar = ("class_mutual_information", "class_mi")
     nan: ClassVar = "no class has two rows"
     method: Literal["gaussian", "pooled", "binning"] = "gaussian"
     ddof: Literal[0, 1] = 1

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .base import Metric
 from .need import Need
-from .registry import get_metric
-
-_RQ_MINUS_REDUNDANCY = {"weights": {"rayleigh_quotient": 1.0, "pairwise_redundancy_gaussian": -0.3}, "log": ()}
+from .registry import get_metric, names_of
 
 
 @dataclass(frozen=True)
@@ -34,36 +32,10 @@ class CompositeImportance(Metric):
     Source: definition
     """
 
-    names: ClassVar = ("composite_importance", "composite", "combined_score")
-    presets: ClassVar = {
-        "node_scoring": {
-            "weights": {
-                "mutual_information_gaussian": 0.3,
-                "gaussian_pid_synergy_mmi": 0.2,
-                "pairwise_redundancy_gaussian": -0.3,
-                "rayleigh_quotient": 0.2,
-            },
-        },
-        "alignment_minus_redundancy": _RQ_MINUS_REDUNDANCY,
-        "rq_minus_r": _RQ_MINUS_REDUNDANCY,
-        "composite_vision": {
-            "weights": {"rayleigh_quotient": 1.0, "gaussian_pid_synergy_mmi": 0.5, "pairwise_redundancy_gaussian": -0.3},
-            "log": (),
-        },
-        "cross_layer_importance": {
-            "weights": {
-                "rayleigh_quotient": 0.25,
-                "downstream_importance": 0.35,
-                "pairwise_redundancy_gaussian": -0.25,
-                "activation_mean": 0.15,
-            },
-            "log": (),
-        },
-        "within_layer_importance": {"weights": {"activation_mean": 0.6, "pairwise_redundancy_gaussian": -0.4}, "log": ()},
-    }
+    names: ClassVar = ("composite_importance", "composite")
     nan: ClassVar = "a part has no value, or its logarithm none (0 and below), or its spread is 0 (robust_z)"
     weights: Mapping[str, float] = field(
-        default_factory=lambda: {"rayleigh_quotient": 1.0, "mi_about_class": 0.5, "pairwise_redundancy_gaussian": -0.3},
+        default_factory=lambda: {"rayleigh_quotient": 1.0, "class_mutual_information": 0.5, "redundancy": -0.3},
         hash=False,
     )
     log: Sequence[str] = ("rayleigh_quotient",)
@@ -95,7 +67,7 @@ class CompositeImportance(Metric):
     @cached_property
     def logs(self) -> set[str]:
         """The parts that enter by their logarithm, whichever of its names a metric goes by."""
-        aliases = set().union(*(_aliases(name) for name in self.log))
+        aliases = {other for name in self.log if _lookup(name, {}) for other in names_of(name)}
         return aliases & set(self.weights)
 
     @property
@@ -140,11 +112,6 @@ def _lookup(name: str, options: Mapping[str, Any]) -> Metric:
         return get_metric(name, **options)
     except ValueError as error:
         raise ValueError(f"{CompositeImportance.names[0]}: {error}") from None
-
-
-def _aliases(name: str) -> set[str]:
-    names = _lookup(name, {}).names
-    return set(names) if name in names else {name}  # a preset is a metric of its own
 
 
 def _of(part: str, statistics: Mapping[str, Any]) -> dict[str, Any]:

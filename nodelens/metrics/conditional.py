@@ -36,7 +36,7 @@ class ConditionalInformation(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, sections 2.5 and 8.5
     """
 
-    names: ClassVar = ("conditional_mi", "cond_mi")
+    names: ClassVar = ("mi_given_class",)
     nan: ClassVar = "no class has four rows"
     target: str = "auto"
     bias: Literal["none", "gaussian"] = "none"
@@ -87,7 +87,7 @@ class ConditionalMutualInformation(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, section 2.5; Ince et al. 2017, doi 10.1002/hbm.23471, eq. 11
     """
 
-    names: ClassVar = ("conditional_mutual_information",)
+    names: ClassVar = ("mi_given_target",)
     nan: ClassVar = "fewer than two rows, or with a bias no more than there are condition columns and two"
     target: str = "auto"
     condition: str = "correct_logit"

@@ -28,7 +28,6 @@ class LogSpectrumSlope(SpectrumMetric):
     """
 
     names: ClassVar = ("log_spectrum_slope",)
-    presets: ClassVar = {"log_spectrum_slope_10_200": {"first": 10, "last": 200}}
     nan: ClassVar = "no variance, fewer than six eigenvalues in range, or one in it of 1e-12 of the largest"
     first: int = 10
     last: int = 200

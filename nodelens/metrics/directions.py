@@ -92,7 +92,7 @@ class DebiasedParticipationRatio(Metric):
     Source: Chun et al. 2025, 2509.26560
     """
 
-    names: ClassVar = ("participation_ratio_debiased", "d_pr_debiased")
+    names: ClassVar = ("participation_ratio_debiased",)
     kind: ClassVar = "layer"
     nan: ClassVar = "fewer than four rows, no variance, or too few rows for a denominator above 0"
     view: View = "positions"

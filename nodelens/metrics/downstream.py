@@ -28,7 +28,7 @@ class DownstreamImportance(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8
     """
 
-    names: ClassVar = ("downstream_importance", "cross_layer_redundancy")
+    names: ClassVar = ("downstream_importance",)
     nan: ClassVar = "fewer than two rows"
     view: View = "positions"
 

@@ -31,7 +31,7 @@ class PairwiseRedundancy(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
-    names: ClassVar = ("pairwise_redundancy_gaussian", "redundancy")
+    names: ClassVar = ("redundancy",)
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two rows (three with a bias), or a layer of one unit"
     higher_is_better: ClassVar = False
@@ -64,7 +64,7 @@ class AverageRedundancy(PairwiseRedundancy):
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
-    names: ClassVar = ("average_redundancy", "redundancy_gaussian")
+    names: ClassVar = ("input_side_redundancy",)
 
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "projection", self.view)}
@@ -110,7 +110,7 @@ class NodeRedundancy(Metric):
     Source: Pearson's correlation, definition
     """
 
-    names: ClassVar = ("node_redundancy", "input_redundancy")
+    names: ClassVar = ("input_feature_redundancy",)
     kind: ClassVar = "input"
     nan: ClassVar = "fewer than two rows, or an input of one feature"
     view: View = "positions"
@@ -146,7 +146,7 @@ class MutualInformation(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
-    names: ClassVar = ("mutual_information_gaussian", "mi_gaussian", "mi_0", "mutual_information", "mi")
+    names: ClassVar = ("mutual_information_gaussian", "mi_gaussian", "mi")
     nan: ClassVar = "fewer than two rows, or with a bias no more than there are target columns and one"
     target: Target = "auto"
     reference: Literal["target", "input_pc1"] = "target"
@@ -196,8 +196,8 @@ class MutualInformation(Metric):
 class AnalyticInformation(Metric):
     """What a unit would tell of a Gaussian input through noise of a given size: its variance, on a logarithmic scale.
 
-    A magnitude in disguise: noise_std is in the unit of y and decides the answer, so say which. See mi_in_proxy for one that
-    the layer's own variances set.
+    A magnitude in disguise: noise_std is in the unit of y and decides the answer, so say which. See
+    relative_channel_information for noise that the layer's own variances set.
 
     Formula: 0.5 ln(1 + w'Cw / s^2), w'Cw = Var y, C the covariance of the input, w the weights, s = noise_std
     Shapes: y over rows of width units -> (units,)
@@ -207,7 +207,7 @@ class AnalyticInformation(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, section 9.1, capacity of the Gaussian channel
     """
 
-    names: ClassVar = ("gaussian_mi_analytic",)
+    names: ClassVar = ("noisy_channel_information",)
     nan: ClassVar = "fewer than two rows"
     noise_std: float = 0.1
     view: View = "positions"
@@ -225,7 +225,7 @@ class AnalyticInformation(Metric):
 
 @dataclass(frozen=True)
 class ProxyInformation(Metric):
-    """gaussian_mi_analytic with the noise that the layer's own variances set: a unit's variance against its layer's.
+    """noisy_channel_information with the noise that the layer's own variances set: a unit's variance against its layer's.
 
     ``noise`` is the median, mean, 75th or 90th percentile of the layer's variances, or a number, in the unit of y squared.
 
@@ -237,7 +237,7 @@ class ProxyInformation(Metric):
     Source: Cover & Thomas 2006, Elements of Information Theory, section 9.1, capacity of the Gaussian channel
     """
 
-    names: ClassVar = ("mi_in_proxy", "ixy")
+    names: ClassVar = ("relative_channel_information",)
     nan: ClassVar = "fewer than two rows, or the noise is 0"
     noise: str | float = "median"
     view: View = "positions"

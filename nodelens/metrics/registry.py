@@ -13,10 +13,13 @@ _M = TypeVar("_M", bound=type[Metric] | Metric)
 _BY_NAME: dict[str, tuple[type[Metric], Mapping[str, Any]]] = {}
 
 
-def find_metrics(package: str, path: Any) -> tuple[type[Metric], ...]:
-    """What the files of a package list as METRICS, in the order of their names: each is registered.
+def find_metrics(
+    package: str, path: Any, aliases: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None
+) -> tuple[type[Metric], ...]:
+    """Registers the classes that the files of a package list as METRICS, in the order of the files' names, and returns them.
 
-    Raises ValueError for a name that two of them have.
+    aliases: {alias: (name, options)}, further names of these metrics. Raises ValueError for a name that is given twice, or an
+    alias of a name that does not exist.
     """
     files = (import_module(f"{package}.{file.name}") for file in pkgutil.iter_modules(path) if not file.name.startswith("_"))
     found = tuple(metric for file in files for metric in getattr(file, "METRICS", ()))
@@ -25,6 +28,13 @@ def find_metrics(package: str, path: Any) -> tuple[type[Metric], ...]:
             if name in _BY_NAME:
                 raise ValueError(f"metric name {name!r} of {_home(metric)} is taken: {_home(_BY_NAME[name][0])} has it")
             _BY_NAME[name] = metric, metric.presets.get(name, {})
+    for alias, (name, options) in (aliases or {}).items():
+        if alias in _BY_NAME:
+            raise ValueError(f"the alias {alias!r} of {name!r} is the name of {_home(_BY_NAME[alias][0])}")
+        if name not in _BY_NAME:
+            raise ValueError(f"the alias {alias!r} stands for {name!r}, which is the name of no metric")
+        metric, preset = _BY_NAME[name]
+        _BY_NAME[alias] = metric, {**preset, **options}
     return found
 
 
@@ -74,6 +84,12 @@ def list_metrics() -> list[str]:
 def metric_classes() -> list[type[Metric]]:
     """Every class that has a name, once, in the order of the files."""
     return list(dict.fromkeys(metric for metric, _ in _BY_NAME.values()))
+
+
+def names_of(name: str) -> list[str]:
+    """Every name of the same metric with the same options, the name itself included. Errors as in ``get_metric``."""
+    get_metric(name)
+    return [other for other, found in _BY_NAME.items() if found == _BY_NAME[name]]
 
 
 def get_metric(name: str, **options: Any) -> Metric:

@@ -68,8 +68,7 @@ class ParticipationRatio(SpectrumMetric):
     Source: Gao et al. 2017, bioRxiv 214262, eq. 5
     """
 
-    names: ClassVar = ("participation_ratio", "d_pr", "sv_participation_ratio")
-    presets: ClassVar = {"d_pr_norm": {"normalize": True}}
+    names: ClassVar = ("participation_ratio",)
     normalize: bool = False
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
@@ -96,8 +95,7 @@ class EntropyDimension(SpectrumMetric):
     Source: Roy & Vetterli 2007, EUSIPCO, definition 1, with eigenvalues in place of singular values
     """
 
-    names: ClassVar = ("d_entropy",)
-    presets: ClassVar = {"d_entropy_norm": {"normalize": True}}
+    names: ClassVar = ("entropy_dimension",)
     normalize: bool = False
 
     def of(self, eigenvalues: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ class EffectiveRank(SpectrumMetric):
     """Exp of the entropy of the singular values' shares.
 
     The singular values of the centred rows go as the roots of the covariance's eigenvalues, so the tail weighs more here
-    than in ``d_entropy``, rounding with it.
+    than in ``entropy_dimension``, rounding with it.
 
     Formula: exp(-sum_i p_i ln p_i), p_i = s_i/sum s, s = sqrt(lam), lam the eigenvalues of the covariance
     Shapes: y over rows of width units -> ()
@@ -119,7 +117,7 @@ class EffectiveRank(SpectrumMetric):
     Source: Roy & Vetterli 2007, EUSIPCO, definition 1
     """
 
-    names: ClassVar = ("effective_rank", "sv_effective_rank")
+    names: ClassVar = ("effective_rank",)
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         return entropy_count(eigenvalues.sqrt())
@@ -136,7 +134,7 @@ class StableRank(SpectrumMetric):
     Source: Rudelson & Vershynin 2007, J. ACM 54(4), section 1, math/0503442
     """
 
-    names: ClassVar = ("stable_rank", "sv_stable_rank")
+    names: ClassVar = ("stable_rank",)
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         return eigenvalues.sum() / eigenvalues[0]
@@ -155,7 +153,6 @@ class TopShare(SpectrumMetric):
     """
 
     names: ClassVar = ("top_share",)
-    presets: ClassVar = {f"top{k}_share": {"k": k} for k in (1, 10, 32)} | {f"ve_{k}": {"k": k} for k in (4, 8, 16, 32)}
     k: int = 10
 
     def __post_init__(self) -> None:
@@ -180,7 +177,6 @@ class ComponentCount(SpectrumMetric):
     """
 
     names: ClassVar = ("component_count",)
-    presets: ClassVar = {"k90": {"share": 0.9}, "k95": {"share": 0.95}}
     share: float = 0.9
 
     def __post_init__(self) -> None:

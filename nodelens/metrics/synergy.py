@@ -34,7 +34,7 @@ class Synergy(Metric):
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
     """
 
-    names: ClassVar = ("gaussian_pid_synergy_mmi", "synergy", "synergy_continuous_target", "pid_synergy")
+    names: ClassVar = ("pid_synergy", "synergy")
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two samples, or a layer of one unit"
     target: Target = "auto"
@@ -77,7 +77,7 @@ class SharedInformation(Metric):
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
     """
 
-    names: ClassVar = ("pid_redundancy", "pid_shared", "pid_redundancy_t")
+    names: ClassVar = ("pid_redundancy",)
     kind: ClassVar = "pair"
     nan: ClassVar = "fewer than two samples, or a layer of one unit"
     higher_is_better: ClassVar = False
@@ -122,7 +122,7 @@ class UniqueInformation(SharedInformation):
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
     """
 
-    names: ClassVar = ("pid_unique", "pid_unique_x", "pid_unique_t")
+    names: ClassVar = ("pid_unique",)
     higher_is_better: ClassVar = True
 
     def _of(self, single: Tensor, shared: Tensor) -> Tensor:

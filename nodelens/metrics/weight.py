@@ -178,7 +178,7 @@ class WeightCosine(Metric):
     Source: definition
     """
 
-    names: ClassVar = ("weight_cosine_similarity", "cosine_similarity")
+    names: ClassVar = ("weight_cosine_similarity",)
     weighted: ClassVar = True
     nan: ClassVar = "the unit's weights are all zero, or it has no partner"
     higher_is_better: ClassVar = False

@@ -175,6 +175,18 @@ def test_a_plan_alone_is_shown_and_nothing_measured(quiet_home):
     assert not (quiet_home / "run/units.parquet").exists()
 
 
+def test_pruning_groups_are_measured_as_prune_scores_them(quiet_home):
+    words = ("model=cnn", "layers=groups", "metrics=[taylor,wanda]", "dataset.calibration=64")
+    ended = command("analyze", *words, "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    units = nl.load("run").units
+    assert units.index.unique("layer").tolist() == [f"blocks.block{k}.conv" for k in (1, 2, 3)]
+    assert units[["taylor", "wanda"]].notna().all(axis=None)
+    ended = command("analyze", *words, "dry_run=true", "hydra.run.dir=plan")
+    assert ended.code == 0, ended.err
+    assert "Moments(output*grad, samples)" in ended.out
+
+
 def test_options_reach_the_numbers(quiet_home):
     raw = nl.load_config("analyze", ["metrics=[rq]", "metrics.rq.relative=false", "paths.output_dir=raw", "logger=none"])
     share = nl.load_config("analyze", ["metrics=rq", "paths.output_dir=share", "logger=none"])

@@ -1,11 +1,11 @@
-"""The names of the original systems. The tests hold before and after the registry takes the table over."""
+"""The names of the original systems."""
 
 import pytest
 
-from nodelens.compat.names import METRIC_ALIASES, RENAMED, with_aliases
-from nodelens.metrics import get_metric, list_metrics
+from nodelens.compat.names import METRIC_ALIASES, RENAMED
+from nodelens.metrics import get_metric
+from nodelens.metrics.registry import find_metrics
 
-OLD = {new: old for old, new in RENAMED.items()}
 IN_CALLS = [
     "activation_l2_norm",
     "activation_variance",
@@ -26,10 +26,6 @@ IN_CALLS = [
 ]
 
 
-def standard(name, **options):
-    return get_metric(name if name in list_metrics() else OLD[name], **options)
-
-
 @pytest.mark.parametrize("name", IN_CALLS)
 def test_names_of_the_original_calls_are_known(name):
     assert get_metric(name).names
@@ -39,7 +35,7 @@ def test_names_of_the_original_calls_are_known(name):
 def test_an_alias_is_the_standard_metric_with_its_options(alias):
     name, options = METRIC_ALIASES[alias]
     assert name not in METRIC_ALIASES, "an alias of an alias"
-    found, wanted = get_metric(alias), standard(name, **options)
+    found, wanted = get_metric(alias), get_metric(name, **options)
     assert type(found) is type(wanted)
     assert found.options == wanted.options
 
@@ -49,13 +45,8 @@ def test_old_names_stay_as_aliases():
     assert len(set(RENAMED.values())) == len(RENAMED)
 
 
-def test_aliases_join_a_registry_or_say_why_not():
-    plain = {name: (name.upper(), {"a": 1}) for name, _ in METRIC_ALIASES.values()}
-    found = with_aliases(plain)
-    assert found.keys() == plain.keys() | METRIC_ALIASES.keys()
-    assert found["mi_0"] == ("MUTUAL_INFORMATION_GAUSSIAN", {"a": 1})
-    assert found["k90"] == ("COMPONENT_COUNT", {"a": 1, "share": 0.9})
-    with pytest.raises(ValueError, match="the alias 'ixy' of 'relative_channel_information' is the name of a metric"):
-        with_aliases(plain | {"ixy": ("IXY", {})})
-    with pytest.raises(ValueError, match="the alias 'k90' stands for 'component_count', which no metric is called"):
-        with_aliases({name: value for name, value in plain.items() if name != "component_count"})
+def test_an_alias_that_is_taken_or_stands_for_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"the alias 'rq' of 'stable_rank' is the name of .*RayleighQuotient"):
+        find_metrics("none", [], {"rq": ("stable_rank", {})})
+    with pytest.raises(ValueError, match="the alias 'fresh' stands for 'stale', which is the name of no metric"):
+        find_metrics("none", [], {"fresh": ("stale", {})})

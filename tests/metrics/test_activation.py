@@ -37,7 +37,7 @@ OVERALL = [
 SCALE = {
     "activation_mean": 1,
     "activation_variance": 2,
-    "activation_l2_norm": 1,
+    "activation_rms": 1,
     "conditional_activation_norm-variance": 1,
 }
 

@@ -134,7 +134,7 @@ def test_a_pass_gives_it_with_a_standard_error_and_without_weights_where_none_ar
         ({"weights": {"rqq": 1}}, "composite_importance: no metric is called 'rqq'; did you mean 'rq'"),
         ({"weights": {"rq": "much"}}, "composite_importance: weights.rq is 'much'; it is a number"),
         ({"log": ["rqq"]}, "composite_importance: no metric is called 'rqq'"),
-        ({"metrics": {"rq": {}}}, "metrics names 'rq', the parts are rayleigh_quotient, mi_about_class"),
+        ({"metrics": {"rq": {}}}, "metrics names 'rq', the parts are rayleigh_quotient, class_mutual_information"),
         ({"weights": {"rq": 1}, "metrics": {"rq": {"relativ": 1}}}, "composite_importance: rq has no option 'relativ'"),
         ({"weights": {"effective_rank": 1}}, "adds values a unit; effective_rank gives a value a layer"),
         ({"weights": {"redundancy": 1}, "metrics": {"redundancy": {"reduce": "none"}}}, "a value a pair of units"),

@@ -6,6 +6,7 @@ from ids import label, metric_id
 from laws import EVERY_METRIC, everything
 from torch.testing import assert_close
 
+from nodelens.compat.names import METRIC_ALIASES
 from nodelens.metrics import METRICS, PairwiseRedundancy, Synergy, get_metric, list_metrics
 
 every = pytest.mark.parametrize(
@@ -155,6 +156,7 @@ def test_a_loss_doubled_doubles_a_slope_and_quadruples_its_squares(name):
 
 def test_every_name_is_one_metric_s_and_finds_it():
     names = [name for metric in METRICS for name in (*metric.names, *metric.presets)]
+    names += METRIC_ALIASES
     assert sorted(names) == list_metrics()
     assert len(set(names)) == len(names)
     assert all(type(get_metric(name)) in METRICS for name in names)

@@ -98,7 +98,7 @@ def estimate_plan(
         bytes=total | {"total": sum(total.values())},
         forward=forward,
         rate=_rate(forward, rows, machine.hours, max(1, len(parts))),
-        passes=[{"layers": [layer.name for layer in part.measured], "bytes": part.total_bytes} for part in parts],
+        passes=[{"layers": [layer.title for layer in part.measured], "bytes": part.total_bytes} for part in parts],
         devices=devices,
         ranks={
             "ranks": machine.ranks,
@@ -152,7 +152,7 @@ def _model(net: nn.Module) -> dict[str, Any]:
 def _sites(plan: Plan, sums: Mapping[str, int], buffers: Mapping[str, int], on: Mapping[str, int | None]) -> list[dict[str, Any]]:
     return [
         {
-            "layer": layer.name,
+            "layer": layer.title,
             "width": plan.seen(layer, "output").width,
             "statistics": [str(need) for need in plan.needs(layer)],
             "bytes": sums.get(layer.name, 0),

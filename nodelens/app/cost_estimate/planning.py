@@ -1,6 +1,6 @@
 """Cost estimates of the pass over units and of the geometry of a language model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,11 @@ from nodelens.analysis.geometry.columns import MetricSelection, columns_of
 from nodelens.analysis.geometry.sites import SeenTensors, hook_points, merged, pairs, unique
 from nodelens.engine.analyze import DEFAULT, device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
-from nodelens.engine.dry_run import DryRun
+from nodelens.engine.dry_run import DryRun, with_groups
 from nodelens.engine.plan import Plan
-from nodelens.engine.request import Metrics, as_metrics
+from nodelens.engine.request import Layers, Metrics, as_layers, as_metrics
+from nodelens.engine.validation import find_members
 from nodelens.network.batch import Batch
-from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 
 from .estimate import CostEstimate, Machine, estimate_plan
@@ -27,7 +27,7 @@ from .meta_device import model_from_config, token_batch
 def estimate_cost(
     model: Any,
     metrics: Metrics = DEFAULT,
-    layers: str | Sequence[str] = "*",
+    layers: Layers = "*",
     *,
     batch: Any = None,
     samples: int = 16,
@@ -57,10 +57,13 @@ def estimate_cost(
     """
     net = model if isinstance(model, nn.Module) else model_from_config(model)
     batch = Batch.of(token_batch(samples, length, device_of(net)) if batch is None else batch, groups)
-    found = find_layers(net, layers, net.state_dict() if initial else None)
-    dry_run = DryRun.of(net, found, batch)
-    chosen: Mapping[str, Any] = as_metrics(metrics)
-    plan_of = partial(Plan.of, net, found, chosen, dry_run, groups, positions, layers == "*", precision, pairs, ["label"])
+    chosen, start = as_metrics(metrics), net.state_dict() if initial else None
+    found = as_layers(net, layers, start)
+    members = find_members(net, found, chosen, start)
+    dry_run = with_groups(DryRun.of(net, members.observed(found), batch), members)
+    plan_of = partial(
+        Plan.of, net, found, chosen, dry_run, groups, positions, layers == "*", precision, pairs, ["label"], members=members
+    )
     plan, refused = _planned(plan_of, covariance, width, max_passes)
     return estimate_plan(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), budget, max_passes, refused=refused)
 

@@ -24,6 +24,7 @@ from .common import (
     format_score,
     is_dry_run,
     launch,
+    layers_of,
     load_module,
     print_line,
     progress_bar,
@@ -99,7 +100,7 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
         net,
         loader,
         metrics,
-        _layers(cfg),
+        layers_of(cfg, net, loader),
         seed=cfg.seed,
         groups=cfg.groups,
         positions=cfg.positions,
@@ -185,10 +186,6 @@ def _show(result: Result) -> None:
         print_line(f"{format_score(found)}, split {found['split']!r}")
     for task, values in result.metadata.get("lm_eval", {}).items():
         print_line(f"lm_eval {task}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
-
-
-def _layers(cfg: DictConfig) -> Any:
-    return cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
 
 
 def initial_of(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:

@@ -201,3 +201,13 @@ def _relative(value: Any, home: str) -> Any:
 
 def _or_null(value: Any) -> Any:
     return "null" if value is None else value
+
+
+def layers_of(cfg: DictConfig, net: torch.nn.Module, batches: Iterable[Any]) -> Any:
+    """The layers of the config: names, or with ``groups`` the model's pruning groups, found from the first batch."""
+    if cfg.layers != "groups":
+        return cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
+    from nodelens.network.batch import Batch
+    from nodelens.pruning.groups.find import find_groups
+
+    return list(find_groups(net, Batch.of(next(iter(batches)))))

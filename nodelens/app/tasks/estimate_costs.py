@@ -23,7 +23,7 @@ from nodelens.engine.validation import in_bytes
 from nodelens.network.batch import Batch
 from nodelens.results.files import write_json
 
-from .common import build_all, console, load_module, print_line
+from .common import build_all, console, layers_of, load_module, print_line
 from .show_cost import show_cost
 from .splits import splits
 
@@ -39,8 +39,8 @@ def estimate_costs(cfg: DictConfig, folder: Path) -> dict[str, CostEstimate]:
     found = _from_config(cfg) or _from_data(cfg)
     try:
         estimates = _estimates(cfg, *found)
-    except ValueError as error:
-        if not isinstance(error.__cause__, RuntimeError) or not _on_meta(found[0]):
+    except (ValueError, RuntimeError) as error:
+        if not isinstance(error.__cause__ or error, RuntimeError) or not _on_meta(found[0]):
             raise
         print_line(f"the forward of {type(found[0]).__name__} reads values, so the model and the data are loaded")
         estimates = _estimates(cfg, *_from_data(cfg))
@@ -68,7 +68,7 @@ def _estimates(cfg: DictConfig, net: nn.Module, batch: Any, rows: int) -> dict[s
         found["units"] = estimate_cost(
             net,
             metrics,
-            values["layers"],
+            layers_of(cfg, net, [batch]),
             batch=batch,
             rows=rows,
             machine=machine,

@@ -22,7 +22,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         groups = sorted({plan.groups_of(layer, need) for need in needs})
         size = sum(plan.nbytes(layer, need) for need in needs) / 2**20
         table.add_row(
-            layer.name,
+            layer.title,
             str(plan.seen(layer, "output").width),
             ", ".join(map(str, needs)) or "none",
             "/".join(map(str, groups)),
