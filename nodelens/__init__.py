@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nodelens.compat.representation_geometry import analyze_model
     from nodelens.data.selectors import select_tokens
     from nodelens.engine.analyze import analyze
+    from nodelens.engine.options import AnalyzeOptions
     from nodelens.evaluation.evaluate import evaluate
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {  # where each name is defined
     "Allocation": "pruning.allocation.allocate",
+    "AnalyzeOptions": "engine.options",
     "Criterion": "pruning.criteria.criterion",
     "Finetune": "training.finetune",
     "GeometryOptions": "analysis.geometry.analyze_model",
@@ -72,6 +74,7 @@ _HOMES = {  # where each name is defined
 
 __all__ = [
     "Allocation",
+    "AnalyzeOptions",
     "Criterion",
     "Finetune",
     "GeometryOptions",

@@ -2,9 +2,9 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,16 @@ from nodelens.network.batch import Batch, logits_of
 from nodelens.network.eval_mode import differentiable, eval_mode
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture, edit
-from nodelens.network.targets import summed_loss
+from nodelens.network.targets import Loss, summed_loss
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor, world
 
 from .collect import Pass
-from .covariance import LIMIT, CovariancePolicy
+from .covariance import CovariancePolicy
 from .dry_run import DryRun, with_groups
-from .layout import Reduce
 from .narrow import describe as describe_covariance
+from .options import AnalyzeOptions
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe, names_of, targets_of
 from .several_passes import check_again, divided, joined
@@ -42,7 +42,6 @@ DEFAULT = (
     "participation_ratio",
     "magnitude",
 )
-Loss = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @torch.inference_mode(False)
@@ -52,42 +51,29 @@ def analyze(
     metrics: Metrics = DEFAULT,
     layers: Layers = "*",
     *,
-    seed: int = 0,
-    groups: int = 8,
-    positions: int | None = None,
-    precision: str = "float32",
-    pairs: str | Sequence[Sequence[str]] = "consecutive",
     initial: nn.Module | Mapping[str, Tensor] | None = None,
-    bias: bool = False,
-    loss: Loss = summed_loss,
-    reduce: Reduce = "sum",
-    covariance: str | None = None,
-    width: int = LIMIT,
-    budget: float | None = None,
-    max_passes: int = 1,
+    options: AnalyzeOptions | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    **named: Any,
 ) -> Result:
     """Measures the units of a model in one pass over the data, in eval mode, on the device where its parameters lie.
 
-    data: batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
-    each process gives its own share. metrics: names, metric objects, or {column: metric}. layers: a name, a glob, a
-    role, a list of them, or pruning groups; reduce: how the values at several places of a group's unit are put together.
-    groups: of samples, for the jackknife. positions: how many positions of each image pair statistics read, None
-    for all. precision: of products, float32 or float64 (rows that are float64 keep it). pairs: of layers that edge metrics
-    compare: consecutive, all, or names. initial: the network before training, or its state dict, for metrics of the weights'
-    change. bias: write the jackknife's estimate of each value's bias beside it, ``<metric>_bias``; nothing is subtracted.
-    loss: of (logits, labels), summed over the batch. covariance: where products of units are wanted of
-    more than ``width`` of them: diagonal, sample:<count>, sketch:<count>, or None, an error that shows these choices
-    (nodelens.engine.covariance has what each means). budget: bytes the plan may take;
-    max_passes: how often the data may be read, some layers each time, so that the plan fits.
+    data:     batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
+              each process gives its own share. None: for metrics of weights
+    metrics:  names, metric objects, or {column: metric}
+    layers:   a name, a glob, a role, a list of them, or pruning groups
+    initial:  the network before training, or its state dict, for metrics of the weights' change
+    options:  ``AnalyzeOptions``; each of its fields can be given by name as well, as in ``groups=16``
+    on_plan:  called with the plan before the data are read
+    progress: wraps the batches of each pass, for a progress bar
 
-    Raises ValueError for names without a match, data that do not fit the model and labels that a metric needs but are not
-    there; MemoryError over the budget.
+    Raises ValueError for names without a match, data that do not fit the model, and labels that a metric needs and the data
+    lack; MemoryError over the budget; TypeError for an unknown option.
     """
     started = time.perf_counter()
-    if reduce not in get_args(Reduce):
-        raise ValueError(f"reduce is {reduce!r}; it is {', '.join(get_args(Reduce))}")
+    settings = (options or AnalyzeOptions()).with_named(named)
+    groups, seed = settings.groups, settings.seed
     chosen, device = as_metrics(metrics), device_of(model)
     start = initial.state_dict() if isinstance(initial, nn.Module) else initial
     found = as_layers(model, layers, start)
@@ -106,24 +92,24 @@ def analyze(
     if seen is None:
         raise ValueError("the data are empty: not one batch to measure")
     dry_run, per_token = seen
-    beyond = CovariancePolicy.of(covariance, width, seed, max_passes)
+    beyond = CovariancePolicy.of(settings.covariance, settings.width, seed, settings.max_passes)
     plan = Plan.of(
         model,
         found,
         chosen,
         with_groups(dry_run, members),
         groups,
-        positions,
+        settings.positions,
         layers == "*",
-        precision,
-        pairs,
+        settings.precision,
+        settings.pairs,
         per_token,
         beyond,
         members,
         seed,
-        reduce,
+        settings.reduce,
     )
-    parts = divided(plan, budget, max_passes)
+    parts = divided(plan, settings.budget, settings.max_passes)
     again = plan.rounds > 1
     check_again(batches is data, len(parts) + plan.rounds - 1, device)
     source: Any = () if of_weights else data
@@ -135,9 +121,9 @@ def analyze(
     results: list[Result] = []
     for part in parts:
         begun = time.perf_counter()
-        taken = run_pass(model, part, source if results or again else every, seed, loss, progress)
+        taken = run_pass(model, part, source if results or again else every, seed, settings.loss, progress)
         passed = time.perf_counter()
-        results.append(finish(part, taken, device, bias, seed))
+        results.append(finish(part, taken, device, settings.bias, seed))
         del taken  # its sums make room for the next pass's
         seconds["pass"] += passed - begun
         seconds["table"] += time.perf_counter() - passed

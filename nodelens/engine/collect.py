@@ -1,6 +1,6 @@
 """One pass: every site's collector, one batch after another, and the sites whose rows meet."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
-from nodelens.network.targets import target_of, token_target
+from nodelens.network.targets import Loss, target_of, token_target
 from nodelens.statistics import Accumulator
 from nodelens.statistics.group_slices import draw, group_slices
 from nodelens.statistics.linalg import exact_products
@@ -21,8 +21,6 @@ from nodelens.statistics.sample_hash import mix
 
 from .collector import TERMS, Collector, ModelCollector, WeightCollector
 from .plan import Plan
-
-Loss = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Meeting:

@@ -6,6 +6,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+Loss = Callable[[Tensor, Tensor | None], Tensor]
 IGNORE = -100  # label of a token or sample without a target, as in cross_entropy
 NAMES = ("label", "logit_margin", "correct_logit", "logits", "logit_pc1", "nll", "loss", "given", "auto")
 TOKEN_CLASSES = 1024  # largest vocabulary whose tokens serve as classes, or whose logits as a target, of each token

@@ -1,8 +1,9 @@
 """Prune a network: score its units, allocate a budget, select and remove units, compensate, fine-tune."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 import pandas as pd
 from torch import nn
 
+from nodelens.engine.options import AnalyzeOptions, check_names
 from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.network.targets import summed_loss
@@ -145,9 +147,12 @@ def prune(
     to prune; protect: {group: units to keep}; allow_approximate: include groups over which a norm reduces. allocation: uniform,
     global, erk, lamp, isomorphic, or an ``Allocation``. mode: remove low, high or random scores.
     apply: slice (smaller tensors), mask (zeros), scale (removed units times ``gate``). compensate: none, bias, least_squares,
-    batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options are those of
-    ``nl.analyze``. Raises ValueError for arguments that do not fit the model or each other.
+    batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options are
+    those of ``nl.analyze``, as ``AnalyzeOptions`` lists them. Raises ValueError for arguments that do not fit the model or each
+    other; TypeError for an unknown option.
     """
+    known = [name for name in inspect.signature(prune).parameters if name != "options"]
+    check_names("nl.prune", options, [*known, *(field.name for field in fields(AnalyzeOptions))])
     if data is not None and iter(data) is data:
         raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
     if apply not in ("slice", "mask", "scale"):

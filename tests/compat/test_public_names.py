@@ -1,6 +1,7 @@
 """What ``import nodelens as nl`` offers in a notebook."""
 
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 import nodelens as nl
 from nodelens.results.result import Result
@@ -99,3 +102,25 @@ def test_a_result_says_what_is_there():
     assert "missing: rq of fc&lt;1&gt;" in page
     assert "<table" in page
     assert repr(Result(pd.DataFrame(), pd.DataFrame())) == "Result: 0 layers, 0 units"
+
+
+MISSPELT = {
+    "nl.analyze has no option 'grops'. Did you mean 'groups'?": lambda: nl.analyze(
+        nn.Linear(2, 3), [torch.ones(4, 2)], ["rq"], grops=4
+    ),
+    "nl.prune has no option 'allocaton'. Did you mean 'allocation'?": lambda: nl.prune(nn.Linear(2, 3), "l1", allocaton="global"),
+    "nl.prune has no option 'precison'. Did you mean 'precision'?": lambda: nl.prune(nn.Linear(2, 3), "l1", precison="float64"),
+}
+
+
+@pytest.mark.parametrize("words", MISSPELT)
+def test_an_option_that_nothing_reads_is_refused_with_the_nearest(words):
+    with pytest.raises(TypeError, match=re.escape(words)):
+        MISSPELT[words]()
+
+
+def test_options_as_an_object_are_the_options_by_name():
+    net, data = nn.Linear(4, 3).double(), [torch.randn(20, 4, dtype=torch.float64)]
+    options = nl.AnalyzeOptions(groups=4, bias=True)
+    assert nl.analyze(net, data, ["rq"], options=options).units.equals(nl.analyze(net, data, ["rq"], groups=4, bias=True).units)
+    assert nl.analyze(net, data, ["rq"], options=options, groups=5).metadata["groups"] == 5

@@ -312,8 +312,8 @@ def without(*keys):
     ("run", "said"),
     [
         (large("class_mi"), r"metric 'class_mi' needs a class for each row; here the rows are tokens with a vocabulary of 1,500, "),
-        (large("composite"), r"metric 'combined_score' needs a class for each row"),
-        (large("synergy", target="logit_pc1"), r"metric 'pid_synergy' needs all logits for each row; .* use target nll"),
+        (large("composite"), r"metric 'composite' needs a class for each row"),
+        (large("synergy", target="logit_pc1"), r"metric 'synergy' needs all logits for each row; .* use target nll"),
         (with_batches(without("labels")), "target 'nll' needs labels, but the data have none"),
         (with_batches(without("targets"), target="given"), "target 'given' needs a target in the batch"),
         (
@@ -328,7 +328,7 @@ def without(*keys):
         (with_batches(dict, layers="pool"), r"pool.output has 1 rows a sample, and target 'nll' is one for each of 14 tokens"),
         (
             with_batches(lambda b: b | {"targets": b["targets"][:, 0]}, "cond_mi", target="given"),
-            r"metric 'cond_mi' pairs each row with label and given; here one is per sample, the other per token",
+            r"metric 'mi_given_class' pairs each row with label and given; here one is per sample, the other per token",
         ),
         (lambda: token_target("nll", torch.ones(2, 3), None), r"needs logits \(B, T, V\), but the model gives \(2, 3\)"),
         (lambda: token_target("margin", torch.ones(2, 3, 4), None), "no target is called 'margin'"),

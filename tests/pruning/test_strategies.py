@@ -185,12 +185,15 @@ def test_every_name_that_is_listed_can_be_had():
         ),
         (lambda: nl.get_pruning_strategy("magnitude").prune(layer(), input=torch.ones(1, 2)), "no 'input'. Did you mean 'inputs'"),
         (lambda: nl.get_pruning_strategy("magnitude").apply_pruning(layer(), torch.ones(3)), r"the mask is \(3,\): give \(4,\)"),
-        (lambda: nl.get_pruning_strategy("magnitude").apply_pruning(nn.ReLU(), torch.ones(3)), "ReLU has no weights of its own"),
+        (
+            lambda: nl.get_pruning_strategy("magnitude").apply_pruning(nn.ReLU(), torch.ones(3)),
+            "ReLU has no weights of its own: mask a Linear",
+        ),
         (
             lambda: nl.get_pruning_strategy("magnitude").apply_pruning(nn.ConvTranspose2d(4, 4, 1, groups=2), torch.ones(3)),
             "ConvTranspose2d is a grouped transposed convolution",
         ),
-        (lambda: nl.get_pruning_strategy("magnitude").create_pruning_mask(torch.ones(3), 1.0), "amount is 1.0"),
+        (lambda: nl.get_pruning_strategy("magnitude").create_pruning_mask(torch.ones(3), 1.0), "amount is 1.0: a share to remove"),
         (lambda: latency({}, Batch.of(torch.ones(1, 2)), repeats=2), "2 repeats"),
     ],
 )

@@ -14,13 +14,12 @@ from nodelens.network.experts import Call, ExpertLayer, Experts, Routed
 from nodelens.network.groups import GroupSlice, PruningGroup
 from nodelens.network.hooks import Capture, Site, observed
 from nodelens.network.layers import Layer
-from nodelens.network.targets import summed_loss
+from nodelens.network.targets import Loss, summed_loss
 from nodelens.pruning.surgery.mask import channel_dim
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.processes import reduce_tensor, world
 
 Unit = Literal["token", "sequence"]
-Loss = Callable[[Tensor, Tensor | None], Tensor]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from nodelens.app.config import build, resolved
+from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.validation import in_bytes
 from nodelens.models import load_weights
@@ -101,17 +102,19 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
         loader,
         metrics,
         layers_of(cfg, net, loader),
-        seed=cfg.seed,
-        groups=cfg.groups,
-        positions=cfg.positions,
-        precision=cfg.precision,
-        pairs=resolved(cfg)["pairs"],
         initial=initial_of(cfg, net),
-        bias=cfg.bias,
-        budget=in_bytes(cfg.budget.memory),
-        max_passes=cfg.budget.max_passes,
-        covariance=cfg.covariance,
-        width=cfg.budget.width,
+        options=AnalyzeOptions(
+            seed=cfg.seed,
+            groups=cfg.groups,
+            positions=cfg.positions,
+            precision=cfg.precision,
+            pairs=resolved(cfg)["pairs"],
+            bias=cfg.bias,
+            covariance=cfg.covariance,
+            width=cfg.budget.width,
+            budget=in_bytes(cfg.budget.memory),
+            max_passes=cfg.budget.max_passes,
+        ),
         on_plan=on_plan,
         progress=progress_bar("measuring", _batches(loader), rank == 0),
     )
