@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nodelens.results.result import Result, load, load_runs
     from nodelens.training.finetune import Finetune
 
+__path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.cli still is
 _HOMES = {  # where each name is defined
     "Allocation": "pruning.allocation.allocate",
     "AnalyzeOptions": "engine.options",

@@ -30,6 +30,7 @@ from .planning import PruningOptions, Schedule, plan_removal
 from .removal_plan import RemovalPlan
 
 Apply = Literal["slice", "mask", "scale"]
+_SIZES = {"params": "parameters", "macs": "multiply-accumulate operations per sample"}
 
 
 class FineTuning(Protocol):
@@ -51,6 +52,18 @@ class Pruned:
     dense: Mapping[str, Any] = field(default_factory=dict)  # names, dtypes and shapes of the dense model's tensors
     numbers: Mapping[str, Any] = field(default_factory=dict)  # counts that modules store, such as num_heads
     finetuned: Mapping[str, Any] = field(default_factory=dict)  # what fine-tuning reports
+
+    def summary(self) -> str:
+        """What was removed, and what is left, in two lines."""
+        about, units = self.plan.about, sum(group.n for group in self.groups)
+        gone = sum(map(len, self.plan.removed.values()))
+        sizes = [
+            f"{name}: {about[f'dense_{key}']:,} -> {about[key]:,}" for key, name in _SIZES.items() if about.get(key) is not None
+        ]
+        return "\n".join([f"{gone:,} of {units:,} units removed ({self.apply})", ", ".join(sizes)])
+
+    def __repr__(self) -> str:
+        return f"Pruned: {self.summary()}"
 
     def save(self, folder: str | Path) -> Path:
         """Writes weights and plan; ``load_pruned`` restores the model: smaller after a slice, with zeros after a mask."""

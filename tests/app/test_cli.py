@@ -235,3 +235,11 @@ def test_an_old_key_is_a_line_beside_the_run(quiet_home):
         f"(in {quiet_home}/conf/experiment/mine)",
     ]
     assert ended.err.count("is now called") == 2
+
+
+def test_the_module_of_the_first_version_works_and_says_its_new_name(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodelens.cli", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == f"{importlib.metadata.version('nodelens')}\n"
+    assert ended.stderr == "warning: python -m nodelens.cli is now nodelens, or python -m nodelens.app\n"

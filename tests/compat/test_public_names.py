@@ -124,3 +124,10 @@ def test_options_as_an_object_are_the_options_by_name():
     options = nl.AnalyzeOptions(groups=4, bias=True)
     assert nl.analyze(net, data, ["rq"], options=options).units.equals(nl.analyze(net, data, ["rq"], groups=4, bias=True).units)
     assert nl.analyze(net, data, ["rq"], options=options, groups=5).metadata["groups"] == 5
+
+
+def test_a_pruned_network_says_what_was_removed():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert repr(nl.prune(net, "l1", 0.5, example_inputs=torch.ones(2, 4))) == (
+        "Pruned: 4 of 8 units removed (slice)\nparameters: 67 -> 35, multiply-accumulate operations per sample: 56 -> 28"
+    )

@@ -60,6 +60,9 @@ class GeometryResult:
         write_json(folder / "metadata.json", self.metadata)
         return self.artifact_dir
 
+    def __repr__(self) -> str:
+        return f"GeometryResult: {self.summary()}"
+
     def summary(self) -> str:
         """One line per finding: dimensions from first to last layer, the largest step between layers, the load of the routers."""
         found = []

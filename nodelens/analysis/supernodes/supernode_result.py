@@ -52,6 +52,9 @@ class SupernodesResult:
         """Every table by name."""
         return {name: getattr(self, name) for name in TABLES}
 
+    def __repr__(self) -> str:
+        return f"SupernodesResult: {self.summary()}"
+
     def summary(self) -> str:
         """The main findings, one line each."""
         m, layers = self.metadata, self.layers

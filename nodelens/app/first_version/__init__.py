@@ -1,0 +1,1 @@
+"""Modules of the first version, found under their old names for one more version."""
