@@ -29,11 +29,6 @@ from torch.nn import functional
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 PAGES = [page for page in PAGES if page.name not in ("metrics.md", "changelog.md")]
-# names that the documentation uses and the code does not know yet: blocks with one of them are left out
-PENDING = (
-    *("dry_run=", "cost.", "permutations=", "nan_policy=", "layers=groups", "results=", "nl.evaluate"),
-    *("from nodelens.pruning import", "normalize: and transform:", "python prune.py", "outputs/digits/prune/pruned"),
-)
 TASKS = ("train", "analyze", "prune")
 _BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>\w+)?[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -158,12 +153,9 @@ def run_page(page, text):
     for block, following in zip(blocks, [*blocks, Block("", "", "", (0, 0), 0)][1:], strict=True):
         kind, _, argument = block.note.partition(": ")
         if kind in ("output", "error"):
-            if last is not None:
-                told.append((block, last))
+            told.append((block, last))
         elif kind == "not run" or block.language in ("mermaid", "text"):
             assert argument or kind != "not run", f"{page.name}: say why line {block.line} is not run"
-        elif any(word in block.code for word in PENDING):
-            last = None
         elif kind == "file":
             Path(argument).parent.mkdir(parents=True, exist_ok=True)
             Path(argument).write_text(block.code)
