@@ -1,7 +1,7 @@
 """Every score of hidden channels against true single-channel ablation: python benchmarks/ablation.py --model DIR --text FILE
 
 Each channel of every feed-forward block is set to zero, one at a time, and the loss of held-out text taken. All unit metrics of the
-catalogue and all pruning criteria score the same channels on other text; the table is sorted by Spearman's rank correlation with
+catalogue score the same channels on other text; the table is sorted by Spearman's rank correlation with
 the true change, and written as Markdown and CSV. Windows are BOS and the tokens behind it; texts are ranges of characters.
 """
 
@@ -12,19 +12,21 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from nodelens.pruning.criteria.baselines import BASELINES, baseline
 from transformers import AutoTokenizer
 
 import nodelens as nl
 from nodelens.analysis.supernodes.agreement import MEAN, POOLED, agreement
 from nodelens.analysis.supernodes.supernode_result import SupernodesResult, load_supernodes
 from nodelens.analysis.supernodes.supernodes import Supernodes
+from nodelens.engine.members import side_of
 from nodelens.metrics import Metric
 from nodelens.models import causal_lm
-from nodelens.pruning.criteria.scoring import at_consumers, score_table
+from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.find import find_groups
 from nodelens.report.supernode_figures import write_supernodes
 from nodelens.results.files import read_json, write, write_json
+
+_PLACES = {"group": "pruning group", "reader": "hidden", "maker": "gate and up"}
 
 
 def windows(tokenizer: AutoTokenizer, text: str, chars: str, length: int, batch: int) -> list[dict[str, torch.Tensor]]:
@@ -34,16 +36,13 @@ def windows(tokenizer: AutoTokenizer, text: str, chars: str, length: int, batch:
     return [{"input_ids": part, "labels": part} for part in torch.tensor(rows).split(batch)]
 
 
-def every_score() -> dict[str, object]:
-    """All unit metrics, each with its own name and those of its presets, and all criteria, behind whose names stands a star."""
-    found: dict[str, object] = {}
+def every_score() -> dict[str, Metric]:
+    """All unit metrics, once each, under their own names and those of their presets."""
+    found: dict[str, Metric] = {}
     for name in sorted(nl.list_metrics(), key=lambda name: (nl.get_metric(name).names[0] != name, name)):
         metric = nl.get_metric(name)
         if metric.shape == "unit" and metric not in found.values():
             found[name] = metric
-    for kind in BASELINES:
-        for name in (kind.names[0], *kind.presets):
-            found[f"{name} *"] = baseline(name)
     return found
 
 
@@ -57,7 +56,7 @@ def ablated(net, data: list, held_out: list, options: argparse.Namespace) -> Sup
     return load_supernodes(options.out)
 
 
-def measured(net, layers: Sequence[str], scores: dict[str, object], data: list, out: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+def measured(net, layers: Sequence[str], scores: dict[str, Metric], data: list, out: Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """Every score of the layers' channels, and why some have none; what lies in the folder is read again."""
     if not (out / "scores.json").is_file():
         refused: dict[str, str] = {}
@@ -75,7 +74,7 @@ def measured(net, layers: Sequence[str], scores: dict[str, object], data: list, 
     return pd.read_parquet(out / "scores.parquet"), read_json(out / "scores.json")
 
 
-def shown(change: pd.DataFrame, size: pd.DataFrame, scores: dict[str, object]) -> str:
+def shown(change: pd.DataFrame, size: pd.DataFrame, scores: dict[str, Metric]) -> str:
     """Agreement with the change and with its size as Markdown, the best mean over layers first."""
     place = {which: change[change["layer"] == which].set_index("score") for which in (MEAN, POOLED)}
     place["size"] = size[size["layer"] == MEAN].set_index("score")
@@ -84,10 +83,8 @@ def shown(change: pd.DataFrame, size: pd.DataFrame, scores: dict[str, object]) -
     lines = ["| score | read at | mean over layers | layers | pooled | mean, size of the change |", "|---|---|---|---|---|---|"]
     for score in place[MEAN].sort_values("spearman", ascending=False).index:
         mean, pooled, large = (f"{t.loc[score, 'spearman']:.3f} ± {t.loc[score, 'spearman_se']:.3f}" for t in place.values())
-        where = "`Supernodes`" if score.startswith("supernodes.") else "criterion"
-        if isinstance(scores.get(score), Metric):
-            where = "metric, hidden" if at_consumers(scores[score]) else "metric, gate and up"
-        name = score.removesuffix(" *").removeprefix("supernodes.")
+        where = "`Supernodes`" if score not in scores else _PLACES[side_of(scores[score])]
+        name = score.removeprefix("supernodes.")
         lines.append(f"| `{name}` | {where} | {mean} | {low[score]:.2f} to {high[score]:.2f} | {pooled} | {large} |")
     return "\n".join(lines)
 

@@ -231,13 +231,12 @@ def test_sets_hold_what_their_names_say():
     def reads(metric):
         return {part for need in metric.needs().values() for part in (need.port, str(need.target))}
 
-    edges = {type(m) for m in chosen("edges").values()}
-    assert edges == {m for m in METRICS if m.kind == "edge"}
-    forward = {type(m) for m in chosen("forward").values()}
-    for metric in (m() for m in METRICS):
-        beyond = any("grad" in r or r == "next" for r in reads(metric)) or metric.parameter not in ("weight", "tensor")
-        beyond = beyond or of_groups_only(metric)
-        assert (type(metric) in forward) == (metric.shape in ("unit", "layer") and not beyond), metric.names[0]
+    assert {type(m) for m in chosen("edges").values()} <= {m for m in METRICS if m.kind == "edge"}
+    for name, metric in chosen("forward").items():
+        assert metric.shape in ("unit", "layer"), name
+        assert metric.parameter in ("weight", "tensor"), name
+        assert not any("grad" in r or r == "next" for r in reads(metric)), name
+        assert not of_groups_only(metric), name
     variants = {"raw", "token_l2", "token_rms", "feature_standardized"}
     for name, metric in chosen("normalization_ablation").items():
         column, variant = next((name.removesuffix(f"_{v}"), v) for v in variants if name.endswith(f"_{v}"))

@@ -12,22 +12,21 @@ from .families import family_groups
 from .graph import graph_groups
 
 
-def find_groups(
-    model: nn.Module, batch: Batch | None = None, extra: Sequence[PruningGroup | Mapping[str, Any]] = ()
-) -> PruningGroups:
+def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGroup | Mapping[str, Any]] = ()) -> PruningGroups:
     """All groups of a model and what is frozen, groups over which a norm reduces included; ``extra`` adds custom groups.
 
-    batch: the graph of a model without transformer blocks is exported with its first samples. Raises ValueError if the batch is
-    needed and missing, if the model cannot be exported, or if a custom group does not fit the model.
+    batch: a ``Batch``, or what ``nl.analyze`` takes as one: the graph of a model without transformer blocks is exported with its
+    first samples. Raises ValueError if the batch is needed and missing, if the model cannot be exported, or if a custom group does
+    not fit the model.
     """
     found = family_groups(model)
     if not len(found) and not (extra and batch is None):
         if batch is None:
             raise ValueError(
                 f"the groups of {type(model).__name__} are read from its exported graph, which needs an input: give data= or "
-                "example_inputs="
+                "example_inputs= to nl.prune, a batch to nl.find_groups"
             )
-        found = graph_groups(model, batch)
+        found = graph_groups(model, batch if isinstance(batch, Batch) else Batch.of(batch))
     custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)
     replaced = {group.name for group in custom}
     opt_in = tuple(g for g in found.opt_in if g.name not in replaced)

@@ -19,6 +19,7 @@ from transformers import (
     RegNetForImageClassification,
 )
 
+import nodelens as nl
 from nodelens.models.hf import resnet
 from nodelens.network.batch import Batch, logits_of
 from nodelens.pruning.groups.graph import graph_groups
@@ -515,3 +516,9 @@ def test_an_oracle_finds_the_same_groups(family):
     assert len(list(pruner.DG.get_all_groups(ignored_layers=[classifier]))) == len(groups)
     pruner.step()
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in other.parameters())
+
+
+def test_groups_are_found_with_a_plain_batch():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    for batch in (torch.ones(2, 4), (torch.ones(2, 4), torch.zeros(2, dtype=torch.long))):
+        assert [(group.name, group.n) for group in nl.find_groups(net, batch)] == [("0", 8)]
