@@ -1,1 +1,1 @@
-"""One pass over the data: the dry run, the plan, the collectors, and the table of what was found."""
+"""One pass over the data: the dry run, the plan, the collectors, and the table of results."""

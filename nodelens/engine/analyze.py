@@ -1,4 +1,4 @@
-"""One pass over the data, and what it found."""
+"""``nl.analyze``: measures a model in as few passes over the data as possible, usually one."""
 
 import itertools
 import time
@@ -57,19 +57,19 @@ def analyze(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **named: Any,
 ) -> Result:
-    """Measures the units of a model in one pass over the data, in eval mode, on the device where its parameters lie.
+    """Measures the units of a model in one pass over the data, in eval mode, on the device of its parameters.
 
-    data:     batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids); under a process group
-              each process gives its own share. None: for metrics of weights
+    data:     batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids). Under a process group, each
+              process passes its own share. None is allowed if all metrics read weights only
     metrics:  names, metric objects, or {column: metric}
     layers:   a name, a glob, a role, a list of them, or pruning groups
     initial:  the network before training, or its state dict, for metrics of the weights' change
-    options:  ``AnalyzeOptions``; each of its fields can be given by name as well, as in ``groups=16``
+    options:  ``AnalyzeOptions``; each of its fields can also be passed by name, as in ``groups=16``
     on_plan:  called with the plan before the data are read
     progress: wraps the batches of each pass, for a progress bar
 
-    Raises ValueError for names without a match, data that do not fit the model, and labels that a metric needs and the data
-    lack; MemoryError over the budget; TypeError for an unknown option.
+    Returns the tables of units, layers and layer pairs. Raises ValueError for names without a match, data that do not fit the model
+    and missing labels; MemoryError beyond the budget; TypeError for an unknown option.
     """
     started = time.perf_counter()
     settings = (options or AnalyzeOptions()).with_named(named)
@@ -82,17 +82,17 @@ def analyze(
     if data is None and reads:
         are = "are" if len(reads) > 1 else "is"
         raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
-    of_weights = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
-    batches = iter(() if of_weights else data)  # type: ignore[arg-type]
-    head = next(batches, None)
-    first = None if head is None else Batch.of(head, groups, seed).to(device)
-    shown = members.observed(found)
-    seen = first_of(None if first is None else (DryRun.of(model, shown, first), _per_token(first)))
-    seen = (DryRun.of_weights(shown), []) if of_weights else seen
+    weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
+    batches = iter(() if weights_only else data)  # type: ignore[arg-type]
+    first_given = next(batches, None)
+    first = None if first_given is None else Batch.of(first_given, groups, seed).to(device)
+    observed = members.observed(found)
+    seen = first_of(None if first is None else (DryRun.of(model, observed, first), _per_token(first)))
+    seen = (DryRun.of_weights(observed), []) if weights_only else seen
     if seen is None:
         raise ValueError("the data are empty: not one batch to measure")
     dry_run, per_token = seen
-    beyond = CovariancePolicy.of(settings.covariance, settings.width, seed, settings.max_passes)
+    policy = CovariancePolicy.of(settings.covariance, settings.width, seed, settings.max_passes)
     plan = Plan.of(
         model,
         found,
@@ -104,28 +104,28 @@ def analyze(
         settings.precision,
         settings.pairs,
         per_token,
-        beyond,
+        policy,
         members,
         seed,
         settings.reduce,
     )
     parts = divided(plan, settings.budget, settings.max_passes)
-    again = plan.rounds > 1
+    several_rounds = plan.rounds > 1
     check_again(batches is data, len(parts) + plan.rounds - 1, device)
-    source: Any = () if of_weights else data
+    source: Any = () if weights_only else data
     if on_plan:
         on_plan(plan)
     planned = time.perf_counter()
-    every = [] if head is None else itertools.chain([head], batches)
+    every = [] if first_given is None else itertools.chain([first_given], batches)
     seconds = {"plan": planned - started, "pass": 0.0, "table": 0.0}
     results: list[Result] = []
     for part in parts:
-        begun = time.perf_counter()
-        taken = run_pass(model, part, source if results or again else every, seed, settings.loss, progress)
+        pass_start = time.perf_counter()
+        collected = run_pass(model, part, source if results or several_rounds else every, seed, settings.loss, progress)
         passed = time.perf_counter()
-        results.append(finish(part, taken, device, settings.bias, seed))
-        del taken  # its sums make room for the next pass's
-        seconds["pass"] += passed - begun
+        results.append(finish(part, collected, device, settings.bias, seed))
+        del collected  # free the sums before the next pass allocates its own
+        seconds["pass"] += passed - pass_start
         seconds["table"] += time.perf_counter() - passed
     result = joined(plan, results)
     result.metadata |= {
@@ -146,39 +146,39 @@ def run_pass(
     loss: Loss = summed_loss,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Pass:
-    """Shows every batch to the plan's statistics. The model is as before when it ends, however it ends."""
-    taken, device = Pass(plan, seed), device_of(model)
-    weights = list({id(p): p for sums in taken.model_sums for p in sums.parameters}.values())
+    """Runs the plan's collectors over every batch and returns them. The model's state is restored, also after an error."""
+    collected, device = Pass(plan, seed), device_of(model)
+    weights = list({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
-    early = graph and bool(plan.overwritten)  # a graph that begins at a layer would not survive what is done in place
-    first = [module for module in model.modules() if early and isinstance(module, nn.Embedding)]
-    for k in range(taken.rounds):
-        taken.begin_round(k)
-        sites = taken.sites(k)
-        runs = bool(sites) or any(sums.forward for sums in taken.model_sums) or not taken.model_sums
-        capture = Capture(sites, taken.see, plan.overwritten)
-        with eval_mode(model), differentiable(weights), edit(dict.fromkeys(first, _begun)), capture:
+    from_inputs = graph and bool(plan.overwritten)  # a graph that starts at a layer would break at an in-place operation
+    first = [module for module in model.modules() if from_inputs and isinstance(module, nn.Embedding)]
+    for k in range(collected.rounds):
+        collected.begin_round(k)
+        sites = collected.sites(k)
+        runs_model = bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums
+        capture = Capture(sites, collected.see, plan.overwritten)
+        with eval_mode(model), differentiable(weights), edit(dict.fromkeys(first, _start_graph)), capture:
             for given in progress(data):
                 batch = Batch.of(given, plan.groups, seed).sorted().to(device)
-                if early:
-                    named = {k: _differentiable(v) for k, v in batch.kwargs.items()}
-                    batch = replace(batch, args=tuple(map(_differentiable, batch.args)), kwargs=named)
-                taken.begin(batch)
-                taken.end(_forward(model, batch, capture, loss if graph else None, bool(weights)) if runs else None, loss)
+                if from_inputs:
+                    named = {k: _require_grad(v) for k, v in batch.kwargs.items()}
+                    batch = replace(batch, args=tuple(map(_require_grad, batch.args)), kwargs=named)
+                collected.begin(batch)
+                collected.end(_forward(model, batch, capture, loss if graph else None, bool(weights)) if runs_model else None, loss)
                 for tensor in weights:
                     tensor.grad = None
-    taken.flush()
-    return taken
+    collected.flush()
+    return collected
 
 
-def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, seed: int = 0) -> Result:
-    """The result of a pass; under a process group of all processes' passes together. Collective."""
-    sums = taken.sums()
+def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False, seed: int = 0) -> Result:
+    """The result of one pass, summed over all processes under a process group. Every process must call it."""
+    sums = collected.sums()
     reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
-    for total in taken.model_sums:
+    for total in collected.model_sums:
         total.reduce()
-    samples = reduce_tensor(taken.samples.to(device)).cpu()
-    left_out = reduce_tensor(torch.tensor([c.left_out for c in taken.collectors.values()], device=device)).tolist()
+    samples = reduce_tensor(collected.samples.to(device)).cpu()
+    left_out = reduce_tensor(torch.tensor([c.left_out for c in collected.collectors.values()], device=device)).tolist()
     for accumulator in sums.values():
         accumulator.to(torch.device("cpu"))
     table = make_table(plan, sums, samples, bias, seed)
@@ -195,7 +195,7 @@ def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, se
         "missing": table.missing,
         "counts": table.counts,
         "model_values": table.model,
-        "left_out": [{"site": str(s), "rows": n} for s, n in zip(taken.collectors, left_out, strict=True) if n],
+        "left_out": [{"site": str(s), "rows": n} for s, n in zip(collected.collectors, left_out, strict=True) if n],
         "never_called": plan.never_called,
         "outputs": [la.title for la in plan.layers if plan.seen(la, "output").final],
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
@@ -206,30 +206,30 @@ def finish(plan: Plan, taken: Pass, device: torch.device, bias: bool = False, se
 
 
 def _rows_of(value: Any) -> int:
-    """Rows that a statistic saw."""
+    """Number of rows that a statistic has seen."""
     counted = value.tensors() if isinstance(value, Statistic) else {}
     return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter or buffer lies; the CPU for one without any."""
+    """The device of a model's first parameter or buffer; the CPU for a model without any."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def _per_token(batch: Batch) -> list[str]:
-    """Which of label and given the data have one of a token."""
+    """Which of the targets label and given have one value per token."""
     inputs = [t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1]
-    beside = {"label": batch.labels, "given": batch.targets}
-    return [k for k, t in beside.items() if t is not None and t.ndim > 1 and any(t.shape[1] == x.shape[1] for x in inputs)]
+    candidates = {"label": batch.labels, "given": batch.targets}
+    return [k for k, t in candidates.items() if t is not None and t.ndim > 1 and any(t.shape[1] == x.shape[1] for x in inputs)]
 
 
-def _begun(embedded: Tensor) -> Tensor:
-    """What an embedding puts out, as the begin of the graph, and as a copy that may be written into."""
+def _start_graph(embedded: Tensor) -> Tensor:
+    """An embedding's output as a leaf of the graph, copied because later operations may write into it in place."""
     return embedded.detach().requires_grad_().clone() if torch.is_grad_enabled() else embedded
 
 
-def _differentiable(value: Any) -> Any:
+def _require_grad(value: Any) -> Any:
     return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -1,4 +1,4 @@
-"""One pass: every site's collector, one batch after another, and the sites whose rows meet."""
+"""One pass: the collectors of all sites, batch by batch, and the sites whose rows are paired."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from .collector import TERMS, Collector, ModelCollector, WeightCollector
 from .plan import Plan
 
 
-class Meeting:
-    """Rows of two sites at the same positions: the first waits for the second, within a batch."""
+class PairedSites:
+    """Pairs the rows of two sites at the same positions: the rows of the site that runs first are held within the batch."""
 
     def __init__(self, need: Need, owner: Collector, other: Site):
         self.need, self.owner, self.other = need, owner, other
@@ -32,17 +32,17 @@ class Meeting:
         self.shift: dict[Site, Tensor] = {}
 
     def see(self, site: Site, rows: Rows, batch: Batch) -> None:
-        """Takes the rows of one of the two; forms products once both are there."""
+        """Takes the rows of one of the two sites; adds the products once both are there."""
         plan = self.owner.plan
-        drawn = None
+        chosen = None
         if plan.positions and plan.sampled(self.need):
-            drawn = draw(batch.hashes, rows.keep, rows.raw.shape[2], plan.positions, self.owner.seed)
-        rows = (rows if drawn is None else rows.at(drawn)).finite()
+            chosen = draw(batch.hashes, rows.keep, rows.raw.shape[2], plan.positions, self.owner.seed)
+        rows = (rows if chosen is None else rows.at(chosen)).finite()
         if site not in self.shift:
             self.shift[site] = rows.pilot()
         first = len(self.held) < 1 and self.owner.site != self.other
-        # later operations may write into what a hook saw
-        self.held[site] = (rows.copy() if first and drawn is None else rows).about(self.shift[site], bool(self.shift[site].any()))
+        # copy, because later operations may write into the captured tensor
+        self.held[site] = (rows.copy() if first and chosen is None else rows).about(self.shift[site], bool(self.shift[site].any()))
         if first:
             return
         x, z = self.held[self.owner.site], self.held[self.other]
@@ -56,34 +56,34 @@ class Meeting:
 class TargetTokens:
     """The tokens of a batch that have a target.
 
-    Shapes: place (m,), where they are among all B x T; beside (m, t) float64, finite; group (m,) and hashes (m,) on the CPU
+    Shapes: index (m,) into the B x T tokens; values (m, t) float64, finite; group (m,) and hashes (m,) on the CPU
     """
 
     shape: tuple[int, int]
-    place: Tensor
-    beside: Tensor
+    index: Tensor
+    values: Tensor
     group: Tensor
     hashes: Tensor
 
     @classmethod
-    def of(cls, beside: Tensor, batch: Batch, positions: int | None, seed: int) -> "TargetTokens":
-        """Of a target (B, T, t), NaN where a token has none; tokens of the padding, and those not drawn, are left out."""
-        samples, length = beside.shape[:2]
+    def of(cls, target: Tensor, batch: Batch, positions: int | None, seed: int) -> "TargetTokens":
+        """Tokens of a target (B, T, t), NaN where there is none. Padding, and positions that are not drawn, are left out."""
+        samples, length = target.shape[:2]
         mask = batch.mask if batch.mask is not None and batch.mask.shape == (samples, length) else None
-        known = beside.isfinite().all(2)
+        known = target.isfinite().all(2)
         known = known if mask is None else known & mask
-        drawn = draw(batch.hashes, mask, length, positions, seed) if positions else None
-        if drawn is not None:
-            known = known & torch.zeros_like(known).scatter(1, drawn.to(known.device), True)
-        place = known.flatten().nonzero()[:, 0]
-        each, row = place.cpu(), (torch.ones(samples, length) if mask is None else mask.cpu()).cumsum(1).long().flatten()
+        chosen = draw(batch.hashes, mask, length, positions, seed) if positions else None
+        if chosen is not None:
+            known = known & torch.zeros_like(known).scatter(1, chosen.to(known.device), True)
+        index = known.flatten().nonzero()[:, 0]
+        each, row = index.cpu(), (torch.ones(samples, length) if mask is None else mask.cpu()).cumsum(1).long().flatten()
         sample = each // length
-        hashes = mix(batch.hashes[sample], row[each])  # a token's number among those that count: padding does not move it
-        return cls((samples, length), place, beside.flatten(0, 1)[place], batch.group[sample], hashes)
+        hashes = mix(batch.hashes[sample], row[each])  # rows count unpadded tokens only, so padding does not change the hash
+        return cls((samples, length), index, target.flatten(0, 1)[index], batch.group[sample], hashes)
 
 
-class Waiting:
-    """Rows of a site until the batch ends: the tokens' targets are made of its logits."""
+class TokenRows:
+    """Holds the rows of a site until the batch ends, because token targets are computed from the logits."""
 
     def __init__(self, owner: Collector):
         self.owner, self.held = owner, list[Rows]()
@@ -109,20 +109,20 @@ class Waiting:
                 f"{self.owner.site} has {positions} rows a sample, and target {needs[0].target!r} is one for each of "
                 f"{at.shape[1]} tokens: leave the layer out (layers=), or metrics with a target"
             )
-        flat = rows.raw.transpose(1, 2).flatten(0, 1)[at.place]
-        found = self.owner.only_finite(Rows(flat.T[None]))
+        flat = rows.raw.transpose(1, 2).flatten(0, 1)[at.index]
+        rows_at = self.owner.only_finite(Rows(flat.T[None]))
         if self.shift is None:
-            self.shift = found.pilot()
-        moved, keep = bool(self.shift.any()), None if found.keep is None else found.keep[0]
+            self.shift = rows_at.pilot()
+        shifted, keep = bool(self.shift.any()), None if rows_at.keep is None else rows_at.keep[0]
         with exact_products():
             for g, a, b in group_slices(at.group, TERMS):
                 kept = None if keep is None else keep[a:b]
-                one = Rows(flat[a:b].T[None], None if kept is None else kept[None], self.shift, (), moved)  # a sample of them
-                each = Rows(flat[a:b, :, None], None if kept is None else kept[:, None], self.shift, (), moved)
+                one = Rows(flat[a:b].T[None], None if kept is None else kept[None], self.shift, (), shifted)  # all as one sample
+                each = Rows(flat[a:b, :, None], None if kept is None else kept[:, None], self.shift, (), shifted)
                 for need in needs:
-                    beside = at.beside[a:b, 0].long() if need.target == "label" else at.beside[a:b]
+                    target = at.values[a:b, 0].long() if need.target == "label" else at.values[a:b]
                     hashes = {"hashes": at.hashes[a:b]} if need.statistic.takes_hashes else {}
-                    made = need.statistic.of(each, beside, **hashes) if need.statistic.paired() else need.statistic.of(one)  # type: ignore[attr-defined]
+                    made = need.statistic.of(each, target, **hashes) if need.statistic.paired() else need.statistic.of(one)  # type: ignore[attr-defined]
                     self.owner.put(need, g, made)
 
 
@@ -130,26 +130,26 @@ _KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": M
 
 
 class Pass:
-    """All sites' collectors, one batch after another."""
+    """The collectors of all sites, which see one batch after another."""
 
     def __init__(self, plan: Plan, seed: int = 0):
         self.plan, self.seed, self.round = plan, seed, 0
         kinds = {site: _KINDS.get(site.port, Collector) for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
-        self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # in each group
+        self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # per group
         self.batch: Batch | None = None
-        self.meetings: dict[Site, list[Meeting]] = {site: [] for site in self.collectors}
+        self.pairs: dict[Site, list[PairedSites]] = {site: [] for site in self.collectors}
         by_name = {Other(site.layer.name, site.port): site for site in self.collectors}
         for site, collector in self.collectors.items():
             for need in collector.sums:
                 if isinstance(need.target, Other) and need.view == "positions":
-                    meeting = Meeting(need, collector, by_name[need.target])
-                    for each in {site, meeting.other}:
-                        self.meetings[each].append(meeting)
-        self.waiting = {site: Waiting(collector) for site, collector in self.collectors.items() if collector.by_token}
+                    pair = PairedSites(need, collector, by_name[need.target])
+                    for each in {site, pair.other}:
+                        self.pairs[each].append(pair)
+        self.token_rows = {site: TokenRows(collector) for site, collector in self.collectors.items() if collector.by_token}
 
-        whole = [collector for site, collector in self.collectors.items() if site.port == "model"]
-        self.model_sums: list[Any] = [sums for collector in whole for sums in collector.sums.values()]
+        model_collectors = [collector for site, collector in self.collectors.items() if site.port == "model"]
+        self.model_sums: list[Any] = [sums for collector in model_collectors for sums in collector.sums.values()]
 
     @property
     def rounds(self) -> int:
@@ -157,13 +157,13 @@ class Pass:
         return max([1, *(sums.rounds for sums in self.model_sums)])
 
     def sites(self, round: int = 0) -> list[Site]:
-        """The sites that are read in a round: all in the first, later those that sums over the model watch."""
+        """The sites read in a round: all in the first; later only those that sums over the whole model watch."""
         chosen = [site for site in self.collectors if site.port != "model"]
         ports = {sums.port for sums in self.model_sums if sums.rounds > round}
         return chosen if not round else [site for site in chosen if isinstance(site.layer, GroupLayer) and site.port in ports]
 
     def begin_round(self, round: int) -> None:
-        """Says which reading of the data begins, from 0."""
+        """Starts a reading of the data, numbered from 0."""
         self.round = round
         for sums in self.model_sums:
             if 0 < round < sums.rounds:
@@ -174,25 +174,25 @@ class Pass:
         for sums in self.model_sums:
             sums.begin(batch)
 
-    def see(self, site: Site, shown: Any) -> None:
-        """Takes what a capture shows of a site."""
+    def see(self, site: Site, captured: Any) -> None:
+        """Takes a captured tensor of a site. Raises RuntimeError before the first ``begin``."""
         if self.batch is None:
             raise RuntimeError(f"{site} shows rows before a batch began")
         collector = self.collectors[site]
-        rows = collector.rows_of(shown, self.batch)
+        rows = collector.rows_of(captured, self.batch)
         for sums in self.model_sums:
             if sums.port == site.port and isinstance(site.layer, GroupLayer):
                 sums.see(site.layer, rows)
         if self.round:
             return
         collector.see(rows, self.batch)
-        for meeting in self.meetings[site]:
-            meeting.see(site, rows, self.batch)
-        if site in self.waiting:
-            self.waiting[site].see(rows)
+        for pair in self.pairs[site]:
+            pair.see(site, rows, self.batch)
+        if site in self.token_rows:
+            self.token_rows[site].see(rows)
 
     def end(self, logits: Tensor | None, loss: Loss | None = None) -> None:
-        """Ends a batch: targets are known, one row per sample is complete."""
+        """Ends a batch: computes targets from the logits and adds what depends on them or on complete samples."""
         batch = self.batch
         assert batch is not None
         with torch.no_grad():
@@ -204,22 +204,22 @@ class Pass:
             return
         z = None if logits is None else logits.detach()
         with torch.no_grad():
-            beside: dict[Any, Tensor] = {name: target_of(name, z, batch.labels, batch.targets) for name in self.plan.targets}
-            wanted = {need.target for waiting in self.waiting.values() for need in waiting.owner.by_token}
-            tokens = {name: self._tokens(name, z, batch) for name in wanted}
-            for waiting in self.waiting.values():
-                waiting.end(tokens)
+            targets: dict[Any, Tensor] = {name: target_of(name, z, batch.labels, batch.targets) for name in self.plan.targets}
+            wanted = {need.target for token_rows in self.token_rows.values() for need in token_rows.owner.by_token}
+            tokens = {name: self._target_tokens(name, z, batch) for name in wanted}
+            for token_rows in self.token_rows.values():
+                token_rows.end(tokens)
             rows = {site: collector.close() for site, collector in self.collectors.items()}
             for site, own in rows.items():
                 if own is not None:
                     known = own.mask()
-                    beside[Other(site.layer.name, site.port)] = own.raw[:, :, 0].where(known, torch.nan)
+                    targets[Other(site.layer.name, site.port)] = own.raw[:, :, 0].where(known, torch.nan)
             for site, collector in self.collectors.items():
-                collector.end(rows[site], batch, beside)
+                collector.end(rows[site], batch, targets)
         self.samples += torch.bincount(batch.group, minlength=len(self.samples))
         self.batch = None
 
-    def _tokens(self, name: Any, logits: Tensor | None, batch: Batch) -> TargetTokens:
+    def _target_tokens(self, name: Any, logits: Tensor | None, batch: Batch) -> TargetTokens:
         if logits is None:
             raise ValueError(f"target {name!r} needs logits, the model gave none")
         value = token_target(name, logits, batch.labels, batch.targets)
@@ -231,7 +231,7 @@ class Pass:
                 collector.flush()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was added so far, as plain tensors; rows that wait are added first."""
+        """The sums so far as plain tensors; buffered rows are added first."""
         self.flush()
         state = {
             f"{k}/{name}": t
@@ -243,7 +243,7 @@ class Pass:
         return state | {"samples": self.samples, "left_out": left_out}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where a pass of the same plan was saved."""
+        """Restores the sums that ``state_dict`` of a pass with the same plan returned."""
         self.samples = state["samples"].clone()
         for k, c in enumerate(self.collectors.values()):
             c.left_out = int(state["left_out"][k])

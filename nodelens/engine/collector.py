@@ -1,4 +1,4 @@
-"""What one site shows, cut by group of samples and added to the statistics that are wanted of it."""
+"""Collectors: add the rows of one site, by group of samples, to the statistics that the plan needs there."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,19 +22,19 @@ from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, SampleSums
 from nodelens.statistics.weight_sums import WeightSums
 
-from .buffered import CAPACITY, MOST, buffer_rows
+from .buffered import CAPACITY, MAX_BYTES, buffer_rows
 from .plan import Plan
 
-CHUNK = 2 << 20  # bytes of rows that one round of reductions reads: they stay in the cache
-SAMPLES = 64  # of a group, whose maps are added up before patches are read from them
-TERMS = 8192  # rows that one float32 product adds up: its rounding stays below what standard errors resolve
+CHUNK = 2 << 20  # bytes of rows per chunk of reductions, so that they stay in the cache
+SAMPLES = 64  # per group: maps are summed over this many before patches are read from the sum
+TERMS = 8192  # rows summed by one float32 product: keeps rounding below what standard errors resolve
 
 
 class Collector:
-    """Adds what one site shows.
+    """Adds the rows of one site to its statistics.
 
-    Products of units are formed while the rows pass, a group's at a time. Everything else is made of sums over a sample's
-    positions, which wait with the samples until there are enough for one round over the groups.
+    Products of units are added batch by batch and group by group. All other statistics are computed from each sample's sums over
+    positions, which are buffered until there are enough samples for one round over the groups.
     """
 
     def __init__(self, site: Site, plan: Plan, seed: int = 0):
@@ -43,27 +43,27 @@ class Collector:
         here = [need for need in plan.needs(layer) if need.port == site.port]
         self.sums = {need: Accumulator(need.statistic, plan.groups_of(layer, need)) for need in here}
         rows = [need for need in here if need.view == "positions" and not isinstance(need.target, Other)]
-        patchy = [need for need in rows if need.statistic.entries and layer.geometry is not None]
-        self.entries = [need for need in patchy if need.target]
-        self.patches = next((need for need in patchy if not need.target), None)
+        from_patches = [need for need in rows if need.statistic.entries and layer.geometry is not None]
+        self.entries = [need for need in from_patches if need.target]
+        self.patches = next((need for need in from_patches if not need.target), None)
         self.maps: MapSums | None = None
-        rest = [need for need in rows if need not in patchy]
-        self.whole = [need for need in rest if need.statistic.by_sample is None]
-        self.reduced = [need for need in rest if need.statistic.by_sample is not None]
+        others = [need for need in rows if need not in from_patches]
+        self.products = [need for need in others if need.statistic.by_sample is None]
+        self.reduced = [need for need in others if need.statistic.by_sample is not None]
         self.tables = {need.statistic.by_sample for need in self.reduced} - {None}
         self.by_sample = [need for need in here if need.view == "samples"]
         self.by_token = [need for need in here if need.view == "tokens"]
         self.targets = list(dict.fromkeys(need.target for need in self.by_sample if need.target))
-        self.means_wanted = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
+        self.needs_means = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
         self.shift: dict[str, tuple[Tensor, bool]] = {}
-        self.waiting: dict[str, Buffer] = {}
+        self.buffers: dict[str, Buffer] = {}
         self.grid: tuple[int, ...] = ()
-        self.means: list[Rows] = []  # of the batch that passes, one a call
+        self.means: list[Rows] = []  # of the current batch, one entry per call of the module
         self.left_out = 0
 
     def rows_of(self, tensor: Tensor, batch: Batch) -> Rows:
-        """What passes as rows, those of padded tokens left out; narrower ones where the port says so."""
+        """Converts a captured tensor to rows, without padded tokens, sampled or sketched if the port says so."""
         layer, samples = self.site.layer, len(batch)
         maps = isinstance(layer, GroupLayer) and self.site.port == "maps"
         rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, batch.mask)  # type: ignore[attr-defined]
@@ -75,128 +75,128 @@ class Collector:
         return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), shifted=False)
 
     def see(self, rows: Rows, batch: Batch) -> None:
-        """Takes the rows of a batch's samples."""
+        """Takes the rows of one batch: adds a large batch directly and buffers a small one."""
         label = self._labels(batch)
-        if not (self.whole or self.reduced or self.entries or self.patches):
-            self.means += [self._to_samples(self._finite(rows))] if self.means_wanted else []
-        elif self._enough(rows) and len(group_slices(batch.group)) <= 2 * self.plan.groups:
-            sums = self._digest(rows, batch.group, batch.hashes, label)
+        if not (self.products or self.reduced or self.entries or self.patches):
+            self.means += [self._to_samples(self._finite(rows))] if self.needs_means else []
+        elif self._large_enough(rows) and len(group_slices(batch.group)) <= 2 * self.plan.groups:
+            sums = self._process_rows(rows, batch.group, batch.hashes, label)
             if self.reduced:
-                self._wait("sums", batch.group, sums.tables() | label)
-            self.means += [self._of_sums(sums)] if self.means_wanted else []
+                self._buffer("sums", batch.group, sums.tables() | label)
+            self.means += [self._sums_to_samples(sums)] if self.needs_means else []
         else:
-            self._wait_whole(rows, batch, label)
-            self.means += [self._to_samples(rows.finite())] if self.means_wanted else []
+            self._buffer_rows(rows, batch, label)
+            self.means += [self._to_samples(rows.finite())] if self.needs_means else []
 
-    def _enough(self, rows: Rows) -> bool:
-        """Whether a batch needs no company: it has as many rows as products of a group want, or as would wait at all."""
+    def _large_enough(self, rows: Rows) -> bool:
+        """Whether a batch is added without buffering: it fills one product per group, or exceeds the buffer's bytes."""
         samples, width, positions = rows.raw.shape
-        return samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MOST
+        return samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
 
     def _labels(self, batch: Batch) -> dict[str, Tensor]:
         return {"label": target_of("label", None, batch.labels)} if self.labelled else {}
 
     def close(self) -> Rows | None:
-        """The batch's rows a sample: of a module that is called several times, over its calls."""
+        """The batch's rows, one per sample. Over several calls of a module, gradients are summed and outputs averaged."""
         calls, self.means = self.means, []
         if len(calls) < 2:
             return calls[0] if calls else None
         raw = torch.stack([c.raw for c in calls])
         return Rows(raw.sum(0) if "grad" in self.site.port else raw.mean(0), calls[0].keep, calls[0].shift)
 
-    def end(self, rows: Rows | None, batch: Batch, beside: Mapping[Any, Tensor]) -> None:
-        """Takes the rows a sample of a batch that is complete, with what stands beside them."""
+    def end(self, rows: Rows | None, batch: Batch, targets: Mapping[Any, Tensor]) -> None:
+        """Buffers the per-sample rows of a complete batch, together with their paired targets."""
         if rows is not None and self.by_sample:
-            tables = {f"beside{k}": beside[target] for k, target in enumerate(self.targets)}
-            keys = {"key": batch.hashes} if any(need.statistic.takes_hashes for need in self.by_sample) else {}
-            self._wait("samples", batch.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **tables, **keys})
+            tables = {f"target{k}": targets[target] for k, target in enumerate(self.targets)}
+            hashes = {"hash": batch.hashes} if any(need.statistic.takes_hashes for need in self.by_sample) else {}
+            self._buffer("samples", batch.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **tables, **hashes})
 
     def flush(self) -> None:
-        """Adds what still waits."""
-        for kind in CAPACITY:  # in this order: whole rows leave sums and entries behind
-            if kind in self.waiting:
-                self._empty(kind)
+        """Adds all buffered rows."""
+        for kind in CAPACITY:  # in this order: processing rows fills the buffers of sums and entries
+            if kind in self.buffers:
+                self._process_buffer(kind)
         self._read_maps()
 
-    def _wait_whole(self, rows: Rows, batch: Batch, label: dict[str, Tensor]) -> None:
-        if rows.grid != self.grid and "rows" in self.waiting:
-            self._empty("rows")  # maps of another size are read apart
+    def _buffer_rows(self, rows: Rows, batch: Batch, label: dict[str, Tensor]) -> None:
+        if rows.grid != self.grid and "rows" in self.buffers:
+            self._process_buffer("rows")  # maps of different sizes cannot share a buffer
         self.grid = rows.grid
-        self._wait("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "key": batch.hashes, **label})
+        self._buffer("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "hash": batch.hashes, **label})
 
-    def _wait(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
+    def _buffer(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
         positions = tables["raw"].shape[2] if kind == "rows" else 1
         tables = {"group": group, **tables}
-        if kind not in self.waiting:
-            self.waiting[kind] = Buffer(buffer_rows(kind, sum(t[:1].nbytes for t in tables.values()), positions))
-        buffer = self.waiting[kind]
+        if kind not in self.buffers:
+            self.buffers[kind] = Buffer(buffer_rows(kind, sum(t[:1].nbytes for t in tables.values()), positions))
+        buffer = self.buffers[kind]
         if not buffer.fits(**tables):
-            self._empty(kind)
+            self._process_buffer(kind)
         buffer.put(**tables)
         if buffer.full:
-            self._empty(kind)
+            self._process_buffer(kind)
 
-    def _empty(self, kind: str) -> None:
-        """Adds what waits of one kind, its samples sorted by group."""
-        held = self.waiting[kind].take()
-        group = held.pop("group")
+    def _process_buffer(self, kind: str) -> None:
+        """Empties one kind of buffer into the sums, its samples sorted by group."""
+        tables = self.buffers[kind].take()
+        group = tables.pop("group")
         if not len(group):
             return
         order = torch.argsort(group, stable=True)
-        held, group = {k: t[order.to(t.device)] for k, t in held.items()}, group[order]
-        label = {"label": held.pop("label")} if "label" in held else {}
+        tables, group = {k: t[order.to(t.device)] for k, t in tables.items()}, group[order]
+        label = {"label": tables.pop("label")} if "label" in tables else {}
         if kind in ("sums", "entries"):
             shift = self.shift["positions"][0]
-            per_unit = held["sums"].shape[1] // len(shift)
-            sums = SampleSums.of_tables(held, shift.repeat_interleave(per_unit))
+            per_unit = tables["sums"].shape[1] // len(shift)
+            sums = SampleSums.of_tables(tables, shift.repeat_interleave(per_unit))
             self._add_sums(self.reduced if kind == "sums" else self.entries, sums, group, label)
             return
-        raw, keep = held.pop("raw"), held.pop("keep")
+        raw, keep = tables.pop("raw"), tables.pop("keep")
         if kind == "rows":
             rows = Rows(raw, None if bool(keep.all()) else keep, raw.new_zeros(raw.shape[1]).double(), self.grid, False)
-            self._add_sums(self.reduced, self._digest(rows, group, held["key"], label), group, label)
+            self._add_sums(self.reduced, self._process_rows(rows, group, tables["hash"], label), group, label)
         else:
-            self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, held)
+            self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, tables)
 
-    def _digest(self, rows: Rows, group: Tensor, keys: Tensor, label: dict[str, Tensor]) -> SampleSums:
-        """Adds products of rows whose samples stand in runs of a group, a few megabytes at a time; the rest as sums."""
+    def _process_rows(self, rows: Rows, group: Tensor, hashes: Tensor, label: dict[str, Tensor]) -> SampleSums:
+        """Adds products of rows, whose samples are sorted by group, in cache-sized chunks; returns sums per sample for the rest."""
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
-        by_run = bool(self.whole or self.patches)
-        wanted = self.plan.positions and self.whole
-        drawn = draw(keys, rows.keep, rows.raw.shape[2], self.plan.positions, self.seed) if wanted else None  # type: ignore[arg-type]
-        only_entries = not self.tables and not self.whole and not self.means_wanted
+        by_slice = bool(self.products or self.patches)
+        draws = self.plan.positions and self.products
+        drawn = draw(hashes, rows.keep, rows.raw.shape[2], self.plan.positions, self.seed) if draws else None  # type: ignore[arg-type]
+        only_entries = not self.tables and not self.products and not self.needs_means
         with exact_products():
-            for first, last, runs in chunks_of(group_slices(group, longest) if by_run else [], len(rows), step):
+            for first, last, slices in chunks_of(group_slices(group, longest) if by_slice else [], len(rows), step):
                 part = rows.take(first, last)
                 if self.entries:
-                    self._read(part, group[first:last], {k: t[first:last] for k, t in label.items()}, only_entries)
-                for g, a, b in runs if self.patches else ():
+                    self._buffer_patches(part, group[first:last], {k: t[first:last] for k, t in label.items()}, only_entries)
+                for g, a, b in slices if self.patches else ():
                     self._add_maps(g, part.take(a - first, b - first), only_entries and not self.entries)
                 if not only_entries:
                     part = self._finite(part)
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
-                for g, a, b in runs if self.whole else ():
-                    self._form(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
+                for g, a, b in slices if self.products else ():
+                    self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
         return SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
 
-    def _read(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
-        """Adds up what a convolution reads of each sample."""
+    def _buffer_patches(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
+        """Buffers the sums over a convolution's patches, per sample."""
         assert self.site.layer.geometry is not None
         sums = patch_sums(rows, self.site.layer.geometry)
         if count and sums.masked:
             self._finite(rows)
-        self._wait("entries", group, sums.tables() | label)
+        self._buffer("entries", group, sums.tables() | label)
 
     def _add_maps(self, group: int, rows: Rows, count: bool) -> None:
-        """Takes in samples of a convolution's input; images of another size begin anew."""
+        """Adds samples of a convolution's input to the sum of maps, which is restarted if the image size changes."""
         if self.maps is None or self.maps.grid != rows.grid:
             self._read_maps()
             assert self.site.layer.geometry is not None
             self.maps = MapSums(self.plan.groups, rows, self.site.layer.geometry)
-        lost = self.maps.add(rows, group)
-        self.left_out += lost if count else 0
+        non_finite = self.maps.add(rows, group)
+        self.left_out += non_finite if count else 0
         if sum(self.maps.samples) >= SAMPLES * len(self.maps.samples):
             self._read_maps()
 
@@ -205,12 +205,12 @@ class Collector:
             for group, value in self.maps.read().items():
                 self.put(self.patches, group, value)
 
-    def _form(self, group: int, rows: Rows, drawn: Tensor | None) -> None:
-        """Forms what rows of one group are needed whole for, or at the positions drawn."""
-        for need in self.whole:
-            some = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
+    def _add_products(self, group: int, rows: Rows, drawn: Tensor | None) -> None:
+        """Adds rows of one group to the statistics that need whole rows, or those at the positions drawn."""
+        for need in self.products:
+            chosen = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
             sums = self.sums[need]
-            sums.add_rows(some, group if len(sums.parts) > 1 else 0)
+            sums.add_rows(chosen, group if len(sums.parts) > 1 else 0)
 
     def _add_sums(self, needs: list[Need], sums: SampleSums, group: Tensor, label: dict[str, Tensor]) -> None:
         for g, a, b in group_slices(group) if needs else ():
@@ -219,70 +219,70 @@ class Collector:
                 target = [label["label"][a:b]] if need.target else []
                 self.put(need, g, need.statistic.of(part, *target))  # type: ignore[attr-defined]
 
-    def _add_samples(self, rows: Rows, group: Tensor, held: Mapping[str, Tensor]) -> None:
-        """A row a sample. There are few: double precision costs little, and standard errors are differences."""
+    def _add_samples(self, rows: Rows, group: Tensor, tables: Mapping[str, Tensor]) -> None:
+        """Adds one row per sample, in float64: there are few rows, and standard errors are small differences."""
         rows = Rows(rows.raw.double(), rows.keep)
         rows = rows.about(*self._shift("samples", rows))
         for g, a, b in group_slices(group):
             part = rows.take(a, b).finite()
             for need in self.by_sample:
-                beside = [held[f"beside{self.targets.index(need.target)}"][a:b].to(rows.raw.device)] if need.target else []
-                keys = {"hashes": held["key"][a:b]} if need.statistic.takes_hashes else {}
-                self.put(need, g, need.statistic.of(part, *beside, **keys))  # type: ignore[attr-defined]
+                paired = [tables[f"target{self.targets.index(need.target)}"][a:b].to(rows.raw.device)] if need.target else []
+                hashes = {"hashes": tables["hash"][a:b]} if need.statistic.takes_hashes else {}
+                self.put(need, g, need.statistic.of(part, *paired, **hashes))  # type: ignore[attr-defined]
 
     def put(self, need: Need, group: int, value: Statistic) -> None:
-        """Adds a value to its group's, or to the one that there is."""
+        """Adds a value to the sum of its group, or to the only sum."""
         sums = self.sums[need]
         sums.add(value, group if len(sums.parts) > 1 else 0)
 
     def _shift(self, view: str, first: Rows) -> tuple[Tensor, bool]:
         if view not in self.shift:
-            long = any(need.view == view and need.statistic in PAIRS for need in self.sums)
-            # without products only sums of a few hundred samples are formed in float32: a far mean costs less there
-            pilot = first.finite().pilot(FAR if long else 8 * FAR)
+            products = any(need.view == view and need.statistic in PAIRS for need in self.sums)
+            # without products, float32 sums cover only a few hundred samples, so a distant mean costs less precision
+            pilot = first.finite().pilot(FAR if products else 8 * FAR)
             self.shift[view] = pilot, bool(pilot.any())
         return self.shift[view]
 
     def only_finite(self, rows: Rows) -> Rows:
-        """Without rows that are not finite, which are counted where nothing else reads them."""
-        alone = not (self.whole or self.reduced or self.entries or self.patches or self.means_wanted)
+        """The finite rows; counts the others only if no other reduction of this site counts them."""
+        alone = not (self.products or self.reduced or self.entries or self.patches or self.needs_means)
         return self._finite(rows) if alone else rows.finite()
 
     def _finite(self, rows: Rows) -> Rows:
-        """Without rows that are not finite, which are counted."""
+        """The finite rows; counts the others in ``left_out``."""
         finite = rows.finite()
         if finite is not rows:
             self.left_out += int(rows.n - finite.n)
         return finite
 
     def _to_samples(self, rows: Rows) -> Rows:
-        """A row a sample, in memory of its own: later operations may write into what a hook saw."""
+        """One row per sample, copied, because later operations may write into the captured tensor."""
         if "grad" in self.site.port:
             return rows.sample_totals()
         return rows.copy() if rows.raw.shape[2] == 1 else rows.sample_means()
 
-    def _of_sums(self, sums: SampleSums) -> Rows:
+    def _sums_to_samples(self, sums: SampleSums) -> Rows:
         return sums.totals() if "grad" in self.site.port else sums.means()
 
 
 class WeightCollector(Collector):
-    """Adds what a layer reads times what it puts out, and times its gradient: sums in the shape of its weights."""
+    """Adds products of a layer's input, output and output gradient, in the shape of its weights."""
 
-    def rows_of(self, shown: Any, batch: Batch) -> Any:
-        """Input, output and gradient, as they are."""
-        return shown
+    def rows_of(self, captured: Any, batch: Batch) -> Any:
+        """The captured (input, output, gradient), unchanged."""
+        return captured
 
-    def see(self, shown: Any, batch: Batch) -> None:
-        """Takes the input, output and gradient of a batch's samples."""
+    def see(self, captured: Any, batch: Batch) -> None:
+        """Adds the input, output and gradient of one batch."""
         for g, a, b in group_slices(batch.group):
             keep = None if batch.mask is None else batch.mask[a:b].flatten()
-            x, y, gradient = (t[a:b] for t in shown)
+            x, y, gradient = (t[a:b] for t in captured)
             for need in self.sums:
                 self.put(need, g, weight_sums(self.site.layer, x, y, gradient, keep))
 
 
 class ModelCollector(Collector):
-    """Holds what is added up over the whole model: the gradients of weights, a copy in training, products with supernodes."""
+    """Holds sums over the whole model: gradients of weights, a copy in training, products with supernodes."""
 
     def __init__(self, site: Site, plan: Plan, seed: int = 0):
         self.site, self.plan, self.seed, self.left_out, self.by_token = site, plan, seed, 0, []
@@ -290,18 +290,18 @@ class ModelCollector(Collector):
         self.sums = {need: need.statistic(model, groups, *need.options) for need in plan.needs(site.layer)}  # type: ignore[call-arg,misc]
 
     def close(self) -> Rows | None:
-        """No rows: these sums see whole batches."""
+        """None: these sums see whole batches."""
         return None
 
-    def end(self, rows: Rows | None, batch: Batch, beside: Mapping[Any, Tensor]) -> None:
-        """Nothing waits."""
+    def end(self, rows: Rows | None, batch: Batch, targets: Mapping[Any, Tensor]) -> None:
+        """Does nothing: no rows are buffered."""
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no rows are buffered."""
 
 
 def weight_sums(layer: Layer, x: Tensor, y: Tensor, gradient: Tensor, keep: Tensor | None = None) -> WeightSums:
-    """The statistic of one batch of a layer's input, output and gradient."""
+    """The statistic of one batch; ``keep`` masks the positions of padded tokens."""
     out, slope = (layer.rows(t, len(t)).raw.transpose(1, 2).flatten(0, 1) for t in (y, gradient))
     read = layer.patches(x)
     keep = keep if keep is not None and len(keep) == len(read) else None

@@ -1,4 +1,4 @@
-"""The dry run: one recorded forward pass of a few samples, before the real one."""
+"""The dry run: one forward pass of two samples, which finds shapes and costs before the real pass."""
 
 import math
 from collections.abc import Iterable
@@ -22,89 +22,81 @@ Identity = tuple[Any, torch.Size]
 
 
 def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """Operations of queries with keys, and of what that gives with values; nothing is left out for a causal mask."""
+    """FLOPs of attention: queries times keys, then weights times values. A causal mask saves none."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-def _grouped(a: torch.Size, b: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    """Operations of one product a group, the weight of each row's own group."""
+def _grouped_mm(a: torch.Size, b: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """FLOPs of a grouped matrix product, in which each row uses the weight of its own group."""
     return 2 * a[-1] * out_shape.numel()
 
 
 # what torch's counter does not know: attention on the CPU, and the experts of a mixture
-_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention, torch.ops.aten._grouped_mm: _grouped}
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention, torch.ops.aten._grouped_mm: _grouped_mm}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a recorded forward saw at a site, a sample of the batch."""
+    """What the dry run saw at a site; sizes are per sample."""
 
     width: int
     positions: int
-    flat: bool  # (B, width): one row a sample whatever the input's size
+    flat: bool  # (B, width): one row per sample, whatever the size of the input
     calls: int
     nbytes: int
-    overwritten: bool = False  # by a later operation, in place
-    final: bool = False  # it is the model's output
+    overwritten: bool = False  # a later operation writes into it in place
+    final: bool = False  # is the model's output
     grid: tuple[int, ...] = ()
-    packed: bool = False  # positions are of its own: some of the tokens
+    packed: bool = False  # its positions are only some of the tokens (an expert's)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What fired, with which shapes, at what cost."""
+    """Which sites were reached, with their shapes, and the cost of the forward pass."""
 
     seen: dict[str, Seen]  # by str(site)
-    flops: int  # of the forward pass, a sample
+    flops: int  # of the forward pass, per sample
     classes: int  # width of the logits
-    tokens: bool = False  # whether each token has logits of its own
-    samples: int = 2  # in the batch it was taken from
-    norms: dict[str, Layer] = field(default_factory=dict)  # the batch norm that reads a layer's output
+    tokens: bool = False  # whether each token has its own logits
+    samples: int = 2  # in the batch that the two were taken from
+    norms: dict[str, Layer] = field(default_factory=dict)  # by layer: the batch norm that reads its output
 
     @classmethod
     def of_weights(cls, layers: Iterable[Layer]) -> "DryRun":
-        """What the weights of layers alone tell; nothing is run."""
-        wide = ((layer.name, len(layer.weight)) for layer in layers if layer.weight is not None)
-        return cls({f"{name}.output": Seen(n, 1, True, 1, 4 * n) for name, n in wide}, 0, 0)
+        """A dry run that is derived from the shapes of weights; no model is run."""
+        widths = ((layer.name, len(layer.weight)) for layer in layers if layer.weight is not None)
+        return cls({f"{name}.output": Seen(n, 1, True, 1, 4 * n) for name, n in widths}, 0, 0)
 
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[Layer], batch: Batch) -> "DryRun":
-        """Runs the first samples of a batch. Raises ValueError, with the input's shape, where the model cannot take them."""
-        shown: dict[Site, list[tuple[Any, int]]] = {}
+        """Runs the first two samples of a batch. Raises ValueError, with the input's shape, if the model cannot take them."""
+        captured: dict[Site, list[tuple[Any, int]]] = {}
         layers, samples = list(layers), len(batch)
-        norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
+        batch_norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
         sites = [Site(layer, port) for layer in layers for port in ("input", "output") if port == "output" or not _reads_ids(layer)]
-        readers = [Site(norm, "input") for norm in norms]
-        batch = batch.head(2).map(torch.clone)  # tensors made in inference mode would have no version to compare
-        capture = Capture(sites + readers, lambda site, seen: shown.setdefault(site, []).append((seen, version_of(seen))))
+        readers = [Site(norm, "input") for norm in batch_norms]
+        batch = batch.head(2).map(torch.clone)  # tensors made in inference mode have no version to compare
+        capture = Capture(sites + readers, lambda site, seen: captured.setdefault(site, []).append((seen, version_of(seen))))
         capture.gate = True
         with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter:
             try:
                 logits = logits_of(batch.run(model))
             except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(_unfit(model, batch, error)) from error
-        seen = {str(site): _seen(site, shown[site], len(batch), logits) for site in sites if site in shown}
-        read = {identity(shown[site][0][0]): site.layer for site in readers if site in shown}
-        behind = {
-            site.layer.name: read.get(identity(shown[site][0][0])) for site in sites if site in shown and site.port == "output"
-        }
-        return cls(
-            seen,
-            counter.get_total_flops() // len(batch),
-            logits.shape[-1],
-            logits.ndim == 3,
-            samples,
-            {name: norm for name, norm in behind.items() if norm is not None},
-        )
+                raise ValueError(_cannot_run_message(model, batch, error)) from error
+        seen = {str(site): _seen(site, captured[site], len(batch), logits) for site in sites if site in captured}
+        read = {identity(captured[site][0][0]): site.layer for site in readers if site in captured}
+        outputs = [site for site in sites if site in captured and site.port == "output"]
+        norms = {site.layer.name: norm for site in outputs if (norm := read.get(identity(captured[site][0][0]))) is not None}
+        return cls(seen, counter.get_total_flops() // len(batch), logits.shape[-1], logits.ndim == 3, samples, norms)
 
 
 def with_groups(dry_run: DryRun, members: Members) -> DryRun:
-    """The dry run with what pruning groups show, which follows from the layers that read or make their units."""
+    """The dry run extended by pruning groups, whose shapes follow from the layers that read or make their units."""
     seen = dict(dry_run.seen)
     for group in members.groups:
-        shows = members.readers.get(group.name) or members.makers.get(group.name) or []
+        captures = members.readers.get(group.name) or members.makers.get(group.name) or []
         mixture = members.mixtures.get(group.name)
-        names = [layer.name for layer, _ in shows] + ([mixture.name] if mixture is not None else [])
+        names = [layer.name for layer, _ in captures] + ([mixture.name] if mixture is not None else [])
         found = [seen[f"{name}.output"] for name in names if f"{name}.output" in seen]
         first = found[0] if found else Seen(group.group.n, 1, True, 1, 4 * group.group.n)
         flat = first.flat and mixture is None
@@ -113,17 +105,17 @@ def with_groups(dry_run: DryRun, members: Members) -> DryRun:
     return replace(dry_run, seen=seen)
 
 
-def _seen(site: Site, shows: list[tuple[Any, int]], samples: int, logits: Tensor) -> Seen:
-    tensor, version = shows[0]
+def _seen(site: Site, captures: list[tuple[Any, int]], samples: int, logits: Tensor) -> Seen:
+    tensor, version = captures[0]
     rows = site.layer.rows(tensor, samples)
     _, width, positions = rows.raw.shape
     if isinstance(tensor, Routed):
-        return Seen(width, positions, False, len(shows), tensor.values.nbytes // samples, packed=True)
+        return Seen(width, positions, False, len(captures), tensor.values.nbytes // samples, packed=True)
     return Seen(
         width,
         positions,
         tensor.ndim == 2 and len(tensor) == samples,
-        len(shows),
+        len(captures),
         tensor.nbytes // samples,
         tensor._version != version,
         identity(tensor) == identity(logits),
@@ -132,18 +124,18 @@ def _seen(site: Site, shows: list[tuple[Any, int]], samples: int, logits: Tensor
 
 
 def _reads_ids(layer: Layer) -> bool:
-    """Whether what a module reads are numbers of entries, no rows."""
+    """Whether a module reads ids, not rows of numbers."""
     return isinstance(layer.module, nn.Embedding)
 
 
-def version_of(shown: Any) -> int:
-    """How often a tensor was written into in place."""
-    return shown._version if isinstance(shown, Tensor) else 0
+def version_of(captured: Any) -> int:
+    """How often a tensor was written in place; 0 for the tokens of an expert."""
+    return captured._version if isinstance(captured, Tensor) else 0
 
 
-def identity(shown: Any) -> Identity:
-    """What names of one tensor have in common while it is held; a tensor on the meta device has no address, but a storage."""
-    tensor: Tensor = shown.values if isinstance(shown, Routed) else shown
+def identity(captured: Any) -> Identity:
+    """Equal for views of one tensor while it is alive. A tensor on the meta device has no address, so its storage is used."""
+    tensor: Tensor = captured.values if isinstance(captured, Routed) else captured
     place = (tensor.untyped_storage()._cdata, int(tensor.storage_offset())) if tensor.is_meta else tensor.data_ptr()
     return place, tensor.shape
 
@@ -152,7 +144,7 @@ def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
 
 
-def _unfit(model: nn.Module, batch: Batch, error: Exception) -> str:
+def _cannot_run_message(model: nn.Module, batch: Batch, error: Exception) -> str:
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"{type(model).__name__} cannot take the data, {batch.describe()}: {cause}; change the data's channels and size "

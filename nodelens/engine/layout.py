@@ -1,4 +1,4 @@
-"""The layout of a pass: which layers and groups are measured, and which statistic each metric needs of which layer."""
+"""The layout of a pass: which layers and groups are measured, and which statistics the metrics need there."""
 
 import itertools
 import math
@@ -18,59 +18,59 @@ from nodelens.network.targets import is_per_token, resolve_auto
 from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
 from nodelens.statistics.weight_sums import WeightSums
 
-from .covariance import KINDS, CovariancePolicy, whole
+from .covariance import KINDS, CovariancePolicy, base_port
 from .dry_run import DryRun, Seen
 from .members import Members, of_groups_only, side_of
 
-GROUPED_WIDTH = 1024  # wider pair statistics are kept once, not once a group: they have no standard error
-BALANCE = 32.0  # float32 operations in the time of one byte of rows, found with ResNet-18 at 32, 64 and 224 pixels
+GROUPED_WIDTH = 1024  # wider pair statistics are not kept per group of samples, so they have no standard error
+BALANCE = 32.0  # float32 operations in the time of one byte of rows, fitted to ResNet-18 at 32, 64 and 224 pixels
 _SITES = ("next", "input")  # targets that are rows of another site
 Reduce = Literal["sum", "mean", "max", "prod", "first"]
-Place = tuple[Layer, Layer | None]  # where a metric is taken: a layer, and for some the one behind it
+Place = tuple[Layer, Layer | None]  # a layer where a metric is evaluated, and the next layer for some
 
 
 @dataclass(frozen=True)
 class PassLayout:
-    """Every statistic once, however many metrics ask for it.
+    """Which statistics are computed where. A statistic that several metrics need is computed once.
 
-    ``needs`` holds, for each layer, what is added up there; ``lookup`` says which of those serves a metric's need.
+    ``needs`` lists the statistics of a layer; ``lookup`` returns the one that provides what a metric needs.
     """
 
-    layers: list[Layer]  # with a row in the table for each unit: layers and pruning groups
+    layers: list[Layer]  # layers and pruning groups with one table row per unit
     metrics: Mapping[str, Metric]
     dry_run: DryRun
     groups: int = 8
-    positions: int | None = None  # a sample of positions an image for pair statistics; None for all
+    positions: int | None = None  # positions drawn per image for pair statistics; None for all
     never_called: list[str] = field(default_factory=list)
-    precision: str = "float32"  # of products; rows that are float64 keep it
-    per_token: frozenset[str] = frozenset({"label", "given"})  # which the data have one of a token, where each token has logits
-    pairs: list[tuple[Layer, Layer]] = field(default_factory=list)  # of layers that edge metrics compare
-    covariance: CovariancePolicy = field(default_factory=CovariancePolicy)  # what becomes of products of units at wide sites
-    part: frozenset[str] | None = None  # the layers measured in this pass of several; None for all
-    members: Members = field(default_factory=Members)  # the layers that show the units of pruning groups
+    precision: str = "float32"  # of products; float64 rows keep theirs
+    per_token: frozenset[str] = frozenset({"label", "given"})  # targets with one value per token, if each token has logits
+    pairs: list[tuple[Layer, Layer]] = field(default_factory=list)  # layer pairs that edge metrics compare
+    covariance: CovariancePolicy = field(default_factory=CovariancePolicy)  # at wide sites
+    part: frozenset[str] | None = None  # names measured in this pass of several; None for all
+    members: Members = field(default_factory=Members)  # the layers where units of pruning groups are captured
     seed: int = 0
-    reduce: Reduce = "sum"  # of the places of a group's unit, where a metric is taken at the layers that show them
+    reduce: Reduce = "sum"  # combines a unit's values at several places
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)
 
     def seen_at(self, name: str, port: str) -> Seen:
-        """What was recorded at a layer's port, or the narrower rows that its suffix stands for."""
-        found = self.dry_run.seen[f"{name}.{'input' if whole(port) == 'input' else 'output'}"]
+        """What the dry run saw at a port; the sampled or sketched width if the port's suffix says so."""
+        found = self.dry_run.seen[f"{name}.{'input' if base_port(port) == 'input' else 'output'}"]
         return replace(found, width=self.covariance.count) if port.endswith(KINDS) else found
 
     @cached_property
     def every_layer(self) -> list[Layer]:
-        """The measured layers, those that show the units of groups, and the model itself, where something is added up for all."""
+        """The measured layers, the layers that capture units of groups, and the model if sums over the whole model are needed."""
         return [*self.layers, *self.members.layers]
 
     @property
     def measured(self) -> list[Layer]:
-        """The layers that have a row in the table of this pass."""
+        """The layers that have rows in the table of this pass."""
         return [layer for layer in self.layers if self.part is None or layer.name in self.part]
 
     def stored(self, layer: Layer, metric: Metric) -> Any:
-        """What a metric reads of a layer beside sums, where it lies; None where the layer has none."""
+        """The tensor or group that a metric reads besides its sums, on its own device; None if the layer has none."""
         if metric.parameter == "group":
             return layer if isinstance(layer, GroupLayer) else self.members.around[layer.name]
         if metric.parameter == "units":
@@ -86,88 +86,88 @@ class PassLayout:
         return found.detach().cpu() if isinstance(found, Tensor) else found
 
     def places(self, metric: Metric) -> list[Place]:
-        """Where a metric is taken: layers, those that show the units of groups, pairs of layers, or layers with the next one."""
+        """Where a metric is evaluated: layer pairs for an edge metric, otherwise layers, some with the next layer."""
         if metric.kind == "edge":
             return [pair for pair in self.pairs if self.part is None or pair[0].name in self.part]
         found = dict.fromkeys(part for layer in self.measured for part in self.parts(metric, layer))
         return [(layer, self.behind(metric, layer)) for layer in found]
 
     def parts(self, metric: Metric, layer: Layer) -> list[Layer]:
-        """The layers whose values a metric's value at a layer is made of: itself, or those that show the units of a group."""
+        """The layers that a metric's value is combined from: the layer itself, or those that capture a group's units."""
         if not isinstance(layer, GroupLayer):
             return [self.members.around[layer.name] if of_groups_only(metric) else layer]
         side = side_of(metric)
         return [layer] if side == "group" else [each for each, _ in self.members.of(layer, side)]
 
     def behind(self, metric: Metric, layer: Layer) -> Layer | None:
-        """The next layer, where a metric reads it."""
+        """The next layer if the metric reads it, else None."""
         reads = any(need.port == "next" or need.target == "next" for need in metric.needs().values())
         return self.next.get(layer) if reads else None
 
     @cached_property
     def next(self) -> dict[Layer, Layer]:
-        """The layer behind each but the last."""
+        """The successor of each layer but the last."""
         return dict(itertools.pairwise(self.members.chain or self.layers))
 
     def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
-        """What a metric needs at a place, as it is added up; a plan narrows it where sites are too wide."""
+        """What a metric needs at a place. ``Plan`` replaces needs at sites that are too wide."""
         return self.wanted(metric, place)
 
     def wanted(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
-        """What a metric needs at a place, however wide the sites are.
+        """What a metric needs at a place, whatever the width of the sites.
 
-        Sites whose rows stand beside each other but lie at different positions are compared by samples, and so is all that the
-        metric (or the part of a composite) needs.
+        Paired sites with different positions are compared per sample, together with all other needs of the metric (or of the same
+        part of a composite), so that all sums cover the same rows.
         """
         layer, other = place
         needs = metric.needs()
         if other is None and any(need.port == "next" or need.target == "next" for need in needs.values()):
             return {}
-        part = {name: name.rpartition(".")[0] for name in needs}  # of a composite
-        apart = {part[name] for name, need in needs.items() if self._apart(need, layer, other)}
+        part = {name: name.rpartition(".")[0] for name in needs}  # name of the part of a composite
+        unpaired = {part[name] for name, need in needs.items() if self._differs_in_positions(need, layer, other)}
         tokens: dict[str, Any] = {n: need.target for n, need in needs.items() if need.target not in _SITES}
         tokens = tokens if self.dry_run.tokens else {}
-        beside = {part[n]: resolve_auto(target, True) for n, target in tokens.items() if is_per_token(target, self.per_token)}
-        found = {n: self._resolved(need, layer, other, part[n] in apart, beside.get(part[n])) for n, need in needs.items()}
+        by_token = {part[n]: resolve_auto(target, True) for n, target in tokens.items() if is_per_token(target, self.per_token)}
+        found = {n: self._resolved(need, layer, other, part[n] in unpaired, by_token.get(part[n])) for n, need in needs.items()}
         return self._at_members(found)
 
     def _resolved(
-        self, need: Need, layer: Layer, other: Layer | None, apart: bool, beside: Target | None = None
+        self, need: Need, layer: Layer, other: Layer | None, by_samples: bool, token_target: Target | None = None
     ) -> tuple[Layer, Need]:
-        """What a need is here; ``beside``: the target of the metric's tokens, whose rows are those that have it."""
+        """A need as it is computed at this place. ``token_target``: the target that selects the tokens."""
         owner = other if need.port == "next" and other is not None else layer
         view = need.view
         if view == "whole":
             view = "positions" if self.dry_run.tokens else "samples"
-        if apart and view == "positions":
+        if by_samples and view == "positions":
             view = "samples"
         target = need.target
         if target in _SITES:
             target = Other(other.name, "output") if target == "next" and other is not None else Other(layer.name, "input")
-        elif beside is not None:
-            view, target = "tokens", beside
+        elif token_target is not None:
+            view, target = "tokens", token_target
         elif target is not None:
             target = resolve_auto(target, tokens=False)  # type: ignore[arg-type]
         port = "output" if need.port in ("next", "projection") else need.port
-        return owner, self._one_view(owner, need._replace(port=port, view=view, target=target))
+        return owner, self._merge_views(owner, need._replace(port=port, view=view, target=target))
 
     def _at_members(self, needs: dict[str, tuple[Layer, Need]]) -> dict[str, tuple[Layer, Need]]:
-        """Needs of groups where they are added up: what is consumed at each reader, sums over the whole model there."""
+        """Moves needs of groups to where they are computed: ``consumed`` to each reader, ``model`` to the model."""
         found: dict[str, tuple[Layer, Need]] = {}
         for name, (owner, need) in needs.items():
             if need.port == "model" and self.members.model is not None:
                 found[name] = self.members.model, need
             elif need.port == "consumed":
                 for k, (reader, _) in enumerate(self.members.readers[owner.name]):
-                    routed = isinstance(reader, ExpertLayer)  # seen at the group, where every token counts
+                    routed = isinstance(reader, ExpertLayer)  # computed at the group, where every token counts
                     found[f"{name}/{k}"] = (
-                        (owner, need) if routed else (reader, self._one_view(reader, need._replace(port="output")))
+                        (owner, need) if routed else (reader, self._merge_views(reader, need._replace(port="output")))
                     )
             else:
                 found[name] = owner, need
         return found
 
-    def _apart(self, need: Need, layer: Layer, other: Layer | None) -> bool:
+    def _differs_in_positions(self, need: Need, layer: Layer, other: Layer | None) -> bool:
         if need.target not in _SITES:
             return False
         here = self.seen(other if need.port == "next" and other is not None else layer, need.port)
@@ -185,20 +185,20 @@ class PassLayout:
         return wanted
 
     def needs(self, layer: Layer) -> list[Need]:
-        """What is added up at a layer: moments of rows whose products are kept are read off those."""
+        """The statistics computed at a layer, without those that can be derived from another one."""
         wanted = self._wanted[layer.name]
         return sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
 
     def lookup(self, layer: Layer, need: Need) -> Need:
-        """The need that serves another."""
+        """The need whose statistic provides this one."""
         return self._provider(layer, need, self._wanted[layer.name])
 
-    def meets(self, need: Need) -> bool:
-        """Whether a need's rows wait for those of another site, or for the logits."""
+    def is_held(self, need: Need) -> bool:
+        """Whether rows are held within a batch, until the paired site or the logits are known."""
         return need.view == "tokens" or (isinstance(need.target, Other) and need.view == "positions")
 
     def sampled(self, need: Need) -> bool:
-        """Whether a need reads a sample of the positions only."""
+        """Whether a need reads only a sample of the positions."""
         reads = need.view == "tokens" or (need.statistic in SAMPLED and need.view == "positions")
         return self.positions is not None and reads
 
@@ -209,7 +209,7 @@ class PassLayout:
         return 1 if wide else self.groups
 
     def _widths(self, layer: Layer, need: Need) -> tuple[int, int]:
-        """Units at a need's port, and columns of what stands beside them."""
+        """Units at a need's port, and columns of its paired target."""
         width = self.seen(layer, need.port).width
         if layer.geometry is not None and need.statistic.entries:
             width *= math.prod(layer.geometry.kernel)
@@ -221,30 +221,30 @@ class PassLayout:
         return width, sum(self.dry_run.classes if part == "logits" else 1 for part in parts)
 
     def nbytes(self, layer: Layer, need: Need) -> int:
-        """Bytes of a statistic's sums over all its groups."""
+        """Bytes of a statistic's sums over all groups of samples."""
         if need.port == "model":
             return need.statistic.size_of(self.members.groups, *need.options)  # type: ignore[attr-defined]
-        width, beside = self._widths(layer, need)
+        width, columns = self._widths(layer, need)
         repeats = getattr(layer.module, "groups", 1)
         positions = self.seen(layer, need.port).positions
-        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, beside, self.dry_run.classes, repeats, positions)
+        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, columns, self.dry_run.classes, repeats, positions)
 
-    def _rows_a_sample(self, layer: Layer, need: Need) -> int:
+    def _rows_per_sample(self, layer: Layer, need: Need) -> int:
         if need.view == "samples" or need.port == "model":
             return 1
         positions = self.seen(layer, need.port).positions
         return min(positions, self.positions or positions) if self.sampled(need) else positions
 
-    def _one_view(self, layer: Layer, need: Need) -> Need:
-        """A row a sample is the same in either view."""
+    def _merge_views(self, layer: Layer, need: Need) -> Need:
+        """Changes the view to samples if there is one row per sample anyway, so that both views share their sums."""
         seen = self.seen(layer, need.port)
         return need._replace(view="samples") if seen.flat and seen.calls == 1 and need.view != "tokens" else need
 
     def _provider(self, layer: Layer, need: Need, wanted: set[Need]) -> Need:
-        """What a need is read off: a statistic that holds more, of the same rows in the same groups."""
+        """The need that a need is derived from: a richer statistic of the same rows and groups, or itself."""
         for statistic in supersets_of(need.statistic):
             richer = need._replace(statistic=statistic)
-            alike = self.sampled(richer) == self.sampled(need) and self.groups_of(layer, richer) == self.groups_of(layer, need)
-            if richer in wanted and alike:
-                return self._provider(layer, richer, wanted)  # which may itself be read off one that is richer still
+            same_rows = self.sampled(richer) == self.sampled(need) and self.groups_of(layer, richer) == self.groups_of(layer, need)
+            if richer in wanted and same_rows:
+                return self._provider(layer, richer, wanted)  # which may be derived from a richer one in turn
         return need

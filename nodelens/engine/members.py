@@ -1,4 +1,4 @@
-"""Where the units of pruning groups are seen: by the layers that read or make them, or as rows of the group itself."""
+"""Where the units of pruning groups are captured: at the layers that read or make them, or at the group itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,48 +13,48 @@ from nodelens.network.group_layer import Member as GroupMember
 from nodelens.network.layers import Layer
 
 Side = Literal["group", "reader", "maker"]
-Shows = list[tuple[Layer, Tensor]]  # a layer, and where each unit lies in what it shows, (units, places)
-_OWN = {"made*grad", "consumed", "maps", "load", "model"}  # ports that only a group has
-_OF_GROUPS = _OWN | {"output*grad", "output*grad/tokens"}
-_AT_READERS = {"output", "output*grad", "grad", "output*grad/tokens", "grad/tokens"}  # ports that a reader's input has too
+IndexedLayers = list[tuple[Layer, Tensor]]  # a layer, and the index of each unit in its rows, (units, places)
+_GROUP_PORTS = {"made*grad", "consumed", "maps", "load", "model"}  # ports that only a group has
+_AT_GROUP = _GROUP_PORTS | {"output*grad", "output*grad/tokens"}
+_AT_READERS = {"output", "output*grad", "grad", "output*grad/tokens", "grad/tokens"}  # ports of a reader's input
 
 
 def side_of(metric: Metric) -> Side:
-    """Where a metric of a pruning group is taken.
+    """The side of a pruning group where a metric is evaluated.
 
-    ``group``: of rows or weights of the group itself; ``reader``: at the input of each layer that reads the units, where all that
-    looks at their values alone is taken; ``maker``: at each layer that makes them.
+    ``group``: rows or weights of the group itself. ``reader``: the inputs of the layers that read the units, for metrics of
+    activations alone. ``maker``: the layers that make the units.
     """
     needs = metric.needs().values()
-    if {need.port for need in needs} <= _OF_GROUPS and metric.parameter not in ("tensor", "change"):
+    if {need.port for need in needs} <= _AT_GROUP and metric.parameter not in ("tensor", "change"):
         return "group"
-    alone = not metric.weighted and all(need.port in _AT_READERS and need.target != "input" for need in needs)
-    return "reader" if alone else "maker"
+    values_only = not metric.weighted and all(need.port in _AT_READERS and need.target != "input" for need in needs)
+    return "reader" if values_only else "maker"
 
 
 def of_groups_only(metric: Metric) -> bool:
-    """Whether a metric reads what only a group has: then a layer is measured as the group of its own units."""
-    return metric.parameter == "group" or any(need.port in _OWN for need in metric.needs().values())
+    """Whether a metric reads what only a group has; a layer is then measured as a group of its own units."""
+    return metric.parameter == "group" or any(need.port in _GROUP_PORTS for need in metric.needs().values())
 
 
 @dataclass(frozen=True)
 class Members:
-    """Pruning groups, and the layers that show their units, each once however many groups it belongs to."""
+    """Pruning groups and the layers where their units are captured, each listed once even if several groups use it."""
 
     groups: list[GroupLayer] = field(default_factory=list)
     around: Mapping[str, GroupLayer] = field(default_factory=dict)  # layers that are measured as groups of their own units
-    readers: Mapping[str, Shows] = field(default_factory=dict)  # by group
-    makers: Mapping[str, Shows] = field(default_factory=dict)
-    mixtures: Mapping[str, Layer] = field(default_factory=dict)  # of whole experts: the module of all of them
-    model: Layer | None = None  # where something is added up for all groups together
+    readers: Mapping[str, IndexedLayers] = field(default_factory=dict)  # by group
+    makers: Mapping[str, IndexedLayers] = field(default_factory=dict)
+    mixtures: Mapping[str, Layer] = field(default_factory=dict)  # for whole experts: the mixture's module
+    model: Layer | None = None  # holds the sums over all groups
 
     @classmethod
     def find(
         cls, model: nn.Module, layers: Sequence[Layer], metrics: Mapping[str, Metric], start: Mapping[str, Tensor] | None = None
     ) -> "Members":
-        """The members of the groups among some layers, as far as the metrics look at them; start: the weights before training.
+        """The members of the groups in ``layers`` that the metrics read. ``start``: the weights before training.
 
-        Raises ValueError where no layer shows the units of a group.
+        Raises ValueError if a metric reads activations and no layer captures the units of a group.
         """
         groups = [layer for layer in layers if isinstance(layer, GroupLayer)]
         around = {}
@@ -62,34 +62,34 @@ class Members:
             around = {la.name: GroupLayer.around(model, la) for la in layers if not isinstance(la, GroupLayer)}
         known = {layer.name: layer for layer in layers if not isinstance(layer, GroupLayer)}
         found = cls([*groups, *around.values()], around, {}, {}, {}, Layer("(model)", model) if groups or around else None)
-        readers, makers, mixtures = dict[str, Shows](), dict[str, Shows](), dict[str, Layer]()
+        readers, makers, mixtures = dict[str, IndexedLayers](), dict[str, IndexedLayers](), dict[str, Layer]()
         for name, metric in metrics.items():
             for group in found.groups if of_groups_only(metric) else groups:
                 if group.group.router is not None and metric.needs():
                     mixtures[group.name] = known.setdefault(group.makers[0].layer.name, group.makers[0].layer)
-                for side in _looks_at(metric):
+                for side in _sides_read(metric):
                     every = group.readers if side == "reader" else group.makers
-                    if side_of(metric) == "maker":  # experts that share a tensor have no module that puts their units out
+                    if side_of(metric) == "maker":  # no module outputs the units of experts that share a tensor
                         every = [member for member in every if member.piece.tensor == "weight"]
-                    (readers if side == "reader" else makers).setdefault(group.name, _shows(name, group, every, known))
+                    (readers if side == "reader" else makers).setdefault(group.name, _indexed_layers(name, group, every, known))
         if start is not None:
             makers = {name: [(with_start(layer, start), places) for layer, places in every] for name, every in makers.items()}
         return cls(found.groups, around, readers, makers, mixtures, found.model)
 
     def observed(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The layers that a hook sees: those among ``layers``, and those that show the units of groups."""
+        """The layers to hook: those in ``layers``, and those that capture units of groups."""
         every = dict.fromkeys([*layers, *self.layers])
         return [layer for layer in every if not isinstance(layer, GroupLayer) and layer is not self.model]
 
     @property
     def layers(self) -> list[Layer]:
-        """The layers that show units of groups, the groups around layers, and the model."""
-        shows = [layer for side in (self.readers, self.makers) for every in side.values() for layer, _ in every]
-        every = dict.fromkeys([*shows, *self.mixtures.values(), *self.around.values()])
+        """The layers that capture units of groups, the groups around layers, and the model."""
+        indexed = [layer for side in (self.readers, self.makers) for every in side.values() for layer, _ in every]
+        every = dict.fromkeys([*indexed, *self.mixtures.values(), *self.around.values()])
         return [*every, *([] if self.model is None else [self.model])]
 
-    def of(self, group: GroupLayer, side: Side) -> Shows:
-        """The layers that show a group's units on a side."""
+    def of(self, group: GroupLayer, side: Side) -> IndexedLayers:
+        """The layers that capture a group's units on one side."""
         return (self.readers if side == "reader" else self.makers)[group.name]
 
     @property
@@ -98,18 +98,18 @@ class Members:
         return list(dict.fromkeys(layer for every in self.makers.values() for layer, _ in every))
 
 
-def _looks_at(metric: Metric) -> Iterator[Side]:
-    """The sides of a group that a metric looks at."""
+def _sides_read(metric: Metric) -> Iterator[Side]:
+    """The sides of a group that a metric reads."""
     needs = metric.needs().values()
-    watched = {need.statistic.watches(*need.options) for need in needs if need.port == "model"}  # type: ignore[attr-defined]
-    side, ports = side_of(metric), {port.partition("/")[0] for port in watched | {need.port for need in needs}}
+    ports_watched = {need.statistic.watches(*need.options) for need in needs if need.port == "model"}  # type: ignore[attr-defined]
+    side, ports = side_of(metric), {port.partition("/")[0] for port in ports_watched | {need.port for need in needs}}
     if side == "reader" or (side == "group" and ports & {"output*grad", "consumed", "maps"}):
         yield "reader"
     elif side == "maker" or "made*grad" in ports:
         yield "maker"
 
 
-def _shows(metric: str, group: GroupLayer, members: Sequence[GroupMember], known: dict[str, Layer]) -> Shows:
+def _indexed_layers(metric: str, group: GroupLayer, members: Sequence[GroupMember], known: dict[str, Layer]) -> IndexedLayers:
     if group.group.router is not None:
         return []
     if not members or any(reader.piece.tensor != "down_proj" for reader in group.readers if reader.piece.entry is not None):

@@ -1,4 +1,4 @@
-"""Needs at sites that are too wide: narrowed as the covariance policy says, or refused with the choices and their bytes."""
+"""Sites that are too wide: reduces what metrics need there as the covariance policy says, or raises with the choices."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +15,11 @@ from nodelens.metrics.subspace import SubspaceMetric
 from nodelens.network.layers import Layer
 from nodelens.statistics.costs import SQUARE
 
-from .covariance import KINDS, whole
+from .covariance import KINDS, base_port
 from .layout import PassLayout
 
-# what depends on no basis, and so has a meaning in a random one
-_TURNED = (
+# metrics that do not depend on the basis, and so are defined for a random projection
+_BASIS_FREE = (
     SpectrumMetric,
     CosineMean,
     CosineDeviation,
@@ -33,7 +33,7 @@ Needs = dict[str, tuple[Layer, Need]]
 
 
 class Side(NamedTuple):
-    """One side of a layer: what it puts out and its gradients, or what it reads."""
+    """One side of a layer: its output and gradients, or its input."""
 
     layer: str
     port: str  # output | input
@@ -42,32 +42,33 @@ class Side(NamedTuple):
         return self.layer if self.port == "output" else f"{self.layer}.{self.port}"
 
 
-def wide_sides(plan: PassLayout, needs: Needs) -> set[tuple[str, Side]]:
-    """Where a metric wants products of more units than are taken: (part of a composite, side)."""
+def restricted_sides(plan: PassLayout, needs: Needs) -> set[tuple[str, Side]]:
+    """Sides where a metric needs products of too many units, as (part of a composite, side)."""
     found = set()
     for name, (owner, need) in needs.items():
         if need.statistic in SQUARE:
             for side, width in _sides(plan, owner, need):
-                if plan.covariance.beyond(width):
+                if plan.covariance.restricts(width):
                     found.add((name.rpartition(".")[0], side))
     return found
 
 
-def narrowed(plan: PassLayout, layer: Layer, needs: Needs) -> Needs:
-    """What a metric needs at a layer, of narrower rows where products of all would be too many; empty: it is left out there.
+def restrict_needs(plan: PassLayout, layer: Layer, needs: Needs) -> Needs:
+    """What a metric needs at a layer, with sampled or sketched ports where sites are too wide; empty if it is left out there.
 
-    The layer's own units are drawn for all parts of a composite, anything else for the part that wants its products.
+    The layer's own units are reduced for all parts of a composite, so that they stay aligned; another site only for the part that
+    needs its products.
     """
-    wide, kind = wide_sides(plan, needs), plan.covariance.kind
-    if not wide or kind == "refuse":
+    restricted, kind = restricted_sides(plan, needs), plan.covariance.kind
+    if not restricted or kind == "refuse":
         return needs
     if kind == "diagonal":
         return {}
     own = Side(layer.name, "output")
-    drawn_own = any(side == own for _, side in wide)
+    own_sampled = any(side == own for _, side in restricted)
 
     def port(part: str, side: Side, port: str) -> str:
-        return f"{port}/{kind}" if (part, side) in wide or (drawn_own and side == own) else port
+        return f"{port}/{kind}" if (part, side) in restricted or (own_sampled and side == own) else port
 
     found: Needs = {}
     for name, (owner, need) in needs.items():
@@ -78,23 +79,23 @@ def narrowed(plan: PassLayout, layer: Layer, needs: Needs) -> Needs:
     return found
 
 
-class Kept(NamedTuple):
-    """Which of a layer's units, and of what they read, a metric knows; None for all. ``reason``: why not the others."""
+class KnownUnits(NamedTuple):
+    """Ids of the units and inputs for which a metric has values; None for all. ``reason`` explains the other NaN."""
 
     units: Tensor | None = None
     inputs: Tensor | None = None
     reason: str = ""
 
     def weight(self, weight: Tensor | None, read: bool) -> Tensor | None:
-        """The weight (units, ...) of the drawn units; with ``read`` the columns of the drawn inputs, where it has one an input."""
+        """The weight (units, ...) of these units; if ``read``, a matrix also keeps only the columns of these inputs."""
         if weight is None:
             return None
         weight = weight if self.units is None else weight[self.units]
         return weight[:, self.inputs] if read and self.inputs is not None and weight.ndim == 2 else weight
 
 
-def kept(plan: PassLayout, layer: Layer, needs: Needs) -> Kept:
-    """What a metric knows of a layer, by its needs there."""
+def known_units(plan: PassLayout, layer: Layer, needs: Needs) -> KnownUnits:
+    """The units of a layer for which a metric has values, given its needs there."""
     here = {_side(layer.name, need.port).port: need.port for owner, need in needs.values() if owner is layer}
     here |= {
         _side(t.layer, t.port).port: t.port
@@ -103,85 +104,83 @@ def kept(plan: PassLayout, layer: Layer, needs: Needs) -> Kept:
     }
     widths = {side: plan.seen(layer, side).width for side, port in here.items() if port.endswith("/sample")}
     ids = {side: plan.covariance.channels(width) for side, width in widths.items()}
-    return Kept(
+    return KnownUnits(
         ids.get("output"), ids.get("input"), f"not among the {plan.covariance.count:,} channels of covariance={plan.covariance}"
     )
 
 
-def absent(plan: PassLayout, needs: Needs) -> str:
-    """Why a metric is left out where it needs something; empty where it is not."""
-    wide = sorted(f"{side} is {plan.seen_at(*side).width:,} wide" for _, side in wide_sides(plan, needs))
-    return (
-        f"{wide[0]}, beyond budget.width={plan.covariance.limit:,}: covariance=diagonal leaves products of units out"
-        if wide
-        else ""
-    )
+def reason_left_out(plan: PassLayout, needs: Needs) -> str:
+    """Why a metric with these needs is left out; empty if it is not."""
+    sides = sorted(f"{side} is {plan.seen_at(*side).width:,} wide" for _, side in restricted_sides(plan, needs))
+    if not sides:
+        return ""
+    return f"{sides[0]}, beyond budget.width={plan.covariance.limit:,}: covariance=diagonal leaves products of units out"
 
 
-def wanted(plan: PassLayout) -> dict[Side, dict[str, Metric]]:
-    """The sites where products of more units are wanted than are taken, and the metrics that want them."""
+def restricted_sites(plan: PassLayout) -> dict[Side, dict[str, Metric]]:
+    """The sides where products of too many units are needed, each with the metrics that need them."""
     found: dict[Side, dict[str, Metric]] = {}
     for name, metric in plan.metrics.items():
         for place in plan.places(metric):
-            for _, side in wide_sides(plan, plan.wanted(metric, place)):
+            for _, side in restricted_sides(plan, plan.wanted(metric, place)):
                 found.setdefault(side, {})[name] = metric
     return found
 
 
 def check_width(plan: PassLayout) -> None:
-    """Raises ValueError, with the choices, for a site that is too wide, and for a choice that a metric cannot be taken with."""
-    found = wanted(plan)
+    """Raises ValueError for a site that is too wide without a choice, and for a choice that a metric cannot be computed with."""
+    found = restricted_sites(plan)
     if not found:
         return
     if plan.covariance.kind == "refuse":
-        raise ValueError(_refusal(plan, found))
+        raise ValueError(_too_wide_message(plan, found))
     for side, metrics in found.items():
         for name, metric in metrics.items():
-            if plan.covariance.kind == "sketch" and not turned(metric):
+            if plan.covariance.kind == "sketch" and not basis_free(metric):
                 raise ValueError(
                     f"metric {name!r} is of units, and covariance={plan.covariance} mixes those of {side}, "
                     f"{plan.seen_at(*side).width:,} wide: choose "
                     f"covariance=sample:{plan.covariance.count} or covariance=diagonal, or leave it out"
                 )
             if plan.covariance.kind == "sample":
-                _check_drawn(plan, side, name, metric)
+                _check_sample(plan, side, name, metric)
 
 
-def turned(metric: Metric) -> bool:
-    """Whether a metric is the same in any basis, and so has a meaning in a sketch."""
-    return isinstance(metric, _TURNED) and not metric.weighted and metric.options.get("rows") != "feature_standardized"
+def basis_free(metric: Metric) -> bool:
+    """Whether a metric is the same in any orthonormal basis, and so can be computed from a sketch."""
+    return isinstance(metric, _BASIS_FREE) and not metric.weighted and metric.options.get("rows") != "feature_standardized"
 
 
-def _check_drawn(plan: PassLayout, side: Side, name: str, metric: Metric) -> None:
-    whole_only = any(need.port == "weight*grad" for need in metric.needs().values())
-    if side.port == "output" and (whole_only or (metric.weighted and metric.parameter == "tensor")):
+def _check_sample(plan: PassLayout, side: Side, name: str, metric: Metric) -> None:
+    all_weights = any(need.port == "weight*grad" for need in metric.needs().values())
+    if side.port == "output" and (all_weights or (metric.weighted and metric.parameter == "tensor")):
         raise ValueError(
             f"metric {name!r} reads the weights of {side.layer} as a whole, and covariance={plan.covariance} draws some of its "
             "units: choose covariance=diagonal, or leave it out"
         )
 
 
-def _refusal(plan: PassLayout, found: dict[Side, dict[str, Metric]]) -> str:
+def _too_wide_message(plan: PassLayout, found: dict[Side, dict[str, Metric]]) -> str:
     side, metrics = max(found.items(), key=lambda entry: plan.seen_at(*entry[0]).width)
     width, count = plan.seen_at(*side).width, min(1024, plan.covariance.limit)
     more = f" (and {len(found) - 1} more sites)" if len(found) > 1 else ""
-    ways = [
+    choices = [
         "covariance=diagonal (they are left out there, NaN; 0 MiB)",
-        f"covariance=sample:{count} ({count:,} channels; {_size(_bytes(plan, side, 'sample', count))})",
+        f"covariance=sample:{count} ({count:,} channels; {size_text(_bytes(plan, side, 'sample', count))})",
     ]
-    if some := [name for name, metric in metrics.items() if turned(metric)]:
-        ways.append(f"covariance=sketch:{count} (for {_listed(some)}; {_size(_bytes(plan, side, 'sketch', count))})")
+    if some := [name for name, metric in metrics.items() if basis_free(metric)]:
+        choices.append(f"covariance=sketch:{count} (for {_listed(some)}; {size_text(_bytes(plan, side, 'sketch', count))})")
     return (
         f"site {str(side)!r} is {width:,} wide{more}, budget.width is {plan.covariance.limit:,}: {_listed([*metrics])} "
         f"{'want' if len(metrics) > 1 else 'wants'} products of all its units, a full covariance, "
-        f"{_size(_bytes(plan, side, 'full', 0))} there. Choose {'; '.join(ways)}; budget.max_passes=2 or more, where memory alone "
-        f"is the matter: all is formed, as many layers at a time as budget.memory takes; or budget.width={width}"
+        f"{size_text(_bytes(plan, side, 'full', 0))} there. Choose {'; '.join(choices)}; budget.max_passes=2 or more, where "
+        f"memory alone is the matter: all is formed, as many layers at a time as budget.memory takes; or budget.width={width}"
     )
 
 
 def _bytes(plan: PassLayout, side: Side, kind: str, count: int) -> int:
-    """What products at one site take under a choice."""
-    metrics = {name: m for name, m in plan.metrics.items() if kind != "sketch" or turned(m)}
+    """Bytes of the products at one site under a choice."""
+    metrics = {name: m for name, m in plan.metrics.items() if kind != "sketch" or basis_free(m)}
     other = replace(plan, covariance=replace(plan.covariance, kind=kind, count=count), metrics=metrics)
     needs = [(layer, need) for layer in other.layers for need in other.needs(layer) if need.statistic in SQUARE]
     return sum(other.nbytes(layer, need) for layer, need in needs if side in dict(_sides(other, layer, need)))
@@ -194,7 +193,7 @@ def _sides(plan: PassLayout, owner: Layer, need: Need) -> Iterator[tuple[Side, i
 
 
 def _side(layer: str, port: str) -> Side:
-    return Side(layer, "input" if whole(port) == "input" else "output")
+    return Side(layer, "input" if base_port(port) == "input" else "output")
 
 
 def _listed(names: list[str], most: int = 6) -> str:
@@ -202,12 +201,13 @@ def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names) if rest <= 1 else f"{', '.join(names[:most])} and {rest} more"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes as text, in MiB."""
     return f"{count / 2**20:,.1f} MiB"
 
 
 def describe(plan: PassLayout) -> list[dict[str, Any]]:
-    """What was done at sites that are too wide: for the metadata. ``channels``: ids of the drawn, a row of a pair matrix each."""
+    """Entries of the metadata for sites that are too wide. ``channels``: ids of the drawn units, in the order of a pair matrix."""
     return [
         {
             "site": str(side),
@@ -216,5 +216,5 @@ def describe(plan: PassLayout) -> list[dict[str, Any]]:
             "metrics": list(metrics),
             "channels": plan.covariance.channels(width).tolist() if plan.covariance.kind == "sample" else None,
         }
-        for side, metrics in wanted(plan).items()
+        for side, metrics in restricted_sites(plan).items()
     ]

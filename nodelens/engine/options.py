@@ -1,4 +1,4 @@
-"""The options of the pass."""
+"""The options of ``nl.analyze``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,20 +13,20 @@ from .layout import Reduce
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """How units are measured. ``nl.analyze`` takes each of these by name too.
+    """How units are measured. Each field is also a keyword of ``nl.analyze``.
 
-    seed:       of what is drawn: samples of rows, permutations, groups of samples without ids
-    groups:     of samples, for the jackknife
+    seed:       seed of everything drawn: rows, permutations, and groups of samples without ids
+    groups:     number of groups of samples, for the jackknife
     positions:  how many positions of each image pair statistics read. None: all
-    precision:  of products, float32 or float64; rows that are float64 keep it
-    pairs:      of layers that edge metrics compare: consecutive, all, or names
-    bias:       whether to add the jackknife's estimate of each value's bias, ``<metric>_bias``; nothing is subtracted
-    loss:       of (logits, labels), summed over the batch
-    reduce:     how the values at several places of a pruning group's unit are combined: sum, mean, max, prod, first
-    covariance: for layers of more than ``width`` units whose products a metric needs: diagonal, sample:<count> or
-                sketch:<count>, as in ``nodelens.engine.covariance``. None: an error that shows these choices
+    precision:  of products, float32 or float64; float64 rows stay float64
+    pairs:      layer pairs that edge metrics compare: consecutive, all, or a list of name pairs
+    bias:       whether to add a column ``<metric>_bias``, the jackknife's estimate; nothing is subtracted
+    loss:       function of (logits, labels), summed over the batch
+    reduce:     combines the values of a pruning group's unit at several places: sum, mean, max, prod, first
+    covariance: for layers of more than ``width`` units of which a metric needs products: diagonal, sample:<count> or
+                sketch:<count>, as in ``nodelens.engine.covariance``. None: an error that lists the choices
     budget:     bytes that the sums may take
-    max_passes: how often the data may be read, a part of the layers each time, so that the sums fit
+    max_passes: how often the data may be read, for a part of the layers each time, so that the sums fit
 
     Raises ValueError for an unknown ``reduce``.
     """
@@ -49,13 +49,13 @@ class AnalyzeOptions:
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
 
     def with_named(self, named: Mapping[str, Any]) -> "AnalyzeOptions":
-        """These options with others in place of some. Raises TypeError for an unknown name, with the nearest one."""
+        """A copy with some options replaced. Raises TypeError for an unknown name, and suggests the nearest one."""
         check_names("nl.analyze", named, [field.name for field in fields(self)])
         return replace(self, **named)
 
 
 def check_names(call: str, named: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises TypeError for an option that a call does not have, with the nearest one."""
+    """Raises TypeError for an option that a call does not have, and suggests the nearest one."""
     unknown = next((name for name in named if name not in known), None)
     if unknown is not None:
         raise TypeError(f"{call} has no option {unknown!r}.{nearest(unknown, known)} Options are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""The plan of a pass: its sites, what they will take, and whether that is allowed."""
+"""The plan of a pass: its sites, their cost in bytes and operations, and the checks before the data are read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .covariance import CovariancePolicy
 from .dry_run import DryRun
 from .layout import BALANCE, PassLayout, Place, Reduce
 from .members import Members
-from .narrow import check_width, narrowed
+from .narrow import check_width, restrict_needs
 from .validation import check_parameter
 
 
@@ -44,29 +44,30 @@ class Plan(PassLayout):
         seed: int = 0,
         reduce: Reduce = "sum",
     ) -> "Plan":
-        """A plan for a model's layers, after one recorded forward of a few samples.
+        """The plan for a model's layers, given its dry run.
 
-        ``optional`` leaves out layers that the forward never calls (and says so); otherwise such a layer is an error, and
-        so is a metric that needs weights at a layer without. ``pairs`` of layers for edges: consecutive, all, or names.
-        ``per_token``: which of label and given the data have one of a token, where each token has logits of its own.
+        ``optional`` leaves out layers that the forward pass never calls and lists them in ``never_called``. ``pairs``: layer pairs
+        for edge metrics, consecutive, all, or names. ``per_token``: the targets with one value per token.
+
+        Raises ValueError for another precision, a layer that is never called, a metric without the weights or the target that it
+        reads, and a site that is too wide.
         """
         if precision not in ("float32", "float64"):
             raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")
         members = members or Members()
-        shown = [layer for layer in members.layers if layer is not members.model]
-        silent = [layer for layer in [*layers, *shown] if f"{layer.name}.output" not in dry_run.seen]
-        if silent and (not optional or shown or len(silent) == len(layers)):
-            mend = "name another layer, such as the module that takes its output"
-            mend = "leave its group out of the scope, or score it by weights" if silent[0] in shown else mend
+        member_layers = [layer for layer in members.layers if layer is not members.model]
+        never_called = [layer for layer in [*layers, *member_layers] if f"{layer.name}.output" not in dry_run.seen]
+        if never_called and (not optional or member_layers or len(never_called) == len(layers)):
+            remedy = "name another layer, such as the module that takes its output"
+            remedy = "leave its group out of the scope, or score it by weights" if never_called[0] in member_layers else remedy
             raise ValueError(
-                f"layer {silent[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
-                f"its weight directly): {mend}"
+                f"layer {never_called[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
+                f"its weight directly): {remedy}"
             )
-        layers = [layer for layer in layers if layer not in silent]
-        beside = frozenset(per_token), pairs_of(layers, pairs), covariance or CovariancePolicy()
-        never = [layer.name for layer in silent]
-        of_groups = {"members": members, "seed": seed, "reduce": reduce}
-        plan = cls(layers, metrics, dry_run, groups, positions, never, precision, *beside, **of_groups)  # type: ignore[arg-type]
+        layers = [layer for layer in layers if layer not in never_called]
+        settings = precision, frozenset(per_token), pairs_of(layers, pairs), covariance or CovariancePolicy()
+        names = [layer.name for layer in never_called]
+        plan = cls(layers, metrics, dry_run, groups, positions, names, *settings, members=members, seed=seed, reduce=reduce)
         for name, metric in metrics.items():
             check_parameter(plan, name, metric, optional)
             for need in metric.needs().values() if dry_run.tokens else ():
@@ -75,14 +76,14 @@ class Plan(PassLayout):
         return plan
 
     def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
-        """What a metric needs at a place: for each argument the layer where it is added up, and the need there.
+        """What a metric needs at a place: for each argument of the metric a layer and the need there.
 
-        Empty where it needs a next layer and there is none, and where ``wide`` leaves it out.
+        Empty if there is no next layer but the metric needs one, or if the covariance policy leaves the metric out.
         """
-        return narrowed(self, place[0], self.wanted(metric, place))
+        return restrict_needs(self, place[0], self.wanted(metric, place))
 
     def sites(self) -> list[Site]:
-        """Every site that is read, each layer's own and those whose rows stand beside others'."""
+        """Every site that is read: those of the needs, of paired targets, and of sums over the whole model."""
         ports: dict[str, set[str]] = {layer.name: {need.port for need in self.needs(layer)} for layer in self.every_layer}
         for other in self.others:
             ports[other.layer].add(other.port)
@@ -98,14 +99,14 @@ class Plan(PassLayout):
 
     @cached_property
     def watched(self) -> list[Site]:
-        """Sites that sums over the whole model take rows from."""
+        """Sites whose rows feed sums over the whole model."""
         needs = [] if self.members.model is None else self.needs(self.members.model)
         ports = dict.fromkeys(port for need in needs if (port := need.statistic.watches(*need.options)))  # type: ignore[attr-defined]
         return [Site(layer, port) for port in ports for layer in self.members.groups]
 
     @cached_property
     def others(self) -> set[Other]:
-        """Sites whose rows stand beside those of another."""
+        """Sites whose rows are the paired target of another site."""
         return {need.target for layer in self.every_layer for need in self.needs(layer) if isinstance(need.target, Other)}
 
     @property
@@ -115,7 +116,7 @@ class Plan(PassLayout):
 
     @property
     def targets(self) -> set:
-        """What is made of logits and labels for each sample."""
+        """Targets with one value per sample, computed from logits and labels."""
         every = {need.target for layer in self.every_layer for need in self.needs(layer) if need.target and need.view != "tokens"}
         return {target for target in every if not isinstance(target, Other)}
 
@@ -124,17 +125,17 @@ class Plan(PassLayout):
         return any("grad" in site.port for site in self.sites())
 
     def overhead(self) -> float:
-        """Estimated cost of the pass over a bare forward (with its backward, where gradients are taken), as a share."""
+        """Estimated extra cost of the pass, as a share of a bare forward pass (and backward pass if gradients are needed)."""
         extra = 0.0
         for layer in self.every_layer:
             for need in self.needs(layer):
                 if need.port == "model":
                     continue
                 seen = self.seen(layer, need.port)
-                rows = self._rows_a_sample(layer, need)
-                width, beside = self._widths(layer, need)
-                beside = beside if isinstance(need.target, Other) else width
-                products = 2 * width * beside * rows if need.statistic in PAIRS else 0
+                rows = self._rows_per_sample(layer, need)
+                width, columns = self._widths(layer, need)
+                columns = columns if isinstance(need.target, Other) else width
+                products = 2 * width * columns * rows if need.statistic in PAIRS else 0
                 extra += products + BALANCE * seen.nbytes * rows / seen.positions
         return extra / max(1, self.dry_run.flops * (3 if self.gradients else 1))
 
@@ -145,25 +146,25 @@ class Plan(PassLayout):
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of buffered rows, at most."""
+        """Upper bound on the bytes of buffered rows."""
         return sum(buffer_bytes(self, site) for site in self.sites())
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of rows of one batch that are held until those of another site, or the logits, are there."""
+        """Bytes of the rows of one batch that are held for a paired site or for the logits."""
         return sum(held_bytes(self, site) for site in held(self))
 
     def rows(self) -> list[dict]:
-        """The plan as a table: a row a statistic of a layer."""
+        """The plan as a table, one row per statistic of a layer."""
         return [
             {
                 "layer": layer.name,
                 "statistic": str(need),
                 "width": None if need.port == "model" else self.seen(layer, need.port).width,
-                "rows_per_sample": self._rows_a_sample(layer, need),
+                "rows_per_sample": self._rows_per_sample(layer, need),
                 "groups": self.groups_of(layer, need),
                 "bytes": self.nbytes(layer, need),
-                "waits_for": str(getattr(need.target, "__name__", need.target)) if self.meets(need) else None,
+                "waits_for": str(getattr(need.target, "__name__", need.target)) if self.is_held(need) else None,
             }
             for layer in self.every_layer
             for need in self.needs(layer)

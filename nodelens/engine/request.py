@@ -1,4 +1,4 @@
-"""What a call asks for: metrics and layers by name or as objects, and what they are in words."""
+"""The arguments of a call: resolves metrics and layers given by name or as objects, and describes them for the metadata."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ Layers = str | Sequence[str | Layer | PruningGroup]
 
 
 def as_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """{column: metric} of names and metric objects. Raises ValueError for a name asked for twice."""
+    """{column: metric} from names and metric objects. Raises ValueError for a name that occurs twice."""
     if isinstance(metrics, Mapping):
         return dict(metrics)
     chosen: dict[str, Metric] = {}
@@ -32,7 +32,7 @@ def as_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 
 def as_layers(model: nn.Module, layers: Layers, start: Mapping[str, Tensor] | None = None) -> list[Layer]:
-    """Layers of names, patterns and roles; what is a layer or a pruning group already stays.
+    """Layers from names, patterns and roles; layers and pruning groups are passed through, the latter as ``GroupLayer``.
 
     Raises ValueError as ``find_layers`` does.
     """
@@ -45,13 +45,13 @@ def as_layers(model: nn.Module, layers: Layers, start: Mapping[str, Tensor] | No
 
 
 def names_of(model: nn.Module, layers: Layers, found: Sequence[Layer]) -> dict[str, list[str]]:
-    """{pattern: names of its layers}, of what was asked for; pruning groups and layers stand for themselves."""
+    """{pattern: names of its layers} for the given patterns; without any, each layer's own name."""
     patterns = [layers] if isinstance(layers, str) else [layer for layer in layers if isinstance(layer, str)]
     return resolved(model, patterns) if patterns else {layer.title: [layer.title] for layer in found}
 
 
 def describe(metric: Metric) -> dict[str, Any]:
-    """What a column is: the metric's name, options, needs, when NaN."""
+    """A column's entry in the metadata: the metric's name, options, needs, and when it is NaN."""
     return {
         "metric": metric.names[0],
         "options": {k: getattr(v, "__name__", v) if callable(v) else v for k, v in metric.options.items()},
@@ -63,7 +63,7 @@ def describe(metric: Metric) -> dict[str, Any]:
 
 
 def targets_of(plan: Plan, metric: Metric) -> dict[str, list[str]]:
-    """The targets that a metric has in this pass, in words: what became of ``auto``."""
+    """The names of a metric's targets in this pass, with ``auto`` resolved; empty if it has none."""
     needs = [need for place in plan.places(metric)[:1] for _, need in plan.resolve(metric, place).values()]
     found = [need.target for need in needs if need.target and not isinstance(need.target, Other)]
     return {"targets": list(dict.fromkeys(str(getattr(target, "__name__", target)) for target in found))} if found else {}

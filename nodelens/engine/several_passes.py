@@ -1,4 +1,4 @@
-"""Several passes over the data, where the sums of all layers do not fit into the memory at once."""
+"""Several passes over the data, for a model whose sums do not fit into memory at once."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,18 +13,17 @@ from nodelens.network.layers import Layer
 from nodelens.results.result import Result
 from nodelens.statistics.processes import reduce_tensor
 
-from .narrow import describe
+from .narrow import describe, size_text
 from .plan import Plan
 from .table import of_model
 
 
 def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]:
-    """A plan as the fewest passes that each fit into a budget of bytes: itself, or plans of layers that follow each other.
+    """Divides a plan into the fewest passes that each fit into a budget of bytes, with consecutive layers and about equal bytes.
 
-    Each of them has its ``measured`` layers and ``total_bytes``, as even as their order allows. What a metric compares is there in
-    one pass: the sums of a layer's successor may be formed in two. It reads the plan alone, no data, and so is the same in every
-    process. Raises ValueError for passes below 1; MemoryError, with how many it takes, beyond ``passes``, or where one layer
-    alone is too large.
+    A metric's sums are all in one pass, so those of a layer's successor may be computed in two. The result depends on the plan
+    alone, so it is the same in every process. Raises ValueError for ``max_passes`` below 1, and MemoryError if more passes are
+    needed or if one layer alone is too large.
     """
     if max_passes < 1:
         raise ValueError(f"budget.max_passes is {max_passes}; it is how often the data may be read, 1 or more")
@@ -33,16 +32,16 @@ def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]
     parts = _fewest(plan, budget)
     if not parts:
         alone = max((_part(plan, [layer]) for layer in plan.layers), key=lambda part: part.total_bytes)
-        name, size = alone.measured[0].title, _size(alone.total_bytes)
+        name, size = alone.measured[0].title, size_text(alone.total_bytes)
         check_bytes(plan, budget, f"; more passes do not help: layer {name} alone takes {size}")
     elif len(parts) > max_passes:
-        largest = _size(max(part.total_bytes for part in parts))
+        largest = size_text(max(part.total_bytes for part in parts))
         check_bytes(plan, budget, f"; or budget.max_passes={len(parts)} (it is {max_passes}): the largest pass takes {largest}")
     return _even(plan, parts, budget)
 
 
 def check_bytes(plan: Plan, budget: float | None, more: str = "") -> None:
-    """Raises MemoryError, with the ways out and ``more``, where a plan takes more bytes than the budget."""
+    """Raises MemoryError, with remedies and the text ``more``, if a plan takes more bytes than the budget."""
     if budget is None or plan.total_bytes <= budget:
         return
     layer, need = max(((a, b) for a in plan.every_layer for b in plan.needs(a)), key=lambda pair: plan.nbytes(*pair))
@@ -53,26 +52,26 @@ def check_bytes(plan: Plan, budget: float | None, more: str = "") -> None:
     )
 
 
-def check_again(once: bool, times: int, device: torch.device) -> None:
-    """Raises ValueError, in all processes, where data are to be read again of which one process has an iterator. Collective."""
-    if times > 1 and int(reduce_tensor(torch.tensor([int(once)], device=device))):
+def check_again(is_iterator: bool, reads: int, device: torch.device) -> None:
+    """Raises ValueError in all processes if data must be read again but one process has an iterator. Every process must call it."""
+    if reads > 1 and int(reduce_tensor(torch.tensor([int(is_iterator)], device=device))):
         raise ValueError(
-            f"the data are read {times} times, by a metric or to fit into budget.memory, and are an iterator: give a loader or a "
+            f"the data are read {reads} times, by a metric or to fit into budget.memory, and are an iterator: give a loader or a "
             "list of batches, or a larger budget"
         )
 
 
 def joined(plan: Plan, results: Sequence[Result]) -> Result:
-    """One result of the passes that a plan was divided into. Raises ValueError where they did not see the same samples."""
+    """Merges the results of the passes of a divided plan. Raises ValueError if they did not see the same samples."""
     first = results[0]
     if len(results) == 1:
         return first
     for k, result in enumerate(results):
-        seen, then = result.metadata["samples_by_group"], first.metadata["samples_by_group"]
-        if seen != then:
+        seen, expected = result.metadata["samples_by_group"], first.metadata["samples_by_group"]
+        if seen != expected:
             raise ValueError(
-                f"pass {k + 1} saw {sum(seen)} samples, {seen} a group, pass 1 {sum(then)}, {then}: the data must be the same "
-                "every time (no sampling, no random crops), or fit into one pass (budget.memory)"
+                f"pass {k + 1} saw {sum(seen)} samples, {seen} a group, pass 1 {sum(expected)}, {expected}: the data must be the "
+                "same every time (no sampling, no random crops), or fit into one pass (budget.memory)"
             )
     layers = pd.concat([result.layers for result in results])
     metadata = first.metadata | {
@@ -90,7 +89,7 @@ def joined(plan: Plan, results: Sequence[Result]) -> Result:
 
 
 def _fewest(plan: Plan, budget: float) -> list[Plan]:
-    """Each pass takes as many of the next layers as fit; empty where one does not."""
+    """Greedy: each pass takes as many of the next layers as fit. Empty if a single layer does not fit."""
     parts, first = [], 0
     while first < len(plan.layers):
         last = _furthest(plan, first, budget)
@@ -102,7 +101,7 @@ def _fewest(plan: Plan, budget: float) -> list[Plan]:
 
 
 def _furthest(plan: Plan, first: int, budget: float) -> int:
-    """The end of the longest run of layers from ``first`` that fits, found by doubling, then by halving."""
+    """The end of the longest slice of layers from ``first`` that fits, found by doubling and bisection."""
 
     def fits(last: int) -> bool:
         return _part(plan, plan.layers[first:last]).total_bytes <= budget
@@ -118,11 +117,11 @@ def _furthest(plan: Plan, first: int, budget: float) -> int:
 
 
 def _even(plan: Plan, parts: list[Plan], budget: float) -> list[Plan]:
-    """As many passes of about equal bytes; as they were where some would not fit."""
+    """The same number of passes with about equal bytes; ``parts`` if some of those would not fit."""
     sizes = [sum(plan.nbytes(layer, need) for need in plan.needs(layer)) for layer in plan.layers]
     ends = np.searchsorted(np.cumsum(sizes), np.arange(1, len(parts)) * sum(sizes) / len(parts) - np.median(sizes) / 2) + 1
-    runs = [plan.layers[a:b] for a, b in itertools.pairwise([0, *map(int, ends), len(plan.layers)])]
-    even = [_part(plan, run) for run in runs if run]
+    slices = [plan.layers[a:b] for a, b in itertools.pairwise([0, *map(int, ends), len(plan.layers)])]
+    even = [_part(plan, run) for run in slices if run]
     largest = max(part.total_bytes for part in even)
     better = len(even) == len(parts) and largest <= min(budget, max(part.total_bytes for part in parts))
     return even if better else parts
@@ -133,21 +132,21 @@ def _part(plan: Plan, layers: Sequence[Layer]) -> Plan:
 
 
 def _rows(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The rows that each statistic saw: one that was formed in two passes once."""
+    """The rows that each statistic saw; a statistic computed in two passes is listed once."""
     found = {(e["layer"], e["statistic"]): e for result in results for e in result.metadata["rows"]}
     order = [(site.layer.name, str(n)) for site in plan.sites() for n in plan.needs(site.layer) if n.port == site.port]
     return [found[key] for key in order if key in found]
 
 
 def _ordered(plan: Plan, results: Sequence[Result], key: str) -> list[dict[str, Any]]:
-    """Notes of all passes, of layers before those of edges."""
+    """Notes of all passes, in the order of layers, then layer pairs."""
     names = [layer.title for layer in plan.layers] + [f"{a.name} -> {b.name}" for a, b in plan.pairs]
     place = {name: k for k, name in reversed(list(enumerate(names)))}
     return sorted((note for result in results for note in result.metadata[key]), key=lambda note: place[note["layer"]])
 
 
 def _left_out(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Rows that were not finite: a site read in several passes shows the same in each."""
+    """Rows that were not finite; several passes over one site find the same ones."""
     found: dict[str, int] = {}
     for entry in (e for result in results for e in result.metadata["left_out"]):
         found[entry["site"]] = max(entry["rows"], found.get(entry["site"], 0))
@@ -155,14 +154,10 @@ def _left_out(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _edges(plan: Plan, results: Sequence[Result]) -> pd.DataFrame:
-    """A row a pair of layers, in the plan's order; each pass has those of its first layers."""
-    held = [result.edges for result in results if len(result.edges)]
-    if not held:
+    """One row per pair of layers, in the plan's order; a pass has the pairs that start at one of its layers."""
+    tables = [result.edges for result in results if len(result.edges)]
+    if not tables:
         return results[0].edges
     names = [{str(name) for name in result.layers.index} for result in results]
     order = [k for part in names for k, (first, _) in enumerate(plan.pairs) if first.name in part]
-    return pd.concat(held).iloc[np.argsort(order)]
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+    return pd.concat(tables).iloc[np.argsort(order)]

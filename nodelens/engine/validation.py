@@ -1,4 +1,4 @@
-"""What a plan refuses, in words: a metric without the parameter it reads, sums without the memory they take."""
+"""Validation of a request: metrics that do not fit pruning groups, missing parameters, and sizes of memory."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,19 +13,19 @@ from .members import Members, of_groups_only
 
 
 def check_groups(layers: Sequence[Layer], metrics: Mapping[str, Metric]) -> None:
-    """Raises ValueError for a metric that has no value per unit of a pruning group, or cannot see the units of one."""
+    """Raises ValueError for a metric without one value per unit of a pruning group, or one that cannot read a group or a layer."""
     for name, metric in metrics.items():
         for layer in layers:
             if isinstance(layer, GroupLayer):
                 _check_group(name, metric, layer)
             elif of_groups_only(metric):
-                _check_alone(name, metric, layer)
+                _check_layer(name, metric, layer)
 
 
 def find_members(
     model: nn.Module, layers: Sequence[Layer], metrics: Mapping[str, Metric], start: Mapping[str, Tensor] | None = None
 ) -> Members:
-    """The layers that show the units of the pruning groups among some layers. Raises ValueError as ``check_groups`` does."""
+    """The members of the pruning groups in ``layers``. Raises ValueError as ``check_groups`` and ``Members.find`` do."""
     check_groups(layers, metrics)
     return Members.find(model, layers, metrics, start)
 
@@ -48,8 +48,8 @@ def _check_group(name: str, metric: Metric, layer: GroupLayer) -> None:
     metric.check_group(name, layer)
 
 
-def _check_alone(name: str, metric: Metric, layer: Layer) -> None:
-    """Of a layer by itself: whether its side shows what the metric reads."""
+def _check_layer(name: str, metric: Metric, layer: Layer) -> None:
+    """Raises ValueError if a metric of groups cannot be computed for a layer by itself, because its readers are unknown."""
     ports = {need.port for need in metric.needs().values()}
     reads = metric.parameter == "group" and bool(ports & {"consumed", "maps"} or metric.reads_consumers)
     if "load" in ports or (reads and layer.side != "input") or ("made*grad" in ports and layer.side == "input"):
@@ -60,17 +60,17 @@ def _check_alone(name: str, metric: Metric, layer: Layer) -> None:
 
 
 def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool) -> None:
-    """Raises ValueError where a metric reads a parameter that a layer has not.
+    """Raises ValueError if a metric reads a parameter that a layer lacks.
 
-    ``optional``: layers without a norm behind them are left out, where some have one.
+    ``optional``: a metric of batch norms is left out at layers without one, if other layers have one.
     """
     if not metric.weighted:
         return
     layers = list(dict.fromkeys(part for layer in plan.layers for part in plan.parts(metric, layer)))
-    bare = [layer for layer in layers if plan.stored(layer, metric) is None]
-    some = optional and metric.parameter == "norm" and len(bare) < len(layers)
-    if bare and not some:
-        where = f"layer {bare[0].name!r} ({type(bare[0].module).__name__})"
+    lacking = [layer for layer in layers if plan.stored(layer, metric) is None]
+    some = optional and metric.parameter == "norm" and len(lacking) < len(layers)
+    if lacking and not some:
+        where = f"layer {lacking[0].name!r} ({type(lacking[0].module).__name__})"
         words = {
             "norm": f"reads the scale of a batch norm, and none is behind {where}",
             "change": f"reads the change of the weights, and those of {where} at the start are not known: give "
@@ -86,7 +86,7 @@ _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def in_bytes(size: str | int | float | None) -> float | None:
-    """Bytes of '4GB', '512 MiB' or a number; None for no limit. Raises ValueError for anything else."""
+    """Bytes of '4GB', '512 MiB' or a number; None means no limit. Raises ValueError for anything else."""
     if size is None:
         return None
     text = str(size).replace(" ", "").upper()

@@ -1,4 +1,4 @@
-"""A pruning group as a layer: its units are seen where they are read, and its weights are what makes and what reads them."""
+"""A pruning group as a layer: its activations are captured where they are read, its weights are those of its members."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,26 +18,26 @@ _NORMS = nn.modules.batchnorm._BatchNorm
 
 
 class Member(NamedTuple):
-    """A weight that makes or reads the units of a group, and the layer that shows them there."""
+    """A weight that makes or reads the units of a group, and the layer where they are captured."""
 
     piece: GroupSlice
     layer: Layer
 
     @property
     def places(self) -> Tensor:
-        """Where each unit lies in what the layer shows, (units, places) int64."""
+        """The index of each unit in the layer's rows, (units, places) int64."""
         return self.piece.places if self.piece.role == "consumer" else self.piece.index
 
 
 class UnitValues(NamedTuple):
-    """What one member of a group shows of its units."""
+    """The captured values of a group's units at one of its members."""
 
-    member: Member | None  # None: values of whole experts, (tokens, units)
+    member: Member | None  # None for values of whole experts, (tokens, units)
     values: Tensor | Routed
 
 
 class Kernels(NamedTuple):
-    """What one consumer makes of the units of a group.
+    """The weights of one consumer, by unit.
 
     Shapes: weight (places, outputs, kernel) float64 on the CPU, outputs those of the place's group; places (units, places each)
     """
@@ -48,7 +48,7 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GroupLayer(Layer):
-    """A pruning group as a layer. ``module`` is the whole model; ``name`` differs from those of the layers that the group has."""
+    """A pruning group as a layer. ``module`` is the whole model; ``name`` differs from the names of the member layers."""
 
     group: PruningGroup = field(kw_only=True)
 
@@ -62,54 +62,54 @@ class GroupLayer(Layer):
 
     @classmethod
     def around(cls, model: nn.Module, layer: Layer) -> "GroupLayer":
-        """A layer as a group of its own units: what makes them is its weight, or, of a layer's input, what reads them."""
+        """A layer as a group of its own units: made by its weight, or, for a layer's input, read by it."""
         module, path = layer.module, next(name for name, each in model.named_modules() if each is layer.module)
-        turned = hasattr(module, "nf") or bool(getattr(module, "transposed", False))  # stored (inputs, outputs)
+        transposed = hasattr(module, "nf") or bool(getattr(module, "transposed", False))  # weight stored as (inputs, outputs)
         pieces: tuple[GroupSlice, ...] = ()
         if layer.side == "output" and layer.weight is not None:
-            pieces = (GroupSlice(path, "weight", int(turned), identity(len(layer.weight)), "producer"),)
+            pieces = (GroupSlice(path, "weight", int(transposed), identity(len(layer.weight)), "producer"),)
         elif layer.side == "input" and Layer(path, module).weight is not None:
             weight: Any = module.weight
-            width = int(getattr(module, "in_channels", None) or weight.shape[0 if turned else 1])
-            pieces = (GroupSlice(path, "weight", 0 if turned else 1, identity(width), "consumer"),)
+            width = int(getattr(module, "in_channels", None) or weight.shape[0 if transposed else 1])
+            pieces = (GroupSlice(path, "weight", 0 if transposed else 1, identity(width), "consumer"),)
         n = len(pieces[0].index) if pieces else 0
         return cls.of(model, PruningGroup(layer.name, "channel", n, pieces))
 
     @cached_property
     def readers(self) -> list[Member]:
-        """The weights that read the units, each with the layer that shows what it reads."""
+        """The weights that read the units, each with the layer that captures its input."""
         return [Member(piece, self._layer(piece, "input")) for piece in self.pieces("consumer")]
 
     @cached_property
     def makers(self) -> list[Member]:
-        """The weights that make the units, each with the layer that shows what it puts out."""
+        """The weights that make the units, each with the layer that captures its output."""
         return [Member(piece, self._layer(piece, "output")) for piece in self.pieces("producer")]
 
     def pieces(self, *roles: str) -> list[GroupSlice]:
-        """The group's slices of weights; biases are left out."""
+        """The group's slices of weights with these roles, without biases."""
         return [piece for piece in self.group.by_role(*roles) if piece.of(self.module).ndim > 1]  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor | None:
-        """What makes each unit, all producers side by side, (units, numbers) float64 on the first one's device."""
+        """The weights that make each unit, of all producers, (units, numbers) float64 on the first one's device."""
         rows = [piece.by_unit(self.module).double() for piece in self.pieces("producer")]
         return torch.cat([part.to(rows[0].device) for part in rows], 1) if rows else None
 
     @property
     def norm(self) -> Tensor | None:
-        """The scales of the batch norms tied to the group, (units, norms); None where there is none."""
+        """The scales of the batch norms tied to the group, (units, norms); None if there are none."""
         tied = (piece for piece in self.group.by_role("tied") if piece.tensor == "weight")
         scales = [p.by_unit(self.module) for p in tied if isinstance(self.module.get_submodule(p.module), _NORMS)]
         return torch.cat(scales, 1) if scales else None
 
     @property
     def kernels(self) -> list[Kernels]:
-        """What each consumer makes of the units."""
+        """The weights that read the units, one entry per consumer."""
         return [Kernels(_kernels(self.module, piece).cpu(), piece.places) for piece, _ in self.readers]
 
     @property
     def columns(self) -> Tensor:
-        """What consumers make of each unit, (outputs, units) float64: kernels summed, over a unit's places the sum of sizes."""
+        """Absolute consumer weights per unit, (outputs, units) float64: kernels are summed, then sizes over a unit's places."""
         return torch.cat([k.weight.sum(2)[k.places].abs().sum(1).T for k in self.kernels])
 
     @property
@@ -118,7 +118,7 @@ class GroupLayer(Layer):
         return next((m for m in self.readers if isinstance(self.module.get_submodule(m.piece.module), _IMAGES)), None)
 
     def rows(self, tensor: UnitValues, samples: int, mask: Tensor | None = None) -> Rows:
-        """Values of the units as rows, summed over each unit's places; tokens that an expert does not get are rows of zeros."""
+        """Rows (samples, units, positions) of captured values, summed over a unit's places. Unrouted tokens are 0."""
         member, values = tensor
         if member is not None and isinstance(values, Tensor):
             rows = member.layer.rows(values, samples, mask)
@@ -132,7 +132,7 @@ class GroupLayer(Layer):
         return Rows(raw, keep, grid=(raw.shape[2],))
 
     def maps(self, tensor: Tensor, samples: int) -> Rows:
-        """Images of the units, their places side by side: (samples, units, places x pixels), the grid (places, height, width)."""
+        """Images of the units as rows (samples, units, places x pixels), grid (places, height, width)."""
         member = self.image_reader
         assert member is not None
         rows = member.layer.rows(tensor, samples)
@@ -149,14 +149,14 @@ class GroupLayer(Layer):
         if piece.entry is not None:
             experts, name = Experts.of(module), f"{piece.module}[{piece.entry}]"
             if experts is None:
-                return Layer(name, module)  # nothing shows the units
+                return Layer(name, module)  # no hook captures the units
             return ExpertLayer(f"{name}.hidden", module, "hidden", experts=experts, expert=piece.entry)
         name = piece.module or type(self.module).__name__
         return Layer(f"{name}.input" if side == "input" else name, module, side)
 
 
 def added(raw: Tensor, places: Tensor) -> Tensor:
-    """Values at the places of each unit, summed: (samples, width, positions) -> (samples, units, positions)."""
+    """Sums values over each unit's places: (samples, width, positions) -> (samples, units, positions)."""
     units, count = places.shape
     if count == 1 and units == raw.shape[1] and torch.equal(places[:, 0], torch.arange(units)):
         return raw
@@ -164,18 +164,18 @@ def added(raw: Tensor, places: Tensor) -> Tensor:
 
 
 def _kernels(model: nn.Module, piece: GroupSlice) -> Tensor:
-    """The weights that read each place of a consumer's input, (places, outputs, kernel) float64."""
+    """A consumer's weights by place of its input, (places, outputs, kernel) float64."""
     module, weight = model.get_submodule(piece.module), piece.of(model).double()
     if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-        by_group = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # (groups, inputs of one, outputs of one, ...)
+        by_group = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # (groups, inputs per group, outputs per group, ...)
         return by_group.flatten(0, 1).flatten(2)
-    moved = weight.movedim(piece.dim - (piece.entry is not None), 0)
-    return moved.reshape(*moved.shape[:2], -1)
+    place_first = weight.movedim(piece.dim - (piece.entry is not None), 0)
+    return place_first.reshape(*place_first.shape[:2], -1)
 
 
 def _dense(values: Routed) -> Tensor:
-    """Numbers of an expert's units at every token, zero where the token goes elsewhere, (tokens, units)."""
-    wide = torch.promote_types(values.values.dtype, torch.float32)
-    flat = values.values.new_zeros(values.every, values.values.shape[1], dtype=wide)
-    flat[values.tokens] = values.values.to(wide)
+    """Values of an expert's units at every token, (tokens, units); 0 where the token is not routed to the expert."""
+    dtype = torch.promote_types(values.values.dtype, torch.float32)
+    flat = values.values.new_zeros(values.every, values.values.shape[1], dtype=dtype)
+    flat[values.tokens] = values.values.to(dtype)
     return flat

@@ -275,9 +275,9 @@ def test_rows_that_wait_are_gone_when_a_batch_ends():
     (site,) = taken.collectors
     with torch.no_grad():
         taken.see(site, net.hidden(net.embed(given["input_ids"])))
-        assert taken.waiting[site].held
+        assert taken.token_rows[site].held
         taken.end(batch.run(net))
-    assert not taken.waiting[site].held
+    assert not taken.token_rows[site].held
 
 
 def test_a_gradient_reaches_units_that_are_overwritten_behind_an_embedding():

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nodelens.engine.covariance import whole
+from nodelens.engine.covariance import base_port
 from nodelens.engine.layout import Place
 from nodelens.engine.plan import Plan
 from nodelens.engine.table import measure
@@ -92,7 +92,7 @@ class Values:
         held = [
             a.value
             for (name, need), a in self.sums.items()
-            if name == layer.name and (whole(need.port), need.view) == ("output", "positions")
+            if name == layer.name and (base_port(need.port), need.view) == ("output", "positions")
         ]
         return next((int(v.n) for v in held if isinstance(v, Gram) and not isinstance(v, Directions)), None)
 

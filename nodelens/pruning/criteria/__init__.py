@@ -1,1 +1,1 @@
-"""Criteria: which score ranks the units of the pruning groups."""
+"""Criteria: scores that rank the units of pruning groups."""

@@ -1,4 +1,4 @@
-"""Criteria: signed sums of columns, high means keep."""
+"""Criteria: weighted combinations of metric columns. Units with high scores are kept."""
 
 import warnings
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _LONG = ("terms", "normalize", "combine", "protect")
 
 @dataclass(frozen=True)
 class Term:
-    """A column's part in a criterion: the weight's sign says whether much of it is worth keeping."""
+    """A column's part in a criterion. A negative weight means that large values are not worth keeping."""
 
     weight: float = 1.0
     transform: Transform = "none"
@@ -32,9 +32,10 @@ class Term:
 class Criterion:
     """score(u) = sum over terms of weight N(T(u)), or, with ``combine: product``, exp of the sum of weight log T(u), T > 0.
 
-    T is a column of the score table, N a normalisation within each group: ``rank`` from 0 (smallest) to 1, ties averaged, where
-    there are several terms, because sums of quantities in different units follow the widest; ``none`` for one term alone.
-    protect: {column: share}, units that stay in every mode: of each group the share largest by a column, one at least.
+    T is a column of the score table, N a normalisation within each group. The default is ``rank``, from 0 (smallest) to 1 with ties
+    averaged, because a sum of quantities in different units would follow the one with the widest range; it is ``none`` for a single
+    term. protect: {column: share}, the share of each group with the largest values of a column, at least one unit, is never
+    removed.
     """
 
     name: str
@@ -47,29 +48,29 @@ class Criterion:
     def of(cls, spec: Spec, name: str | None = None) -> "Criterion":
         """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalize, combine, protect}.
 
-        A term of the long form is a weight or {weight, through}. Raises ValueError for anything else.
+        A term of the long form is a weight or {weight, transform}. Raises ValueError for anything else.
         """
         if isinstance(spec, str):
             return cls(name or spec, {spec: Term()}, "none")
         spec = renamed(spec, {"normalise": "normalize"})
         long = "terms" in spec
-        called = name or "+".join(spec["terms"] if long else spec)
+        title = name or "+".join(spec["terms"] if long else spec)
         if long and set(spec) - set(_LONG):
-            raise ValueError(f"criterion {called!r} has {', '.join(sorted(set(spec) - set(_LONG)))}; it takes {', '.join(_LONG)}")
+            raise ValueError(f"criterion {title!r} has {', '.join(sorted(set(spec) - set(_LONG)))}; it takes {', '.join(_LONG)}")
         given = spec["terms"] if long else spec
         if not isinstance(given, Mapping) or not given:
-            raise ValueError(f"criterion {called!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")
-        terms = {column: _term(called, column, value) for column, value in given.items()}
+            raise ValueError(f"criterion {title!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")
+        terms = {column: _term(title, column, value) for column, value in given.items()}
         options: dict[str, Any] = {"normalize": "none" if len(terms) == 1 else "rank", "combine": "sum"}
         options |= {k: spec[k] for k in options if k in spec} if long else {}
-        for what, fit in (("normalize", get_args(Normalize)), ("combine", ("sum", "product"))):
-            if options[what] not in fit:
-                raise ValueError(f"criterion {called!r}: {what} is {options[what]!r}; it is {', '.join(fit)}")
+        for what, allowed in (("normalize", get_args(Normalize)), ("combine", ("sum", "product"))):
+            if options[what] not in allowed:
+                raise ValueError(f"criterion {title!r}: {what} is {options[what]!r}; it is {', '.join(allowed)}")
         protect = dict(spec.get("protect") or {}) if long else {}
         for column, share in protect.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-                raise ValueError(f"criterion {called!r}: protect.{column} is {share!r}; it is a share of a group, between 0 and 1")
-        return cls(called, terms, **options, protect=protect)
+                raise ValueError(f"criterion {title!r}: protect.{column} is {share!r}; it is a share of a group, between 0 and 1")
+        return cls(title, terms, **options, protect=protect)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -82,11 +83,11 @@ class Criterion:
 
     @property
     def columns(self) -> list[str]:
-        """What it reads."""
+        """The columns that the criterion reads."""
         return list(dict.fromkeys([*self.terms, *self.protect]))
 
     def protected(self, table: pd.DataFrame) -> dict[str, list[int]]:
-        """{group: the units that the criterion keeps}."""
+        """{group: ids of the protected units}."""
         found: dict[str, list[int]] = {}
         for column, share in self.protect.items():
             for group, values in table[column].groupby(level="group", sort=False):
@@ -95,10 +96,10 @@ class Criterion:
         return found
 
     def score(self, table: pd.DataFrame, seed: int = 0) -> pd.Series:
-        """A score a unit of a table with index (group, unit); NaN where a term is.
+        """One score per unit of a table with index (group, unit); NaN if a term is NaN.
 
-        ``random`` is drawn anew for each seed and group. Raises ValueError for a column that is not there, a product of terms that
-        are not positive, or a group without a single number.
+        ``random`` is drawn separately for each seed and group. Raises ValueError for a missing column, a product with terms that
+        are not positive, and a group whose scores are all NaN.
         """
         missing = [column for column in self.columns if column != RANDOM and column not in table]
         if missing:
@@ -131,9 +132,9 @@ class Criterion:
 
 
 def normalized(values: pd.Series, how: Normalize) -> pd.Series:
-    """Values within each group as ranks from 0 to 1, between 0 and 1, in standard deviations, or as multiples of a size.
+    """Values normalised within each group: ranks or min-max from 0 to 1, deviations in units of spread, or multiples of a size.
 
-    ``z``, ``robust_z`` and ``minmax`` of a group whose units are alike are 0.
+    ``z``, ``robust_z`` and ``minmax`` are 0 in a group whose units are equal.
     """
     by = values.groupby(level="group", sort=False)
     if how == "none":
@@ -154,7 +155,7 @@ def normalized(values: pd.Series, how: Normalize) -> pd.Series:
 
 
 def random_scores(index: pd.Index, seed: int) -> pd.Series:
-    """Uniform scores in [0, 1), drawn anew for each seed and group, by generators of their own."""
+    """Uniform scores in [0, 1), drawn by a separate generator for each seed and group."""
     drawn = pd.Series(0.0, index=index)
     for group, rows in drawn.groupby(level="group", sort=False):
         drawn.loc[rows.index] = np.array(_uniform(len(rows), seed, str(group)))
@@ -166,7 +167,7 @@ def _uniform(n: int, seed: int, group: str) -> list[float]:
 
 
 def renamed(spec: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A spec with old keys under their new names, each with a warning."""
+    """A spec with deprecated keys renamed, each with a DeprecationWarning."""
     for old in names.keys() & spec.keys():
         warnings.warn(
             f"{old} is now called {names[old]}; the old name goes with the next version", DeprecationWarning, stacklevel=4
@@ -178,14 +179,14 @@ def _term(criterion: str, column: str, value: Any) -> Term:
     if isinstance(value, Mapping):
         value = renamed(value, {"through": "transform"})
     if isinstance(value, Mapping) and "weight" in value and not set(value) - {"weight", "transform"}:
-        weight, through = value["weight"], value.get("transform", "none")
+        weight, transform = value["weight"], value.get("transform", "none")
     else:
-        weight, through = value, "none"
+        weight, transform = value, "none"
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise ValueError(f"criterion {criterion!r}: {column} is {weight!r}; it is a weight, a number, or {{weight, through}}")
-    if through not in get_args(Transform):
-        raise ValueError(f"criterion {criterion!r}: {column} goes through {through!r}; it is {', '.join(get_args(Transform))}")
-    return Term(float(weight), through)
+        raise ValueError(f"criterion {criterion!r}: {column} is {weight!r}; it is a weight, a number, or {{weight, transform}}")
+    if transform not in get_args(Transform):
+        raise ValueError(f"criterion {criterion!r}: {column} goes through {transform!r}; it is {', '.join(get_args(Transform))}")
+    return Term(float(weight), transform)
 
 
 def _transformed(values: pd.Series, how: Transform) -> pd.Series:

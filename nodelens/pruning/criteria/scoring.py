@@ -1,4 +1,4 @@
-"""Scores of the units of pruning groups: the metrics that the criteria read, measured at the groups."""
+"""The score table: the metrics that criteria read, measured at pruning groups."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from .criterion import RANDOM, Criterion
 
 
 def columns_of(criteria: Iterable[Criterion], given: Mapping[str, Metric | None] | None = None) -> dict[str, Metric]:
-    """What the criteria read, by column: a metric that is given, else the one of that name.
+    """{column: metric} that the criteria read: the metric given for the column, else the metric of that name.
 
-    Raises ValueError for a name that no metric has, or a metric that gives no value per unit.
+    Raises ValueError for an unknown name, or a metric that does not give one value per unit.
     """
     found: dict[str, Metric] = {}
     for criterion in criteria:
@@ -37,7 +37,7 @@ def score_table(
     groups: Sequence[PruningGroup],
     columns: Mapping[str, Metric],
     data: Iterable[Any] | None = None,
-    /,  # options of nl.analyze include ``groups``
+    /,  # positional, because ``groups`` is also an option of nl.analyze
     *,
     reduce: Reduce = "sum",
     seed: int = 0,
@@ -45,10 +45,10 @@ def score_table(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **options: Any,
 ) -> pd.DataFrame:
-    """One row per unit, index (group, unit), and one column per metric: what ``nl.analyze`` finds at the groups.
+    """One row per unit, index (group, unit), and one column per metric: the result of ``nl.analyze`` for the groups.
 
-    ``reduce`` puts the values at several places of a unit together (a head's span, several layers that make it); options go to
-    ``nl.analyze``. Raises ValueError where data are missing, or a unit cannot be seen.
+    ``reduce`` combines a unit's values at several places (a head's channels, several layers that make it); options go to
+    ``nl.analyze``. Raises ValueError if data are missing, or if no layer captures the units of a group.
     """
     if not columns:
         index = pd.MultiIndex.from_tuples([(g.name, u) for g in groups for u in range(g.n)], names=["group", "unit"])
