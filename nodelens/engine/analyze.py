@@ -21,13 +21,13 @@ from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor, 
 from .collect import Pass
 from .covariance import CovariancePolicy
 from .dry_run import DryRun, with_groups
-from .narrow import describe as describe_covariance
 from .options import AnalyzeOptions
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe, names_of, targets_of
 from .several_passes import check_again, divided, joined
 from .table import make_table
 from .validation import find_members
+from .wide_sites import describe as describe_covariance
 
 DEFAULT = (
     "activation_mean",

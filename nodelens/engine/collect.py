@@ -106,8 +106,8 @@ class TokenRows:
         samples, _, positions = rows.raw.shape
         if (samples, positions) != at.shape:
             raise ValueError(
-                f"{self.owner.site} has {positions} rows a sample, and target {needs[0].target!r} is one for each of "
-                f"{at.shape[1]} tokens: leave the layer out (layers=), or metrics with a target"
+                f"{self.owner.site} has {positions} rows per sample, but target {needs[0].target!r} has one value for "
+                f"each of {at.shape[1]} tokens: leave out the layer (layers=), or metrics with a target"
             )
         flat = rows.raw.transpose(1, 2).flatten(0, 1)[at.index]
         rows_at = self.owner.only_finite(Rows(flat.T[None]))
@@ -177,7 +177,7 @@ class Pass:
     def see(self, site: Site, captured: Any) -> None:
         """Takes a captured tensor of a site. Raises RuntimeError before the first ``begin``."""
         if self.batch is None:
-            raise RuntimeError(f"{site} shows rows before a batch began")
+            raise RuntimeError(f"{site} was captured before a batch began")
         collector = self.collectors[site]
         rows = collector.rows_of(captured, self.batch)
         for sums in self.model_sums:
@@ -221,7 +221,7 @@ class Pass:
 
     def _target_tokens(self, name: Any, logits: Tensor | None, batch: Batch) -> TargetTokens:
         if logits is None:
-            raise ValueError(f"target {name!r} needs logits, the model gave none")
+            raise ValueError(f"target {name!r} needs logits, but the model returned none")
         value = token_target(name, logits, batch.labels, batch.targets)
         return TargetTokens.of(value, batch, self.plan.positions, self.seed)
 

@@ -114,7 +114,7 @@ def _indexed_layers(metric: str, group: GroupLayer, members: Sequence[GroupMembe
         return []
     if not members or any(reader.piece.tensor != "down_proj" for reader in group.readers if reader.piece.entry is not None):
         raise ValueError(
-            f"{metric} looks at what passes, and no hook sees the units of group {group.title!r}: its experts lie in one tensor; "
+            f"{metric} reads activations, but no hook captures the units of group {group.title!r}: its experts share one tensor; "
             "score it by weights (magnitude, group_l2) or by their gradients (llm_pruner), or leave it out with freeze="
         )
     return [(known.setdefault(member.layer.name, member.layer), member.places) for member in members]

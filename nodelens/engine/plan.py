@@ -18,8 +18,8 @@ from .covariance import CovariancePolicy
 from .dry_run import DryRun
 from .layout import BALANCE, PassLayout, Place, Reduce
 from .members import Members
-from .narrow import check_width, restrict_needs
 from .validation import check_parameter
+from .wide_sites import check_width, restrict_needs
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Plan(PassLayout):
         ``optional`` leaves out layers that the forward pass never calls and lists them in ``never_called``. ``pairs``: layer pairs
         for edge metrics, consecutive, all, or names. ``per_token``: the targets with one value per token.
 
-        Raises ValueError for another precision, a layer that is never called, a metric without the weights or the target that it
-        reads, and a site that is too wide.
+        Raises ValueError for a layer that is never called, a metric without its weights or target, and a site that is too wide.
         """
         if precision not in ("float32", "float64"):
             raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")

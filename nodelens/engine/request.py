@@ -26,7 +26,7 @@ def as_metrics(metrics: Metrics) -> dict[str, Metric]:
     for metric in metrics:
         name = metric if isinstance(metric, str) else metric.names[-1]
         if name in chosen:
-            raise ValueError(f"metric {name!r} is asked for twice; give a dict {{column: metric}} to name two variants")
+            raise ValueError(f"metric {name!r} is given twice; give a dict {{column: metric}} to name two variants")
         chosen[name] = get_metric(metric) if isinstance(metric, str) else metric
     return chosen
 

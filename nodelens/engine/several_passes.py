@@ -13,9 +13,9 @@ from nodelens.network.layers import Layer
 from nodelens.results.result import Result
 from nodelens.statistics.processes import reduce_tensor
 
-from .narrow import describe, size_text
 from .plan import Plan
 from .table import of_model
+from .wide_sites import describe, size_text
 
 
 def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]:
@@ -70,7 +70,7 @@ def joined(plan: Plan, results: Sequence[Result]) -> Result:
         seen, expected = result.metadata["samples_by_group"], first.metadata["samples_by_group"]
         if seen != expected:
             raise ValueError(
-                f"pass {k + 1} saw {sum(seen)} samples, {seen} a group, pass 1 {sum(expected)}, {expected}: the data must be the "
+                f"pass {k + 1} saw {sum(seen)} samples, {seen} per group, pass 1 {sum(expected)}, {expected}: the data must be the "
                 "same every time (no sampling, no random crops), or fit into one pass (budget.memory)"
             )
     layers = pd.concat([result.layers for result in results])

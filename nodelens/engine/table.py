@@ -19,9 +19,9 @@ from nodelens.statistics.costs import adapt
 
 from .layout import GROUPED_WIDTH, Place
 from .members import side_of
-from .narrow import KnownUnits, known_units, reason_left_out
 from .permutation import null_of
 from .plan import Plan
+from .wide_sites import KnownUnits, known_units, reason_left_out
 
 Sums = Mapping[tuple[str, Need], Accumulator]
 

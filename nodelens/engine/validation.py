@@ -54,8 +54,8 @@ def _check_layer(name: str, metric: Metric, layer: Layer) -> None:
     reads = metric.parameter == "group" and bool(ports & {"consumed", "maps"} or metric.reads_consumers)
     if "load" in ports or (reads and layer.side != "input") or ("made*grad" in ports and layer.side == "input"):
         raise ValueError(
-            f"metric {name!r} reads what consumes the units, which layer {layer.name!r} alone does not tell: measure the layer "
-            f"that reads them, such as 'fc2.input', or pruning groups, layers=groups"
+            f"metric {name!r} reads the consumers of the units, which are unknown for layer {layer.name!r} alone: measure the "
+            "layer that reads them, such as 'fc2.input', or pruning groups, layers=groups"
         )
 
 
@@ -72,12 +72,12 @@ def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool)
     if lacking and not some:
         where = f"layer {lacking[0].name!r} ({type(lacking[0].module).__name__})"
         words = {
-            "norm": f"reads the scale of a batch norm, and none is behind {where}",
-            "change": f"reads the change of the weights, and those of {where} at the start are not known: give "
+            "norm": f"reads the scale of a batch norm, but none follows {where}",
+            "change": f"reads the change of the weights, but the initial weights of {where} are unknown: give "
             "initial_path= (initial= in Python)",
         }
         raise ValueError(
-            f"metric {name!r} {words.get(metric.parameter, f'needs weights, {where} has none')}; or leave the metric out, or "
+            f"metric {name!r} {words.get(metric.parameter, f'needs weights, but {where} has none')}; or leave the metric out, or "
             "the layer (layers=)"
         )
 

@@ -125,7 +125,7 @@ class GroupLayer(Layer):
             return Rows(added(rows.raw, member.places), rows.keep, grid=rows.grid)
         flat = _dense(values) if isinstance(values, Routed) else values
         if len(flat) % samples:
-            raise ValueError(f"{self.title} shows {len(flat)} tokens for a batch of {samples} samples: they must belong to samples")
+            raise ValueError(f"{self.title} has {len(flat)} tokens for {samples} samples; every sample needs as many tokens")
         raw = flat.unflatten(0, (samples, -1)).transpose(1, 2)
         raw = raw if member is None else added(raw, member.places)
         keep = mask if mask is not None and mask.shape == (samples, raw.shape[2]) else None

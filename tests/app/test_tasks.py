@@ -244,11 +244,11 @@ def test_a_file_of_the_weights_at_the_start_and_every_pair_of_layers(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["metrics=[delta_alignment]"], "at the start are not known: give initial_path="),
+        (["metrics=[delta_alignment]"], "the initial weights of layer 'fc1' (Linear) are unknown: give initial_path="),
         (["metrics=[linear_cka]", "pairs=[[fc1,fc9]]"], "pairs names fc9; measured are fc1, fc2, head"),
         (["metrics=[linear_cka]", "pairs=some"], "pairs is 'some'; it is consecutive, all, or a list"),
-        (["metrics=[bn_scale]"], "reads the scale of a batch norm, and none is behind layer 'fc1'"),
-        (["metrics=[rq]", "layers='fc1.input'"], "metric 'rq' needs weights, layer 'fc1.input' (Linear) has none"),
+        (["metrics=[bn_scale]"], "reads the scale of a batch norm, but none follows layer 'fc1'"),
+        (["metrics=[rq]", "layers='fc1.input'"], "metric 'rq' needs weights, but layer 'fc1.input' (Linear) has none"),
         (["metrics=[mi]", "metrics.mi.permutations=-1"], "permutations is -1"),
     ],
     ids=label,

@@ -199,7 +199,7 @@ class Unreached(nn.Module):
         ),
         (
             lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq"], ["bn", "stem"]),
-            r"metric 'rq' needs weights, layer 'bn' \(BatchNorm2d\) has none",
+            r"metric 'rq' needs weights, but layer 'bn' \(BatchNorm2d\) has none",
         ),
         (
             lambda: nl.analyze(build(Mixed), [torch.zeros(4, 1, 9, 9)], ["rq"]),
@@ -210,7 +210,7 @@ class Unreached(nn.Module):
         (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1] + 9)], ["synergy"]), "4 classes, but a label is 12"),
         (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1][:5])], ["synergy"]), "a batch has 96 samples and 5 labels"),
         (lambda: nl.analyze(build(Mixed), [(1, 2, 3)], ["rq"]), r"not a tuple of 3: \(int, int, int\)"),
-        (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq", "rq"]), "metric 'rq' is asked for twice"),
+        (lambda: nl.analyze(build(Mixed), batches(*images(), 9), ["rq", "rq"]), "metric 'rq' is given twice"),
         (
             lambda: nl.analyze(Unreached(), [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))], ["taylor"], "a"),
             "no gradient reached layer 'a'",

@@ -325,7 +325,10 @@ def without(*keys):
             r"target 'given' is \(2, 4\), but 3 tokens of 2 samples have logits",
         ),
         (with_batches(lambda b: b, target=wrong_shape), r"returns \(4,\) for 4 x 14 tokens; return \(B, T\) or \(B, T, t\)"),
-        (with_batches(dict, layers="pool"), r"pool.output has 1 rows a sample, and target 'nll' is one for each of 14 tokens"),
+        (
+            with_batches(dict, layers="pool"),
+            r"pool.output has 1 rows per sample, but target 'nll' has one value for each of 14 tokens",
+        ),
         (
             with_batches(lambda b: b | {"targets": b["targets"][:, 0]}, "cond_mi", target="given"),
             r"metric 'mi_given_class' pairs each row with label and given; here one is per sample, the other per token",

@@ -64,12 +64,12 @@ def test_a_site_too_wide_is_refused_with_every_choice_and_its_bytes(net, data):
     size = 8 * (WIDTH * WIDTH + 2 * WIDTH) * 8 / 2**20
     small = 8 * (LIMIT * LIMIT + 2 * LIMIT) * 8 / 2**20
     for words in (
-        "site 'up' is 40 wide (and 1 more sites), budget.width is 24: redundancy, participation_ratio want products",
+        "site 'up' is 40 wide (and 1 more sites), budget.width is 24: redundancy, participation_ratio need products",
         f"{size:,.1f} MiB there",
-        "covariance=diagonal (they are left out there, NaN; 0 MiB)",
+        "covariance=diagonal (no products; these metrics are NaN there; 0 MiB)",
         f"covariance=sample:24 (24 channels; {small:,.1f} MiB)",
         f"covariance=sketch:24 (for participation_ratio; {small:,.1f} MiB)",
-        "budget.max_passes=2 or more, where memory alone is the matter",
+        "budget.max_passes=2 or more, if only memory is short",
         "or budget.width=40",
     ):
         assert words in str(error.value)
@@ -276,7 +276,7 @@ def test_maps_of_many_channels_are_drawn_from_as_rows_are():
 def test_what_reads_weights_as_a_whole_has_no_sample(net, data):
     weights = {"gradient_alignment": 1.0, "pairwise_redundancy_gaussian": -0.3}
     metric = get_metric("composite", weights=weights, log=())
-    with pytest.raises(ValueError, match="'both' reads the weights of up as a whole"):
+    with pytest.raises(ValueError, match="'both' reads all weights of up, but"):
         measured(net, data, {"both": metric})
 
 
@@ -298,7 +298,9 @@ def test_a_sketch_is_of_the_projected_rows(net, data, rows):
 
 def test_a_sketch_of_units_is_refused_by_name(net, data):
     for name in ("redundancy", "layer_redundancy", "total_correlation"):
-        with pytest.raises(ValueError, match=f"metric '{name}' is of units, and covariance=sketch:10 mixes those of up, 40 wide"):
+        with pytest.raises(
+            ValueError, match=f"metric '{name}' describes single units, but covariance=sketch:10 mixes those of up, 40 wide"
+        ):
             measured(net, data, [name], "sketch:10")
     standardized = get_metric("participation_ratio", rows="feature_standardized")
     with pytest.raises(ValueError, match="covariance=sample:10 or covariance=diagonal"):
@@ -431,7 +433,7 @@ def test_the_geometry_without_products_has_what_the_sample_of_rows_tells(blocks)
 
 def test_a_sketch_has_no_standardized_units(blocks):
     net, tokens, _ = blocks
-    with pytest.raises(ValueError, match="feature_standardized' is of units"):
+    with pytest.raises(ValueError, match="feature_standardized' describes single units"):
         nl.analyze_model(
             "tiny",
             [tokens],

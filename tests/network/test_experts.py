@@ -462,7 +462,9 @@ def test_layer_pairs_of_experts_use_the_samples_view():
 def test_token_targets_are_rejected_at_routed_rows():
     model, _, _, _ = build("mixtral")
     metric = {"mi": nl.get_metric("mi", target="loss")}
-    with pytest.raises(ValueError, match=r"experts\[0\].hidden.output has \d+ rows a sample, and target .* for each of 16 tokens"):
+    with pytest.raises(
+        ValueError, match=r"experts\[0\].hidden.output has \d+ rows per sample, but target .* for each of 16 tokens"
+    ):
         nl.analyze(model, [texts([16, 16])], metric, "blocks[1].mlp.hidden")
 
 

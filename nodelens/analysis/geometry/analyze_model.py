@@ -13,9 +13,9 @@ from torch import nn
 
 from nodelens.engine.analyze import device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
-from nodelens.engine.narrow import describe as describe_covariance
 from nodelens.engine.request import describe
 from nodelens.engine.validation import in_bytes
+from nodelens.engine.wide_sites import describe as describe_covariance
 from nodelens.network.architecture import config_of
 from nodelens.results.result import provenance
 from nodelens.statistics.processes import world

@@ -34,8 +34,7 @@ class Criterion:
 
     T is a column of the score table, N a normalisation within each group. The default is ``rank``, from 0 (smallest) to 1 with ties
     averaged, because a sum of quantities in different units would follow the one with the widest range; it is ``none`` for a single
-    term. protect: {column: share}, the share of each group with the largest values of a column, at least one unit, is never
-    removed.
+    term. protect: {column: share}: units with the largest values of a column are never removed, at least one per group.
     """
 
     name: str
@@ -185,7 +184,7 @@ def _term(criterion: str, column: str, value: Any) -> Term:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise ValueError(f"criterion {criterion!r}: {column} is {weight!r}; it is a weight, a number, or {{weight, transform}}")
     if transform not in get_args(Transform):
-        raise ValueError(f"criterion {criterion!r}: {column} goes through {transform!r}; it is {', '.join(get_args(Transform))}")
+        raise ValueError(f"criterion {criterion!r}: transform of {column} is {transform!r}; it is {', '.join(get_args(Transform))}")
     return Term(float(weight), transform)
 
 

@@ -138,7 +138,7 @@ def check_width(plan: PassLayout) -> None:
         for name, metric in metrics.items():
             if plan.covariance.kind == "sketch" and not basis_free(metric):
                 raise ValueError(
-                    f"metric {name!r} is of units, and covariance={plan.covariance} mixes those of {side}, "
+                    f"metric {name!r} describes single units, but covariance={plan.covariance} mixes those of {side}, "
                     f"{plan.seen_at(*side).width:,} wide: choose "
                     f"covariance=sample:{plan.covariance.count} or covariance=diagonal, or leave it out"
                 )
@@ -155,8 +155,8 @@ def _check_sample(plan: PassLayout, side: Side, name: str, metric: Metric) -> No
     all_weights = any(need.port == "weight*grad" for need in metric.needs().values())
     if side.port == "output" and (all_weights or (metric.weighted and metric.parameter == "tensor")):
         raise ValueError(
-            f"metric {name!r} reads the weights of {side.layer} as a whole, and covariance={plan.covariance} draws some of its "
-            "units: choose covariance=diagonal, or leave it out"
+            f"metric {name!r} reads all weights of {side.layer}, but covariance={plan.covariance} draws only some of its units: "
+            "choose covariance=diagonal, or leave it out"
         )
 
 
@@ -165,16 +165,16 @@ def _too_wide_message(plan: PassLayout, found: dict[Side, dict[str, Metric]]) ->
     width, count = plan.seen_at(*side).width, min(1024, plan.covariance.limit)
     more = f" (and {len(found) - 1} more sites)" if len(found) > 1 else ""
     choices = [
-        "covariance=diagonal (they are left out there, NaN; 0 MiB)",
+        "covariance=diagonal (no products; these metrics are NaN there; 0 MiB)",
         f"covariance=sample:{count} ({count:,} channels; {size_text(_bytes(plan, side, 'sample', count))})",
     ]
     if some := [name for name, metric in metrics.items() if basis_free(metric)]:
         choices.append(f"covariance=sketch:{count} (for {_listed(some)}; {size_text(_bytes(plan, side, 'sketch', count))})")
     return (
         f"site {str(side)!r} is {width:,} wide{more}, budget.width is {plan.covariance.limit:,}: {_listed([*metrics])} "
-        f"{'want' if len(metrics) > 1 else 'wants'} products of all its units, a full covariance, "
-        f"{size_text(_bytes(plan, side, 'full', 0))} there. Choose {'; '.join(choices)}; budget.max_passes=2 or more, where "
-        f"memory alone is the matter: all is formed, as many layers at a time as budget.memory takes; or budget.width={width}"
+        f"{'need' if len(metrics) > 1 else 'needs'} products of all its units, a full covariance, "
+        f"{size_text(_bytes(plan, side, 'full', 0))} there. Choose {'; '.join(choices)}; budget.max_passes=2 or more, if "
+        f"only memory is short (full covariances, for as many layers per pass as fit into budget.memory); or budget.width={width}"
     )
 
 
