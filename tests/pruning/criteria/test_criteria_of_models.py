@@ -274,7 +274,7 @@ def test_fused_experts_are_scored_by_weights_and_their_gradients_alone():
     x, y = torch.randn(6, 3, generator=generator(), dtype=torch.float64), torch.arange(6) % 3
     unseen = [k for k in EVERY if k not in OF_WEIGHTS and k not in OF_WEIGHT_GRADIENTS]
     for name in unseen:
-        words = "wants maps" if isinstance(EVERY[name], HRank) else "looks at what passes.*magnitude, group_l2.*llm_pruner"
+        words = "needs feature maps" if isinstance(EVERY[name], HRank) else "looks at what passes.*magnitude, group_l2.*llm_pruner"
         with pytest.raises(ValueError, match=rf"{name} {words}"):
             score_table(net, expert_groups(), {name: EVERY[name]}, [(x, y)])
     chosen = {k: v for k, v in EVERY.items() if k not in (*unseen, "bn_scale")}
