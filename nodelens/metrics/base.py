@@ -73,7 +73,7 @@ class Metric:
 
     @property
     def shape(self) -> str:
-        """What there is one value per, after ``reduce``: one of the words of ``kind``."""
+        """The ``kind`` after ``reduce``: a mean over partners is one value per unit."""
         return "unit" if self.kind == "pair" and self.options.get("reduce") == "mean" else self.kind
 
     def compute(self, **tensors: Any) -> Tensor:

@@ -24,7 +24,7 @@ _PER = {
 _PARAMETERS = {
     "weight": "the weight (units, fan_in)",
     "tensor": "the weight as it is stored",
-    "change": "the change of the weight since initialization",
+    "change": "the change of the weight since the start of training",
     "norm": "the scales of the batch norms after the layer",
     "group": "the weights that produce and consume the units of a pruning group",
     "units": "the name of the layer or group, and the seed",

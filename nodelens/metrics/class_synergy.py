@@ -105,14 +105,14 @@ class _Pairs:
 
         whole = standard(total)
         within = [(share, standard(covariance)) for share, covariance in parts]
-        mute = torch.stack([part.diagonal() < SMALLEST_VARIANCE for _, part in within]).any(0) if within else unvarying
-        clean, gap = _synergy(whole, within, SMALLEST_VARIANCE * mute)
+        small = torch.stack([part.diagonal() < SMALLEST_VARIANCE for _, part in within]).any(0) if within else unvarying
+        clean, gap = _synergy(whole, within, SMALLEST_VARIANCE * small)
         close = gap < COLLINEAR
         noisy = _synergy(whole, within, torch.full_like(scale, SMALLEST_VARIANCE))[0] if bool(close.any()) else clean
         collinear = 1 - whole.square() < COLLINEAR
         synergy = torch.where(close, noisy, clean).where(~collinear, 0.0)
         unknown = not within or not bool(total.isfinite().all())
-        return cls(torch.full_like(total, torch.nan) if unknown else synergy, unvarying, collinear, close | mute | mute[:, None])
+        return cls(torch.full_like(total, torch.nan) if unknown else synergy, unvarying, collinear, close | small | small[:, None])
 
 
 def _synergy(total: Tensor, within: list[Part], noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,8 @@ class ClassInformation(Metric):
         if isinstance(y, Sample):
             return self._binned(*_labelled(y))
         total, within, share = self._variances(y)
-        mute = (within < SMALLEST_VARIANCE * total).any(0)
-        total, within = total + SMALLEST_VARIANCE * total * mute, within + SMALLEST_VARIANCE * total * mute
+        small = (within < SMALLEST_VARIANCE * total).any(0)
+        total, within = total + SMALLEST_VARIANCE * total * small, within + SMALLEST_VARIANCE * total * small
         if self.method == "pooled":
             within, share = (share @ within)[None], share.sum()[None]
         value = 0.5 * (total.log() - share @ within.log())
@@ -76,11 +76,11 @@ class ClassInformation(Metric):
         if isinstance(y, Sample):
             return {"constant": int(constant_columns(_labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
         total, within, _share = self._variances(y)
-        mute = (within < SMALLEST_VARIANCE * total).any(0)
+        small = (within < SMALLEST_VARIANCE * total).any(0)
         unvarying = constant(total, self._seen(y).moments.mean)
         return {
             "constant": int(unvarying.sum()),
-            "degenerate": int((mute & ~unvarying).sum()),
+            "degenerate": int((small & ~unvarying).sum()),
             "classes_left_out": int((y.n == 1).sum()),
         }
 

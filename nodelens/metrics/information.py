@@ -20,9 +20,9 @@ CLOSE = 1.1  # ratio of the first two eigenvalues, below which their axes are ar
 class PairwiseRedundancy(Metric):
     """Gaussian mutual information of the activations of two units, for ALL pairs: high for units that others duplicate.
 
-    ``reduce: mean`` averages over the N - 1 other units, one value per unit; ``none`` gives the matrix, with diagonal 0. Constant
-    units have 0 and are counted (``constant``), as are pairs at the upper limit (``saturated``). Independent units give about
-    1/(2n) rather than 0, which ``bias: gaussian`` subtracts; it is too small for dependent rows, such as positions of one image.
+    ``reduce: mean`` averages over the N - 1 other units; ``none`` gives the matrix, with diagonal 0. Constant units have 0 and are
+    counted (``constant``), as are pairs at the upper limit (``saturated``). Independent units give about 1/(2n) rather than 0,
+    which ``bias: gaussian`` subtracts; for dependent rows, such as positions of one image, it subtracts too little.
 
     Formula: -0.5 ln(1 - rho_ij^2), rho_ij = corr(y_i, y_j); bias: [psi((n-1)/2) - psi((n-2)/2)]/2, n rows, psi digamma
     Shapes: y over rows of width units -> (units,) or (units, units)

@@ -71,8 +71,8 @@ class LLMPruner(_OfWeightGradients):
 
     ``el1`` and ``el2`` sum first- and second-order terms over single weights, ``mix`` combines both orders per weight, and
     ``vector`` is the absolute value of the sum over all weights of the unit (the authors' code adds absolute sums per matrix). In
-    ``mix`` both G and h are means over samples, so that the number of samples does not weight them. The paper calibrates on 10
-    texts of 64 tokens; use 128 or more.
+    ``mix`` both G and h are means over samples, so that their balance does not depend on the number of samples. The paper
+    calibrates on 10 texts of 64 tokens; use 128 or more.
 
     Formula: over the weights that produce or consume the unit: el1 sum |w G|; el2 sum w^2 h; mix sum |w G/N - w^2 h / 2|; vector
              |sum w G|; G the gradient of the loss summed over the N samples, h = E_n[g_nw^2], g_n the gradient of sample n
