@@ -1,4 +1,4 @@
-"""The metrics: a file for each family, a class for each metric, and the registry that knows all of them by name."""
+"""The metrics: one file per family, one class per metric, and the registry that finds each by name."""
 
 from nodelens.compat.names import METRIC_ALIASES
 

@@ -1,4 +1,4 @@
-"""``python -m nodelens.metrics`` prints the catalogue, ``python -m nodelens.metrics rq`` one entry of it."""
+"""``python -m nodelens.metrics`` prints the catalogue; ``python -m nodelens.metrics rq`` prints the entry of one metric."""
 
 import sys
 
@@ -6,7 +6,7 @@ from .catalogue import catalogue, entry_of
 
 
 def main(names: list[str]) -> None:
-    """Prints the entries of some names, or all; a name that is none ends in one line and exit code 1."""
+    """Prints the entries of the given names, or all entries. An unknown name prints one line and exits with code 1."""
     try:
         print("\n".join(map(entry_of, names)) if names else catalogue(), end="")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How much a unit does: sizes, spreads, tails and silences of its activation."""
+"""Size, variance, tails and zeros of a unit's activation."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,7 +15,7 @@ from .need import Need, View
 
 @dataclass(frozen=True)
 class ActivationMean(Metric):
-    """Mean size of a unit's activation; ``absolute: false`` gives the mean itself, E y.
+    """Mean absolute activation of a unit; ``absolute: false`` gives the mean, E y.
 
     Formula: E|y|, y the unit's output, E the mean over rows
     Shapes: y over rows of width units -> (units,)
@@ -42,7 +42,7 @@ class ActivationVariance(Metric):
 
     Formula: sum (y - mean)^2 / (n - 1), y the unit's output in n rows
     Shapes: y over rows of width units -> (units,)
-    Unit:   that of y squared, >= 0. N(0, 1) rows: 1; behind a ReLU 0.3408
+    Unit:   that of y squared, >= 0. N(0, 1) rows: 1; after a ReLU 0.3408
     NaN:    fewer than two rows
     Source: definition
     """
@@ -62,12 +62,12 @@ class ActivationVariance(Metric):
 class ActivationNorm(Metric):
     """Root mean square of a unit's activation.
 
-    ``normalize: none`` does not divide by n: the value then grows with the square root of the rows. ``spatial: mean_abs``
-    takes the mean of |y| over a sample's positions first, one row a sample, whatever ``view`` says.
+    ``normalize: none`` does not divide by n: the value then grows with the square root of the number of rows. ``spatial: mean_abs``
+    first averages |y| over the positions of each sample, which gives one row per sample and overrides ``view``.
 
     Formula: sqrt(sum y^2 / n), y the unit's output in n rows
     Shapes: y over rows of width units -> (units,)
-    Unit:   that of y, >= 0. N(0, 1) rows: 1; behind a ReLU 0.7071
+    Unit:   that of y, >= 0. N(0, 1) rows: 1; after a ReLU 0.7071
     NaN:    no rows, with ``normalize: rows``
     Source: definition
     """
@@ -89,10 +89,10 @@ class ActivationNorm(Metric):
 
 @dataclass(frozen=True)
 class ActivationOutlierIndex(Metric):
-    """How far a unit's largest activations stand above its usual size.
+    """How far a unit's largest activations exceed its mean absolute activation; it finds units with rare, extreme values.
 
-    Quantiles are linear between order statistics and exact to 1 %. With n (1 - quantile) < 1 the value is the largest
-    of the rows and little more: flagged ``largest_value``.
+    Quantiles interpolate linearly between order statistics and are accurate to 1 %. With n (1 - quantile) < 1 the quantile is
+    essentially the maximum over rows, which ``largest_value`` flags.
 
     Formula: Q / E|y|, Q the quantile of |y| (0.999), y the unit's output, E the mean over rows
     Shapes: y over rows of width units -> (units,)
@@ -110,7 +110,7 @@ class ActivationOutlierIndex(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.quantile < 1:
-            raise ValueError(f"{self.names[0]}: quantile is {self.quantile}; it is a share of the rows, between 0 and 1")
+            raise ValueError(f"{self.names[0]}: quantile is {self.quantile}; it must be a share of the rows, between 0 and 1")
 
     def needs(self) -> dict[str, Need]:
         return {"tails": Need(Quantiles, "output", self.view), "y": Need(Sizes, "output", self.view)}
@@ -124,11 +124,11 @@ class ActivationOutlierIndex(Metric):
 
 @dataclass(frozen=True)
 class ActivationKurtosis(Metric):
-    """How heavy the tails of a unit's activation are; 3, a Gaussian's, is not taken off.
+    """Kurtosis of a unit's activation: how heavy its tails are. The value 3 of a Gaussian is not subtracted.
 
     Formula: m4 / m2^2, m_k = E (y - E y)^k, y the unit's output, E the mean over rows
     Shapes: y over rows of width units -> (units,)
-    Unit:   none, >= 1. N(0, 1) rows: 3; two values equally often: 1; 1 active row of many, n: about n
+    Unit:   none, >= 1. N(0, 1) rows: 3; two equally frequent values: 1; active in 1 of n rows, n large: about n
     NaN:    a constant unit; fewer than two rows
     Source: definition; Pearson 1905, Biometrika 4:169
     """
@@ -146,7 +146,7 @@ class ActivationKurtosis(Metric):
 
 @dataclass(frozen=True)
 class ActivationMaxRatio(Metric):
-    """How far a unit's largest activation stands above its median one. Grows with the rows; quantiles are exact to 1 %.
+    """Largest absolute activation of a unit relative to the median. It grows with the rows; quantiles are accurate to 1 %.
 
     Formula: max|y| / median|y|, y the unit's output
     Shapes: y over rows of width units -> (units,)
@@ -176,7 +176,7 @@ class ActivationZeroFraction(Metric):
 
     Formula: (number of rows with y = 0) / n, y the unit's output in n rows
     Shapes: y over rows of width units -> (units,)
-    Unit:   none, in [0, 1]. A dead unit behind a ReLU: 1; a unit before its activation: about 0
+    Unit:   none, in [0, 1]. A dead unit after a ReLU: 1; a unit before its activation: about 0
     NaN:    no rows
     Source: definition; Hu et al. 2016, 1607.03250, eq. 1 (average percentage of zeros)
     """
@@ -195,15 +195,15 @@ class ActivationZeroFraction(Metric):
 
 @dataclass(frozen=True)
 class ActivationCosine(Metric):
-    """How alike two units are over the rows, their means included: units that are always active look alike.
+    """Mean cosine similarity of a unit with the other units, without centring: two units that are always active look similar.
 
-    Over all partners, or the matrix with ``reduce: none`` (diagonal 0). A unit that is always 0 has no direction: its
-    entries are NaN, and it is no other unit's partner (counted as ``zero``).
+    ``reduce: none`` gives the matrix, with diagonal 0. For a unit that is always 0 the cosine is undefined: its entries are NaN,
+    the means of the other units leave it out, and ``zero`` counts it.
 
-    Formula: mean over j != i of y_i.y_j / (|y_i| |y_j|), y_i the outputs of unit i in all rows; no mean is taken off
+    Formula: mean over j != i of y_i.y_j / (|y_i| |y_j|), y_i the outputs of unit i in all rows, not centred
     Shapes: y over rows of width units -> (units,), or (units, units) with ``reduce: none``
-    Unit:   none, in [-1, 1]; equal units 1, N(0, 1) rows about 0; behind a ReLU 0.3183
-    NaN:    the unit is always 0, or no other unit is not
+    Unit:   none, in [-1, 1]; equal units 1, N(0, 1) rows about 0; after a ReLU 0.3183
+    NaN:    the unit is always 0, or all other units are
     Source: definition
     """
 

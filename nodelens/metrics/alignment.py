@@ -1,4 +1,4 @@
-"""How a unit's weights lie to the variance of what it reads."""
+"""How a unit's weights are aligned with the variance of its inputs."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +15,7 @@ from .need import Need
 
 @dataclass(frozen=True)
 class _Quotient(Metric):
-    """What the quotients share: two options and one formula."""
+    """Options and formula shared by the Rayleigh quotients."""
 
     weighted: ClassVar = True
     relative: bool = True
@@ -24,12 +24,12 @@ class _Quotient(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.regularization >= 0:
-            raise ValueError(f"{self.names[0]}: regularization is {self.regularization}; it is added to a variance: 0 or more")
+            raise ValueError(f"{self.names[0]}: regularization is {self.regularization}; it must be 0 or more")
 
     def quotient(self, weight: Tensor, along: Tensor, inputs: tuple[Tensor, Tensor] | None) -> Tensor:
         """The quotient of units (units, fan_in) whose outputs have the variance ``along`` (..., units).
 
-        inputs: variance and mean of what the layer reads, (..., d), where the quotient is relative.
+        inputs: variance and mean of the layer's inputs, (..., d), or None unless the quotient is relative.
         """
         units, fan_in = weight.shape
         if units != along.shape[-1]:
@@ -50,15 +50,15 @@ class _Quotient(Metric):
 class RayleighQuotient(_Quotient):
     """Share of the input variance that lies along each unit's weights.
 
-    w'Cw is the variance of the unit's own output before any norm or activation, so no covariance is formed, for a Linear
-    and for a convolution of any stride, padding, dilation or groups alike; tr C is the summed variance of the inputs, of
-    a convolution that of its patch entries (a group sees its own channels). Within a layer the two forms rank alike;
-    compare layers by the relative one. ``regularization`` r gives w'Cw/w'w + r and tr C + r d.
+    w'Cw is the variance of the unit's output before any norm or activation, so the covariance C is never formed; this holds for a
+    Linear and for every convolution. tr C is the total variance of the inputs; for a convolution, of its patch entries (each group
+    has its own channels). Both forms give the same ranking within a layer; use the relative form to compare layers.
+    ``regularization`` r gives w'Cw/w'w + r and tr C + r d.
 
-    Formula: w'Cw / (w'w tr C), w the unit's weights, C the covariance of what it reads; ``relative: false``: w'Cw / w'w
+    Formula: w'Cw / (w'w tr C), w the unit's weights, C the covariance of its inputs; ``relative: false``: w'Cw / w'w
     Shapes: weight (units, d), y over rows of width units, x over rows of width d -> (units,)
-    Unit:   none, in [0, 1], 1/d for white input; ``relative: false``: that of x squared, at most C's first eigenvalue
-    NaN:    a unit whose weights are all zero; every unit when the input does not vary
+    Unit:   none, in [0, 1], 1/d for white input; ``relative: false``: that of x squared, at most the largest eigenvalue of C
+    NaN:    a unit whose weights are all zero; every unit when the input is constant
     Raises: ValueError when weight and rows differ in width, or regularization is below 0
     Source: Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
     """
@@ -76,15 +76,16 @@ class RayleighQuotient(_Quotient):
 
 @dataclass(frozen=True)
 class ConditionalRayleighQuotient(_Quotient):
-    """Rayleigh quotient within the classes, averaged: what a unit keeps of the variance that the class does not explain.
+    """Mean Rayleigh quotient within classes: how much input variance a unit keeps that the class does not explain.
 
-    A label holds for all positions of its sample. Classes of fewer than two rows are left out of sum and shares alike,
-    and counted. Relative: each class by its own tr C_c. Options as in ``rayleigh_quotient``.
+    A label holds for all positions of its sample. Classes with fewer than two rows are excluded from the sum and from the shares,
+    and ``classes_left_out`` counts them. The relative form divides each class by its own tr C_c. Options are those of
+    ``rayleigh_quotient``.
 
     Formula: sum over classes c of p_c RQ_c, p_c = n_c/n, RQ_c = w'C_c w / (w'w tr C_c), C_c the inputs' covariance in class c
     Shapes: weight (units, d), y over rows of width units and x over rows of width d, by class -> (units,)
     Unit:   none, in [0, 1], 1/d for inputs white in each class; ``relative: false``: that of x squared
-    NaN:    a unit whose weights are all zero; every unit when no class has two rows or the input does not vary in one
+    NaN:    a unit whose weights are all zero; every unit when no class has two rows or the input is constant within a class
     Raises: ValueError when weight and rows differ in width, regularization is below 0, or there are no labels
     Source: definition; Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
     """
@@ -114,16 +115,16 @@ class ConditionalRayleighQuotient(_Quotient):
 
 @dataclass(frozen=True)
 class DeltaRayleighQuotient(_Quotient):
-    """How much of a unit's Rayleigh quotient the classes' means explain.
+    """The part of a unit's Rayleigh quotient that differences between class means explain: high for units that separate classes.
 
-    The relative form compares shares of two traces and may be negative; so may, by ddof 1 in each class, the other one
-    where the means do not differ: it then lies about 0. Two classes of shares p and 1 - p whose means lie D apart along
-    w, else alike: p (1 - p) D^2 with ``relative: false``. Options as in ``rayleigh_quotient``.
+    The relative form is a difference of shares of two different traces and may be negative. The other form may be slightly negative
+    where the class means are equal, because each class variance uses ddof 1. Two classes with shares p and 1 - p that differ only
+    in their means, by D along w, give p (1 - p) D^2 with ``relative: false``. Options are those of ``rayleigh_quotient``.
 
-    Formula: RQ - sum over classes c of p_c RQ_c, the quotient of all rows less that within the classes
+    Formula: RQ - sum over classes c of p_c RQ_c, the quotient over all rows minus that within classes
     Shapes: weight (units, d), y and x as in rayleigh_quotient and, by class, conditional_rayleigh_quotient -> (units,)
-    Unit:   none, in [-1, 1]; ``relative: false``: that of x squared. Classes alike: 0
-    NaN:    where one of the two quotients is
+    Unit:   none, in [-1, 1]; ``relative: false``: that of x squared. Identical classes: 0
+    NaN:    where either quotient is NaN
     Raises: ValueError when weight and rows differ in width, regularization is below 0, or there are no labels
     Source: definition; law of total variance, Casella & Berger 2002, Statistical Inference, 2nd ed., theorem 4.4.7
     """
@@ -155,16 +156,16 @@ class DeltaRayleighQuotient(_Quotient):
 
 @dataclass(frozen=True)
 class DeltaAlignment(_Quotient):
-    """Share of the input variance along what training has added to each unit's weights.
+    """Share of the input variance that lies along the change of each unit's weights in training.
 
-    The variance is that of what the layer would put out with the change alone: the output's own does not serve, for the
-    change is not the layer. Options as in ``rayleigh_quotient``.
+    dw'C dw is the variance of the output that the layer would have with the weight change as its weight. Options are those of
+    ``rayleigh_quotient``.
 
-    Formula: dw'C dw / (dw'dw tr C), dw = w - w_0, w_0 the unit's weights at the start; ``relative: false``: without tr C
-    Shapes: change (units, d), y over rows of what it puts out, x over rows of width d -> (units,)
+    Formula: dw'C dw / (dw'dw tr C), dw = w - w_0, w_0 the unit's initial weights; ``relative: false``: without tr C
+    Shapes: change (units, d), y over rows of the output it would give, x over rows of width d -> (units,)
     Unit:   none, in [0, 1], 1/d for white input or a random change; ``relative: false``: that of x squared
-    NaN:    a unit whose weights have not changed; every unit when the input does not vary
-    Raises: ValueError when the weights at the start are not given, widths differ, or regularization is below 0
+    NaN:    a unit whose weights have not changed; every unit when the input is constant
+    Raises: ValueError when the initial weights are missing, widths differ, or regularization is below 0
     Source: Golub & Van Loan 2013, Matrix Computations, 4th ed., section 8.2
     """
 

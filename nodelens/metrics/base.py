@@ -1,4 +1,4 @@
-"""What a metric is: a pure function of statistics and weights, that says which it needs."""
+"""The base class of all metrics: a pure function of statistics and weights that declares which it needs."""
 
 import re
 from collections.abc import Mapping
@@ -17,22 +17,22 @@ _SECTIONS = ("Formula", "Shapes", "Unit", "NaN", "Raises", "Source")
 
 @dataclass(frozen=True)
 class Metric:
-    """Statistics and weights in, a value a unit (or a pair of units, or a layer) out.
+    """Maps statistics and weights to one value per unit, per pair of units or per layer.
 
-    Options are fields: the config sets them and the table's metadata names them. Subclasses state ``names`` (the first is
-    the long one), ``kind``, ``nan`` (when there is no answer) and, in their docstring, formula and source.
+    Options are dataclass fields: the configuration sets them and the table's metadata records them. Subclasses define
+    ``names`` (the full name first), ``kind``, ``nan`` (when the value is undefined) and, in their docstring, formula and source.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further names, each with options of its own
-    kind: ClassVar[str] = "unit"  # unit | pair | layer | edge (two layers) | input (a value an input feature)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # further names, each with its own options
+    kind: ClassVar[str] = "unit"  # unit | pair | layer | edge (two layers) | input (one value per input feature)
     weighted: ClassVar[bool] = False  # whether it reads a parameter of the layer
-    # which: weight (units, fan_in), of a group all producers' side by side | tensor, as stored | change W - W0 | norm, the gammas
-    # behind, (units, norms) | group, the pruning group as a GroupLayer | units, their number, the layer's name and the seed
+    # weight: (units, fan_in), for a pruning group of all producers, concatenated | tensor: the weight as stored | change: W - W0
+    # norm: gammas of the norms after the layer, (units, norms) | group: the pruning group, a GroupLayer | units: a need.Units
     parameter: ClassVar[str] = "weight"
-    reads_consumers: ClassVar[bool] = False  # whether it reads what consumes the units, which a layer's output does not tell
-    whole_experts: ClassVar[bool] = False  # whether it scores whole experts of a mixture from data
-    grouped: ClassVar[bool] = False  # whether it takes the groups' sums, a list, in place of the whole
+    reads_consumers: ClassVar[bool] = False  # whether it reads the consumers of the units
+    whole_experts: ClassVar[bool] = False  # whether it can score whole experts of a mixture
+    grouped: ClassVar[bool] = False  # whether it takes a list of one statistic per group of samples
     nan: ClassVar[str] = "never"
     higher_is_better: ClassVar[bool] = True  # as a pruning criterion: whether units with large values are kept
 
@@ -43,7 +43,7 @@ class Metric:
                 raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {fit}")
 
     def needs(self) -> dict[str, Need]:
-        """What ``__call__`` takes, by the name of its argument."""
+        """The statistics that ``__call__`` takes, by argument name."""
         return {}
 
     def __call__(self, weight: Any, **statistics: Any) -> Tensor:
@@ -51,20 +51,20 @@ class Metric:
         raise TypeError(f"{type(self).__name__} has no formula")
 
     def check_group(self, name: str, group: GroupLayer) -> None:
-        """Raises ValueError, with the metric's name, where a pruning group does not show what the metric reads."""
+        """Raises ValueError, naming the metric, where a pruning group lacks what the metric reads."""
 
     def counts(self, weight: Tensor | None, **statistics: Any) -> dict[str, int]:
-        """How often a rule for an edge case was used, such as ``constant`` or ``saturated``."""
+        """How often the rule for an edge case was applied, by name, such as ``constant`` or ``saturated``."""
         return {}
 
     @classmethod
     def section(cls, title: str) -> str:
-        """A part of the docstring on one line: ``Formula``, ``Shapes``, ``Unit``, ``NaN``, ``Raises`` or ``Source``."""
+        """One section of the docstring, on one line: ``Formula``, ``Shapes``, ``Unit``, ``NaN``, ``Raises`` or ``Source``."""
         return section_of(cls.__doc__ or "", title)
 
     @classmethod
     def source(cls) -> str:
-        """Where the definition can be read."""
+        """The reference for the definition."""
         return cls.section("Source")
 
     @property
@@ -73,26 +73,26 @@ class Metric:
 
     @property
     def shape(self) -> str:
-        """unit, pair or layer: what the value has, after ``reduce``."""
+        """The ``kind`` after ``reduce``: a mean over partners is one value per unit."""
         return "unit" if self.kind == "pair" and self.options.get("reduce") == "mean" else self.kind
 
     def compute(self, **tensors: Any) -> Tensor:
-        """The metric from tensors in hand: the same formula as in a pass, fed with one batch.
+        """The metric computed from tensors: the same formula as in a pass over data, applied to one batch.
 
         inputs (n, d) or (B, C, H, W), outputs likewise, weights (units, ...), labels (n,), targets (n,) or (n, t),
-        logits (n, K), gradients like outputs; of a convolution its stride, padding, dilation, groups.
-        Raises ValueError for a tensor that is missing.
+        logits (n, K), gradients shaped like outputs; for a convolution also its stride, padding, dilation and groups.
+        Raises ValueError for a missing tensor.
         """
         return compute(self, tensors)
 
 
 def mean_of_partners(pairs: Tensor) -> Tensor:
-    """Mean over the partners j != i of a matrix with a zero diagonal, (N, N) -> (N,); NaN for a unit alone."""
+    """Mean over the partners j != i of a matrix with a zero diagonal, (N, N) -> (N,); NaN where N is 1."""
     return pairs.sum(1) / (len(pairs) - 1) if len(pairs) > 1 else pairs.new_full((len(pairs),), float("nan"))
 
 
 def section_of(text: str, title: str) -> str:
-    """A part of a docstring on one line; empty where there is none."""
+    """One section of a docstring, on one line; empty where it is missing."""
     titles = "|".join(_SECTIONS)
     found = re.search(rf"^ *{title}:(.*?)(?=^ *(?:{titles}):|\Z)", text, re.DOTALL | re.MULTILINE)
     return " ".join(found[1].split()) if found else ""

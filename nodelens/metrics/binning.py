@@ -1,4 +1,4 @@
-"""Information without a Gaussian: counts in bins of equal width."""
+"""Mutual information without a Gaussian assumption: histograms with bins of equal width."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,23 +11,23 @@ from nodelens.statistics.linalg import constant
 
 from .base import Metric
 from .need import Need, Target
-from .paired_target import beside_rows, check_target, with_permutations
+from .paired_target import check_target, stored_target, with_permutations
 
 
 @dataclass(frozen=True)
 class BinnedInformation(Metric):
-    """Information of a unit about a target by counting both in bins of equal width between their smallest and largest value.
+    """Mutual information of a unit and a target, from a histogram of both with bins of equal width.
 
-    It sees what is not linear, and reads too much: about (bins - 1)^2/(2n) for independent ones, 0.02 at n = 2,048. One
-    extreme value stretches the bins of all. Taken on 2,048 samples, on all of them while there are no more; which ones
-    hangs on what is in them, not on batches or their order (``rows_left_out`` counts the others). Of several target
-    columns the mean. Targets as in mutual_information_gaussian.
+    It detects nonlinear dependence, which the Gaussian estimate misses. It is biased upwards: independent variables give about
+    (bins - 1)^2/(2n), 0.02 at n = 2,048. One extreme value widens all bins. The estimate uses at most 2,048 samples. Their choice
+    depends on the content of the samples only, not on batches or their order, and ``rows_left_out`` counts the others. For several
+    target columns, the value is the mean over columns. Targets are those of mutual_information_gaussian.
 
     Formula: sum_ab p_ab ln(p_ab / (p_a p_b)), p_ab the share of samples with the unit in its bin a and the target in its bin b
-    Shapes: y over rows of width units, with a target beside -> (units,)
-    Unit:   nats, in [0, ln bins]; a unit that follows from the target, its bins equally full: ln 10 = 2.3026
+    Shapes: y over rows of width units, paired with a target -> (units,)
+    Unit:   nats, in [0, ln bins]; a unit determined by the target, with equally full bins: ln 10 = 2.3026
     NaN:    fewer than two samples
-    Raises: ValueError for an unknown target, fewer than two bins, and when what the target is made of is missing
+    Raises: ValueError for an unknown target, fewer than two bins, or missing labels or logits that the target needs
     Source: plug-in estimate; bias: Panzeri & Treves 1996, Network 7:87, eq. 10
     """
 
@@ -43,7 +43,7 @@ class BinnedInformation(Metric):
         check_bins(self.names[0], self.bins)
 
     def needs(self) -> dict[str, Need]:
-        target = beside_rows(self.target)
+        target = stored_target(self.target)
         return with_permutations({"y": Need(Sample, "output", "samples", target)}, self.permutations, target)
 
     def __call__(self, weight: Tensor | None, y: Sample, **_: Any) -> Tensor:
@@ -54,41 +54,41 @@ class BinnedInformation(Metric):
         return torch.stack(each).mean(0)
 
     def counts(self, weight: Tensor | None, y: Sample, **_: Any) -> dict[str, int]:
-        return {"constant": int(still(y.rows).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
+        return {"constant": int(constant_columns(y.rows).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
 
 
 def check_bins(metric: str, bins: int) -> None:
     """Raises ValueError for fewer than two bins."""
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
-        raise ValueError(f"{metric}: bins is {bins!r}; it is a whole number, 2 or more")
+        raise ValueError(f"{metric}: bins is {bins!r}; it must be a whole number, 2 or more")
 
 
 def first_axis(z: Tensor) -> Tensor:
-    """Rows (n, t) about their mean on their first principal axis, (n, 1)."""
+    """Centred rows (n, t) projected onto their first principal axis, (n, 1)."""
     centred = z - z.mean(0)
     return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:1].T if len(z) else centred[:, :1]
 
 
-def still(x: Tensor) -> Tensor:
-    """Columns that do not vary, (n, d) -> (d,) bool."""
+def constant_columns(x: Tensor) -> Tensor:
+    """Which columns are constant, (n, d) -> (d,) bool."""
     return constant(x.var(0), x.mean(0)) if len(x) > 1 else torch.ones_like(x[:1].sum(0), dtype=torch.bool)
 
 
 def bins_of(x: Tensor, bins: int) -> Tensor:
-    """Which of the bins between its smallest and largest value each entry of a column lies in, (n, d) -> (n, d) int64."""
+    """The bin of each entry, with bins between the smallest and largest value of its column, (n, d) -> (n, d) int64."""
     low, high = x.amin(0), x.amax(0)
     width = torch.where(high > low, high - low, 1.0)
     return ((x - low) / width * bins).long().clamp_max(bins - 1)
 
 
 def plug_in(x: Tensor, among: Tensor, bins: int, kinds: int) -> Tensor:
-    """Information of each column's bin about what each row is among kinds: (n, d), (n,) int64 -> (d,); 0 where it is constant."""
+    """Plug-in information of each binned column about the category of a row: (n, d), (n,) int64 -> (d,); 0 for constant columns."""
     n, d = x.shape
     place = (torch.arange(d, device=x.device) * kinds + among[:, None]) * bins + bins_of(x, bins)
     share = torch.bincount(place.flatten(), minlength=d * kinds * bins).reshape(d, kinds, bins).double() / n
     entropy = torch.special.entr
     value = entropy(share.sum(1)).sum(1) + entropy(share.sum(2)).sum(1) - entropy(share).sum((1, 2))
-    return value.where(~still(x), 0.0)
+    return value.where(~constant_columns(x), 0.0)
 
 
 METRICS: tuple[type[Metric], ...] = (BinnedInformation,)

@@ -1,4 +1,4 @@
-"""The catalogue in words, made of the classes: for a terminal, and as a page."""
+"""The catalogue of metrics as text, generated from the classes: for a terminal and for docs/metrics.md."""
 
 import re
 import sys
@@ -24,30 +24,31 @@ _PER = {
 _PARAMETERS = {
     "weight": "the weight (units, fan_in)",
     "tensor": "the weight as it is stored",
-    "change": "the weight's change since the start",
-    "norm": "the scales of the batch norms behind the layer",
-    "group": "the weights that make and read the units of a pruning group",
+    "change": "the change of the weight since the start of training",
+    "norm": "the scales of the batch norms after the layer",
+    "group": "the weights that produce and consume the units of a pruning group",
     "units": "the name of the layer or group, and the seed",
 }
 _HEAD = """# Metrics
 
-Every metric, by family. `python -m nodelens.metrics` prints this page, `python -m nodelens.metrics rq` one entry.
-All names of a metric work alike: `metrics=[rq]` on the command line, `nl.get_metric("rq")` in a notebook; options
-are `metrics.rq.relative=false` there and `nl.get_metric("rq", relative=False)` here. *Reads* says what is added up
-in the pass: statistic(port, view). Information is in nats, variances are unbiased, and what reads data has a
-standard error `<name>_se`, a jackknife over groups of samples.
+All metrics, grouped by family. `python -m nodelens.metrics` prints this page; `python -m nodelens.metrics rq` prints
+one entry. All names of a metric are equivalent. On the command line, choose a metric with `metrics=[rq]` and set an
+option with `metrics.rq.relative=false`; in Python, use `nl.get_metric("rq", relative=False)`. *Reads* lists the
+statistics that one pass over the data accumulates, as statistic(port, view). Information is in nats. Variances are
+unbiased unless an entry says otherwise. Most metrics that read data come with a standard error `<name>_se`, a
+jackknife over groups of samples.
 """
 
 
 def catalogue() -> str:
-    """Every metric as Markdown, grouped by family: a module's docstring, then one entry per metric."""
+    """All metrics as Markdown, grouped by family: the module's docstring, then one entry per metric."""
     families = groupby(metric_classes(), key=lambda metric: metric.__module__)
     sections = ["\n".join([_heading(module), *map(_entry, metrics)]) for module, metrics in families]
     return "\n".join([_HEAD, *sections])
 
 
 def entry_of(name: str) -> str:
-    """The entry of the metric that has a name. Raises ValueError for an unknown name, with the nearest one."""
+    """The entry of one metric. Raises ValueError for an unknown name and suggests the closest one."""
     return _entry(type(get_metric(name)))
 
 
@@ -81,7 +82,7 @@ def _entry(metric: type[Metric]) -> str:
 
 
 def _prose(metric: type[Metric]) -> tuple[str, str]:
-    """What it is, and the notes under it."""
+    """The summary line and the notes of a docstring."""
     before = re.split(r"^ *(?:Formula|Shapes):", metric.__doc__ or "", maxsplit=1, flags=re.MULTILINE)[0]
     what, _, notes = before.strip().partition("\n\n")
     return _escaped(_flat(what)), _escaped(_flat(notes))
@@ -108,13 +109,13 @@ def _option(field: Field[Any], hint: Any) -> str:
 
 
 def _aliases(metric: type[Metric]) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Names of other systems, and of earlier versions."""
+    """Names from other systems and from earlier versions."""
     own: dict[str, Any] = {name: {} for name in metric.names} | dict(metric.presets)
     return _by_options({alias: {**own[name], **options} for alias, (name, options) in METRIC_ALIASES.items() if name in own})
 
 
 def _by_options(presets: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Names with the same options, side by side."""
+    """Groups names that have the same options."""
     found: list[tuple[list[str], Mapping[str, Any]]] = []
     for name, options in presets.items():
         same = next((names for names, others in found if others == options), None)
@@ -131,7 +132,7 @@ def _preset(names: list[str], options: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value as YAML."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -149,7 +150,7 @@ def _code(formula: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Stars and angles as they are, and not as Markdown; what stands between backticks is left alone."""
+    """Escapes stars and angle brackets for Markdown, except between backticks."""
     parts = _flat(text).split("`")
     return "`".join(
         part if k % 2 else re.sub(r"(?<! )\*|\*(?! )|<(?=[a-zA-Z/!])", r"\\\g<0>", part) for k, part in enumerate(parts)
@@ -157,7 +158,7 @@ def _escaped(text: str) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> str:
-    """Lines of the page's width; none breaks short code or begins with what Markdown would take for a list or a quotation."""
+    """Wraps text without splitting short code and without starting a line like a Markdown list or quotation."""
     bound = re.sub(r" (?=([-+*>#]|\d+[.)]) )", "\0", text)
     bound = re.sub(r"`[^`]{1,60}`", lambda code: code[0].replace(" ", "\0"), bound)
     return fill(bound, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False).replace("\0", " ")

@@ -1,4 +1,4 @@
-"""How far one layer is a linear function of another: canonical correlations, and the distance after the best rotation."""
+"""Linear similarity of two layers: canonical correlations, and the distance after the best rotation."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,21 +14,22 @@ from .layer_pair import EdgeMetric, live_cross
 from .need import Need
 from .spectrum import live_covariance
 
-ROWS = 5  # a direction of either layer; with fewer, correlations are found where there are none
+ROWS = 5  # per direction of either layer; with fewer rows, unrelated layers appear correlated
 
 
 @dataclass(frozen=True)
 class CCA(EdgeMetric):
-    """Mean canonical correlation of two layers: how far either is a linear function of the other, whatever the directions' sizes.
+    """Mean canonical correlation of two layers: how far each is a linear function of the other. Every direction counts equally.
 
-    ``keep`` 1 takes all directions with variance; ``svcca`` keeps, on either side, the leading ones with 99 % of it. Read
-    high from few rows: without a cut, fewer than 5 rows a direction give no value (``too_few_rows``), not an error, which
-    would stop a run for one wide layer; with a cut there is no such guard, and unrelated layers read well above 0.
+    ``keep: 1`` uses all directions with variance; ``svcca`` keeps the leading ones of each layer that hold 99 % of its variance.
+    The value is biased upwards when rows are few. With ``keep: 1``, fewer than 5 rows per direction give NaN (``too_few_rows``)
+    rather than an error, so that one wide layer does not stop a run. With a smaller ``keep`` there is no such check, and unrelated
+    layers give values well above 0.
 
-    Formula: mean of the singular values of C_xx^-1/2 C_xy C_yy^-1/2, C covariances on the directions kept
+    Formula: mean of the singular values of C_xx^-1/2 C_xy C_yy^-1/2, C covariances on the directions that are kept
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   none, in [0, 1]; y = x A with an invertible A: 1
-    NaN:    a layer without variance; without a cut, fewer rows than 5 times the directions of both layers
+    NaN:    a layer without variance; with ``keep: 1``, fewer rows than 5 times the directions of both layers
     Raises: ValueError when keep is not in (0, 1]
     Source: Raghu et al. 2017, 1706.05806, section 2.1
     """
@@ -56,7 +57,7 @@ class CCA(EdgeMetric):
         return self.summary(r.clamp_max(1), turned, u_x[:, :k_x] * lam_x[:k_x].sqrt())
 
     def summary(self, r: Tensor, turned: Tensor, spread: Tensor) -> Tensor:
-        """Of the canonical correlations, (k,), x's directions on its axes, (k_x, k), and the axes at their size, (d_x, k_x)."""
+        """The value from canonical correlations (k,), x's directions on its axes (k_x, k) and the axes scaled by sd (d_x, k_x)."""
         return r.mean()
 
     def _too_few(self, xy: Pair, *spectra: Tensor) -> bool:
@@ -68,15 +69,15 @@ class CCA(EdgeMetric):
 
 @dataclass(frozen=True)
 class ProjectionWeightedCCA(CCA):
-    """Mean canonical correlation of two layers, each weighted by how much of the first layer its direction holds.
+    """Mean canonical correlation of two layers, each weighted by how much of the first layer its direction accounts for.
 
-    Not symmetric: the weights are x's. ``keep`` and few rows as in cca_mean.
+    It is not symmetric, because the weights come from x. ``keep`` and the check for few rows are those of cca_mean.
 
     Formula: sum_i a_i r_i/sum_i a_i, a_i = sum_j |h_i.x_j|, r and u the singular values and left vectors of
              C_xx^-1/2 C_xy C_yy^-1/2, h_i = x C_xx^-1/2 u_i the canonical variates of x, x_j the units of x, centred
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   none, in [0, 1]; y = x A with an invertible A: 1
-    NaN:    a layer without variance; without a cut, fewer rows than 5 times the directions of both layers
+    NaN:    a layer without variance; with ``keep: 1``, fewer rows than 5 times the directions of both layers
     Raises: ValueError when keep is not in (0, 1]
     Source: Morcos, Raghu & Bengio 2018, 1806.05759, section 2.2
     """
@@ -91,11 +92,11 @@ class ProjectionWeightedCCA(CCA):
 
 @dataclass(frozen=True)
 class Procrustes(EdgeMetric):
-    """Squared distance of two layers after the best rotation of one onto the other; the narrower is padded with zeros.
+    """Squared distance of two layers after the best rotation of one onto the other; the narrower layer is padded with zeros.
 
-    Grows with the rows and their scale; ``angular`` is free of both.
+    The value grows with the number of rows and with their scale; ``angular`` depends on neither.
 
-    Formula: tr S_xx + tr S_yy - 2||S_xy||_*, S scatter sums, ||.||_* the sum of singular values;
+    Formula: tr S_xx + tr S_yy - 2||S_xy||_*, S centred sums of products, ||.||_* the sum of singular values;
              angular: arccos(||S_xy||_*/sqrt(tr S_xx tr S_yy))
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   that of x squared, 0 or above; angular: radians, in [0, pi/2]; y = x Q with an orthogonal Q: 0

@@ -1,4 +1,4 @@
-"""How alike two layers' geometries are: kernel alignment, with its bias and without."""
+"""Similarity of the geometry of two layers: centred kernel alignment, plain and debiased."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from nodelens.statistics import Gram, NormedGram, NormedPair, Pair
 from nodelens.statistics.linalg import debiased_hsic
 
 from .base import Metric
-from .information import silent
+from .information import constant_units
 from .layer_pair import EdgeMetric, live_cross
 from .need import Need
 from .spectrum import live_covariance
@@ -18,10 +18,10 @@ from .spectrum import live_covariance
 
 @dataclass(frozen=True)
 class LinearCKA(EdgeMetric):
-    """Centred kernel alignment of linear kernels: how far two layers place the same rows alike, up to rotation and scale.
+    """Centred kernel alignment with linear kernels: similarity of two layers up to rotation and scale.
 
-    Biased up when rows are few: unrelated layers of width d read about d/(d + n), 0.80 for 128 rows of width 512;
-    linear_cka_debiased does not.
+    It is biased upwards when rows are few: unrelated layers of width d give about d/(d + n), 0.80 for 128 rows of width 512.
+    linear_cka_debiased does not have this bias.
 
     Formula: ||C_xy||_F^2 / (||C_xx||_F ||C_yy||_F), C covariances
     Shapes: x over rows of width d_x, y of width d_y -> ()
@@ -42,15 +42,15 @@ class LinearCKA(EdgeMetric):
 
 @dataclass(frozen=True)
 class DebiasedCKA(EdgeMetric):
-    """Centred kernel alignment of linear kernels from unbiased terms: unrelated layers read 0 on average, below as often as above.
+    """Centred kernel alignment with linear kernels and unbiased terms: unrelated layers give 0 on average, even with few rows.
 
-    The U-statistic over the n x n matrices of inner products, from sums of one pass. Not clipped.
+    It equals the U-statistic over the n x n matrices of inner products, computed from sums of one pass. It is not clipped.
 
     Formula: H(x,y)/sqrt(H(x,x) H(y,y)), H(x,y) = [||S_xy||_F^2 + tr S_xx tr S_yy/((n-1)(n-2)) - n/(n-2) sum e f]/(n(n-3)),
-             S scatter sums, e = |x - mean|^2, f = |y - mean|^2
+             S centred sums of products, e = |x - mean|^2, f = |y - mean|^2
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   none, at most about 1; y = 3 x Q with an orthogonal Q: 1
-    NaN:    fewer than four rows, a layer without variance, or H(x,x) or H(y,y) at 0 or below
+    NaN:    fewer than four rows, a layer without variance, or H(x,x) <= 0 or H(y,y) <= 0
     Source: Song et al. 2012, JMLR 13, eq. 5; Murphy et al. 2024, 2405.01012
     """
 
@@ -71,7 +71,7 @@ class DebiasedCKA(EdgeMetric):
         about = x.centred()
         trace = about.outer.trace()
         hsic = debiased_hsic(x.n, about.outer.square().sum(), trace, trace, about.quartic.squeeze())
-        return hsic.where((hsic > 0) & ~silent(x).all(), torch.nan)
+        return hsic.where((hsic > 0) & ~constant_units(x).all(), torch.nan)
 
 
 METRICS: tuple[type[Metric], ...] = (LinearCKA, DebiasedCKA)

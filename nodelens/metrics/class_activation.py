@@ -1,4 +1,4 @@
-"""How a unit's activation differs between the classes."""
+"""How a unit's activation differs between classes."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,22 +14,22 @@ from .need import Need
 
 @dataclass(frozen=True)
 class ConditionalActivationNorm(Metric):
-    """Root mean square of a unit's activation in each class, as one number over the classes that have rows.
+    """Root mean square of a unit's activation within each class, aggregated over the classes that have rows.
 
-    ``aggregation``: mean, max, variance (ddof 1) or ratio (max / min); every class weighs the same. ``normalize`` divides
-    that number by the unit's root mean square over all labelled rows, and leaves a ratio as it is: the variance then grows
-    with the unit's scale, for its own unit is a square.
+    ``aggregation`` is mean, max, variance (ddof 1) or ratio (max / min); all classes have equal weight. ``normalize`` divides the
+    result by the unit's root mean square over all labelled rows; it does not change a ratio. The normalized variance still grows
+    with the unit's scale, because a variance has the unit of y squared.
 
     Formula: mean over classes c of r_c / sqrt(E y^2), r_c = sqrt(E[y^2|c]), y the unit's output, E the mean over rows
     Shapes: y over rows of width units, by class -> (units,)
-    Unit:   none, >= 0; that of y for ``variance`` or without ``normalize``, squared for both. Classes alike: 1 (variance 0)
-    NaN:    no rows; with ``normalize`` a unit that is always 0; in variance with one class; in ratio with a class all 0
+    Unit:   none, >= 0; that of y for ``variance`` or without ``normalize``, squared for both. Identical classes: 1 (variance 0)
+    NaN:    no rows; with ``normalize`` a unit that is always 0; only one class (variance); a class where it is always 0 (ratio)
     Raises: ValueError when there are no labels
     Source: definition
     """
 
     names: ClassVar = ("conditional_activation_norm",)
-    nan: ClassVar = "no rows, a unit that is always 0, one class only for variance, or a class in which the unit is 0 for ratio"
+    nan: ClassVar = "no rows, a unit that is always 0, only one class (variance), or a class in which the unit is always 0 (ratio)"
     aggregation: Literal["mean", "max", "variance", "ratio"] = "mean"
     normalize: bool = True
 
@@ -56,14 +56,14 @@ class ConditionalActivationNorm(Metric):
 
 @dataclass(frozen=True)
 class ClassSelectivity(Metric):
-    """How much larger a unit's activation is in its first class than in the others.
+    """How much larger a unit's activation is in its preferred class than in the others.
 
-    Formula: (m_max - m_rest) / (m_max + m_rest), m_c = E[|y| given class c], m_max the largest, m_rest the mean of the others'
+    Formula: (m_max - m_rest) / (m_max + m_rest), m_c = E[|y| given class c], m_max the largest, m_rest the mean of the others
     Shapes: |y| over rows of width units, by class -> (units,)
-    Unit:   none, in [0, 1]; 0 classes alike, 1 active in one class only. Of classes without rows there is nothing
+    Unit:   none, in [0, 1]; 0 for identical classes, 1 for a unit active in one class only. Classes without rows are ignored
     NaN:    a unit that is always 0; fewer than two classes
     Raises: ValueError when there are no labels
-    Source: Morcos et al. 2018, 1803.06959, "Quantifying class selectivity" (there behind a ReLU)
+    Source: Morcos et al. 2018, 1803.06959, "Quantifying class selectivity" (there after a ReLU)
     """
 
     names: ClassVar = ("class_selectivity",)

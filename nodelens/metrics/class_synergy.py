@@ -1,4 +1,4 @@
-"""What two units tell of the class together."""
+"""Information that two units together carry about the class."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,31 +10,31 @@ from nodelens.statistics import ByClass, ClassGram, Gram
 from nodelens.statistics.linalg import gaussian_information
 
 from .base import Metric, mean_of_partners
-from .classes import SILENT
-from .information import silent
+from .classes import SMALLEST_VARIANCE
+from .information import constant_units
 from .need import Need
-from .paired_target import TWIN, check_target, with_permutations
+from .paired_target import COLLINEAR, check_target, with_permutations
 
-FEWEST = 4  # rows of a class: fewer settle no covariance of two units
+FEWEST = 4  # rows of a class, below which the covariance of two units cannot be estimated
 Part = tuple[float, Tensor]  # a class's share of the rows, its covariance (units, units)
 
 
 @dataclass(frozen=True)
 class ClassSynergy(Metric):
-    """What two units tell of the class beyond the better of them: I(c; y_i, y_j) - max(I(c; y_i), I(c; y_j)), ALL pairs.
+    """Information that two units together carry about the class beyond the more informative one, for ALL pairs.
 
-    One estimator for one unit and two: with ddof 0 the answer is never below 0. ``covariance: per_class`` gives each class
-    its own and leaves out classes of fewer than four rows; ``pooled`` one to all, which wants no sums a class and pair; rows
-    without a label count there as a class, ``without_label``. Where a unit is all but silent in a class, or two are all but
-    twins in one (1 - rho^2 < 1e-6), noise of 1e-6 of their variance is added to total and classes alike, ``degenerate``;
-    where they are twins over all rows a twin adds nothing: 0, ``twins``.
+    The same estimator is used for one unit and for two, so with ddof 0 the value is never negative. ``covariance: per_class``
+    estimates one covariance per class and leaves out classes with fewer than four rows. ``pooled`` estimates one for all classes,
+    which needs less memory; rows without a label form one more class (``without_label``). If a unit is almost constant within a
+    class, or two units are almost collinear within one (1 - rho^2 < 1e-6), noise of 1e-6 of their variance is added to the total
+    and to every class (``degenerate``). Units that are collinear over all rows have a synergy of 0 (``collinear``).
 
     Formula: S_ij = I_ij - max(I_i, I_j), I_A = 0.5 [ln det S_A - sum_c p_c ln det S_A,c], S_A the covariance of the units A over
              all rows, S_A,c that within class c, p_c its share of the rows; pooled: sum_c p_c S_A,c in place of each S_A,c
     Shapes: y over rows of width units, by class -> (units,) or (units, units)
-    Unit:   nats, 0 and above; two classes of equal size with correlations +-0.8: 0.5108, pooled 0
-    NaN:    per_class: no class has four rows; pooled: fewer than two rows, with ddof 1 no more than classes; the
-            mean of a layer of one unit
+    Unit:   nats, 0 and above; two classes of equal size with correlations +-0.8: 0.5108; pooled: 0
+    NaN:    per_class: no class has four rows; pooled: fewer than two rows, or with ddof 1 no more rows than classes;
+            the mean in a layer of one unit
     Raises: ValueError when there are no labels
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV; Cover & Thomas 2006, theorem 8.4.1
     """
@@ -67,9 +67,9 @@ class ClassSynergy(Metric):
         rows = {"classes_left_out": few} if every is None else {"without_label": int(every.n - y.n.sum())}
         pairs = self._pairs(y, every)
         return rows | {
-            "constant": int(pairs.still.sum()),
-            "degenerate": int(torch.triu(pairs.degenerate & ~pairs.twins, 1).sum()),
-            "twins": int(torch.triu(pairs.twins, 1).sum()),
+            "constant": int(pairs.unvarying.sum()),
+            "degenerate": int(torch.triu(pairs.degenerate & ~pairs.collinear, 1).sum()),
+            "collinear": int(torch.triu(pairs.collinear, 1).sum()),
         }
 
     def _pairs(self, y: ClassGram | ByClass, every: Gram | None) -> "_Pairs":
@@ -82,41 +82,41 @@ class ClassSynergy(Metric):
             whole, (within, groups) = every, _pooled(y, every)
             parts = [(1.0, within / (every.n - self.ddof * groups))]
         total = whole.covariance * (whole.n - 1) / (whole.n - self.ddof)
-        return _Pairs.of(total, silent(whole), parts)
+        return _Pairs.of(total, constant_units(whole), parts)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """What the covariances give for each pair, (units, units), and where a rule was used."""
+    """The synergy of each pair, (units, units), and the pairs and units that are edge cases."""
 
     synergy: Tensor
-    still: Tensor  # (units,) bool: does not vary
-    twins: Tensor  # bool: over all rows
-    degenerate: Tensor  # bool: noise was added
+    unvarying: Tensor  # (units,) bool: constant
+    collinear: Tensor  # (units, units) bool: over all rows
+    degenerate: Tensor  # (units, units) bool: noise was added
 
     @classmethod
-    def of(cls, total: Tensor, still: Tensor, parts: list[Part]) -> "_Pairs":
-        live = ~still[:, None] & ~still
-        scale = total.diagonal().where(~still, 1.0).sqrt()
+    def of(cls, total: Tensor, unvarying: Tensor, parts: list[Part]) -> "_Pairs":
+        live = ~unvarying[:, None] & ~unvarying
+        scale = total.diagonal().where(~unvarying, 1.0).sqrt()
 
         def standard(covariance: Tensor) -> Tensor:
-            """In units of the total variance; a unit that does not vary is one of its own, the same in all classes."""
-            return torch.where(live, covariance / scale.outer(scale), 0.0) + still.double().diag()
+            """In units of the total variance; a constant unit has variance 1 and no covariance, in every class."""
+            return torch.where(live, covariance / scale.outer(scale), 0.0) + unvarying.double().diag()
 
         whole = standard(total)
         within = [(share, standard(covariance)) for share, covariance in parts]
-        mute = torch.stack([part.diagonal() < SILENT for _, part in within]).any(0) if within else still
-        clean, gap = _synergy(whole, within, SILENT * mute)
-        close = gap < TWIN
-        noisy = _synergy(whole, within, torch.full_like(scale, SILENT))[0] if bool(close.any()) else clean
-        twins = 1 - whole.square() < TWIN
-        synergy = torch.where(close, noisy, clean).where(~twins, 0.0)
+        small = torch.stack([part.diagonal() < SMALLEST_VARIANCE for _, part in within]).any(0) if within else unvarying
+        clean, gap = _synergy(whole, within, SMALLEST_VARIANCE * small)
+        close = gap < COLLINEAR
+        noisy = _synergy(whole, within, torch.full_like(scale, SMALLEST_VARIANCE))[0] if bool(close.any()) else clean
+        collinear = 1 - whole.square() < COLLINEAR
+        synergy = torch.where(close, noisy, clean).where(~collinear, 0.0)
         unknown = not within or not bool(total.isfinite().all())
-        return cls(torch.full_like(total, torch.nan) if unknown else synergy, still, twins, close | mute | mute[:, None])
+        return cls(torch.full_like(total, torch.nan) if unknown else synergy, unvarying, collinear, close | small | small[:, None])
 
 
 def _synergy(total: Tensor, within: list[Part], noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Synergy of each pair, and the least 1 - rho^2 that its covariances have, both (units, units); noise (units,) is added."""
+    """Synergy and the smallest 1 - rho^2 of each pair, both (units, units), with noise (units,) added to the variances."""
     spread, rho2 = _parts(total, noise)
     single, more, gap = 0.5 * spread.log(), -gaussian_information(rho2), 1 - rho2
     for share, covariance in within:
@@ -128,7 +128,7 @@ def _synergy(total: Tensor, within: list[Part], noise: Tensor) -> tuple[Tensor, 
 
 
 def _parts(covariance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances with noise, (units,), and squared correlations, (units, units)."""
+    """Variances with noise added, (units,), and squared correlations, (units, units)."""
     spread = covariance.diagonal().clamp_min(0) + noise
     return spread, covariance.square() / spread.outer(spread)
 
@@ -138,7 +138,7 @@ def _scatter(y: ClassGram, c: int) -> Tensor:
 
 
 def _pooled(y: ByClass, every: Gram) -> tuple[Tensor, int]:
-    """Sum of products about the classes' means, (units, units), and how many classes: rows without a label are one more."""
+    """Sum of products about the class means, (units, units), and the number of classes; rows without a label are one more."""
     y = y.about(shift=every.shift)
     n = torch.cat([y.n, every.n - y.n.sum()])
     total = torch.cat([y.total, (every.total - y.total.sum(0))[None]])[n > 0]

@@ -1,4 +1,4 @@
-"""What a unit tells about the class."""
+"""Information that a unit carries about the class."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,23 +10,23 @@ from nodelens.statistics import ByClass, Sample
 from nodelens.statistics.linalg import constant
 
 from .base import Metric
-from .binning import check_bins, plug_in, still
+from .binning import check_bins, constant_columns, plug_in
 from .need import Need
 from .paired_target import check_target, with_permutations
 
-SILENT = 1e-6  # of the variance: a class in which a unit is quieter would have no logarithm
+SMALLEST_VARIANCE = 1e-6  # of the total variance: a smaller variance within a class has no usable logarithm
 
 
 @dataclass(frozen=True)
 class ClassInformation(Metric):
-    """Information of a unit's activation about the class, 0.5 ln Var - sum_c p_c 0.5 ln Var_c.
+    """Mutual information of a unit's activation and the class. Use it to find units that discriminate between classes.
 
-    Gaussian within and over classes: a mixture is over-read (classes at -+3, sd 1: 1.151 where the truth is 0.689).
-    ``method: pooled`` takes one variance for all classes, -0.5 ln(1 - eta^2), and ddof 0; ``binning`` counts in ``bins`` of
-    equal width between the unit's smallest and largest value, on 2,048 samples that hang on what is in them, all while
-    there are no more (``rows_left_out``). Not clipped: with ddof 1 a unit that tells nothing may fall below 0. Classes of
-    one row are left out, but for binning. A class in which the unit is silent (Var_c < 1e-6 Var): 1e-6 Var is added to
-    total and classes alike, ``degenerate``. ``bias: gaussian`` subtracts what a unit reads that tells nothing.
+    The estimate treats the activation as Gaussian within classes and overall, so it overestimates well separated classes (means at
+    -+3, sd 1: 1.151, true value 0.689). ``method: pooled`` uses one variance for all classes, -0.5 ln(1 - eta^2), with ddof 0.
+    ``binning`` uses a histogram with ``bins`` of equal width over at most 2,048 samples; their choice depends on the content of the
+    samples only (``rows_left_out``). The value is not clipped: with ddof 1 an uninformative unit may be below 0. Except with
+    binning, classes with one row are left out. If a unit is almost constant within a class (Var_c < 1e-6 Var), 1e-6 Var is added to
+    the total and to every class (``degenerate``). ``bias: gaussian`` subtracts the expected value of an uninformative unit.
 
     Formula: 0.5 ln Var - sum_c p_c 0.5 ln Var_c, Var_c the variance within class c, p_c its share of the rows, Var that of all
              rows; bias: c(n) - sum_c p_c c(n_c), c(m) = [psi((m-1)/2) - ln((m-ddof)/2)]/2, n_c rows of class c, psi digamma;
@@ -35,7 +35,7 @@ class ClassInformation(Metric):
     Unit:   nats, at most 6.9; N(-1, 1) against N(1, 1): 0.3466. Independent of the class: about (K - 1)/(2n) for
             ``gaussian`` with ddof 1, and for ``pooled``; (K - 1)(bins - 1)/(2n) for ``binning``
     NaN:    fewer than two rows in every class; binning: fewer than two rows
-    Raises: ValueError when there are no labels; for a bias of binning, and fewer than two bins
+    Raises: ValueError when there are no labels, for a bias correction with binning, and for fewer than two bins
     Source: definition, Cover & Thomas 2006, ch. 8; pooled: eta^2, Pearson's correlation ratio
     """
 
@@ -52,7 +52,7 @@ class ClassInformation(Metric):
         check_bins(self.names[0], self.bins)
         check_target(self.names[0], "label", self.permutations, names=("label",))
         if self.method == "binning" and self.bias != "none":
-            raise ValueError(f"{self.names[0]}: bias: gaussian is of the Gaussian methods; with method: binning it is none")
+            raise ValueError(f"{self.names[0]}: bias: gaussian is for the Gaussian methods only; set bias: none with binning")
 
     def needs(self) -> dict[str, Need]:
         statistic = Sample if self.method == "binning" else ByClass
@@ -62,25 +62,25 @@ class ClassInformation(Metric):
         if isinstance(y, Sample):
             return self._binned(*_labelled(y))
         total, within, share = self._variances(y)
-        mute = (within < SILENT * total).any(0)
-        total, within = total + SILENT * total * mute, within + SILENT * total * mute
+        small = (within < SMALLEST_VARIANCE * total).any(0)
+        total, within = total + SMALLEST_VARIANCE * total * small, within + SMALLEST_VARIANCE * total * small
         if self.method == "pooled":
             within, share = (share @ within)[None], share.sum()[None]
         value = 0.5 * (total.log() - share @ within.log())
         if self.bias == "gaussian":
-            value = value - self._lean(y)
+            value = value - self._bias(y)
         value = value.where(~constant(total, self._seen(y).moments.mean), 0.0)
         return value if bool((y.n > 1).any()) else torch.full_like(value, torch.nan)
 
     def counts(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> dict[str, int]:
         if isinstance(y, Sample):
-            return {"constant": int(still(_labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
+            return {"constant": int(constant_columns(_labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
         total, within, _share = self._variances(y)
-        mute = (within < SILENT * total).any(0)
-        silent = constant(total, self._seen(y).moments.mean)
+        small = (within < SMALLEST_VARIANCE * total).any(0)
+        unvarying = constant(total, self._seen(y).moments.mean)
         return {
-            "constant": int(silent.sum()),
-            "degenerate": int((mute & ~silent).sum()),
+            "constant": int(unvarying.sum()),
+            "degenerate": int((small & ~unvarying).sum()),
             "classes_left_out": int((y.n == 1).sum()),
         }
 
@@ -93,14 +93,14 @@ class ClassInformation(Metric):
         return y.only(y.n > 1)
 
     def _variances(self, y: ByClass) -> tuple[Tensor, Tensor, Tensor]:
-        """Variance of all rows (units,), within classes (K, units), shares of the classes (K,)."""
+        """Variances over all rows (units,) and within classes (K, units), and the shares of the classes (K,)."""
         y, ddof = self._seen(y), 0 if self.method == "pooled" else self.ddof
         every = y.moments
         total = every.variance * (every.n.double() - 1) / (every.n.double() - ddof)
         return total, y.variance(ddof), y.n / y.n.sum().double()
 
-    def _lean(self, y: ByClass) -> Tensor:
-        """What the estimate reads, on average, of a unit whose distribution is the same in all classes, ()."""
+    def _bias(self, y: ByClass) -> Tensor:
+        """The expected estimate for a unit whose distribution is the same in all classes, ()."""
         n = self._seen(y).n.double()
         if self.method == "pooled":
             return 0.5 * (torch.special.digamma((n.sum() - 1) / 2) - torch.special.digamma((n.sum() - len(n)) / 2))
@@ -109,7 +109,7 @@ class ClassInformation(Metric):
 
 
 def _labelled(y: Sample) -> tuple[Tensor, Tensor]:
-    """Rows that have a class, (n, units), and which, (n,) int64."""
+    """Rows that have a class, (n, units), and their classes, (n,) int64."""
     label = y.target[:, 0].round().long()
     return y.rows[label >= 0], label[label >= 0]
 

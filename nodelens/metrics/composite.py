@@ -1,4 +1,4 @@
-"""Several views as one score: a weighted sum of other metrics, each on the scale of its layer."""
+"""Several metrics combined into one score: a weighted sum, each metric scaled within its layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,25 +15,24 @@ from .registry import get_metric, names_of
 
 @dataclass(frozen=True)
 class CompositeImportance(Metric):
-    """Weighted sum of other metrics, each scaled over the layer's units first.
+    """Weighted sum of other metrics, each first scaled over the units of its layer.
 
-    ``log`` names the parts, where they are among them, that enter by their logarithm; ``metrics`` gives parts options, as
-    {rayleigh_quotient: {relative: false}}. A scaled value says where a unit stands in ITS layer: it does not compare layers,
-    and with ``minmax`` one extreme unit sets the scale of all. A part that fails is an error. The standard error is the
-    jackknife's of the sum as a whole.
+    ``log`` lists the parts that enter as logarithms. ``metrics`` sets options of the parts, as in {rayleigh_quotient: {relative:
+    false}}. Scaled values rank the units of ONE layer and cannot be compared between layers. With ``minmax``, one extreme unit sets
+    the scale of all. A part that fails raises an error. The standard error is a jackknife of the whole sum.
 
-    Formula: sum_k w_k norm(s_k), s_k the parts (ln s_k for those in log), w_k their weights; norm minmax: (s - min)/(max - min),
+    Formula: sum_k w_k norm(s_k), s_k the parts (ln s_k for parts in log), w_k their weights; norm minmax: (s - min)/(max - min),
              0.5 where all are equal; rank: (mean rank - 1)/(N - 1), N units; robust_z: (s - median)/(1.4826 MAD), MAD the
-             median of |s - median|, 0 at the median where it is 0; none: s
+             median of |s - median|; where MAD = 0, a unit at the median has 0; none: s
     Shapes: parts of shape (units,) each -> (units,)
     Unit:   none; between the sums of the negative and of the positive weights with minmax and rank
-    NaN:    where a part is, or its logarithm (0 and below); off the median where MAD = 0
-    Raises: ValueError for an unknown part, one that is no value a unit, one that reads another parameter than the weight
+    NaN:    a part is NaN, or its logarithm undefined (values <= 0); robust_z: a unit off the median where MAD = 0
+    Raises: ValueError for a part that is unknown, does not give one value per unit, or reads a parameter other than the weight
     Source: definition
     """
 
     names: ClassVar = ("composite_importance", "composite")
-    nan: ClassVar = "a part has no value, or its logarithm none (0 and below), or its spread is 0 (robust_z)"
+    nan: ClassVar = "a part is NaN or has no logarithm (values <= 0), or its spread is 0 (robust_z)"
     weights: Mapping[str, float] = field(
         default_factory=lambda: {"rayleigh_quotient": 1.0, "class_mutual_information": 0.5, "redundancy": -0.3},
         hash=False,
@@ -45,28 +44,28 @@ class CompositeImportance(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         plain = {"weights": dict(self.weights), "log": tuple(self.log), "metrics": {k: dict(v) for k, v in self.metrics.items()}}
-        for name, value in plain.items():  # the same whether the options came as a list from YAML or as a tuple from code
+        for name, value in plain.items():  # equal whether the options came as lists from YAML or as tuples from code
             object.__setattr__(self, name, value)
         _check(self)
 
     @cached_property
     def parts(self) -> dict[str, Metric]:
-        """The metrics of the sum, by name. Raises ValueError for one that does not fit."""
+        """The metrics of the sum, by name. Raises ValueError for one that cannot be a part."""
         parts = {name: _lookup(name, self.metrics.get(name, {})) for name in self.weights}
         for name, part in parts.items():
             if part.shape != "unit":
                 raise ValueError(
-                    f"{self.names[0]} adds values a unit; {name} gives a value a {_SHAPES.get(part.shape, part.shape)}"
+                    f"{self.names[0]} adds values per unit; {name} gives one value per {_SHAPES.get(part.shape, part.shape)}"
                 )
             if part.weighted and part.parameter != "weight":
                 raise ValueError(f"{self.names[0]} reads the layer's weight; {name} reads another parameter, {part.parameter}")
             if part.grouped:
-                raise ValueError(f"{self.names[0]} reads complete sums; {name} reads those of each group of samples")
+                raise ValueError(f"{self.names[0]} reads sums over all samples; {name} reads sums per group of samples")
         return parts
 
     @cached_property
     def logs(self) -> set[str]:
-        """The parts that enter by their logarithm, whichever of its names a metric goes by."""
+        """The parts that enter as logarithms; ``log`` may use any name of a metric."""
         aliases = {other for name in self.log if _lookup(name, {}) for other in names_of(name)}
         return aliases & set(self.weights)
 
@@ -95,16 +94,16 @@ _SHAPES = {"pair": "pair of units (reduce: none)", "edge": "pair of layers", "in
 
 
 def _check(metric: CompositeImportance) -> None:
-    """Raises ValueError for options that do not fit each other or the catalogue: before a pass, not after it."""
+    """Raises ValueError for options that contradict each other or the catalogue: before a pass, not after it."""
     if not metric.weights:
-        raise ValueError(f"{metric.names[0]}: weights is empty; give some, as in {{rayleigh_quotient: 1.0}}")
+        raise ValueError(f"{metric.names[0]}: weights is empty; set them, as in {{rayleigh_quotient: 1.0}}")
     for name, weight in metric.weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise ValueError(f"{metric.names[0]}: weights.{name} is {weight!r}; it is a number")
+            raise ValueError(f"{metric.names[0]}: weights.{name} is {weight!r}; it must be a number")
     for name in metric.metrics:
         if name not in metric.weights:
-            raise ValueError(f"{metric.names[0]}: metrics names {name!r}, the parts are {', '.join(metric.weights)}")
-    metric.parts, metric.logs  # noqa: B018 - looked up here for what they refuse
+            raise ValueError(f"{metric.names[0]}: metrics has options for {name!r}, but the parts are {', '.join(metric.weights)}")
+    metric.parts, metric.logs  # noqa: B018 - computed for the errors they raise
 
 
 def _lookup(name: str, options: Mapping[str, Any]) -> Metric:
@@ -124,7 +123,7 @@ def _minmax(s: Tensor) -> Tensor:
 
 
 def _rank(s: Tensor) -> Tensor:
-    """Mean ranks: equal values share theirs. Units without a value have no rank and take none."""
+    """Ranks, averaged over ties. Units without a value have no rank and are not counted."""
     low, high = _range(s)
     if high <= low:
         return _all(s, 0.5)
@@ -143,7 +142,7 @@ def _robust_z(s: Tensor) -> Tensor:
 
 
 def _range(s: Tensor) -> tuple[float, float]:
-    """The smallest and largest value; the same one twice where they differ by rounding, which would become the whole scale."""
+    """The smallest and largest value, or the smallest twice where they differ by rounding only."""
     known = s[s.isfinite()]
     if not len(known):
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""What a unit tells of a target that something else does not: within classes, or beside another target."""
+"""Information that a unit carries about a target beyond the class, or beyond another target."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,29 +10,29 @@ from nodelens.statistics import ClassCross, Cross, Moments
 from nodelens.statistics.linalg import constant, correlation, gaussian_information, joint_bias
 
 from .base import Metric
-from .information import silent
+from .information import constant_units
 from .need import Need
-from .paired_target import TARGETS, TWIN, check_target, idle, whitening, with_permutations, with_targets
+from .paired_target import COLLINEAR, TARGETS, check_target, constant_targets, whitening, with_permutations, with_targets
 
-FEWEST = 4  # rows of a class: of three a correlation is a matter of chance
-COLUMNS = tuple(name for name in TARGETS if name != "logit_pc1")  # that can stand beside another
+FEWEST = 4  # rows of a class, below which a correlation is left to chance
+COLUMNS = tuple(name for name in TARGETS if name != "logit_pc1")  # that can be combined with another target
 SINGLE = tuple(name for name in COLUMNS if name != "logits")
 
 
 @dataclass(frozen=True)
 class ConditionalInformation(Metric):
-    """Gaussian mutual information of a unit with a target within classes, averaged over them: what it tells beyond the class.
+    """Gaussian mutual information of a unit and a target given the class, which leaves out what the class explains.
 
-    Classes of fewer than four rows are left out, ``classes_left_out``; a unit or target that does not vary in a class tells
-    nothing there. Of several target columns the mean. Independent within classes reads about K/(2n), K classes, which
-    ``bias: gaussian`` subtracts. Targets as in mutual_information_gaussian, but logit_pc1 and functions.
+    Classes with fewer than four rows are left out (``classes_left_out``). A unit or target that is constant within a class
+    contributes 0 there. For several target columns, the value is the mean over columns. Independence within K classes gives about
+    K/(2n), which ``bias: gaussian`` subtracts. Targets are those of mutual_information_gaussian except logit_pc1 and functions.
 
     Formula: sum_c p_c -0.5 ln(1 - rho_c^2), rho_c = corr(y, z | class c) with target z, p_c the share of the class;
              bias: sum_c p_c [psi((n_c-1)/2) - psi((n_c-2)/2)]/2, n_c rows of class c, psi digamma
-    Shapes: y over rows of width units, with class and target beside -> (units,)
+    Shapes: y over rows of width units, paired with class and target -> (units,)
     Unit:   nats, in [0, 6.908]; corr 0.6 in every class: 0.2231
     NaN:    no class has four rows
-    Raises: ValueError for an unknown target, and when labels, or what the target is made of, are missing
+    Raises: ValueError for an unknown target, and for missing labels or logits
     Source: Cover & Thomas 2006, Elements of Information Theory, sections 2.5 and 8.5
     """
 
@@ -72,23 +72,23 @@ class ConditionalInformation(Metric):
 
 @dataclass(frozen=True)
 class ConditionalMutualInformation(Metric):
-    """Gaussian mutual information of a unit with a target, given another: what it tells beyond what the other tells.
+    """Gaussian mutual information of a unit and a target given another target, the condition.
 
-    Target and condition are names of mutual_information_gaussian's targets, but logit_pc1; the condition may have several
-    columns, the target has one. Where the condition settles the target, or the unit, there is nothing left to tell: 0,
-    ``resolve_auto``. Independent ones read about 1/(2n), which ``bias: gaussian`` subtracts.
+    Target and condition are target names of mutual_information_gaussian except logit_pc1; the condition may have several columns,
+    the target has one. Where the condition determines the target or the unit, the value is 0 (``determined``). Conditionally
+    independent variables give about 1/(2n), which ``bias: gaussian`` subtracts.
 
     Formula: -0.5 ln(1 - rho^2), rho = (r_yz - r_yt'R_t^-1 r_tz) / sqrt((1 - r_yt'R_t^-1 r_ty)(1 - r_zt'R_t^-1 r_tz)), the partial
              correlation of unit y and target z given condition t; r correlations, R_t those among the columns of t
-    Shapes: y over rows of width units, with target and condition beside -> (units,)
-    Unit:   nats, in [0, 6.908]; the condition independent of both: mutual_information_gaussian
-    NaN:    fewer than two rows; with a bias no more rows than condition columns and two
-    Raises: ValueError for an unknown target or condition, and when what they are made of is missing or of another width
+    Shapes: y over rows of width units, paired with target and condition -> (units,)
+    Unit:   nats, in [0, 6.908]; with a condition independent of both, equal to mutual_information_gaussian
+    NaN:    fewer than two rows; with a bias correction, at most two more rows than condition columns
+    Raises: ValueError for an unknown target or condition, and when labels or logits are missing or the columns do not fit
     Source: Cover & Thomas 2006, Elements of Information Theory, section 2.5; Ince et al. 2017, doi 10.1002/hbm.23471, eq. 11
     """
 
     names: ClassVar = ("mi_given_target",)
-    nan: ClassVar = "fewer than two rows, or with a bias no more than there are condition columns and two"
+    nan: ClassVar = "fewer than two rows, or with a bias correction at most two more than condition columns"
     target: str = "auto"
     condition: str = "correct_logit"
     bias: Literal["none", "gaussian"] = "none"
@@ -109,35 +109,35 @@ class ConditionalMutualInformation(Metric):
     def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:
         r, own, among, size = self._parts(y, z)
         left = (1 - among.square().sum(1)) * (1 - own.square().sum())
-        rho = (r - among @ own) / left.clamp_min(TWIN**2).sqrt()
-        value = gaussian_information(rho.square()).where(~self._settled(among, own) | ~rho.isfinite(), 0.0)
+        rho = (r - among @ own) / left.clamp_min(COLLINEAR**2).sqrt()
+        value = gaussian_information(rho.square()).where(~self._determined(among, own) | ~rho.isfinite(), 0.0)
         if self.bias == "gaussian":
-            tells = ~silent(y) & ~idle(z)[0] & ~self._settled(among, own)
-            value = value - joint_bias(z.n - size, 1, 1) * tells
+            informative = ~constant_units(y) & ~constant_targets(z)[0] & ~self._determined(among, own)
+            value = value - joint_bias(z.n - size, 1, 1) * informative
         return value
 
     def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:
         _r, own, among, _size = self._parts(y, z)
         return {
-            "constant": int(silent(y).sum()),
-            "resolve_auto": int(self._settled(among, own).sum()),
+            "constant": int(constant_units(y).sum()),
+            "determined": int(self._determined(among, own).sum()),
             "without_target": int(y.n - z.n),
         }
 
     def _parts(self, y: Moments, z: Cross) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Correlations: units with target (units,), target with the condition's axes (axes,), units with those (units, axes)."""
+        """Correlations of units with target (units,), target with condition axes (axes,), units with these axes (units, axes)."""
         columns = z.cross.shape[1]
         if columns < 2 or (columns > 2 and self.condition in SINGLE and self.condition != "given"):
             raise ValueError(
-                f"{self.names[0]}: {columns} columns stand beside the rows; the first is the target, the others the condition"
+                f"{self.names[0]}: got {columns} target columns; the first is the target, the others are the condition"
             )
         axes = whitening(z.project(torch.eye(columns).to(z.cross)[:, 1:]))
-        among = correlation(z.target_covariance, idle(z))
+        among = correlation(z.target_covariance, constant_targets(z))
         r = with_targets(y, z)
         return r[:, 0], among[0, 1:] @ axes, r[:, 1:] @ axes, axes.shape[1]
 
-    def _settled(self, among: Tensor, own: Tensor) -> Tensor:
-        return (1 - among.square().sum(1) < TWIN) | (1 - own.square().sum() < TWIN)
+    def _determined(self, among: Tensor, own: Tensor) -> Tensor:
+        return (1 - among.square().sum(1) < COLLINEAR) | (1 - own.square().sum() < COLLINEAR)
 
 
 METRICS: tuple[type[Metric], ...] = (ConditionalInformation, ConditionalMutualInformation)

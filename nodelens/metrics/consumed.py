@@ -1,4 +1,4 @@
-"""Pruning criteria of what reads a unit: the weights that read it, and what they read."""
+"""Pruning criteria from the consumers of a unit: the weights that read the unit, and their inputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from .need import Need
 
 @dataclass(frozen=True)
 class _OfReaders(Metric):
-    """What scores of the readers of a unit share: moments of what each consumer reads, over all rows.
+    """Shared by scores of a unit's consumers: moments of the inputs of each consumer, over all rows.
 
-    The units of an expert are read times its router's weight, which is 0 for a token that goes elsewhere: a mixture is one wide
-    FFN of all experts' units.
+    The units of an expert are multiplied by its router weight, which is 0 for tokens routed elsewhere: a mixture counts as one
+    wide FFN with the units of all experts.
     """
 
     weighted: ClassVar = True
@@ -32,19 +32,20 @@ class _OfReaders(Metric):
 
     @staticmethod
     def at_places(group: GroupLayer, x: Sequence[Moments], value: Callable[[Moments, Kernels], Tensor]) -> list[Tensor]:
-        """A value of each place a consumer reads, at the places of each unit: (units, places) for each consumer."""
+        """The values of a consumer's inputs, at the inputs that belong to each unit: (units, places) for each consumer."""
         return [value(moments, kernels)[kernels.places] for moments, kernels in zip(x, group.kernels, strict=True)]
 
 
 @dataclass(frozen=True)
 class Wanda(_OfReaders):
-    """Size of the weights that read a unit times the size of what they read: the structured form, called Wanda-sp.
+    """Absolute weights that read a unit times the norm of the unit: the structured form of Wanda, called Wanda-sp.
 
-    Published Wanda compares single weights within each output; this is FLAP's form for whole units. The norm is over all rows
-    (positions of all samples) and not divided by their number: it grows with the data's square root, the order does not change.
+    Published Wanda compares single weights within each output; this is the form for whole units from the FLAP paper. The norm runs
+    over all rows (positions of all samples) and is not divided by their number: it grows with the square root of the number of
+    rows, which does not change the ranking.
 
-    Formula: sum over u's places of mean_i |K_iu| ||x_u||_2, kernels summed; over consumers their sum
-    Shapes: x over rows of what consumers read -> (units,)
+    Formula: sum over u's places of mean_i |K_iu| ||x_u||_2, with kernels summed; summed over consumers
+    Shapes: x over rows of the consumers' inputs -> (units,)
     Unit:   that of weights times x, >= 0
     NaN:    never
     Source: Sun et al. 2024, 2306.11695, eq. 1; An et al. 2024, 2312.11983, section 5 (Wanda-sp)
@@ -61,12 +62,12 @@ class Wanda(_OfReaders):
 
 @dataclass(frozen=True)
 class Flap(_OfReaders):
-    """Spread of a unit times the squared weights that read it: what is lost when its mean stays, as a bias.
+    """Variance of a unit times the squared weights that read it: the output lost when its mean replaces it.
 
-    A large mean costs nothing here: use it with that bias. The paper compares layers by z-scores within each.
+    A large mean does not raise the score, so add the mean to the consumers' biases. The paper compares layers by z-scores.
 
-    Formula: mean over u's places of Var(x_u) ||K(u)||_2^2; over consumers their sum; Var unbiased, over all rows
-    Shapes: x over rows of what consumers read -> (units,)
+    Formula: mean over u's places of Var(x_u) ||K(u)||_2^2, summed over consumers; Var unbiased, over all rows
+    Shapes: x over rows of the consumers' inputs -> (units,)
     Unit:   that of weights times x, squared, >= 0
     NaN:    fewer than two rows
     Source: An et al. 2024, 2312.11983, eqs. 5 and 6
@@ -84,10 +85,10 @@ class Flap(_OfReaders):
 
 @dataclass(frozen=True)
 class ActivationPower(_OfReaders):
-    """Mean square of a unit where it is read: the control for every score that reads a loss.
+    """Mean square of a unit where it is read: a baseline without gradients for the scores that use the loss.
 
-    Formula: E x_u^2 over all rows, summed over u's places; over consumers their mean
-    Shapes: x over rows of what consumers read -> (units,)
+    Formula: E x_u^2 over all rows, summed over u's places, averaged over consumers
+    Shapes: x over rows of the consumers' inputs -> (units,)
     Unit:   that of x squared, >= 0
     NaN:    no rows
     Source: 2604.23475
@@ -102,14 +103,14 @@ class ActivationPower(_OfReaders):
 
 @dataclass(frozen=True)
 class Minitron(_OfReaders):
-    """Size of a unit over samples, averaged over positions; of a head that of its whole output.
+    """L2 norm of a unit over samples, averaged over positions; for an attention head, the norm of its whole output.
 
-    The paper takes the L2 norm over each batch; here it is over all samples, so that the batch size does not matter: the value
-    grows with their number's square root, the order does not. It keeps (units, positions) float64 for each consumer.
+    The paper takes the norm over each batch. Here it runs over all samples, so that the batch size does not matter: the value grows
+    with the square root of their number, which does not change the ranking. It keeps (units, positions) float64 for each consumer.
 
-    Formula: mean_t sqrt(sum_n ||x_u(n, t)||_2^2), the inner norm over u's places; t the positions that some sample has; over
-             consumers their sum
-    Shapes: x (samples, places, positions) of what consumers read -> (units,)
+    Formula: mean_t sqrt(sum_n ||x_u(n, t)||_2^2), the inner norm over u's places; t the positions that some sample has;
+             summed over consumers
+    Shapes: x (samples, places, positions) of the consumers' inputs -> (units,)
     Unit:   that of x, >= 0
     NaN:    no rows
     Source: Muralidharan et al. 2024, 2407.14679, section 2.2 (L2 over the batch, mean over the sequence)

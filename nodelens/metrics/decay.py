@@ -1,4 +1,4 @@
-"""How fast a layer's spectrum falls."""
+"""How fast the eigenvalues of a layer's covariance decay."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,33 +9,33 @@ from torch import Tensor
 from .base import Metric
 from .spectrum import SpectrumMetric
 
-SMALLEST = 1e-12  # of the largest eigenvalue: below, a logarithm says nothing
-FEWEST = 6  # eigenvalues that a line is put through
+SMALLEST = 1e-12  # of the largest eigenvalue: below it, a logarithm is rounding error
+FEWEST = 6  # eigenvalues, at least, for a line fit
 
 
 @dataclass(frozen=True)
 class LogSpectrumSlope(SpectrumMetric):
-    """How fast the spectrum falls: slope of the line through ln eigenvalue over place, by least squares.
+    """Exponential decay of the spectrum: least-squares slope of ln eigenvalue against its index.
 
-    Places first .. min(last, units) - 1, counted from 0. An exponential spectrum exp(-b i) reads -b.
+    The fit uses the indices first .. min(last, units) - 1, counted from 0. An exponential spectrum exp(-b i) gives -b.
 
-    Formula: cov(i, ln lam_i)/var(i) over places i, lam the eigenvalues of the covariance, largest first
+    Formula: cov(i, ln lam_i)/var(i) over indices i, lam the eigenvalues of the covariance, largest first
     Shapes: y over rows of width units -> ()
-    Unit:   nats a place, 0 or below; equal eigenvalues: 0
-    NaN:    no variance, fewer than six eigenvalues in the range, or one in it at 1e-12 of the largest or below
+    Unit:   nats per index, 0 or below; equal eigenvalues: 0
+    NaN:    no variance, fewer than six eigenvalues in the range, or one of them at most 1e-12 of the largest
     Raises: ValueError when first is below 0
-    Source: Stringer et al. 2019, Nature 571, 361, eigenspectra (there over ln place, see alpha_req)
+    Source: Stringer et al. 2019, Nature 571, 361, eigenspectra (there against the logarithm of the rank, see alpha_req)
     """
 
     names: ClassVar = ("log_spectrum_slope",)
-    nan: ClassVar = "no variance, fewer than six eigenvalues in range, or one in it of 1e-12 of the largest"
+    nan: ClassVar = "no variance, fewer than six eigenvalues in the range, or one of them at most 1e-12 of the largest"
     first: int = 10
     last: int = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.first < 0:
-            raise ValueError(f"{self.names[0]}: first is {self.first}; places count from 0")
+            raise ValueError(f"{self.names[0]}: first is {self.first}; indices count from 0")
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         return _line(eigenvalues, self.first, self.last, logarithm=False)[0]
@@ -43,15 +43,15 @@ class LogSpectrumSlope(SpectrumMetric):
 
 @dataclass(frozen=True)
 class AlphaReQ(LogSpectrumSlope):
-    """How fast the spectrum falls as a power of the rank: slope of the line through ln eigenvalue over ln rank.
+    """Power-law decay of the spectrum: least-squares slope of ln eigenvalue against ln rank.
 
-    Over the places of log_spectrum_slope; the first ones, which seldom lie on the line, are left out. The source's alpha is
-    minus this slope. ``value: r2`` is the share of the variance of ln lam that the line explains: look there first.
+    The range is that of log_spectrum_slope; it omits the first eigenvalues, which seldom follow the power law. The source's alpha
+    is minus this slope. ``value: r2`` is the share of the variance of ln lam that the line explains: check it first.
 
     Formula: cov(ln r, ln lam_r)/var(ln r) over ranks r = first + 1 .. min(last, units), lam the covariance's eigenvalues
     Shapes: y over rows of width units -> ()
     Unit:   none, 0 or below; lam_r = r^-1.2: -1.2; r2 in [0, 1]
-    NaN:    no variance, fewer than six eigenvalues in the range, or one in it at 1e-12 of the largest or below; r2 of equal ones
+    NaN:    no variance, fewer than six eigenvalues in the range, or one of them at most 1e-12 of the largest; r2: equal eigenvalues
     Raises: ValueError when first is below 0
     Source: Agrawal et al. 2022, NeurIPS, alpha-ReQ, section 2
     """
@@ -66,7 +66,7 @@ class AlphaReQ(LogSpectrumSlope):
 
 
 def _line(eigenvalues: Tensor, first: int, last: int, logarithm: bool) -> tuple[Tensor, Tensor]:
-    """Slope and r^2 of ln eigenvalue over place, or over ln rank; NaN where there is no line."""
+    """Slope and r^2 of ln eigenvalue against index, or against ln rank; NaN where no line can be fitted."""
     high = eigenvalues[first:last]
     if len(high) < FEWEST or not (high > SMALLEST * eigenvalues[0]).all():
         return eigenvalues.new_full((), torch.nan), eigenvalues.new_full((), torch.nan)

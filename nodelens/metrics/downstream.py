@@ -1,4 +1,4 @@
-"""What a unit tells about the next layer."""
+"""Information that a unit carries about the next layer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,10 +16,10 @@ from .need import Need, View
 
 @dataclass(frozen=True)
 class DownstreamImportance(Metric):
-    """Mean Gaussian information of a unit with each unit of the next layer, over ALL of them.
+    """Gaussian mutual information of a unit with a unit of the next layer, averaged over ALL units of that layer.
 
-    A unit that does not vary, here or there, tells nothing: 0, counted as ``constant`` (here); pairs at the ceiling as
-    ``saturated``. Independent units read about 1/(2n), not 0.
+    Constant units of either layer contribute 0; ``constant`` counts those of this layer and ``saturated`` the pairs at the upper
+    limit. Independent units give about 1/(2n) rather than 0.
 
     Formula: mean_j -0.5 ln(1 - rho_ij^2), rho_ij = corr(y_i, z_j), y this layer's units, z the next one's
     Shapes: y over rows of width units, z over the same rows of width t -> (units,)
@@ -33,7 +33,7 @@ class DownstreamImportance(Metric):
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
-        return {  # variances of the very rows that the products are of, also where these are a sample of the positions
+        return {  # variances over the same rows as the products, even where these are a sample of the positions
             "y": Need(Gram, "output", self.view),
             "z": Need(Gram, "next", self.view),
             "yz": Need(Pair, "output", self.view, "next"),
@@ -56,12 +56,12 @@ def _squared(y: Moments, z: Moments, yz: Pair) -> Tensor:
 
 @dataclass(frozen=True)
 class TransitionEfficiency(Metric):
-    """What a unit tells the next layer, less the more its own layer's units tell it too.
+    """Information of a unit about the next layer, discounted by its redundancy within its own layer.
 
-    Formula: downstream_importance_i/(1 + redundancy_i), the second the mean information with the partners in its layer
+    Formula: downstream_importance_i/(1 + redundancy_i), redundancy_i the mean information with the other units of its layer
     Shapes: y over rows of width units, z over the same rows of width t -> (units,)
-    Unit:   nats, in [0, 6.908]; rho = 0.6 with all of both: 0.1824
-    NaN:    fewer than two rows, or a layer of one unit, which has no partners
+    Unit:   nats, in [0, 6.908]; rho = 0.6 with all units of both layers: 0.1824
+    NaN:    fewer than two rows, or a layer of one unit
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8, for both informations
     """
 
@@ -73,8 +73,8 @@ class TransitionEfficiency(Metric):
         return DownstreamImportance(view=self.view).needs()
 
     def __call__(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> Tensor:
-        told = DownstreamImportance()(weight, y=y, z=z, yz=yz)
-        return told / (1 + PairwiseRedundancy()(weight, y=y))
+        information = DownstreamImportance()(weight, y=y, z=z, yz=yz)
+        return information / (1 + PairwiseRedundancy()(weight, y=y))
 
 
 METRICS: tuple[type[Metric], ...] = (DownstreamImportance, TransitionEfficiency)

@@ -1,4 +1,4 @@
-"""The criterion of routers: how many tokens a whole expert gets."""
+"""Pruning criterion for whole experts: how many tokens the router sends to each."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,11 +13,11 @@ from .need import Need
 
 @dataclass(frozen=True)
 class RouterLoad(Metric):
-    """Share of a mixture's assignments that go to an expert: the least used goes first.
+    """Share of the token assignments of a mixture that go to an expert: pruning removes the least used expert first.
 
-    Formula: n_e / sum of n over experts, n_e the tokens of which e is one of the k chosen
-    Shapes: ids of experts that tokens go to -> (experts,)
-    Unit:   none, in [0, 1/k]; 1/E where all get as many
+    Formula: n_e / sum of n over experts, n_e the number of tokens with e among their k experts
+    Shapes: ids of the experts chosen for each token -> (experts,)
+    Unit:   none, in [0, 1/k]; 1/E for equal load of E experts
     NaN:    a mixture that gets no token
     Raises: ValueError for units that are not whole experts
     Source: Fedus, Zoph & Shazeer 2022, 2101.03961, eq. 5 (the load)

@@ -1,4 +1,4 @@
-"""Pruning criteria of whole feature maps: their ranks, and how much each adds to the others."""
+"""Pruning criteria from whole feature maps: the ranks of maps, and how much each map adds to the others."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,13 +14,13 @@ from .need import Need
 
 @dataclass(frozen=True)
 class HRank(Metric):
-    """Mean rank of a unit's feature maps: a map of low rank holds what few rows and columns hold.
+    """Mean rank of a unit's feature maps: maps of low rank carry little information.
 
-    Maps are read at full resolution where the unit is consumed, after its activation; all data count (the paper takes a few
+    Maps are read at full resolution where the unit is consumed, after its activation. All data are used (the paper uses a few
     hundred images).
 
-    Formula: E_n rank(x_u), x_u the H x W map; a singular value counts above max(H, W) eps s_max, eps the maps' own precision
-    Shapes: x (samples, units, H, W) of what the first two-dimensional convolution reads -> (units,)
+    Formula: E_n rank(x_u), x_u the H x W map; a singular value counts above max(H, W) eps s_max, eps that of the maps' dtype
+    Shapes: x (samples, units, H, W), the input of the first two-dimensional convolution that reads the units -> (units,)
     Unit:   none, in [0, min(H, W)]
     NaN:    never
     Raises: ValueError where no two-dimensional convolution reads the units, or maps are one pixel high or wide
@@ -42,19 +42,19 @@ class HRank(Metric):
             readers = [m.piece.module for m in group.readers]
             kinds = ", ".join(f"{path or 'the model'} ({type(group.module.get_submodule(path)).__name__})" for path in readers)
             raise ValueError(
-                f"{name} wants maps: group {group.title!r} is read by {kinds}, by no two-dimensional convolution; leave it out "
-                "with freeze="
+                f"{name} needs feature maps: group {group.title!r} is read by {kinds}, by no two-dimensional convolution; leave "
+                "it out with freeze="
             )
 
 
 @dataclass(frozen=True)
 class Chip(HRank):
-    """Channel independence: what the nuclear norm of all feature maps loses without the unit's.
+    """Channel independence: the nuclear norm that a sample's feature maps lose without the map of the unit.
 
-    Maps are read as in ``hrank``; all data count.
+    Maps are read as in ``hrank``, over all data.
 
     Formula: E_n (||A||_* - ||A with row u zeroed||_*), A (units, H W) the sample's maps; norms from eigenvalues of A'A or AA'
-    Shapes: x (samples, units, H, W) of what the first two-dimensional convolution reads -> (units,)
+    Shapes: x (samples, units, H, W), the input of the first two-dimensional convolution that reads the units -> (units,)
     Unit:   that of x, >= 0
     NaN:    never
     Raises: ValueError where no two-dimensional convolution reads the units, or maps are one pixel high or wide

@@ -1,4 +1,4 @@
-"""One metric from tensors in hand: the statistics of a pass, made of one batch."""
+"""One metric computed from tensors: the statistics of a pass over data, built from one batch."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ _PORTS = {
 
 
 def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
-    """The value of a metric from the tensors that ``Metric.compute`` documents."""
+    """The value of a metric, from the tensors that ``Metric.compute`` documents."""
     unknown = set(tensors) - set(_GEOMETRY) - set(_TENSORS)
     if unknown:
         raise ValueError(
@@ -60,7 +60,7 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
 
 
 def _parameter(metric: Any, tensors: dict[str, Any]) -> Tensor | None:
-    """What a metric reads beside sums."""
+    """The parameter that a metric reads in addition to statistics."""
     if metric.parameter in ("group", "units"):
         raise ValueError(_of_groups(metric))
     needed = {"norm": ["norm_weights"], "change": ["weights", "initial_weights"]}.get(metric.parameter, ["weights"])
@@ -76,7 +76,7 @@ def _parameter(metric: Any, tensors: dict[str, Any]) -> Tensor | None:
 
 def _of_groups(metric: Any) -> str:
     return (
-        f"{metric.names[0]} reads what makes or consumes the units of a pruning group, which tensors alone do not tell: use "
+        f"{metric.names[0]} reads what produces or consumes the units of a pruning group, which tensors do not contain: use "
         "nl.analyze(..., layers=nl.find_groups(model)) or nl.prune"
     )
 
@@ -97,18 +97,18 @@ def _statistic(metric: Any, need: Need, tensors: dict[str, Any]) -> Statistic:
     options: dict[str, Any] = {"hashes": torch.arange(len(rows))} if need.statistic.takes_hashes else {}
     if need.statistic.entries:
         options["geometry"] = _layer(tensors).geometry if tensors.get("weights") is not None else None
-    beside = [] if need.target is None else [_beside(metric, need, tensors, samples)]
-    return need.statistic.of(rows, *beside, **options)  # type: ignore[attr-defined]
+    paired = [] if need.target is None else [_paired(metric, need, tensors, samples)]
+    return need.statistic.of(rows, *paired, **options)  # type: ignore[attr-defined]
 
 
-def _beside(metric: Any, need: Need, tensors: dict[str, Any], samples: bool) -> Rows | Tensor:
+def _paired(metric: Any, need: Need, tensors: dict[str, Any], samples: bool) -> Rows | Tensor:
     if need.target in ("next", "input"):
         rows = _rows(metric, str(need.target), tensors)
         rows = rows.sample_means() if samples else rows
         return rows.about(rows.mean)
     labels, given = tensors.get("labels"), tensors.get("targets")
     parts = need.target.split("+") if isinstance(need.target, str) else [need.target]
-    if given is not None and parts[-1] != "label":  # targets in hand stand for those that a pass would make
+    if given is not None and parts[-1] != "label":  # given targets replace those that a pass would compute
         own = ["label"] if parts[0] == "label" else []
         return target_of("+".join([*own, "given"]), tensors.get("logits"), labels, given)
     assert not isinstance(need.target, Other)
@@ -127,14 +127,14 @@ def _rows(metric: Any, port: str, tensors: dict[str, Any]) -> Rows:
     maps = x.ndim >= 4 or (weight is not None and weight.ndim == x.ndim == 3)
     if not maps and x.ndim > 2:
         x = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
-        if by_token:  # the last token predicts none
+        if by_token:  # the last token predicts no token
             x = x / max(1, x.shape[2] - 1)
     rows = Rows.of(x.flatten(2) if x.ndim > 2 else x)
     return Rows(rows.raw, rows.keep, rows.shift, tuple(x.shape[2:]) if maps else ())
 
 
 def _layer(tensors: dict[str, Any]) -> Layer:
-    """A layer with the weights in hand: a Linear, or a convolution of the geometry in hand."""
+    """A layer with the shape of the given weights: a Linear, or a convolution with the given geometry."""
     weight = tensors["weights"]
     if weight.ndim == 2:
         return Layer("given", nn.Linear(weight.shape[1], len(weight), bias=False, device="meta"))
@@ -146,7 +146,7 @@ def _layer(tensors: dict[str, Any]) -> Layer:
 
 
 def _check_widths(tensors: dict[str, Any]) -> None:
-    """Raises ValueError where weights, inputs and outputs in hand are not of one layer."""
+    """Raises ValueError where the widths of weights, inputs and outputs do not match."""
     if "weights" not in tensors:
         return
     weight, axis = tensors["weights"], 1 if tensors["weights"].ndim > 2 else -1

@@ -1,4 +1,4 @@
-"""What a unit matters to the loss, told by gradients of the SUMMED loss: no value depends on batch size or loss scale."""
+"""How much a unit matters to the loss, from gradients: these are of the SUMMED loss, so no value depends on the batch size."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,11 +17,11 @@ from .taylor import mean_square
 
 @dataclass(frozen=True)
 class _Removal(Metric):
-    """What the scores of q = u dL/du share: which rows are summed before a size or a square is taken.
+    """Options shared by the scores of q = u dL/du: which rows are summed before an absolute value or a square is taken.
 
-    Of a map q is summed over a sample's positions first (``spatial: sum_then_abs``): the first-order change of its loss
-    when the whole map goes. ``per_position`` takes each position as a row. A token is a row; ``tokens: per_sequence`` sums
-    over the sequence first. ``loss_reduction: mean`` divides a sample's gradients by its predicted tokens.
+    For a feature map, q is first summed over the positions of a sample (``spatial: sum_then_abs``): the first-order change of the
+    loss when the whole map is removed. ``per_position`` treats each position as a row. In texts each token is a row;
+    ``tokens: per_sequence`` first sums over the sequence. ``loss_reduction: mean`` divides gradients by the predicted tokens.
     """
 
     nan: ClassVar = "no rows"
@@ -32,12 +32,10 @@ class _Removal(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.spatial == "per_position" and self.tokens == "per_sequence":
-            raise ValueError(
-                f"{self.names[0]}: spatial: per_position takes each row alone, tokens: per_sequence adds them; choose one"
-            )
+            raise ValueError(f"{self.names[0]}: spatial: per_position keeps rows apart, tokens: per_sequence adds them; choose one")
 
     def product(self, statistic: type[Moments] | type[Sizes]) -> dict[str, Need]:
-        """The need of q in the rows that the options name."""
+        """The need for q, over the rows that the options choose."""
         view = "positions" if self.spatial == "per_position" else "samples" if self.tokens == "per_sequence" else "whole"
         return {"q": Need(statistic, _port("output*grad", self.loss_reduction), view)}
 
@@ -48,11 +46,12 @@ def _port(name: str, loss_reduction: str) -> str:
 
 @dataclass(frozen=True)
 class TaylorSaliency(_Removal):
-    """First-order change of the loss when a unit is set to zero, its mean size; ``taylor`` is the mean square of each sample's.
+    """First-order change of the loss when a unit is set to zero: its mean absolute value.
 
-    Of a map q is summed over a sample's positions first (``spatial: sum_then_abs``), one row a sample; ``per_position``
-    takes each position as a row. Of texts each token is a row; ``tokens: per_sequence`` sums q over the sequence first.
-    ``loss_reduction: mean`` takes the mean loss of each text. ``mode: mean_abs`` is |E q|, ``sq_mean`` E q^2.
+    For a feature map, q is first summed over the positions of a sample (``spatial: sum_then_abs``), which gives one row per sample;
+    ``per_position`` treats each position as a row. In texts each token is a row; ``tokens: per_sequence`` first sums q over the
+    sequence. ``loss_reduction: mean`` uses the mean loss of each text. ``mode: mean_abs`` is |E q| and ``sq_mean`` is E q^2;
+    ``taylor`` is the mean square per sample.
 
     Formula: E|q|, q = y dL/dy, y the unit's output, L the summed loss, E the mean over rows
     Shapes: q over rows of width units -> (units,)
@@ -76,18 +75,18 @@ class TaylorSaliency(_Removal):
 
 @dataclass(frozen=True)
 class FisherInformation(_Removal):
-    """Diagonal of the empirical Fisher information of a mask m on the units, y m at m = 1.
+    """Diagonal of the empirical Fisher information for a mask m that multiplies the units, at m = 1.
 
-    Taken at the data's labels: at a minimum of the loss a stand-in for its curvature in m, elsewhere it may lie far off
-    (Kunstner 2019, 1905.12558). Not halved; half of it is ``scar_loss_proxy``. Options as in ``taylor_saliency``;
-    ``tokens: per_sequence`` is a mask that holds for a whole text.
+    It uses the labels of the data. Near a minimum of the loss it approximates the curvature in m; elsewhere it may be far off
+    (Kunstner 2019, 1905.12558). Half of it is ``scar_loss_proxy``. Options are those of ``taylor_saliency``; ``tokens:
+    per_sequence`` applies one mask to a whole text.
 
     Formula: E q^2, q = y dL/dy = dL/dm, y the unit's output, L the summed loss, E the mean over rows
     Shapes: q over rows of width units -> (units,)
     Unit:   that of the loss squared, >= 0. Loss w u, u ~ N(0, 1): w^2
     NaN:    no rows
     Raises: ValueError when there are no labels to take a loss from, or for per_position with per_sequence
-    Source: Theis et al. 2018, 1801.05787, "Fisher pruning" (pruning feature maps; half of it)
+    Source: Theis et al. 2018, 1801.05787, "Fisher pruning" (pruning feature maps; with a factor 1/2)
     """
 
     names: ClassVar = ("fisher_information",)
@@ -101,9 +100,9 @@ class FisherInformation(_Removal):
 
 @dataclass(frozen=True)
 class ScarActivationPower(Metric):
-    """Mean square of a unit; of a map each position is a row. It reads no gradient: the part of the proxy that is the unit's own.
+    """Mean square of a unit, the factor of the loss proxy that needs no gradient; each position of a feature map is a row.
 
-    Formula: E u^2, u the unit's value (of an FFN what its last projection reads), E the mean over rows
+    Formula: E u^2, u the unit's value (in an FFN, the input of its last projection), E the mean over rows
     Shapes: u over rows of width units -> (units,)
     Unit:   that of u squared, >= 0. N(0, 1) rows: 1
     NaN:    no rows
@@ -122,9 +121,9 @@ class ScarActivationPower(Metric):
 
 @dataclass(frozen=True)
 class ScarTaylor(_Removal):
-    """First-order change of the loss when a unit goes: ``taylor_saliency`` at the unit the scar scores are about.
+    """First-order change of the loss when a unit is removed: ``taylor_saliency`` under the name that it has among the SCAR scores.
 
-    Options as in ``taylor_saliency``.
+    Options are those of ``taylor_saliency``.
 
     Formula: E|q|, q = u dL/du, u the unit's value, L the summed loss, E the mean over rows
     Shapes: q over rows of width units -> (units,)
@@ -145,9 +144,9 @@ class ScarTaylor(_Removal):
 
 @dataclass(frozen=True)
 class Curvature(Metric):
-    """Mean square of the loss's slope in a unit: the empirical Fisher's diagonal for a shift of the unit.
+    """Mean square of the loss gradient at a unit: the diagonal of the empirical Fisher information for a shift of the unit.
 
-    Of a map each position is a row. ``loss_reduction: mean`` takes the mean loss of each text.
+    Each position of a feature map is a row. ``loss_reduction: mean`` uses the mean loss of each text.
 
     Formula: E g^2, g = dL/du, u the unit's value, L the summed loss, E the mean over rows
     Shapes: g over rows of width units -> (units,)
@@ -170,9 +169,9 @@ class Curvature(Metric):
 
 @dataclass(frozen=True)
 class ScarLossProxy(_Removal):
-    """What removing a unit costs in a second-order model of the loss whose Hessian is the empirical Fisher information.
+    """Cost of removing a unit in a second-order model of the loss whose Hessian is the empirical Fisher information.
 
-    Options as in ``taylor_saliency``; a text of T predicted tokens has T^2 times the value of ``loss_reduction: mean``.
+    Options are those of ``taylor_saliency``. ``loss_reduction: mean`` divides the value of a text with T predicted tokens by T^2.
 
     Formula: 0.5 E q^2, q = u dL/du, u the unit's value, L the summed loss, E the mean over rows
     Shapes: q over rows of width units -> (units,)
@@ -193,9 +192,9 @@ class ScarLossProxy(_Removal):
 
 @dataclass(frozen=True)
 class LossProxyFactored(Metric):
-    """The loss proxy with power and curvature each averaged on its own: the same when u^2 and g^2 do not correlate.
+    """Loss proxy with power and curvature averaged separately: equal to the loss proxy when u^2 and g^2 are uncorrelated.
 
-    Of a map each position is a row. ``loss_reduction: mean`` takes the mean loss of each text.
+    Each position of a feature map is a row. ``loss_reduction: mean`` uses the mean loss of each text.
 
     Formula: 0.5 E[u^2] E[g^2], g = dL/du, u the unit's value, L the summed loss, E the mean over rows
     Shapes: u and g over rows of width units -> (units,)
@@ -218,15 +217,14 @@ class LossProxyFactored(Metric):
 
 @dataclass(frozen=True)
 class GradientAlignment(Metric):
-    """How alike a rule that sees the layer alone and the loss's gradient are in how they would change a unit's weights.
+    """Correlation of a local learning signal with the loss gradient of a unit's weights: how far a local rule follows the loss.
 
-    ``local_signal: hebbian`` is sum y x'; ``input`` is sum x, the same for all units that read it. What a unit puts out
-    is one number over its fan-in and so correlates with nothing: it is no choice.
+    ``local_signal: hebbian`` is sum y x'; ``input`` is sum x, which is the same for all units that read it.
 
     Formula: |corr over the fan-in of (s, dL/dw)|, s = sum over rows of y x' (hebbian), x the inputs, w the weights, y the output
     Shapes: sums over rows, (units, fan_in) -> (units,)
-    Unit:   none, in [0, 1]; proportional to the gradient: 1. Unrelated: about 0.8/sqrt(fan_in)
-    NaN:    the signal or the gradient is the same at every input, as of a dead unit or with a fan-in of 1
+    Unit:   none, in [0, 1]; proportional to the gradient: 1; unrelated: about 0.8/sqrt(fan_in)
+    NaN:    the signal or the gradient is the same at every input, as for a dead unit or a fan-in of 1
     Raises: ValueError when there are no labels to take a loss from
     Source: definition
     """
@@ -248,7 +246,7 @@ class GradientAlignment(Metric):
         return {"constant": int((~(s.any(1) & g.any(1))).sum())}
 
     def _signals(self, sums: WeightSums) -> tuple[Tensor, Tensor]:
-        """Signal and gradient about their means over the fan-in, (units, fan_in), each at most 1; 0 where constant."""
+        """Signal and gradient, scaled and centred over the fan-in, (units, fan_in); 0 where constant."""
         units, fan_in = sums.gradient.shape
         groups = len(sums.inputs) // fan_in
         signal = sums.inputs.reshape(groups, fan_in).repeat_interleave(units // groups, 0)
@@ -256,7 +254,7 @@ class GradientAlignment(Metric):
 
 
 def _centred(x: Tensor) -> Tensor:
-    """Rows about their means, at most 1 in size so that no square of theirs is too small; 0 where a row does not vary."""
+    """Centred rows, scaled so that their squares do not underflow; 0 where a row is constant."""
     size = x.abs().amax(1, keepdim=True)
     scaled = (x / size).where(size > 0, 0)
     centred = scaled - scaled.mean(1, keepdim=True)

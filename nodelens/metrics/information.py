@@ -1,4 +1,4 @@
-"""What units tell: about each other, about a target, about their input. Gaussian, in nats."""
+"""Mutual information of units with each other, with a target and with their input. Gaussian, in nats."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,29 +11,29 @@ from nodelens.statistics.linalg import MI_CEILING, constant, correlation, gaussi
 
 from .base import Metric, mean_of_partners
 from .need import Need, Target, View
-from .paired_target import beside_rows, check_target, idle, target_rows, whitening, with_permutations, with_targets
+from .paired_target import check_target, constant_targets, stored_target, target_rows, whitening, with_permutations, with_targets
 
-CLOSE = 1.1  # of the first eigenvalue over the second: below, their axes are a matter of chance
+CLOSE = 1.1  # ratio of the first two eigenvalues, below which their axes are arbitrary
 
 
 @dataclass(frozen=True)
 class PairwiseRedundancy(Metric):
-    """Gaussian mutual information of two units' activations, -0.5 ln(1 - rho_ij^2), over ALL pairs.
+    """Gaussian mutual information of the activations of two units, for ALL pairs: high for units that others duplicate.
 
-    ``reduce: mean`` is the mean over the N - 1 partners, a value a unit; ``none`` the matrix, its diagonal 0. A unit that
-    does not vary tells nothing: 0, ``constant``; pairs at the ceiling are ``saturated``. Independent units read about
-    1/(2n), not 0, which ``bias: gaussian`` subtracts: rows that are positions of one image count for less than n.
+    ``reduce: mean`` averages over the N - 1 other units; ``none`` gives the matrix, with diagonal 0. Constant units have 0 and are
+    counted (``constant``), as are pairs at the upper limit (``saturated``). Independent units give about 1/(2n) rather than 0,
+    which ``bias: gaussian`` subtracts; for dependent rows, such as positions of one image, it subtracts too little.
 
     Formula: -0.5 ln(1 - rho_ij^2), rho_ij = corr(y_i, y_j); bias: [psi((n-1)/2) - psi((n-2)/2)]/2, n rows, psi digamma
     Shapes: y over rows of width units -> (units,) or (units, units)
     Unit:   nats, in [0, 6.908]; rho = 0.6: 0.2231
-    NaN:    fewer than two rows, three with a bias; the mean of a layer of one unit
+    NaN:    fewer than two rows (three with a bias correction); the mean in a layer of one unit
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
     names: ClassVar = ("redundancy",)
     kind: ClassVar = "pair"
-    nan: ClassVar = "fewer than two rows (three with a bias), or a layer of one unit"
+    nan: ClassVar = "fewer than two rows (three with a bias correction), or a layer of one unit"
     higher_is_better: ClassVar = False
     reduce: Literal["mean", "none"] = "mean"
     view: View = "positions"
@@ -47,20 +47,20 @@ class PairwiseRedundancy(Metric):
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        return {"constant": int(silent(y).sum()), "saturated": saturated(y)}
+        return {"constant": int(constant_units(y).sum()), "saturated": saturated(y)}
 
 
 @dataclass(frozen=True)
 class AverageRedundancy(PairwiseRedundancy):
-    """Gaussian mutual information of two units, read from the input side: of what their weights make of the inputs.
+    """Gaussian mutual information of two units, for ALL pairs, computed from inputs and weights.
 
-    On a Linear or a convolution the same number as pairwise_redundancy_gaussian, as a bias does not vary: in a pass the
-    outputs' products serve both. From tensors in hand, inputs and weights come before outputs. Options as there.
+    For a Linear or a convolution it equals redundancy, because a bias is constant: in a pass over data both use the products of the
+    outputs. When computed from tensors, inputs and weights take precedence over outputs. Options are those of redundancy.
 
     Formula: -0.5 ln(1 - rho_ij^2), rho_ij = w_i'Cw_j / sqrt(w_i'Cw_i w_j'Cw_j), w the units' weights, C the inputs' covariance
     Shapes: y = x W' over rows of width units -> (units,) or (units, units)
     Unit:   nats, in [0, 6.908]; rho = 0.6: 0.2231
-    NaN:    fewer than two rows, three with a bias; the mean of a layer of one unit
+    NaN:    fewer than two rows (three with a bias correction); the mean in a layer of one unit
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
@@ -72,18 +72,18 @@ class AverageRedundancy(PairwiseRedundancy):
 
 @dataclass(frozen=True)
 class LayerRedundancy(Metric):
-    """Mean Gaussian mutual information of two units of a layer, over ALL pairs: the mean of pairwise_redundancy_gaussian.
+    """Mean Gaussian mutual information over ALL pairs of units of a layer: the mean of redundancy.
 
-    Formula: sum_ij -0.5 ln(1 - rho_ij^2) / (N (N - 1)) over i != j, rho_ij = corr(y_i, y_j), N units; bias as there
+    Formula: sum_ij -0.5 ln(1 - rho_ij^2) / (N (N - 1)) over i != j, rho_ij = corr(y_i, y_j), N units; bias as in redundancy
     Shapes: y over rows of width units -> ()
     Unit:   nats, in [0, 6.908]; all rho = 0.6: 0.2231
-    NaN:    fewer than two rows, three with a bias; a layer of one unit
+    NaN:    fewer than two rows (three with a bias correction); a layer of one unit
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8
     """
 
     names: ClassVar = ("layer_redundancy",)
     kind: ClassVar = "layer"
-    nan: ClassVar = "fewer than two rows (three with a bias), or a layer of one unit"
+    nan: ClassVar = "fewer than two rows (three with a bias correction), or a layer of one unit"
     view: View = "positions"
     bias: Literal["none", "gaussian"] = "none"
 
@@ -94,14 +94,14 @@ class LayerRedundancy(Metric):
         return mean_of_partners(pair_information(y, self.bias)).mean()
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        return {"constant": int(silent(y).sum()), "saturated": saturated(y)}
+        return {"constant": int(constant_units(y).sum()), "saturated": saturated(y)}
 
 
 @dataclass(frozen=True)
 class NodeRedundancy(Metric):
-    """How much each input feature goes with the others: mean absolute correlation. Of a convolution a feature is a channel.
+    """Mean absolute correlation of each input feature with the others. For a convolution, a feature is a channel.
 
-    A feature that does not vary goes with none: 0, ``constant``. Independent features read about 0.8/sqrt(n), not 0.
+    Constant features have 0 and are counted (``constant``). Independent features give about 0.8/sqrt(n) rather than 0.
 
     Formula: sum_j |corr(x_i, x_j)| / (d - 1) over j != i, x the d input features
     Shapes: x over rows of width d -> (d,)
@@ -122,32 +122,32 @@ class NodeRedundancy(Metric):
         return mean_of_partners(correlation_of(x).abs().fill_diagonal_(0))
 
     def counts(self, weight: Tensor | None, x: Gram) -> dict[str, int]:
-        return {"constant": int(silent(x).sum())}
+        return {"constant": int(constant_units(x).sum())}
 
 
 @dataclass(frozen=True)
 class MutualInformation(Metric):
-    """Gaussian mutual information of a unit with a target, a value or several a sample; or with the input's first component.
+    """Gaussian mutual information of a unit and a target, or the input's first principal component. It measures linear dependence.
 
-    Targets: logit_margin z_y - max_{k != y} z_k, correct_logit, logits, logit_pc1 (their first principal axis), nll or loss (-ln
-    p), given; several joined by +; a function of (logits, labels); auto: logit_margin, of a language model nll. There rows
-    are tokens, with what the target says of the next one (of the token itself: given, functions, logits); those without
-    are left out. Several columns: their information together
-    (``target_reduce: joint``), or the mean of each one's (``mean``). ``reference: input_pc1`` reads positions and no target;
-    where the two largest variances of the input are close (``close_eigenvalues``) its axis is a matter of chance. Independent
-    ones read about 1/(2n) a column, which ``bias: gaussian`` subtracts. ``permutations`` adds the null of a permuted target.
+    Targets: logit_margin z_y - max_{k != y} z_k, correct_logit, logits, logit_pc1 (their first principal component), nll or loss
+    (-ln p), given, several of these joined by +, or a function of (logits, labels). auto is logit_margin, for language models nll.
+    In language models rows are tokens, and the target is that of the next token (of the token itself for given, functions and
+    logits); tokens without a target are left out. For several target columns, ``target_reduce: joint`` gives the joint information
+    and ``mean`` the mean over columns. ``reference: input_pc1`` reads positions and no target; its axis is arbitrary where the two
+    largest input variances are close (``close_eigenvalues``). Independent variables give about 1/(2n) per column, which ``bias:
+    gaussian`` subtracts. ``permutations`` adds a permutation test that shuffles the target.
 
     Formula: -0.5 ln(1 - r'R_z^-1 r), r = corr(y, z) with the columns of the target z, R_z their correlations; input_pc1: z = v'x, v
              the first principal axis of the input x; bias: of one column [psi((n-1)/2) - psi((n-2)/2)]/2, n rows, psi digamma
-    Shapes: y over rows of width units, with a target beside -> (units,)
+    Shapes: y over rows of width units, paired with a target -> (units,)
     Unit:   nats, in [0, 6.908]; corr 0.6: 0.2231
-    NaN:    fewer than two rows; with a bias no more rows than target columns and one
-    Raises: ValueError for an unknown target, permutations of input_pc1, and when what the target is made of is missing
+    NaN:    fewer than two rows; with a bias correction, at most one more row than target columns
+    Raises: ValueError for an unknown target, permutations with input_pc1, or missing labels or logits that the target needs
     Source: Cover & Thomas 2006, Elements of Information Theory, ch. 8; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5
     """
 
     names: ClassVar = ("mutual_information_gaussian", "mi_gaussian", "mi")
-    nan: ClassVar = "fewer than two rows, or with a bias no more than there are target columns and one"
+    nan: ClassVar = "fewer than two rows, or with a bias correction at most one more than target columns"
     target: Target = "auto"
     reference: Literal["target", "input_pc1"] = "target"
     target_reduce: Literal["joint", "mean"] = "joint"
@@ -158,13 +158,13 @@ class MutualInformation(Metric):
         super().__post_init__()
         check_target(self.names[0], self.target, self.permutations)
         if self.permutations and self.reference == "input_pc1":
-            raise ValueError(f"{self.names[0]}: permutations shuffle a target, reference: input_pc1 has none; set one of the two")
+            raise ValueError(f"{self.names[0]}: permutations shuffle a target, but reference: input_pc1 has none; set only one")
 
     def needs(self) -> dict[str, Need]:
         if self.reference == "input_pc1":
             x, both = Need(Gram, "input"), Need(Pair, "output", "positions", "input")
             return {"y": Need(Gram, "output"), "z": both, "x": x}
-        target = beside_rows(self.target)
+        target = stored_target(self.target)
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
         return with_permutations(needs, self.permutations, target)
 
@@ -172,20 +172,20 @@ class MutualInformation(Metric):
         y = y.moments if isinstance(y, Gram) else y
         if x is not None:
             r = _with_first_axis(y, z, x)  # type: ignore[arg-type]
-            varying = ~silent(x).all() * 1.0
+            varying = ~constant_units(x).all() * 1.0
         else:
             z = target_rows(z, self.target)  # type: ignore[arg-type]
             r = with_targets(y, z)
-            varying = (~idle(z)).double().mean()
+            varying = (~constant_targets(z)).double().mean()
         if self.target_reduce == "joint" and x is None:
             r = r @ whitening(z)  # type: ignore[arg-type]
             value, lean = gaussian_information(r.square().sum(1)), joint_bias(z.n, 1, r.shape[1])
         else:
             value, lean = gaussian_information(r.square()).mean(1), joint_bias(z.n, 1, 1) * varying
-        return value if self.bias == "none" else value - lean * ~silent(y)
+        return value if self.bias == "none" else value - lean * ~constant_units(y)
 
     def counts(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> dict[str, int]:
-        found = {"constant": int(silent(y).sum())}
+        found = {"constant": int(constant_units(y).sum())}
         if x is None:
             return found | {"without_target": int(y.n - z.n)}
         first, *others = principal_axes(x.covariance)[0].tolist()
@@ -194,10 +194,10 @@ class MutualInformation(Metric):
 
 @dataclass(frozen=True)
 class AnalyticInformation(Metric):
-    """What a unit would tell of a Gaussian input through noise of a given size: its variance, on a logarithmic scale.
+    """Information that a unit would carry about a Gaussian input through additive noise: its variance, on a logarithmic scale.
 
-    A magnitude in disguise: noise_std is in the unit of y and decides the answer, so say which. See
-    relative_channel_information for noise that the layer's own variances set.
+    The value depends on noise_std, which has the unit of y, so report it. relative_channel_information derives the noise from the
+    variances of the layer.
 
     Formula: 0.5 ln(1 + w'Cw / s^2), w'Cw = Var y, C the covariance of the input, w the weights, s = noise_std
     Shapes: y over rows of width units -> (units,)
@@ -220,20 +220,20 @@ class AnalyticInformation(Metric):
         return {"y": Need(Moments, "output", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:
-        return 0.5 * torch.log1p(y.variance.where(~silent(y) | (y.n < 2), 0.0) / self.noise_std**2)
+        return 0.5 * torch.log1p(y.variance.where(~constant_units(y) | (y.n < 2), 0.0) / self.noise_std**2)
 
 
 @dataclass(frozen=True)
 class ProxyInformation(Metric):
-    """noisy_channel_information with the noise that the layer's own variances set: a unit's variance against its layer's.
+    """noisy_channel_information with noise set by the layer: a unit's variance relative to the variances in its layer.
 
-    ``noise`` is the median, mean, 75th or 90th percentile of the layer's variances, or a number, in the unit of y squared.
+    ``noise`` is the median, mean, 75th or 90th percentile of the unit variances of the layer, or a number in the unit of y squared.
 
     Formula: 0.5 ln(1 + Var y / s^2), s^2 = noise, percentiles by linear interpolation
     Shapes: y over rows of width units -> (units,)
-    Unit:   nats, 0 and above; noise median: the median unit of an odd number has 0.3466
-    NaN:    fewer than two rows; where the noise is 0, as when half of the units do not vary
-    Raises: ValueError for another noise, and when it is not above 0
+    Unit:   nats, 0 and above; noise median: 0.3466 for a unit of median variance
+    NaN:    fewer than two rows; the noise is 0, as when half of the units are constant
+    Raises: ValueError for an unknown noise, or one that is not above 0
     Source: Cover & Thomas 2006, Elements of Information Theory, section 9.1, capacity of the Gaussian channel
     """
 
@@ -250,7 +250,7 @@ class ProxyInformation(Metric):
         return {"y": Need(Moments, "output", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Moments) -> Tensor:
-        variance = y.variance.where(~silent(y) | (y.n < 2), 0.0)
+        variance = y.variance.where(~constant_units(y) | (y.n < 2), 0.0)
         if isinstance(self.noise, str):
             noise = variance.mean() if self.noise == "mean" else variance.quantile(_PERCENTILES[self.noise])
         else:
@@ -262,34 +262,34 @@ _PERCENTILES = {"median": 0.5, "p75": 0.75, "p90": 0.9}
 
 
 def check_noise(metric: str, option: str, noise: object, names: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for a noise that is neither of the names nor a number above 0."""
+    """Raises ValueError for a noise that is neither one of the names nor a number above 0."""
     number = isinstance(noise, (int, float)) and not isinstance(noise, bool)
     if not (noise in names or (number and noise > 0)):  # type: ignore[operator]
         other = f"{', '.join(names)}, or " if names else ""
-        raise ValueError(f"{metric}: {option} is {noise!r}; it is {other}a number above 0")
+        raise ValueError(f"{metric}: {option} is {noise!r}; it must be {other}a number above 0")
 
 
-def silent(y: Gram | Moments) -> Tensor:
-    """Units that do not vary, (units,) bool."""
+def constant_units(y: Gram | Moments) -> Tensor:
+    """Which units are constant, (units,) bool."""
     return constant(y.covariance.diagonal() if isinstance(y, Gram) else y.variance, y.mean)
 
 
 def correlation_of(y: Gram) -> Tensor:
-    """Correlations of a Gram, (units, units): 0 for units that do not vary, NaN below two rows."""
-    rho = correlation(y.covariance, silent(y))
+    """Correlations from a Gram, (units, units): 0 for constant units, NaN below two rows."""
+    rho = correlation(y.covariance, constant_units(y))
     return rho.where(y.n > 1, torch.nan)
 
 
 def saturated(y: Gram) -> int:
-    """How many pairs of units are at the ceiling."""
+    """The number of pairs of units at the upper limit of the information."""
     return int(torch.triu(correlation_of(y).square() >= MI_CEILING, 1).sum())
 
 
 def pair_information(y: Gram, bias: str) -> Tensor:
-    """Information of each pair of units, (units, units), the diagonal 0; less its bias where asked for."""
+    """Information of each pair of units, (units, units), with diagonal 0, and without its bias where ``bias`` is gaussian."""
     pairs = gaussian_information(correlation_of(y).square())
     if bias == "gaussian":
-        live = ~silent(y)
+        live = ~constant_units(y)
         pairs = pairs - joint_bias(y.n, 1, 1) * (live[:, None] & live)
     return pairs.fill_diagonal_(0)
 
@@ -297,7 +297,7 @@ def pair_information(y: Gram, bias: str) -> Tensor:
 def _with_first_axis(y: Moments, xy: Pair, x: Gram) -> Tensor:
     """Correlations of units with the first principal component of the input, (units, 1)."""
     values, axes = principal_axes(x.covariance)
-    live = ~silent(y) & ~silent(x).all()
+    live = ~constant_units(y) & ~constant_units(x).all()
     scale = y.variance.where(live, 1.0).sqrt() * values[0].where(live, 1.0).sqrt()
     r = torch.where(live, xy.covariance @ axes[:, 0] / scale, 0.0)
     return r.where((y.n > 1) & (xy.n > 1), torch.nan)[:, None]

@@ -1,4 +1,4 @@
-"""Sums over a whole model that no single site shows: gradients of weights, a copy in training, products with supernodes."""
+"""Sums that need the whole model: gradients of weights, training of a copy, products with supernodes."""
 
 import copy
 import warnings
@@ -19,21 +19,21 @@ from .supernode import correlations, largest, share_of
 
 Unit = Literal["sequence", "token"]
 LossReduction = Literal["sum", "mean"]
-CHUNK = 1 << 26  # gradients held at once, 256 MB in float32
-_UNFIT = (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, AttributeError)  # what a model may raise in a vmap
+CHUNK = 1 << 26  # gradient entries in memory at once, 256 MB in float32
+_UNFIT = (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, AttributeError)  # what a model may raise under vmap
 
 
 class ModelSums:
-    """What one pass adds up for the units of all groups, in float64; the whole only, without groups of samples.
+    """Sums of one pass for the units of all groups, in float64, over all samples together and not per group of samples.
 
-    A need names it with the port ``model`` and the options of its constructor. parameters: what the summed loss is differentiated
-    in. rounds: how often the data are read. forward: whether the model itself has to run. port: of the groups' sites whose rows
-    ``see`` is shown, empty for none.
+    A Need refers to it by the port ``model`` and the options of its constructor. parameters: the tensors with respect to which the
+    summed loss is differentiated. rounds: how often the data are read. forward: whether the model has to run. port: the port of
+    the groups whose rows are passed to ``see``, empty for none.
     """
 
     rounds: ClassVar[int] = 1
     forward: ClassVar[bool] = True
-    parts: ClassVar[tuple[None]] = (None,)  # not kept by group of samples: no standard error
+    parts: ClassVar[tuple[None]] = (None,)  # not kept per group of samples: no standard error
 
     def __init__(self, model: nn.Module, groups: Sequence[GroupLayer]):
         self.model, self.groups, self.port = model, groups, ""
@@ -48,12 +48,12 @@ class ModelSums:
 
     @classmethod
     def watches(cls, *options: Any) -> str:
-        """The port of the groups' sites whose rows it is shown; empty for none."""
+        """The port of the groups whose rows are passed to ``see``; empty for none."""
         return ""
 
     @classmethod
     def size_of(cls, groups: Sequence[GroupLayer], *options: Any) -> int:
-        """Bytes of the sums."""
+        """Memory of the sums, in bytes."""
         return 8 * sum(group.group.n for group in groups)
 
     @property
@@ -61,23 +61,23 @@ class ModelSums:
         return self
 
     def zeros(self, *shape: int) -> Tensor:
-        """A sum before anything was added."""
+        """An empty sum."""
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
     def begin(self, batch: Batch) -> None:
         self.batch = batch
 
     def see(self, layer: GroupLayer, rows: Rows) -> None:
-        """Takes rows of a group."""
+        """Receives rows of a group."""
 
     def end(self, logits: Tensor | None, loss: Any) -> None:
-        """Ends the batch; no graph is recorded, and logits are None where the model did not run."""
+        """Ends the batch, without recording a graph; logits are None where the model did not run."""
 
     def again(self) -> None:
         """Called before the data are read again."""
 
     def reduce(self) -> None:
-        """Makes the sums those of all processes. Collective."""
+        """Adds the sums of all processes; every process has to call it."""
         self.totals = {key: reduce_tensor(total) for key, total in self.totals.items()}
 
     def to(self, device: torch.device) -> None:
@@ -89,12 +89,12 @@ class ModelSums:
         return {str(key): total for key, total in self.totals.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from saved sums."""
+        """Restores saved sums."""
         self.totals = {key: state[str(key)].clone() for key in self.totals}
 
 
 class _TensorSums(ModelSums):
-    """Sums over samples in the shape of every tensor that makes, or makes and reads, units."""
+    """Sums over samples, in the shape of each weight tensor that produces (or produces and consumes) units."""
 
     def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], *roles: str):
         super().__init__(model, groups)
@@ -131,10 +131,10 @@ class WeightGradients(_TensorSums):
 
 
 class SampleGradients(_TensorSums):
-    """Squares of each sample's own gradient.
+    """Sums of squared per-sample gradients.
 
-    The slope of the loss in the logits is taken for the whole batch; what remains is linear in the logits, and differentiated for
-    many samples at once (``torch.func.vmap``) or, where the model does not allow that, for one after another.
+    The gradient with respect to the logits is computed for the whole batch. The rest is linear in the logits and is differentiated
+    for many samples at once (``torch.func.vmap``) or, where the model does not allow that, sample by sample.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], *roles: str):
@@ -166,7 +166,7 @@ class SampleGradients(_TensorSums):
                     self.totals[name] += gradient.double().square()
 
     def _at_once(self, batch: Batch, slope: Tensor) -> dict[str, Tensor]:
-        """{name: (samples, in the tensor's shape)}."""
+        """{name: gradients (samples, *shape of the tensor)}."""
 
         def dim(value: object) -> int | None:
             return 0 if isinstance(value, Tensor) and value.ndim and len(value) == len(batch) else None
@@ -181,7 +181,7 @@ class SampleGradients(_TensorSums):
         tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
         every = torch.func.vmap(torch.func.grad(linear), in_dims=dims)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that vmap loops over: right, if slow
+            warnings.filterwarnings("ignore", "There is a performance drop")  # vmap loops over some operations: correct but slow
             return every(tensors, batch.args, batch.kwargs, slope)
 
     def _one_by_one(self, batch: Batch, slope: Tensor) -> Iterator[Sequence[Tensor | None]]:
@@ -193,7 +193,7 @@ class SampleGradients(_TensorSums):
 
 
 class MovementSums(ModelSums):
-    """-g_w w, added up over the steps of plain SGD on a copy of the model: totals {group: (units,)}."""
+    """Sums of -g_w w over the steps of plain SGD on a copy of the model: totals {group: (units,)}."""
 
     forward: ClassVar[bool] = False
 
@@ -226,7 +226,7 @@ class MovementSums(ModelSums):
 
 
 class SupernodeProducts(ModelSums):
-    """Sums of q^2 in a first round over the data; in a second those of q and of its products with the supernodes' q.
+    """Sums of q^2 in a first round over the data; in a second, sums of q and of its products with the q of the supernodes.
 
     ``reduction: mean`` divides the gradients of a sample by its predicted tokens.
     """
@@ -262,7 +262,7 @@ class SupernodeProducts(ModelSums):
             self._add(name, q)
 
     def _add(self, name: str, q: Tensor) -> None:
-        """Takes rows of a group's q, (rows, units) float64."""
+        """Adds rows of q of a group, (rows, units) float64."""
         q = q.to(self.device)
         if not self.cores:
             self.totals[name, "square"] += q.square().sum(0)
@@ -291,7 +291,7 @@ class SupernodeProducts(ModelSums):
         return (self.totals[group, "square"] / self.totals[group, "rows"]).cpu()
 
     def correlation(self, group: str, eps: float = 0.0) -> Tensor:
-        """Correlations of each unit's q with those of the supernodes, (units, supernodes)."""
+        """Correlations of each unit's q with the q of the supernodes, (units, supernodes)."""
         n, core = self.totals[group, "rows"], self.cores[group].to(self.totals[group, "rows"].device)
         mean, square = self.totals[group, "sum"] / n, self.totals[group, "square"] / n
         shared = self.totals[group, "products"] / n - mean[:, None] * mean[core]
@@ -300,12 +300,12 @@ class SupernodeProducts(ModelSums):
 
 
 def whole(model: nn.Module, piece: GroupSlice) -> Tensor:
-    """The tensor that is sliced, all experts of it, as the model holds it."""
+    """The whole tensor of a slice, with all experts, as the model stores it."""
     return getattr(model.get_submodule(piece.module), piece.tensor)
 
 
 def entries(piece: GroupSlice, tensor: Tensor) -> Tensor:
-    """The units' entries of a tensor in the shape of the sliced one, (units, the rest)."""
+    """The units' entries of a tensor with the shape of the sliced one, (units, other entries)."""
     part = tensor if piece.entry is None else tensor[piece.entry]
     moved = part.movedim(piece.dim - (piece.entry is not None), 0)
     return moved[piece.index.to(part.device)].flatten(1)

@@ -1,4 +1,4 @@
-"""What a metric asks a pass for: a statistic of the rows at a port."""
+"""What a metric needs from a pass over the data: a statistic of the rows at a port."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -8,11 +8,11 @@ from torch import Tensor
 from nodelens.statistics import Statistic
 
 View = Literal["positions", "samples"]
-Target = str | Callable[..., Tensor]  # a name of targets.py, or a function of (logits, labels)
+Target = str | Callable[..., Tensor]  # a name in targets.py, or a function of (logits, labels)
 
 
 class Other(NamedTuple):
-    """Rows of another site, as a target: a plan puts them in the place of ``input`` and ``next``."""
+    """Rows of another layer as a target: a plan replaces ``input`` and ``next`` by it."""
 
     layer: str
     port: str
@@ -22,7 +22,7 @@ class Other(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What a score that is drawn needs to know: the name of a layer or group, its units, and the seed."""
+    """What a random score needs: the name of a layer or group, its number of units, and the seed."""
 
     layer: str
     units: int
@@ -30,25 +30,25 @@ class Units(NamedTuple):
 
 
 class Need(NamedTuple):
-    """A statistic of the rows at a port, in a view, with the target that stands beside them.
+    """A statistic of the rows at a port, in a view, paired with a target.
 
-    port: ``input``, ``output``, ``projection`` (what the weights make of the inputs: the output, but for a bias), ``grad``,
-    ``output*grad``, ``weight*grad``, ``change`` (what the weights' change would put out) or ``next``, the next layer's output;
-    ``/tokens`` behind a gradient divides it by the sample's predicted tokens. Of pruning groups: ``output*grad`` where the units
-    are read, added over places and readers before anything is made of it; ``made*grad`` where they are made; ``consumed``, what
-    each reader reads, a list of statistics; ``maps`` of the first two-dimensional convolution that reads them; ``load``, 1 where
-    a token goes to a whole expert; ``model``: sums over the whole model, made with ``options``.
-    view: ``positions``, ``samples``, or ``whole``: samples for images, a token a row for language models. A plan makes
-    ``tokens`` of it where the target is one a token: the tokens that have it, also for what stands alone.
-    target: a name or function of ``targets.py``, several names joined by +, or another port, whose rows stand beside.
+    port: ``input``, ``output``, ``projection`` (inputs times weights: the output without a bias), ``grad``, ``output*grad``,
+    ``weight*grad``, ``change`` (inputs times the change of the weights) or ``next``, the output of the next layer. A suffix
+    ``/tokens`` divides gradients by the predicted tokens of the sample. For pruning groups: ``output*grad`` where the units are
+    read, summed over places and consumers first; ``made*grad`` where they are produced; ``consumed``, the input of each consumer, a
+    list of statistics; ``maps``, the input of the first two-dimensional convolution that reads them; ``load``, 1 where a token
+    is routed to an expert; ``model``, sums over the whole model, built with ``options``.
+    view: ``positions``, ``samples``, or ``whole``: one row per sample for images, per token for language models. A plan replaces
+    it by ``tokens`` where there is one target per token: the tokens that have one, also for needs without a target.
+    target: a name or function of ``targets.py``, several names joined by +, or another port with paired rows.
     """
 
     statistic: type[Statistic]
     port: str
     view: str = "positions"
     target: Target | Other | None = None
-    options: tuple[Any, ...] = ()  # of sums over the whole model
+    options: tuple[Any, ...] = ()  # for sums over the whole model
 
     def __str__(self) -> str:
-        beside = f" with {getattr(self.target, '__name__', self.target)}" if self.target else ""
-        return f"{self.statistic.__name__}({self.port}, {self.view}{beside})"
+        paired = f" with {getattr(self.target, '__name__', self.target)}" if self.target else ""
+        return f"{self.statistic.__name__}({self.port}, {self.view}{paired})"

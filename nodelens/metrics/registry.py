@@ -1,4 +1,4 @@
-"""The registry: every metric by its names, one class for each, found in the files of this room."""
+"""The registry: finds the metric classes in the files of this package and looks them up by name."""
 
 import difflib
 import pkgutil
@@ -16,10 +16,10 @@ _BY_NAME: dict[str, tuple[type[Metric], Mapping[str, Any]]] = {}
 def find_metrics(
     package: str, path: Any, aliases: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None
 ) -> tuple[type[Metric], ...]:
-    """Registers the classes that the files of a package list as METRICS, in the order of the files' names, and returns them.
+    """Registers the classes in the METRICS of each file of a package, ordered by file name, and returns them.
 
-    aliases: {alias: (name, options)}, further names of these metrics. Raises ValueError for a name that is given twice, or an
-    alias of a name that does not exist.
+    aliases: {alias: (name, options)}, further names of these metrics. Raises ValueError for a name that is used twice, or an
+    alias of an unknown name.
     """
     files = (import_module(f"{package}.{file.name}") for file in pkgutil.iter_modules(path) if not file.name.startswith("_"))
     found = tuple(metric for file in files for metric in getattr(file, "METRICS", ()))
@@ -32,21 +32,21 @@ def find_metrics(
         if alias in _BY_NAME:
             raise ValueError(f"the alias {alias!r} of {name!r} is the name of {_home(_BY_NAME[alias][0])}")
         if name not in _BY_NAME:
-            raise ValueError(f"the alias {alias!r} stands for {name!r}, which is the name of no metric")
+            raise ValueError(f"the alias {alias!r} stands for {name!r}, which is no metric's name")
         metric, preset = _BY_NAME[name]
         _BY_NAME[alias] = metric, {**preset, **options}
     return found
 
 
 def register_metric(metric: _M, *names: str) -> _M:
-    """Makes a metric of the user's own known by name, as its class's ``names`` or as those given; returns it: a decorator too.
+    """Registers a user's metric under its class's ``names`` or the names given, and returns it, so it also works as a decorator.
 
-    From then on, in this process, ``get_metric`` and ``list_metrics`` know it, and so does whatever takes a metric's name:
-    ``nl.analyze(metrics=["mine"])``, ``nl.analyze_model``, a part of a composite, a pruning criterion. An object brings its
-    options along: ``register_metric(get_metric("rq", relative=False), "rq_raw")``. The same class again, as when a notebook's
-    cell is run twice, takes the place of the first.
+    From then on, in this process, the name works wherever a metric's name does: in ``get_metric`` and ``list_metrics``,
+    ``nl.analyze(metrics=["mine"])``, ``nl.analyze_model``, as a part of a composite, and as a pruning criterion. An object keeps
+    its options: ``register_metric(get_metric("rq", relative=False), "rq_raw")``. Registering the same class again, as when a
+    notebook cell is rerun, replaces the first.
 
-    Raises ValueError for what is no metric, has no name, or has one that is another metric's: nothing is registered then.
+    Raises ValueError, and registers nothing, for an object that is not a metric, has no name, or has the name of another metric.
     """
     kind = metric if isinstance(metric, type) else type(metric)
     if not issubclass(kind, Metric):
@@ -77,28 +77,28 @@ def _home(metric: type[Metric]) -> str:
 
 
 def list_metrics() -> list[str]:
-    """Every name that ``get_metric`` takes, long and short."""
+    """All names that ``get_metric`` accepts."""
     return sorted(_BY_NAME)
 
 
 def metric_classes() -> list[type[Metric]]:
-    """Every class that has a name, once, in the order of the files."""
+    """All registered classes, each once, in the order of registration."""
     return list(dict.fromkeys(metric for metric, _ in _BY_NAME.values()))
 
 
 def names_of(name: str) -> list[str]:
-    """Every name of the same metric with the same options, the name itself included. Errors as in ``get_metric``."""
+    """All names of the same metric with the same options, including the given one. Raises like ``get_metric``."""
     get_metric(name)
     return [other for other, found in _BY_NAME.items() if found == _BY_NAME[name]]
 
 
 def get_metric(name: str, **options: Any) -> Metric:
-    """The metric of a name, with options.
+    """The metric with a name, with options.
 
     >>> get_metric("rq", relative=False).options
     {'relative': False, 'regularization': 0.0}
 
-    Raises ValueError for an unknown name or option, with the nearest one.
+    Raises ValueError for an unknown name or option and suggests the closest one.
     """
     if name not in _BY_NAME:
         raise ValueError(f"no metric is called {name!r}{_nearest(name, _BY_NAME)}; nl.list_metrics() has them all")

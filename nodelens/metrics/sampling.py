@@ -1,4 +1,4 @@
-"""How much the rows say: positions of an image and tokens of a text are not independent."""
+"""Effective sample size: positions of an image and tokens of a text are not independent rows."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,21 +14,21 @@ from .need import Need, View
 
 @dataclass(frozen=True)
 class EffectiveSampleSize(Metric):
-    """How many independent rows would know a unit's mean as well as these rows do.
+    """Number of independent rows that would estimate a unit's mean as precisely as the given rows.
 
-    Where rows are positions or tokens of one sample they resemble each other: take this number, not the rows, for n in the
-    closed forms of bias and error. It is an estimate from 8 groups of samples, right to a factor of two; the median over a
-    layer's units is steadier. It may exceed the rows where they repel each other.
+    Positions or tokens of one sample are correlated: use this number instead of the number of rows as n in closed forms of bias and
+    error. It is estimated from 8 groups of samples, to within about a factor of two; the median over the units of a layer varies
+    less. It may exceed the number of rows where rows are negatively correlated.
 
     Formula: n_eff = Var y / SE_J(E y)^2, SE_J the grouped jackknife's standard error of the mean
     Shapes: y over rows of width units, by group of samples -> (units,)
     Unit:   rows, > 0; independent rows: about n; maps that are constant over positions: the number of samples
-    NaN:    fewer than two groups of samples, or a unit that does not vary
+    NaN:    fewer than two groups of samples, or a constant unit
     Source: n SE_iid^2 / SE_J^2 with SE_iid^2 = Var y / n; Kish 1965, Survey Sampling, section 8.2 (design effect)
     """
 
     names: ClassVar = ("effective_sample_size", "n_eff")
-    nan: ClassVar = "fewer than two groups of samples, or a unit that does not vary"
+    nan: ClassVar = "fewer than two groups of samples, or a constant unit"
     grouped: ClassVar = True
     view: View = "positions"
 
@@ -46,9 +46,9 @@ class EffectiveSampleSize(Metric):
 
 
 def jackknife(value: Tensor, left: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard error and bias of a value, from the values without each of G groups, which may be unequal.
+    """Standard error and bias of a value, from the values with each of G groups left out; groups may be unequal.
 
-    Shapes: value (...), left (G, ...), weights (G,), samples or rows of each group -> (...), (...)
+    Shapes: value (...), left (G, ...), weights (G,), number of samples or rows of each group -> (...), (...)
     Source: Busing, Meijer & van der Leeden 1999, Statistics and Computing 9:3-8, eqs. 2 and 3; equal groups give
             sqrt((G - 1)/G sum (left - mean)^2) and (G - 1)(mean - value), Tukey 1958
     """

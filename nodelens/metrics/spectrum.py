@@ -1,4 +1,4 @@
-"""In how many directions a layer varies: what the eigenvalues of its covariance say."""
+"""Dimension of a layer: how many directions it varies in, from the eigenvalues of its covariance."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,18 +10,17 @@ from nodelens.statistics import Directions, Gram
 from nodelens.statistics.linalg import components, correlation, entropy_count, spectrum
 
 from .base import Metric
-from .information import silent
+from .information import constant_units
 from .need import Need, View
 
 
 @dataclass(frozen=True)
 class SpectrumMetric(Metric):
-    """A function of the eigenvalues of a layer's covariance, ``of``.
+    """Base class of functions ``of`` the eigenvalues of a layer's covariance.
 
-    rows: ``raw``; each row at length 1, ``token_l2``, or at root mean square 1, ``token_rms``, which differs by the factor
-    units and so in no value; ``feature_standardized``: each unit at variance 1, the correlation matrix. Eigenvalues below
-    2.4e-7 of the largest count as 0: a layer wider than what it reads has such, and float32 sums do not resolve them.
-    A unit that does not vary adds an eigenvalue of 0 (``constant``).
+    rows: ``raw``; ``token_l2``, each row scaled to length 1; ``token_rms``, each row scaled to root mean square 1, which gives the
+    same values; ``feature_standardized``, each unit scaled to variance 1. Eigenvalues below 2.4e-7 of the largest count as 0,
+    because float32 sums do not resolve them. A constant unit adds an eigenvalue of 0 (``constant``).
     """
 
     kind: ClassVar = "layer"
@@ -40,28 +39,29 @@ class SpectrumMetric(Metric):
         raise TypeError(f"{type(self).__name__} has no formula")
 
     def covariance(self, y: Gram) -> Tensor:
-        """What the eigenvalues are of, (units, units)."""
+        """The matrix whose eigenvalues are used, (units, units)."""
         if self.rows == "feature_standardized":
-            return correlation(y.covariance, silent(y)).where(y.n > 1, torch.nan)
+            return correlation(y.covariance, constant_units(y)).where(y.n > 1, torch.nan)
         return live_covariance(y)
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        return {"constant": int(silent(y).sum())}
+        return {"constant": int(constant_units(y).sum())}
 
 
 def live_covariance(y: Gram) -> Tensor:
-    """The covariance, (units, units), 0 for units that do not vary, which leaves their rounding out; NaN below two rows."""
-    live = ~silent(y)
+    """The covariance, (units, units), exactly 0 for constant units; NaN below two rows."""
+    live = ~constant_units(y)
     return y.covariance.where(live[:, None] & live, 0).where(y.n > 1, torch.nan)
 
 
 @dataclass(frozen=True)
 class ParticipationRatio(SpectrumMetric):
-    """How many directions share the variance, by second moments: the harmonic mean of the variance's shares. No eigenvalues needed.
+    """Effective number of directions that share the variance, from second moments, without an eigendecomposition.
 
-    Read low from few rows: 1/value is about 1/n + 1/truth; ``d_pr_debiased`` is not. ``normalize`` divides by the width.
+    It is biased downwards when rows are few: 1/value is about 1/n + 1/(true value). ``participation_ratio_debiased`` corrects this.
+    ``normalize`` divides by the width.
 
-    Formula: (sum_i lam_i)^2 / sum_i lam_i^2 = (tr C)^2 / ||C||_F^2, C the covariance, lam its eigenvalues; /units
+    Formula: (sum_i lam_i)^2 / sum_i lam_i^2 = (tr C)^2 / ||C||_F^2, C the covariance, lam its eigenvalues; normalized: /units
     Shapes: y over rows of width units -> ()
     Unit:   directions, in [1, units]; normalized: a share, in [1/units, 1]; eigenvalues 4, 2, 1, 1: 2.909
     NaN:    fewer than two rows, or no variance
@@ -84,11 +84,11 @@ class ParticipationRatio(SpectrumMetric):
 
 @dataclass(frozen=True)
 class EntropyDimension(SpectrumMetric):
-    """How many directions share the variance, by entropy: exp of the entropy of the eigenvalues' shares.
+    """Effective number of directions that share the variance: exponential of the entropy of the eigenvalue shares.
 
-    Gives small eigenvalues more weight than the participation ratio does. ``normalize`` divides by the width.
+    It gives small eigenvalues more weight than the participation ratio does. ``normalize`` divides by the width.
 
-    Formula: exp(-sum_i p_i ln p_i), p_i = lam_i/sum lam, lam the eigenvalues of the covariance; /units
+    Formula: exp(-sum_i p_i ln p_i), p_i = lam_i/sum lam, lam the eigenvalues of the covariance; normalized: /units
     Shapes: y over rows of width units -> ()
     Unit:   directions, in [1, units]; normalized: a share, in [1/units, 1]; eigenvalues 4, 2, 1, 1: 3.364
     NaN:    fewer than two rows, or no variance
@@ -105,10 +105,10 @@ class EntropyDimension(SpectrumMetric):
 
 @dataclass(frozen=True)
 class EffectiveRank(SpectrumMetric):
-    """Exp of the entropy of the singular values' shares.
+    """Exponential of the entropy of the shares of the singular values of the centred rows.
 
-    The singular values of the centred rows go as the roots of the covariance's eigenvalues, so the tail weighs more here
-    than in ``entropy_dimension``, rounding with it.
+    Singular values are proportional to the square roots of the eigenvalues, so the tail, and its rounding error, has more weight
+    than in ``entropy_dimension``.
 
     Formula: exp(-sum_i p_i ln p_i), p_i = s_i/sum s, s = sqrt(lam), lam the eigenvalues of the covariance
     Shapes: y over rows of width units -> ()
@@ -125,7 +125,7 @@ class EffectiveRank(SpectrumMetric):
 
 @dataclass(frozen=True)
 class StableRank(SpectrumMetric):
-    """The variance in units of that along the first direction: never above the rank, and steady where small eigenvalues are not.
+    """Total variance divided by the variance along the first direction: at most the rank, and insensitive to small eigenvalues.
 
     Formula: sum_i lam_i / lam_1, lam the eigenvalues of the covariance, largest first
     Shapes: y over rows of width units -> ()
@@ -142,7 +142,7 @@ class StableRank(SpectrumMetric):
 
 @dataclass(frozen=True)
 class TopShare(SpectrumMetric):
-    """Share of the variance that the k leading directions hold; k beyond the width is the width.
+    """Share of the variance in the k leading directions; k is at most the width.
 
     Formula: sum_{i<=k} lam_i / sum_i lam_i, lam the eigenvalues of the covariance, largest first
     Shapes: y over rows of width units -> ()
@@ -166,7 +166,7 @@ class TopShare(SpectrumMetric):
 
 @dataclass(frozen=True)
 class ComponentCount(SpectrumMetric):
-    """The fewest leading directions that hold a share of the variance.
+    """Smallest number of leading directions that hold a given share of the variance.
 
     Formula: min k with sum_{i<=k} lam_i / sum_i lam_i >= share - 1e-12, lam the eigenvalues of the covariance, largest first
     Shapes: y over rows of width units -> ()

@@ -1,4 +1,4 @@
-"""How the leading directions of two layers lie to each other."""
+"""Angles between the subspaces of the leading directions of two layers."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,15 +14,15 @@ from .layer_pair import EdgeMetric
 from .need import Need
 from .spectrum import live_covariance
 
-CLOSE = 1.05  # ratio of the eigenvalues on both sides of a cut, below which the cut is arbitrary
+CLOSE = 1.05  # ratio of the k-th to the next eigenvalue, below which the choice of the k-th axis is arbitrary
 
 
 @dataclass(frozen=True)
 class SubspaceMetric(EdgeMetric):
-    """A function of the ``novelty_k`` leading principal axes of two layers in the same basis.
+    """Base class of functions of the k = ``novelty_k`` leading principal axes of two layers in the same basis.
 
-    k is at most the rank of either: axes without variance are arbitrary (``cut_to_rank``). Where the eigenvalues at a cut
-    are within 5 %, so is the choice of the last axis (``close_eigenvalues``, a count of sides).
+    k is at most the rank of either layer, because axes without variance are arbitrary (``cut_to_rank``). If eigenvalue k and
+    the next are within 5 %, the choice of the last axis is arbitrary too (``close_eigenvalues`` counts such layers).
     """
 
     nan: ClassVar = "layers of different width, fewer than two rows, or a layer without variance"
@@ -45,11 +45,11 @@ class SubspaceMetric(EdgeMetric):
         return self.between(u_x[:, :k], u_y[:, :k], after) if k else x.shift.new_full((), torch.nan)
 
     def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
-        """The value from the axes of either, (d, k), and the covariance of the next layer, (d, d)."""
+        """The value from the axes of both layers, (d, k), and the covariance of the next layer, (d, d)."""
         raise TypeError(f"{type(self).__name__} has no formula")
 
     def cut(self, before: Tensor, after: Tensor) -> list[Tensor]:
-        """The spectra that a cut goes through."""
+        """The spectra that limit k."""
         return [before, after]
 
     def _k(self, spectra: list[Tensor]) -> int:
@@ -65,17 +65,17 @@ class SubspaceMetric(EdgeMetric):
 
 
 def _sines(u_x: Tensor, u_y: Tensor) -> Tensor:
-    """Sines of the principal angles, (k,): of what is left of u_x beside u_y, which keeps small angles that 1 - s^2 would lose."""
+    """Sines of the principal angles, (k,), from the part of u_x orthogonal to u_y: accurate for small angles, unlike 1 - s^2."""
     return torch.linalg.svdvals(u_x - u_y @ (u_y.T @ u_x)).clamp_max(1)
 
 
 @dataclass(frozen=True)
 class SubspaceNovelty(SubspaceMetric):
-    """How far the leading directions of the next layer are new: mean sine of the angles between the two spaces.
+    """How new the leading directions of the next layer are: mean sine of the principal angles between the two subspaces.
 
     Formula: mean_i sqrt(1 - s_i^2), s the singular values of U_x'U_y, U the k leading eigenvectors of the covariances
     Shapes: x, y over rows of the same width -> ()
-    Unit:   none, in [0, 1]; the same space 0, orthogonal ones 1
+    Unit:   none, in [0, 1]; equal subspaces: 0; orthogonal subspaces: 1
     NaN:    layers of different width, fewer than two rows, or a layer without variance
     Raises: ValueError when novelty_k is below 1
     Source: Bjorck & Golub 1973, Math. Comp. 27:579, theorem 1 (the angles between subspaces)
@@ -89,13 +89,13 @@ class SubspaceNovelty(SubspaceMetric):
 
 @dataclass(frozen=True)
 class SubspaceOverlap(SubspaceMetric):
-    """Share of the leading directions that two layers have in common: mean squared cosine of the angles between the spaces.
+    """Share of the leading directions that two layers have in common: mean squared cosine of the principal angles.
 
-    Random spaces of k of d directions read k/d.
+    Random k-dimensional subspaces of d dimensions give k/d.
 
     Formula: ||U_x'U_y||_F^2/k, U the k leading eigenvectors of the covariances
     Shapes: x, y over rows of the same width -> ()
-    Unit:   none, in [0, 1]; the same space 1, orthogonal ones 0
+    Unit:   none, in [0, 1]; equal subspaces: 1; orthogonal subspaces: 0
     NaN:    layers of different width, fewer than two rows, or a layer without variance
     Raises: ValueError when novelty_k is below 1
     Source: Bjorck & Golub 1973, Math. Comp. 27:579, theorem 1 (the cosines of the angles)
@@ -109,11 +109,11 @@ class SubspaceOverlap(SubspaceMetric):
 
 @dataclass(frozen=True)
 class SubspaceChordal(SubspaceMetric):
-    """Chordal distance of the spaces of the leading directions.
+    """Chordal distance between the subspaces of the leading directions of two layers.
 
     Formula: sqrt(sum_i (1 - s_i^2)), s the singular values of U_x'U_y, U the k leading eigenvectors of the covariances
     Shapes: x, y over rows of the same width -> ()
-    Unit:   none, in [0, sqrt(k)]; the same space 0, orthogonal ones sqrt(k)
+    Unit:   none, in [0, sqrt(k)]; equal subspaces: 0; orthogonal subspaces: sqrt(k)
     NaN:    layers of different width, fewer than two rows, or a layer without variance
     Raises: ValueError when novelty_k is below 1
     Source: Conway, Hardin & Sloane 1996, math/0208004, section 2
@@ -127,13 +127,13 @@ class SubspaceChordal(SubspaceMetric):
 
 @dataclass(frozen=True)
 class EnergyNovelty(SubspaceMetric):
-    """Share of the next layer's variance outside the leading directions of this one.
+    """Share of the next layer's variance outside the leading directions of this layer.
 
-    Only the axes of this layer enter, so k is at most its own rank, and only its cut can be close.
+    Only the axes of this layer are used, so only its spectrum limits k and is checked for close eigenvalues.
 
     Formula: 1 - tr(U_x'C_y U_x)/tr C_y, U_x the k leading eigenvectors of this layer's covariance, C_y the next one's
     Shapes: x, y over rows of the same width -> ()
-    Unit:   none, in [0, 1]; y = x of rank k or less: 0; no common direction: 1
+    Unit:   none, in [0, 1]; y = x of rank k or less: 0; orthogonal layers: 1
     NaN:    layers of different width, fewer than two rows, or a layer without variance
     Raises: ValueError when novelty_k is below 1
     Source: Jolliffe 2002, Principal Component Analysis, 2nd ed., section 2.1 (variance along axes)

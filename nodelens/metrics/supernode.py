@@ -1,4 +1,4 @@
-"""Formulas for supernodes (2604.23475): the few units with most of the loss proxy, and the halo of units that repeat them."""
+"""Formulas for supernodes (2604.23475): the few units with most of the loss proxy, and the halo of units redundant with them."""
 
 import math
 from typing import Literal
@@ -84,7 +84,7 @@ def protection(
              1 - (R - min)/(max - min)
     Shapes: redundancy (units,), members (k,) ids -> (units,)
     Unit:   none, in [0, 1]
-    NaN:    never; a member without a redundancy ranks first
+    NaN:    never; a member without a redundancy counts as 0
     Source: 2604.23475
     """
     found = torch.ones_like(redundancy)
@@ -121,7 +121,7 @@ def concentration_curve(score: Tensor, points: int = 200) -> tuple[Tensor, Tenso
 
 
 def gini(score: Tensor) -> float:
-    """Gini coefficient of a score >= 0: 0 for equal scores, 1 - 1/n if one unit has all; NaN for a sum of 0."""
+    """Gini coefficient of a score >= 0: 0 for equal scores, 1 - 1/n if one unit has the whole sum; NaN for a sum of 0."""
     values = score[score.isfinite()].double().sort().values
     n = len(values)
     place = 2 * torch.arange(1, n + 1, dtype=torch.float64) - n - 1

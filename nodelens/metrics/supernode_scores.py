@@ -1,4 +1,4 @@
-"""Pruning criteria of supernodes: the loss proxy, lowered by what a unit repeats of the units that carry most of it."""
+"""Pruning criteria with supernodes: the loss proxy, lowered for units that are redundant with the few that have most of it."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,18 +17,18 @@ from .taylor import check_tokens
 
 @dataclass(frozen=True)
 class ScarProt(Metric):
-    """Loss proxy of a channel, lowered in the halo by what the supernodes repeat of it.
+    """Loss proxy of a channel, lowered for channels in the halo that are redundant with the supernodes.
 
-    The supernodes are the share ``supernode_fraction`` of the channels, those of largest loss proxy L. The halo are the channels
-    that write most to the same outputs. The criterion's constraint ``protect`` keeps the supernodes, not their score. The data
-    are read twice. ``loss_reduction: mean`` takes the mean loss of each text; ``corr_eps: 1e-8`` stands under the root of the
-    correlations, as in the published code.
+    The supernodes are the share ``supernode_fraction`` of the channels with the largest loss proxy L. The halo consists of the
+    channels that write most to the same outputs. The score does not protect the supernodes: the constraint ``protect`` of the
+    criterion does. The data are read twice. ``loss_reduction: mean`` uses the mean loss of each text. ``corr_eps: 1e-8`` is added
+    under the root of the correlations, as in the published code.
 
-    Formula: L Protect, L = 0.5 E q^2, q = u dL/du per token, Protect by the rank of the redundancy: f + (1 - f)(1 - r^g)
-    Shapes: q over tokens of what one linear layer reads -> (units,)
+    Formula: L Protect, L = 0.5 E q^2, q = u dL/du per token, Protect = f + (1 - f)(1 - r^g), r in [0, 1] the rank of the redundancy
+    Shapes: q over tokens, for the input of one linear layer -> (units,)
     Unit:   that of the loss squared, >= 0
     NaN:    never
-    Raises: ValueError where other than one linear layer reads the units (``unit: sequence`` takes any)
+    Raises: ValueError where the units are not read by exactly one linear layer (``unit: sequence`` allows any consumers)
     Source: 2604.23475
     """
 
@@ -76,13 +76,14 @@ class ScarProt(Metric):
 
 @dataclass(frozen=True)
 class ScarConn(ScarProt):
-    """As ``scar_prot``, the protection only of the part of a channel that is connected to the supernodes.
+    """Like ``scar_prot``, but the protection applies only to the share of a channel that is connected to the supernodes.
 
-    Formula: L ((1 - Conn) + Conn Protect), L, Conn and Protect as there
-    Shapes: q over tokens of what one linear layer reads -> (units,)
+    Formula: L ((1 - Conn) + Conn Protect), L and Protect as in scar_prot, Conn the share of outgoing weight that goes to the
+             outputs to which the supernodes write most
+    Shapes: q over tokens, for the input of one linear layer -> (units,)
     Unit:   that of the loss squared, >= 0
     NaN:    a channel that nothing reads
-    Raises: ValueError where other than one linear layer reads the units (``unit: sequence`` takes any)
+    Raises: ValueError where the units are not read by exactly one linear layer (``unit: sequence`` allows any consumers)
     Source: 2604.23475
     """
 

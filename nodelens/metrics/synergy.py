@@ -1,4 +1,4 @@
-"""What two units tell of a target together, and how it divides: shared, unique, synergy. Gaussian, minimum mutual information."""
+"""Partial information decomposition of two units and a target: shared, unique, synergy. Gaussian, minimum mutual information."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,27 +10,27 @@ from nodelens.statistics import Cross, Gram, Moments
 from nodelens.statistics.linalg import gaussian_information
 
 from .base import Metric, mean_of_partners
-from .information import correlation_of, silent
+from .information import constant_units, correlation_of
 from .need import Need, Target
-from .paired_target import TWIN, beside_rows, check_target, target_rows, whitening, with_permutations, with_targets
+from .paired_target import COLLINEAR, check_target, stored_target, target_rows, whitening, with_permutations, with_targets
 
 
 @dataclass(frozen=True)
 class Synergy(Metric):
-    """What two units tell of a target beyond the better of them: I(z; y_i, y_j) - max(I(z; y_i), I(z; y_j)), ALL pairs.
+    """Information that two units together carry about a target beyond the more informative one, for ALL pairs.
 
-    Where 1 - rho_ij^2 < 1e-6 a twin adds nothing: 0, counted as ``twins``. Targets as in mutual_information_gaussian. Several
-    target columns: what is told of them together (``target_reduce: joint``), or each information averaged over them before
-    max and difference (``mean``); with several this is not the only decomposition. A maximum is biased: take the jackknife's
-    bias. ``permutations`` adds the null of a permuted target.
+    Collinear pairs (1 - rho_ij^2 < 1e-6) have 0 and are counted (``collinear``). Targets are those of mutual_information_gaussian.
+    For several target columns, ``target_reduce: joint`` uses the joint information; ``mean`` averages each information over columns
+    before the maximum and the difference. With several columns this is not the only possible decomposition. The maximum makes the
+    estimate biased; the jackknife estimates the bias. ``permutations`` adds a permutation test that shuffles the target.
 
     Formula: S_ij = I_ij - max(I_i, I_j); one target z: 0.5 ln[(1 - max(r_i^2, r_j^2))/(1 - R_ij^2)], R_ij^2 = (r_i^2 + r_j^2
              - 2 r_i r_j rho_ij)/(1 - rho_ij^2), r = corr(y, z), rho_ij = corr(y_i, y_j); several, whitened:
-             I_ij = -0.5 ln det(I - B'R_ij^-1 B), B the correlations of the two units with them, R_ij = [[1, rho_ij], [rho_ij, 1]]
-    Shapes: y over rows of width units, z of them with the target -> (units,) or (units, units)
+             I_ij = -0.5 ln det(I - B'R_ij^-1 B), B the correlations of the units with the target, R_ij = [[1, rho_ij], [rho_ij, 1]]
+    Shapes: y over rows of width units, paired with a target z -> (units,) or (units, units)
     Unit:   nats, in [0, 6.908], twice that for several columns; z = y_1 + y_2 + e, all N(0, 1): 0.3466
-    NaN:    fewer than two samples; the mean of a layer of one unit
-    Raises: ValueError for an unknown target, and when labels or logits that it is made of are missing
+    NaN:    fewer than two samples; the mean in a layer of one unit
+    Raises: ValueError for an unknown target, or missing labels or logits that the target needs
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
     """
 
@@ -47,7 +47,7 @@ class Synergy(Metric):
         check_target(self.names[0], self.target, self.permutations)
 
     def needs(self) -> dict[str, Need]:
-        target = beside_rows(self.target)
+        target = stored_target(self.target)
         needs = {"y": Need(Gram, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
         return with_permutations(needs, self.permutations, target)
 
@@ -59,21 +59,23 @@ class Synergy(Metric):
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
     def counts(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> dict[str, int]:
-        twins = torch.triu(~_distinct(correlation_of(y)), 1)
-        return {"constant": int(silent(y).sum()), "twins": int(twins.sum()), "without_target": int(y.n - z.n)}
+        collinear = torch.triu(~_distinct(correlation_of(y)), 1)
+        return {"constant": int(constant_units(y).sum()), "collinear": int(collinear.sum()), "without_target": int(y.n - z.n)}
 
 
 @dataclass(frozen=True)
 class SharedInformation(Metric):
-    """What both of two units tell of a target: the lesser of their informations, ALL pairs.
+    """Information about a target that two units share: that of the less informative unit, for ALL pairs.
 
-    With what is unique to each (pid_unique) and the synergy it adds up to the information of both. Options as in synergy.
+    Shared information, the unique information of each unit (pid_unique) and synergy (pid_synergy) add up to the information of both
+    units together. Options are those of pid_synergy.
 
-    Formula: min(I_i, I_j), I_i = -0.5 ln(1 - r_i^2), r_i = corr(y_i, z); several target columns, whitened: r_i^2 summed over them
-    Shapes: y over rows of width units, z of them with the target -> (units,) or (units, units)
+    Formula: min(I_i, I_j), I_i = -0.5 ln(1 - r_i^2), r_i = corr(y_i, z); several target columns, whitened: r_i^2
+             summed over columns
+    Shapes: y over rows of width units, paired with a target z -> (units,) or (units, units)
     Unit:   nats, in [0, 6.908]; z = y_1 + y_2 + e, all N(0, 1): 0.2027
-    NaN:    fewer than two samples; the mean of a layer of one unit
-    Raises: ValueError for an unknown target, and when labels or logits that it is made of are missing
+    NaN:    fewer than two samples; the mean in a layer of one unit
+    Raises: ValueError for an unknown target, or missing labels or logits that the target needs
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
     """
 
@@ -91,7 +93,7 @@ class SharedInformation(Metric):
         check_target(self.names[0], self.target, self.permutations)
 
     def needs(self) -> dict[str, Need]:
-        target = beside_rows(self.target)
+        target = stored_target(self.target)
         needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
         return with_permutations(needs, self.permutations, target)
 
@@ -101,7 +103,7 @@ class SharedInformation(Metric):
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
     def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:
-        return {"constant": int(silent(y).sum()), "without_target": int(y.n - z.n)}
+        return {"constant": int(constant_units(y).sum()), "without_target": int(y.n - z.n)}
 
     def _of(self, single: Tensor, shared: Tensor) -> Tensor:
         return shared
@@ -109,16 +111,16 @@ class SharedInformation(Metric):
 
 @dataclass(frozen=True)
 class UniqueInformation(SharedInformation):
-    """What a unit tells of a target that its partner does not, I_i - min(I_i, I_j), ALL pairs.
+    """Information about a target that a unit carries and its partner does not, for ALL pairs.
 
-    Row i, column j: what unit i tells and unit j does not. Options as in synergy.
+    Row i, column j holds the information of unit i that unit j lacks. Options are those of pid_synergy.
 
     Formula: I_i - min(I_i, I_j), I_i = -0.5 ln(1 - r_i^2), r_i = corr(y_i, z); several target columns, whitened: r_i^2 summed
-             over them
-    Shapes: y over rows of width units, z of them with the target -> (units,) or (units, units)
+             over columns
+    Shapes: y over rows of width units, paired with a target z -> (units,) or (units, units)
     Unit:   nats, in [0, 6.908]; z = y_1 + y_2 + e, all N(0, 1): 0
-    NaN:    fewer than two samples; the mean of a layer of one unit
-    Raises: ValueError for an unknown target, and when labels or logits that it is made of are missing
+    NaN:    fewer than two samples; the mean in a layer of one unit
+    Raises: ValueError for an unknown target, or missing labels or logits that the target needs
     Source: Barrett 2015, Phys. Rev. E 91, 052802, 1411.2832, section IV (minimum mutual information)
     """
 
@@ -130,7 +132,7 @@ class UniqueInformation(SharedInformation):
 
 
 def _correlations(y: Moments, z: Cross, target: Target, reduce: str) -> Tensor:
-    """Correlations of units with a target's columns, or with what of them is uncorrelated, (units, t)."""
+    """Correlations of units with the columns of a target, whitened for ``joint``, (units, t)."""
     z = target_rows(z, target)
     r = with_targets(y, z)
     return r @ whitening(z) if reduce == "joint" else r
@@ -142,7 +144,7 @@ def _single(r: Tensor, reduce: str) -> Tensor:
 
 
 def _distinct(rho: Tensor) -> Tensor:
-    return 1 - rho.square() >= TWIN
+    return 1 - rho.square() >= COLLINEAR
 
 
 def _joint(rho: Tensor, r: Tensor, reduce: str) -> Tensor:
@@ -150,17 +152,17 @@ def _joint(rho: Tensor, r: Tensor, reduce: str) -> Tensor:
     if reduce == "joint":
         return _together(rho, r)
     total = torch.zeros_like(rho)
-    for column in r.split(1, 1):  # few: one, or the columns of a given target
+    for column in r.split(1, 1):  # one column, or the few of a given target
         total += _together(rho, column)
     return total / r.shape[1]
 
 
 def _together(rho: Tensor, b: Tensor) -> Tensor:
-    """-0.5 ln det(I - B'R^-1 B) of each pair, from the two canonical correlations it has: (units, units), (units, t) uncorrelated.
+    """-0.5 ln det(I - B'R^-1 B) of each pair, from its two canonical correlations; rho (units, units), b (units, t) whitened.
 
-    Their squares are the roots of k^2 - trace k + minor, trace and minor those of R^-1 BB', which is 2 x 2 whatever t.
+    Their squares are the roots of k^2 - trace k + minor, with trace and determinant of R^-1 BB', which is 2 x 2 for every t.
     """
-    gap, shared = (1 - rho.square()).clamp_min(TWIN), b @ b.T
+    gap, shared = (1 - rho.square()).clamp_min(COLLINEAR), b @ b.T
     own = shared.diagonal()
     trace = (own[:, None] + own - 2 * rho * shared) / gap
     if b.shape[1] < 2:

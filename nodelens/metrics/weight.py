@@ -1,4 +1,4 @@
-"""What can be said of a unit, or of a layer, without data. Nothing here has a standard error."""
+"""Metrics of a unit that need no data, such as weight norms: they have no standard error."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,15 +12,16 @@ from nodelens.statistics.sample_hash import generator
 from .base import Metric
 from .need import Units
 
-NEAR = 1e-6  # of two rows' squares: a squared distance below it is rounding in the product form
-CHUNK = 2**24  # distances held at once, 128 MB
+NEAR = 1e-6  # relative to squared norms: a smaller squared distance is rounding error of the product form
+CHUNK = 2**24  # distances in memory at once, 128 MB
 
 
 @dataclass(frozen=True)
 class Magnitude(Metric):
-    """Norm of the weights that make a unit; of several producers (gate and up; queries, keys, values) of all together.
+    """Norm of the weights that produce a unit: a cheap baseline.
 
-    Biases are left out. ``l2`` and ``weight_magnitude`` are the Euclidean norm.
+    Several producers (gate and up; queries, keys, values) count together. Biases are left out. ``l2`` and ``weight_magnitude`` are
+    the Euclidean norm.
 
     Formula: ||w||_p, w the unit's weights
     Shapes: weight (units, d) -> (units,)
@@ -40,11 +41,9 @@ class Magnitude(Metric):
 
 @dataclass(frozen=True)
 class GroupL2(Metric):
-    """Squared weights of a unit wherever it is made or read.
+    """Sum of the squared weights that produce or consume a unit; biases, norms and depthwise filters are left out.
 
-    No root is taken. Biases, norms and depthwise filters, which neither make nor read a unit, are left out.
-
-    Formula: sum of w^2 over what makes and what reads the unit
+    Formula: sum of w^2 over the weights that produce or consume the unit, without a root
     Shapes: -> (units,)
     Unit:   that of the weights squared, >= 0
     NaN:    never
@@ -62,13 +61,13 @@ class GroupL2(Metric):
 
 @dataclass(frozen=True)
 class NormScale(Metric):
-    """Size of the factor by which the batch norms behind a unit multiply it.
+    """Absolute scale factor of the batch norms after a unit.
 
-    It says what the unit is worth where training has pushed these factors towards 0, and little where it has not.
+    Use it for networks trained with a sparsity penalty on these factors; without one it is less informative.
 
     Formula: sum of |gamma_u| over the batch norms that follow the layer, or are tied to the pruning group
     Shapes: gamma (units, norms) -> (units,)
-    Unit:   none, >= 0; 1 for each norm fresh from its constructor
+    Unit:   none, >= 0; 1 per norm at initialization
     NaN:    never
     Raises: ValueError when no norm follows the layer
     Source: Liu et al. 2017, 1708.06519, section 3
@@ -90,11 +89,11 @@ class NormScale(Metric):
 
 @dataclass(frozen=True)
 class GeometricMedian(Metric):
-    """How far a unit's weights lie from those of all others: the least far is the one the others can replace.
+    """Sum of the distances of a unit's weights to those of all other units: small for a unit that others can replace.
 
     Formula: sum over j of ||w_i - w_j||, w_i the weights of unit i, raw and signed
     Shapes: weight (units, d) -> (units,)
-    Unit:   that of the weights, >= 0; d entries N(0, 1): about (units - 1) sqrt(2 d). Equal units: 0; so has a unit alone
+    Unit:   that of the weights, >= 0; d entries N(0, 1): about (units - 1) sqrt(2 d). Equal units: 0; a single unit: 0
     NaN:    never
     Source: He et al. 2019, 1811.00250, section 3.3, eq. 6
     """
@@ -110,15 +109,15 @@ class GeometricMedian(Metric):
 
 @dataclass(frozen=True)
 class Lamp(Metric):
-    """Share of a unit in the squares of all that are as large as it or larger: comparable over layers, the largest scores 1.
+    """Squared norm of a unit relative to the units with at least its norm: comparable between layers; the largest unit has 1.
 
-    Within a layer it orders units as ``l2`` does.
+    Within a layer it ranks units like ``l2``.
 
     Formula: s_u^2 / sum over {v: s_v >= s_u} of s_v^2, s_u = ||w_u||_2
     Shapes: weight (units, d) -> (units,)
     Unit:   none, in [0, 1]
     NaN:    the weights are all zero
-    Source: Lee et al. 2021, 2010.07611, section 3 (there of single weights; ties count for each other here)
+    Source: Lee et al. 2021, 2010.07611, section 3 (there for single weights; here equal units count in each other's sums)
     """
 
     names: ClassVar = ("lamp",)
@@ -128,15 +127,15 @@ class Lamp(Metric):
     def __call__(self, weight: Tensor) -> Tensor:
         square = Magnitude(p=2)(weight).square()
         ascending = square.sort().values
-        above = ascending.flip(0).cumsum(0).flip(0)  # the sum of each and all behind it
+        above = ascending.flip(0).cumsum(0).flip(0)  # the sum of each value and all larger ones
         return square / above[torch.searchsorted(ascending, square)]
 
 
 @dataclass(frozen=True)
 class Random(Metric):
-    """Chance: the floor of every comparison. The global generator is left alone.
+    """Random scores: the baseline of every comparison. The global random generator is not used.
 
-    Formula: U(0, 1), by a generator seeded with (seed, the draw where it is not 0, the name of the layer or group)
+    Formula: U(0, 1), from a generator seeded with (seed, draw unless it is 0, name of the layer or group)
     Shapes: -> (units,)
     Unit:   none, in [0, 1)
     NaN:    never
@@ -155,11 +154,11 @@ class Random(Metric):
 
 
 def _distances(part: Tensor, w: Tensor) -> Tensor:
-    """Euclidean distances of rows, (m, d) and (n, d) -> (m, n): by a product, but of rows that almost repeat one by differences."""
+    """Euclidean distances of rows, (m, d) and (n, d) -> (m, n), by a product, or by differences for nearly equal rows."""
     size = part.square().sum(1)[:, None] + w.square().sum(1)
     square = size - 2 * part @ w.T
     near = square <= NEAR * size
-    distance = square.where(~near, 0).sqrt()  # what is near is the row itself, and more than that below
+    distance = square.where(~near, 0).sqrt()  # near are the row itself and, treated below, nearly equal rows
     repeats = near.sum(1) > 1
     distance[repeats] = torch.cdist(part[repeats], w, compute_mode="donot_use_mm_for_euclid_dist")
     return distance
@@ -167,14 +166,14 @@ def _distances(part: Tensor, w: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightCosine(Metric):
-    """How far a unit's weights point where the other units' do.
+    """Mean cosine similarity of a unit's weights with those of the other units: high for duplicated weights.
 
-    A unit whose weights are all zero has no direction: it is NaN, and no other unit's partner (counted as ``zero``).
+    For a unit whose weights are all zero, the value is NaN; the other units leave it out, and ``zero`` counts it.
 
     Formula: mean over j != i of w_i.w_j / (||w_i|| ||w_j||), w_i the weights of unit i
     Shapes: weight (units, d) -> (units,)
-    Unit:   none, in [-1, 1]; equal units 1, random directions about 0
-    NaN:    the unit's weights are all zero, or no other unit's are not
+    Unit:   none, in [-1, 1]; equal units: 1; random directions: about 0
+    NaN:    the unit's weights are all zero, or those of all other units are
     Source: definition
     """
 
@@ -189,7 +188,7 @@ class WeightCosine(Metric):
         unit = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
         unit = unit.where(live[:, None], 0)
         partners = live.sum() - 1
-        value = (unit @ unit.sum(0) - 1) / partners  # the sum holds the unit itself, once
+        value = (unit @ unit.sum(0) - 1) / partners  # the sum includes the unit itself once
         return value.where(live & (partners > 0), torch.nan)
 
     def counts(self, weight: Tensor) -> dict[str, int]:

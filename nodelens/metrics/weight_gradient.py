@@ -1,4 +1,4 @@
-"""Pruning criteria of the weights' own gradients: of all data together, sample by sample, or along a short training."""
+"""Pruning criteria from gradients of the weights: over all data, per sample, or during a short training."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,7 +15,7 @@ from .need import Need
 
 @dataclass(frozen=True)
 class _OfWeightGradients(Metric):
-    """What scores of the gradients of weights share. P(u) are the weights that make a unit, K(u) those that read it."""
+    """Shared by scores from weight gradients. P(u) are the weights that produce a unit, K(u) those that consume it."""
 
     weighted: ClassVar = True
     parameter: ClassVar = "group"
@@ -23,13 +23,13 @@ class _OfWeightGradients(Metric):
 
 @dataclass(frozen=True)
 class Gradient(_OfWeightGradients):
-    """First-order change of the loss of all data, weight by weight.
+    """First-order change of the loss over all data when a weight is set to zero, in absolute value, summed over a unit's weights.
 
-    Formula: sum of |w G_w| over P(u), G the gradient of the loss summed over all data
+    Formula: sum of |w G_w| over P(u), the weights that produce the unit, G the gradient of the loss summed over all data
     Shapes: -> (units,)
     Unit:   that of the loss, >= 0
     NaN:    never
-    Source: definition; Ma et al. 2023, 2305.11627, eq. 5, first term, of what makes the unit
+    Source: definition; Ma et al. 2023, 2305.11627, eq. 5, first term, over the producers
     """
 
     names: ClassVar = ("gradient",)
@@ -44,11 +44,11 @@ class Gradient(_OfWeightGradients):
 
 @dataclass(frozen=True)
 class Fisher(_OfWeightGradients):
-    """Optimal brain damage with the empirical Fisher information's diagonal in the place of the Hessian's.
+    """Optimal Brain Damage with the diagonal of the empirical Fisher information in place of the Hessian.
 
-    Gradients are each sample's own, over its positions together; squares of a batch's gradient are something else.
+    Gradients are per sample, summed over its positions; squares of batch gradients would give a different value.
 
-    Formula: 0.5 sum of w^2 E_n[g_nw^2] over P(u)
+    Formula: 0.5 sum of w^2 E_n[g_nw^2] over P(u), the weights that produce the unit, g_n the gradient of sample n
     Shapes: -> (units,)
     Unit:   that of the loss squared, >= 0
     NaN:    never
@@ -67,15 +67,15 @@ class Fisher(_OfWeightGradients):
 
 @dataclass(frozen=True)
 class LLMPruner(_OfWeightGradients):
-    """Change of the loss when all weights that make or read a unit go, to first or second order.
+    """First- or second-order change of the loss when all weights that produce or consume a unit are removed.
 
-    ``el1`` and ``el2`` take weights one by one, ``mix`` both orders of each, ``vector`` the size of the sum over all of the unit's
-    (the authors' code adds the sizes of the sums of single matrices). In ``mix`` G is
-    the mean over samples, as h is: a sum beside a mean would weigh the two by the number of samples. The paper calibrates on 10
-    texts of 64 tokens: take 128 or more.
+    ``el1`` and ``el2`` sum first- and second-order terms over single weights, ``mix`` combines both orders per weight, and
+    ``vector`` is the absolute value of the sum over all weights of the unit (the authors' code adds absolute sums per matrix). In
+    ``mix`` both G and h are means over samples, so that their balance does not depend on the number of samples. The paper
+    calibrates on 10 texts of 64 tokens; use 128 or more.
 
-    Formula: over P(u) and K(u): el1 sum |w G|; el2 sum w^2 h; mix sum |w G/N - w^2 h / 2|; vector |sum w G|; G the gradient of the
-             loss summed over the N samples, h = E_n[g_nw^2] of each sample's own
+    Formula: over the weights that produce or consume the unit: el1 sum |w G|; el2 sum w^2 h; mix sum |w G/N - w^2 h / 2|; vector
+             |sum w G|; G the gradient of the loss summed over the N samples, h = E_n[g_nw^2], g_n the gradient of sample n
     Shapes: -> (units,)
     Unit:   that of the loss, >= 0; for el2 of the loss squared
     NaN:    never
@@ -107,13 +107,13 @@ class LLMPruner(_OfWeightGradients):
 
 @dataclass(frozen=True)
 class Movement(_OfWeightGradients):
-    """How far the weights that make a unit move away from zero in a short training.
+    """How far the weights that produce a unit move away from zero in a short training.
 
-    Every floating parameter of a copy is trained by plain SGD, in eval mode, on the mean loss of each batch (a text's over its
-    tokens), in the order of the data: here batches matter, as they do in training. The model itself stays as it is. Several
-    processes train a copy each, on their own data, and add up.
+    A copy of the model is trained with plain SGD in evaluation mode, on the mean loss of each batch (for texts, per token), in the
+    order of the data: as in training, the result depends on the batches. The model itself does not change. With several processes,
+    each trains a copy on its own data and the sums are added.
 
-    Formula: -sum over steps of g_w w over P(u), g the gradient of the batch's mean loss, w before the step
+    Formula: -sum over steps of g_w w over the weights that produce u, g the gradient of the batch's mean loss, w before the step
     Shapes: -> (units,)
     Unit:   that of the loss; positive = away from zero, negative = towards it
     NaN:    never
@@ -128,7 +128,7 @@ class Movement(_OfWeightGradients):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr <= 0 or self.epochs < 1:
-            raise ValueError(f"movement: lr is {self.lr}, epochs {self.epochs}; both are above 0")
+            raise ValueError(f"movement: lr is {self.lr}, epochs {self.epochs}; both must be above 0")
 
     def needs(self) -> dict[str, Need]:
         return {"steps": Need(MovementSums, "model", options=(self.lr, self.epochs))}  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ class Movement(_OfWeightGradients):
 
 
 def added(parts: list[Tensor]) -> Tensor:
-    """The sum of parts that may lie on several devices, on the CPU."""
+    """The sum, on the CPU, of tensors from several devices."""
     return torch.stack([part.cpu() for part in parts]).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Norms of a layer's weights, and of those of all layers together: nothing here reads data or has a standard error."""
+"""Norms of the weights of a layer and of the whole model: they read no data and have no standard error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .base import Metric
 
 @dataclass(frozen=True)
 class _OfTensor(Metric):
-    """A number a weight tensor, and one a model; biases and norms (1-D) are no part of it."""
+    """One value per weight tensor and one per model; biases and norms (1-D tensors) are left out."""
 
     kind: ClassVar = "layer"
     weighted: ClassVar = True
@@ -20,13 +20,13 @@ class _OfTensor(Metric):
 
     @classmethod
     def of_model(cls, values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """The model's number from its layers' and their numbers of weights: their sum."""
+        """The value of the model from the values and sizes of its layers: their sum."""
         return torch.stack(list(values)).sum()
 
 
 @dataclass(frozen=True)
 class L1Norm(_OfTensor):
-    """Sum of the sizes of a layer's weights; the model's is the sum of its layers'.
+    """Sum of the absolute weights of a layer; the value of a model is the sum over its layers.
 
     Formula: sum |W|, over the entries of the weight W
     Shapes: weight of any shape -> ()
@@ -43,7 +43,7 @@ class L1Norm(_OfTensor):
 
 @dataclass(frozen=True)
 class L2Norm(_OfTensor):
-    """Sum of the squares of a layer's weights, no root taken; the model's is the sum of its layers'.
+    """Sum of the squared weights of a layer, without a root; the value of a model is the sum over its layers.
 
     Formula: sum W^2, over the entries of the weight W
     Shapes: weight of any shape -> ()
@@ -60,17 +60,17 @@ class L2Norm(_OfTensor):
 
 @dataclass(frozen=True)
 class NuclearNorm(_OfTensor):
-    """Sum of the singular values of a layer's weight matrix; the model's is the sum over its matrices.
+    """Sum of the singular values of a layer's weight matrix; the value of a model is the sum over its matrices.
 
     Formula: sum over k of s_k, s_k the singular values of the weight
     Shapes: weight (units, d) -> ()
     Unit:   that of the weights, >= 0; d orthonormal rows: d
-    NaN:    a weight that is no matrix, such as a convolution's
+    NaN:    a weight that is not a matrix, such as that of a convolution
     Source: Lange et al. 2022, Clustering units in neural networks: upstream vs downstream information, TMLR
     """
 
     names: ClassVar = ("nuc_norm",)
-    nan: ClassVar = "the weight is no matrix"
+    nan: ClassVar = "the weight is not a matrix"
 
     def __call__(self, weight: Tensor) -> Tensor:
         if weight.ndim != 2:
@@ -79,18 +79,18 @@ class NuclearNorm(_OfTensor):
 
     @classmethod
     def of_model(cls, values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """The sum over the layers that have one; NaN where none has."""
+        """The sum over layers that have a value; NaN where none has."""
         every = torch.stack(list(values))
         return every.nansum() if bool((~every.isnan()).any()) else every.sum()
 
 
 @dataclass(frozen=True)
 class Sparsity(_OfTensor):
-    """Share of a layer's weights that are almost zero; the model's is the share of all its weights.
+    """Share of a layer's weights that are almost zero; the value of a model is the share over all its weights.
 
     Formula: share of the entries of the weight W with |W| < eps
     Shapes: weight of any shape -> ()
-    Unit:   none, in [0, 1]; N(0, 1) entries, eps = 1e-3: 0.0008. A pruning mask's share adds to it
+    Unit:   none, in [0, 1]; N(0, 1) entries, eps = 1e-3: 0.0008; weights masked by pruning count as zero
     NaN:    never
     Raises: ValueError when eps is not above 0
     Source: Lange et al. 2022, Clustering units in neural networks: upstream vs downstream information, TMLR
@@ -102,14 +102,14 @@ class Sparsity(_OfTensor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.eps > 0:
-            raise ValueError(f"sparsity: eps is {self.eps}; a weight counts when it is smaller than eps: above 0")
+            raise ValueError(f"sparsity: eps is {self.eps}; it must be above 0, as weights with |W| < eps count")
 
     def __call__(self, weight: Tensor) -> Tensor:
         return (weight.abs() < self.eps).double().mean()
 
     @classmethod
     def of_model(cls, values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """The mean over the layers, each as large as its number of weights."""
+        """The mean over layers, weighted by their number of weights."""
         every = torch.stack(list(values))
         share = torch.tensor(list(sizes), dtype=torch.float64, device=every.device)
         return every @ share / share.sum()
@@ -117,11 +117,11 @@ class Sparsity(_OfTensor):
 
 @dataclass(frozen=True)
 class SpectralGap(Metric):
-    """How far the first singular value of the layer's weights stands out from the second.
+    """Relative gap between the first and second singular value of a layer's weights.
 
-    Formula: (s_1 - s_2) / s_1, s the singular values of the weight, largest first; s_2 = 0 where there is one only
+    Formula: (s_1 - s_2) / s_1, s the singular values of the weight, largest first; s_2 = 0 where there is only one
     Shapes: weight (units, d) -> ()
-    Unit:   none, in [0, 1]; rank one 1, orthonormal rows 0
+    Unit:   none, in [0, 1]; rank one: 1; orthonormal rows: 0
     NaN:    the weights are all zero
     Source: definition
     """
@@ -138,11 +138,11 @@ class SpectralGap(Metric):
 
 @dataclass(frozen=True)
 class SpectralNormRatio(Metric):
-    """Share of the weights' Frobenius norm that their largest singular value has.
+    """Largest singular value of a layer's weights relative to their Frobenius norm: 1 for a matrix of rank one.
 
     Formula: s_1 / ||W||_F, s_1 the largest singular value of the weight W
     Shapes: weight (units, d) -> ()
-    Unit:   none, in [1/sqrt(rank), 1]; rank one 1, k orthonormal rows 1/sqrt(k)
+    Unit:   none, in [1/sqrt(rank), 1]; rank one: 1; k orthonormal rows: 1/sqrt(k)
     NaN:    the weights are all zero
     Source: definition; its square is one over the stable rank, Rudelson & Vershynin 2007, math/0503442, section 1
     """

@@ -48,5 +48,5 @@ def test_old_names_stay_as_aliases():
 def test_an_alias_that_is_taken_or_stands_for_nothing_is_refused():
     with pytest.raises(ValueError, match=r"the alias 'rq' of 'stable_rank' is the name of .*RayleighQuotient"):
         find_metrics("none", [], {"rq": ("stable_rank", {})})
-    with pytest.raises(ValueError, match="the alias 'fresh' stands for 'stale', which is the name of no metric"):
+    with pytest.raises(ValueError, match="the alias 'fresh' stands for 'stale', which is no metric's name"):
         find_metrics("none", [], {"fresh": ("stale", {})})

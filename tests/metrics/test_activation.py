@@ -120,7 +120,8 @@ def test_a_quantile_that_the_rows_cannot_tell_from_the_largest_is_flagged():
 
 @pytest.mark.parametrize("quantile", [0, 1, -0.5, 99.9, float("nan")])
 def test_a_quantile_is_a_share(quantile):
-    with pytest.raises(ValueError, match=r"activation_outlier_index: quantile is .*; it is a share of the rows, between 0 and 1"):
+    words = r"activation_outlier_index: quantile is .*; it must be a share of the rows, between 0 and 1"
+    with pytest.raises(ValueError, match=words):
         ActivationOutlierIndex(quantile=quantile)
 
 

@@ -181,11 +181,11 @@ def test_rules_of_class_synergy_are_counted():
     y[90:, 1], y[90:, 2] = 5, y[90:, 0]
     metric = get_metric("synergy_gaussian_mmi")
     found = metric.counts(None, y=ClassGram.of(y, labels))
-    assert found == {"classes_left_out": 1, "constant": 1, "degenerate": 1, "twins": 1}
+    assert found == {"classes_left_out": 1, "constant": 1, "degenerate": 1, "collinear": 1}
     near(of("synergy_gaussian_mmi", y, labels), of("synergy_gaussian_mmi", y[:90], labels[:90]))
     pooled = get_metric("synergy_gaussian_mmi", covariance="pooled")
     found = pooled.counts(None, y=ByClass.of(y, labels), every=Gram.of(y))
-    assert found == {"without_label": 2, "constant": 1, "degenerate": 0, "twins": 1}
+    assert found == {"without_label": 2, "constant": 1, "degenerate": 0, "collinear": 1}
     own = labels.where(labels >= 0, 4)
     near(pooled.compute(outputs=y, labels=labels), pooled.compute(outputs=y, labels=own), 1e-10)
 
@@ -239,9 +239,9 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
     ("call", "words"),
     [
         (lambda: get_metric("class_mi", method="bins"), "method is 'bins'; it takes 'gaussian', 'pooled', 'binning'"),
-        (lambda: get_metric("class_mi", method="binning", bias="gaussian"), "bias: gaussian is of the Gaussian methods"),
-        (lambda: get_metric("class_mi", bins=0), "bins is 0; it is a whole number, 2 or more"),
-        (lambda: get_metric("synergy_gaussian_mmi", permutations=1.5), "permutations is 1.5; it is the number of permuted copies"),
+        (lambda: get_metric("class_mi", method="binning", bias="gaussian"), "bias: gaussian is for the Gaussian methods only"),
+        (lambda: get_metric("class_mi", bins=0), "bins is 0; it must be a whole number, 2 or more"),
+        (lambda: get_metric("synergy_gaussian_mmi", permutations=1.5), "permutations is 1.5; it must be a number of permutations"),
         (lambda: get_metric("synergy_gaussian_mmi").compute(outputs=torch.ones(3, 2)), "target 'label' needs labels"),
     ],
     ids=label,

@@ -60,7 +60,7 @@ def test_twins():
         assert get_metric("redundancy").counts(None, y=Gram.of(y)) == {"constant": 0, "saturated": 1}
         for z in (rows[:, 1], rows[:, 0], rows):
             near(of("synergy", y, z, reduce="none"), torch.zeros(2, 2))
-        assert get_metric("synergy").counts(None, y=Gram.of(y), z=Cross.of(y, rows[:, 1]))["twins"] == 1
+        assert get_metric("synergy").counts(None, y=Gram.of(y), z=Cross.of(y, rows[:, 1]))["collinear"] == 1
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_names_as_condition():
     value = get_metric("conditional_mutual_information", target="loss", condition="logits").compute(**t)
     given = get_metric("conditional_mutual_information", target="given", condition="given")
     near(value, given.compute(outputs=t["outputs"], targets=torch.cat([z[:, None], t["logits"]], 1)), 1e-9)
-    with pytest.raises(ValueError, match="4 columns stand beside the rows; the first is the target"):
+    with pytest.raises(ValueError, match="got 4 target columns; the first is the target"):
         get_metric("conditional_mutual_information").compute(outputs=t["outputs"], targets=torch.randn(60, 4))
 
 
@@ -405,14 +405,14 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
         (lambda: get_metric("cond_mi", target="logit_pc1"), "target is 'logit_pc1'; it takes logit_margin"),
         (lambda: get_metric("conditional_mutual_information", target="logits"), "target is 'logits'; it takes"),
         (lambda: get_metric("conditional_mutual_information", condition="x"), "condition: target is 'x'; it takes"),
-        (lambda: get_metric("mi", permutations=-1), "permutations is -1; it is the number of permuted copies"),
+        (lambda: get_metric("mi", permutations=-1), "permutations is -1; it must be a number of permutations"),
         (
             lambda: get_metric("mi", permutations=5, reference="input_pc1"),
-            "permutations shuffle a target, reference: input_pc1 has none",
+            "permutations shuffle a target, but reference: input_pc1 has none",
         ),
-        (lambda: get_metric("mi_1", bins=1), "bins is 1; it is a whole number, 2 or more"),
-        (lambda: get_metric("ixy", noise="p50"), "noise is 'p50'; it is mean, median, p75, p90, or a number above 0"),
-        (lambda: get_metric("gaussian_mi_analytic", noise_std=0), "noise_std is 0; it is a number above 0"),
+        (lambda: get_metric("mi_1", bins=1), "bins is 1; it must be a whole number, 2 or more"),
+        (lambda: get_metric("ixy", noise="p50"), "noise is 'p50'; it must be mean, median, p75, p90, or a number above 0"),
+        (lambda: get_metric("gaussian_mi_analytic", noise_std=0), "noise_std is 0; it must be a number above 0"),
         (lambda: get_metric("synergy", target_reduce="sum"), "target_reduce is 'sum'; it takes 'joint', 'mean'"),
         (lambda: get_metric("cond_mi").compute(outputs=torch.ones(3, 2), targets=torch.ones(3)), "target 'label' needs labels"),
     ],

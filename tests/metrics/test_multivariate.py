@@ -128,7 +128,7 @@ def test_bias_whatever_the_truth(name):
 
 
 def test_a_bias_of_a_shrunk_estimate_is_not_known():
-    with pytest.raises(ValueError, match="bias: gaussian is of the plain covariance; set shrinkage: none"):
+    with pytest.raises(ValueError, match="bias: gaussian is for the plain covariance only; set shrinkage: none"):
         get_metric("o_information", bias="gaussian")
     with pytest.raises(ValueError, match="shrinkage is 'oas'; it takes 'auto', 'none', 'ledoit_wolf'"):
         get_metric("total_correlation", shrinkage="oas")

@@ -254,7 +254,7 @@ def test_a_dead_unit_and_a_single_one():
     [
         ("top_share", {"k": 0}, "top_share: k is 0; it takes 1 or more directions"),
         ("k90", {"share": 90}, "component_count: share is 90; it takes a number above 0"),
-        ("alpha_req", {"first": -1}, "alpha_req: first is -1; places count from 0"),
+        ("alpha_req", {"first": -1}, "alpha_req: first is -1; indices count from 0"),
         ("d_pr", {"rows": "l2"}, "participation_ratio: rows is 'l2'; it takes 'raw', 'token_l2'"),
     ],
 )

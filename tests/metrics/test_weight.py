@@ -167,7 +167,7 @@ def test_sparsity_counts_what_is_smaller_than_eps():
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan")])
 def test_sparsity_wants_a_size_above_zero(eps):
-    with pytest.raises(ValueError, match=r"sparsity: eps is .*: above 0"):
+    with pytest.raises(ValueError, match=r"sparsity: eps is .*; it must be above 0"):
         Sparsity(eps=eps)
 
 

@@ -326,7 +326,7 @@ def test_experts_with_another_signature_raise(given, words):
 
 def test_criteria_of_feature_maps_reject_experts():
     model, _, groups, _ = build("mixtral")
-    with pytest.raises(ValueError, match=r"hrank wants maps: group .*experts\[0\]' is read by .* by no two-dimensional"):
+    with pytest.raises(ValueError, match=r"hrank needs feature maps: group .*experts\[0\]' is read by .* by no two-dimensional"):
         score_table(model, groups, {"hrank": get_metric("hrank")}, [texts([9, 5])])
 
 

@@ -454,14 +454,14 @@ def test_options_and_names():
         get_metric("taylor", form="producer")
     with pytest.raises(ValueError, match="magnitude: p is 3; it takes 1, 2"):
         get_metric("magnitude", p=3)
-    with pytest.raises(ValueError, match="movement: lr is 0, epochs 1; both are above 0"):
+    with pytest.raises(ValueError, match="movement: lr is 0, epochs 1; both must be above 0"):
         get_metric("movement", lr=0)
 
 
 def test_what_cannot_be_scored_is_an_error_that_says_why():
     net, (first, second), data = conv_net(), conv_groups(), [conv_data()]
     for name in ("hrank", "chip"):
-        with pytest.raises(ValueError, match=rf"{name} wants maps: group 'b' is read by fc \(Linear\)"):
+        with pytest.raises(ValueError, match=rf"{name} needs feature maps: group 'b' is read by fc \(Linear\)"):
             of(second, net, name, data)
     row = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1))
     with pytest.raises(ValueError, match="group '0' has maps of 1 x 4"):

@@ -275,7 +275,7 @@ def test_fused_experts_are_scored_by_weights_and_their_gradients_alone():
     unseen = [k for k in EVERY if k not in OF_WEIGHTS and k not in OF_WEIGHT_GRADIENTS]
     for name in unseen:
         words = (
-            "wants maps"
+            "needs feature maps"
             if isinstance(EVERY[name], HRank)
             else "reads activations, but no hook captures.*magnitude, group_l2.*llm_pruner"
         )
