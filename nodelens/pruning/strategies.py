@@ -140,10 +140,10 @@ class PruningStrategy:
         if self.name in _OF_TENSORS:
             return _OF_TENSORS[self.name](layer, tensors)
         if self.name != ALIGNMENT and of_groups_only(get_metric(self.name)):
-            raise ValueError(f"{self.name} reads what consumes the units, which a layer alone does not tell: use nl.prune")
+            raise ValueError(f"{self.name} reads what consumes the units, which one layer does not show: use nl.prune")
         metric = _metric(self.name, self.options)
         if metric.shape != "unit":
-            raise ValueError(f"{self.name} gives a value a {metric.shape}: a strategy ranks units")
+            raise ValueError(f"{self.name} gives one value per {metric.shape}: a strategy ranks units")
         return metric.compute(**_own(layer), **tensors)
 
     def _weight_scores(self, layer: Layer) -> Tensor:

@@ -175,7 +175,7 @@ def test_every_name_that_is_listed_can_be_had():
         (lambda: nl.get_pruning_strategy("wanda").prune(layer()), "wanda reads what consumes the units"),
         (lambda: nl.get_pruning_strategy("taylor").prune(layer()), "taylor needs outputs= and gradients="),
         (lambda: nl.get_pruning_strategy("magnitude").prune(nn.ReLU()), "ReLU has no weights of its own"),
-        (lambda: nl.get_pruning_strategy("effective_rank").prune(layer()), "effective_rank gives a value a layer"),
+        (lambda: nl.get_pruning_strategy("effective_rank").prune(layer()), "effective_rank gives one value per layer"),
         (lambda: nl.get_pruning_strategy("rq", relativ=True), "no option 'relativ'; did you mean 'relative'"),
         (lambda: nl.get_pruning_strategy("precomputed", score=1), "precomputed has no option 'score'; it takes scores"),
         (lambda: nl.get_pruning_strategy("precomputed").prune(layer()), "precomputed needs scores="),
