@@ -219,7 +219,9 @@ class LossProxyFactored(Metric):
 class GradientAlignment(Metric):
     """Correlation of a local learning signal with the loss gradient of a unit's weights: how far a local rule follows the loss.
 
-    ``local_signal: hebbian`` is sum y x'; ``input`` is sum x, which is the same for all units that read it.
+    ``local_signal: hebbian`` is sum y x'; ``anti_hebbian`` its negative, with the same size of the correlation; ``oja`` is
+    sum (y x' - y^2 w), Hebb's rule with a decay that bounds the weights (Oja 1982, J. Math. Biol. 15); ``input`` is sum x,
+    which is the same for all units that read it. The output alone is one number for all weights of a unit: no signal.
 
     Formula: |corr over the fan-in of (s, dL/dw)|, s = sum over rows of y x' (hebbian), x the inputs, w the weights, y the output
     Shapes: sums over rows, (units, fan_in) -> (units,)
@@ -231,26 +233,36 @@ class GradientAlignment(Metric):
 
     names: ClassVar = ("gradient_alignment",)
     nan: ClassVar = "the signal or the gradient is the same at every input"
-    local_signal: Literal["hebbian", "input"] = "hebbian"
+    local_signal: Literal["hebbian", "anti_hebbian", "oja", "input"] = "hebbian"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the signal reads the weight."""
+        return self.local_signal == "oja"
 
     def needs(self) -> dict[str, Need]:
-        return {"sums": Need(WeightSums, "weight*grad", "samples")}
+        sums = {"sums": Need(WeightSums, "weight*grad", "samples")}
+        return sums | ({"y": Need(Moments, "output")} if self.weighted else {})
 
-    def __call__(self, weight: Tensor | None, sums: WeightSums) -> Tensor:
-        s, g = self._signals(sums)
+    def __call__(self, weight: Tensor | None, sums: WeightSums, y: Moments | None = None) -> Tensor:
+        s, g = self._signals(weight, sums, y)
         value = (s * g).sum(1) / (s.square().sum(1) * g.square().sum(1)).sqrt()
         return value.abs()
 
-    def counts(self, weight: Tensor | None, sums: WeightSums) -> dict[str, int]:
-        s, g = self._signals(sums)
+    def counts(self, weight: Tensor | None, sums: WeightSums, y: Moments | None = None) -> dict[str, int]:
+        s, g = self._signals(weight, sums, y)
         return {"constant": int((~(s.any(1) & g.any(1))).sum())}
 
-    def _signals(self, sums: WeightSums) -> tuple[Tensor, Tensor]:
+    def _signals(self, weight: Tensor | None, sums: WeightSums, y: Moments | None) -> tuple[Tensor, Tensor]:
         """Signal and gradient, scaled and centred over the fan-in, (units, fan_in); 0 where constant."""
         units, fan_in = sums.gradient.shape
-        groups = len(sums.inputs) // fan_in
-        signal = sums.inputs.reshape(groups, fan_in).repeat_interleave(units // groups, 0)
-        return _centred(sums.hebbian if self.local_signal == "hebbian" else signal), _centred(sums.gradient)
+        signal = sums.hebbian
+        if self.local_signal == "input":
+            groups = len(sums.inputs) // fan_in
+            signal = sums.inputs.reshape(groups, fan_in).repeat_interleave(units // groups, 0)
+        if weight is not None and y is not None:
+            signal = signal - (y.mean_square * y.n)[:, None] * weight.double()
+        return _centred(signal), _centred(sums.gradient)
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -91,9 +91,14 @@ def test_a_pass_aligns_a_convolution_s_rule_with_its_gradient():
     patches = nn.functional.unfold(kept["x"], 3, stride=2)
     hebbian = torch.einsum("nup,nfp->uf", kept["y"].detach().flatten(2), patches)
     gradient = net[2].weight.grad.flatten(1)
-    expected = [torch.corrcoef(torch.stack(pair))[0, 1].abs() for pair in zip(hebbian, gradient, strict=True)]
-    value = nl.analyze(net, [(x[:5], labels[:5]), (x[5:], labels[5:])], metrics=["gradient_alignment"]).units
-    assert_close(torch.from_numpy(value.loc["2", "gradient_alignment"].to_numpy().copy()), torch.stack(expected))
+    square = kept["y"].detach().flatten(2).square().sum((0, 2))
+    oja = hebbian - square[:, None] * net[2].weight.detach().flatten(1)
+    metrics = {name: get_metric("gradient_alignment", local_signal=name) for name in ("hebbian", "anti_hebbian", "oja")}
+    value = nl.analyze(net, [(x[:5], labels[:5]), (x[5:], labels[5:])], metrics=metrics).units.loc["2"]
+    for name, signal in {"hebbian": hebbian, "anti_hebbian": -hebbian, "oja": oja}.items():
+        expected = [torch.corrcoef(torch.stack(pair))[0, 1].abs() for pair in zip(signal, gradient, strict=True)]
+        assert_close(torch.from_numpy(value[name].to_numpy().copy()), torch.stack(expected))
+    assert not (value["oja"] - value["hebbian"]).abs().lt(1e-6).any()
 
 
 def test_a_linear_loss_of_gaussian_units():
@@ -347,7 +352,7 @@ def test_what_does_not_differ_over_the_fan_in_has_no_alignment():
 
 
 def test_the_output_is_no_local_signal():
-    with pytest.raises(ValueError, match="local_signal is 'output'; it takes 'hebbian', 'input'"):
+    with pytest.raises(ValueError, match="local_signal is 'output'; it takes 'hebbian', 'anti_hebbian', 'oja', 'input'"):
         GradientAlignment(local_signal="output")
 
 
