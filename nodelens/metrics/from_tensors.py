@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nodelens.network.layers import Layer
 from nodelens.network.targets import target_of
-from nodelens.statistics import Statistic
+from nodelens.statistics import Gram, Moments, Patches, Statistic
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.weight_sums import WeightSums
 
@@ -25,7 +25,9 @@ _TENSORS = (
     "initial_weights",
     "next_outputs",
     "norm_weights",
+    "covariance",
 )
+_SECOND_MOMENTS = (Moments, Patches, Gram)
 _PORTS = {
     "input": ["inputs"],
     "output": ["outputs"],
@@ -47,6 +49,8 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
             f"not {', '.join(sorted(unknown))}"
         )
     tensors = {k: t for k, t in tensors.items() if t is not None}
+    if "covariance" in tensors:
+        tensors |= {"inputs": _rows_of_covariance(metric, tensors.pop("covariance"), tensors)}
     _check_widths(tensors)
     if "weights" in tensors and "inputs" in tensors:
         dtype = torch.promote_types(tensors["inputs"].dtype, tensors["weights"].dtype)
@@ -57,6 +61,29 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
     parameter = _parameter(metric, tensors)
     statistics = {name: _statistic(metric, need, tensors) for name, need in metric.needs().items()}
     return metric(parameter, **{k: [v] if metric.grouped else v for k, v in statistics.items()})
+
+
+def _rows_of_covariance(metric: Any, covariance: Tensor, tensors: dict[str, Any]) -> Tensor:
+    """Inputs of mean 0 whose unbiased covariance is the given one, (2 d, d) float64: each eigenvector, scaled, with both signs.
+
+    Raises ValueError for a matrix that is no covariance, and for a metric that reads more than the covariance of the inputs.
+    """
+    name, c = metric.names[0], covariance.detach().double()
+    given = next((other for other in ("inputs", "outputs") if other in tensors), None)
+    if given is not None:
+        raise ValueError(f"{name}: covariance stands for the data: leave {given}= out, or covariance=")
+    needs = metric.needs().values()
+    if any(n.port not in ("input", "projection") or n.statistic not in _SECOND_MOMENTS or n.target for n in needs):
+        raise ValueError(f"{name} reads more of the data than the covariance of the inputs: give inputs=")
+    if getattr(metric, "bias", "none") != "none":
+        raise ValueError(f"{name}: bias: {metric.bias} depends on the number of rows: give inputs=")
+    if c.ndim != 2 or c.shape != c.T.shape or not torch.allclose(c, c.T, rtol=1e-6):
+        raise ValueError(f"{name}: covariance is {tuple(c.shape)}; it must be a symmetric matrix (d, d)")
+    values, vectors = torch.linalg.eigh(c)
+    if values[0] < -1e-6 * values[-1].abs():
+        raise ValueError(f"{name}: covariance has the eigenvalue {values[0]:.3g}; it must have none below 0")
+    rows = (values.clamp_min(0) * (len(c) - 0.5)).sqrt()[:, None] * vectors.T
+    return torch.cat([rows, -rows])
 
 
 def _parameter(metric: Any, tensors: dict[str, Any]) -> Tensor | None:

@@ -239,3 +239,24 @@ def test_widths_that_differ_are_named():
 )
 def test_names(alias, metric):
     assert type(get_metric(alias)) is metric
+
+
+@pytest.mark.parametrize("name", ["rayleigh_quotient", "input_side_redundancy", "input_feature_redundancy"])
+def test_a_covariance_stands_for_the_inputs(name):
+    x, w = torch.randn(40, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    found = get_metric(name).compute(covariance=x.T.cov(), weights=w)
+    assert_close(found, get_metric(name).compute(inputs=x, weights=w), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "words"),
+    [
+        ("rq", {"inputs": torch.ones(2, 3)}, "leave inputs= out, or covariance="),
+        ("activation_kurtosis", {}, "reads more of the data than the covariance"),
+        ("rq", {"covariance": torch.ones(2, 3)}, r"covariance is \(2, 3\); it must be a symmetric matrix"),
+        ("rq", {"covariance": -torch.eye(3)}, "it must have none below 0"),
+    ],
+)
+def test_a_covariance_that_does_not_do_is_refused(name, tensors, words):
+    with pytest.raises(ValueError, match=words):
+        get_metric(name).compute(**{"weights": torch.ones(2, 3), "covariance": torch.eye(3)} | tensors)
