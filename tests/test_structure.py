@@ -171,7 +171,7 @@ def test_a_metric_name_that_is_given_twice_is_refused(tmp_path, monkeypatch):
     (tmp_path / "more_metrics").mkdir()
     (tmp_path / "more_metrics" / "__init__.py").touch()
     (tmp_path / "more_metrics" / "again.py").write_text(
-        "from nodelens.metrics import Metric\n\n\nclass Again(Metric):\n    names = ('rq',)\n\n\nMETRICS = (Again,)\n"
+        "from nodelens.metrics import Metric\n\n\nclass Again(Metric):\n    names = ('rq',)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"metric name 'rq' of more_metrics.again.Again is taken: .*RayleighQuotient has it"):

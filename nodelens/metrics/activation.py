@@ -229,15 +229,3 @@ class ActivationCosine(Metric):
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
         return {"zero": int((y.about(shift=torch.zeros_like(y.shift)).outer.diagonal() <= 0).sum())}
-
-
-METRICS: tuple[type[Metric], ...] = (
-    ActivationMean,
-    ActivationVariance,
-    ActivationNorm,
-    ActivationOutlierIndex,
-    ActivationKurtosis,
-    ActivationMaxRatio,
-    ActivationZeroFraction,
-    ActivationCosine,
-)

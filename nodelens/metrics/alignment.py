@@ -179,6 +179,3 @@ class DeltaAlignment(_Quotient):
 
     def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:
         return self.quotient(weight, y.variance, None if x is None else (x.variance, x.mean))
-
-
-METRICS: tuple[type[Metric], ...] = (RayleighQuotient, ConditionalRayleighQuotient, DeltaRayleighQuotient, DeltaAlignment)

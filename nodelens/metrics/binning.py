@@ -89,6 +89,3 @@ def plug_in(x: Tensor, among: Tensor, bins: int, kinds: int) -> Tensor:
     entropy = torch.special.entr
     value = entropy(share.sum(1)).sum(1) + entropy(share.sum(2)).sum(1) - entropy(share).sum((1, 2))
     return value.where(~constant_columns(x), 0.0)
-
-
-METRICS: tuple[type[Metric], ...] = (BinnedInformation,)

@@ -9,7 +9,6 @@ from torch import Tensor
 from nodelens.statistics import Gram, Pair
 from nodelens.statistics.linalg import components, principal_axes, spectrum
 
-from .base import Metric
 from .layer_pair import EdgeMetric, live_cross
 from .need import Need
 from .spectrum import live_covariance
@@ -121,6 +120,3 @@ class Procrustes(EdgeMetric):
         if self.angular:
             return (common / (own * other).sqrt()).clamp_max(1).arccos()
         return (own + other - 2 * common).clamp_min(0) * (xy.n.squeeze() - 1)
-
-
-METRICS: tuple[type[Metric], ...] = (CCA, ProjectionWeightedCCA, Procrustes)

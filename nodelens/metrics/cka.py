@@ -9,7 +9,6 @@ from torch import Tensor
 from nodelens.statistics import Gram, NormedGram, NormedPair, Pair
 from nodelens.statistics.linalg import debiased_hsic
 
-from .base import Metric
 from .information import constant_units
 from .layer_pair import EdgeMetric, live_cross
 from .need import Need
@@ -72,6 +71,3 @@ class DebiasedCKA(EdgeMetric):
         trace = about.outer.trace()
         hsic = debiased_hsic(x.n, about.outer.square().sum(), trace, trace, about.quartic.squeeze())
         return hsic.where((hsic > 0) & ~constant_units(x).all(), torch.nan)
-
-
-METRICS: tuple[type[Metric], ...] = (LinearCKA, DebiasedCKA)

@@ -78,6 +78,3 @@ class ClassSelectivity(Metric):
             return y.absolute.new_full(y.absolute.shape[1:], torch.nan)
         most, rest = means[-1], means[:-1].mean(0)
         return (most - rest) / (most + rest)
-
-
-METRICS: tuple[type[Metric], ...] = (ConditionalActivationNorm, ClassSelectivity)

@@ -143,6 +143,3 @@ def _pooled(y: ByClass, every: Gram) -> tuple[Tensor, int]:
     n = torch.cat([y.n, every.n - y.n.sum()])
     total = torch.cat([y.total, (every.total - y.total.sum(0))[None]])[n > 0]
     return every.outer - total.T @ (total / n[n > 0, None]), len(total)
-
-
-METRICS: tuple[type[Metric], ...] = (ClassSynergy,)

@@ -112,6 +112,3 @@ def _labelled(y: Sample) -> tuple[Tensor, Tensor]:
     """Rows that have a class, (n, units), and their classes, (n,) int64."""
     label = y.target[:, 0].round().long()
     return y.rows[label >= 0], label[label >= 0]
-
-
-METRICS: tuple[type[Metric], ...] = (ClassInformation,)

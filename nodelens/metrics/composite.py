@@ -156,5 +156,3 @@ def _all(s: Tensor, value: float) -> Tensor:
 
 _ROUNDING = 1e-9
 _SCALES: dict[str, Callable[[Tensor], Tensor]] = {"minmax": _minmax, "rank": _rank, "robust_z": _robust_z, "none": lambda s: s}
-
-METRICS: tuple[type[Metric], ...] = (CompositeImportance,)

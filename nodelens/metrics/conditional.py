@@ -138,6 +138,3 @@ class ConditionalMutualInformation(Metric):
 
     def _determined(self, among: Tensor, own: Tensor) -> Tensor:
         return (1 - among.square().sum(1) < COLLINEAR) | (1 - own.square().sum() < COLLINEAR)
-
-
-METRICS: tuple[type[Metric], ...] = (ConditionalInformation, ConditionalMutualInformation)

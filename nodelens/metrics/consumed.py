@@ -124,6 +124,3 @@ class Minitron(_OfReaders):
     def __call__(self, weight: GroupLayer, x: Sequence[PositionPower]) -> Tensor:
         parts = zip(x, weight.readers, strict=True)
         return sum(p.power[m.places].sum(1)[:, p.n > 0].sqrt().mean(1) for p, m in parts)  # type: ignore[return-value]
-
-
-METRICS: tuple[type[Metric], ...] = (Wanda, Flap, ActivationPower, Minitron)

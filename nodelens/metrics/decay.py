@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import Metric
 from .spectrum import SpectrumMetric
 
 SMALLEST = 1e-12  # of the largest eigenvalue: below it, a logarithm is rounding error
@@ -75,6 +74,3 @@ def _line(eigenvalues: Tensor, first: int, last: int, logarithm: bool) -> tuple[
     x, y = x - x.mean(), high.log() - high.log().mean()
     slope = (x @ y) / (x @ x)
     return slope, slope.square() * (x @ x) / (y @ y)
-
-
-METRICS: tuple[type[Metric], ...] = (LogSpectrumSlope, AlphaReQ)

@@ -140,6 +140,3 @@ class RankMe(Metric):
         floor = torch.maximum(ROUNDING * torch.linalg.matrix_norm(scatter), 1e-14 * values[-1])
         s = values.where(values > floor, 0).sqrt()
         return torch.special.entr(s / s.sum() + 1e-7).sum().exp()
-
-
-METRICS: tuple[type[Metric], ...] = (CosineMean, CosineDeviation, DebiasedParticipationRatio, RankMe)

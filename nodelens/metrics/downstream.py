@@ -75,6 +75,3 @@ class TransitionEfficiency(Metric):
     def __call__(self, weight: Tensor | None, y: Gram, z: Gram, yz: Pair) -> Tensor:
         information = DownstreamImportance()(weight, y=y, z=z, yz=yz)
         return information / (1 + PairwiseRedundancy()(weight, y=y))
-
-
-METRICS: tuple[type[Metric], ...] = (DownstreamImportance, TransitionEfficiency)

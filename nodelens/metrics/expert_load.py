@@ -32,6 +32,3 @@ class RouterLoad(Metric):
 
     def __call__(self, weight: Tensor | None, load: Moments) -> Tensor:
         return load.mean / load.mean.sum()
-
-
-METRICS: tuple[type[Metric], ...] = (RouterLoad,)

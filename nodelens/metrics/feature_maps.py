@@ -63,6 +63,3 @@ class Chip(HRank):
 
     names: ClassVar = ("chip",)
     statistic: ClassVar[type[MapRanks]] = MapIndependence
-
-
-METRICS: tuple[type[Metric], ...] = (HRank, Chip)

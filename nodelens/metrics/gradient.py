@@ -271,15 +271,3 @@ def _centred(x: Tensor) -> Tensor:
     scaled = (x / size).where(size > 0, 0)
     centred = scaled - scaled.mean(1, keepdim=True)
     return centred.where(centred.abs().amax(1, keepdim=True) > ROUNDING, 0)
-
-
-METRICS: tuple[type[Metric], ...] = (
-    TaylorSaliency,
-    FisherInformation,
-    ScarActivationPower,
-    ScarTaylor,
-    Curvature,
-    ScarLossProxy,
-    LossProxyFactored,
-    GradientAlignment,
-)

@@ -301,14 +301,3 @@ def _with_first_axis(y: Moments, xy: Pair, x: Gram) -> Tensor:
     scale = y.variance.where(live, 1.0).sqrt() * values[0].where(live, 1.0).sqrt()
     r = torch.where(live, xy.covariance @ axes[:, 0] / scale, 0.0)
     return r.where((y.n > 1) & (xy.n > 1), torch.nan)[:, None]
-
-
-METRICS: tuple[type[Metric], ...] = (
-    PairwiseRedundancy,
-    AverageRedundancy,
-    LayerRedundancy,
-    NodeRedundancy,
-    MutualInformation,
-    AnalyticInformation,
-    ProxyInformation,
-)

@@ -54,6 +54,3 @@ class LayerCosine(EdgeMetric):
 
     def __call__(self, weight: Tensor | None, xy: Cosines) -> Tensor:
         return xy.mean.squeeze()
-
-
-METRICS: tuple[type[Metric], ...] = (LayerCosine,)

@@ -189,6 +189,3 @@ def shrunk(covariance: Tensor, n: Tensor, quartic: Tensor) -> Tensor:
     chance = (quartic[0] / n[0] - s.square().sum()) / n[0]
     share = torch.where(distance > 0, chance / distance, 0.0).clamp(0, 1)
     return (1 - share) * s + share * target
-
-
-METRICS: tuple[type[Metric], ...] = (TotalCorrelation, DualTotalCorrelation, OInformation, SInformation, MultiRedundancy)

@@ -16,13 +16,13 @@ _BY_NAME: dict[str, tuple[type[Metric], Mapping[str, Any]]] = {}
 def find_metrics(
     package: str, path: Any, aliases: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None
 ) -> tuple[type[Metric], ...]:
-    """Registers the classes in the METRICS of each file of a package, ordered by file name, and returns them.
+    """Registers the metrics that the files of a package define, classes with ``names``, and returns them in the order of the files.
 
     aliases: {alias: (name, options)}, further names of these metrics. Raises ValueError for a name that is used twice, or an
     alias of an unknown name.
     """
     files = (import_module(f"{package}.{file.name}") for file in pkgutil.iter_modules(path) if not file.name.startswith("_"))
-    found = tuple(metric for file in files for metric in getattr(file, "METRICS", ()))
+    found = tuple(each for file in files for each in vars(file).values() if _is_metric_of(file.__name__, each))
     for metric in found:
         for name in (*metric.names, *metric.presets):
             if name in _BY_NAME:
@@ -36,6 +36,11 @@ def find_metrics(
         metric, preset = _BY_NAME[name]
         _BY_NAME[alias] = metric, {**preset, **options}
     return found
+
+
+def _is_metric_of(module: str, value: Any) -> bool:
+    """Whether a module defines this metric: a subclass of Metric, with names of its own."""
+    return isinstance(value, type) and issubclass(value, Metric) and value.__module__ == module and bool(vars(value).get("names"))
 
 
 def register_metric(metric: _M, *names: str) -> _M:

@@ -57,6 +57,3 @@ def jackknife(value: Tensor, left: Tensor, weights: Tensor) -> tuple[Tensor, Ten
     mean = len(left) * value - ((1 - 1 / h) * left).sum(0)
     pseudo = h * value - (h - 1) * left
     return ((pseudo - mean).square() / (h - 1)).mean(0).sqrt(), value - mean
-
-
-METRICS: tuple[type[Metric], ...] = (EffectiveSampleSize,)

@@ -187,6 +187,3 @@ class ComponentCount(SpectrumMetric):
     def of(self, eigenvalues: Tensor) -> Tensor:
         count = components(eigenvalues, self.share)
         return count.to(eigenvalues.dtype).where(eigenvalues.sum() > 0, torch.nan)
-
-
-METRICS: tuple[type[Metric], ...] = (EffectiveRank, ParticipationRatio, EntropyDimension, StableRank, TopShare, ComponentCount)

@@ -9,7 +9,6 @@ from torch import Tensor
 from nodelens.statistics import Gram
 from nodelens.statistics.linalg import principal_axes, spectrum
 
-from .base import Metric
 from .layer_pair import EdgeMetric
 from .need import Need
 from .spectrum import live_covariance
@@ -146,6 +145,3 @@ class EnergyNovelty(SubspaceMetric):
 
     def cut(self, before: Tensor, after: Tensor) -> list[Tensor]:
         return [before]
-
-
-METRICS: tuple[type[Metric], ...] = (SubspaceNovelty, SubspaceOverlap, SubspaceChordal, EnergyNovelty)

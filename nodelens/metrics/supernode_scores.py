@@ -93,6 +93,3 @@ class ScarConn(ScarProt):
     def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:
         parts = self.parts(weight, q)
         return parts["proxy"] * ((1 - parts["connectivity"]) + parts["connectivity"] * parts["protection"])
-
-
-METRICS: tuple[type[Metric], ...] = (ScarProt, ScarConn)

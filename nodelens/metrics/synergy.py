@@ -170,6 +170,3 @@ def _together(rho: Tensor, b: Tensor) -> Tensor:
     minor = (own.outer(own) - shared.square()) / gap
     root = (trace.square() / 4 - minor).clamp_min(0).sqrt()
     return gaussian_information(trace / 2 + root) + gaussian_information((trace / 2 - root).clamp_min(0))
-
-
-METRICS: tuple[type[Metric], ...] = (Synergy, SharedInformation, UniqueInformation)

@@ -110,6 +110,3 @@ def check_tokens(group: GroupLayer, unit: Unit) -> None:
         raise ValueError(
             f"group {group.title!r} has no tokens of its own: it is read by {reads}, not by one linear layer; set unit: sequence"
         )
-
-
-METRICS: tuple[type[Metric], ...] = (Taylor, TaylorProducer, LossProxy)

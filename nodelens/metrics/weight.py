@@ -193,14 +193,3 @@ class WeightCosine(Metric):
 
     def counts(self, weight: Tensor) -> dict[str, int]:
         return {"zero": int((~weight.any(1)).sum())}
-
-
-METRICS: tuple[type[Metric], ...] = (
-    Magnitude,
-    GroupL2,
-    NormScale,
-    GeometricMedian,
-    Lamp,
-    Random,
-    WeightCosine,
-)

@@ -140,6 +140,3 @@ class Movement(_OfWeightGradients):
 def added(parts: list[Tensor]) -> Tensor:
     """The sum, on the CPU, of tensors from several devices."""
     return torch.stack([part.cpu() for part in parts]).sum(0)
-
-
-METRICS: tuple[type[Metric], ...] = (Gradient, Fisher, LLMPruner, Movement)

@@ -155,6 +155,3 @@ class SpectralNormRatio(Metric):
     def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
         return torch.linalg.matrix_norm(w, ord=2) / torch.linalg.matrix_norm(w)
-
-
-METRICS: tuple[type[Metric], ...] = (L1Norm, L2Norm, NuclearNorm, Sparsity, SpectralGap, SpectralNormRatio)
