@@ -2,21 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from nodelens.network.groups import PruningGroups
+from nodelens.network.groups import PruningGroup, PruningGroups
+from nodelens.network.targets import Loss, summed_loss
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.densities import shapes_of_groups
 from nodelens.pruning.allocation.selection import Mode, NanPolicy, select
 from nodelens.pruning.criteria.criterion import Criterion
+from nodelens.pruning.criteria.scoring import Reduce
 from nodelens.pruning.surgery.compensate import Compensate, check_compensate
 
 from .context import PruningContext
 from .cost import Budget
 from .removal_plan import RemovalPlan, check_removal
 from .schedule import kept_shares
+
+Apply = Literal["slice", "mask", "scale"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,27 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """What to prune and how. amount: share of the budget (units, params or macs) to remove; nan_policy: see ``Rules``."""
+    """What to prune and how. ``nl.prune`` takes each of these by name too.
 
-    criterion: Criterion
-    amount: float
+    criterion:  ``Criterion``
+    amount:     share of the budget to remove
+    allocation: how the budget is divided among the groups
+    budget:     units, params or macs
+    mode:       remove low, high or random scores
+    compensate: none, bias, least_squares or batch_norm
+    schedule:   one_shot or iterative
+    protect:    {group: units to keep}
+    nan_policy: of units without a score, see ``Rules``
+    scope:      groups by name, pattern or kind: ffn, head, kv_group, channel, moe_ffn; expert for whole experts, not part of ``*``
+    freeze:     groups not to prune
+    custom_groups, allow_approximate: further groups; whether groups over which a norm reduces are included
+    apply:      slice (smaller tensors), mask (zeros), scale (removed units times ``gate``)
+    reduce:     how the values at several places of a unit are combined
+    loss:       of (logits, labels), summed over the batch
+    """
+
+    criterion: Criterion = field(default_factory=lambda: Criterion.of("taylor"))
+    amount: float = 0.5
     allocation: Allocation = field(default_factory=Allocation)
     budget: Budget = "units"
     mode: Mode = "low"
@@ -56,9 +77,19 @@ class PruningOptions:
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
     protect: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    nan_policy: NanPolicy = "drop"  # of units without a score: a metric can be NaN for a constant unit
+    nan_policy: NanPolicy = "drop"  # a metric can be NaN for a constant unit
+    scope: str | Sequence[str] = "*"
+    freeze: str | Sequence[str] = ()
+    custom_groups: Sequence[PruningGroup | Mapping[str, Any]] = ()
+    allow_approximate: bool = False
+    apply: Apply = "slice"
+    gate: float = 0.0
+    reduce: Reduce = "sum"
+    loss: Loss = summed_loss
 
     def __post_init__(self) -> None:
+        if self.apply not in get_args(Apply):
+            raise ValueError(f"apply is {self.apply!r}; it is slice, mask or scale")
         check_removal(self.amount, self.mode)
         check_compensate(self.compensate)
         if self.budget not in ("units", "params", "macs"):

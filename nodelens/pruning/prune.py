@@ -1,35 +1,29 @@
 """Prune a network: score its units, allocate a budget, select and remove units, compensate, fine-tune."""
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 from torch import nn
 
 from nodelens.engine.options import AnalyzeOptions, check_names
 from nodelens.network.batch import Batch
-from nodelens.network.groups import PruningGroup, PruningGroups
-from nodelens.network.targets import summed_loss
+from nodelens.network.groups import PruningGroups
 from nodelens.pruning.allocation.allocate import Allocation
-from nodelens.pruning.allocation.selection import Mode
 from nodelens.pruning.criteria.criterion import Criterion, Spec
-from nodelens.pruning.criteria.scoring import Reduce
-from nodelens.pruning.surgery.compensate import Compensate, compensate_units, reestimate_batch_norm
+from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
 from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
 from nodelens.pruning.surgery.slice import slice_units, updated_counts
 
 from .context import PruningContext
-from .cost import Budget
-from .planning import PruningOptions, Schedule, plan_removal
+from .planning import Apply, PruningOptions, Schedule, plan_removal
 from .removal_plan import RemovalPlan
 
-Apply = Literal["slice", "mask", "scale"]
 _SIZES = {"params": "parameters", "macs": "multiply-accumulate operations per sample"}
 
 
@@ -128,72 +122,55 @@ def _remove(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Ap
 
 def prune(
     model: nn.Module,
-    criterion: Spec = "taylor",
-    amount: float = 0.5,
+    criterion: Spec | None = None,
+    amount: float | None = None,
     *,
     data: Iterable[Any] | None = None,
     example_inputs: Any = None,
-    scope: str | Sequence[str] = "*",
-    freeze: str | Sequence[str] = (),
-    protect: Mapping[str, Sequence[int]] | None = None,
-    custom_groups: Sequence[PruningGroup | Mapping[str, Any]] = (),
-    allow_approximate: bool = False,
-    allocation: str | Allocation = "uniform",
-    budget: Budget = "units",
-    mode: Mode = "low",
-    apply: Apply = "slice",
-    gate: float = 0.0,
-    compensate: Compensate = "none",
-    schedule: str | Schedule = "one_shot",
     finetune: FineTuning | None = None,
-    reduce: Reduce = "sum",
-    seed: int = 0,
-    loss: Any = summed_loss,
-    **options: Any,
+    options: PruningOptions | None = None,
+    **named: Any,
 ) -> Pruned:
     """Prunes a copy of a model: removes the units that a criterion ranks lowest. The model itself is not changed.
 
-    criterion: name of a published criterion or a metric, {name: signed weight}, or the long form of ``Criterion``. amount: share
-    of the budget (units, params or macs) to remove. data: calibration batches as for ``nl.analyze``, a loader or a list that can
-    be read several times; criteria of weights need none. example_inputs: one batch, if there are no data. scope: groups by name,
-    pattern or kind (ffn, head, kv_group, channel, moe_ffn; expert for whole experts, which ``*`` leaves out); freeze: groups not
-    to prune; protect: {group: units to keep}; allow_approximate: include groups over which a norm reduces. allocation: uniform,
-    global, erk, lamp, isomorphic, or an ``Allocation``. mode: remove low, high or random scores.
-    apply: slice (smaller tensors), mask (zeros), scale (removed units times ``gate``). compensate: none, bias, least_squares,
-    batch_norm. schedule: one_shot, or an iterative ``Schedule``. finetune: a callable such as ``Finetune``. options are
-    those of ``nl.analyze``, as ``AnalyzeOptions`` lists them. Raises ValueError for arguments that do not fit the model or each
-    other; TypeError for an unknown option.
+    criterion:      name of a published criterion or a metric, {name: signed weight}, or the long form of ``Criterion``; taylor
+    amount:         share of the budget to remove; 0.5
+    data:           calibration batches as for ``nl.analyze``, a loader or a list that can be read several times; criteria of
+                    weights need none
+    example_inputs: one batch, if there are no data
+    finetune:       a callable such as ``Finetune``
+    options:        ``PruningOptions``; each of its fields can be given by name as well, and so can those of ``AnalyzeOptions`` and
+                    ``initial``, which tell how scores are measured. Allocation, schedule and criterion may be names
+
+    Raises ValueError for arguments that do not fit the model or each other; TypeError for an unknown option.
     """
-    known = [name for name in inspect.signature(prune).parameters if name != "options"]
-    check_names("nl.prune", options, [*known, *(field.name for field in fields(AnalyzeOptions))])
+    of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
+    of_measuring += ["initial", "on_plan", "progress"]
+    check_names("nl.prune", named, [*of_pruning, *of_measuring, "data", "example_inputs", "finetune", "options"])
     if data is not None and iter(data) is data:
         raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
-    if apply not in ("slice", "mask", "scale"):
-        raise ValueError(f"apply is {apply!r}; it is slice, mask or scale")
-    asked = PruningOptions(
-        Criterion.of(criterion),
-        amount,
-        Allocation(allocation) if isinstance(allocation, str) else allocation,  # type: ignore[arg-type]
-        budget,
-        mode,
-        compensate,
-        Schedule() if schedule == "one_shot" else schedule,  # type: ignore[arg-type]
-        seed,
-        protect or {},
-    )
+    given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
+    asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
     batch = example_inputs if example_inputs is not None else None if data is None else next(iter(data), None)
-    batch = None if batch is None else Batch.of(batch, seed=seed)
+    batch = None if batch is None else Batch.of(batch, seed=asked.seed)
     context = PruningContext.of(
         model,
         batch,
         data,
-        scope=scope,
-        freeze=freeze,
-        allow_approximate=allow_approximate,
-        custom_groups=custom_groups,
-        seed=seed,
-        reduce=reduce,
-        loss=loss,
-        options=options,
+        scope=asked.scope,
+        freeze=asked.freeze,
+        allow_approximate=asked.allow_approximate,
+        custom_groups=asked.custom_groups,
+        seed=asked.seed,
+        reduce=asked.reduce,
+        loss=asked.loss,
+        options={name: value for name, value in named.items() if name not in of_pruning},
     )
-    return carry_out(context, asked, None, apply, finetune, gate)
+    return carry_out(context, asked, None, asked.apply, finetune, asked.gate)
+
+
+def _as_objects(given: dict[str, Any]) -> dict[str, Any]:
+    """Options in which a criterion, an allocation and a schedule that are named are objects."""
+    kinds: dict[str, Callable[[Any], Any]] = {"allocation": Allocation, "schedule": Schedule}
+    named = {name: kind(given[name]) for name, kind in kinds.items() if isinstance(given.get(name), str)}
+    return given | named | ({"criterion": Criterion.of(given["criterion"])} if "criterion" in given else {})

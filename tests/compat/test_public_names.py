@@ -131,3 +131,14 @@ def test_a_pruned_network_says_what_was_removed():
     assert repr(nl.prune(net, "l1", 0.5, example_inputs=torch.ones(2, 4))) == (
         "Pruned: 4 of 8 units removed (slice)\nparameters: 67 -> 35, multiply-accumulate operations per sample: 56 -> 28"
     )
+
+
+def test_pruning_options_as_an_object_are_the_options_by_name():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(20, 4)
+    options = nl.PruningOptions(nl.Criterion.of("l1"), 0.25, freeze="0", mode="high")
+    found = nl.prune(net, options=options, example_inputs=x).plan.removed
+    assert found == nl.prune(net, "l1", 0.25, example_inputs=x, freeze="0", mode="high").plan.removed
+    assert found.keys() == {"2"}
+    assert len(nl.prune(net, amount=0.5, options=options, example_inputs=x).plan.removed["2"]) == 3
+    before = {name: value + 1 for name, value in net.state_dict().items()}
+    assert nl.prune(net, "delta_rq", 0.25, data=[(x, torch.arange(20) % 2)], initial=before).plan.removed
