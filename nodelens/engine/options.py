@@ -48,9 +48,9 @@ class AnalyzeOptions:
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
 
-    def with_named(self, named: Mapping[str, Any]) -> "AnalyzeOptions":
+    def with_named(self, named: Mapping[str, Any], call: str = "nl.analyze") -> "AnalyzeOptions":
         """A copy with some options replaced. Raises TypeError for an unknown name, and suggests the nearest one."""
-        check_names("nl.analyze", named, [field.name for field in fields(self)])
+        check_names(call, named, [field.name for field in fields(self)])
         return replace(self, **named)
 
 

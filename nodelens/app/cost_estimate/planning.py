@@ -13,6 +13,7 @@ from nodelens.analysis.geometry.sites import SeenTensors, hook_points, merged, p
 from nodelens.engine.analyze import DEFAULT, device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.dry_run import DryRun, with_groups
+from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import Layers, Metrics, as_layers, as_metrics
 from nodelens.engine.validation import find_members
@@ -34,15 +35,8 @@ def estimate_cost(
     length: int = 256,
     rows: int = 100_000,
     machine: Machine | None = None,
-    budget: float | None = None,
-    max_passes: int = 1,
-    covariance: str | None = None,
-    width: int = LIMIT,
-    groups: int = 8,
-    positions: int | None = None,
-    precision: str = "float32",
-    pairs: str | Sequence[Sequence[str]] = "consecutive",
     initial: bool = False,
+    **options: Any,
 ) -> CostEstimate:
     """Estimates the cost of ``nl.analyze`` from shapes alone, on the meta device, without weights or data.
 
@@ -51,21 +45,36 @@ def estimate_cost(
              of ``length`` tokens. Two of its samples are run
     rows:    number of tokens to read; for images, number of samples
     machine: the machine it will run on; initial: whether the weights before training will be given
-    All others are options of ``nl.analyze``. A plan that it would refuse for its size is estimated too, with the reason in
-    ``refused``. Raises ValueError as ``nl.analyze`` does; with a RuntimeError as its cause if the model's forward reads values,
-    which the meta device does not have.
+    options: those of ``nl.analyze``, by name, as ``AnalyzeOptions`` lists them
+
+    A plan that ``nl.analyze`` would refuse for its size is estimated too, with the reason in ``refused``. Raises ValueError as it
+    does, with a RuntimeError as the cause if the model's forward reads values, which the meta device does not have; TypeError for
+    an unknown option.
     """
+    chosen, settings = as_metrics(metrics), AnalyzeOptions().with_named(options, "nl.estimate_cost")
     net = model if isinstance(model, nn.Module) else model_from_config(model)
-    batch = Batch.of(token_batch(samples, length, device_of(net)) if batch is None else batch, groups)
-    chosen, start = as_metrics(metrics), net.state_dict() if initial else None
+    batch = Batch.of(token_batch(samples, length, device_of(net)) if batch is None else batch, settings.groups)
+    start = net.state_dict() if initial else None
     found = as_layers(net, layers, start)
     members = find_members(net, found, chosen, start)
     dry_run = with_groups(DryRun.of(net, members.observed(found), batch), members)
     plan_of = partial(
-        Plan.of, net, found, chosen, dry_run, groups, positions, layers == "*", precision, pairs, ["label"], members=members
+        Plan.of,
+        net,
+        found,
+        chosen,
+        dry_run,
+        settings.groups,
+        settings.positions,
+        layers == "*",
+        settings.precision,
+        settings.pairs,
+        ["label"],
+        members=members,
     )
-    plan, refused = _planned(plan_of, covariance, width, max_passes)
-    return estimate_plan(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), budget, max_passes, refused=refused)
+    plan, refused = _planned(plan_of, settings.covariance, settings.width, settings.max_passes)
+    limits = settings.budget, settings.max_passes
+    return estimate_plan(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), *limits, refused=refused)
 
 
 @torch.inference_mode(False)
