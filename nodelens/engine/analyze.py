@@ -21,12 +21,12 @@ from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor, 
 from .collect import Pass
 from .covariance import CovariancePolicy
 from .dry_run import DryRun, with_groups
-from .options import AnalyzeOptions
+from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe, names_of, targets_of
 from .several_passes import check_again, divided, joined
 from .table import make_table
-from .validation import find_members
+from .validation import find_members, in_bytes
 from .wide_sites import describe as describe_covariance
 
 DEFAULT = (
@@ -72,6 +72,7 @@ def analyze(
     and missing labels; MemoryError beyond the budget; TypeError for an unknown option.
     """
     started = time.perf_counter()
+    check_kind("nl.analyze", options, AnalyzeOptions)
     settings = (options or AnalyzeOptions()).with_named(named)
     groups, seed = settings.groups, settings.seed
     chosen, device = as_metrics(metrics), device_of(model)
@@ -109,7 +110,7 @@ def analyze(
         seed,
         settings.reduce,
     )
-    parts = divided(plan, settings.budget, settings.max_passes)
+    parts = divided(plan, in_bytes(settings.budget), settings.max_passes)
     several_rounds = plan.rounds > 1
     check_again(batches is data, len(parts) + plan.rounds - 1, device)
     source: Any = () if weights_only else data

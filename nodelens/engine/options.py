@@ -28,7 +28,7 @@ class AnalyzeOptions:
     budget:     bytes that the sums may take
     max_passes: how often the data may be read, for a part of the layers each time, so that the sums fit
 
-    Raises ValueError for an unknown ``reduce``.
+    Raises ValueError for an unknown ``reduce`` or fewer than one group.
     """
 
     seed: int = 0
@@ -41,10 +41,12 @@ class AnalyzeOptions:
     reduce: Reduce = "sum"
     covariance: str | None = None
     width: int = LIMIT
-    budget: float | None = None
+    budget: float | str | None = None
     max_passes: int = 1
 
     def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups is {self.groups}; it must be 1 or more: groups of samples, for the jackknife")
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
 
@@ -52,6 +54,14 @@ class AnalyzeOptions:
         """A copy with some options replaced. Raises TypeError for an unknown name, and suggests the nearest one."""
         check_names(call, named, [field.name for field in fields(self)])
         return replace(self, **named)
+
+
+def check_kind(call: str, options: Any, kind: type) -> None:
+    """Raises TypeError for an options object of another kind."""
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(
+            f"{call} takes options of the class {kind.__name__}, not {type(options).__name__}; give a dict as **options"
+        )
 
 
 def check_names(call: str, named: Mapping[str, Any], known: Sequence[str]) -> None:

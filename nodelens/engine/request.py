@@ -34,10 +34,12 @@ def as_metrics(metrics: Metrics) -> dict[str, Metric]:
 def as_layers(model: nn.Module, layers: Layers, start: Mapping[str, Tensor] | None = None) -> list[Layer]:
     """Layers from names, patterns and roles; layers and pruning groups are passed through, the latter as ``GroupLayer``.
 
-    Raises ValueError as ``find_layers`` does.
+    Raises ValueError as ``find_layers`` does, and for none.
     """
     if isinstance(layers, str):
         return find_layers(model, layers, start)
+    if not len(layers):
+        raise ValueError("layers is empty: give names, roles, layers or pruning groups, or leave it out for all layers")
     given = [layer for layer in layers if not isinstance(layer, str)]
     found = [GroupLayer.of(model, each) if isinstance(each, PruningGroup) else each for each in given]
     names = [layer for layer in layers if isinstance(layer, str)]

@@ -63,12 +63,12 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
     return metric(parameter, **{k: [v] if metric.grouped else v for k, v in statistics.items()})
 
 
-def _rows_of_covariance(metric: Any, covariance: Tensor, tensors: dict[str, Any]) -> Tensor:
+def _rows_of_covariance(metric: Any, covariance: Any, tensors: dict[str, Any]) -> Tensor:
     """Inputs of mean 0 whose unbiased covariance is the given one, (2 d, d) float64: each eigenvector, scaled, with both signs.
 
     Raises ValueError for a matrix that is no covariance, and for a metric that reads more than the covariance of the inputs.
     """
-    name, c = metric.names[0], covariance.detach().double()
+    name, c = metric.names[0], torch.as_tensor(covariance).detach().double()
     given = next((other for other in ("inputs", "outputs") if other in tensors), None)
     if given is not None:
         raise ValueError(f"{name}: covariance stands for the data: leave {given}= out, or covariance=")
@@ -77,6 +77,8 @@ def _rows_of_covariance(metric: Any, covariance: Tensor, tensors: dict[str, Any]
         raise ValueError(f"{name} reads more of the data than the covariance of the inputs: give inputs=")
     if getattr(metric, "bias", "none") != "none":
         raise ValueError(f"{name}: bias: {metric.bias} depends on the number of rows: give inputs=")
+    if not c.isfinite().all():
+        raise ValueError(f"{name}: covariance has entries that are not finite; leave those inputs out")
     if c.ndim != 2 or c.shape != c.T.shape or not torch.allclose(c, c.T, rtol=1e-6):
         raise ValueError(f"{name}: covariance is {tuple(c.shape)}; it must be a symmetric matrix (d, d)")
     values, vectors = torch.linalg.eigh(c)

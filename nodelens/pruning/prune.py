@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pandas as pd
 from torch import nn
 
-from nodelens.engine.options import AnalyzeOptions, check_names
+from nodelens.engine.options import AnalyzeOptions, check_kind, check_names
 from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroups
 from nodelens.pruning.allocation.allocate import Allocation
@@ -144,6 +144,7 @@ def prune(
 
     Raises ValueError for arguments that do not fit the model or each other; TypeError for an unknown option.
     """
+    check_kind("nl.prune", options, PruningOptions)
     of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
     of_measuring += ["initial", "on_plan", "progress"]
     check_names("nl.prune", named, [*of_pruning, *of_measuring, "data", "example_inputs", "finetune", "options"])

@@ -142,3 +142,18 @@ def test_pruning_options_as_an_object_are_the_options_by_name():
     assert len(nl.prune(net, amount=0.5, options=options, example_inputs=x).plan.removed["2"]) == 3
     before = {name: value + 1 for name, value in net.state_dict().items()}
     assert nl.prune(net, "delta_rq", 0.25, data=[(x, torch.arange(20) % 2)], initial=before).plan.removed
+
+
+def test_options_of_another_kind_and_values_that_do_not_do_are_refused():
+    net, x = nn.Linear(4, 3), torch.randn(20, 4)
+    with pytest.raises(TypeError, match=r"nl.analyze takes options of the class AnalyzeOptions, not dict"):
+        nl.analyze(net, [x], ["rq"], options={"groups": 4})
+    with pytest.raises(TypeError, match=r"nl.prune takes options of the class PruningOptions, not AnalyzeOptions"):
+        nl.prune(net, "l1", options=nl.AnalyzeOptions(), example_inputs=x)
+    with pytest.raises(ValueError, match="groups is 0; it must be 1 or more"):
+        nl.analyze(net, [x], ["rq"], groups=0)
+    with pytest.raises(ValueError, match="layers is empty"):
+        nl.analyze(net, [x], ["rq"], layers=[])
+    assert nl.analyze(net, [x], ["rq"], budget="8GB").units.notna().all(axis=None)
+    with pytest.raises(ValueError, match="not finite"):
+        nl.get_metric("rq").compute(weights=net.weight, covariance=torch.full((4, 4), float("nan")))

@@ -100,7 +100,7 @@ def test_each_statistic_is_kept_once_and_moments_come_from_products():
     stem = [str(need) for need in plan.needs(plan.layers[0])]
     assert stem == ["Gram(output, positions)", "Patches(input, positions)"]
     head = [str(need) for need in plan.needs(plan.layers[-1])]
-    assert head == ["Gram(output, samples)", "Patches(input, samples)"], "a row a sample is the same in either view"
+    assert head == ["Gram(output, samples)", "Patches(input, samples)"], "one row per sample is the same in either view"
 
 
 def test_pairs_too_wide_for_groups_leave_the_errors_of_the_rest():

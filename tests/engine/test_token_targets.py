@@ -50,7 +50,7 @@ def texts(vocabulary=V):
 
 
 def padded(words, size=4, extra=2, side="right"):
-    """Batches with padding, the labels of every seventh token ignored, and a value a token beside."""
+    """Batches with padding, the labels of every seventh token ignored, and one paired value per token."""
     found = []
     for a in range(0, len(words), size):
         some = words[a : a + size]

@@ -16,7 +16,7 @@ from nodelens.engine.dry_run import DryRun, with_groups
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import Layers, Metrics, as_layers, as_metrics
-from nodelens.engine.validation import find_members
+from nodelens.engine.validation import find_members, in_bytes
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Capture, Site
 
@@ -73,7 +73,7 @@ def estimate_cost(
         members=members,
     )
     plan, refused = _planned(plan_of, settings.covariance, settings.width, settings.max_passes)
-    limits = settings.budget, settings.max_passes
+    limits = in_bytes(settings.budget), settings.max_passes
     return estimate_plan(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), *limits, refused=refused)
 
 
