@@ -11,17 +11,17 @@ from timing import interleaved
 from torch import nn
 
 from nodelens.app.config import load_config
-from nodelens.engine.analyze import DEFAULT, _forward
+from nodelens.engine.analyze import DEFAULT
 from nodelens.engine.collect import Pass
+from nodelens.engine.driver import Driver
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
 from nodelens.models import resnet
-from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture
-from nodelens.network.targets import summed_loss
+from nodelens.network.objective import Objective
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch
 EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
@@ -33,9 +33,11 @@ def overhead(
 ) -> tuple[float, float]:
     """(seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
     layers = find_layers(model)
-    prepared = Batch.of(batch, groups).sorted()
-    plan = Plan.of(model, layers, as_metrics(metrics), DryRun.of(model, layers, prepared), groups, positions)
-    taken = Pass(plan)
+    objective = Objective.of(model).settled(model, batch)
+    prepared = objective.batch(batch, groups)
+    plan = Plan.of(model, layers, as_metrics(metrics), DryRun.of(model, layers, prepared, objective), groups, positions)
+    taken = Pass(plan, objective)
+    driver = Driver(model, objective, groups, graph=plan.gradients, answers=plan.gradients or plan.reads_predictions)
     capture = Capture(plan.sites(), taken.see, plan.overwritten)
 
     def bare() -> None:
@@ -45,12 +47,10 @@ def overhead(
         with torch.set_grad_enabled(plan.gradients):
             logits = model(x).logits
             if plan.gradients:
-                summed_loss(logits, y).backward()
+                objective.summed(logits, y).backward()
 
     def measured() -> None:
-        with capture:
-            taken.begin(prepared)
-            taken.end(_forward(model, prepared, capture, summed_loss if plan.gradients else None))
+        driver.run([batch], taken, capture)
 
     with eval_mode(model):
         for _ in range(3):

@@ -100,10 +100,20 @@ class CostOptions:
 
 
 @dataclass
+class ObjectiveOptions:
+    """What the network predicts, as in ``AnalyzeOptions``; loss is a dotted function, output may be one."""
+
+    task: str | None = None
+    output: Any = None
+    loss: str | None = None
+
+
+@dataclass
 class Analyze(MeasuringTask):
     """analyze.py"""
 
     task: str = "analyze"
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     analysis: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
@@ -116,6 +126,7 @@ class Prune(Common):
     """prune.py"""
 
     task: str = "prune"
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     criterion: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)

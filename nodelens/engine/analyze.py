@@ -3,24 +3,27 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nodelens.network.batch import Batch, logits_of
-from nodelens.network.eval_mode import differentiable, eval_mode
+from nodelens.metrics import Metric
+from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
-from nodelens.network.hooks import Capture, edit
-from nodelens.network.targets import Loss, summed_loss
+from nodelens.network.hooks import Capture
+from nodelens.network.layers import Layer
+from nodelens.network.objective import BY_TOKEN, Objective
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor, world
 
 from .collect import Pass
 from .covariance import CovariancePolicy
+from .driver import Driver, Progress, device_of
 from .dry_run import DryRun, with_groups
+from .members import Members
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe, names_of, targets_of
@@ -74,100 +77,128 @@ def analyze(
     started = time.perf_counter()
     check_kind("nl.analyze", options, AnalyzeOptions)
     settings = (options or AnalyzeOptions()).with_named(named)
-    groups, seed = settings.groups, settings.seed
-    chosen, device = as_metrics(metrics), device_of(model)
-    start = initial.state_dict() if isinstance(initial, nn.Module) else initial
-    found = as_layers(model, layers, start)
-    members = find_members(model, found, chosen, start)
-    reads = [name for name, metric in chosen.items() if metric.needs()]
-    if data is None and reads:
-        are = "are" if len(reads) > 1 else "is"
-        raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
-    weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
-    batches = iter(() if weights_only else data)  # type: ignore[arg-type]
-    first_given = next(batches, None)
-    first = None if first_given is None else Batch.of(first_given, groups, seed).to(device)
-    observed = members.observed(found)
-    seen = first_of(None if first is None else (DryRun.of(model, observed, first), _per_token(first)))
-    seen = (DryRun.of_weights(observed), []) if weights_only else seen
-    if seen is None:
-        raise ValueError("the data are empty: not one batch to measure")
-    dry_run, per_token = seen
-    policy = CovariancePolicy.of(settings.covariance, settings.width, seed, settings.max_passes)
-    plan = Plan.of(
-        model,
-        found,
-        chosen,
-        with_groups(dry_run, members),
-        groups,
-        settings.positions,
-        layers == "*",
-        settings.precision,
-        settings.pairs,
-        per_token,
-        policy,
-        members,
-        seed,
-        settings.reduce,
-    )
+    asked = _Request.of(model, data, as_metrics(metrics), layers, initial, settings)
+    plan, objective = _planned(model, asked, layers == "*", settings)
     parts = divided(plan, in_bytes(settings.budget), settings.max_passes)
-    several_rounds = plan.rounds > 1
-    check_again(batches is data, len(parts) + plan.rounds - 1, device)
-    source: Any = () if weights_only else data
+    check_again(data is not None and iter(data) is data, len(parts) + plan.rounds - 1, device_of(model))
     if on_plan:
         on_plan(plan)
     planned = time.perf_counter()
-    every = [] if first_given is None else itertools.chain([first_given], batches)
     seconds = {"plan": planned - started, "pass": 0.0, "table": 0.0}
     results: list[Result] = []
     for part in parts:
         pass_start = time.perf_counter()
-        collected = run_pass(model, part, source if results or several_rounds else every, seed, settings.loss, progress)
+        batches = asked.again if results or plan.rounds > 1 else asked.once
+        collected = run_pass(model, part, batches, objective, settings.seed, progress)
         passed = time.perf_counter()
-        results.append(finish(part, collected, device, settings.bias, seed))
+        results.append(finish(part, collected, device_of(model), settings.bias, settings.seed))
         del collected  # free the sums before the next pass allocates its own
         seconds["pass"] += passed - pass_start
         seconds["table"] += time.perf_counter() - passed
     result = joined(plan, results)
     result.metadata |= {
-        "seed": seed,
-        "layers": names_of(model, layers, found),
+        "seed": settings.seed,
+        "layers": names_of(model, layers, asked.layers),
         "seconds": seconds,
         "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)},
+        "objective": objective.about,
     }
     return result
 
 
-@torch.inference_mode(False)
+@dataclass
+class _Request:
+    """What is measured, and the data: ``once`` with the batch that the plan was made from, ``again`` for further readings."""
+
+    metrics: dict[str, Metric]
+    layers: list[Layer]
+    members: Members
+    first: Any
+    once: Iterable[Any]
+    again: Iterable[Any]
+    weights_only: bool
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, data: Any, metrics: dict[str, Metric], layers: Layers, initial: Any, settings: AnalyzeOptions
+    ) -> "_Request":
+        start = initial.state_dict() if isinstance(initial, nn.Module) else initial
+        found = as_layers(model, layers, start)
+        reads = [name for name, metric in metrics.items() if metric.needs()]
+        if data is None and reads:
+            are = "are" if len(reads) > 1 else "is"
+            raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
+        weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
+        again: Any = () if weights_only else data
+        batches = iter(again)
+        first = next(batches, None)
+        once = () if first is None else itertools.chain([first], batches)
+        return cls(metrics, found, find_members(model, found, metrics, start), first, once, again, weights_only)
+
+
+def _planned(model: nn.Module, asked: _Request, optional: bool, settings: AnalyzeOptions) -> tuple[Plan, Objective]:
+    """The plan, from a dry run of the first batch, and the objective that this batch settles."""
+    objective = Objective.of(model, settings.output, settings.task, settings.loss)
+    observed = asked.members.observed(asked.layers)
+    seen = None
+    if asked.weights_only:
+        seen = objective, DryRun.of_weights(observed), list[str]()
+    elif asked.first is not None:
+        objective = objective.settled(model, asked.first)
+        batch = objective.batch(asked.first, settings.groups, settings.seed).to(device_of(model))
+        seen = objective, DryRun.of(model, observed, batch, objective), _per_token(batch)
+    found = seen if asked.weights_only else first_of(seen)
+    if found is None:
+        raise ValueError("the data are empty: not one batch to measure")
+    objective, dry_run, per_token = found
+    policy = CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes)
+    plan = Plan.of(
+        model,
+        asked.layers,
+        asked.metrics,
+        with_groups(dry_run, asked.members),
+        settings.groups,
+        settings.positions,
+        optional,
+        settings.precision,
+        settings.pairs,
+        per_token,
+        policy,
+        asked.members,
+        settings.seed,
+        settings.reduce,
+    )
+    return plan, objective
+
+
 def run_pass(
     model: nn.Module,
     plan: Plan,
     data: Iterable[Any],
+    objective: Objective,
     seed: int = 0,
-    loss: Loss = summed_loss,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = iter,
 ) -> Pass:
-    """Runs the plan's collectors over every batch and returns them. The model's state is restored, also after an error."""
-    collected, device = Pass(plan, seed), device_of(model)
-    weights = list({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
+    """Runs the plan's collectors over every batch and returns them."""
+    collected = Pass(plan, objective, seed)
+    weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
-    from_inputs = graph and bool(plan.overwritten)  # a graph that starts at a layer would break at an in-place operation
-    first = [module for module in model.modules() if from_inputs and isinstance(module, nn.Embedding)]
     for k in range(collected.rounds):
         collected.begin_round(k)
         sites = collected.sites(k)
-        runs_model = bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums
-        capture = Capture(sites, collected.see, plan.overwritten)
-        with eval_mode(model), differentiable(weights), edit(dict.fromkeys(first, _start_graph)), capture:
-            for given in progress(data):
-                batch = Batch.of(given, plan.groups, seed).sorted().to(device)
-                if from_inputs:
-                    named = {k: _require_grad(v) for k, v in batch.kwargs.items()}
-                    batch = replace(batch, args=tuple(map(_require_grad, batch.args)), kwargs=named)
-                collected.begin(batch)
-                collected.end(_forward(model, batch, capture, loss if graph else None, bool(weights)) if runs_model else None, loss)
-                for tensor in weights:
-                    tensor.grad = None
+        driver = Driver(
+            model,
+            objective,
+            plan.groups,
+            seed,
+            graph,
+            weights,
+            from_inputs=graph and bool(plan.overwritten),  # a graph that starts at a layer breaks at an in-place operation
+            runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
+            answers=graph or plan.reads_predictions,
+            progress=progress,
+        )
+        driver.run(data, collected, Capture(sites, collected.see, plan.overwritten))
     collected.flush()
     return collected
 
@@ -212,40 +243,10 @@ def _rows_of(value: Any) -> int:
     return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter or buffer; the CPU for a model without any."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 def _per_token(batch: Batch) -> list[str]:
     """Which of the targets label and given have one value per token."""
-    inputs = [t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1]
-    candidates = {"label": batch.labels, "given": batch.targets}
-    return [k for k, t in candidates.items() if t is not None and t.ndim > 1 and any(t.shape[1] == x.shape[1] for x in inputs)]
-
-
-def _start_graph(embedded: Tensor) -> Tensor:
-    """An embedding's output as a leaf of the graph, copied because later operations may write into it in place."""
-    return embedded.detach().requires_grad_().clone() if torch.is_grad_enabled() else embedded
-
-
-def _require_grad(value: Any) -> Any:
-    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _forward(model: nn.Module, batch: Batch, capture: Capture, loss: Loss | None, weights: bool = False) -> Tensor:
-    capture.gate = True
-    try:
-        with torch.set_grad_enabled(loss is not None):
-            logits = logits_of(batch.run(model))
-            capture.gate = False
-            if loss is not None:
-                total = loss(logits, batch.labels)
-                if total.requires_grad:
-                    total.backward()
-                elif weights:
-                    raise ValueError("the loss does not depend on the weights: loss= gives a number without a gradient")
-    finally:
-        capture.gate = False
-    return logits.detach()
+    y, given = batch.labels, batch.targets
+    positions = y is not None and y.ndim > 1 and batch.task in ("classification", *BY_TOKEN)
+    tokens = [t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1 and batch.task in BY_TOKEN]
+    by_token = given is not None and given.ndim > 1 and any(given.shape[1] == t.shape[1] for t in tokens)
+    return ["label"] * positions + ["given"] * by_token

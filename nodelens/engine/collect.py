@@ -12,9 +12,10 @@ from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
-from nodelens.network.targets import Loss, target_of, token_target
+from nodelens.network.objective import Objective
+from nodelens.network.targets import target_of, token_target
 from nodelens.statistics import Accumulator
-from nodelens.statistics.group_slices import draw, group_slices
+from nodelens.statistics.group_slices import draw, group_slices, sorting
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
@@ -46,9 +47,11 @@ class PairedSites:
         if first:
             return
         x, z = self.held[self.owner.site], self.held[self.other]
-        self.held = {}
+        self.held, order, group = {}, sorting(batch.group), batch.group
+        if order is not None:
+            x, z, group = x.index(order), z.index(order), group[order]
         with exact_products():
-            for g, a, b in group_slices(batch.group, max(1, TERMS // x.raw.shape[2])):
+            for g, a, b in group_slices(group, max(1, TERMS // x.raw.shape[2])):
                 self.owner.put(self.need, g, self.need.statistic.of(x.take(a, b), z.take(a, b)))  # type: ignore[attr-defined]
 
 
@@ -69,13 +72,14 @@ class TargetTokens:
     def of(cls, target: Tensor, batch: Batch, positions: int | None, seed: int) -> "TargetTokens":
         """Tokens of a target (B, T, t), NaN where there is none. Padding, and positions that are not drawn, are left out."""
         samples, length = target.shape[:2]
-        mask = batch.mask if batch.mask is not None and batch.mask.shape == (samples, length) else None
+        mask = batch.predicting if batch.predicting is not None and batch.predicting.shape == (samples, length) else None
         known = target.isfinite().all(2)
         known = known if mask is None else known & mask
         chosen = draw(batch.hashes, mask, length, positions, seed) if positions else None
         if chosen is not None:
             known = known & torch.zeros_like(known).scatter(1, chosen.to(known.device), True)
         index = known.flatten().nonzero()[:, 0]
+        index = index[batch.group[index.cpu() // length].argsort(stable=True).to(index.device)]  # by group
         each, row = index.cpu(), (torch.ones(samples, length) if mask is None else mask.cpu()).cumsum(1).long().flatten()
         sample = each // length
         hashes = mix(batch.hashes[sample], row[each])  # rows count unpadded tokens only, so padding does not change the hash
@@ -132,8 +136,8 @@ _KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": M
 class Pass:
     """The collectors of all sites, which see one batch after another."""
 
-    def __init__(self, plan: Plan, seed: int = 0):
-        self.plan, self.seed, self.round = plan, seed, 0
+    def __init__(self, plan: Plan, objective: Objective, seed: int = 0):
+        self.plan, self.objective, self.seed, self.round = plan, objective, seed, 0
         kinds = {site: _KINDS.get(site.port, Collector) for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # per group
@@ -191,20 +195,21 @@ class Pass:
         if site in self.token_rows:
             self.token_rows[site].see(rows)
 
-    def end(self, logits: Tensor | None, loss: Loss | None = None) -> None:
-        """Ends a batch: computes targets from the logits and adds what depends on them or on complete samples."""
+    def end(self, predictions: Tensor | None) -> None:
+        """Ends a batch: computes targets from the predictions and adds what depends on them or on complete samples."""
         batch = self.batch
         assert batch is not None
         with torch.no_grad():
             for sums in self.model_sums:
                 if sums.rounds > self.round:
-                    sums.end(logits, loss)
+                    sums.end(predictions, self.objective)
         if self.round:
             self.batch = None
             return
-        z = None if logits is None else logits.detach()
         with torch.no_grad():
-            targets: dict[Any, Tensor] = {name: target_of(name, z, batch.labels, batch.targets) for name in self.plan.targets}
+            z = None if predictions is None else self.objective.aligned(predictions.detach(), batch.labels)
+            paired = z, batch.labels, batch.targets, self.objective
+            targets: dict[Any, Tensor] = {name: target_of(name, *paired) for name in self.plan.targets}
             wanted = {need.target for token_rows in self.token_rows.values() for need in token_rows.owner.by_token}
             tokens = {name: self._target_tokens(name, z, batch) for name in wanted}
             for token_rows in self.token_rows.values():
@@ -222,7 +227,7 @@ class Pass:
     def _target_tokens(self, name: Any, logits: Tensor | None, batch: Batch) -> TargetTokens:
         if logits is None:
             raise ValueError(f"target {name!r} needs logits, but the model returned none")
-        value = token_target(name, logits, batch.labels, batch.targets)
+        value = token_target(name, logits, batch.labels, batch.targets, self.objective)
         return TargetTokens.of(value, batch, self.plan.positions, self.seed)
 
     def flush(self) -> None:

@@ -12,11 +12,12 @@ from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import Layer
+from nodelens.network.streams import side_of
 from nodelens.network.targets import target_of
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.buffer import Buffer
 from nodelens.statistics.costs import PAIRS
-from nodelens.statistics.group_slices import chunks_of, draw, group_slices
+from nodelens.statistics.group_slices import chunks_of, draw, group_slices, sorting
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, SampleSums
@@ -66,10 +67,12 @@ class Collector:
         """Converts a captured tensor to rows, without padded tokens, sampled or sketched if the port says so."""
         layer, samples = self.site.layer, len(batch)
         maps = isinstance(layer, GroupLayer) and self.site.port == "maps"
-        rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, batch.mask)  # type: ignore[attr-defined]
+        member = getattr(tensor, "member", None)
+        mask = batch.mask_at(side_of(layer if member is None else member.layer, self.site.port))
+        rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, mask)  # type: ignore[attr-defined]
         rows = rows.double() if self.plan.precision == "float64" else rows
         if "/tokens" in self.site.port:
-            share = 1 / batch.tokens.clamp_min(1).to(rows.raw)
+            share = 1 / batch.predicted.clamp_min(1).to(rows.raw)
             rows = Rows(rows.raw * share[:, None, None], rows.keep, rows.shift, rows.grid)
         rows = self.plan.covariance.rows(rows, self.site.port)
         return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), shifted=False)
@@ -79,7 +82,7 @@ class Collector:
         label = self._labels(batch)
         if not (self.products or self.reduced or self.entries or self.patches):
             self.means += [self._to_samples(self._finite(rows))] if self.needs_means else []
-        elif self._large_enough(rows) and len(group_slices(batch.group)) <= 2 * self.plan.groups:
+        elif self._large_enough(rows):
             sums = self._process_rows(rows, batch.group, batch.hashes, label)
             if self.reduced:
                 self._buffer("sums", batch.group, sums.tables() | label)
@@ -159,17 +162,21 @@ class Collector:
             self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, tables)
 
     def _process_rows(self, rows: Rows, group: Tensor, hashes: Tensor, label: dict[str, Tensor]) -> SampleSums:
-        """Adds products of rows, whose samples are sorted by group, in cache-sized chunks; returns sums per sample for the rest."""
+        """Adds products of rows, group by group, in cache-sized chunks; returns the sums of each sample for the rest."""
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
         by_slice = bool(self.products or self.patches)
+        order = sorting(group) if by_slice else None
+        if order is not None:
+            group, hashes, label = group[order], hashes[order], {k: t[order.to(t.device)] for k, t in label.items()}
         draws = self.plan.positions and self.products
-        drawn = draw(hashes, rows.keep, rows.raw.shape[2], self.plan.positions, self.seed) if draws else None  # type: ignore[arg-type]
+        keep = rows.keep if order is None or rows.keep is None else rows.keep[order]
+        drawn = draw(hashes, keep, rows.raw.shape[2], self.plan.positions, self.seed) if draws else None  # type: ignore[arg-type]
         only_entries = not self.tables and not self.products and not self.needs_means
         with exact_products():
             for first, last, slices in chunks_of(group_slices(group, longest) if by_slice else [], len(rows), step):
-                part = rows.take(first, last)
+                part = rows.take(first, last) if order is None else rows.index(order[first:last])
                 if self.entries:
                     self._buffer_patches(part, group[first:last], {k: t[first:last] for k, t in label.items()}, only_entries)
                 for g, a, b in slices if self.patches else ():
@@ -179,7 +186,8 @@ class Collector:
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
                 for g, a, b in slices if self.products else ():
                     self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
-        return SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
+        sums = SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
+        return sums if order is None or not parts else sums.map(lambda t: t[order.argsort().to(t.device)])
 
     def _buffer_patches(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
         """Buffers the sums over a convolution's patches, per sample."""
@@ -274,9 +282,11 @@ class WeightCollector(Collector):
 
     def see(self, captured: Any, batch: Batch) -> None:
         """Adds the input, output and gradient of one batch."""
-        for g, a, b in group_slices(batch.group):
-            keep = None if batch.mask is None else batch.mask[a:b].flatten()
-            x, y, gradient = (t[a:b] for t in captured)
+        mask = batch.mask_at(side_of(self.site.layer, self.site.port))
+        for g in batch.group.unique().tolist():
+            samples = (batch.group == g).nonzero()[:, 0].to(captured[0].device)
+            keep = None if mask is None else mask[samples].flatten()
+            x, y, gradient = (t[samples] for t in captured)
             for need in self.sums:
                 self.put(need, g, weight_sums(self.site.layer, x, y, gradient, keep))
 

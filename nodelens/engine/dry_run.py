@@ -1,7 +1,7 @@
 """The dry run: one forward pass of two samples, which finds shapes and costs before the real pass."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nodelens.network.batch import Batch, logits_of
+from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import Routed
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
+from nodelens.network.objective import BY_VALUE, Objective
 
 from .members import Members
 
@@ -57,9 +58,11 @@ class DryRun:
     seen: dict[str, Seen]  # by str(site)
     flops: int  # of the forward pass, per sample
     classes: int  # width of the logits
-    tokens: bool = False  # whether each token has its own logits
+    tokens: bool = False  # whether each token has its own prediction
     samples: int = 2  # in the batch that the two were taken from
     norms: dict[str, Layer] = field(default_factory=dict)  # by layer: the batch norm that reads its output
+    task: str = ""
+    refusal: str = ""  # why the predictions cannot be read from the output
 
     @classmethod
     def of_weights(cls, layers: Iterable[Layer]) -> "DryRun":
@@ -68,8 +71,9 @@ class DryRun:
         return cls({f"{name}.output": Seen(n, 1, True, 1, 4 * n) for name, n in widths}, 0, 0)
 
     @classmethod
-    def of(cls, model: nn.Module, layers: Iterable[Layer], batch: Batch) -> "DryRun":
+    def of(cls, model: nn.Module, layers: Iterable[Layer], batch: Batch, objective: Objective | None = None) -> "DryRun":
         """Runs the first two samples of a batch. Raises ValueError, with the input's shape, if the model cannot take them."""
+        objective = objective or Objective.of(model)
         captured: dict[Site, list[tuple[Any, int]]] = {}
         layers, samples = list(layers), len(batch)
         batch_norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
@@ -80,14 +84,72 @@ class DryRun:
         capture.gate = True
         with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter:
             try:
-                logits = logits_of(batch.run(model))
+                output = batch.run(model)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(_cannot_run_message(model, batch, error)) from error
-        seen = {str(site): _seen(site, captured[site], len(batch), logits) for site in sites if site in captured}
+        _check_samples(model, batch, {site: each[0][0] for site, each in captured.items() if site.port == "output"})
+        answer, aligned, refusal = _predictions(objective, output, batch)
+        seen = {str(site): _seen(site, captured[site], len(batch), answer) for site in sites if site in captured}
         read = {identity(captured[site][0][0]): site.layer for site in readers if site in captured}
         outputs = [site for site in sites if site in captured and site.port == "output"]
         norms = {site.layer.name: norm for site in outputs if (norm := read.get(identity(captured[site][0][0]))) is not None}
-        return cls(seen, counter.get_total_flops() // len(batch), logits.shape[-1], logits.ndim == 3, samples, norms)
+        classes, tokens = (
+            (0, False) if aligned is None else (aligned.shape[-1], aligned.ndim == 3 and objective.task not in BY_VALUE)
+        )
+        return cls(seen, counter.get_total_flops() // len(batch), classes, tokens, samples, norms, objective.task, refusal)
+
+
+def _check_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]) -> None:
+    """Raises ValueError where the first axis of a layer is not the samples: one sample less has to show half of it.
+
+    The model runs again only where this is in doubt: samples share their axis with windows or frames, or a module takes time on
+    the first axis and samples on the second. If such a module shows samples first, the data have them on the axis of time.
+    """
+    time_first = [Layer(name, m) for name, m in model.named_modules() if getattr(m, "batch_first", True) is False]
+    shown = {site: tensor.shape for site, tensor in captured.items() if isinstance(tensor, Tensor) and tensor.ndim}
+    if len(batch) < 2 or not (time_first or any(shape[0] != 2 for shape in shown.values())):
+        return
+    again = _shapes_of_one(model, batch, [*shown, *(Site(layer, "output") for layer in time_first)])
+    way_out = "give data and modules with samples first (batch_first=True)"
+    for site, shape in shown.items():
+        if site in again and shape[0] != 2 * again[site][0]:
+            one, two = tuple(again[site]), tuple(shape)
+            raise ValueError(
+                f"layer {site.layer.name!r} puts out {one} for one sample and {two} for two: its first axis is not the samples; "
+                f"{way_out}, or leave it out (layers=)"
+            )
+    for site in again.keys() - shown.keys():
+        if len(again[site]) == 3 and again[site][0] == 1:
+            raise ValueError(
+                f"{site.layer.name!r} takes time first and samples second (batch_first=False), "
+                f"but the first axis of the data is its time: {way_out}"
+            )
+
+
+def _shapes_of_one(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:
+    """The shapes at sites for the first sample alone."""
+    found: dict[Site, torch.Size] = {}
+
+    def see(site: Site, tensor: Any) -> None:
+        found.setdefault(site, tensor.shape)
+
+    capture = Capture(sites, see)
+    capture.gate = True
+    with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture:
+        batch.head(1).map(torch.clone).run(model)
+    return found
+
+
+def _predictions(objective: Objective, output: Any, batch: Batch) -> tuple[Tensor | None, Tensor | None, str]:
+    """The predictions as the model returns them, with classes last, and why they cannot be read."""
+    try:
+        answer = objective.answer(output)
+    except ValueError as error:
+        return None, None, str(error)
+    try:
+        return answer, objective.aligned(answer, batch.labels), ""
+    except ValueError as error:
+        return answer, None, str(error)
 
 
 def with_groups(dry_run: DryRun, members: Members) -> DryRun:
@@ -105,7 +167,7 @@ def with_groups(dry_run: DryRun, members: Members) -> DryRun:
     return replace(dry_run, seen=seen)
 
 
-def _seen(site: Site, captures: list[tuple[Any, int]], samples: int, logits: Tensor) -> Seen:
+def _seen(site: Site, captures: list[tuple[Any, int]], samples: int, answer: Tensor | None) -> Seen:
     tensor, version = captures[0]
     rows = site.layer.rows(tensor, samples)
     _, width, positions = rows.raw.shape
@@ -118,7 +180,7 @@ def _seen(site: Site, captures: list[tuple[Any, int]], samples: int, logits: Ten
         len(captures),
         tensor.nbytes // samples,
         tensor._version != version,
-        identity(tensor) == identity(logits),
+        answer is not None and identity(tensor) == identity(answer),
         rows.grid,
     )
 

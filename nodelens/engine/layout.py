@@ -14,6 +14,7 @@ from nodelens.metrics.need import Other, Target, Units
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
+from nodelens.network.objective import BY_VALUE
 from nodelens.network.targets import is_per_token, resolve_auto
 from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
 from nodelens.statistics.weight_sums import WeightSums
@@ -147,7 +148,7 @@ class PassLayout:
         elif token_target is not None:
             view, target = "tokens", token_target
         elif target is not None:
-            target = resolve_auto(target, tokens=False)  # type: ignore[arg-type]
+            target = resolve_auto(target, tokens=False, classes=self.dry_run.task not in BY_VALUE)  # type: ignore[arg-type]
         port = "output" if need.port in ("next", "projection") else need.port
         return owner, self._merge_views(owner, need._replace(port=port, view=view, target=target))
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from nodelens.messages import nearest
-from nodelens.network.targets import Loss, summed_loss
+from nodelens.network.objective import Loss
+from nodelens.network.outputs import Output
 
 from .covariance import LIMIT
 from .layout import Reduce
@@ -21,7 +22,10 @@ class AnalyzeOptions:
     precision:  of products, float32 or float64; float64 rows stay float64
     pairs:      layer pairs that edge metrics compare: consecutive, all, or a list of name pairs
     bias:       whether to add a column ``<metric>_bias``, the jackknife's estimate; nothing is subtracted
-    loss:       function of (logits, labels), summed over the batch
+    task:       what the model predicts: classification, multilabel, regression, token_classification, masked_lm, causal_lm, seq2seq
+                or none. None: told by the model's class and the labels
+    output:     which part of the model's output holds its predictions: a name, an index or a function. None: the only one
+    loss:       function of (predictions, labels), summed over the batch. None: that of the task
     reduce:     combines the values of a pruning group's unit at several places: sum, mean, max, prod, first
     covariance: for layers of more than ``width`` units of which a metric needs products: diagonal, sample:<count> or
                 sketch:<count>, as in ``nodelens.engine.covariance``. None: an error that lists the choices
@@ -37,7 +41,9 @@ class AnalyzeOptions:
     precision: str = "float32"
     pairs: str | Sequence[Sequence[str]] = "consecutive"
     bias: bool = False
-    loss: Loss = summed_loss
+    task: str | None = None
+    output: Output = None
+    loss: Loss | None = None
     reduce: Reduce = "sum"
     covariance: str | None = None
     width: int = LIMIT

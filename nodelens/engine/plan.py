@@ -72,6 +72,8 @@ class Plan(PassLayout):
             for need in metric.needs().values() if dry_run.tokens else ():
                 check_token_target(name, need.target, dry_run.classes, plan.per_token)  # type: ignore[arg-type]
         check_width(plan)
+        if dry_run.refusal and (plan.reads_predictions or plan.gradients):
+            raise ValueError(dry_run.refusal)
         return plan
 
     def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
@@ -118,6 +120,12 @@ class Plan(PassLayout):
         """Targets with one value per sample, computed from logits and labels."""
         every = {need.target for layer in self.every_layer for need in self.needs(layer) if need.target and need.view != "tokens"}
         return {target for target in every if not isinstance(target, Other)}
+
+    @property
+    def reads_predictions(self) -> bool:
+        """Whether anything is computed from the model's predictions."""
+        by_token = any(need.view == "tokens" for layer in self.every_layer for need in self.needs(layer))
+        return by_token or self.members.model is not None or bool(self.targets - {"label", "given"})
 
     @property
     def gradients(self) -> bool:

@@ -1,4 +1,4 @@
-"""Accuracy, loss and calibration of a classifier or language model, from sums over batches and processes."""
+"""Accuracy, loss and calibration of a model, from sums over batches and processes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,41 +6,112 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
-from nodelens.network.batch import Batch, logits_of
-from nodelens.network.eval_mode import eval_mode
-from nodelens.network.targets import IGNORE, predictions
+from nodelens.engine.driver import Driver, device_of, opened
+from nodelens.network.batch import IGNORE, Batch
+from nodelens.network.objective import BY_VALUE, Loss, Objective
+from nodelens.network.outputs import Output
 from nodelens.statistics.processes import reduce_tensor
 
 _BINS = 15
 _CHUNK = 1 << 22  # logits in float64 at a time: 32 MB
 
 
-def evaluate(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
-    """Accuracy (share), loss (cross-entropy in nats per sample), ece (15 equal bins, l1) and samples, over all processes.
+def evaluate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    task: str | None = None,
+    output: Output = None,
+    loss: Loss | None = None,
+) -> dict[str, float]:
+    """Scores of a model over the data of all processes: loss and samples, and accuracy where there is something to be right about.
 
-    With one label per token, accuracy, loss and ece are averages over predicted tokens, whatever their batch or process. There are
-    also tokens (number of predicted tokens), perplexity exp(loss), the standard errors accuracy_se and loss_se over samples
+    task, output, loss: as in ``AnalyzeOptions``
+
+    classes:    accuracy (share), loss (cross-entropy in nats per sample), ece (15 equal bins, l1)
+    multilabel: accuracy (share of labels on the right side of 0), loss (binary cross-entropy in nats, average over labels)
+    regression: loss (mean squared error, average over outputs)
+    none:       loss (the one given, per sample)
+
+    With one label per token or position, accuracy, loss and ece are averages over predictions, whatever their batch or process.
+    There are also tokens (number of predictions), perplexity exp(loss), the standard errors accuracy_se and loss_se over samples
     (tokens of one text are not independent), and bits_per_byte, total nats / ln 2 / bytes, if batches carry the number of bytes of
-    their predicted tokens.
+    their predicted tokens. A given ``loss`` replaces the task's, as its sum divided by the number of predictions.
 
     Raises ValueError for data without labels, without samples, or with nothing to predict.
     """
+    objective, data = opened(model, data, Objective.of(model, output, task, loss))
+    scores = _Classes(objective) if objective.task not in (*BY_VALUE, "none") else _Values(objective)
+    Driver(model, objective).run(data, scores)
     device = device_of(model)
-    sums = {"bins": (3, _BINS), "totals": (3,), "products": (3, 3), "texts": (1,), "bytes": (1,)}
-    found = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sums.items()}
-    with eval_mode(model), torch.no_grad():
-        for batch in data:
-            batch = Batch.of(batch).to(device)
-            if batch.labels is None:
-                raise ValueError("accuracy needs labels: give (x, y) batches")
-            bins, table = _scored(*predictions(logits_of(batch.run(model)), batch.labels))
-            found["bins"] += bins
-            found["totals"] += table.sum(0)
-            found["products"] += table.T @ table
-            found["texts"] += len(batch) * (batch.labels.ndim == 2)
-            found["bytes"] += torch.nan if batch.bytes is None else float(batch.bytes.sum())
-    return _scores({name: reduce_tensor(sum_.to(device)).cpu() for name, sum_ in found.items()})
+    return scores.scores({name: reduce_tensor(total.to(device)).cpu() for name, total in scores.sums.items()})
+
+
+class _Values:
+    """Sums of the loss of each sample, and of the labels that are right."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.sums = {"loss": torch.zeros(2, dtype=torch.float64), "right": torch.zeros(2, dtype=torch.float64)}
+
+    def begin(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def end(self, predictions: Tensor | None) -> None:
+        assert predictions is not None
+        if self.objective.task == "none":
+            total, samples = self.objective.summed(predictions, self.batch.labels), len(self.batch)
+            self.sums["loss"] += torch.tensor([float(total), samples], dtype=torch.float64)
+            return
+        z, y = self.objective.values(predictions, self.batch.labels)
+        known = y.isfinite() & ((y != IGNORE) | (self.objective.task == "regression"))
+        each = self.objective.by_sample(predictions.double(), self.batch.labels)
+        total = each.sum() if self.objective.loss is None else self.objective.summed(predictions, self.batch.labels)
+        self.sums["loss"] += torch.stack([total.cpu().double(), known.flatten(1).any(1).sum().cpu().double()])
+        right = ((z > 0) == (y > 0.5)) & known
+        self.sums["right"] += torch.stack([right.sum(), known.sum()]).cpu()
+
+    def scores(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        loss, samples = sums["loss"].tolist()
+        if not samples:
+            raise ValueError("the data are empty: nothing to evaluate")
+        found = {"loss": loss / samples, "samples": int(samples)}
+        right, known = sums["right"].tolist()
+        return {"accuracy": right / known, **found} if self.objective.task == "multilabel" else found
+
+
+class _Classes:
+    """Sums of correct predictions, nats and calibration bins."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        shapes = {"bins": (3, _BINS), "totals": (3,), "products": (3, 3), "texts": (1,), "bytes": (1,), "given": (1,)}
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def begin(self, batch: Batch) -> None:
+        if batch.labels is None:
+            raise ValueError("accuracy needs labels: give (x, y) batches")
+        self.batch = batch
+
+    def end(self, predictions: Tensor | None) -> None:
+        assert predictions is not None
+        batch, sums = self.batch, self.sums
+        z, y = self.objective.predictions(predictions, batch.labels)
+        bins, table = _scored(z, y)
+        sums["bins"] += bins
+        sums["totals"] += table.sum(0)
+        sums["products"] += table.T @ table
+        sums["texts"] += len(batch) * (y.ndim == 2)
+        sums["bytes"] += torch.nan if batch.bytes is None else float(batch.bytes.sum())
+        if self.objective.loss is not None:
+            sums["given"] += float(self.objective.summed(predictions, batch.labels))
+
+    def scores(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        found = _scores(sums)
+        if self.objective.loss is None:
+            return found
+        given = float(sums["given"]) / float(sums["totals"][0])
+        return {k: v for k, v in found.items() if k not in ("perplexity", "bits_per_byte", "loss_se")} | {"loss": given}
 
 
 def _scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from nodelens.network.batch import Batch, logits_of
+from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import differentiable
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import GroupSlice
+from nodelens.network.objective import Objective
 from nodelens.statistics.processes import reduce_tensor
 from nodelens.statistics.rows import Rows
 
@@ -70,7 +71,7 @@ class ModelSums:
     def see(self, layer: GroupLayer, rows: Rows) -> None:
         """Receives rows of a group."""
 
-    def end(self, logits: Tensor | None, loss: Any) -> None:
+    def end(self, logits: Tensor | None, objective: Objective) -> None:
         """Ends the batch, without recording a graph; logits are None where the model did not run."""
 
     def again(self) -> None:
@@ -124,7 +125,7 @@ class WeightGradients(_TensorSums):
         super().__init__(model, groups, *roles)
         self.parameters = list(self.tensors.values())
 
-    def end(self, logits: Tensor | None, loss: Any) -> None:
+    def end(self, logits: Tensor | None, objective: Objective) -> None:
         for name, tensor in self.tensors.items():
             if tensor.grad is not None:
                 self.totals[name] += tensor.grad
@@ -142,30 +143,30 @@ class SampleGradients(_TensorSums):
         self.step = max(1, CHUNK // max(1, sum(t.numel() for t in self.tensors.values())))
         self.together = self.step > 1
 
-    def end(self, logits: Tensor | None, loss: Any) -> None:
+    def end(self, logits: Tensor | None, objective: Objective) -> None:
         assert logits is not None
         with torch.enable_grad():
             z = logits.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(loss(z, self.batch.labels), z)
+            (slope,) = torch.autograd.grad(objective.summed(z, self.batch.labels), z)
         for first in range(0, len(self.batch), self.step):
-            self._add(_part(self.batch, first, self.step), slope[first : first + self.step])
+            self._add(_part(self.batch, first, self.step), slope[first : first + self.step], objective)
 
-    def _add(self, batch: Batch, slope: Tensor) -> None:
+    def _add(self, batch: Batch, slope: Tensor, objective: Objective) -> None:
         if self.together and len(batch) > 1:
             try:
-                together = self._at_once(batch, slope)
+                together = self._at_once(batch, slope, objective)
             except _UNFIT:
                 self.together = False
             else:
                 for name, several in together.items():
                     self.totals[name] += several.double().square().sum(0)
                 return
-        for gradients in self._one_by_one(batch, slope):
+        for gradients in self._one_by_one(batch, slope, objective):
             for name, gradient in zip(self.tensors, gradients, strict=True):
                 if gradient is not None:
                     self.totals[name] += gradient.double().square()
 
-    def _at_once(self, batch: Batch, slope: Tensor) -> dict[str, Tensor]:
+    def _at_once(self, batch: Batch, slope: Tensor, objective: Objective) -> dict[str, Tensor]:
         """{name: gradients (samples, *shape of the tensor)}."""
 
         def dim(value: object) -> int | None:
@@ -176,7 +177,7 @@ class SampleGradients(_TensorSums):
         def linear(tensors: dict[str, Tensor], args: tuple, kwargs: dict, slope: Tensor) -> Tensor:
             args = tuple(v if d is None else v[None] for v, d in zip(args, dims[1], strict=True))
             kwargs = {k: v if dims[2][k] is None else v[None] for k, v in kwargs.items()}
-            return (logits_of(torch.func.functional_call(self.model, tensors, args, kwargs))[0] * slope).sum()
+            return (objective.answer(torch.func.functional_call(self.model, tensors, args, kwargs))[0] * slope).sum()
 
         tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
         every = torch.func.vmap(torch.func.grad(linear), in_dims=dims)
@@ -184,11 +185,11 @@ class SampleGradients(_TensorSums):
             warnings.filterwarnings("ignore", "There is a performance drop")  # vmap loops over some operations: correct but slow
             return every(tensors, batch.args, batch.kwargs, slope)
 
-    def _one_by_one(self, batch: Batch, slope: Tensor) -> Iterator[Sequence[Tensor | None]]:
+    def _one_by_one(self, batch: Batch, slope: Tensor, objective: Objective) -> Iterator[Sequence[Tensor | None]]:
         tensors = list(self.tensors.values())
         for k in range(len(batch)):
             with differentiable(tensors), torch.enable_grad():
-                logits = logits_of(_part(batch, k, 1).run(self.model))
+                logits = objective.run(self.model, _part(batch, k, 1))
                 yield torch.autograd.grad((logits * slope[k : k + 1]).sum(), tensors, allow_unused=True)
 
 
@@ -208,10 +209,10 @@ class MovementSums(ModelSums):
     def times(cls, *options: Any) -> int:
         return int(options[1])
 
-    def end(self, logits: Tensor | None, loss: Any) -> None:
+    def end(self, logits: Tensor | None, objective: Objective) -> None:
         batch = self.batch
         with torch.enable_grad():
-            total = loss(logits_of(batch.run(self.copy)), batch.labels) / int(batch.tokens.sum().clamp_min(1))
+            total = objective.summed(objective.run(self.copy, batch), batch.labels) / int(batch.predicted.sum().clamp_min(1))
             gradients = torch.autograd.grad(total, self.trained, allow_unused=True)
         steps = {id(p): g for p, g in zip(self.trained, gradients, strict=True) if g is not None}
         for group in self.groups:
@@ -257,7 +258,7 @@ class SupernodeProducts(ModelSums):
             q = rows.sample_totals().raw[:, :, 0].double()
             self.held[layer.name] = self.held.get(layer.name, 0) + q
 
-    def end(self, logits: Tensor | None, loss: Any) -> None:
+    def end(self, logits: Tensor | None, objective: Objective) -> None:
         for name, q in self.held.items():
             self._add(name, q)
 

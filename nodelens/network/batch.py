@@ -1,6 +1,6 @@
 """The Batch: inputs, labels, row mask, sample hashes and jackknife groups of one batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from nodelens.statistics.sample_hash import content_hashes, mix
 
-from .targets import IGNORE
-
+IGNORE = -100  # label of a token or sample without a target, as in cross_entropy
 _LABELS = ("labels", "label", "y")
 _IDS = ("ids", "sample_ids")
 
@@ -22,7 +21,10 @@ class Batch:
     Shapes: labels (B,) or (B, T) or None; targets (B,) or (B, t) or None, given by the user;
             mask (B, T) bool, true for tokens that count as rows, or None for all;
             hashes (B,) int64, the same for a sample in any batch, order or process; group (B,) int64 in [0, G);
-            bytes (B,) int64 or None, number of UTF-8 bytes of the predicted tokens of each sample
+            bytes (B,) int64 or None, number of UTF-8 bytes of the predicted tokens of each sample;
+            decoder_mask (B, T) bool or None, the mask of the rows in the decoder of an encoder-decoder;
+            decoder: the sites with one row per token of the decoder, as ``<module>.input`` or ``<module>.output``;
+            task: which labels are predicted, see ``Objective``; "" if the labels are not read
     """
 
     args: tuple[Any, ...]
@@ -33,13 +35,19 @@ class Batch:
     group: Tensor
     targets: Tensor | None = None
     bytes: Tensor | None = None
+    decoder_mask: Tensor | None = None
+    decoder: frozenset[str] = frozenset()
+    task: str = ""
 
     @classmethod
-    def of(cls, batch: Any, groups: int = 1, seed: int = 0) -> "Batch":
+    def of(
+        cls, batch: Any, groups: int = 1, seed: int = 0, task: str = "", shift: Callable[[Tensor], Tensor] | None = None
+    ) -> "Batch":
         """From a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
-        Token labels are aligned with the tokens. Labels of padding, and of tokens right after padding, are ignored, so padding
-        takes part in no loss. ``select`` (B, T) bool in a dict says which real tokens count as rows; it changes neither the
+        Token labels are aligned with the tokens. Labels of padding are ignored and, for a causal language model, also those of
+        tokens right after padding, so padding takes part in no loss. ``shift`` makes the inputs of a decoder from the labels,
+        if the batch has none. ``select`` (B, T) bool in a dict says which real tokens count as rows; it changes neither the
         loss nor the model's inputs. All other entries of a dict, except labels, targets, ids and bytes, are passed to the
         model, such as the position_ids that a model with absolute positions needs for texts padded on the left.
 
@@ -51,20 +59,33 @@ class Batch:
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
-        if isinstance(mask, Tensor) and labels is not None and labels.shape == mask.shape:
-            labels = labels.where(_follows_token(mask.bool()), IGNORE)
+        decoder_mask, labels = _decoder_mask(kwargs, labels, task, shift), _without_padding(labels, mask, task)
         hashes = _content_hashes(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
-        return cls(args, kwargs, labels, _row_mask(mask, select, first), hashes, mix(hashes, seed) % groups, targets, size)
+        rows, group = _row_mask(mask, select, first), mix(hashes, seed) % groups
+        return cls(args, kwargs, labels, rows, hashes, group, targets, size, decoder_mask, task=task)
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     @property
-    def tokens(self) -> Tensor:
-        """Predicted tokens of each sample, (B,): valid labels after the first; 1 for one class label per sample."""
-        if self.labels is None or self.labels.ndim < 2:
+    def predicted(self) -> Tensor:
+        """Number of predictions of each sample, (B,): the labels that count; 1 without labels that are classes."""
+        labels = self.labels
+        if labels is None or labels.is_floating_point() or self.task in ("multilabel", "regression", "none"):
             return torch.ones(len(self))
-        return (self.labels[:, 1:] != IGNORE).sum(1)
+        if labels.ndim < 2:
+            return torch.ones(len(self))
+        labels = labels[:, 1:] if self.task == "causal_lm" else labels
+        return (labels != IGNORE).flatten(1).sum(1)
+
+    @property
+    def predicting(self) -> Tensor | None:
+        """The mask of the rows from which labels are predicted: the decoder's in an encoder-decoder."""
+        return self.decoder_mask if self.task == "seq2seq" else self.mask
+
+    def mask_at(self, site: str) -> Tensor | None:
+        """The mask of the rows at a site: the decoder's where the site shows the decoder's tokens."""
+        return self.decoder_mask if site in self.decoder else self.mask
 
     def map(self, change: Any) -> "Batch":
         """The batch with a function applied to each tensor with one row per sample."""
@@ -82,12 +103,8 @@ class Batch:
             group=each(self.group),
             targets=each(self.targets),
             bytes=each(self.bytes),
+            decoder_mask=each(self.decoder_mask),
         )
-
-    def sorted(self) -> "Batch":
-        """The same samples sorted by group, so that the rows of a group are a slice and not a copy."""
-        order = torch.argsort(self.group, stable=True)
-        return self.map(lambda t: t[order.to(t.device)])
 
     def head(self, samples: int) -> "Batch":
         """The first samples only."""
@@ -108,17 +125,6 @@ class Batch:
         return ", ".join(
             f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in named.items() if isinstance(v, Tensor)
         )
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of a model output: the tensor itself, its field ``logits``, or its first floating-point tensor.
-
-    Raises ValueError if there is none.
-    """
-    found = tensor_of(output)
-    if found is None:
-        raise ValueError(f"the model returned {type(output).__name__} without a floating-point tensor to use as logits")
-    return found
 
 
 def tensor_of(value: Any) -> Tensor | None:
@@ -153,6 +159,27 @@ def _row_mask(mask: Tensor | None, select: Tensor | None, first: Tensor) -> Tens
     if select.shape != shape:
         raise ValueError(f"select is {tuple(select.shape)}, but the tokens are {tuple(shape)}: give one bool per token")
     return select.bool() if mask is None else mask.bool() & select.to(mask.device).bool()
+
+
+def _without_padding(labels: Tensor | None, mask: Any, task: str) -> Tensor | None:
+    """Labels of one token each, with IGNORE where there is no prediction of it: at padding and, for next tokens, right after it."""
+    by_token = task in ("causal_lm", "token_classification", "masked_lm", "classification")
+    if labels is None or not by_token or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+        return labels
+    return labels.where(_follows_token(mask.bool()) if task == "causal_lm" else mask.bool(), IGNORE)
+
+
+def _decoder_mask(
+    kwargs: dict[str, Any], labels: Tensor | None, task: str, shift: Callable[[Tensor], Tensor] | None
+) -> Tensor | None:
+    """The mask of the decoder's rows; adds the decoder's inputs if only the labels are given."""
+    given = kwargs.get("decoder_attention_mask")
+    if task != "seq2seq":
+        return given if given is None else given.bool()
+    if shift is not None and labels is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & kwargs.keys():
+        kwargs["decoder_input_ids"] = shift(labels)
+        given = labels != IGNORE if given is None else given
+    return None if given is None else given.bool()
 
 
 def _follows_token(mask: Tensor) -> Tensor:

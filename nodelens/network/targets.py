@@ -1,4 +1,4 @@
-"""Paired targets, one per sample or per token: the label, or a scalar computed from the logits; and the loss."""
+"""Paired targets, one per sample or per token: the label, or a scalar computed from the logits."""
 
 from collections.abc import Callable, Collection
 from importlib import import_module
@@ -6,18 +6,21 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-Loss = Callable[[Tensor, Tensor | None], Tensor]
-IGNORE = -100  # label of a token or sample without a target, as in cross_entropy
+from .batch import IGNORE
+from .objective import BY_VALUE, Objective
+
 NAMES = ("label", "logit_margin", "correct_logit", "logits", "logit_pc1", "nll", "loss", "given", "auto")
 TOKEN_CLASSES = 1024  # largest vocabulary whose tokens serve as classes, or whose logits as a target, of each token
 _CHUNK = 1 << 22  # logits converted to float64 at once: 32 MB
+_CLASSES, _NEXT_TOKENS = Objective("classification"), Objective("causal_lm")
 
 
-def resolve_auto(name: str | Callable[..., Tensor], tokens: bool) -> str | Callable[..., Tensor]:
-    """The target with ``auto`` replaced: nll if each token has logits, otherwise logit_margin."""
+def resolve_auto(name: str | Callable[..., Tensor], tokens: bool, classes: bool = True) -> str | Callable[..., Tensor]:
+    """The target with ``auto`` replaced: nll if each token has logits, otherwise logit_margin, or loss if there are no classes."""
     if not isinstance(name, str) or "." in name:
         return name
-    return "+".join(("nll" if tokens else "logit_margin") if part == "auto" else part for part in name.split("+"))
+    default = "nll" if tokens else "logit_margin" if classes else "loss"
+    return "+".join(default if part == "auto" else part for part in name.split("+"))
 
 
 def is_per_token(name: str | Callable[..., Tensor] | None, per_token: Collection[str]) -> bool:
@@ -44,19 +47,24 @@ def check_token_target(metric: str, name: str | Callable[..., Tensor] | None, cl
 
 
 def target_of(
-    name: str | Callable[..., Tensor], logits: Tensor | None, labels: Tensor | None, given: Tensor | None = None
+    name: str | Callable[..., Tensor],
+    logits: Tensor | None,
+    labels: Tensor | None,
+    given: Tensor | None = None,
+    objective: Objective = _CLASSES,
 ) -> Tensor:
     """One target per sample, (B,) or (B, t), from ``logits`` (B, K); NaN for a sample without a label.
 
-    label, logit_margin z_y - max_{k != y} z_k, correct_logit z_y, logits, nll or loss (cross-entropy), given, auto (the
-    margin); or a function of (logits, labels), or its dotted name. Names joined by + give one column each.
-    Raises ValueError if logits, labels or given targets are missing, or a function returns another shape.
+    label, logit_margin z_y - max_{k != y} z_k, correct_logit z_y, logits, nll or loss (of the objective's task), given, auto (the
+    margin; the loss for tasks without classes); or a function of (logits, labels), or its dotted name. Names joined by + give one
+    column each. Raises ValueError if logits, labels or given targets are missing, a function returns another shape, or the task
+    has no classes.
     """
-    name = resolve_auto(name, tokens=False)
+    name = resolve_auto(name, tokens=False, classes=objective.task not in BY_VALUE)
     if callable(name) or "." in name:
         return _user_target(name, logits, labels)
     if "+" in name:
-        parts = [target_of(part, logits, labels, given) for part in name.split("+")]
+        parts = [target_of(part, logits, labels, given, objective) for part in name.split("+")]
         return torch.cat([p.double().reshape(len(p), -1) for p in parts], 1)
     if name == "given":
         return _require(name, "a target in the batch", given)
@@ -65,29 +73,45 @@ def target_of(
     if name not in NAMES or name == "logit_pc1":  # a principal axis over all samples
         raise ValueError(f"no target is called {name!r}; choose from {', '.join(n for n in NAMES if n != 'logit_pc1')}")
     z = _require(name, "logits", logits)
+    if objective.task in BY_VALUE:
+        return _value_target(name, z, _require(name, "labels", labels), objective)
     if z.ndim != 2:
         raise ValueError(f"target {name!r} needs logits (samples, classes), but the model gives {tuple(z.shape)}")
     return z.double() if name == "logits" else _label_target(name, z, _require(name, "labels", labels))
 
 
-def token_target(name: str | Callable[..., Tensor], logits: Tensor, labels: Tensor | None, given: Tensor | None = None) -> Tensor:
+def _value_target(name: str, z: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """A target of a task without classes: its loss, or all outputs."""
+    if name not in ("nll", "loss", "logits"):
+        raise ValueError(f"target {name!r} is of classes, and task {objective.task} has none: choose loss, logits, label or given")
+    return z.double().flatten(1) if name == "logits" else objective.by_sample(z.double(), labels)
+
+
+def token_target(
+    name: str | Callable[..., Tensor],
+    logits: Tensor,
+    labels: Tensor | None,
+    given: Tensor | None = None,
+    objective: Objective = _NEXT_TOKENS,
+) -> Tensor:
     """Targets of each token, (B, T, t) float64, from ``logits`` (B, T, V); NaN for a token without a target.
 
-    Targets of a label are those of the next token: label (its id), logit_margin, correct_logit, and nll or loss, -ln p; the last
-    token has none. logits, given and the result of a function of (logits, labels (B, T)), (B, T) or (B, T, t), belong to the
-    token itself. Raises ValueError if logits, labels or given targets are missing, or are not one per token.
+    Targets of a label are label (its id), logit_margin, correct_logit, and nll or loss, -ln p. For a causal language model it is
+    the next token's, and the last token has none. logits, given and the result of a function of (logits, labels (B, T)), (B, T) or
+    (B, T, t), belong to the token itself. Raises ValueError if logits, labels or given targets are missing, or are not one per
+    token.
     """
     if logits.ndim != 3:
         raise ValueError(f"target {name!r} of a token needs logits (B, T, V), but the model gives {tuple(logits.shape)}")
     name = resolve_auto(name, tokens=True)
     if isinstance(name, str) and "+" in name:
-        return torch.cat([token_target(part, logits, labels, given) for part in name.split("+")], 2)
+        return torch.cat([token_target(part, logits, labels, given, objective) for part in name.split("+")], 2)
     if callable(name) or "." in name:
         value = _user_target(name, logits, labels, "tokens")
     elif name in ("given", "logits"):
         value = logits if name == "logits" else _require(name, "a target in the batch", given)
     elif name in NAMES and name != "logit_pc1":
-        value = _next_token_target(name, logits, _require(name, "labels", labels))
+        value = _predicted_target(name, logits, _require(name, "labels", labels), objective)
     else:
         raise ValueError(f"no target is called {name!r}; choose from {', '.join(n for n in NAMES if n != 'logit_pc1')}")
     if value.shape[:2] != logits.shape[:2] or value.ndim not in (2, 3):
@@ -98,9 +122,9 @@ def token_target(name: str | Callable[..., Tensor], logits: Tensor, labels: Tens
     return (value[:, :, None] if value.ndim == 2 else value).double()
 
 
-def _next_token_target(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """A target of the next token, (B, T) float64, computed in chunks to save memory."""
-    z, y = predictions(logits, labels)
+def _predicted_target(name: str, logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """A target of the label that each token predicts, (B, T) float64, computed in chunks to save memory."""
+    z, y = objective.predictions(logits, labels)
     value = torch.full(logits.shape[:2], torch.nan, dtype=torch.float64, device=logits.device)
     for place in (y != IGNORE).nonzero().split(max(1, _CHUNK // z.shape[-1])):
         at = place.unbind(1)
@@ -146,32 +170,6 @@ def logit_pc1(logits: Tensor) -> Tensor:
     """Centred logits (n, K) projected on their first principal axis, (n,); the sign is arbitrary."""
     centred = logits.double() - logits.double().mean(0)
     return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[0]
-
-
-def predictions(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits (..., K) and the labels (...) that they predict, IGNORE for labels that do not count.
-
-    (B, K) and (B,) are returned unchanged; (B, T, V) and (B, T) are shifted, so that each token predicts the next one.
-    Raises ValueError for other shapes, and for labels outside the classes of the model.
-    """
-    y = _require("loss", "labels", labels)
-    if logits.ndim == 3 and y.ndim == 2:
-        logits, y = logits[:, :-1], y[:, 1:]
-    if logits.shape[:-1] != y.shape or logits.ndim not in (2, 3) or y.is_floating_point():
-        raise ValueError(
-            f"cross-entropy needs logits (B, K) and class labels (B,), not {tuple(logits.shape)} and "
-            f"{tuple(y.shape)} {y.dtype}; give loss=, a function of (logits, labels) that sums over the batch"
-        )
-    valid = y[y != IGNORE]
-    if len(valid) and (int(valid.max()) >= logits.shape[-1] or int(valid.min()) < 0):
-        raise ValueError(f"the model has {logits.shape[-1]} classes, but labels run from {int(valid.min())} to {int(valid.max())}")
-    return logits, y
-
-
-def summed_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Cross-entropy in nats, summed over valid labels, of (B, K) and (B,), or of (B, T, V) and (B, T) for the next token."""
-    z, y = predictions(logits, labels)
-    return nn.functional.cross_entropy(z.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def _require(name: str, what: str, value: Tensor | None) -> Tensor:

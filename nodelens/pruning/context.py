@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import device_of
 from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroup, PruningGroups
-from nodelens.network.targets import summed_loss
+from nodelens.network.objective import Objective
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import Reduce, columns_of, score_table
 from nodelens.pruning.groups.find import find_groups
@@ -37,7 +37,7 @@ class PruningContext:
     all_data: Iterable[Any] | None = None  # the batches of all processes, where data are one process's share
     seed: int = 0
     reduce: Reduce = "sum"
-    loss: Any = summed_loss
+    objective: Objective = field(default_factory=Objective)
     columns: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
     options: Mapping[str, Any] = field(default_factory=dict)  # options of nl.analyze
@@ -65,7 +65,8 @@ class PruningContext:
     def table(self, criteria: Iterable[Criterion]) -> pd.DataFrame:
         """Measures the columns that the criteria read, one row per unit."""
         columns = columns_of(criteria, self.columns)
-        keywords = {"reduce": self.reduce, "seed": self.seed, "loss": self.loss, "progress": self.progress, **self.options}
+        keywords: dict[str, Any] = {"reduce": self.reduce, "seed": self.seed, "progress": self.progress}
+        keywords |= {k: getattr(self.objective, k) or None for k in ("task", "output", "loss")} | dict(self.options)
         return score_table(self.model, self.groups, columns, self.data, **keywords)
 
     def tables(self, criteria: Sequence[Criterion]) -> tuple[pd.DataFrame, dict[str, str]]:

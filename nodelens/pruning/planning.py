@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from nodelens.network.groups import PruningGroup, PruningGroups
-from nodelens.network.targets import Loss, summed_loss
+from nodelens.network.objective import Loss
+from nodelens.network.outputs import Output
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.densities import shapes_of_groups
 from nodelens.pruning.allocation.selection import Mode, NanPolicy, select
@@ -65,7 +66,7 @@ class PruningOptions:
     custom_groups, allow_approximate: further groups; whether groups over which a norm reduces are included
     apply:      slice (smaller tensors), mask (zeros), scale (removed units times ``gate``)
     reduce:     how the values at several places of a unit are combined
-    loss:       of (logits, labels), summed over the batch
+    task, output, loss: what the model predicts, where, and its loss, as in ``AnalyzeOptions``
     """
 
     criterion: Criterion = field(default_factory=lambda: Criterion.of("taylor"))
@@ -85,7 +86,9 @@ class PruningOptions:
     apply: Apply = "slice"
     gate: float = 0.0
     reduce: Reduce = "sum"
-    loss: Loss = summed_loss
+    task: str | None = None
+    output: Output = None
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if self.apply not in get_args(Apply):

@@ -11,8 +11,8 @@ import pandas as pd
 from torch import nn
 
 from nodelens.engine.options import AnalyzeOptions, check_kind, check_names
-from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroups
+from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.criteria.criterion import Criterion, Spec
 from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
@@ -153,7 +153,9 @@ def prune(
     given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
     batch = example_inputs if example_inputs is not None else None if data is None else next(iter(data), None)
-    batch = None if batch is None else Batch.of(batch, seed=asked.seed)
+    objective = Objective.of(model, asked.output, asked.task, asked.loss)
+    objective = objective if batch is None else objective.settled(model, batch)
+    batch = None if batch is None else objective.batch(batch, seed=asked.seed)
     context = PruningContext.of(
         model,
         batch,
@@ -164,7 +166,7 @@ def prune(
         custom_groups=asked.custom_groups,
         seed=asked.seed,
         reduce=asked.reduce,
-        loss=asked.loss,
+        objective=objective,
         options={name: value for name, value in named.items() if name not in of_pruning},
     )
     return carry_out(context, asked, None, asked.apply, finetune, asked.gate)

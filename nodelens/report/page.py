@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,19 @@ def _head(result: Result) -> str:
         ]
     lead.append(f"seed {m.get('seed')}")
     if found:
-        of = f"{100 * found['accuracy']:.2f} % on {found['samples']:,} samples of the split {found['split']}"
-        lead.append(
-            f"perplexity {found['perplexity']:.3f}, next-token accuracy {of}" if "perplexity" in found else f"accuracy {of}"
-        )
+        lead.append(_score(found))
     if not (m.get("weights") or {}).get("ckpt_path") and not (config.get("model") or {}).get("weights"):
         lead.append("no checkpoint was given")
     return f"<h1>nodelens {html.escape(str(config.get('task', '')))}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    """An evaluation in words: accuracy or, of a task without classes, the loss, and for texts the perplexity."""
+    on = f"on {found['samples']:,} samples of the split {found['split']}"
+    if "accuracy" not in found:
+        return f"loss {found['loss']:.4f} {on}"
+    accuracy = f"accuracy {100 * found['accuracy']:.2f} % {on}"
+    return f"perplexity {found['perplexity']:.3f}, next-token {accuracy}" if "perplexity" in found else accuracy
 
 
 def _section(title: str, parts: Iterable[str]) -> list[str]:

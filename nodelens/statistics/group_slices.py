@@ -14,6 +14,11 @@ def group_slices(group: Tensor, step: int = 1 << 60) -> list[tuple[int, int, int
     return [(g, a, min(a + step, end)) for g, n, end in spans for a in range(end - n, end, step)]
 
 
+def sorting(group: Tensor) -> Tensor | None:
+    """The order that sorts samples by group, stable; None if they are sorted."""
+    return None if bool((group.diff() >= 0).all()) else torch.argsort(group, stable=True)
+
+
 def chunks_of(slices: list[tuple[int, int, int]], samples: int, step: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
     """Neighbouring group slices merged into chunks of at most ``step`` samples, (first, end, slices); plain chunks if none."""
     if not slices:

@@ -57,7 +57,9 @@ class Rows:
 
     def index(self, samples: Tensor) -> "Rows":
         """The rows of some samples, as copies."""
-        return Rows(self.raw[samples], None if self.keep is None else self.keep[samples], self.shift, self.grid)
+        samples = samples.to(self.raw.device)
+        keep = None if self.keep is None else self.keep[samples]
+        return Rows(self.raw[samples], keep, self.shift, self.grid, self.shifted)
 
     def at(self, places: Tensor) -> "Rows":
         """The rows at some positions of each sample, places (samples, count) int64, as copies."""

@@ -18,10 +18,11 @@ from nodelens.engine.validation import in_bytes
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import Metric
 from nodelens.models import load_weights
-from nodelens.network.batch import Batch, logits_of
+from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
+from nodelens.network.objective import Objective
 from nodelens.results.files import write, write_json
 from nodelens.results.loggers import close, log_result, scalars
 from nodelens.results.result import Result
@@ -61,6 +62,7 @@ class Measure(Callback):
         self.taken: Pass | None = None
         self.result: Result | None = None
         self.logits: Tensor | None = None
+        self.objective: Objective | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
@@ -77,12 +79,14 @@ class Measure(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.on == "train" and self._due(trainer):
-            batch = Batch.of(batch, self.groups, self.seed)
+            if self.objective is None:
+                self.objective = Objective.of(pl_module.net).settled(pl_module.net, batch)  # type: ignore[arg-type]
+            batch = self.objective.batch(batch, self.groups, self.seed)
             if self.capture is None:
-                self._open(pl_module, batch)
+                self._open(pl_module, batch, self.objective)
             assert self.taken is not None
             assert self.capture is not None
-            self.capture.scale = _undo_scaling(trainer, int(batch.tokens.sum()))
+            self.capture.scale = _undo_scaling(trainer, int(batch.predicted.sum()))
             self.taken.begin(batch)
             self.capture.gate = True
 
@@ -140,7 +144,7 @@ class Measure(Callback):
     def _due(self, trainer: Trainer) -> bool:
         return not trainer.sanity_checking and trainer.current_epoch % self.every == 0
 
-    def _open(self, module: LightningModule, batch: Batch) -> None:
+    def _open(self, module: LightningModule, batch: Batch, objective: Objective) -> None:
         net: Any = module.net
         if alone := [name for name, metric in self.metrics.items() if of_groups_only(metric)]:
             raise ValueError(f"metric {alone[0]!r} is measured in a pass of its own: take on=probe, or leave it out")
@@ -149,7 +153,7 @@ class Measure(Callback):
             net,
             layers,
             self.metrics,
-            DryRun.of(net, layers, batch),
+            DryRun.of(net, layers, batch, objective),
             self.groups,
             self.positions,
             self.layers == "*",
@@ -158,13 +162,13 @@ class Measure(Callback):
             covariance=CovariancePolicy.of(self.covariance, self.width, self.seed),
         )
         check_bytes(self.plan, in_bytes(self.budget))
-        self.taken = Pass(self.plan, self.seed)
+        self.taken = Pass(self.plan, objective, self.seed)
         root = Site(Layer("", net), "output")
         self.capture = Capture([*self.plan.sites(), root], self._see, self.plan.overwritten).open()
 
     def _see(self, site: Site, tensor: Tensor) -> None:
         if site.layer.name == "":
-            self.logits = logits_of(tensor)
+            self.logits = tensor
         elif self.taken is not None:
             self.taken.see(site, tensor)
 

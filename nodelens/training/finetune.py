@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.network.batch import Batch, logits_of
-from nodelens.network.targets import summed_loss
+from nodelens.network.objective import Loss, Objective
+from nodelens.network.outputs import Output
 
 
 class Finetune:
@@ -23,7 +23,8 @@ class Finetune:
     train, val: batches in any form that ``nl.analyze`` takes. optimizer: called with the parameters; default: SGD with momentum 0.9
     and ``lr``, with cosine decay over the epochs. The loss is the mean of a batch. After every step removed units are set to zero
     again, so that momentum and weight decay cannot change them. After every epoch the model is evaluated on ``val``; the best
-    weights are kept, which may be those before training. seed: for the order of batches and dropout.
+    weights are kept, which may be those before training. seed: for the order of batches and dropout. task, output, loss: as in
+    ``AnalyzeOptions``.
     """
 
     def __init__(
@@ -34,12 +35,15 @@ class Finetune:
         lr: float = 0.01,
         optimizer: Callable[..., Optimizer] | None = None,
         seed: int = 0,
-        loss: Any = summed_loss,
+        task: str | None = None,
+        output: Output = None,
+        loss: Loss | None = None,
     ):
         if epochs < 1 or lr <= 0:
             raise ValueError(f"fine-tuning takes at least 1 epoch and a positive lr, not {epochs} and {lr}")
         self.train, self.val, self.epochs, self.lr = train, val, epochs, lr
-        self.optimizer, self.seed, self.loss = optimizer, seed, loss
+        self.optimizer, self.seed = optimizer, seed
+        self.task, self.output, self.loss = task, output, loss
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]:
         """Trains, and returns the validation scores before and after, and the epoch that was kept."""
@@ -68,6 +72,11 @@ class Finetune:
         return {"epochs": self.epochs, "best_epoch": module.best_epoch, "before": before, "after": module.best_score}
 
 
+def _rank(score: Mapping[str, float]) -> tuple[float, float]:
+    """Sorts scores: by accuracy where there is one, then by loss."""
+    return score.get("accuracy", 0.0), -score["loss"]
+
+
 class _Batches:
     """Wraps any iterable of batches, because Lightning treats a list as several loaders."""
 
@@ -87,13 +96,17 @@ class _Tuned(LightningModule):
         self.best: dict[str, Tensor] = {}
         self.best_score: Mapping[str, float] = {}
         self.best_epoch = 0
+        self.objective: Objective | None = None
 
     def on_fit_start(self) -> None:
         self.net.train()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = Batch.of(batch).to(self.device)
-        return self.how.loss(logits_of(batch.run(self.net)), batch.labels) / batch.tokens.sum().clamp_min(1).to(self.device)
+        if self.objective is None:
+            self.objective = Objective.of(self.net, self.how.output, self.how.task, self.how.loss).settled(self.net, batch)
+        batch = self.objective.batch(batch).to(self.device)
+        total = self.objective.summed(self.objective.run(self.net, batch), batch.labels)
+        return total / batch.predicted.sum().clamp_min(1).to(self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -105,8 +118,8 @@ class _Tuned(LightningModule):
     def keep_if_best(self, epoch: int) -> None:
         """Evaluates, and stores the weights if they are the best so far."""
         self.zeros(self.net)  # also running means of batch norms
-        score = evaluate(self.net, self.how.val)
-        if not self.best or (score["accuracy"], -score["loss"]) > (self.best_score["accuracy"], -self.best_score["loss"]):
+        score = evaluate(self.net, self.how.val, task=self.how.task, output=self.how.output, loss=self.how.loss)
+        if not self.best or _rank(score) > _rank(self.best_score):
             self.best = copy.deepcopy(self.net.state_dict())
             self.best_score, self.best_epoch = score, epoch
 

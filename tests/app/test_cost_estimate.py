@@ -33,6 +33,7 @@ from nodelens.engine.dry_run import DryRun
 from nodelens.models import resnet
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
+from nodelens.network.objective import Objective
 
 TINY = {
     "vocab_size": 64,
@@ -84,7 +85,7 @@ def test_the_plan_of_a_config_is_that_of_the_pass_and_the_sums_are_as_large(tiny
     assert found.statistics == result.metadata["plan"]["statistics"]
     assert found.bytes["total"] == result.metadata["plan"]["bytes"]
     assert found.forward["overhead"] == result.metadata["plan"]["estimated_overhead"]
-    sums = run_pass(tiny, plans[0], [texts(16, 12)]).sums()
+    sums = run_pass(tiny, plans[0], [texts(16, 12)], Objective.of(tiny)).sums()
     assert found.bytes["statistics"] == sum(each.nbytes for each in sums.values())
 
 

@@ -257,3 +257,39 @@ def test_what_a_metric_lacks_is_said_in_a_line(tmp_path, overrides, words):
     ended = command("analyze", f"hydra.run.dir={tmp_path}/x", "logger=none", *SHORT[:1], *overrides)
     assert ended.code != 0
     assert words in ended.err
+
+
+OWN_LOSS = """
+from torch.nn.functional import cross_entropy
+
+def doubled(logits, labels):
+    return 2 * cross_entropy(logits, labels, reduction="sum")
+
+def first(output):
+    return output
+"""
+
+
+def test_the_task_the_output_and_the_loss_can_be_chosen(quiet_home, monkeypatch):
+    (quiet_home / "ownloss.py").write_text(OWN_LOSS)
+    monkeypatch.syspath_prepend(quiet_home)
+    common = ("dataset.calibration=64", "metrics=taylor")
+    assert command("analyze", *common, "hydra.run.dir=plain").code == 0
+    own = ("objective.loss=ownloss.doubled", "objective.output=ownloss.first", "objective.task=classification")
+    ended = command("analyze", *common, *own, "hydra.run.dir=own")
+    assert ended.code == 0, ended.err
+    plain, doubled = (nl.load(quiet_home / name) for name in ("plain", "own"))
+    assert_close(doubled.units["taylor"].to_numpy(), 4 * plain.units["taylor"].to_numpy(), rtol=1e-5, atol=0)
+    assert doubled.metadata["evaluation"]["loss"] == pytest.approx(2 * plain.metadata["evaluation"]["loss"], rel=1e-6)
+    assert doubled.metadata["objective"] == {"task": "classification", "output": "first", "loss": "doubled"}
+    ended = command("prune", "criterion=taylor", "amounts=[0.5]", "objective.task=none", "hydra.run.dir=none")
+    assert ended.code == 1
+    assert "task is none, so there is no loss" in ended.err
+
+
+@pytest.mark.parametrize("name", ["ownloss.missing", "nowhere.loss", "operator"])
+def test_a_loss_that_cannot_be_imported_is_a_line(name, quiet_home):
+    (quiet_home / "ownloss.py").write_text(OWN_LOSS)
+    ended = command("analyze", "metrics=taylor", f"objective.loss={name}")
+    assert ended.code == 1
+    assert f"objective.loss={name}" in ended.err

@@ -14,6 +14,7 @@ from nodelens.engine.request import as_metrics
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import edit
+from nodelens.network.objective import Objective
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.sample_hash import content_hashes, mix
 
@@ -116,7 +117,7 @@ def test_pairs_too_wide_for_groups_leave_the_errors_of_the_rest():
 def test_the_plan_tells_its_bytes_and_stands_by_them():
     net = build(Mixed)
     plan = plan_for(net, DEFAULT)
-    taken = run_pass(net, plan, batches(*images(), 16))
+    taken = run_pass(net, plan, batches(*images(), 16), Objective.of(net))
     for (layer, need), sums in taken.sums().items():
         told = plan.nbytes(next(la for la in plan.layers if la.name == layer), need)
         assert told * 0.7 <= sums.nbytes <= told + 8 * 8 * 12, (layer, str(need))
@@ -131,12 +132,12 @@ def test_over_the_budget_nothing_starts():
 def test_a_pass_goes_on_where_it_was_saved(tmp_path):
     net, data = build(Mixed), batches(*images(), 16)
     plan = plan_for(net, DEFAULT)
-    whole = finish(plan, run_pass(net, plan, data), torch.device("cpu")).units
-    half = run_pass(net, plan, data[:3])
+    whole = finish(plan, run_pass(net, plan, data, Objective.of(net)), torch.device("cpu")).units
+    half = run_pass(net, plan, data[:3], Objective.of(net))
     torch.save(half.state_dict(), tmp_path / "half.pt")
-    resumed = Pass(plan)
+    resumed = Pass(plan, Objective.of(net))
     resumed.load_state_dict(torch.load(tmp_path / "half.pt", weights_only=True))
-    rest = run_pass(net, plan, data[3:])
+    rest = run_pass(net, plan, data[3:], Objective.of(net))
     for key, sums in rest.sums().items():
         for group, part in enumerate(sums.parts):
             if part is not None:
@@ -206,7 +207,7 @@ class Unreached(nn.Module):
             r"Mixed cannot take the data, input 0 \(2, 1, 9, 9\) float32: .*channels",
         ),
         (lambda: nl.analyze(build(Mixed), [images()[0]], ["class_mi"]), "target 'label' needs labels, but the data have none"),
-        (lambda: nl.analyze(build(Mixed), [images()[0]], ["taylor"]), "target 'loss' needs labels"),
+        (lambda: nl.analyze(build(Mixed), [images()[0]], ["taylor"]), "the loss needs labels, but the data have none"),
         (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1] + 9)], ["synergy"]), "4 classes, but a label is 12"),
         (lambda: nl.analyze(build(Mixed), [(images()[0], images()[1][:5])], ["synergy"]), "a batch has 96 samples and 5 labels"),
         (lambda: nl.analyze(build(Mixed), [(1, 2, 3)], ["rq"]), r"not a tuple of 3: \(int, int, int\)"),

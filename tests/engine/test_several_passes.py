@@ -17,6 +17,7 @@ from nodelens.engine.several_passes import divided
 from nodelens.metrics import METRICS, get_metric
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
+from nodelens.network.objective import Objective
 from nodelens.statistics import (
     ByClass,
     ClassCross,
@@ -291,7 +292,7 @@ def test_a_plan_takes_the_bytes_it_says(kind):
     dry_run = DryRun.of(net, found, Batch.of(data[0], groups))
     metrics = {name: metric for name, metric in every_metric().items() if fits(found, name, metric, dry_run)}
     plan = Plan.of(net, found, metrics, dry_run, groups)
-    sums = run_pass(net, plan, data).sums()
+    sums = run_pass(net, plan, data, Objective.of(net)).sums()
     for (name, need), held in sums.items():
         said = plan.nbytes(next(la for la in plan.layers if la.name == name), need)
         if need.statistic is Sample:  # room for more rows than there were: what each row takes is as said

@@ -14,9 +14,10 @@ from nodelens.engine.collect import Pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.metrics import get_metric
-from nodelens.network.batch import Batch
+from nodelens.network.batch import IGNORE, Batch
 from nodelens.network.find_layers import find_layers
-from nodelens.network.targets import IGNORE, token_target
+from nodelens.network.objective import Objective
+from nodelens.network.targets import token_target
 from nodelens.statistics.linalg import MI_CEILING
 
 V, WIDTH, LENGTHS = 7, 4, (9, 5, 12, 7, 3, 10, 8, 6, 11, 4)
@@ -267,10 +268,10 @@ def test_labels_and_targets_of_whole_texts_go_with_means_over_their_tokens():
 
 def test_rows_that_wait_are_gone_when_a_batch_ends():
     given = padded(texts())[0]
-    batch = Batch.of(given, 8).sorted()
     net = Toy()
+    batch = Objective.of(net).batch(given, 8)
     layers = find_layers(net, "hidden")
-    taken = Pass(Plan.of(net, layers, {"mi": get_metric("mi")}, DryRun.of(net, layers, batch)))
+    taken = Pass(Plan.of(net, layers, {"mi": get_metric("mi")}, DryRun.of(net, layers, batch)), Objective.of(net))
     taken.begin(batch)
     (site,) = taken.collectors
     with torch.no_grad():

@@ -93,7 +93,8 @@ def test_labels_that_do_not_count_and_labels_that_there_are_not():
     with pytest.raises(ValueError, match="the model has 4 classes, but labels run from 0 to 7"):
         evaluate(nn.Identity(), [(x, y + (y == 3) * 4)])
     with pytest.raises(
-        ValueError, match=r"cross-entropy needs logits \(B, K\) and class labels \(B,\), not \(101, 4\) and \(101, 1\)"
+        ValueError,
+        match=r"cross-entropy needs one class label per prediction, but Identity predicts \(101, 4\) for labels \(101, 1\)",
     ):
         evaluate(nn.Identity(), [(x, y[:, None])])
 
@@ -102,8 +103,8 @@ def test_a_label_behind_padding_does_not_count():
     from nodelens.network.batch import Batch
 
     ids, mask = torch.arange(10).reshape(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]])
-    batch = Batch.of({"input_ids": ids, "labels": ids, "attention_mask": mask, "bytes": torch.tensor([3, 4])})
+    batch = Batch.of({"input_ids": ids, "labels": ids, "attention_mask": mask, "bytes": torch.tensor([3, 4])}, task="causal_lm")
     assert batch.labels.tolist() == [[-100, -100, -100, 3, 4], [5, 6, -100, -100, 9]]
-    assert batch.tokens.tolist() == [2, 2]
+    assert batch.predicted.tolist() == [2, 2]
     assert set(batch.kwargs) == {"input_ids", "attention_mask"}
     assert batch.head(1).bytes.tolist() == [3]

@@ -18,8 +18,7 @@ from transformers.utils import logging as hf_logging
 from nodelens.data import ByteTokenizer, Text
 from nodelens.models import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
 from nodelens.models.language import BYTES, next_tokens
-from nodelens.network.batch import Batch
-from nodelens.network.targets import summed_loss
+from nodelens.network.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers.*")
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
@@ -185,10 +184,11 @@ def test_loss_and_accuracy_are_those_of_all_predicted_tokens(side, tmp_path):
     right = total = 0
     nats = 0.0
     for given in batches("right"):
-        batch = Batch.of(given)
+        objective = Objective.of(module.net)
+        batch = objective.batch(given)
         logits = batch.run(module.net).logits.detach()
-        nats += float(summed_loss(logits, batch.labels))
-        total += int(batch.tokens.sum())
+        nats += float(objective.summed(logits, batch.labels))
+        total += int(batch.predicted.sum())
         right += int((logits[:, :-1].argmax(-1) == batch.labels[:, 1:]).sum())
         assert torch.equal(next_tokens(given), batch.labels[:, 1:])
     assert_close(found["test/loss"], nats / total, rtol=1e-5, atol=0)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nodelens.engine.analyze import device_of
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
+from nodelens.engine.driver import device_of
 from nodelens.engine.request import describe
 from nodelens.engine.validation import in_bytes
 from nodelens.engine.wide_sites import describe as describe_covariance

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of, run_pass
+from nodelens.engine.analyze import run_pass
 from nodelens.engine.collect import Pass
 from nodelens.engine.covariance import CovariancePolicy
+from nodelens.engine.driver import device_of
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.engine.several_passes import check_again, divided
@@ -19,6 +20,7 @@ from nodelens.metrics import Need
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Capture, Site, observed
 from nodelens.network.layers import Layer
+from nodelens.network.objective import Objective
 from nodelens.network.roles import roles_of
 from nodelens.statistics import Accumulator
 from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor
@@ -142,7 +144,7 @@ def _pass(net: nn.Module, plan: Plan, stream: TokenReader, sample: TokenSample, 
     capture = Capture([Site(layer, "output") for layer in plan.measured if layer.name in sampled], sample.see)
     capture.gate = True
     with capture, observed(routers.found, routers.see):
-        return run_pass(net, plan, stream.iterate(sample.begin, routers.begin))
+        return run_pass(net, plan, stream.iterate(sample.begin, routers.begin), Objective.of(net))
 
 
 def _sums(taken: Pass, device: torch.device) -> dict[tuple[str, Need], Accumulator]:

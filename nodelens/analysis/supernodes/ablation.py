@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
-from nodelens.network.batch import Batch, logits_of
+from nodelens.engine.driver import Driver, device_of, opened
+from nodelens.network.batch import IGNORE, Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.groups import PruningGroup
 from nodelens.network.hooks import observed
+from nodelens.network.objective import Objective
 from nodelens.network.roles import roles_of
-from nodelens.network.targets import IGNORE, predictions
 from nodelens.pruning.surgery.mask import masked
 from nodelens.statistics.processes import reduce_tensor, world
 from nodelens.statistics.sample_hash import generator
@@ -77,12 +77,12 @@ class _HeldBatches:
         self.at, self.outputs = 0, list[Any]()  # first block that runs; cached outputs of the block before it
         self.shortened: list[str] = []
         left = math.inf if tokens is None else math.ceil(tokens / world()[1])
-        for batch in data if left > 0 else ():
-            batch = Batch.of(batch).to(self.device)
-            ends = batch.tokens.cumsum(0)
+        self.objective, data = opened(model, data if left > 0 else (), Objective.of(model))
+        for batch in Driver(model, self.objective).batches(data):
+            ends = batch.predicted.cumsum(0)
             whole = batch.head(int((ends < left).sum()) + 1)  # up to the sample that reaches the limit
             self.batches.append(whole)
-            left -= int(whole.tokens.sum())
+            left -= int(whole.predicted.sum())
             if left <= 0:
                 break
         every = [self._run(k, 0) for k in range(len(self.batches))]
@@ -145,16 +145,15 @@ class _HeldBatches:
         """Summed loss in nats and number of predictions per sample of batch k, (B,) float64 on the CPU."""
         batch = self.batches[k]
         with constant_outputs(self.blocks[:start], self.outputs[k] if start else None):
-            logits = logits_of(batch.run(self.model))
-        return nats(logits, batch.labels)
+            z = self.objective.run(self.model, batch)
+        return nats(*self.objective.predictions(z, batch.labels))
 
 
-def nats(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def nats(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the predictions of each sample, and their number, (B,) float64 on the CPU.
 
-    Raises ValueError for missing labels, or labels that do not fit the logits.
+    Shapes: z (B, ..., K) logits; y (B, ...) the labels they predict, IGNORE for those that do not count
     """
-    z, y = predictions(logits, labels)
     found = torch.zeros(2, len(y), dtype=torch.float64)
     for where in (y != IGNORE).nonzero().split(max(1, _CHUNK // z.shape[-1])):
         place = where.unbind(1)

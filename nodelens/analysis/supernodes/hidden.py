@@ -6,15 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import Driver, device_of
 from nodelens.metrics.gradient import LossReduction
-from nodelens.network.batch import Batch, logits_of
-from nodelens.network.eval_mode import eval_mode
+from nodelens.network.batch import Batch
 from nodelens.network.experts import Call, ExpertLayer, Experts, Routed
 from nodelens.network.groups import GroupSlice, PruningGroup
 from nodelens.network.hooks import Capture, Site, observed
 from nodelens.network.layers import Layer
-from nodelens.network.targets import Loss, summed_loss
+from nodelens.network.objective import Objective
 from nodelens.pruning.surgery.mask import channel_dim
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.processes import reduce_tensor, world
@@ -44,10 +43,9 @@ class HiddenPass:
         modules = {path: model.get_submodule(path) for path in self.read}
         self.experts = {path: found for path, module in modules.items() if (found := Experts.of(module)) is not None}
 
-    @torch.inference_mode(False)
-    def run(self, data: Iterable[Any], sums: "HiddenSums", loss: Loss = summed_loss) -> int:
+    def run(self, data: Iterable[Any], sums: "HiddenSums", objective: Objective) -> int:
         """Runs every batch and returns the number of samples over all processes. Raises ValueError for empty data."""
-        self.sums, samples = sums, 0
+        self.sums, self.samples = sums, 0
         modules = {path: self.model.get_submodule(path) for path in self.read}
         hooked = [Layer(path, module, "input") for path, module in modules.items() if path not in self.experts]
         mixed = [Layer(path, modules[path]) for path in self.experts]
@@ -55,40 +53,31 @@ class HiddenPass:
         sites += [Site(layer, "grad") for layer in mixed]
         maps = [layer.name for layer in hooked if channel_dim(layer.module) == 1]  # a block may modify maps in place
         self.capture = capture = Capture(sites, self._see, maps)
-        with eval_mode(self.model), capture, observed((layer.module for layer in mixed), self._see_experts), torch.enable_grad():
-            for batch in data:
-                batch = Batch.of(batch, self.folds, self.seed).to(self.device)
-                samples += len(batch)
-                self._begin(batch)
-                capture.gate = True
-                logits = logits_of(batch.run(self.model))
-                capture.gate = False
-                total = loss(logits, batch.labels)
-                if not total.requires_grad:
-                    raise ValueError("the loss does not depend on the units: the value of loss= has no gradient")
-                total.backward()
-                self._end()
-                del logits, total
-        found = int(reduce_tensor(torch.tensor(samples, device=self.device)))
+        driver = Driver(self.model, objective, self.folds, self.seed, graph=True)
+        with observed((layer.module for layer in mixed), self._see_experts):
+            driver.run(data, self, capture)
+        found = int(reduce_tensor(torch.tensor(self.samples, device=self.device)))
         if not found:
             raise ValueError("the data are empty: there is no batch to score units with")
-        uncalled = next((str(site) for site in sites if samples and not capture.fired[str(site)]), None)
+        uncalled = next((str(site) for site in sites if self.samples and not capture.fired[str(site)]), None)
         if uncalled:
             raise ValueError(f"{uncalled} was never called by {type(self.model).__name__}.forward: remove its group from the scope")
         return found
 
-    def _begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch) -> None:
+        """Prepares for the rows of a batch."""
+        self.samples += len(batch)
         self.batch, self.pending, self.partial = batch, dict[str, int](), dict[str, Tensor]()
         self.calls = {path: list[Call]() for path in self.experts}
         self.fold = batch.group.to(self.device)
-        self.scale = None if self.reduction == "sum" else 1 / batch.tokens.clamp_min(1).double().to(self.device)
+        self.scale = None if self.reduction == "sum" else 1 / batch.predicted.clamp_min(1).double().to(self.device)
 
     def _see(self, site: Site, tensor: Tensor) -> None:
         path = site.layer.name
         if path in self.experts:
             self._see_routed(path, self.calls[path].pop(), tensor)  # backward visits the last call first
             return
-        rows = site.layer.rows(tensor, len(self.batch), self.batch.mask)
+        rows = site.layer.rows(tensor, len(self.batch), self.batch.mask_at(f"{path}.input"))
         raw = rows.raw if rows.keep is None else rows.raw.where(rows.keep[:, None], 0)
         if site.port != "output":
             raw = self._reduced(raw)
@@ -149,8 +138,8 @@ class HiddenPass:
         else:
             self.sums.products(group, q, self.fold)
 
-    def _end(self) -> None:
-        """Adds the partial sums of groups with calls on which the loss does not depend; q of these calls is 0."""
+    def end(self, predictions: Tensor | None) -> None:
+        """Ends a batch: adds the partial sums of groups with calls on which the loss does not depend; q of these calls is 0."""
         groups = {group.name: group for every in self.read.values() for group, _ in every}
         for name, q in self.partial.items():
             self.sums.products(groups[name], q, self.fold)

@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import device_of
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
-from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroup, PruningGroups
+from nodelens.network.objective import Objective
 from nodelens.pruning.groups.find import find_groups
 from nodelens.results.result import fingerprint, provenance
 
@@ -92,15 +92,17 @@ class Supernodes:
         """
         if isinstance(data, Iterator):
             raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
-        groups, device = self._groups(model, data), device_of(model)
+        objective, first = Objective.of(model), next(iter(data), None)
+        objective = objective if first is None else objective.settled(model, first)
+        groups, device = self._groups(model, objective, first), device_of(model)
         hidden = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
         sums = UnitSums(groups, self.groups, device)
-        samples = hidden.run(progress(data), sums)
+        samples = hidden.run(progress(data), sums, objective)
         sums.reduce()
         layouts = [self._layout(model, group, sums.found, seed) for group in groups]
         chosen = {layout.group.name: layout.controls for layout in layouts}
         products = ProductSums({name: (c.rows, c.columns) for name, c in chosen.items()}, device)
-        hidden.run(progress(data), products)
+        hidden.run(progress(data), products, objective)
         products.reduce()
         tables = self._tables(model, layouts, sums.found, products.found, seed)
         ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, seed, progress)
@@ -108,9 +110,8 @@ class Supernodes:
         about = {"ablation": about, "samples": samples, "rows": int(sums.found[groups[0].name, "rows"].sum())}
         return SupernodesResult(**tables, ablation=ablated, metadata=about | self._about(model, groups, seed))
 
-    def _groups(self, model: nn.Module, data: Iterable[Any]) -> list[PruningGroup]:
-        first = next(iter(data), None)
-        batch = None if first is None else Batch.of(first).head(2).to(device_of(model))
+    def _groups(self, model: nn.Module, objective: Objective, first: Any) -> list[PruningGroup]:
+        batch = None if first is None else objective.batch(first).head(2).to(device_of(model))
         every = find_groups(model, batch)
         words = [self.scope] if isinstance(self.scope, str) else [str(word) for word in self.scope]
         kinds = {group.kind for group in every}

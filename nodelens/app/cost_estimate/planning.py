@@ -10,8 +10,9 @@ from torch import nn
 from nodelens.analysis.geometry.analyze_model import forward_options
 from nodelens.analysis.geometry.columns import MetricSelection, columns_of
 from nodelens.analysis.geometry.sites import SeenTensors, hook_points, merged, pairs, unique
-from nodelens.engine.analyze import DEFAULT, device_of
+from nodelens.engine.analyze import DEFAULT
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
+from nodelens.engine.driver import device_of
 from nodelens.engine.dry_run import DryRun, with_groups
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
@@ -19,6 +20,7 @@ from nodelens.engine.request import Layers, Metrics, as_layers, as_metrics
 from nodelens.engine.validation import find_members, in_bytes
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Capture, Site
+from nodelens.network.objective import Objective
 
 from .estimate import CostEstimate, Machine, estimate_plan
 from .meta_device import model_from_config, token_batch
@@ -53,7 +55,10 @@ def estimate_cost(
     """
     chosen, settings = as_metrics(metrics), AnalyzeOptions().with_named(options, "nl.estimate_cost")
     net = model if isinstance(model, nn.Module) else model_from_config(model)
-    batch = Batch.of(token_batch(samples, length, device_of(net)) if batch is None else batch, settings.groups)
+    objective = Objective.of(net, settings.output, settings.task, settings.loss)
+    if batch is not None:
+        objective = objective.settled(net, batch)
+    batch = objective.batch(token_batch(samples, length, device_of(net)) if batch is None else batch, settings.groups)
     start = net.state_dict() if initial else None
     found = as_layers(net, layers, start)
     members = find_members(net, found, chosen, start)

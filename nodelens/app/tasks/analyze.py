@@ -27,6 +27,7 @@ from .common import (
     launch,
     layers_of,
     load_module,
+    objective_of,
     print_line,
     progress_bar,
     to_device,
@@ -50,7 +51,8 @@ def analyze(cfg: DictConfig) -> float:
         if not (folder / "report.html").is_file():  # the run was stopped between tables and page
             write_page(folder)
         _show(result)
-        return float(result.metadata["evaluation"]["accuracy"])
+        score = result.metadata["evaluation"]
+        return float(score.get("accuracy", -score["loss"]))
     return launch(cfg, lambda device: _work(cfg, folder, device))
 
 
@@ -66,7 +68,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     result = measure(cfg, module.net, data, measured)
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
-    score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader))
+    score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader), **objective_of(cfg))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
     result.metadata |= run_metadata(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
     if cfg.evaluate:
@@ -78,7 +80,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
     if rank == 0:
         _finish(cfg, folder, result, found)
-    return score["accuracy"]
+    return score.get("accuracy", -score["loss"])
 
 
 def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:
@@ -114,6 +116,7 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             width=cfg.budget.width,
             budget=in_bytes(cfg.budget.memory),
             max_passes=cfg.budget.max_passes,
+            **objective_of(cfg),
         ),
         on_plan=on_plan,
         progress=progress_bar("measuring", _batches(loader), rank == 0),

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,31 @@ def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[
     return module, trained_by
 
 
+def objective_of(cfg: DictConfig) -> dict[str, Any]:
+    """The options task, output and loss of a config, functions imported. Raises ValueError for a name that is no function."""
+    given = resolved(cfg)["objective"]
+    output = given["output"]
+    dotted = isinstance(output, str) and "." in output
+    return {
+        "task": given["task"],
+        "output": _function("objective.output", output) if dotted else output,
+        "loss": None if given["loss"] is None else _function("objective.loss", given["loss"]),
+    }
+
+
+def _function(key: str, name: str) -> Callable[..., Any]:
+    home, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(home), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{key}={name} cannot be imported: {error}; give a function by its dotted name, as package.module.function"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{key}={name} is {type(found).__name__}, not a function")
+    return found
+
+
 def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Moves the network to a device, unless it is quantised or already placed by ``device_map``."""
     fixed = getattr(net, "hf_device_map", None) or getattr(net, "is_quantized", False)
@@ -154,6 +180,8 @@ def check_tokens(net: torch.nn.Module, classes: int) -> None:
 
 def format_score(score: dict[str, Any]) -> str:
     """A score as text: accuracy, loss and, for texts, perplexity, with the number of samples or tokens."""
+    if "accuracy" not in score:
+        return f"loss {score['loss']:.4f} on {score['samples']} samples"
     if "perplexity" not in score:
         return f"accuracy {100 * score['accuracy']:.2f} % (loss {score['loss']:.4f}) on {score['samples']} samples"
     size = f", {score['bits_per_byte']:.3f} bits per byte" if score.get("bits_per_byte") else ""

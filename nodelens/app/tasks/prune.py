@@ -15,7 +15,7 @@ from nodelens.engine.request import describe
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import Metric
 from nodelens.metrics.base import section_of
-from nodelens.network.batch import Batch
+from nodelens.network.objective import Objective
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import columns_of
@@ -29,7 +29,18 @@ from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
 from .analyze import run_metadata
-from .common import build_all, console, create_run_dir, is_dry_run, launch, load_module, print_line, progress_bar, to_device
+from .common import (
+    build_all,
+    console,
+    create_run_dir,
+    is_dry_run,
+    launch,
+    load_module,
+    objective_of,
+    print_line,
+    progress_bar,
+    to_device,
+)
 from .show_pruning import show_groups, show_sweep
 
 
@@ -104,7 +115,8 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
     rank, processes = world()
     values = resolved(cfg)
     loader = data.loader("calibration", rank=rank, world=processes)
-    batch = Batch.of(next(iter(data.loader("calibration", batch_size=2))))
+    given = next(iter(data.loader("calibration", batch_size=2)))
+    objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
     options = {k: values[k] for k in ("groups", "positions", "precision")}
     if cfg.initial_path is not None:
         from .analyze import initial_of
@@ -112,8 +124,9 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
         options["initial"] = initial_of(cfg, net)
     return PruningContext.of(
         net,
-        batch,
+        objective.batch(given),
         loader,
+        objective=objective,
         scope=values["scope"],
         freeze=values["freeze"],
         allow_approximate=values["allow_approximate"],
@@ -136,7 +149,8 @@ class SweepEvaluator:
         self.batches, self.repeats = list(cfg.latency.batches or []), cfg.latency.repeats
         self.loaders = {split: data.loader(split, rank=rank, world=processes) for split in ("test", "val")}
         self.has_val = len(data.loader("val")) > 0
-        self.batch = Batch.of(next(iter(data.loader("calibration"))))
+        self.batch = context.objective.batch(next(iter(data.loader("calibration"))))
+        self.objective = objective_of(cfg)
         self.timed: dict[tuple, Mapping[str, float]] = {}
 
     def __call__(self, pruned: Pruned) -> dict[str, Any]:
@@ -148,8 +162,10 @@ class SweepEvaluator:
 
     def of(self, model: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
         """Accuracy with standard error, loss and ece (texts: perplexity) on test data; accuracy and loss on validation data."""
-        test = evaluate(model, self.loaders["test"])
-        val = evaluate(model, self.loaders["val"]) if self.has_val else {"accuracy": math.nan, "loss": math.nan}
+        test = evaluate(model, self.loaders["test"], **self.objective)
+        val = evaluate(model, self.loaders["val"], **self.objective) if self.has_val else {"accuracy": math.nan, "loss": math.nan}
+        for score in (test, val):
+            score.setdefault("accuracy", math.nan)  # a task without classes
         test.setdefault("accuracy_se", math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["samples"]))
         found = {f"{prefix}{k}": v for k, v in test.items() if k not in ("samples", "tokens")}
         found |= {f"val_{prefix}{k}": val[k] for k in ("accuracy", "loss")}

@@ -86,10 +86,13 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
 def fits(net: Any, data: Any) -> None:
     """Raises ValueError, with the shape of the input and a way out, if the network does not fit the data."""
     from nodelens.engine.dry_run import DryRun
-    from nodelens.network.batch import Batch
+    from nodelens.network.objective import Objective
 
     batch = next(iter(data.loader("train")))
-    dry_run = DryRun.of(net, [], Batch.of(batch))
+    objective = Objective.of(net).settled(net, batch)
+    dry_run = DryRun.of(net, [], objective.batch(batch), objective)
+    if dry_run.refusal:
+        raise ValueError(dry_run.refusal)
     if dry_run.classes < data.classes:
         raise ValueError(
             f"{type(net).__name__} has {dry_run.classes} outputs, the data have {data.classes} classes: set the "

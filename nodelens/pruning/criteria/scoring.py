@@ -10,7 +10,6 @@ from nodelens.engine.analyze import analyze
 from nodelens.engine.layout import Reduce
 from nodelens.metrics import Metric, get_metric
 from nodelens.network.groups import PruningGroup
-from nodelens.network.targets import summed_loss
 
 from .criterion import RANDOM, Criterion
 
@@ -41,7 +40,6 @@ def score_table(
     *,
     reduce: Reduce = "sum",
     seed: int = 0,
-    loss: Any = summed_loss,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **options: Any,
 ) -> pd.DataFrame:
@@ -53,6 +51,6 @@ def score_table(
     if not columns:
         index = pd.MultiIndex.from_tuples([(g.name, u) for g in groups for u in range(g.n)], names=["group", "unit"])
         return pd.DataFrame(index=index)
-    keywords = {"reduce": reduce, "seed": seed, "loss": loss, "progress": progress, **options}
+    keywords = {"reduce": reduce, "seed": seed, "progress": progress, **options}
     units = analyze(model, data, columns, list(groups), **keywords).units
     return units[list(columns)].rename_axis(index=["group", "unit"])

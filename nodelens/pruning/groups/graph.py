@@ -7,11 +7,12 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nodelens.network.batch import Batch, logits_of
+from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.groups import Frozen, PruningGroup, PruningGroups
+from nodelens.network.outputs import tensors_of
 from nodelens.pruning.surgery.mask import masked
 from nodelens.pruning.surgery.slice import slice_units
 from nodelens.statistics.linalg import exact_products
@@ -87,17 +88,23 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     if not removed:
         return ""
     try:
-        sliced = logits_of(batch.run(slice_units(copy.deepcopy(model), groups, removed)))
+        sliced = tensors_of(batch.run(slice_units(copy.deepcopy(model), groups, removed)))
     except Exception as error:  # a forward pass may raise anything
         return f"without some of them the model does not run: {_first_line(error)}"
     with masked(model, groups, removed):
-        expected = logits_of(batch.run(model))
+        expected = tensors_of(batch.run(model))
+    differing = (_difference(a, b, groups[0].exact) for a, b in zip(sliced, expected, strict=True))
+    return next((why for why in differing if why), "")
+
+
+def _difference(sliced: Tensor, expected: Tensor, exact: bool) -> str:
+    """How an output of the sliced model differs from that of the masked one; "" if it does not."""
     if sliced.shape != expected.shape:
         return f"without some of them the output is {tuple(sliced.shape)}, not {tuple(expected.shape)}"
     size = float(expected.abs().nan_to_num(0, 0, 0).max())
     share = max(_CLOSE, math.sqrt(torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0))
     close = sliced.allclose(expected, rtol=0, atol=share * size, equal_nan=True)
-    if groups[0].exact and not close:
+    if exact and not close:
         return f"slicing and masking differ by {float((sliced - expected).abs().max()):.2g}; the largest output is {size:.2g}"
     return ""
 

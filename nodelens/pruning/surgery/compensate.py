@@ -6,12 +6,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import Driver
 from nodelens.engine.dry_run import DryRun
 from nodelens.network.batch import Batch
-from nodelens.network.eval_mode import eval_mode
 from nodelens.network.groups import GroupSlice, PruningGroup
 from nodelens.network.layers import Layer
+from nodelens.network.objective import Objective
 from nodelens.statistics import Gram, Moments
 
 from .mask import Removed
@@ -81,20 +81,31 @@ def reestimate_batch_norm(model: nn.Module, data: Iterable[Any]) -> None:
     The result depends on the batch size, as in training. Raises ValueError for a model without batch norms.
     """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norm to re-estimate: use compensate=bias or least_squares")
-    momenta, device = [norm.momentum for norm in norms], device_of(model)
-    with eval_mode(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain average over the batches
-                norm.train()
-            for batch in data:
-                Batch.of(batch).to(device).run(model)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+        Driver(model, Objective.of(model), answers=False).run(data, _InTraining(norms))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+class _InTraining:
+    """Keeps modules in training mode while the model runs in eval mode."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.modules = modules
+
+    def begin(self, batch: Batch) -> None:
+        for module in self.modules:
+            module.train()
+
+    def end(self, predictions: Tensor | None) -> None:
+        pass
 
 
 def _width(module: Any) -> int:

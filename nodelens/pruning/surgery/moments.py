@@ -1,17 +1,17 @@
 """Moments of the consumers' inputs over the calibration data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import Driver, Progress, device_of, opened
 from nodelens.network.batch import Batch
-from nodelens.network.eval_mode import eval_mode
 from nodelens.network.groups import PruningGroup
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
+from nodelens.network.objective import Objective
 from nodelens.statistics import Accumulator, Gram, Moments
 from nodelens.statistics.processes import reduce_sums
 from nodelens.statistics.rows import Rows
@@ -22,39 +22,44 @@ def input_moments(
     groups: Sequence[PruningGroup],
     data: Iterable[Any],
     products: bool = False,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = iter,
 ) -> dict[str, Moments | Gram]:
     """{path of a consumer: moments of its input}; with ``products``, Linear layers and 1x1 convolutions get a ``Gram``.
 
     Padded tokens do not count. Sums are float64, over the data of all processes.
     """
     paths = list(dict.fromkeys(piece.module for group in groups for piece in group.by_role("consumer") if piece.entry is None))
-    layers = {path: Layer(path, model.get_submodule(path), "input") for path in paths}
-    kinds = {path: Gram if products and pointwise(layer.module) else Moments for path, layer in layers.items()}
-    sums = {path: Accumulator(kind) for path, kind in kinds.items()}
-    shifts: dict[str, Tensor] = {}
-    batch: Batch
-
-    def see(site: Site, tensor: Tensor) -> None:
-        rows = site.layer.rows(tensor, len(batch))
-        if batch.mask is not None and batch.mask.shape == (len(rows), rows.raw.shape[2]):
-            rows = rows.kept(batch.mask)
-        rows = Rows(rows.raw, rows.keep, torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=tensor.device)).finite()
-        shift = shifts.setdefault(site.layer.name, rows.mean)
-        sums[site.layer.name].add_rows(rows.about(shift))
-
-    device = device_of(model)
-    capture = Capture([Site(layer, "output") for layer in layers.values()], see)
-    with eval_mode(model), torch.no_grad(), capture:
-        capture.gate = True
-        for batch in progress(data):
-            batch = Batch.of(batch).to(device)
-            batch.run(model)
-    reduce_sums(sums, device)
-    values = {path: total.value for path, total in sums.items()}
+    inputs = _Inputs([Layer(path, model.get_submodule(path), "input") for path in paths], products)
+    capture = Capture([Site(layer, "output") for layer in inputs.layers], inputs.see)
+    objective, data = opened(model, data, Objective.of(model))
+    Driver(model, objective, answers=False, progress=progress).run(data, inputs, capture)
+    reduce_sums(inputs.sums, device_of(model))
+    values = {path: total.value for path, total in inputs.sums.items()}
     if unseen := [path for path, value in values.items() if value is None]:
         raise ValueError(f"{', '.join(unseen)} received no input: the data are empty, or the forward pass does not call it")
     return values  # type: ignore[return-value]
+
+
+class _Inputs:
+    """Adds what each layer reads to its moments, about the mean of the first batch."""
+
+    def __init__(self, layers: Sequence[Layer], products: bool):
+        self.layers = layers
+        kinds = {layer.name: Gram if products and pointwise(layer.module) else Moments for layer in layers}
+        self.sums = {name: Accumulator(kind) for name, kind in kinds.items()}
+        self.shifts: dict[str, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def see(self, site: Site, tensor: Tensor) -> None:
+        rows = site.layer.rows(tensor, len(self.batch), self.batch.mask_at(f"{site.layer.name}.input"))
+        rows = Rows(rows.raw, rows.keep, torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=tensor.device)).finite()
+        shift = self.shifts.setdefault(site.layer.name, rows.mean)
+        self.sums[site.layer.name].add_rows(rows.about(shift))
+
+    def end(self, predictions: Tensor | None) -> None:
+        pass
 
 
 def pointwise(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.analyze import device_of
+from nodelens.engine.driver import device_of
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 

@@ -13,10 +13,10 @@ from torch import nn
 
 import nodelens as nl
 from nodelens.metrics import get_metric
-from nodelens.network.batch import Batch, logits_of
+from nodelens.network.batch import Batch
 from nodelens.network.groups import PruningGroups
 from nodelens.network.hooks import observed
-from nodelens.network.targets import summed_loss
+from nodelens.network.objective import Objective
 from nodelens.pruning.cost import Cost
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.families import family_groups
@@ -28,7 +28,7 @@ from nodelens.pruning.surgery.slice import slice_units
 
 def logits(model):
     with torch.no_grad():
-        return logits_of(model(**BATCH))
+        return model(**BATCH).logits
 
 
 def tokens(model):
@@ -166,7 +166,7 @@ def test_a_masked_router_can_be_trained():
     group = groups.opt_in[1]
     weight = model.get_submodule(group.router).weight
     with masked(model, groups.opt_in, {group.name: [0, 5]}):
-        (slope,) = torch.autograd.grad(logits_of(model(**BATCH)).square().sum(), [weight])
+        (slope,) = torch.autograd.grad(model(**BATCH).logits.square().sum(), [weight])
     assert (slope[[0, 5]] == 0).all()
     assert (slope[[1, 2, 3, 4, 6, 7]] != 0).any(1).sum() >= K
 
@@ -321,8 +321,9 @@ def slopes(model, group):
     experts.forward = forward
     try:
         given = {**BATCH, "labels": TOKENS}
-        batch = Batch.of(given)
-        (q,) = torch.autograd.grad(summed_loss(logits_of(batch.run(model)), batch.labels), [z])
+        objective = Objective.of(model)
+        batch = objective.batch(given)
+        (q,) = torch.autograd.grad(objective.summed(objective.run(model, batch), batch.labels), [z])
     finally:
         del experts.forward
     return q.double()

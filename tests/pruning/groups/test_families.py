@@ -8,8 +8,8 @@ import torch
 from families import APPROXIMATE, FAMILIES, MOE, build
 from torch import nn
 
-from nodelens.network.batch import logits_of
 from nodelens.network.groups import PruningGroups
+from nodelens.network.outputs import answer_of
 from nodelens.pruning.groups.families import family_groups
 from nodelens.pruning.surgery.mask import masked, zero
 from nodelens.pruning.surgery.slice import slice_units
@@ -27,7 +27,7 @@ def batch_of(name, samples=2, length=7):
 
 def logits(model, batch):
     with torch.no_grad():
-        return logits_of(model(**batch))
+        return answer_of(model(**batch))
 
 
 def tokens(model, batch):

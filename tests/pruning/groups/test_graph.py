@@ -21,7 +21,8 @@ from transformers import (
 
 import nodelens as nl
 from nodelens.models.hf import resnet
-from nodelens.network.batch import Batch, logits_of
+from nodelens.network.batch import Batch
+from nodelens.network.outputs import answer_of
 from nodelens.pruning.groups.graph import graph_groups
 from nodelens.pruning.groups.graph_ids import joined
 from nodelens.pruning.surgery.mask import masked, zero
@@ -82,7 +83,7 @@ def removal(groups, shift: int) -> dict[str, list[int]]:
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return logits_of(model(x))
+        return answer_of(model(x))
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:

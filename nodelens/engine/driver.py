@@ -1,0 +1,120 @@
+"""The driver: reads data batch by batch and runs the model on them for whoever measures."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.network.batch import Batch
+from nodelens.network.eval_mode import differentiable, eval_mode
+from nodelens.network.hooks import Capture, edit
+from nodelens.network.objective import Objective
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+class Watcher(Protocol):
+    """Measures during a reading of the data: called before and after the model runs on a batch."""
+
+    def begin(self, batch: Batch) -> None: ...
+    def end(self, predictions: Tensor | None) -> None: ...
+
+
+@dataclass
+class Driver:
+    """How data are read, in eval mode on the model's device.
+
+    groups, seed:  of the jackknife, see ``Batch.of``
+    graph:         whether the loss is differentiated, with respect to whatever the capture watches
+    weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
+    from_inputs:   whether the graph starts at the inputs, because a later layer would break one that starts at a layer
+    runs_model:    whether the model runs at all; answers: whether predictions are read from its output
+    progress:      wraps the batches, for a progress bar
+    """
+
+    model: nn.Module
+    objective: Objective
+    groups: int = 1
+    seed: int = 0
+    graph: bool = False
+    weights: tuple[Tensor, ...] = ()
+    from_inputs: bool = False
+    runs_model: bool = True
+    answers: bool = True
+    progress: Progress = iter
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """The batches, on the model's device."""
+        device = device_of(self.model)
+        for given in self.progress(data):
+            yield self.objective.batch(given, self.groups, self.seed).to(device)
+
+    def run(self, data: Iterable[Any], watcher: Watcher, capture: Capture | None = None) -> None:
+        """Runs every batch. The model's state is restored, also after an error."""
+        opened: AbstractContextManager[Any] = nullcontext() if capture is None else capture
+        embeddings = [m for m in self.model.modules() if self.from_inputs and isinstance(m, nn.Embedding)]
+        starts = edit(dict.fromkeys(embeddings, _start_graph))
+        with torch.inference_mode(False), eval_mode(self.model), differentiable(self.weights), starts, opened:
+            for batch in self.batches(data):
+                watcher.begin(batch)
+                watcher.end(self._forward(_with_gradients(batch) if self.from_inputs else batch, capture))
+                for tensor in self.weights:
+                    tensor.grad = None
+
+    def _forward(self, batch: Batch, capture: Capture | None) -> Tensor | None:
+        """Runs one batch forward and, for a graph, backward; returns its predictions."""
+        if not self.runs_model:
+            return None
+        gate = Capture([], print) if capture is None else capture
+        gate.gate = True
+        try:
+            with torch.set_grad_enabled(self.graph):
+                output = batch.run(self.model)
+                gate.gate = False
+                predictions = self.objective.answer(output) if self.answers else None
+                if self.graph:
+                    self._differentiate(predictions, batch)
+        finally:
+            gate.gate = False
+        return None if predictions is None else predictions.detach()
+
+    def _differentiate(self, predictions: Any, batch: Batch) -> None:
+        total = self.objective.summed(predictions, batch.labels)
+        if total.requires_grad:
+            total.backward()
+        elif self.weights:
+            raise ValueError("the loss does not depend on the weights: loss= gives a number without a gradient")
+
+
+def opened(model: nn.Module, data: Iterable[Any], objective: Objective) -> tuple[Objective, Iterable[Any]]:
+    """The objective, settled by the first batch, and the data from their beginning."""
+    batches = iter(data)
+    first = next(batches, None)
+    if first is None:
+        return objective, ()
+    return objective.settled(model, first), itertools.chain([first], batches)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU for a model without any."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _with_gradients(batch: Batch) -> Batch:
+    """The batch with inputs that take a gradient."""
+    named = {name: _require_grad(value) for name, value in batch.kwargs.items()}
+    return replace(batch, args=tuple(map(_require_grad, batch.args)), kwargs=named)
+
+
+def _start_graph(embedded: Tensor) -> Tensor:
+    """An embedding's output as a leaf of the graph, copied because later operations may write into it in place."""
+    return embedded.detach().requires_grad_().clone() if torch.is_grad_enabled() else embedded
+
+
+def _require_grad(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value

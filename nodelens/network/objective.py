@@ -1,0 +1,271 @@
+"""What a model answers: which part of its output, for which task, and the loss of that answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .batch import IGNORE, Batch
+from .eval_mode import eval_mode
+from .hooks import observed
+from .layers import Layer
+from .outputs import Output, answer_of
+from .streams import decoder_sites
+
+Task = Literal["classification", "multilabel", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq", "none"]
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+TASKS = get_args(Task)
+BY_TOKEN = ("token_classification", "masked_lm", "causal_lm", "seq2seq")
+BY_VALUE = ("multilabel", "regression")
+# endings of transformers' class names, the first match counts
+_HEADS = {
+    "ForTokenClassification": "token_classification",
+    "ForMaskedLM": "masked_lm",
+    "WithLMHeadModel": "masked_lm",  # XLM and FlauBERT do not shift
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "DoubleHeadsModel": "causal_lm",
+    "ForMultipleChoice": "classification",
+    "ForNextSentencePrediction": "classification",
+    "ForSemanticSegmentation": "classification",
+}
+_CLASSIFIERS = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
+_PROBLEMS = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which part of a model's output holds its predictions, which task they answer, and their loss.
+
+    task:    one of ``TASKS``; "" until ``settled`` has seen a batch, and after that for labels that fit several tasks
+    output:  name or index of the predictions in the model's output, or a function of the output; None: see ``answer_of``
+    loss:    of (predictions, labels), summed over the batch; None: that of the task
+    classes: the axis of classes where each position has a prediction: last, second, or "" where shapes have to tell
+    shift:   makes the inputs of a decoder from the labels, where the model knows how
+    decoder: the sites with one row per token of the decoder, see ``decoder_sites``
+    """
+
+    task: str = ""
+    output: Output = None
+    loss: Loss | None = None
+    classes: Literal["last", "second", ""] = ""
+    shift: Callable[[Tensor], Tensor] | None = None
+    decoder: frozenset[str] = frozenset()
+    model: str = "the model"
+
+    @classmethod
+    def of(cls, model: nn.Module, output: Output = None, task: str | None = None, loss: Loss | None = None) -> "Objective":
+        """From a model's class and config, unless the task is given. Raises ValueError for an unknown task."""
+        if task is not None and task not in TASKS:
+            raise ValueError(f"task is {task!r}; it is {', '.join(TASKS)}")
+        inner = unwrapped(model)
+        found = task or task_of(inner)
+        shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None) if found == "seq2seq" else None
+        classes: Any = "last" if found in BY_TOKEN and is_pretrained(inner) else ""
+        return cls(found, output, loss, classes, shift, model=type(inner).__name__)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The task, output and loss as plain values, for metadata."""
+        names = {k: getattr(v, "__name__", str(v)) for k, v in (("output", self.output), ("loss", self.loss)) if v is not None}
+        return {"task": self.task or None, **names}
+
+    def batch(self, given: Any, groups: int = 1, seed: int = 0) -> Batch:
+        """A batch whose labels and masks are read as the task says. Raises ValueError as ``Batch.of`` does."""
+        batch = Batch.of(given, groups, seed, self.task, self.shift)
+        return replace(batch, decoder=self.decoder) if self.decoder else batch
+
+    def settled(self, model: nn.Module, given: Any) -> "Objective":
+        """The objective once a batch of the data is known.
+
+        Without a task from the model, labels that repeat the input ids make a causal language model; other integers are classes.
+        Where each position has a class, the module that returns the predictions tells the axis of classes.
+        """
+        if self.task == "seq2seq":
+            return replace(self, decoder=decoder_sites(model, self.batch(given)))
+        batch = Batch.of(given)
+        y, task = batch.labels, self.task
+        if y is None or (self.loss is not None and task):
+            return self
+        if not task and not y.is_floating_point():
+            task = "causal_lm" if _repeats_inputs(batch, y) else "classification"
+        elif not task and is_classifier(unwrapped(model)):
+            task = "multilabel"
+        found = replace(self, task=task)
+        unknown = not self.classes and task in ("classification", *BY_TOKEN) and y.ndim > 1
+        return replace(found, classes=classes_axis(model, found, found.batch(given))) if unknown else found
+
+    def answer(self, output: Any) -> Tensor:
+        """The predictions in a model's output. Raises ValueError as ``answer_of`` does."""
+        return answer_of(output, self.output, self.model)
+
+    def run(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's predictions for a batch."""
+        return self.answer(batch.run(model))
+
+    def aligned(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Predictions with the axis of classes last and all positions on one axis, (B, K) or (B, P, K).
+
+        ``y``: the labels, whose shape tells the axis where ``classes`` does not. Raises ValueError if both axes fit.
+        """
+        if z.ndim < 3 or self.task in BY_VALUE:
+            return z
+        axis = self.classes
+        if not axis and y is not None and y.ndim == z.ndim - 1:
+            fits = [k for k, shape in (("last", z.shape[:-1]), ("second", (z.shape[0], *z.shape[2:]))) if shape == y.shape]
+            if len(fits) > 1:
+                raise ValueError(
+                    f"{self.model} predicts {tuple(z.shape)} for labels {tuple(y.shape)}: the classes may lie on axis 1 or on the "
+                    "last axis; give output=, a function that moves them last, such as lambda out: out.movedim(1, -1)"
+                )
+            axis = fits[0] if fits else ""  # type: ignore[assignment]
+        if not axis and z.ndim > 3:
+            return z
+        return (z.movedim(1, -1) if axis == "second" else z).flatten(1, -2)
+
+    def predictions(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) or (B, P, K) and the labels (B,) or (B, P) that they predict; IGNORE for labels that do not count.
+
+        A causal language model predicts the next token: its last logits and first labels are left out. Raises ValueError if labels
+        are missing, are not classes, have another shape, or lie outside the model's classes.
+        """
+        y = self._labels(labels)
+        if self.task in BY_VALUE or y.is_floating_point():
+            raise ValueError(self._no_classes(z, y))
+        z, given = self.aligned(z, y), y
+        y = y.flatten(1) if y.ndim > 1 and z.ndim == 3 else y
+        if self.task == "causal_lm" and z.ndim == 3 and y.ndim == 2:
+            z, y = z[:, :-1], y[:, 1:]
+        if z.shape[:-1] != y.shape:
+            raise ValueError(self._no_classes(z, given))
+        valid = y[y != IGNORE]
+        if len(valid) and (int(valid.max()) >= z.shape[-1] or int(valid.min()) < 0):
+            low, high = int(valid.min()), int(valid.max())
+            raise ValueError(f"the model has {z.shape[-1]} classes, but labels run from {low} to {high}")
+        return z, y
+
+    def summed(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss summed over the batch: the one given, else cross-entropy in nats over all labels that count.
+
+        For multilabel and regression it is the sum over samples of ``by_sample``.
+        """
+        if self.loss is not None:
+            return self.loss(z, labels)
+        if self.task in BY_VALUE:
+            return self.by_sample(z, labels).sum()
+        logits, y = self.predictions(z, labels)
+        return functional.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def by_sample(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of each sample of a multilabel or regression task, (B,); 0 for a sample without targets.
+
+        Binary cross-entropy in nats, or the squared error, averaged over the sample's outputs with a target. Targets that are NaN
+        or, for multilabel, -100 are missing.
+        """
+        z, y = self.values(z, labels)
+        known = y.isfinite() & ((y != IGNORE) | (self.task == "regression"))
+        target = y.where(known, 0).to(z)
+        if self.task == "multilabel":
+            each = functional.binary_cross_entropy_with_logits(z, target, reduction="none")
+        else:
+            each = (z - target).square()
+        return each.where(known, 0).flatten(1).sum(1) / known.flatten(1).sum(1).clamp_min(1)
+
+    def values(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Predictions and targets of a multilabel or regression task, both (B, K). Raises ValueError for different shapes."""
+        y = self._labels(labels)
+        z, y = (t[:, None] if t.ndim == 1 else t for t in (z, y))
+        if z.shape != y.shape:
+            shapes = f"{tuple(z.shape)}, not {tuple(y.shape)}"
+            raise ValueError(f"task {self.task} needs targets in the shape of the predictions, {shapes}: give output= or loss=")
+        return z, y
+
+    def _labels(self, labels: Tensor | None) -> Tensor:
+        if self.task == "none":
+            raise ValueError("task is none, so there is no loss and nothing to evaluate: choose a task, or give loss=")
+        if labels is None:
+            raise ValueError("the loss needs labels, but the data have none: give (x, y) batches, or loss=")
+        return labels
+
+    def _no_classes(self, z: Tensor, y: Tensor) -> str:
+        named = f"labels {tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
+        if self.task in BY_VALUE:
+            return f"task {self.task} has no classes; {named}: choose metrics and targets that need none"
+        if y.is_floating_point():
+            return f"{self.model} has {named}, which are no classes: give task=regression or task=multilabel, or loss="
+        return (
+            f"cross-entropy needs one class label per prediction, but {self.model} predicts {tuple(z.shape)} for {named}; "
+            "give task=, output= or loss=, a function of (predictions, labels) that sums over the batch"
+        )
+
+
+def task_of(model: nn.Module) -> str:
+    """The task of a transformers model, by its class and config; "" where only labels can tell, and for any other model."""
+    if not is_pretrained(model):
+        return ""
+    config: Any = model.config
+    for name in (kind.__name__ for kind in type(model).__mro__):
+        if any(part in name for part in _CLASSIFIERS):
+            problem = getattr(config, "problem_type", None)
+            return _PROBLEMS.get(str(problem), "regression" if getattr(config, "num_labels", 2) == 1 else "")
+        if found := next((task for ending, task in _HEADS.items() if name.endswith(ending)), None):
+            return found
+        if name.endswith(("ForConditionalGeneration", "MTModel", "Seq2Seq")):
+            return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+    return ""
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is one of transformers, also inside an adapter."""
+    return any(kind.__name__ in ("PreTrainedModel", "PeftModel") for kind in type(model).__mro__)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model classifies whole samples: with float labels it has several labels per sample, as transformers decides."""
+    return is_pretrained(model) and any(part in kind.__name__ for kind in type(model).__mro__ for part in _CLASSIFIERS)
+
+
+def unwrapped(model: Any) -> Any:
+    """The user's model inside ``torch.compile`` and parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+@torch.no_grad()
+def classes_axis(model: nn.Module, objective: Objective, batch: Batch) -> Literal["last", "second", ""]:
+    """The axis of classes, by the module whose output the predictions are; "" if no single module returns them."""
+    returned: list[tuple[Any, Tensor]] = []
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if isinstance(output, Tensor):
+            returned.append((module, output))
+
+    leaves = [module for module in model.modules() if not next(module.children(), None)]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with eval_mode(model), torch.inference_mode(False), observed(leaves, see):
+        z = objective.run(model, batch.head(2).to(device))
+    layer = next((Layer("", module) for module, output in reversed(returned) if output is z), None)
+    if layer is None:
+        return ""
+    return "second" if layer.places_units_second else "last" if isinstance(layer.module, nn.Linear) else ""
+
+
+def _repeats_inputs(batch: Batch, labels: Tensor) -> bool:
+    """Whether every label that counts is the input id at its place."""
+    ids = batch.args[0] if batch.args else batch.kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.ndim != 2 or ids.is_floating_point():
+        return False
+    known = labels != IGNORE
+    return bool(known.any()) and bool((labels == ids)[known].all())
