@@ -116,7 +116,7 @@ READ: dict[type[Statistic], tuple[str, ...]] = {
     Zeros: ("n", "zeros"),
     Higher: ("n", "mean", "variance", "mean_square", "kurtosis", "skewness"),
     MeanSizes: ("n", "square"),
-    Quantiles: ("n", "counts"),
+    Quantiles: ("n", "counts", "largest"),
     Gram: ("n", "mean", "covariance"),
     NormedGram: ("n", "mean", "covariance", "norm_mean", "norm_square_sum", "norm_variance"),
     Directions: ("n", "mean", "covariance", "outer", "shift"),

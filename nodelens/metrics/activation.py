@@ -146,7 +146,7 @@ class ActivationKurtosis(Metric):
 
 @dataclass(frozen=True)
 class ActivationMaxRatio(Metric):
-    """Largest absolute activation of a unit relative to the median. It grows with the rows; quantiles are accurate to 1 %.
+    """Largest absolute activation of a unit relative to the median. It grows with the rows; the median is accurate to 1 %.
 
     Formula: max|y| / median|y|, y the unit's output
     Shapes: y over rows of width units -> (units,)

@@ -21,6 +21,7 @@ class Statistic:
     """
 
     shifts: ClassVar[tuple[str, ...]] = ()
+    maxima: ClassVar[tuple[str, ...]] = ()  # fields of which the larger value is kept, instead of the sum
     by_sample: ClassVar[str | None] = None  # the per-sample sums that it needs, besides the plain sum
     entries: ClassVar[bool] = False  # whether its rows are the inputs of each unit (patches of a convolution)
     takes_hashes: ClassVar[bool] = False  # whether ``of`` takes sample hashes
@@ -49,7 +50,8 @@ class Statistic:
         mine, theirs = self.tensors(), other.tensors()
         if any(mine[s] is not theirs[s] and not torch.equal(mine[s], theirs[s]) for s in self.shifts):
             theirs = other.about(**{s: mine[s] for s in self.shifts}).tensors()
-        return type(self)(**{k: v if k in self.shifts else v + theirs[k] for k, v in mine.items()})
+        added = {k: v + theirs[k] for k, v in mine.items() if k not in (*self.shifts, *self.maxima)}
+        return type(self)(**mine | added | {k: torch.maximum(mine[k], theirs[k]) for k in self.maxima})
 
     def add_in_place(self, other: Self) -> bool:
         """Add in place if shifts and shapes agree, as they do within a pass; returns whether it did."""
@@ -57,7 +59,9 @@ class Statistic:
         if any(t is not theirs[k] and (t.shape != theirs[k].shape or k in self.shifts) for k, t in mine.items()):
             return False
         for k, t in mine.items():
-            if k not in self.shifts:
+            if k in self.maxima:
+                torch.maximum(t, theirs[k], out=t)
+            elif k not in self.shifts:
                 t.add_(theirs[k])
         return True
 

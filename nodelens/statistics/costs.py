@@ -45,7 +45,7 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
         Zeros: d + 1,
         MeanSizes: d + 1,
         Higher: 5 * d + 1,
-        Quantiles: BINS * d + 1,
+        Quantiles: (BINS + 1) * d + 1,
         Gram: d * d + 2 * d + 1,
         NormedGram: d * d + 3 * d + 2,
         Directions: d * d + 2 * d + 1,

@@ -26,11 +26,11 @@ def first_of(value: Any) -> Any:
     return next((v for v in every if v is not None), None)
 
 
-def reduce_tensor(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over processes. Collective."""
+def reduce_tensor(tensor: Tensor, largest: bool = False) -> Tensor:
+    """The sum, or the elementwise maximum, of a tensor over processes. Collective."""
     if world()[1] > 1:
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor
 
 
@@ -71,8 +71,8 @@ def _reduce(statistic: type[Statistic], part: Statistic | None, form: dict[str, 
     if isinstance(part, ClassStatistic):
         part = part.widen(form["n"][0][0])
     part = part.about(**_common_shift(part)) if part.shifts else part
-    summed = {k: t if k in part.shifts else reduce_tensor(t.contiguous()) for k, t in part.tensors().items()}
-    return statistic(**summed)
+    held = part.tensors().items()
+    return statistic(**{k: t if k in part.shifts else reduce_tensor(t.contiguous(), k in part.maxima) for k, t in held})
 
 
 def _common_shift(part: Statistic) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Quantiles of absolute values, from histogram counts that can be added."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ BINS = HIGH - LOW + 2  # the first bin counts values below 1e-8 as 0, the last a
 
 @dataclass(frozen=True, eq=False)
 class Quantiles(Statistic):
-    """Histogram of |x| of each unit, with bins from 1e-8 to 1e8, each 0.8 to 1.6 % wide."""
+    """Histogram of |x| of each unit, with bins from 1e-8 to 1e8, each 0.8 to 1.6 % wide, and the largest |x|."""
 
-    n: Tensor  # (1,)      int64  rows
-    counts: Tensor  # (d, BINS) int64  rows whose |x| lies in the bin
+    maxima: ClassVar[tuple[str, ...]] = ("largest",)
+    n: Tensor  # (1,)      int64    rows
+    counts: Tensor  # (d, BINS) int64    rows whose |x| lies in the bin
+    largest: Tensor  # (d,)      float64  0 without rows
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
@@ -28,7 +30,7 @@ class Quantiles(Statistic):
         width = rows.raw.shape[1]
         counts = torch.bincount(_bin_places(rows), minlength=width * BINS).reshape(width, BINS)
         counts[:, 0] -= rows.mask().numel() - rows.n  # masked rows were counted as zeros
-        return cls(rows.n, counts)
+        return cls(rows.n, counts, _largest(rows))
 
     def add_rows_in_place(self, rows: Rows) -> bool:
         """Add in place if there are fewer values than bins, because a separate histogram would then cost more."""
@@ -38,10 +40,14 @@ class Quantiles(Statistic):
         self.counts.view(-1).scatter_add_(0, places.long(), torch.ones_like(self.n).expand(len(places)))
         self.counts[:, 0] -= rows.mask().numel() - rows.n
         self.n.add_(rows.n)
+        torch.maximum(self.largest, _largest(rows), out=self.largest)
         return True
 
     def quantile(self, q: float) -> Tensor:
-        """The q-quantile of |x|, (d,), interpolated between order statistics, accurate to 1 %; NaN without rows."""
+        """The q-quantile of |x|, (d,), interpolated between order statistics, accurate to 1 %; NaN without rows.
+
+        The largest value is exact.
+        """
         n = int(self.n)
         if not n:
             return torch.full_like(self.counts[:, 0], torch.nan, dtype=torch.float64)
@@ -53,8 +59,10 @@ class Quantiles(Statistic):
     def _order_statistic(self, rank: int) -> Tensor:
         """The value of a rank from 0, (d,), interpolated within its bin if the neighbouring bins are filled as well.
 
-        Otherwise the centre of the bin, so that a value which occurs many times is off by at most half a bin.
+        Otherwise the centre of the bin, so that a value which occurs many times is off by at most half a bin. The largest is exact.
         """
+        if rank == int(self.n) - 1:
+            return self.largest
         ends = self.counts.cumsum(1)
         bins = (ends <= rank).sum(1, keepdim=True)
         count, end = (t.gather(1, bins)[:, 0].double() for t in (self.counts, ends))
@@ -62,7 +70,14 @@ class Quantiles(Statistic):
         along = (rank + 0.5 - (end - count)) / count - 0.5
         edges = _edges(self.counts.device)
         low, high = edges[bins[:, 0]], edges[bins[:, 0] + 1]
-        return ((low + high) / 2 + along * (neighbours / count).clamp_max(1) * (high - low)).where(bins[:, 0] > 0, 0)
+        value = (low + high) / 2 + along * (neighbours / count).clamp_max(1) * (high - low)
+        return value.where(bins[:, 0] > 0, 0).minimum(self.largest)
+
+
+def _largest(rows: Rows) -> Tensor:
+    """The largest |x| of each unit, (d,) float64; 0 without rows."""
+    size = rows.magnitude
+    return size.amax((0, 2)).double() if size.shape[0] and size.shape[2] else size.new_zeros(size.shape[1]).double()
 
 
 def _bin_places(rows: Rows) -> Tensor:

@@ -80,7 +80,17 @@ def test_values_outside_the_bins_are_counted_in_the_outermost_bins():
     assert found.counts.sum() == found.n == 5
     assert found.quantile(0).item() == 0
     assert abs(found.quantile(0.5).item() - 5) < 0.05
-    assert abs(found.quantile(1).item() / 1e8 - 1) < 0.02
+    assert abs(found.quantile(0.75).item() / 1e8 - 1) < 0.02
+    assert found.quantile(1).item() == 1e300
+
+
+@pytest.mark.parametrize("batch", [1, 7, 3000])
+def test_the_largest_value_is_exact(batch):
+    x = normal(3000, 4).mul(3).exp() * torch.tensor([1, -1e-3, 30, 4e4], dtype=torch.float64)
+    accumulator = Accumulator(Quantiles)
+    for part in x.split(batch):
+        accumulator.add_rows(Rows.of(part, shift=torch.zeros(4, dtype=torch.float64)))
+    assert torch.equal(accumulator.value.quantile(1.0), x.abs().amax(0))
 
 
 def test_masked_rows_do_not_count_as_zeros():
@@ -88,6 +98,7 @@ def test_masked_rows_do_not_count_as_zeros():
     found = Quantiles.of(Rows(x, keep))
     kept = x.transpose(1, 2)[keep]
     assert torch.equal(found.counts, Quantiles.of(kept).counts)
+    assert torch.equal(found.largest, kept.abs().amax(0).double())
     assert found.n.item() == len(kept)
     assert Quantiles.of(x[:0]).quantile(0.5).isnan().all()
 
