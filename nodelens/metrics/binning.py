@@ -1,7 +1,7 @@
 """Mutual information without a Gaussian assumption: histograms with bins of equal width."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,23 +18,27 @@ from .paired_target import check_target, stored_target, with_permutations
 class BinnedInformation(Metric):
     """Mutual information of a unit and a target, from a histogram of both with bins of equal width.
 
-    It detects nonlinear dependence, which the Gaussian estimate misses. It is biased upwards: independent variables give about
-    (bins - 1)^2/(2n), 0.02 at n = 2,048. One extreme value widens all bins. The estimate uses at most 2,048 samples. Their choice
-    depends on the content of the samples only, not on batches or their order, and ``rows_left_out`` counts the others. For several
-    target columns, the value is the mean over columns. Targets are those of mutual_information_gaussian.
+    It detects nonlinear dependence, which the Gaussian estimate misses. One extreme value widens all bins. The estimate uses at
+    most 2,048 samples. Their choice depends on the content of the samples only, not on batches or their order, and
+    ``rows_left_out`` counts the others. For several target columns, the value is the mean over columns. Targets are those of
+    mutual_information_gaussian. Plug-in entropies (``bias: none``) are too small, so that independent variables give about
+    (bins - 1)^2/(2n). ``bias: grassberger`` corrects the entropies: with 400 samples, independent normal variables give 0.01
+    rather than 0.09, and a correlation of 0.5 gives 12 % too much rather than 63 %. With fewer samples more bias remains.
 
-    Formula: sum_ab p_ab ln(p_ab / (p_a p_b)), p_ab the share of samples with the unit in its bin a and the target in its bin b
+    Formula: H(a) + H(b) - H(a, b), a the bin of the unit, b that of the target, H = ln n - sum_k n_k G(n_k)/n, n_k the number of
+             samples in cell k, G(m) = psi(m) + (-1)^m [psi((m+1)/2) - psi(m/2)]/2, psi digamma; bias none: G(m) = ln m
     Shapes: y over rows of width units, paired with a target -> (units,)
-    Unit:   nats, in [0, ln bins]; a unit determined by the target, with equally full bins: ln 10 = 2.3026
+    Unit:   nats, from about 0 to about ln bins; a unit determined by the target, with equally full bins: ln 10 = 2.3026
     NaN:    fewer than two samples
     Raises: ValueError for an unknown target, fewer than two bins, or missing labels or logits that the target needs
-    Source: plug-in estimate; bias: Panzeri & Treves 1996, Network 7:87, eq. 10
+    Source: Grassberger 2003, physics/0307138; plug-in bias: Panzeri & Treves 1996, Network 7:87, eq. 10
     """
 
     names: ClassVar = ("mutual_information_binning", "mi_binning")
     nan: ClassVar = "fewer than two samples"
     target: Target = "auto"
     bins: int = 10
+    bias: Literal["grassberger", "none"] = "grassberger"
     permutations: int = 0
 
     def __post_init__(self) -> None:
@@ -50,8 +54,8 @@ class BinnedInformation(Metric):
         z = first_axis(y.target) if self.target == "logit_pc1" else y.target
         if len(y.rows) < 2:
             return y.rows.new_full(y.rows.shape[1:], torch.nan)
-        each = [plug_in(y.rows, column[:, 0], self.bins, self.bins) for column in bins_of(z, self.bins).split(1, 1)]
-        return torch.stack(each).mean(0)
+        columns, corrected = bins_of(z, self.bins).unbind(1), self.bias != "none"
+        return torch.stack([binned_information(y.rows, column, self.bins, self.bins, corrected) for column in columns]).mean(0)
 
     def counts(self, weight: Tensor | None, y: Sample, **_: Any) -> dict[str, int]:
         return {"constant": int(constant_columns(y.rows).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
@@ -81,11 +85,29 @@ def bins_of(x: Tensor, bins: int) -> Tensor:
     return ((x - low) / width * bins).long().clamp_max(bins - 1)
 
 
-def plug_in(x: Tensor, among: Tensor, bins: int, kinds: int) -> Tensor:
-    """Plug-in information of each binned column about the category of a row: (n, d), (n,) int64 -> (d,); 0 for constant columns."""
-    n, d = x.shape
+def binned_information(x: Tensor, among: Tensor, bins: int, kinds: int, corrected: bool = False) -> Tensor:
+    """Information of each binned column about the category of a row: (n, d), (n,) int64 -> (d,); 0 for constant columns.
+
+    Plug-in estimate, or with Grassberger's correction of the entropies.
+    """
+    d = x.shape[1]
     place = (torch.arange(d, device=x.device) * kinds + among[:, None]) * bins + bins_of(x, bins)
-    share = torch.bincount(place.flatten(), minlength=d * kinds * bins).reshape(d, kinds, bins).double() / n
-    entropy = torch.special.entr
-    value = entropy(share.sum(1)).sum(1) + entropy(share.sum(2)).sum(1) - entropy(share).sum((1, 2))
-    return value.where(~constant_columns(x), 0.0)
+    cells = torch.bincount(place.flatten(), minlength=d * kinds * bins).reshape(d, kinds, bins)
+    entropy = _corrected_entropy if corrected else _plug_in_entropy
+    value = entropy(cells.sum(1)) + entropy(cells.sum(2)) - entropy(cells.flatten(1))
+    informative = ~constant_columns(x) & (among != among[:1]).any()
+    return value.where(informative, 0.0)
+
+
+def _plug_in_entropy(counts: Tensor) -> Tensor:
+    """Entropy of the shares of counts, (d, cells) int64 -> (d,)."""
+    return torch.special.entr(counts.double() / counts.sum(1, keepdim=True)).sum(1)
+
+
+def _corrected_entropy(counts: Tensor) -> Tensor:
+    """Entropy from counts with little bias, (d, cells) int64 -> (d,). Grassberger 2003, physics/0307138."""
+    m = counts.clamp_min(1).double()
+    sign = 1 - 2 * (counts % 2)
+    g = torch.digamma(m) + 0.5 * sign * (torch.digamma((m + 1) / 2) - torch.digamma(m / 2))
+    n = counts.sum(1).double()
+    return n.log() - (counts * g).sum(1) / n

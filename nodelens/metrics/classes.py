@@ -10,7 +10,7 @@ from nodelens.statistics import ByClass, Sample
 from nodelens.statistics.linalg import constant
 
 from .base import Metric
-from .binning import check_bins, constant_columns, plug_in
+from .binning import binned_information, check_bins, constant_columns
 from .need import Need
 from .paired_target import check_target, with_permutations
 
@@ -87,7 +87,7 @@ class ClassInformation(Metric):
     def _binned(self, rows: Tensor, label: Tensor) -> Tensor:
         if len(rows) < 2:
             return rows.new_full(rows.shape[1:], torch.nan)
-        return plug_in(rows, label, self.bins, int(label.max()) + 1)
+        return binned_information(rows, label, self.bins, int(label.max()) + 1)
 
     def _seen(self, y: ByClass) -> ByClass:
         return y.only(y.n > 1)

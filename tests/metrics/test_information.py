@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from ids import label
@@ -10,6 +11,7 @@ from planted import equal, golden_cases, planted, sums
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
+from nodelens.metrics.binning import binned_information, bins_of
 from nodelens.statistics import Cross, Gram, Moments
 from nodelens.statistics.rows import Rows
 
@@ -324,8 +326,6 @@ def test_names_as_condition():
 
 def histogram(y, z, bins):
     """Information in bins, counted one by one."""
-    import numpy as np
-
     joint = np.histogram2d(y.numpy(), z.numpy(), bins)[0] / len(y)
     ratio = joint / np.outer(joint.sum(1), joint.sum(0)).clip(1e-300)
     return float((joint[joint > 0] * np.log(ratio[joint > 0])).sum())
@@ -335,10 +335,47 @@ def test_bins_of_a_slow_loop():
     y, z = mixed(200, t=2)
     for bins in (4, 10):
         slow = [[histogram(y[:, k], z[:, c], bins) for c in range(2)] for k in range(6)]
-        near(of("mi_binning", y, z, bins=bins), torch.tensor(slow).double().mean(1), 1e-6)
+        near(of("mi_binning", y, z, bins=bins, bias="none"), torch.tensor(slow).double().mean(1), 1e-6)
     ramp = torch.arange(100.0)
-    near(of("mi_1", ramp[:, None], ramp**3, bins=2), [histogram(ramp, ramp**3, 2)], 1e-6)
-    near(of("mi_1", ramp[:, None], ramp), [math.log(10)])
+    near(of("mi_1", ramp[:, None], ramp**3, bins=2, bias="none"), [histogram(ramp, ramp**3, 2)], 1e-6)
+    near(of("mi_1", ramp[:, None], ramp, bias="none"), [math.log(10)])
+    near(of("mi_1", ramp[:, None], ramp), [math.log(10)], 0.02)
+    near(of("mi_1", ramp[:, None], torch.ones(100)), [0])
+    near(of("mi_1", torch.ones(100, 1), ramp), [0])
+
+
+def test_entropies_of_bins_are_grassberger_s():
+    """G(1) = -gamma - ln 2, G(2) = 2 - gamma - ln 2, G(2k + 1) = G(2k), G(2k + 2) = G(2k) + 2/(2k + 1)."""
+    g = [0.0, -np.euler_gamma - math.log(2), 2 - np.euler_gamma - math.log(2)]
+    for k in range(1, 101):
+        g += [g[2 * k], g[2 * k] + 2 / (2 * k + 1)]
+
+    def entropy(cells):
+        counted = cells.astype(int).flatten()
+        return math.log(counted.sum()) - sum(c * g[c] for c in counted) / counted.sum()
+
+    y, z = mixed(200)
+    joint = [np.histogram2d(y[:, k].numpy(), z[:, 0].numpy(), 10)[0] for k in range(6)]
+    slow = [entropy(c.sum(0)) + entropy(c.sum(1)) - entropy(c) for c in joint]
+    near(of("mi_binning", y, z[:, 0]), slow, 1e-9)
+
+
+@pytest.mark.parametrize(("rho", "plain", "corrected"), [(0.0, 0.095, 0.013), (0.5, 0.083, 0.016), (0.9, 0.042, 0.003)])
+def test_bins_of_few_samples_tell_about_what_many_samples_in_the_same_bins_tell(rho, plain, corrected):
+    g = torch.Generator().manual_seed(7)
+
+    def draw(n):
+        z = torch.randn(n, 1, generator=g, dtype=torch.float64)
+        return z, rho * z + math.sqrt(1 - rho**2) * torch.randn(n, 1, generator=g, dtype=torch.float64)
+
+    many, errors = draw(200_000), []
+    for z, y in (draw(400) for _ in range(100)):
+        every_z, every_y = (x.clamp(float(few.min()), float(few.max())) for x, few in zip(many, (z, y), strict=True))
+        truth = binned_information(every_y, bins_of(every_z, 10)[:, 0], 10, 10)
+        errors.append(torch.cat([of("mi_binning", y, z, bias=bias) - truth for bias in ("none", "grassberger")]))
+    mean, error = torch.stack(errors).mean(0), torch.stack(errors).std(0) / 10
+    assert abs(float(mean[0]) - plain) < 3 * float(error[0])
+    assert abs(float(mean[1]) - corrected) < 3 * float(error[1])
 
 
 DRAWS = 400
