@@ -12,6 +12,8 @@ from .base import Metric
 from .information import constant_units
 from .need import Need, View
 
+UNPAIRED = 0.01  # of the rows: if more are valid in one layer only, sums over different rows would be compared
+
 
 @dataclass(frozen=True)
 class EdgeMetric(Metric):
@@ -28,8 +30,14 @@ class EdgeMetric(Metric):
 
 
 def live_cross(x: Gram, y: Gram, xy: Pair) -> Tensor:
-    """Covariances of units of two layers, (d_x, d_y): 0 for constant units, NaN below two rows."""
-    return xy.covariance.where(~constant_units(x)[:, None] & ~constant_units(y), 0).where(xy.n > 1, torch.nan)
+    """Covariances of units of two layers, (d_x, d_y): 0 for constant units, NaN below two rows and where ``unpaired``."""
+    live = ~constant_units(x)[:, None] & ~constant_units(y)
+    return xy.covariance.where(live, 0).where((xy.n > 1) & ~unpaired(x, y, xy), torch.nan)
+
+
+def unpaired(x: Gram, y: Gram, xy: Pair) -> Tensor:
+    """Whether more than 1 % of the rows are valid (finite) in one of the layers only, (1,) bool."""
+    return x.n + y.n - 2 * xy.n > UNPAIRED * torch.maximum(x.n, y.n)
 
 
 @dataclass(frozen=True)
