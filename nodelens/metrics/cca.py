@@ -7,35 +7,41 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Gram, Pair
-from nodelens.statistics.linalg import components, principal_axes, spectrum
+from nodelens.statistics.linalg import components, principal_axes
 
 from .layer_pair import EdgeMetric, live_cross
 from .need import Need
-from .spectrum import live_covariance
+from .spectrum import live_covariance, unresolved_directions
 
 ROWS = 5  # per direction of either layer; with fewer rows, unrelated layers appear correlated
+FEW_ROWS = 50  # per direction of either layer; with fewer rows, unrelated layers have a mean correlation of 0.085 or more
 
 
 @dataclass(frozen=True)
 class CCA(EdgeMetric):
     """Mean canonical correlation of two layers: how far each is a linear function of the other. Every direction counts equally.
 
-    ``keep: 1`` uses all directions with variance; ``svcca`` keeps the leading ones of each layer that hold 99 % of its variance.
-    The value is biased upwards when rows are few. With ``keep: 1``, fewer than 5 rows per direction give NaN (``too_few_rows``)
-    rather than an error, so that one wide layer does not stop a run. With a smaller ``keep`` there is no such check, and unrelated
-    layers give values well above 0.
+    ``keep: 1`` uses all directions with variance, and units scaled to variance 1, which changes no canonical correlation but keeps
+    small units apart from rounding (``unresolved`` counts the directions that it hides all the same). ``svcca`` keeps the leading
+    directions of each layer that hold 99 % of its variance. The value is biased upwards when rows are few: unrelated layers of d
+    directions each give about 0.85 sqrt(d/n). ``few_rows`` flags fewer than 50 rows per direction. With ``keep: 1``, fewer than 5
+    give NaN (``too_few_rows``) rather than an error, so that one wide layer does not stop a run.
 
     Formula: mean of the singular values of C_xx^-1/2 C_xy C_yy^-1/2, C covariances on the directions that are kept
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   none, in [0, 1]; y = x A with an invertible A: 1
-    NaN:    a layer without variance; with ``keep: 1``, fewer rows than 5 times the directions of both layers
+    NaN:    a layer without variance; more than 1 % of the rows valid in one layer only; with ``keep: 1``, fewer rows than 5 times
+            the directions of both layers
     Raises: ValueError when keep is not in (0, 1]
     Source: Raghu et al. 2017, 1706.05806, section 2.1
     """
 
     names: ClassVar = ("cca_mean",)
     presets: ClassVar = {"svcca": {"keep": 0.99}}
-    nan: ClassVar = "a layer without variance, or fewer rows than 5 times the directions of both layers"
+    nan: ClassVar = (
+        "a layer without variance, fewer rows than 5 times the directions of both layers, or more than 1 % of the rows valid in "
+        "one layer only"
+    )
     keep: float = 1.0
 
     def __post_init__(self) -> None:
@@ -47,23 +53,40 @@ class CCA(EdgeMetric):
         return self.both()
 
     def __call__(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> Tensor:
-        (lam_x, u_x), (lam_y, u_y) = (principal_axes(live_covariance(side)) for side in (x, y))
-        if not (lam_x[0] > 0 and lam_y[0] > 0) or self._too_few(xy, lam_x, lam_y):
-            return lam_x.new_full((), torch.nan)
-        k_x, k_y = (int(components(lam, self.keep)) for lam in (lam_x, lam_y))
-        cross = u_x[:, :k_x].T @ live_cross(x, y, xy) @ u_y[:, :k_y]
-        turned, r, _ = torch.linalg.svd(cross / lam_x[:k_x, None].sqrt() / lam_y[:k_y].sqrt(), full_matrices=False)
-        return self.summary(r.clamp_max(1), turned, u_x[:, :k_x] * lam_x[:k_x].sqrt())
+        (lam_x, u_x, sd_x), (lam_y, u_y, sd_y) = self._kept(x), self._kept(y)
+        if not (len(lam_x) and len(lam_y)) or self._fewer(ROWS * (self.keep == 1), xy, lam_x, lam_y):
+            return xy.cross.new_full((), torch.nan)
+        cross = u_x.T @ (live_cross(x, y, xy) / sd_x[:, None] / sd_y) @ u_y
+        if not cross.isfinite().all():
+            return xy.cross.new_full((), torch.nan)
+        turned, r, _ = torch.linalg.svd(cross / lam_x[:, None].sqrt() / lam_y.sqrt(), full_matrices=False)
+        return self.summary(r.clamp_max(1), turned, sd_x[:, None] * u_x * lam_x.sqrt())
 
     def summary(self, r: Tensor, turned: Tensor, spread: Tensor) -> Tensor:
         """The value from canonical correlations (k,), x's directions on its axes (k_x, k) and the axes scaled by sd (d_x, k_x)."""
         return r.mean()
 
-    def _too_few(self, xy: Pair, *spectra: Tensor) -> bool:
-        return self.keep == 1 and int(xy.n) < ROWS * sum(int((lam > 0).sum()) for lam in spectra)
+    def _kept(self, side: Gram) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues (k,) and axes (d, k) of the directions that are kept, and the scales of the units in which they are (d,)."""
+        covariance = live_covariance(side)
+        variance = covariance.diagonal()
+        sd = variance.where(variance > 0, 1.0).sqrt() if self.keep == 1 else torch.ones_like(variance)
+        lam, axes = principal_axes(covariance / sd.outer(sd), side.variance_rounding / sd.square())
+        rank = int((lam > 0).sum())
+        k = min(rank, int(components(lam, self.keep))) if self.keep < 1 else rank
+        return lam[:k], axes[:, :k], sd
+
+    @staticmethod
+    def _fewer(rows: int, xy: Pair, *spectra: Tensor) -> bool:
+        """Whether there are fewer rows than this number per direction."""
+        return int(xy.n) < rows * sum(map(len, spectra))
 
     def counts(self, weight: Tensor | None, x: Gram, y: Gram, xy: Pair) -> dict[str, int]:
-        return {"too_few_rows": int(self._too_few(xy, spectrum(live_covariance(x)), spectrum(live_covariance(y))))}
+        kept = [self._kept(side)[0] for side in (x, y)]
+        hidden = sum(unresolved_directions(side, lam) for side, lam in zip((x, y), kept, strict=True)) if self.keep == 1 else 0
+        too_few = self._fewer(ROWS * (self.keep == 1), xy, *kept)
+        few = self._fewer(FEW_ROWS, xy, *kept) and not too_few
+        return {"too_few_rows": int(too_few), "few_rows": int(few), "unresolved": hidden}
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,8 @@ class ProjectionWeightedCCA(CCA):
              C_xx^-1/2 C_xy C_yy^-1/2, h_i = x C_xx^-1/2 u_i the canonical variates of x, x_j the units of x, centred
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   none, in [0, 1]; y = x A with an invertible A: 1
-    NaN:    a layer without variance; with ``keep: 1``, fewer rows than 5 times the directions of both layers
+    NaN:    a layer without variance; more than 1 % of the rows valid in one layer only; with ``keep: 1``, fewer rows than 5 times
+            the directions of both layers
     Raises: ValueError when keep is not in (0, 1]
     Source: Morcos, Raghu & Bengio 2018, 1806.05759, section 2.2
     """
@@ -99,13 +123,13 @@ class Procrustes(EdgeMetric):
              angular: arccos(||S_xy||_*/sqrt(tr S_xx tr S_yy))
     Shapes: x over rows of width d_x, y of width d_y -> ()
     Unit:   that of x squared, 0 or above; angular: radians, in [0, pi/2]; y = x Q with an orthogonal Q: 0
-    NaN:    fewer than two rows; angular: a layer without variance
+    NaN:    fewer than two rows; more than 1 % of the rows valid in one layer only; angular: a layer without variance
     Source: Schoenemann 1966, Psychometrika 31:1; Williams et al. 2021, 2110.14739, eq. 5
     """
 
     names: ClassVar = ("procrustes",)
     presets: ClassVar = {"procrustes_angular": {"angular": True}}
-    nan: ClassVar = "fewer than two rows; angular: a layer without variance"
+    nan: ClassVar = "fewer than two rows; more than 1 % of the rows valid in one layer only; angular: a layer without variance"
     angular: bool = False
 
     def needs(self) -> dict[str, Need]:

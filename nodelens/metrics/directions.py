@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Directions, Gram, NormedGram
-from nodelens.statistics.linalg import ROUNDING, debiased_hsic
+from nodelens.statistics.linalg import debiased_hsic, spectrum
 
 from .base import Metric
 from .information import constant_units
@@ -114,7 +114,7 @@ class RankMe(Metric):
     """Effective rank of the rows without centring, so the mean counts as a direction; meant for self-supervised embeddings.
 
     Rows far from the origin give values near 1 however they vary; effective_rank subtracts the mean first. The constant 1e-7 comes
-    from the source. Singular values within the rounding error of float32 sums count as 0.
+    from the source. Singular values that the rounding of the rows and their products hides count as 0.
 
     Formula: exp(-sum_i p_i ln p_i), p_i = s_i/sum s + 1e-7, s_i the singular values of the rows, not centred
     Shapes: y over rows of width units -> ()
@@ -133,10 +133,5 @@ class RankMe(Metric):
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         raw = y.about(shift=torch.zeros_like(y.shift)).outer
-        if not raw.isfinite().all():
-            return raw.new_full((), torch.nan)
-        values = torch.linalg.eigvalsh(raw)
-        scatter = y.outer - y.total.outer(y.total) / y.n
-        floor = torch.maximum(ROUNDING * torch.linalg.matrix_norm(scatter), 1e-14 * values[-1])
-        s = values.where(values > floor, 0).sqrt()
+        s = spectrum(raw, y.rounding).sqrt()
         return torch.special.entr(s / s.sum() + 1e-7).sum().exp()

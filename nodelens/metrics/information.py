@@ -188,7 +188,7 @@ class MutualInformation(Metric):
         found = {"constant": int(constant_units(y).sum())}
         if x is None:
             return found | {"without_target": int(y.n - z.n)}
-        first, *others = principal_axes(x.covariance)[0].tolist()
+        first, *others = principal_axes(x.covariance, x.variance_rounding)[0].tolist()
         return found | {"close_eigenvalues": int(bool(others) and first < CLOSE * others[0])}
 
 
@@ -296,7 +296,7 @@ def pair_information(y: Gram, bias: str) -> Tensor:
 
 def _with_first_axis(y: Moments, xy: Pair, x: Gram) -> Tensor:
     """Correlations of units with the first principal component of the input, (units, 1)."""
-    values, axes = principal_axes(x.covariance)
+    values, axes = principal_axes(x.covariance, x.variance_rounding)
     live = ~constant_units(y) & ~constant_units(x).all()
     scale = y.variance.where(live, 1.0).sqrt() * values[0].where(live, 1.0).sqrt()
     r = torch.where(live, xy.covariance @ axes[:, 0] / scale, 0.0)

@@ -85,7 +85,7 @@ class TotalCorrelation(Metric):
             assert isinstance(y, NormedGram)
             covariance = shrunk(covariance, y.n, y.norm_square_sum)
         r = correlation(covariance, torch.zeros(len(covariance), dtype=torch.bool, device=covariance.device))
-        values = spectrum(r)
+        values = spectrum(r, y.variance_rounding[live] / covariance.diagonal())
         rest = torch.zeros_like(y.shift)
         few = not self._shrinks(y) and int(y.n) <= len(r)
         if int(y.n) < 2 or few or not bool((values > 0).all()):

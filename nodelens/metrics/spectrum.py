@@ -13,14 +13,18 @@ from .base import Metric
 from .information import constant_units
 from .need import Need, View
 
+ROWS_PER_UNIT = 10  # with fewer rows the entropy dimension of independent units is more than 5 % too small
+
 
 @dataclass(frozen=True)
 class SpectrumMetric(Metric):
     """Base class of functions ``of`` the eigenvalues of a layer's covariance.
 
     rows: ``raw``; ``token_l2``, each row scaled to length 1; ``token_rms``, each row scaled to root mean square 1, which gives the
-    same values; ``feature_standardized``, each unit scaled to variance 1. Eigenvalues below 2.4e-7 of the largest count as 0,
-    because float32 sums do not resolve them. A constant unit adds an eigenvalue of 0 (``constant``).
+    same values; ``feature_standardized``, each unit scaled to variance 1. A constant unit adds an eigenvalue of 0 (``constant``).
+    An eigenvalue that the rounding of the rows and their products hides counts as 0 (``unresolved``): below about 2e-6 of the
+    variance of the units in its direction for float32 products, 1e-12 for float64. ``few_rows`` flags a layer with fewer than 10
+    rows per unit that varies: sample eigenvalues spread, so that dimensions come out too small and slopes too steep.
     """
 
     kind: ClassVar = "layer"
@@ -32,7 +36,7 @@ class SpectrumMetric(Metric):
         return {"y": Need(Directions if self.rows.startswith("token") else Gram, "output", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
-        return self.of(spectrum(self.covariance(y)))
+        return self.of(spectrum(self.covariance(y), self.rounding(y)))
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         """The value from eigenvalues, (d,), largest first -> ()."""
@@ -44,8 +48,25 @@ class SpectrumMetric(Metric):
             return correlation(y.covariance, constant_units(y)).where(y.n > 1, torch.nan)
         return live_covariance(y)
 
+    def rounding(self, y: Gram) -> Tensor:
+        """The rounding error of the diagonal of that matrix, (units,)."""
+        error = y.variance_rounding
+        return error / y.covariance.diagonal().where(~constant_units(y), 1.0) if self.rows == "feature_standardized" else error
+
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        return {"constant": int(constant_units(y).sum())}
+        unresolved = unresolved_directions(y, spectrum(self.covariance(y), self.rounding(y)))
+        return {"constant": int(constant_units(y).sum()), "unresolved": unresolved, "few_rows": few_rows(y)}
+
+
+def unresolved_directions(y: Gram, eigenvalues: Tensor) -> int:
+    """How many directions count as 0, although there are enough rows and varying units for them."""
+    most = min(int((~constant_units(y)).sum()), int(y.n) - 1)
+    return max(0, most - int((eigenvalues > 0).sum())) if int(y.n) > 1 else 0
+
+
+def few_rows(y: Gram) -> int:
+    """1 if there are so few rows per varying unit that a spectrum is biased, otherwise 0."""
+    return int(int(y.n) < ROWS_PER_UNIT * int((~constant_units(y)).sum()))
 
 
 def live_covariance(y: Gram) -> Tensor:
@@ -74,6 +95,9 @@ class ParticipationRatio(SpectrumMetric):
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         c = self.covariance(y)
         return self._scaled(c.trace().square() / c.square().sum(), len(c))
+
+    def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
+        return {"constant": int(constant_units(y).sum()), "few_rows": few_rows(y)}
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         return self._scaled(eigenvalues.sum().square() / eigenvalues.square().sum(), len(eigenvalues))

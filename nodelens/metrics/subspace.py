@@ -39,7 +39,7 @@ class SubspaceMetric(EdgeMetric):
         if len(x.shift) != len(y.shift):
             return x.shift.new_full((), torch.nan)
         before, after = live_covariance(x), live_covariance(y)
-        (lam_x, u_x), (lam_y, u_y) = principal_axes(before), principal_axes(after)
+        (lam_x, u_x), (lam_y, u_y) = principal_axes(before, x.variance_rounding), principal_axes(after, y.variance_rounding)
         k = self._k(self.cut(lam_x, lam_y))
         return self.between(u_x[:, :k], u_y[:, :k], after) if k else x.shift.new_full((), torch.nan)
 
@@ -57,7 +57,7 @@ class SubspaceMetric(EdgeMetric):
     def counts(self, weight: Tensor | None, x: Gram, y: Gram) -> dict[str, int]:
         if len(x.shift) != len(y.shift):
             return {"unequal_widths": 1}
-        spectra = self.cut(spectrum(live_covariance(x)), spectrum(live_covariance(y)))
+        spectra = self.cut(*(spectrum(live_covariance(side), side.variance_rounding) for side in (x, y)))
         k = self._k(spectra)
         close = sum(bool(lam[k - 1] < CLOSE * lam[k]) for lam in spectra if 0 < k < len(lam))
         return {"close_eigenvalues": close, "cut_to_rank": int(k < self.novelty_k)}

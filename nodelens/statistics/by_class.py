@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import Statistic
 from .gram import Gram
-from .linalg import exact_products
+from .linalg import exact_products, resolution
 from .moments import Moments
 from .rows import Rows, SampleSums
 
@@ -146,7 +146,9 @@ class ClassGram(ClassStatistic):
     @property
     def gram(self) -> Gram:
         """Moments of all rows that have a class."""
-        return Gram(self.n.sum().reshape(1), self.shift, self.total.sum(0), self.outer.sum(0))
+        outer = self.outer.sum(0)
+        rounding = resolution(torch.float64, len(outer)) * outer.diagonal()  # rows of samples are float64
+        return Gram(self.n.sum().reshape(1), self.shift, self.total.sum(0), outer, rounding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,31 +7,33 @@ import torch
 from torch import Tensor
 
 from .base import Statistic
-from .linalg import exact_products
+from .linalg import exact_products, resolution
 from .moments import Moments, free
 from .rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
 class Gram(Statistic):
-    """Count, sum and outer-product sum of rows of width d, about a shift."""
+    """Count, sum and outer-product sum of rows of width d, about a shift, and the rounding error of these products."""
 
     shifts: ClassVar[tuple[str, ...]] = ("shift",)
     n: Tensor  # (1,)    int64    rows
     shift: Tensor  # (d,)    float64  a guess of the mean
     total: Tensor  # (d,)    float64  sum of x - shift
     outer: Tensor  # (d, d)  float64  sum of (x - shift)(x - shift)'
+    rounding: Tensor  # (d,)    float64  error of the diagonal of outer; that of entry (i, j) is at most sqrt(r_i r_j)
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
-        return cls(rows.n, rows.shift, rows.total, rows.outer)
+        total, outer = rows.total, rows.outer
+        return cls(rows.n, rows.shift, total, outer, rounding_error(rows, total, outer.diagonal()))
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n
         mixed = self.total.outer(step)
         outer = self.outer + mixed + mixed.T + n * step.outer(step)
-        return type(self)(n, shift, self.total + n * step, outer)
+        return type(self)(n, shift, self.total + n * step, outer, self.rounding)
 
     @property
     def mean(self) -> Tensor:
@@ -44,9 +46,23 @@ class Gram(Statistic):
         return (self.outer - self.total.outer(self.total) / self.n) / free(self.n)
 
     @property
+    def variance_rounding(self) -> Tensor:
+        """Rounding error of the variances, (d,), in the unit of x squared; NaN below two rows."""
+        return self.rounding / free(self.n)
+
+    @property
     def moments(self) -> Moments:
         """Moments of the same rows, from the diagonal."""
         return Moments(self.n, self.shift, self.total, self.outer.diagonal())
+
+
+def rounding_error(rows: Rows, total: Tensor, square: Tensor) -> Tensor:
+    """Error of sums of squares about the shift, (d,): that of the products, and that of rows which are float32 themselves."""
+    error = resolution(rows.product_dtype(rows), len(square)) * square
+    if rows.raw.dtype == torch.float64:
+        return error
+    uncentred = square + 2 * rows.shift * total + rows.n * rows.shift.square()
+    return error + torch.finfo(rows.raw.dtype).eps ** 2 * uncentred
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ class NormedGram(Gram):
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
         e = squared_norms(rows)
-        return cls(rows.n, rows.shift, rows.total, rows.outer, weighted_sum(rows, e), e.outer[0])
+        return cls(**Gram.of(rows).tensors(), skew=weighted_sum(rows, e), quartic=e.outer[0])
 
     def about(self, shift: Tensor) -> Self:
         """The squared norm of x + a is e + 2 a.x + |a|^2; the sums below are this expression, expanded."""
@@ -39,7 +39,7 @@ class NormedGram(Gram):
 
     @property
     def gram(self) -> Gram:
-        return Gram(self.n, self.shift, self.total, self.outer)
+        return Gram(self.n, self.shift, self.total, self.outer, self.rounding)
 
     @property
     def norm_mean(self) -> Tensor:
@@ -65,8 +65,7 @@ class Directions(Gram):
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        rows = directions(Rows.of(x, weights, shift))
-        return cls(rows.n, rows.shift, rows.total, rows.outer)
+        return cls(**Gram.of(directions(Rows.of(x, weights, shift))).tensors())
 
     def about(self, shift: Tensor | None = None) -> Self:
         """The statistic itself. Raises ValueError for a shift other than zero."""

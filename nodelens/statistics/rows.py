@@ -141,16 +141,18 @@ class Rows:
         """Sum of products about the shift, (width, width) float64."""
         return self.products(self)
 
+    def product_dtype(self, other: "Rows") -> torch.dtype:
+        """The dtype in which products with another site's rows are formed: float64 for narrow rows, otherwise that of the rows."""
+        narrow = min(self.raw.shape[1], other.raw.shape[1]) <= NARROW
+        return torch.float64 if narrow or self.raw.dtype != other.raw.dtype else self.raw.dtype
+
     def products(self, other: "Rows") -> Tensor:
         """Sum of products with the same rows of another site, (width, other width) float64.
 
         Each is about its own shift, and masked rows are 0 at both. The kind of product depends on the memory layout.
         """
-        x = self.x
-        z = x if other is self else other.x
-        if min(x.shape[1], z.shape[1]) <= NARROW or x.dtype != z.dtype:
-            x = x.double()
-            z = x if other is self else z.double()
+        x = self.x.to(self.product_dtype(other))
+        z = x if other is self else other.x.to(x.dtype)
         (_, width, positions), other_width = x.shape, z.shape[1]
         with exact_products():
             if positions == 1 or (x.stride(1) == 1 and z.stride(1) == 1):

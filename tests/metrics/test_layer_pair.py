@@ -189,10 +189,70 @@ def test_too_few_rows_give_no_correlation_unless_the_layers_are_cut():
     x, y = layers(79)
     assert measure("cca_mean", x, y).isnan()
     assert measure("pwcca", x, y).isnan()
-    assert counts("cca_mean", x, y) == {"too_few_rows": 1}
+    assert counts("cca_mean", x, y) == {"too_few_rows": 1, "few_rows": 0, "unresolved": 0}
     assert measure("svcca", x, y).isfinite()
-    assert counts("svcca", x, y) == {"too_few_rows": 0}
+    assert counts("svcca", x, y) == {"too_few_rows": 0, "few_rows": 1, "unresolved": 0}
     assert measure("cca_mean", *layers(80)).isfinite()
+
+
+def test_few_rows_are_said_where_unrelated_layers_would_not_read_0():
+    for name in ("cca_mean", "pwcca"):
+        assert counts(name, *layers(799))["few_rows"] == 1
+        assert counts(name, *layers(800))["few_rows"] == 0
+    unrelated = [measure("cca_mean", normal(800, 8, seed=s), normal(800, 8, seed=s + 50)) for s in range(20)]
+    assert_close(float(torch.stack(unrelated).mean()), 0.085, rtol=0.05, atol=0)
+    flat = normal(400, 10), normal(400, 12, seed=1)  # both participation ratios about 11: 0.027 without a relation
+    assert counts("linear_cka", *flat) == {"few_rows": 0}
+    assert counts("linear_cka", flat[0][:200], flat[1][:200]) == {"few_rows": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_small_unit_is_a_direction_like_any_other(dtype):
+    a, b, c = (normal(2_000, 1, seed=s) for s in range(3))
+    x, y = torch.cat([a, b], 1), torch.cat([a, c], 1)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-9
+    for name in ("cca_mean", "pwcca"):
+        for size in (1.0, 4e-4, 1e-6):
+            small = torch.cat([a, size * b], 1)
+            r, variates = canonical(small.to(dtype).double(), y.to(dtype).double())
+            weights = (variates.T @ (small - small.mean(0))).abs().sum(1)
+            expected = r.mean() if name == "cca_mean" else (weights * r).sum() / weights.sum()
+            assert_close(measure(name, small.to(dtype), y.to(dtype)), expected, rtol=tolerance, atol=0)
+    scales = torch.tensor([1e-5, 1e3], dtype=torch.float64)
+    assert_close(measure("cca_mean", x * scales, y / scales), measure("cca_mean", x, y), rtol=1e-9, atol=0)
+
+
+def test_collinear_units_are_counted():
+    x, y = layers()
+    wide = torch.cat([x, x[:, :2] - 1e3 * x[:, 2:4]], 1)
+    assert counts("cca_mean", wide, y)["unresolved"] == 2
+    assert counts("svcca", wide, y)["unresolved"] == 0
+
+
+@pytest.mark.parametrize("width", [20, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_cka_of_a_rotated_copy_is_at_most_1(width, dtype):
+    for far in (0.0, 0.9, 100.0):
+        for seed in range(5):
+            x = normal(500, width, seed=seed) + far
+            y = (3 * x @ rotation(width, seed)).to(dtype)
+            for batch in (100, None):
+                value = float(measure("linear_cka", x.to(dtype), y, batch))
+                assert 0.999 < value <= 1
+
+
+@pytest.mark.parametrize("name", [*CKA, *LINEAR, "procrustes", "procrustes_angular"])
+def test_layers_whose_valid_rows_differ_are_not_compared(name):
+    """Each layer has sums over its own valid rows: with 100 large rows missing in y, CKA of x with itself would exceed 1."""
+    x, _ = layers()
+    x[100:] *= 0.1
+    y = x.clone()
+    y[:100] = torch.nan
+    assert measure(name, x, y).isnan()
+    assert "valid in" in get_metric(name).nan
+    y = x.clone()
+    y[7] = torch.nan
+    assert measure(name, x, y).isfinite()
 
 
 def test_a_direction_without_variance_takes_no_part():

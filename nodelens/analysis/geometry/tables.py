@@ -20,7 +20,7 @@ from nodelens.metrics.subspace import SubspaceMetric
 from nodelens.network.layers import Layer
 from nodelens.statistics import Accumulator, Directions, Gram
 from nodelens.statistics.costs import adapt
-from nodelens.statistics.linalg import ROUNDING, constant, principal_axes, spectrum
+from nodelens.statistics.linalg import constant, principal_axes, resolution, spectrum
 
 from .columns import ABLATED, VARIANTS, Columns
 from .sites import HookPoint
@@ -78,12 +78,13 @@ class Values:
         """Eigenvalues of the covariance of a layer's rows, scaled as the metric scales them; largest first."""
         key = layer.name, "token" if metric.rows.startswith("token") else metric.rows
         if key not in self._spectra:
-            covariance = metric.covariance(self._parts(metric, (layer, None))["y"]).to(self.device)
+            y = self._parts(metric, (layer, None))["y"]
+            covariance, rounding = metric.covariance(y).to(self.device), metric.rounding(y).to(self.device)
             if self.axes and metric.rows == "raw":
-                found, axes = principal_axes(covariance)
+                found, axes = principal_axes(covariance, rounding)
                 self._axes[layer.name] = axes[:, : self.axes].cpu()
             else:
-                found = spectrum(covariance)
+                found = spectrum(covariance, rounding)
             self._spectra[key] = found.cpu()
         return self._spectra[key]
 
@@ -198,7 +199,7 @@ def _reduced_basis(x: Tensor) -> Tensor:
 
 
 def _sample_spectrum(x: Tensor) -> Tensor:
-    """Eigenvalues of the covariance of a few rows, largest first, with the conventions of ``spectrum``."""
+    """Eigenvalues of the covariance of a few float64 rows, largest first, with 0 for those that rounding hides."""
     live = ~constant(x.var(0), x.mean(0))
     found = torch.linalg.svdvals((x - x.mean(0)).where(live, 0)).square() / (len(x) - 1)
-    return found.where(found > ROUNDING * found[:1], 0)
+    return found.where(found > resolution(x.dtype, x.shape[1]) * found[:1], 0)
