@@ -9,12 +9,14 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nodelens.statistics import Gram, NormedGram
+from nodelens.statistics import Gram
 from nodelens.statistics.linalg import correlation, entropy_bias, spectrum
 
 from .base import Metric
 from .information import constant_units
 from .need import Need, View
+
+ROWS_PER_UNIT = 3  # with fewer rows the error of a determinant is large
 
 
 class Entropies(NamedTuple):
@@ -28,66 +30,65 @@ class Entropies(NamedTuple):
 class TotalCorrelation(Metric):
     """Total dependence of the units of a layer: the sum of their entropies minus their joint entropy.
 
-    Constant units are left out (``constant``). The estimate is biased upwards when there are few rows per unit. With more units
-    than a third of the rows, ``shrinkage: auto`` shrinks the covariance towards equal variances (Ledoit-Wolf, ``shrunk``); the
-    value then depends on the scales of the units. Dependent rows, such as positions of one image, count as fewer rows. ``bias:
-    gaussian``, with ``shrinkage: none``, subtracts the bias of the plain estimate, which does not depend on the true value.
+    Constant units are left out (``constant``). The plain estimate is far too large unless there are many rows per unit, so its
+    bias is subtracted: exactly for independent Gaussian rows whatever the correlations, too little for dependent rows, such as
+    positions of one image. The value may then be below 0. With more units than a third of the rows its error is large
+    (``few_rows``). ``shrinkage: schaefer_strimmer`` shrinks the correlations towards 0, which gives a value for any number of
+    rows, but one that is biased towards 0: o_information may even have the wrong sign. ``bias: auto`` corrects the plain
+    estimate only.
 
-    Formula: TC = -0.5 ln det R, R the correlations of the units; ledoit_wolf: those of (1-a) S + a (tr S/N) I, S the covariance of
-             the N units, a its shrinkage; bias: N h(1) - h(N), h(d) = 0.5 [sum_k psi((n-k)/2) + d ln(2/(n-1))], k = 1 .. d,
-             n rows, psi digamma
+    Formula: TC = -0.5 ln det R, R the correlations of the N units; bias: N h(1) - h(N), h(d) = 0.5 [sum_k psi((n-k)/2) +
+             d ln(2/(n-1))], k = 1 .. d, n rows, psi digamma; schaefer_strimmer: that of (1-a) R + a I,
+             a = sum_ij (1 - R_ij^2)^2/((n-1) sum_ij R_ij^2) over i != j, at most 1
     Shapes: y over rows of width units -> ()
-    Unit:   nats, 0 and above; three units, all rho 0.5: 0.3466
-    NaN:    fewer than two rows; R singular: collinear units, or without shrinkage no more rows than units
-    Raises: ValueError for a bias correction with shrinkage
-    Source: Watanabe 1960, IBM J. 4, 66; Rosas et al. 2019, 1902.11239, eq. 1; Ledoit & Wolf 2004, J. Multivar. Anal. 88, 365
+    Unit:   nats, 0 and above but for the bias correction; three units, all rho 0.5: 0.3466
+    NaN:    fewer than two rows; without shrinkage, no more rows than units; R singular: collinear units
+    Raises: ValueError for bias: gaussian with shrinkage
+    Source: Watanabe 1960, IBM J. 4, 66; Rosas et al. 2019, 1902.11239, eq. 1; bias: Ince et al. 2017, doi 10.1002/hbm.23471, eq. 5;
+            Schaefer & Strimmer 2005, Stat. Appl. Genet. Mol. Biol. 4, 32, with Var r = (1 - r^2)^2/(n - 1)
     """
 
     names: ClassVar = ("total_correlation",)
     kind: ClassVar = "layer"
-    nan: ClassVar = "fewer than two rows, or the units' correlations are singular"
-    shrinkage: Literal["auto", "none", "ledoit_wolf"] = "auto"
-    bias: Literal["none", "gaussian"] = "none"
+    nan: ClassVar = "fewer than two rows, collinear units, or no more rows than units without shrinkage: schaefer_strimmer"
+    shrinkage: Literal["none", "schaefer_strimmer"] = "none"
+    bias: Literal["auto", "none", "gaussian"] = "auto"
     view: View = "positions"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bias != "none" and self.shrinkage != "none":
-            raise ValueError(f"{self.names[0]}: bias: gaussian is for the plain covariance only; set shrinkage: none with it")
+        if self.bias == "gaussian" and self.shrinkage != "none":
+            raise ValueError(f"{self.names[0]}: bias: gaussian is for plain correlations only; set shrinkage: none, or bias: auto")
 
     def needs(self) -> dict[str, Need]:
-        return {"y": Need(Gram if self.shrinkage == "none" else NormedGram, "output", self.view)}
+        return {"y": Need(Gram, "output", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
-        value = self._of(self._entropies(y), int((~constant_units(y)).sum()))
-        return value - self._bias(y) if self.bias == "gaussian" else value
+        live = ~constant_units(y)
+        value = self._of(self._entropies(y, live), int(live.sum()))
+        return value if self.bias == "none" or self.shrinkage != "none" else value - self._bias(y, live)
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        return {"constant": int(constant_units(y).sum()), "shrunk": int(self._shrinks(y))}
+        dead = int(constant_units(y).sum())
+        few = ROWS_PER_UNIT * (len(y.shift) - dead) > int(y.n)
+        return {"constant": dead, "few_rows": int(few)}
 
     def _of(self, h: Entropies, units: int) -> Tensor:
         return -h.whole
 
-    def _bias(self, y: Gram) -> Tensor:
+    def _bias(self, y: Gram, live: Tensor) -> Tensor:
         """The bias of the estimate: the same function, of the biases of the entropies."""
-        units = int((~constant_units(y)).sum())
+        units = int(live.sum())
         whole, alone, others = (entropy_bias(y.n, d)[0] for d in (units, 1, max(0, units - 1)))
-        return self._of(Entropies(whole - units * alone, (alone + others - whole) * ~constant_units(y)), units)
+        return self._of(Entropies(whole - units * alone, (alone + others - whole).where(live, 0.0)), units)
 
-    def _shrinks(self, y: Gram) -> bool:
-        units = int((~constant_units(y)).sum())
-        return self.shrinkage == "ledoit_wolf" or (self.shrinkage == "auto" and units > int(y.n) / 3)
-
-    def _entropies(self, y: Gram) -> Entropies:
-        live = ~constant_units(y)
-        covariance = y.covariance[live][:, live]
-        if self._shrinks(y) and len(covariance):
-            assert isinstance(y, NormedGram)
-            covariance = shrunk(covariance, y.n, y.norm_square_sum)
-        r = correlation(covariance, torch.zeros(len(covariance), dtype=torch.bool, device=covariance.device))
-        values = spectrum(r, y.variance_rounding[live] / covariance.diagonal())
+    def _entropies(self, y: Gram, live: Tensor) -> Entropies:
+        covariance, rounding = y.covariance[live][:, live], y.variance_rounding[live]
+        r = correlation(covariance, torch.zeros_like(rounding, dtype=torch.bool))
+        r = shrunk(r, y.n) if self.shrinkage == "schaefer_strimmer" else r
+        values = spectrum(r, rounding / covariance.diagonal())
+        few = self.shrinkage == "none" and int(y.n) <= len(r)
         rest = torch.zeros_like(y.shift)
-        few = not self._shrinks(y) and int(y.n) <= len(r)
         if int(y.n) < 2 or few or not bool((values > 0).all()):
             return Entropies(values.new_full((), torch.nan), torch.full_like(rest, torch.nan).where(live | (y.n < 2), 0.0))
         rest[live] = 0.5 * torch.linalg.inv(r).diagonal().log()
@@ -103,9 +104,9 @@ class DualTotalCorrelation(TotalCorrelation):
     Formula: DTC = 0.5 (ln det R + sum_i ln P_ii), R the correlations of the units, P its inverse; bias: N h(N-1) - (N-1) h(N),
              N units, h as in total_correlation
     Shapes: y over rows of width units -> ()
-    Unit:   nats, 0 and above; three units, all rho 0.5: 0.2616
+    Unit:   nats, 0 and above but for the bias correction; three units, all rho 0.5: 0.2616
     NaN:    as in total_correlation
-    Raises: ValueError for a bias correction with shrinkage
+    Raises: ValueError for bias: gaussian with shrinkage
     Source: Han 1978, Inf. Control 36, 133; Rosas et al. 2019, 1902.11239, eq. 2
     """
 
@@ -125,7 +126,7 @@ class OInformation(TotalCorrelation):
     Shapes: y over rows of width units -> ()
     Unit:   nats; three units, all rho 0.5: 0.0849; y_3 = y_1 + y_2 + e, all N(0, 1): -0.1438; one or two units: 0
     NaN:    as in total_correlation
-    Raises: ValueError for a bias correction with shrinkage
+    Raises: ValueError for bias: gaussian with shrinkage
     Source: Rosas et al. 2019, Phys. Rev. E 100, 032305, 1902.11239, eq. 3
     """
 
@@ -143,9 +144,9 @@ class SInformation(TotalCorrelation):
 
     Formula: S = TC + DTC = 0.5 sum_i ln P_ii, P the inverse of the units' correlations
     Shapes: y over rows of width units -> ()
-    Unit:   nats, 0 and above; three units, all rho 0.5: 0.6082
+    Unit:   nats, 0 and above but for the bias correction; three units, all rho 0.5: 0.6082
     NaN:    as in total_correlation
-    Raises: ValueError for a bias correction with shrinkage
+    Raises: ValueError for bias: gaussian with shrinkage
     Source: Rosas et al. 2019, 1902.11239, section II; James, Ellison & Crutchfield 2011, Chaos 21, 037109
     """
 
@@ -163,9 +164,9 @@ class MultiRedundancy(TotalCorrelation):
 
     Formula: 0.5 ln P_ii, P the inverse of the units' correlations; bias: h(1) + h(N-1) - h(N), N units, h as in total_correlation
     Shapes: y over rows of width units -> (units,)
-    Unit:   nats, 0 and above; three units, all rho 0.5: 0.2027
+    Unit:   nats, 0 and above but for the bias correction; three units, all rho 0.5: 0.2027
     NaN:    as in total_correlation
-    Raises: ValueError for a bias correction with shrinkage
+    Raises: ValueError for bias: gaussian with shrinkage
     Source: Whittaker 1990, Graphical Models in Applied Multivariate Statistics, section 5.8; Rosas et al. 2019, 1902.11239
     """
 
@@ -177,15 +178,12 @@ class MultiRedundancy(TotalCorrelation):
         return h.rest
 
 
-def shrunk(covariance: Tensor, n: Tensor, quartic: Tensor) -> Tensor:
-    """The Ledoit-Wolf covariance, (d, d): shrunk towards equal variances as far as noise explains their distance.
+def shrunk(r: Tensor, n: Tensor) -> Tensor:
+    """Correlations (d, d) of n (1,) rows shrunk towards 0, as far as chance explains their squares.
 
-    quartic (1,) is the sum of |x - mean|^4 over n rows. J. Multivar. Anal. 88, 365 (2004), lemmas 3.2 to 3.4, with ddof 0 as there.
+    Schaefer & Strimmer 2005, Stat. Appl. Genet. Mol. Biol. 4, 32, table 1, target D, with Var r of Gaussian rows.
     """
-    s = covariance * (n - 1) / n
-    level = s.diagonal().mean()
-    target = level * torch.eye(len(s), dtype=s.dtype, device=s.device)
-    distance = (s - target).square().sum()
-    chance = (quartic[0] / n[0] - s.square().sum()) / n[0]
-    share = torch.where(distance > 0, chance / distance, 0.0).clamp(0, 1)
-    return (1 - share) * s + share * target
+    squares = r.square().fill_diagonal_(0)
+    chance = (1 - squares).square().fill_diagonal_(0).sum() / (n[0] - 1)
+    share = (chance / squares.sum()).clamp_max(1).where(squares.sum() > 0, 0.0)
+    return (1 - share) * r + share * torch.eye(len(r), dtype=r.dtype, device=r.device)

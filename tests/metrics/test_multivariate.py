@@ -5,22 +5,22 @@ import math
 import pytest
 import torch
 from planted import equal, planted, sums
-from sklearn.covariance import ledoit_wolf
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
 from nodelens.metrics.multivariate import shrunk
-from nodelens.statistics import NormedGram
+from nodelens.statistics import Gram
 
 NAMES = ("total_correlation", "dual_total_correlation", "o_information", "s_information", "multi_redundancy")
+SHRUNK = {"shrinkage": "schaefer_strimmer"}
 
 
 def near(value, expected, tolerance=1e-9):
     assert_close(value, torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance, equal_nan=True)
 
 
-def of(name, y, **options):
-    return get_metric(name, **options).compute(outputs=y)
+def of(name, y, bias="none", **options):
+    return get_metric(name, bias=bias, **options).compute(outputs=y)
 
 
 def mixed(n=100, units=5, seed=0):
@@ -72,8 +72,8 @@ def test_shifts_scales_and_order_change_nothing(name):
     near(of(name, (y + 1000 * y.std(0)).float()), value, 2e-2)
     units = torch.tensor([3, 0, 4, 1, 2])
     near(of(name, y[:, units]), value[units] if value.ndim else value, 1e-10)
-    few = mixed(12)
-    near(of(name, few * 7 + 5), of(name, few), 1e-9)  # shrunk: all units alike only
+    for few, options in ((12, {"bias": "auto"}), (12, SHRUNK), (4, SHRUNK)):
+        near(of(name, mixed(few) * scale + 5, **options), of(name, mixed(few), **options), 1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,11 +81,12 @@ def test_shifts_scales_and_order_change_nothing(name):
 def test_units_that_do_not_vary_are_left_out(name, n):
     y = mixed(n)
     more = torch.cat([y[:, :2], torch.full((n, 1), 1e4), y[:, 2:]], 1)
-    value, plain = of(name, more), of(name, y)
-    near(value if not value.ndim else value[[0, 1, 3, 4, 5]], plain, 1e-9)
-    near(of(name, torch.ones(n, 3)), torch.zeros(3) if value.ndim else 0)
+    for options in ({"bias": "none"}, {"bias": "auto"}, SHRUNK):
+        value, plain = of(name, more, **options), of(name, y, **options)
+        near(value if not value.ndim else value[[0, 1, 3, 4, 5]], plain, 1e-9)
+        near(of(name, torch.ones(n, 3), **options), torch.zeros(3) if value.ndim else 0)
     metric = get_metric(name)
-    assert metric.counts(None, y=NormedGram.of(more)) == {"constant": 1, "shrunk": int(n == 12)}
+    assert metric.counts(None, y=Gram.of(more)) == {"constant": 1, "few_rows": int(n == 12)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,25 +94,43 @@ def test_singular_correlations_have_no_answer(name):
     y = mixed()
     y[:, 3] = y[:, 0] - 2 * y[:, 1]
     assert of(name, y).isnan().all()
-    assert of(name, mixed(4), shrinkage="none").isnan().all()
-    assert of(name, mixed(5), shrinkage="none").isnan().all()
+    for bias in ("none", "auto"):
+        assert of(name, mixed(4), bias).isnan().all()
+        assert of(name, mixed(5), bias).isnan().all()
+        assert of(name, mixed(6), bias).isfinite().all()
     assert of(name, mixed(1)).isnan().all()
-    assert of(name, mixed(4)).isfinite().all()
-    assert of(name, mixed(6), shrinkage="none").isfinite().all()
+    assert of(name, mixed(4), **SHRUNK).isfinite().all()
 
 
-@pytest.mark.parametrize("n", [6, 30, 300])
-def test_shrinkage_is_ledoit_and_wolf_s(n):
-    y = mixed(n) + 500
-    s = NormedGram.of(y[:3]) + NormedGram.of(y[3:])
-    expected, share = ledoit_wolf(y.numpy())
-    near(shrunk(s.covariance, s.n, s.norm_square_sum), expected, 1e-8)
-    assert 0 < share < 1
-    scale = expected.diagonal() ** 0.5
-    r = torch.from_numpy(expected / scale[:, None] / scale)
-    near(of("total_correlation", y, shrinkage="ledoit_wolf"), -0.5 * torch.logdet(r), 1e-8)
-    if n == 300:
-        assert of("total_correlation", y) == of("total_correlation", y, shrinkage="none")
+@pytest.mark.parametrize("n", [4, 30, 300])
+def test_shrinkage_is_that_of_schaefer_and_strimmer(n):
+    y = mixed(n)
+    r = torch.corrcoef(y.T)
+    chance = total = 0.0
+    for i in range(5):
+        for j in range(5):
+            if i != j:
+                chance += float(1 - r[i, j] ** 2) ** 2 / (n - 1)
+                total += float(r[i, j]) ** 2
+    share = min(1, chance / total)
+    assert 0 < share <= 1
+    expected = (1 - share) * r + share * torch.eye(5, dtype=torch.float64)
+    near(shrunk(r, torch.tensor([n])), expected, 1e-12)
+    near(of("total_correlation", y, **SHRUNK), -0.5 * torch.logdet(expected), 1e-9)
+    near(shrunk(torch.eye(3, dtype=torch.float64), torch.tensor([n])), torch.eye(3), 0)
+
+
+@pytest.mark.parametrize(("n", "draws"), [(100, 400), (200, 200), (1_000, 100)])
+def test_independent_units_have_no_information_in_common(n, draws):
+    """Of 64 units, the O-information without a correction is -5.4, -0.76 and -0.02."""
+    g = torch.Generator().manual_seed(n)
+    scale = torch.logspace(-3, 3, 64, dtype=torch.float64)
+    for name, errors in (("o_information", 2), ("total_correlation", 4), ("dual_total_correlation", 4)):
+        metric = get_metric(name)
+        rows = torch.randn(draws, n, 64, generator=g, dtype=torch.float64)
+        found = torch.stack([metric.compute(outputs=y) for y in rows])
+        assert abs(float(found.mean())) < errors * float(found.std()) / math.sqrt(draws)
+        near(metric.compute(outputs=rows[0] * scale), found[0], 1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,12 +142,13 @@ def test_bias_whatever_the_truth(name):
         torch.randn(draws, n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         @ torch.linalg.cholesky(covariance).T
     )
-    found = torch.stack([of(name, rows, shrinkage="none", bias="gaussian") for rows in x]) - truth
+    found = torch.stack([get_metric(name).compute(outputs=rows) for rows in x]) - truth
     assert bool((found.mean(0).abs() < 5 * found.std(0) / math.sqrt(draws)).all())
 
 
 def test_a_bias_of_a_shrunk_estimate_is_not_known():
-    with pytest.raises(ValueError, match="bias: gaussian is for the plain covariance only; set shrinkage: none"):
-        get_metric("o_information", bias="gaussian")
-    with pytest.raises(ValueError, match="shrinkage is 'oas'; it takes 'auto', 'none', 'ledoit_wolf'"):
-        get_metric("total_correlation", shrinkage="oas")
+    with pytest.raises(ValueError, match="bias: gaussian is for plain correlations only; set shrinkage: none, or bias: auto"):
+        get_metric("o_information", bias="gaussian", **SHRUNK)
+    with pytest.raises(ValueError, match="shrinkage is 'ledoit_wolf'; it takes 'none', 'schaefer_strimmer'"):
+        get_metric("total_correlation", shrinkage="ledoit_wolf")
+    near(of("o_information", mixed(), "gaussian"), of("o_information", mixed(), "auto"), 0)

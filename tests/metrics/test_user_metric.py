@@ -190,7 +190,7 @@ def test_the_geometry_of_a_language_model_takes_it_too(names):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     register_metric(Trace)
-    register_metric(get_metric("total_correlation", shrinkage="ledoit_wolf"), "shrunk")
+    register_metric(get_metric("total_correlation", shrinkage="schaefer_strimmer"), "shrunk")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": None, "eos_token_id": None}
     net = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes, **ids)).eval()
