@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .spectrum import SpectrumMetric
 
-SMALLEST = 1e-12  # of the largest eigenvalue: below it, a logarithm is rounding error
 FEWEST = 6  # eigenvalues, at least, for a line fit
 
 
@@ -16,18 +15,19 @@ FEWEST = 6  # eigenvalues, at least, for a line fit
 class LogSpectrumSlope(SpectrumMetric):
     """Exponential decay of the spectrum: least-squares slope of ln eigenvalue against its index.
 
-    The fit uses the indices first .. min(last, units) - 1, counted from 0. An exponential spectrum exp(-b i) gives -b.
+    The fit uses the indices first .. last - 1, counted from 0, of the eigenvalues above 0: directions of constant units, and those
+    that rounding hides (``unresolved``), have none. An exponential spectrum exp(-b i) gives -b.
 
     Formula: cov(i, ln lam_i)/var(i) over indices i, lam the eigenvalues of the covariance, largest first
     Shapes: y over rows of width units -> ()
     Unit:   nats per index, 0 or below; equal eigenvalues: 0
-    NaN:    no variance, fewer than six eigenvalues in the range, or one of them at most 1e-12 of the largest
+    NaN:    no variance, or fewer than six eigenvalues above 0 in the range
     Raises: ValueError when first is below 0
     Source: Stringer et al. 2019, Nature 571, 361, eigenspectra (there against the logarithm of the rank, see alpha_req)
     """
 
     names: ClassVar = ("log_spectrum_slope",)
-    nan: ClassVar = "no variance, fewer than six eigenvalues in the range, or one of them at most 1e-12 of the largest"
+    nan: ClassVar = "no variance, or fewer than six eigenvalues above 0 in the range"
     first: int = 10
     last: int = 200
 
@@ -37,40 +37,50 @@ class LogSpectrumSlope(SpectrumMetric):
             raise ValueError(f"{self.names[0]}: first is {self.first}; indices count from 0")
 
     def of(self, eigenvalues: Tensor) -> Tensor:
-        return _line(eigenvalues, self.first, self.last, logarithm=False)[0]
+        place, logarithm = self._fitted(eigenvalues)
+        return _line(place, logarithm, torch.ones_like(place))[0]
+
+    def _fitted(self, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices in the range and the logarithms of their eigenvalues, (k,) each."""
+        high = eigenvalues[eigenvalues > 0][self.first : self.last]
+        return torch.arange(self.first, self.first + len(high), dtype=high.dtype, device=high.device), high.log()
 
 
 @dataclass(frozen=True)
 class AlphaReQ(LogSpectrumSlope):
-    """Power-law decay of the spectrum: least-squares slope of ln eigenvalue against ln rank.
+    """Power-law decay of the spectrum: exponent alpha of the eigenvalues, lam_r proportional to r^-alpha at rank r.
 
-    The range is that of log_spectrum_slope; it omits the first eigenvalues, which seldom follow the power law. The source's alpha
-    is minus this slope. ``value: r2`` is the share of the variance of ln lam that the line explains: check it first.
+    As in the source, ranks are weighted by 1/r, and the first ten are left out, because they seldom follow the power law; it also
+    uses ranks 5 to 50 (``first: 4``). ``value: r2`` is the share of the weighted variance of ln lam that the line explains: check
+    it first. ``value: slope`` is -alpha. ``weights: none`` weights all ranks alike; with ``value: slope`` and ``last: 200`` it
+    gives the value of nodelens before alpha_req followed its source. Which eigenvalues count is as in log_spectrum_slope.
 
-    Formula: cov(ln r, ln lam_r)/var(ln r) over ranks r = first + 1 .. min(last, units), lam the covariance's eigenvalues
+    Formula: -cov(ln r, ln lam_r)/var(ln r) with weights 1/r over ranks r = first + 1 .. last, lam the covariance's eigenvalues
     Shapes: y over rows of width units -> ()
-    Unit:   none, 0 or below; lam_r = r^-1.2: -1.2; r2 in [0, 1]
-    NaN:    no variance, fewer than six eigenvalues in the range, or one of them at most 1e-12 of the largest; r2: equal eigenvalues
+    Unit:   none, 0 or above; lam_r = r^-1.2: 1.2; r2 in [0, 1]
+    NaN:    no variance, or fewer than six eigenvalues above 0 in the range; r2: equal eigenvalues
     Raises: ValueError when first is below 0
-    Source: Agrawal et al. 2022, NeurIPS, alpha-ReQ, section 2
+    Source: Agrawal et al. 2022, NeurIPS, alpha-ReQ, section 2, with the fit of Stringer et al. 2019, Nature 571, 361
     """
 
     names: ClassVar = ("alpha_req",)
     presets: ClassVar = {"alpha_req_r2": {"value": "r2"}}
-    value: Literal["slope", "r2"] = "slope"
+    last: int = 50
+    value: Literal["alpha", "slope", "r2"] = "alpha"
+    weights: Literal["rank", "none"] = "rank"
 
     def of(self, eigenvalues: Tensor) -> Tensor:
-        slope, r2 = _line(eigenvalues, self.first, self.last, logarithm=True)
-        return slope if self.value == "slope" else r2
+        place, logarithm = self._fitted(eigenvalues)
+        rank = place + 1
+        slope, r2 = _line(rank.log(), logarithm, 1 / rank if self.weights == "rank" else torch.ones_like(rank))
+        return {"alpha": -slope, "slope": slope, "r2": r2}[self.value]
 
 
-def _line(eigenvalues: Tensor, first: int, last: int, logarithm: bool) -> tuple[Tensor, Tensor]:
-    """Slope and r^2 of ln eigenvalue against index, or against ln rank; NaN where no line can be fitted."""
-    high = eigenvalues[first:last]
-    if len(high) < FEWEST or not (high > SMALLEST * eigenvalues[0]).all():
-        return eigenvalues.new_full((), torch.nan), eigenvalues.new_full((), torch.nan)
-    place = torch.arange(first, first + len(high), dtype=high.dtype, device=high.device)
-    x = (place + 1).log() if logarithm else place
-    x, y = x - x.mean(), high.log() - high.log().mean()
-    slope = (x @ y) / (x @ x)
-    return slope, slope.square() * (x @ x) / (y @ y)
+def _line(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and r^2 of y against x, both (k,), by weighted least squares; NaN for fewer than six points."""
+    if len(x) < FEWEST:
+        return x.new_full((), torch.nan), x.new_full((), torch.nan)
+    share = weights / weights.sum()
+    x, y = x - share @ x, y - share @ y
+    slope = (share * x) @ y / ((share * x) @ x)
+    return slope, slope.square() * ((share * x) @ x) / ((share * y) @ y)

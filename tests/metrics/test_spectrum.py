@@ -10,6 +10,8 @@ from real import folder
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
+from nodelens.statistics import Gram
+from nodelens.statistics.linalg import spectrum
 
 SHARES = ["top1_share", "top10_share", "top32_share"]
 COLUMNS = ["d_pr", "d_pr_norm", "d_entropy", "d_entropy_norm", "stable_rank", *SHARES, "k90", "k95", "log_spectrum_slope_10_200"]
@@ -106,10 +108,11 @@ def test_scaled_rows_are_rows_scaled_by_hand(name, scaled):
 
 def test_a_power_law_has_its_exponent_and_lies_on_its_line():
     lam = SPECTRA["power_law_300"]
-    assert_close(float(get_metric("alpha_req").of(lam)), -1.2)
-    assert_close(float(get_metric("alpha_req", first=0, last=300).of(lam)), -1.2)
+    assert_close(float(get_metric("alpha_req").of(lam)), 1.2)
+    assert_close(float(get_metric("alpha_req", first=0, last=300).of(lam)), 1.2)
+    assert_close(float(get_metric("alpha_req", value="slope", weights="none", last=200).of(lam)), -1.2)
     assert_close(float(get_metric("alpha_req_r2").of(lam)), 1.0)
-    assert float(get_metric("alpha_req_r2").of(SPECTRA["geometric_220"])) < 0.95
+    assert float(get_metric("alpha_req_r2", last=200).of(SPECTRA["geometric_220"])) < 0.95
 
 
 def test_the_lines_are_numpys():
@@ -117,21 +120,74 @@ def test_the_lines_are_numpys():
     place = np.arange(10, 200)
     slope, _ = np.polyfit(place, np.log(lam.numpy()[place]), 1)
     assert_close(float(get_metric("log_spectrum_slope").of(lam)), slope, rtol=1e-9, atol=0)
-    slope, _ = np.polyfit(np.log(place + 1), np.log(lam.numpy()[place]), 1)
-    r = np.corrcoef(np.log(place + 1), np.log(lam.numpy()[place]))[0, 1]
-    assert_close(float(get_metric("alpha_req").of(lam)), slope, rtol=1e-9, atol=0)
-    assert_close(float(get_metric("alpha_req_r2").of(lam)), r**2, rtol=1e-9, atol=0)
+    x, y = np.log(place + 1), np.log(lam.numpy()[place])
+    old = {"weights": "none", "last": 200}
+    assert_close(float(get_metric("alpha_req", value="slope", **old).of(lam)), np.polyfit(x, y, 1)[0], rtol=1e-9, atol=0)
+    assert_close(float(get_metric("alpha_req_r2", **old).of(lam)), np.corrcoef(x, y)[0, 1] ** 2, rtol=1e-9, atol=0)
+    x, y, weights = x[:40], y[:40], 1 / (place[:40] + 1)  # ranks 11 to 50, as in the source
+    design = np.stack([-x, np.ones(40)], 1)
+    alpha = np.linalg.solve(design.T @ (design * weights[:, None]), (design * weights[:, None]).T @ y)[0]
+    covariance = np.cov(x, y, aweights=weights)
+    assert_close(float(get_metric("alpha_req").of(lam)), alpha, rtol=1e-9, atol=0)
+    r2 = covariance[0, 1] ** 2 / covariance[0, 0] / covariance[1, 1]
+    assert_close(float(get_metric("alpha_req_r2").of(lam)), r2, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", ["log_spectrum_slope_10_200", "alpha_req", "alpha_req_r2"])
-def test_there_is_no_line_through_what_is_not_resolved(name):
+def test_lines_pass_through_the_eigenvalues_above_0(name):
     lam = SPECTRA["geometric_220"].clone()
-    lam[150] = 1e-13
-    assert get_metric(name).of(lam).isnan()
-    assert get_metric(name, last=150).of(lam).isfinite()
+    lam[40:] = 0
+    assert_close(get_metric(name).of(lam), get_metric(name).of(lam[:40]), rtol=0, atol=0)
     assert get_metric(name).of(lam[:15]).isnan()
-    x = rows(width=18) @ rows(18, 12, seed=5) @ rows(12, 18, seed=6)  # rank 12 of 18: zeros in the range
+    x = rows()
+    dead = torch.cat([x, torch.full((200, 5), 3.0, dtype=torch.float64)], 1)
+    assert_close(measure(name, dead), measure(name, x), rtol=1e-9, atol=0)
+    x = rows(width=18) @ rows(18, 12, seed=5) @ rows(12, 18, seed=6)  # rank 12 of 18: two in the range
     assert measure(name, x).isnan()
+
+
+@pytest.mark.parametrize("name", ["d_entropy", "effective_rank", "stable_rank", "log_spectrum_slope", "alpha_req", "rankme"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1.0, 3e3, 1e5])
+def test_a_massive_unit_hides_no_direction(name, dtype, size):
+    """In float32, products of a wide layer are rounded relative to the units that they multiply, not to the largest."""
+    x = torch.randn(2_000, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x @ torch.randn(48, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[:, 7] *= size
+    x = x.to(dtype)
+    s = torch.linalg.svdvals(x.double() - (0 if name == "rankme" else x.double().mean(0)))
+    lam = s.square() / 1_999
+    share = s / s.sum() + 1e-7
+    expected = torch.exp(-(share * share.log()).sum()) if name == "rankme" else get_metric(name).of(lam)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-5 if size == 1e5 else 1e-8  # an eigensolver is relative to the largest
+    assert_close(measure(name, x, 500), expected, rtol=tolerance, atol=0)
+    if name != "rankme":
+        metric = get_metric(name)
+        assert metric.counts(None, y=metric.needs()["y"].statistic.of(x))["unresolved"] == 0
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(24, torch.float32), (48, torch.float32), (48, torch.float64), (400, torch.float32)])
+@pytest.mark.parametrize("far", [0.0, 0.9, 300.0])
+def test_the_rank_of_collinear_units_is_found_and_what_is_missing_counted(width, dtype, far):
+    x = rows(3_000, width // 2) @ rows(width // 2, width, seed=3)
+    x = (x / x.std(0) + far).to(dtype)
+    x[:, 3] *= 1_000
+    metric = get_metric("effective_rank")
+    parts = [Gram.of(part, shift=torch.zeros(width, dtype=torch.float64) if far < 1 else None) for part in x.split(1_000)]
+    y = sum(parts[1:], parts[0])
+    found = spectrum(metric.covariance(y), metric.rounding(y))
+    assert int((found > 0).sum()) <= width // 2
+    assert metric.counts(None, y=y) == {"constant": 0, "unresolved": width - int((found > 0).sum()), "few_rows": int(width == 400)}
+    if dtype == torch.float64:
+        assert int((found > 0).sum()) == width // 2
+
+
+def test_few_rows_are_said():
+    metric = get_metric("stable_rank")
+    assert metric.counts(None, y=Gram.of(rows(240)))["few_rows"] == 0
+    assert metric.counts(None, y=Gram.of(rows(239)))["few_rows"] == 1
+    assert metric.counts(None, y=Gram.of(rows(10))) == {"constant": 0, "unresolved": 0, "few_rows": 1}
+    assert metric.counts(None, y=Gram.of(rows(1))) == {"constant": 24, "unresolved": 0, "few_rows": 0}
 
 
 def test_an_exponential_spectrum_has_the_participation_ratio_of_its_series():
@@ -246,7 +302,7 @@ def test_a_dead_unit_and_a_single_one():
         assert_close(measure(name, dead), measure(name, x), rtol=1e-9, atol=0)
         assert_close(float(measure(name, x[:, :1])), 1.0, rtol=1e-3 if "debiased" in name else 1e-9, atol=0)
     metric = get_metric("d_pr")
-    assert metric.counts(None, y=metric.needs()["y"].statistic.of(dead)) == {"constant": 1}
+    assert metric.counts(None, y=metric.needs()["y"].statistic.of(dead)) == {"constant": 1, "few_rows": 1}
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,14 @@ def hidden(net, limit=None):
 def spectrum(x):
     """Columns of the spectrum."""
     lam = np.linalg.eigvalsh(np.cov(x.T))[::-1]
-    lam, d = np.where(lam > 2.4e-7 * lam[0], lam, 0), x.shape[1]
+    lam, d = np.where(lam > 1e-12 * lam[0], lam, 0), x.shape[1]
     p = lam / lam.sum()
     q = p[p > 0]
     held = p.cumsum()
     place = np.arange(10, min(200, d))
     y = np.log(lam[place])
+    rank = place[place < 50] + 1
+    r = np.cov(np.log(rank), y[: len(rank)], aweights=1 / rank)
     return {
         "d_pr": 1 / (p**2).sum(),
         "d_pr_norm": 1 / (p**2).sum() / d,
@@ -123,8 +125,8 @@ def spectrum(x):
         **{f"top{k}_share": p[:k].sum() for k in (1, 10, 32)},
         **{f"k{k}": int((held < k / 100 - 1e-12).sum()) + 1 for k in (90, 95)},
         "log_spectrum_slope_10_200": np.polyfit(place, y, 1)[0],
-        "alpha_req": np.polyfit(np.log(place + 1), y, 1)[0],
-        "alpha_req_r2": np.corrcoef(np.log(place + 1), y)[0, 1] ** 2,
+        "alpha_req": -r[0, 1] / r[0, 0],
+        "alpha_req_r2": r[0, 1] ** 2 / r[0, 0] / r[1, 1],
         "rankme": rankme(x),
         "d_pr_debiased": debiased(x),
     }
