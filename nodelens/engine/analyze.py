@@ -26,7 +26,7 @@ from .dry_run import DryRun, with_groups
 from .members import Members
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
-from .request import Layers, Metrics, as_layers, as_metrics, describe, names_of, targets_of
+from .request import Layers, Metrics, as_layers, as_metrics, describe_metrics, names_of
 from .several_passes import check_again, divided, joined
 from .table import make_table
 from .validation import find_members, in_bytes
@@ -216,7 +216,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     table = make_table(plan, sums, samples, bias, seed)
     rows = [{"layer": layer, "statistic": str(need), "rows": _rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {
-        "metrics": {name: describe(metric) | targets_of(plan, metric) for name, metric in plan.metrics.items()},
+        "metrics": describe_metrics(plan),
         "samples": int(samples.sum()),
         "groups": plan.groups,
         "samples_by_group": samples.tolist(),

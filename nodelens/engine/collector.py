@@ -24,6 +24,7 @@ from nodelens.statistics.rows import FAR, Rows, SampleSums
 from nodelens.statistics.weight_sums import WeightSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows
+from .firing import BEHIND
 from .plan import Plan
 
 CHUNK = 2 << 20  # bytes of rows per chunk of reductions, so that they stay in the cache
@@ -64,8 +65,10 @@ class Collector:
         self.left_out = 0
 
     def rows_of(self, tensor: Tensor, batch: Batch) -> Rows:
-        """Converts a captured tensor to rows, without padded tokens, sampled or sketched if the port says so."""
+        """Converts a captured tensor to rows without padded tokens: behind the activation, sampled or sketched as the port says."""
         layer, samples = self.site.layer, len(batch)
+        if self.site.port == BEHIND:
+            tensor = self.plan.dry_run.firing[layer.name](tensor, layer.module.training)
         maps = isinstance(layer, GroupLayer) and self.site.port == "maps"
         member = getattr(tensor, "member", None)
         mask = batch.mask_at(side_of(layer if member is None else member.layer, self.site.port))

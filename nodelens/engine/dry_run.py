@@ -1,7 +1,7 @@
 """The dry run: one forward pass of two samples, which finds shapes and costs before the real pass."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,11 @@ from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.objective import BY_VALUE, Objective
 
+from .firing import BEHIND, Firing, FiringTracer, Place, place_of
 from .members import Members
+from .sample_axis import check_samples
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-Identity = tuple[Any, torch.Size]
 
 
 def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
@@ -61,6 +62,7 @@ class DryRun:
     tokens: bool = False  # whether each token has its own prediction
     samples: int = 2  # in the batch that the two were taken from
     norms: dict[str, Layer] = field(default_factory=dict)  # by layer: the batch norm that reads its output
+    firing: dict[str, Firing] = field(default_factory=dict)  # by layer: the activation that follows
     task: str = ""
     refusal: str = ""  # why the predictions cannot be read from the output
 
@@ -80,64 +82,38 @@ class DryRun:
         sites = [Site(layer, port) for layer in layers for port in ("input", "output") if port == "output" or not _reads_ids(layer)]
         readers = [Site(norm, "input") for norm in batch_norms]
         batch = batch.head(2).map(torch.clone)  # tensors made in inference mode have no version to compare
-        capture = Capture(sites + readers, lambda site, seen: captured.setdefault(site, []).append((seen, version_of(seen))))
+        tracer = FiringTracer(model)
+
+        def see(site: Site, tensor: Any) -> None:
+            captured.setdefault(site, []).append((tensor, version_of(tensor)))
+            if site.port == "output" and site.layer.side == "output" and isinstance(tensor, Tensor):
+                tracer.start(site.layer.name, tensor)
+
+        capture = Capture(sites + readers, see)
         capture.gate = True
-        with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter:
+        with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter, tracer:
             try:
                 output = batch.run(model)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(_cannot_run_message(model, batch, error)) from error
-        _check_samples(model, batch, {site: each[0][0] for site, each in captured.items() if site.port == "output"})
+        check_samples(model, batch, {site: each[0][0] for site, each in captured.items() if site.port == "output"})
         answer, aligned, refusal = _predictions(objective, output, batch)
         seen = {str(site): _seen(site, captured[site], len(batch), answer) for site in sites if site in captured}
         read = {identity(captured[site][0][0]): site.layer for site in readers if site in captured}
         outputs = [site for site in sites if site in captured and site.port == "output"]
         norms = {site.layer.name: norm for site in outputs if (norm := read.get(identity(captured[site][0][0]))) is not None}
-        classes, tokens = (
-            (0, False) if aligned is None else (aligned.shape[-1], aligned.ndim == 3 and objective.task not in BY_VALUE)
-        )
-        return cls(seen, counter.get_total_flops() // len(batch), classes, tokens, samples, norms, objective.task, refusal)
+        firing = {}
+        for site in outputs:
+            if found := tracer.found(site.layer.name):
+                firing[site.layer.name], behind = found
+                seen[f"{site.layer.name}.{BEHIND}"] = _seen(site, [(behind, behind._version)], len(batch), answer)
+        flops, classes = counter.get_total_flops() // len(batch), 0 if aligned is None else aligned.shape[-1]
+        tokens = aligned is not None and aligned.ndim == 3 and objective.task not in BY_VALUE
+        return cls(seen, flops, classes, tokens, samples, norms, firing, objective.task, refusal)
 
-
-def _check_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]) -> None:
-    """Raises ValueError where the first axis of a layer is not the samples: one sample less has to show half of it.
-
-    The model runs again only where this is in doubt: samples share their axis with windows or frames, or a module takes time on
-    the first axis and samples on the second. If such a module shows samples first, the data have them on the axis of time.
-    """
-    time_first = [Layer(name, m) for name, m in model.named_modules() if getattr(m, "batch_first", True) is False]
-    shown = {site: tensor.shape for site, tensor in captured.items() if isinstance(tensor, Tensor) and tensor.ndim}
-    if len(batch) < 2 or not (time_first or any(shape[0] != 2 for shape in shown.values())):
-        return
-    again = _shapes_of_one(model, batch, [*shown, *(Site(layer, "output") for layer in time_first)])
-    way_out = "give data and modules with samples first (batch_first=True)"
-    for site, shape in shown.items():
-        if site in again and shape[0] != 2 * again[site][0]:
-            one, two = tuple(again[site]), tuple(shape)
-            raise ValueError(
-                f"layer {site.layer.name!r} puts out {one} for one sample and {two} for two: its first axis is not the samples; "
-                f"{way_out}, or leave it out (layers=)"
-            )
-    for site in again.keys() - shown.keys():
-        if len(again[site]) == 3 and again[site][0] == 1:
-            raise ValueError(
-                f"{site.layer.name!r} takes time first and samples second (batch_first=False), "
-                f"but the first axis of the data is its time: {way_out}"
-            )
-
-
-def _shapes_of_one(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:
-    """The shapes at sites for the first sample alone."""
-    found: dict[Site, torch.Size] = {}
-
-    def see(site: Site, tensor: Any) -> None:
-        found.setdefault(site, tensor.shape)
-
-    capture = Capture(sites, see)
-    capture.gate = True
-    with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture:
-        batch.head(1).map(torch.clone).run(model)
-    return found
+    def bound(self, model: nn.Module) -> "DryRun":
+        """The same with the parameters of this process's model, which the activations' norms read."""
+        return replace(self, firing={name: firing.bound(model) for name, firing in self.firing.items()})
 
 
 def _predictions(objective: Objective, output: Any, batch: Batch) -> tuple[Tensor | None, Tensor | None, str]:
@@ -195,11 +171,9 @@ def version_of(captured: Any) -> int:
     return captured._version if isinstance(captured, Tensor) else 0
 
 
-def identity(captured: Any) -> Identity:
-    """Equal for views of one tensor while it is alive. A tensor on the meta device has no address, so its storage is used."""
-    tensor: Tensor = captured.values if isinstance(captured, Routed) else captured
-    place = (tensor.untyped_storage()._cdata, int(tensor.storage_offset())) if tensor.is_meta else tensor.data_ptr()
-    return place, tensor.shape
+def identity(captured: Any) -> Place:
+    """Equal for views of one tensor while it is alive."""
+    return place_of(captured.values if isinstance(captured, Routed) else captured)
 
 
 def _counter() -> FlopCounterMode:

@@ -21,6 +21,7 @@ from nodelens.statistics.weight_sums import WeightSums
 
 from .covariance import KINDS, CovariancePolicy, base_port
 from .dry_run import DryRun, Seen
+from .firing import BEHIND
 from .members import Members, of_groups_only, side_of
 
 GROUPED_WIDTH = 1024  # wider pair statistics are not kept per group of samples, so they have no standard error
@@ -57,7 +58,8 @@ class PassLayout:
 
     def seen_at(self, name: str, port: str) -> Seen:
         """What the dry run saw at a port; the sampled or sketched width if the port's suffix says so."""
-        found = self.dry_run.seen[f"{name}.{'input' if base_port(port) == 'input' else 'output'}"]
+        kept = f"{name}.{'input' if base_port(port) == 'input' else 'output'}"
+        found = self.dry_run.seen[f"{name}.{BEHIND}" if port == BEHIND else kept]
         return replace(found, width=self.covariance.count) if port.endswith(KINDS) else found
 
     @cached_property
@@ -149,7 +151,8 @@ class PassLayout:
             view, target = "tokens", token_target
         elif target is not None:
             target = resolve_auto(target, tokens=False, classes=self.dry_run.task not in BY_VALUE)  # type: ignore[arg-type]
-        port = "output" if need.port in ("next", "projection") else need.port
+        is_output = need.port in ("next", "projection") or (need.port == BEHIND and owner.name not in self.dry_run.firing)
+        port = "output" if is_output else need.port
         return owner, self._merge_views(owner, need._replace(port=port, view=view, target=target))
 
     def _at_members(self, needs: dict[str, tuple[Layer, Need]]) -> dict[str, tuple[Layer, Need]]:

@@ -16,7 +16,7 @@ Side = Literal["group", "reader", "maker"]
 IndexedLayers = list[tuple[Layer, Tensor]]  # a layer, and the index of each unit in its rows, (units, places)
 _GROUP_PORTS = {"made*grad", "consumed", "maps", "load", "model"}  # ports that only a group has
 _AT_GROUP = _GROUP_PORTS | {"output*grad", "output*grad/tokens"}
-_AT_READERS = {"output", "output*grad", "grad", "output*grad/tokens", "grad/tokens"}  # ports of a reader's input
+_AT_READERS = {"output", "activated", "output*grad", "grad", "output*grad/tokens", "grad/tokens"}  # ports of a reader's input
 
 
 def side_of(metric: Metric) -> Side:

@@ -53,7 +53,7 @@ class Plan(PassLayout):
         """
         if precision not in ("float32", "float64"):
             raise ValueError(f"precision is {precision!r}; products are formed in float32 or float64")
-        members = members or Members()
+        members, dry_run = members or Members(), dry_run.bound(model)
         member_layers = [layer for layer in members.layers if layer is not members.model]
         never_called = [layer for layer in [*layers, *member_layers] if f"{layer.name}.output" not in dry_run.seen]
         if never_called and (not optional or member_layers or len(never_called) == len(layers)):

@@ -12,6 +12,7 @@ from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup
 from nodelens.network.layers import Layer
 
+from .firing import BEHIND
 from .plan import Plan
 
 Metrics = Sequence[str | Metric] | Mapping[str, Metric]
@@ -52,6 +53,11 @@ def names_of(model: nn.Module, layers: Layers, found: Sequence[Layer]) -> dict[s
     return resolved(model, patterns) if patterns else {layer.title: [layer.title] for layer in found}
 
 
+def describe_metrics(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The entry of each column in the metadata: its metric, and where the metric read in this pass."""
+    return {name: describe(metric) | targets_of(plan, metric) | behind_of(plan, metric) for name, metric in plan.metrics.items()}
+
+
 def describe(metric: Metric) -> dict[str, Any]:
     """A column's entry in the metadata: the metric's name, options, needs, and when it is NaN."""
     return {
@@ -69,3 +75,14 @@ def targets_of(plan: Plan, metric: Metric) -> dict[str, list[str]]:
     needs = [need for place in plan.places(metric)[:1] for _, need in plan.resolve(metric, place).values()]
     found = [need.target for need in needs if need.target and not isinstance(need.target, Other)]
     return {"targets": list(dict.fromkeys(str(getattr(target, "__name__", target)) for target in found))} if found else {}
+
+
+def behind_of(plan: Plan, metric: Metric) -> dict[str, dict[str, str]]:
+    """{"read_behind": {layer: what its units are read behind}}, for a metric about firing; empty for others.
+
+    "relu", "batch_norm, relu" and the like; "" where no activation follows the layer, so that its own output is read.
+    """
+    if all(need.port != BEHIND for need in metric.needs().values()):
+        return {}
+    parts = dict.fromkeys(part for layer in plan.layers for part in plan.parts(metric, layer))
+    return {"read_behind": {layer.title: str(plan.dry_run.firing.get(layer.name, "")) for layer in parts}}

@@ -172,11 +172,15 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ActivationZeroFraction(Metric):
-    """Share of rows in which a unit is exactly zero.
+    """Share of rows in which a unit does not fire, that is, is exactly zero behind the activation that follows its layer.
 
-    Formula: (number of rows with y = 0) / n, y the unit's output in n rows
+    The activation is found in a forward pass: it is the only operation that reads the layer's output, or the output of norms or
+    pooling that do. Where there is none, the layer's own output is read, and the metadata says so (``read_behind``): before an
+    activation, and behind smooth ones, the value is about 0.
+
+    Formula: (number of rows with y = 0) / n, y the unit behind its activation in n rows
     Shapes: y over rows of width units -> (units,)
-    Unit:   none, in [0, 1]. A dead unit after a ReLU: 1; a unit before its activation: about 0
+    Unit:   none, in [0, 1]. A dead unit behind a ReLU: 1; N(0, 1) rows before a ReLU: 0.5
     NaN:    no rows
     Source: definition; Hu et al. 2016, 1607.03250, eq. 1 (average percentage of zeros)
     """
@@ -187,7 +191,7 @@ class ActivationZeroFraction(Metric):
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
-        return {"y": Need(Zeros, "output", self.view)}
+        return {"y": Need(Zeros, "activated", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Zeros) -> Tensor:
         return y.zeros / y.n.double()

@@ -81,6 +81,7 @@ class Metric:
 
         inputs (n, d) or (B, C, H, W), outputs likewise, weights (units, ...), labels (n,), targets (n,) or (n, t),
         logits (n, K), gradients shaped like outputs; for a convolution also its stride, padding, dilation and groups.
+        Metrics about firing take as outputs what is behind the activation.
         covariance (d, d), of the inputs, stands for inputs in metrics that read nothing else of the data.
         Raises ValueError for a missing tensor.
         """

@@ -31,6 +31,7 @@ _SECOND_MOMENTS = (Moments, Patches, Gram)
 _PORTS = {
     "input": ["inputs"],
     "output": ["outputs"],
+    "activated": ["outputs"],
     "projection": ["projections"],
     "next": ["next_outputs"],
     "grad": ["gradients"],

@@ -32,8 +32,9 @@ class Units(NamedTuple):
 class Need(NamedTuple):
     """A statistic of the rows at a port, in a view, paired with a target.
 
-    port: ``input``, ``output``, ``projection`` (inputs times weights: the output without a bias), ``grad``, ``output*grad``,
-    ``weight*grad``, ``change`` (inputs times the change of the weights) or ``next``, the output of the next layer. A suffix
+    port: ``input``, ``output``, ``activated`` (the output behind the activation that follows, or the output where none does),
+    ``projection`` (inputs times weights: the output without a bias), ``grad``, ``output*grad``, ``weight*grad``,
+    ``change`` (inputs times the change of the weights) or ``next``, the output of the next layer. A suffix
     ``/tokens`` divides gradients by the predicted tokens of the sample. For pruning groups: ``output*grad`` where the units are
     read, summed over places and consumers first; ``made*grad`` where they are produced; ``consumed``, the input of each consumer, a
     list of statistics; ``maps``, the input of the first two-dimensional convolution that reads them; ``load``, 1 where a token

@@ -199,12 +199,18 @@ def _definitions(result: Result) -> str:
         column: {
             "metric": m["metric"],
             "options": ", ".join(f"{k}={v}" for k, v in m["options"].items()) or "none",
-            "reads": ", ".join(m["needs"].values()) or "weights",
+            "reads": (", ".join(m["needs"].values()) or "weights") + _without_activation(m),
             "source": m.get("source", ""),
         }
         for column, m in result.metadata["metrics"].items()
     }
     return _table(pd.DataFrame(rows).T.rename_axis("column"), words=True)
+
+
+def _without_activation(metric: dict[str, Any]) -> str:
+    """At which layers a metric that reads behind the activation read the layer's own output."""
+    layers = [layer for layer, behind in metric.get("read_behind", {}).items() if not behind]
+    return f"; no activation follows {', '.join(layers)}: read at the output" if layers else ""
 
 
 def _missing(result: Result) -> str:

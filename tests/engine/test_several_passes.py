@@ -276,9 +276,9 @@ def every_metric():
     return {metric.names[0]: metric() for metric in METRICS if not of_groups_only(metric())} | more
 
 
-def fits(found, name, metric, dry_run):
+def fits(net, found, name, metric, dry_run):
     try:
-        Plan.of(None, found, {name: metric}, dry_run, 3)
+        Plan.of(net, found, {name: metric}, dry_run, 3)
     except ValueError:  # it does not fit the model: no classes, no norm
         return False
     return True
@@ -290,7 +290,7 @@ def test_a_plan_takes_the_bytes_it_says(kind):
     layers = CNN if kind == "cnn" else LLAMA
     found, groups = find_layers(net, layers), 3
     dry_run = DryRun.of(net, found, Batch.of(data[0], groups))
-    metrics = {name: metric for name, metric in every_metric().items() if fits(found, name, metric, dry_run)}
+    metrics = {name: metric for name, metric in every_metric().items() if fits(net, found, name, metric, dry_run)}
     plan = Plan.of(net, found, metrics, dry_run, groups)
     sums = run_pass(net, plan, data, Objective.of(net)).sums()
     for (name, need), held in sums.items():
