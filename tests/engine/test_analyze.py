@@ -154,7 +154,11 @@ def redundancy_loop(y, z, i):
 
 def test_class_information_and_taylor_are_their_definitions(net):
     x, labels = images(dtype=torch.float64)
-    result = nl.analyze(net.double(), batches(x, labels, 17), ["taylor", "class_mi"])
+    result = nl.analyze(
+        net.double(),
+        batches(x, labels, 17),
+        {"taylor": get_metric("taylor"), "class_mi": get_metric("class_mi", method="gaussian")},
+    )
     values, _ = outputs_of(net, x)
     gates = {n: torch.ones(len(x), values[n][1].shape[1], dtype=torch.float64, requires_grad=True) for n in LAYERS}
 

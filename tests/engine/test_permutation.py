@@ -33,7 +33,7 @@ def measured(metrics, size=50, data=None, **options):
 def controlled():
     metrics = {
         "mi": get_metric("mi", target="given", permutations=99),
-        "class_mi": get_metric("class_mi", permutations=99),
+        "class_mi": get_metric("class_mi", method="gaussian", permutations=99),
         "synergy": get_metric("synergy", target="given", permutations=99),
         "binned": get_metric("mi_binning", target="given", permutations=99),
         "pairs": get_metric("synergy", target="given", permutations=99, reduce="none"),

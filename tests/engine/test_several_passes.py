@@ -271,6 +271,8 @@ def every_metric():
         "pc1": get_metric("mi", target="logit_pc1"),
         "permutations": get_metric("mi", permutations=2),
         "sizes": get_metric("activation_rms", spatial="mean_abs"),
+        "classes": get_metric("class_mi", method="gaussian"),
+        "class pairs": get_metric("class_synergy", method="gaussian"),
         "pair": get_metric("linear_cka", view="samples"),
     }
     return {metric.names[0]: metric() for metric in METRICS if not of_groups_only(metric())} | more

@@ -1,6 +1,7 @@
 """What units tell of the class, alone and in pairs: planted cases, golden numbers, slow twins, bias."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from planted import equal, golden_cases, planted
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
+from nodelens.metrics.pair_bins import quantile_bins
 from nodelens.statistics import ByClass, ClassGram, Gram, Sample
 from nodelens.statistics.rows import Rows
 
@@ -74,9 +76,16 @@ def test_a_unit_silent_in_a_class_and_one_silent_in_all():
     y, labels = mixed()
     y[labels == 1, 0] = 4.0
     y[:, 1] = 1e4
-    metric = get_metric("class_mi")
-    assert metric.counts(None, y=ByClass.of(y, labels)) == {"constant": 1, "degenerate": 1, "classes_left_out": 0}
-    for options in ({}, {"bias": "gaussian"}, {"method": "pooled"}, {"method": "binning"}):
+    metric = get_metric("class_mi", method="gaussian")
+    found = metric.counts(None, y=ByClass.of(y, labels))
+    assert found == {"constant": 1, "degenerate": 1, "classes_left_out": 0, "above_entropy": 1}
+    for options in (
+        {},
+        {"method": "gaussian"},
+        {"method": "gaussian", "bias": "gaussian"},
+        {"method": "pooled"},
+        {"method": "binning"},
+    ):
         value = of("class_mi", y, labels, **options)
         assert value.isfinite().all()
         assert value[1] == 0
@@ -85,20 +94,20 @@ def test_a_unit_silent_in_a_class_and_one_silent_in_all():
 DRAWS = 500
 
 
-@pytest.mark.parametrize("options", [{}, {"ddof": 0}, {"method": "pooled"}], ids=label)
+@pytest.mark.parametrize("options", [{"method": "gaussian"}, {"method": "gaussian", "ddof": 0}, {"method": "pooled"}], ids=label)
 def test_bias_of_units_that_tell_nothing(options):
     """Exact for them: the mean of independent draws lies within five of its standard errors."""
     x = torch.randn(60, DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(60) % 3
     plain, value = of("class_mi", x, labels, **options), of("class_mi", x, labels, bias="gaussian", **options)
     assert abs(float(value.mean())) < 5 * float(value.std()) / math.sqrt(DRAWS)
-    if not options:
+    if options == {"method": "gaussian"}:
         near(plain - value, torch.full((DRAWS,), 0.01825), 5e-6)
 
 
 def test_no_class_of_two_rows():
     y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
-    near(of("class_mi", y, torch.arange(3)), [math.nan] * 2)
+    near(of("class_mi", y, torch.arange(3), method="gaussian"), [math.nan] * 2)
     near(of("class_mi", y[:1], torch.arange(1), method="binning"), [math.nan] * 2)
 
 
@@ -111,7 +120,7 @@ def test_opposite_correlations():
     y, labels = opposite()
     near(of("synergy_gaussian_mmi", y, labels), [-0.5 * math.log(0.36)] * 2)
     near(of("synergy_gaussian_mmi", y, labels, covariance="pooled"), [0, 0])
-    near(of("class_mi", y, labels, ddof=0), [0, 0])
+    near(of("class_mi", y, labels, method="gaussian", ddof=0), [0, 0])
 
 
 def information(y, labels, ddof, pooled):
@@ -181,11 +190,11 @@ def test_rules_of_class_synergy_are_counted():
     y[90:, 1], y[90:, 2] = 5, y[90:, 0]
     metric = get_metric("synergy_gaussian_mmi")
     found = metric.counts(None, y=ClassGram.of(y, labels))
-    assert found == {"classes_left_out": 1, "constant": 1, "degenerate": 1, "collinear": 1}
+    assert found == {"classes_left_out": 1, "constant": 1, "degenerate": 1, "collinear": 1, "above_entropy": 1}
     near(of("synergy_gaussian_mmi", y, labels), of("synergy_gaussian_mmi", y[:90], labels[:90]))
     pooled = get_metric("synergy_gaussian_mmi", covariance="pooled")
     found = pooled.counts(None, y=ByClass.of(y, labels), every=Gram.of(y))
-    assert found == {"without_label": 2, "constant": 1, "degenerate": 0, "collinear": 1}
+    assert found == {"without_label": 2, "constant": 1, "degenerate": 0, "collinear": 1, "above_entropy": 0}
     own = labels.where(labels >= 0, 4)
     near(pooled.compute(outputs=y, labels=labels), pooled.compute(outputs=y, labels=own), 1e-10)
 
@@ -194,8 +203,9 @@ def test_rules_of_class_synergy_are_counted():
     ("name", "options"),
     [
         ("class_mi", {}),
-        ("class_mi", {"method": "binning"}),
+        ("class_mi", {"method": "gaussian"}),
         ("class_mi", {"method": "pooled"}),
+        ("class_synergy", {}),
         ("synergy_gaussian_mmi", {}),
         ("synergy_gaussian_mmi", {"covariance": "pooled"}),
     ],
@@ -206,7 +216,7 @@ def test_shifts_scales_and_order_change_nothing(name, options):
     value = of(name, y, labels, **options)
     scale = torch.tensor([1e-3, 2.0, 5.0, 1.0, 100.0], dtype=torch.float64)
     near(of(name, y * scale + 1000 * scale, labels, **options), value, 1e-8)
-    if options.get("method") != "binning":  # an edge of a bin may round to the other side
+    if get_metric(name, **options).options["method"] != "binning":  # an edge of a bin may round to the other side
         near(of(name, (y + 1000 * y.std(0)).float(), labels, **options), value, 2e-3)
     order = torch.randperm(90, generator=torch.Generator().manual_seed(1))
     near(of(name, y[order], labels[order], **options), value, 1e-10)
@@ -215,19 +225,79 @@ def test_shifts_scales_and_order_change_nothing(name, options):
     near(of(name, y[:, units], labels, **options), value[units], 1e-10)
 
 
+def plug_in(*columns):
+    """Information of the last column about the others together, from counts in a loop."""
+    n, joint = len(columns[0]), list(zip(*columns[:-1], strict=True))
+    both, first, last = Counter(zip(joint, columns[-1], strict=True)), Counter(joint), Counter(columns[-1])
+    return sum(m / n * math.log(m * n / (first[a] * last[b])) for (a, b), m in both.items())
+
+
+@pytest.mark.parametrize("bins", [2, 6])
+def test_binned_class_synergy_of_a_slow_loop(bins):
+    y, labels = mixed(200)
+    y[:, 0] = y[:, 0].relu()
+    y[:, 1] = 3.0
+    n, places = len(y), []
+    for column in y.T.tolist():
+        edges = sorted(column)
+        edges = {edges[math.ceil(k * n / bins) - 1] for k in range(1, bins)}
+        places.append([sum(edge < value for edge in edges) for value in column])
+    slow = torch.zeros(5, 5, dtype=torch.float64)
+    c = labels.tolist()
+    for i in range(5):
+        for j in set(range(5)) - {i}:
+            slow[i, j] = plug_in(places[i], places[j], c) - max(plug_in(places[i], c), plug_in(places[j], c))
+    near(of("class_synergy", y, labels, bins=bins, reduce="none"), slow, 1e-12)
+    near(of("class_synergy", y, labels, bins=bins), slow.sum(1) / 4, 1e-12)
+    assert float(slow.min()) > -1e-12
+    near(slow[1], torch.zeros(5), 1e-12)
+
+
+def test_the_class_of_two_signs_takes_both_units():
+    """The class is the product of two signs: no unit tells anything of it, both tell all of it."""
+    y = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(10, 1)
+    labels = (y.prod(1) > 0).long()
+    near(of("class_synergy", y, labels), [math.log(2)] * 2)
+    unlabelled = torch.cat([labels, torch.full((4,), -100)])
+    near(of("class_synergy", torch.cat([y, torch.full((4, 2), 1e6)]), unlabelled), [math.log(2)] * 2)
+
+
+def test_zeros_have_a_bin_of_their_own():
+    y = torch.tensor([0.0] * 6 + [1.0, 2.0, 3.0, 4.0])[:, None]
+    assert quantile_bins(y, 5).flatten().tolist() == [0] * 6 + [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["gaussian", "pooled"])
+def test_values_above_the_entropy_of_the_class_are_counted(method):
+    """Classes far apart: H(class) is ln 2, the Gaussian estimate grows with the distance."""
+    y = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(60) % 2
+    y[:, 0] += 100 * labels
+    metric = get_metric("class_mi", method=method)
+    assert metric.counts(None, y=ByClass.of(y, labels))["above_entropy"] == 1
+    assert metric.compute(outputs=y, labels=labels)[0] > math.log(2)
+    near(of("class_mi", y, labels)[0], math.log(2))
+    pairs = get_metric("class_synergy", method="gaussian", covariance="per_class" if method == "gaussian" else "pooled")
+    held = {"y": ClassGram.of(y, labels)} if method == "gaussian" else {"y": ByClass.of(y, labels), "every": Gram.of(y)}
+    assert pairs.counts(None, **held)["above_entropy"] == 2
+
+
 @pytest.mark.parametrize("covariance", ["per_class", "pooled"])
 def test_where_class_synergy_has_no_answer(covariance):
     y, labels = mixed(9)
     near(of("synergy_gaussian_mmi", y[:, :1], labels, covariance=covariance), [math.nan])
     near(of("synergy_gaussian_mmi", y[:1], labels[:1], covariance=covariance), [math.nan] * 5)
     near(of("synergy_gaussian_mmi", y[:6], torch.arange(6) % 2), [math.nan] * 5)
+    near(of("class_synergy", y[:1], labels[:1]), [math.nan] * 5)
+    near(of("class_synergy", y[:, :1], labels), [math.nan])
 
 
 def test_a_control_asks_for_the_samples_and_changes_no_value():
     t = everything()
     for name, options in (
         ("class_mi", {}),
-        ("class_mi", {"method": "binning"}),
+        ("class_mi", {"method": "gaussian"}),
+        ("class_synergy", {}),
         ("synergy_gaussian_mmi", {"covariance": "pooled"}),
     ):
         metric, plain = get_metric(name, permutations=5, **options), get_metric(name, **options)
@@ -238,9 +308,11 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: get_metric("class_mi", method="bins"), "method is 'bins'; it takes 'gaussian', 'pooled', 'binning'"),
-        (lambda: get_metric("class_mi", method="binning", bias="gaussian"), "bias: gaussian is for the Gaussian methods only"),
+        (lambda: get_metric("class_mi", method="bins"), "method is 'bins'; it takes 'binning', 'gaussian', 'pooled'"),
+        (lambda: get_metric("class_mi", method="binning", bias="gaussian"), "bias: gaussian is for method: gaussian and pooled"),
         (lambda: get_metric("class_mi", bins=0), "bins is 0; it must be a whole number, 2 or more"),
+        (lambda: get_metric("class_synergy", bins=1), "bins is 1; it must be a whole number, 2 or more"),
+        (lambda: get_metric("class_synergy", covariance="pooled"), "covariance: pooled is for method: gaussian; set it, or leave"),
         (lambda: get_metric("synergy_gaussian_mmi", permutations=1.5), "permutations is 1.5; it must be a number of permutations"),
         (lambda: get_metric("synergy_gaussian_mmi").compute(outputs=torch.ones(3, 2)), "target 'label' needs labels"),
     ],

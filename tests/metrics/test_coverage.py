@@ -21,7 +21,7 @@ METRICS = {
     "rq": get_metric("rq"),
     "redundancy": get_metric("redundancy"),
     "synergy": get_metric("synergy", target="given"),
-    "class_mi": get_metric("class_mi"),
+    "class_mi": get_metric("class_mi", method="gaussian"),
     "taylor_saliency": get_metric("taylor_saliency"),
 }
 

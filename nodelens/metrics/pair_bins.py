@@ -1,0 +1,46 @@
+"""Information that pairs of units carry about a class, from histograms whose bins hold equal shares of the rows."""
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 20  # cells of joint histograms counted at once
+
+
+def quantile_bins(x: Tensor, bins: int) -> Tensor:
+    """The bin of each entry, (n, d) -> (n, d) int64: how many of the column's quantiles 1/bins, 2/bins, ... lie below it.
+
+    Equal entries share a bin, so all zeros of a unit behind a ReLU are in one bin.
+    """
+    n = len(x)
+    places = (torch.arange(1, bins, device=x.device) * n + bins - 1) // bins - 1  # of order statistics
+    edges = x.sort(0).values[places.clamp_min(0)].T.contiguous()  # (d, bins - 1)
+    first = torch.ones_like(edges, dtype=torch.bool)
+    first[:, 1:] = edges[:, 1:] > edges[:, :-1]
+    edges = edges.where(first, torch.inf).sort(1).values  # equal quantiles count once
+    return torch.searchsorted(edges, x.T.contiguous()).T
+
+
+def class_information_of_pairs(bins_of_units: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Plug-in information about the class of each unit, (d,), and of each pair, (d, d); the diagonal is that of the unit.
+
+    Shapes: bins_of_units (n, d) and label (n,), int64, from 0. I = H(c) + H(bins) - H(c, bins)
+    """
+    n, d = bins_of_units.shape
+    kinds = label.unique(return_inverse=True)[1]
+    member = torch.nn.functional.one_hot(bins_of_units, bins).transpose(1, 2).float()  # (n, bins, d)
+    within = [member[kinds == c] for c in range(int(kinds.max()) + 1)]
+    table = torch.arange(n + 1, dtype=torch.float64, device=label.device)
+    table = torch.special.xlogy(table, table)  # m ln m of a count m
+    step, pairs = max(1, _BLOCK // (d * bins * bins)), torch.zeros(d, d, dtype=torch.float64, device=label.device)
+    for a in range(0, d, step):
+        by_class = [part[:, :, a : a + step].flatten(1).T @ part[:, :, a:].flatten(1) for part in within]
+        for count in by_class:
+            pairs[a : a + step, a:] += _summed(table[count.int()], bins, d - a)
+        pairs[a : a + step, a:] -= _summed(table[torch.stack(by_class).sum(0).int()], bins, d - a)
+    pairs = (pairs.triu() + pairs.triu(1).T - table[kinds.bincount()].sum() + table[n]) / n
+    return pairs.diagonal().clone(), pairs
+
+
+def _summed(terms: Tensor, bins: int, columns: int) -> Tensor:
+    """The sum over the bins of both units, (bins a, bins columns) -> (a, columns)."""
+    return terms.unflatten(1, (bins, columns)).unflatten(0, (bins, -1)).sum((0, 2))
