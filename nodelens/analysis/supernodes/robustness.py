@@ -1,8 +1,9 @@
 """Robustness of supernodes to the choice of texts: resamples from sums by group of samples, without another pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from nodelens.statistics.sample_hash import generator
 from .agreement import spearman
 
 Resample = Literal["halves", "bootstrap"]
+DRAWS = 200  # of a bootstrap interval
+FEWEST_GROUPS = 4  # of samples, for a bootstrap interval
 
 
 def resample_scores(
@@ -33,6 +36,39 @@ def resample_scores(
         k = share_of(square.shape[1], fraction)
         jaccard = overlap(largest(one, k), largest(other, k))
         found.append({"layer": name, "draw": draw, "jaccard": jaccard, "spearman": spearman(one, other)})
+    return found
+
+
+def bootstrap_intervals(
+    scores: Mapping[str, Tensor], square: Tensor, rows: Tensor, supernodes: Tensor, seed: int = 0, level: float = 0.95
+) -> dict[str, float]:
+    """Percentile bootstrap intervals of the agreement of the loss proxy with other scores, over groups of samples.
+
+    For each score: ``jaccard_<score>_low`` and ``_high``, of the Jaccard index of the largest units by both, and the same of the
+    rank correlation, ``spearman_<score>``. The loss proxy is drawn again, the other scores are kept as they are. Each draw has
+    the noise of the samples twice, so that a noisy proxy lies near the upper end. NaN for fewer than four groups with samples;
+    that of the Jaccard index also where the supernodes are not the largest units by the loss proxy.
+
+    Shapes: scores (units,) each; square (groups, units), sums of q^2; rows (groups,); supernodes (k,), ids
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3
+    """
+    some = rows > 0
+    square, rows = square[some], rows[some]
+    draws = DRAWS if len(rows) >= FEWEST_GROUPS else 0
+    rows = rows.double()
+    proxies = [weights @ square / (weights @ rows) for weights, _ in _weights(len(rows), draws, "bootstrap", seed)]
+    k = len(supernodes)
+    found: dict[str, float] = {}
+    by_proxy = overlap(largest(square.sum(0), k), supernodes) == 1
+    for name, values in scores.items():
+        top = largest(values, k)
+        measures = {
+            "jaccard": [overlap(largest(proxy, k), top) for proxy in proxies if by_proxy],
+            "spearman": [spearman(proxy, values) for proxy in proxies],
+        }
+        for measure, drawn in measures.items():
+            ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if drawn else [np.nan, np.nan]
+            found |= {f"{measure}_{name}_low": float(ends[0]), f"{measure}_{name}_high": float(ends[1])}
     return found
 
 

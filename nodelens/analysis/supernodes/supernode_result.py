@@ -20,11 +20,12 @@ TABLES = ("units", "layers", "concentration", "controls", "ablation", "agreement
 class SupernodesResult:
     """Supernodes of a model, as tables. A layer is a pruning group.
 
-    units: one row per unit, index (layer, unit): its scores, whether it is a supernode or in the halo. layers: one row per layer.
-    concentration: share of the units, largest first, against their share of the loss proxy. controls: redundancy and connectivity
-    of the halo compared with random sets and matched units. ablation: one row per ablated unit, the change of the loss in nats per
-    prediction; agreement: correlations of the scores with it; hits: share of the most harmful units that a score finds.
-    robustness: one row per layer and resample of texts. metadata: options, data, versions.
+    units: one row per unit, index (layer, unit): its scores, whether it is a supernode or in the halo. layers: one row per layer;
+    overlaps and rank correlations of the loss proxy with other scores have 95 % bootstrap intervals over groups of samples
+    (``_low``, ``_high``). concentration: share of the units, largest first, against their share of the loss proxy. controls:
+    redundancy and connectivity of the halo compared with random sets and matched units. ablation: one row per ablated unit, the
+    change of the loss in nats per prediction; agreement: correlations of the scores with it; hits: share of the most harmful
+    units that a score finds. robustness: one row per layer and resample of texts. metadata: options, data, versions.
     """
 
     units: pd.DataFrame

@@ -16,7 +16,7 @@ from nodelens.network.groups import PruningGroup
 
 from .agreement import spearman
 from .controls import RANDOM, ControlSets
-from .robustness import chance_jaccard
+from .robustness import bootstrap_intervals, chance_jaccard
 
 SHARES = (0.001, 0.01, 0.05, 0.1)
 SCORES = (  # columns of the table of units that rank units
@@ -118,6 +118,7 @@ def layer_rows(
     sums: Mapping[tuple[str, str], Tensor],
     controls: Sequence[Mapping[str, Any]],
     drawn: Sequence[Mapping[str, Any]],
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The row of a layer, from the table of its units, its controls and its resamples."""
     group, supernodes = layout.group, layout.controls.supernodes
@@ -134,10 +135,11 @@ def layer_rows(
         "loss_proxy": float(proxy.sum()),
     }
     row |= {f"concentration_{100 * share:g}": concentration(proxy, share) for share in SHARES} | {"gini": gini(proxy)}
-    for other in ("largest", "power", "magnitude"):
-        values = torch.tensor(table[other].to_numpy())
+    others = {name: torch.tensor(table[name].to_numpy()) for name in ("largest", "power", "magnitude")}
+    for other, values in others.items():
         row[f"jaccard_{other}"] = overlap(supernodes, largest(values, len(supernodes)))
         row[f"spearman_{other}"] = spearman(proxy, values)
+    row |= bootstrap_intervals(others, sums[group.name, "square"], sums[group.name, "rows"], supernodes, seed)
     for found in controls:
         if found["quantity"] == "redundancy":
             prefix = "random" if found["control"] == RANDOM else "matched"

@@ -158,7 +158,7 @@ class Supernodes:
             controls += found
             resamples += drawn
             curves.append(concentration_table(name, table["loss_proxy"]))
-            layers.append(layer_rows(layout, table, sums, found, drawn))
+            layers.append(layer_rows(layout, table, sums, found, drawn, seed))
         return {
             "units": pd.concat(units),
             "layers": pd.DataFrame(layers).set_index("layer"),

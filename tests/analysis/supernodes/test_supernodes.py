@@ -16,11 +16,12 @@ from nodelens.analysis.supernodes.ablation import ablate, constant_outputs, samp
 from nodelens.analysis.supernodes.agreement import MEAN, POOLED, agreement, hits, pearson, spearman
 from nodelens.analysis.supernodes.controls import ControlSets, control_rows, matched
 from nodelens.analysis.supernodes.hidden import HiddenPass, UnitSums
-from nodelens.analysis.supernodes.robustness import chance_jaccard, resample_scores
+from nodelens.analysis.supernodes.robustness import bootstrap_intervals, chance_jaccard, resample_scores
 from nodelens.analysis.supernodes.supernode_result import TABLES, load_supernodes
 from nodelens.analysis.supernodes.supernodes import Supernodes
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import get_metric
+from nodelens.metrics.supernode import largest, overlap
 from nodelens.network.batch import Batch
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.find import find_groups
@@ -441,6 +442,29 @@ def test_resamples_agree_where_texts_do():
     assert chance == pytest.approx(chance_jaccard(2000, 200), abs=0.02)
     assert resample_scores("a", noise[:1], rows[:1], 0.1, 5) == []
     assert chance_jaccard(10, 10) == 1
+
+
+def test_bootstrap_intervals_hold_the_agreement_with_the_truth():
+    """Where samples agree, both ends lie at the agreement of the scores; with noise the interval holds it."""
+    g = torch.Generator().manual_seed(0)
+    truth = torch.rand(40, generator=g, dtype=torch.float64) + 0.5
+    rows = torch.tensor([3, 5, 0, 4, 4, 5, 3, 6, 5])
+    other = truth + 0.3 * torch.rand(40, generator=g, dtype=torch.float64)
+    core = largest(truth, 4)
+    same = bootstrap_intervals({"other": other}, truth * rows[:, None], rows, core)
+    assert same["spearman_other_low"] == same["spearman_other_high"] == pytest.approx(spearman(truth, other))
+    assert same["jaccard_other_low"] == same["jaccard_other_high"] == pytest.approx(overlap(core, largest(other, 4)))
+    noisy = truth * rows[:, None] * (1 + 0.5 * torch.rand(9, 40, generator=g, dtype=torch.float64))
+    core = largest(noisy.sum(0), 4)
+    found = bootstrap_intervals({"other": other}, noisy, rows, core)
+    assert found["spearman_other_low"] < spearman(noisy.sum(0), other) < found["spearman_other_high"]
+    assert 0 <= found["jaccard_other_low"] <= found["jaccard_other_high"] <= 1
+    assert found == bootstrap_intervals({"other": other}, noisy, rows, core), "the seed decides the draws"
+    by_another = bootstrap_intervals({"other": other}, noisy, rows, torch.arange(4))
+    assert math.isnan(by_another["jaccard_other_low"])
+    assert by_another["spearman_other_low"] == found["spearman_other_low"]
+    few = bootstrap_intervals({"other": other}, noisy[:4], rows[:4], core)
+    assert all(map(math.isnan, few.values()))
 
 
 def test_what_the_next_layer_reads_of_where_the_core_writes():
