@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from nodelens.network.layers import Layer
 from nodelens.network.objective import BY_TOKEN, Objective
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator, Statistic
-from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor, world
+from nodelens.statistics.processes import first_of, gathered, reduce_sums, reduce_tensor, world
+from nodelens.statistics.repeats import Repeats
+from nodelens.statistics.sample_hash import balanced_cuts
 
 from .collect import Pass
 from .covariance import CovariancePolicy
@@ -168,7 +170,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.seed,
         settings.reduce,
     )
-    return plan, objective
+    cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed)
+    return replace(plan, cuts=cuts), objective
 
 
 def run_pass(
@@ -196,6 +199,7 @@ def run_pass(
             from_inputs=graph and bool(plan.overwritten),  # a graph that starts at a layer breaks at an in-place operation
             runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
             answers=graph or plan.reads_predictions,
+            cuts=plan.cuts,
             progress=progress,
         )
         driver.run(data, collected, Capture(sites, collected.see, plan.overwritten))
@@ -220,11 +224,13 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "samples": int(samples.sum()),
         "groups": plan.groups,
         "samples_by_group": samples.tolist(),
+        "filled_groups": int((samples > 0).sum()),
         "positions": plan.positions,
         "precision": plan.precision,
         "processes": world()[1],
         "rows": rows,
         "missing": table.missing,
+        "warnings": repeats_warning(collected.repeats),
         "counts": table.counts,
         "model_values": table.model,
         "left_out": [{"site": str(s), "rows": n} for s, n in zip(collected.collectors, left_out, strict=True) if n],
@@ -235,6 +241,27 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "covariance": describe_covariance(plan),
     }
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
+
+
+def repeats_warning(own: Repeats) -> list[str]:
+    """A warning about samples with the same content under different ids, in any process; empty if there are none. Collective."""
+    whole = Repeats()
+    for pairs in gathered(own.kept()):
+        whole.add(*pairs.unbind(1))
+    copies, among = whole.share()
+    text = (
+        f"{copies:,} of {among:,} samples ({copies / max(1, among):.1%}) have the content of another one under another id: they "
+        "count as independent, so standard errors are too small; leave them out, or give copies the same id"
+    )
+    return [text] if copies else []
+
+
+def cuts_of(data: Any, groups: int, seed: int) -> Tensor | None:
+    """Cuts between groups of samples of equal size, from all samples of all processes; None unless all have lists. Collective."""
+    in_memory = isinstance(data, (list, tuple))
+    own = [Batch.of(given).hashes for given in data] if in_memory and groups > 1 else None
+    every = gathered(None if own is None else torch.cat([torch.empty(0, dtype=torch.int64), *own]))
+    return None if any(hashes is None for hashes in every) else balanced_cuts(torch.cat(every), groups, seed)
 
 
 def _rows_of(value: Any) -> int:

@@ -17,6 +17,7 @@ from nodelens.network.targets import target_of, token_target
 from nodelens.statistics import Accumulator
 from nodelens.statistics.group_slices import draw, group_slices, sorting
 from nodelens.statistics.linalg import exact_products
+from nodelens.statistics.repeats import Repeats
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
 
@@ -141,6 +142,7 @@ class Pass:
         kinds = {site: _KINDS.get(site.port, Collector) for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # per group
+        self.repeats = Repeats()
         self.batch: Batch | None = None
         self.pairs: dict[Site, list[PairedSites]] = {site: [] for site in self.collectors}
         by_name = {Other(site.layer.name, site.port): site for site in self.collectors}
@@ -175,6 +177,8 @@ class Pass:
 
     def begin(self, batch: Batch) -> None:
         self.batch = batch
+        if not self.round and batch.has_ids:
+            self.repeats.add(batch.contents(), batch.hashes)
         for sums in self.model_sums:
             sums.begin(batch)
 
@@ -245,11 +249,11 @@ class Pass:
             for name, t in ((f"{j}/{n}", t) for n, t in a.state_dict().items())
         }
         left_out = torch.tensor([c.left_out for c in self.collectors.values()])
-        return state | {"samples": self.samples, "left_out": left_out}
+        return state | {"samples": self.samples, "left_out": left_out, "repeats": self.repeats.kept()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores the sums that ``state_dict`` of a pass with the same plan returned."""
-        self.samples = state["samples"].clone()
+        self.samples, self.repeats = state["samples"].clone(), Repeats(state["repeats"])
         for k, c in enumerate(self.collectors.values()):
             c.left_out = int(state["left_out"][k])
             for j, a in enumerate(c.sums.values()):

@@ -28,7 +28,7 @@ class Watcher(Protocol):
 class Driver:
     """How data are read, in eval mode on the model's device.
 
-    groups, seed:  of the jackknife, see ``Batch.of``
+    groups, seed, cuts: of the jackknife, see ``Batch.of``
     graph:         whether the loss is differentiated, with respect to whatever the capture watches
     weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
     from_inputs:   whether the graph starts at the inputs, because a later layer would break one that starts at a layer
@@ -45,13 +45,14 @@ class Driver:
     from_inputs: bool = False
     runs_model: bool = True
     answers: bool = True
+    cuts: Tensor | None = None
     progress: Progress = iter
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """The batches, on the model's device."""
         device = device_of(self.model)
         for given in self.progress(data):
-            yield self.objective.batch(given, self.groups, self.seed).to(device)
+            yield self.objective.batch(given, self.groups, self.seed, self.cuts).to(device)
 
     def run(self, data: Iterable[Any], watcher: Watcher, capture: Capture | None = None) -> None:
         """Runs every batch. The model's state is restored, also after an error."""

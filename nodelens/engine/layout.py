@@ -52,6 +52,7 @@ class PassLayout:
     members: Members = field(default_factory=Members)  # the layers where units of pruning groups are captured
     seed: int = 0
     reduce: Reduce = "sum"  # combines a unit's values at several places
+    cuts: Tensor | None = None  # of sample hashes, between groups of equal size
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)

@@ -65,6 +65,7 @@ def describe(metric: Metric) -> dict[str, Any]:
         "options": {k: getattr(v, "__name__", v) if callable(v) else v for k, v in metric.options.items()},
         "kind": metric.shape,
         "nan": metric.nan,
+        "log_interval": metric.log_interval,
         "source": metric.source(),
         "needs": {name: str(need) for name, need in metric.needs().items()},
     }

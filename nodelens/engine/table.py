@@ -17,7 +17,8 @@ from nodelens.network.layers import Layer
 from nodelens.statistics import Accumulator
 from nodelens.statistics.costs import adapt
 
-from .layout import GROUPED_WIDTH, Place
+from .error_reasons import no_error, why_missing
+from .layout import Place
 from .members import side_of
 from .permutation import null_of
 from .plan import Plan
@@ -47,6 +48,7 @@ class Measured:
     counts: dict[str, int] = field(default_factory=dict)
     reason: str = ""  # why all values are NaN, if the place is the cause
     known: KnownUnits = field(default_factory=KnownUnits)  # units with values at a site that is too wide
+    no_error: str = ""  # why the jackknife is not the error of the value
 
     @property
     def value(self) -> Tensor:
@@ -131,17 +133,18 @@ def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tenso
         found = _estimate(metric, plan, (at, place[1]), sums, samples)
     if found.reason:
         return _missing_value(plan, metric, layer, found.reason, bias)
-    columns = {"": found.value}
+    columns, reason = {"": found.value}, no_error(metric, found.counts, samples) if found.errors else ""
     if found.errors and found.replicates is None:
         columns["_se"] = torch.full_like(found.value, math.nan)
     elif found.replicates is not None:
         present = [g for g, n in enumerate(samples.tolist()) if n]
         columns["_se"], bias_estimate = jackknife(found.value, found.replicates, samples[present])
+        columns["_se"] = columns["_se"].where(torch.tensor(not reason), math.nan)
         columns |= {"_bias": bias_estimate} if bias else {}
     if found.null and metric.options.get("permutations"):
         weight, needs, statistics = found.null
         columns |= null_of(metric, weight, needs, statistics, seed)
-    return _scatter(Measured(columns, found.counts, known=found.known), plan, metric, layer)
+    return _scatter(Measured(columns, found.counts, known=found.known, no_error=reason), plan, metric, layer)
 
 
 @dataclass(frozen=True)
@@ -302,17 +305,6 @@ def _note(table: Table, where: str, name: str, metric: Metric, found: Measured, 
             continue
         reason = found.reason or metric.nan
         if suffix in ("_se", "_bias") and not found.reason:
-            resolved = [each for part in plan.parts(metric, place[0]) for each in plan.resolve(metric, (part, place[1])).values()]
-            model = any(need.port == "model" for _, need in resolved)
-            is_wide = any(plan.groups_of(owner, need) == 1 for owner, need in resolved)
-            one_group = bool((value.isnan() & ~found.value.isnan()).any()) and plan.groups < 2
-            reason = (
-                "sums over the whole model are kept once, not once per group of samples"
-                if model
-                else f"pair sums wider than {GROUPED_WIDTH} are kept once, not once per group of samples"
-                if is_wide and plan.groups > 1
-                else "fewer than two groups of samples"
-                if one_group
-                else f"the value, or one without a group of samples, has none: {reason}"
-            )
+            ours = found.no_error if suffix == "_se" else ""
+            reason = ours or why_missing(metric, plan, place, value, found.value, reason)
         table.missing.append({"layer": where, "column": name + suffix, "count": undefined, "reason": reason})

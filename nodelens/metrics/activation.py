@@ -48,6 +48,7 @@ class ActivationVariance(Metric):
     """
 
     names: ClassVar = ("activation_variance",)
+    log_interval: ClassVar = True
     nan: ClassVar = "fewer than two rows"
     view: View = "positions"
 
@@ -73,6 +74,7 @@ class ActivationNorm(Metric):
     """
 
     names: ClassVar = ("activation_rms",)
+    log_interval: ClassVar = True
     nan: ClassVar = "no rows"
     normalize: Literal["rows", "none"] = "rows"
     spatial: Literal["all", "mean_abs"] = "all"
@@ -103,6 +105,7 @@ class ActivationOutlierIndex(Metric):
     """
 
     names: ClassVar = ("activation_outlier_index",)
+    log_interval: ClassVar = True
     nan: ClassVar = "the unit is always 0, or there are no rows"
     quantile: float = 0.999
     view: View = "positions"
@@ -134,7 +137,9 @@ class ActivationKurtosis(Metric):
     """
 
     names: ClassVar = ("activation_kurtosis",)
+    coverage: ClassVar = "92 % at 16 samples (86 % without the logarithm), 93 % at 400, of a mixture of two Gaussians"
     nan: ClassVar = "the unit is constant, or there are fewer than two rows"
+    log_interval: ClassVar = True
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
@@ -157,6 +162,7 @@ class ActivationMaxRatio(Metric):
 
     names: ClassVar = ("activation_max_ratio",)
     nan: ClassVar = "the unit is 0 in half of the rows, or there are no rows"
+    no_error: ClassVar = "it reads the largest value, which grows with the rows and which the jackknife has no error of"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:

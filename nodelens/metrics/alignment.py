@@ -64,6 +64,7 @@ class RayleighQuotient(_Quotient):
     """
 
     names: ClassVar = ("rayleigh_quotient", "rq")
+    log_interval: ClassVar = True
     nan: ClassVar = "the unit's weights are all zero, the input does not vary, or there are fewer than two rows"
 
     def needs(self) -> dict[str, Need]:
@@ -91,6 +92,7 @@ class ConditionalRayleighQuotient(_Quotient):
     """
 
     names: ClassVar = ("conditional_rayleigh_quotient", "conditional_rq")
+    log_interval: ClassVar = True
     nan: ClassVar = "the unit's weights are all zero, no class has two rows, or the input does not vary in a class"
 
     def needs(self) -> dict[str, Need]:

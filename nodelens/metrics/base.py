@@ -34,6 +34,9 @@ class Metric:
     whole_experts: ClassVar[bool] = False  # whether it can score whole experts of a mixture
     grouped: ClassVar[bool] = False  # whether it takes a list of one statistic per group of samples
     nan: ClassVar[str] = "never"
+    no_error: ClassVar[str] = ""  # why the jackknife is not the error of this metric, whose standard errors are then NaN
+    log_interval: ClassVar[bool] = False  # whether intervals are symmetric about the logarithm of the value
+    coverage: ClassVar[str] = ""  # where 95 % intervals cover less or more, as measured
     higher_is_better: ClassVar[bool] = True  # as a pruning criterion: whether units with large values are kept
 
     def __post_init__(self) -> None:

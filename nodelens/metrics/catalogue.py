@@ -36,7 +36,9 @@ one entry. All names of a metric are equivalent. On the command line, choose a m
 option with `metrics.rq.relative=false`; in Python, use `nl.get_metric("rq", relative=False)`. *Reads* lists the
 statistics that one pass over the data accumulates, as statistic(port, view). Information is in nats. Variances are
 unbiased unless an entry says otherwise. Most metrics that read data come with a standard error `<name>_se`, a
-jackknife over groups of samples.
+jackknife over groups of samples; `result.interval("rq")` makes a confidence interval of it. In simulations (two
+Gaussian classes, 8 groups of samples, 300 draws of 16 and of 400 samples) the 95 % intervals of 14 metrics of all
+families cover the truth in 92 to 98 % of the draws, unless an entry says otherwise.
 """
 
 
@@ -75,6 +77,7 @@ def _entry(metric: type[Metric]) -> str:
         "raises": _escaped(metric.section("Raises")),
         "options": "; ".join(_option(f, hint) for f, hint in _options(metric)),
         "presets": "; ".join(_preset(names, options) for names, options in _by_options(metric.presets)),
+        "95 % intervals": _escaped(_interval(metric)),
         "source": _escaped(metric.source()),
     }
     listed = "\n".join(_wrapped(f"- {key}: {value}", "  ") for key, value in lines.items() if value)
@@ -86,6 +89,13 @@ def _prose(metric: type[Metric]) -> tuple[str, str]:
     before = re.split(r"^ *(?:Formula|Shapes):", metric.__doc__ or "", maxsplit=1, flags=re.MULTILINE)[0]
     what, _, notes = before.strip().partition("\n\n")
     return _escaped(_flat(what)), _escaped(_flat(notes))
+
+
+def _interval(metric: type[Metric]) -> str:
+    """What an entry says about standard errors and intervals, where it differs from the rule."""
+    about = "symmetric about the logarithm" if metric.log_interval else ""
+    cover = f"they cover {metric.coverage}" if metric.coverage else ""
+    return "; ".join(filter(None, (f"none: {metric.no_error}" if metric.no_error else about, cover)))
 
 
 def _per(metric: Metric) -> str:

@@ -46,6 +46,7 @@ class ClassInformation(Metric):
     """
 
     names: ClassVar = ("class_mutual_information", "class_mi")
+    coverage: ClassVar = "of method: gaussian; intervals do not contain the bias of binning, (K - 1)(bins - 1)/(2n)"
     nan: ClassVar = "no class has two rows"
     method: Literal["binning", "gaussian", "pooled"] = "binning"
     ddof: Literal[0, 1] = 1

@@ -90,6 +90,7 @@ class FisherInformation(_Removal):
     """
 
     names: ClassVar = ("fisher_information",)
+    log_interval: ClassVar = True
 
     def needs(self) -> dict[str, Need]:
         return self.product(Moments)
@@ -110,6 +111,7 @@ class ScarActivationPower(Metric):
     """
 
     names: ClassVar = ("scar_activation_power",)
+    log_interval: ClassVar = True
     nan: ClassVar = "no rows"
 
     def needs(self) -> dict[str, Need]:
@@ -157,6 +159,7 @@ class Curvature(Metric):
     """
 
     names: ClassVar = ("scar_curvature",)
+    log_interval: ClassVar = True
     nan: ClassVar = "no rows"
     loss_reduction: LossReduction = "sum"
 
@@ -182,6 +185,7 @@ class ScarLossProxy(_Removal):
     """
 
     names: ClassVar = ("scar_loss_proxy", "lp")
+    log_interval: ClassVar = True
 
     def needs(self) -> dict[str, Need]:
         return self.product(Moments)

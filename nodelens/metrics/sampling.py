@@ -11,6 +11,8 @@ from nodelens.statistics import Moments
 from .base import Metric
 from .need import Need, View
 
+FEWEST = 4  # groups of samples
+
 
 @dataclass(frozen=True)
 class EffectiveSampleSize(Metric):
@@ -18,17 +20,19 @@ class EffectiveSampleSize(Metric):
 
     Positions or tokens of one sample are correlated: use this number instead of the number of rows as n in closed forms of bias and
     error. It is estimated from 8 groups of samples, to within about a factor of two; the median over the units of a layer varies
-    less. It may exceed the number of rows where rows are negatively correlated.
+    less. Over G groups of independent rows, the mean of 1/SE_J^2 is (G - 1)/(G - 3) too large, which the formula corrects. The
+    value may exceed the number of rows where rows are negatively correlated.
 
-    Formula: n_eff = Var y / SE_J(E y)^2, SE_J the grouped jackknife's standard error of the mean
+    Formula: n_eff = (G - 3)/(G - 1) Var y / SE_J(E y)^2, SE_J the jackknife's standard error of the mean over G groups of samples
     Shapes: y over rows of width units, by group of samples -> (units,)
     Unit:   rows, > 0; independent rows: about n; maps that are constant over positions: the number of samples
-    NaN:    fewer than two groups of samples, or a constant unit
-    Source: n SE_iid^2 / SE_J^2 with SE_iid^2 = Var y / n; Kish 1965, Survey Sampling, section 8.2 (design effect)
+    NaN:    fewer than four groups of samples, or a constant unit
+    Source: n SE_iid^2 / SE_J^2 with SE_iid^2 = Var y / n; Kish 1965, Survey Sampling, section 8.2 (design effect); the factor is
+            the mean of an inverse chi-squared variable with G - 1 degrees of freedom
     """
 
     names: ClassVar = ("effective_sample_size", "n_eff")
-    nan: ClassVar = "fewer than two groups of samples, or a constant unit"
+    nan: ClassVar = "fewer than four groups of samples, or a constant unit"
     grouped: ClassVar = True
     view: View = "positions"
 
@@ -37,12 +41,13 @@ class EffectiveSampleSize(Metric):
 
     def __call__(self, weight: Tensor | None, y: list[Moments]) -> Tensor:
         whole = sum(y[1:], y[0])
-        if len(y) < 2:
+        if len(y) < FEWEST:
             return torch.full_like(whole.mean, torch.nan)
         n = torch.stack([part.n for part in y]).double()  # (groups, 1)
         left = (whole.n * whole.mean - n * torch.stack([part.mean for part in y])) / (whole.n - n)
         error = jackknife(whole.mean, left, n[:, 0])[0]
-        return (whole.variance / error.square()).where(whole.variance > 0, torch.nan)
+        free = (len(y) - 3) / (len(y) - 1)
+        return (free * whole.variance / error.square()).where(whole.variance > 0, torch.nan)
 
 
 def jackknife(value: Tensor, left: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

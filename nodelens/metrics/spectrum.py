@@ -159,6 +159,7 @@ class StableRank(SpectrumMetric):
     """
 
     names: ClassVar = ("stable_rank",)
+    log_interval: ClassVar = True
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         return eigenvalues.sum() / eigenvalues[0]
@@ -201,6 +202,7 @@ class ComponentCount(SpectrumMetric):
     """
 
     names: ClassVar = ("component_count",)
+    no_error: ClassVar = "a count changes in steps, so the jackknife reads 0 or much too much"
     share: float = 0.9
 
     def __post_init__(self) -> None:

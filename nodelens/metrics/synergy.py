@@ -125,6 +125,7 @@ class UniqueInformation(SharedInformation):
     """
 
     names: ClassVar = ("pid_unique",)
+    coverage: ClassVar = "87 to 90 % at 16 samples where it is above 0, 94 % at 400; near 100 % where it is 0"
     higher_is_better: ClassVar = True
 
     def _of(self, single: Tensor, shared: Tensor) -> Tensor:

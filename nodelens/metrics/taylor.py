@@ -30,6 +30,7 @@ class Taylor(Metric):
     """
 
     names: ClassVar = ("taylor",)
+    log_interval: ClassVar = True
     nan: ClassVar = "no rows"
     whole_experts: ClassVar = True
     abs: bool = False
@@ -82,6 +83,7 @@ class LossProxy(Metric):
     """
 
     names: ClassVar = ("loss_proxy",)
+    log_interval: ClassVar = True
     nan: ClassVar = "no rows"
     whole_experts: ClassVar = True
     unit: Unit = "sequence"

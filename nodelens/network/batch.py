@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.statistics.sample_hash import content_hashes, mix
+from nodelens.statistics.sample_hash import content_hashes, groups_of, mix
 
 IGNORE = -100  # label of a token or sample without a target, as in cross_entropy
 _LABELS = ("labels", "label", "y")
@@ -37,11 +37,18 @@ class Batch:
     bytes: Tensor | None = None
     decoder_mask: Tensor | None = None
     decoder: frozenset[str] = frozenset()
+    has_ids: bool = False  # whether the hashes are of ids, not of contents
     task: str = ""
 
     @classmethod
     def of(
-        cls, batch: Any, groups: int = 1, seed: int = 0, task: str = "", shift: Callable[[Tensor], Tensor] | None = None
+        cls,
+        batch: Any,
+        groups: int = 1,
+        seed: int = 0,
+        cuts: Tensor | None = None,
+        task: str = "",
+        shift: Callable[[Tensor], Tensor] | None = None,
     ) -> "Batch":
         """From a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
@@ -52,7 +59,8 @@ class Batch:
         model, such as the position_ids that a model with absolute positions needs for texts padded on the left.
 
         Sample hashes are made of ``ids`` if the batch has them, otherwise of the content of the samples, so that groups do
-        not depend on batching or padding. Raises ValueError for any other form of batch.
+        not depend on batching or padding. ``cuts`` (of ``balanced_cuts``) divide them into groups of
+        equal size. Raises ValueError for any other form of batch.
         """
         args, kwargs, labels, ids, targets, size = _read(batch)
         mask, select = kwargs.get("attention_mask"), kwargs.pop("select", None)
@@ -61,8 +69,8 @@ class Batch:
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
         decoder_mask, labels = _decoder_mask(kwargs, labels, task, shift), _without_padding(labels, mask, task)
         hashes = _content_hashes(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
-        rows, group = _row_mask(mask, select, first), mix(hashes, seed) % groups
-        return cls(args, kwargs, labels, rows, hashes, group, targets, size, decoder_mask, task=task)
+        rows, group = _row_mask(mask, select, first), groups_of(hashes, groups, seed, cuts)
+        return cls(args, kwargs, labels, rows, hashes, group, targets, size, decoder_mask, has_ids=ids is not None, task=task)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -105,6 +113,12 @@ class Batch:
             bytes=each(self.bytes),
             decoder_mask=each(self.decoder_mask),
         )
+
+    def contents(self) -> Tensor:
+        """A hash of all inputs of each sample without padding, (B,) int64 on the CPU, whatever its id."""
+        mask, every = self.kwargs.get("attention_mask"), [*self.args, *self.kwargs.values()]
+        own = [t for t in every if isinstance(t, Tensor) and t is not mask and t.ndim and len(t) == len(self)]
+        return mix(*(_content_hashes(t, mask) for t in own)) if own else self.hashes
 
     def head(self, samples: int) -> "Batch":
         """The first samples only."""

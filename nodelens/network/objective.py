@@ -77,9 +77,9 @@ class Objective:
         names = {k: getattr(v, "__name__", str(v)) for k, v in (("output", self.output), ("loss", self.loss)) if v is not None}
         return {"task": self.task or None, **names}
 
-    def batch(self, given: Any, groups: int = 1, seed: int = 0) -> Batch:
+    def batch(self, given: Any, groups: int = 1, seed: int = 0, cuts: Tensor | None = None) -> Batch:
         """A batch whose labels and masks are read as the task says. Raises ValueError as ``Batch.of`` does."""
-        batch = Batch.of(given, groups, seed, self.task, self.shift)
+        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift)
         return replace(batch, decoder=self.decoder) if self.decoder else batch
 
     def settled(self, model: nn.Module, given: Any) -> "Objective":

@@ -49,6 +49,31 @@ class Result:
         write_json(folder / "metadata.json", self.metadata)
         return folder
 
+    def interval(self, name: str, level: float = 0.95) -> pd.DataFrame:
+        """The confidence interval of a metric: columns ``low`` and ``high``, indexed like the table that has the metric.
+
+        Value -+ t SE, t the quantile of Student's distribution with one degree of freedom less than there are groups of samples
+        that are not empty (``filled_groups`` in the metadata). Metrics with skewed errors, such as the kurtosis, take that step on
+        the logarithm: value exp(-+ t SE / value). NaN where there is no standard error. The catalogue of metrics says where 95 %
+        intervals cover less or more than that.
+
+        Raises ValueError for a name without a standard error, and a level that is not between 0 and 1.
+        """
+        from scipy.stats import t
+
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level}; it is the share of intervals that hold the truth, between 0 and 1, such as 0.95")
+        table = next((each for each in (self.units, self.layers, self.edges) if f"{name}_se" in each), None)
+        if table is None:
+            known = [c for each in (self.units, self.layers, self.edges) for c in values_of(each) if f"{c}_se" in each]
+            raise ValueError(f"{name!r} has no standard error in this result; those that have one: {', '.join(known) or 'none'}")
+        groups = self.metadata["filled_groups"]
+        value, reach = table[name], float(t.ppf(0.5 + level / 2, max(1, groups - 1))) * table[f"{name}_se"]
+        if self.metadata["metrics"].get(name, {}).get("log_interval"):
+            factor = np.exp(reach / value.where(value > 0))
+            return pd.DataFrame({"low": value / factor, "high": value * factor})
+        return pd.DataFrame({"low": value - reach, "high": value + reach})
+
     def summary(self) -> str:
         """What is there, in a few lines: layers, units, samples, metrics, matrices and values without an answer."""
         samples, missing = self.metadata.get("samples"), self.metadata.get("missing") or []

@@ -17,13 +17,18 @@ def world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def first_of(value: Any) -> Any:
-    """The value of the first process whose value is not None, for processes without data. Collective."""
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks. Collective."""
     if world()[1] == 1:
-        return value
+        return [value]
     every: list[Any] = [None] * world()[1]
     dist.all_gather_object(every, value)
-    return next((v for v in every if v is not None), None)
+    return every
+
+
+def first_of(value: Any) -> Any:
+    """The value of the first process whose value is not None, for processes without data. Collective."""
+    return next((v for v in gathered(value) if v is not None), None)
 
 
 def reduce_tensor(tensor: Tensor, largest: bool = False) -> Tensor:
@@ -43,8 +48,7 @@ def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> None:
             _merge(accumulator, device)
             continue
         forms = [part and {k: (tuple(t.shape), t.dtype) for k, t in part.tensors().items()} for part in accumulator.parts]
-        every: list[Any] = [None] * world()[1]
-        dist.all_gather_object(every, forms)
+        every = gathered(forms)
         for group, part in enumerate(accumulator.parts):
             known = [form[group] for form in every if form[group] is not None]
             if known:
@@ -54,9 +58,8 @@ def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> None:
 
 def _merge(accumulator: Accumulator, device: torch.device) -> None:
     """Add the parts of all processes, in the order of their ranks."""
-    every: list[Any] = [None] * world()[1]
     parts = [part and {k: t.cpu() for k, t in part.tensors().items()} for part in accumulator.parts]
-    dist.all_gather_object(every, parts)
+    every = gathered(parts)
     accumulator.parts = [None] * len(parts)
     for held in every:
         for group, tensors in enumerate(held):

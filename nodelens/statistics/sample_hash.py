@@ -14,6 +14,23 @@ def mix(*parts: Tensor | int) -> Tensor:
     return state & 0x7FFFFFFFFFFFFFFF
 
 
+def groups_of(hashes: Tensor, groups: int, seed: int = 0, cuts: Tensor | None = None) -> Tensor:
+    """The jackknife group of each sample, (B,) int64 in [0, groups): the remainder of its hash, or its place in ``cuts``."""
+    mixed = mix(hashes, seed)
+    return mixed % groups if cuts is None else torch.searchsorted(cuts, mixed, right=True)
+
+
+def balanced_cuts(hashes: Tensor, groups: int, seed: int = 0) -> Tensor:
+    """Hashes that divide the given samples into groups of equal size, to within one sample, (n,) -> (groups - 1,) int64.
+
+    They depend on the set of samples alone, and samples with the same hash stay together. With fewer samples than groups, as many
+    groups are filled as there are samples.
+    """
+    ordered = mix(hashes, seed).sort().values
+    ends = (torch.arange(1, groups) * len(ordered) + groups - 1) // groups
+    return torch.cat([ordered, torch.full((1,), torch.iinfo(torch.int64).max)])[ends.clamp_max(len(ordered))]
+
+
 def content_hashes(x: Tensor) -> Tensor:
     """Hash of the content of each sample, (B, ...) -> (B,) int64: equal for equal samples, in any process."""
     rows = x.detach().reshape(len(x), -1)

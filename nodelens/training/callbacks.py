@@ -176,7 +176,7 @@ class Measure(Callback):
         name = f"{trainer.current_epoch:03d}.parquet"
         write(self.folder / f"units_{name}", result.units.to_parquet)
         write(self.folder / f"layers_{name}", result.layers.to_parquet)
-        keep = ("samples", "groups", "positions", "metrics", "missing", "counts", "left_out", "never_called")
+        keep = ("samples", "groups", "positions", "metrics", "missing", "counts", "left_out", "never_called", "warnings")
         write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
         for logger in trainer.loggers:
             logger.log_metrics(scalars(result) | {"epoch": trainer.current_epoch}, step=trainer.global_step)

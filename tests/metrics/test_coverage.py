@@ -26,12 +26,12 @@ METRICS = {
 }
 
 
-def batch(seed):
+def batch(seed, samples=SAMPLES):
     g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(2, (SAMPLES,), generator=g)
-    noise = torch.randn(SAMPLES, 4, generator=g, dtype=torch.float64)
+    labels = torch.randint(2, (samples,), generator=g)
+    noise = torch.randn(samples, 4, generator=g, dtype=torch.float64)
     x = noise @ MIX.T + (2 * labels[:, None] - 1) * CENTRE
-    targets = x @ WEIGHT.T @ READ + torch.randn(SAMPLES, generator=g, dtype=torch.float64)
+    targets = x @ WEIGHT.T @ READ + torch.randn(samples, generator=g, dtype=torch.float64)
     return {"x": x, "labels": labels, "targets": targets}
 
 
@@ -89,3 +89,61 @@ def test_the_error_is_that_of_repeated_draws(draws, name):
     value, error = draws[name].unbind(2)
     ratio = error.square().mean(0) / value.var(0)
     assert bool(((ratio > 0.8) & (ratio < 1.3)).all()), f"{name}: {ratio}"
+
+
+MORE = {
+    **METRICS,
+    "mean": get_metric("activation_mean", absolute=False),
+    "rms": get_metric("activation_rms"),
+    "activation_kurtosis": get_metric("activation_kurtosis"),
+    "mi": get_metric("mi", target="given"),
+    "pid_unique": get_metric("pid_unique", target="given"),
+    "taylor": get_metric("taylor"),
+    "conditional_rq": get_metric("conditional_rq"),
+    "stable_rank": get_metric("stable_rank"),
+}
+
+
+def truth_of_more():
+    """The same for more metrics."""
+    inside, middle = MIX @ MIX.T, WEIGHT @ CENTRE
+    within = (WEIGHT @ inside @ WEIGHT.T).diagonal()
+    total = WEIGHT @ (inside + CENTRE.outer(CENTRE)) @ WEIGHT.T
+    variance = total.diagonal()
+    rho = total @ READ / (variance * (READ @ total @ READ + 1)).sqrt()
+    information = -0.5 * torch.log1p(-rho.square())
+    own = information[:, None] - torch.minimum(information[:, None], information)
+    eigenvalues = torch.linalg.eigvalsh(total)
+    return truth() | {
+        "mean": torch.zeros(3, dtype=torch.float64),
+        "rms": variance.sqrt(),
+        "activation_kurtosis": (middle**4 + 6 * middle**2 * within + 3 * within**2) / variance**2,
+        "mi": information,
+        "pid_unique": own.sum(1) / 2,
+        "taylor": variance * SLOPE.square(),
+        "conditional_rq": within / WEIGHT.square().sum(1) / inside.trace(),
+        "stable_rank": (eigenvalues.sum() / eigenvalues.max())[None],
+    }
+
+
+@pytest.fixture(scope="module", params=[16, 400])
+def covered(request):
+    """{metric: share of draws and units whose interval holds the truth}."""
+    net = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    net.weight.data.copy_(WEIGHT)
+    known, held = truth_of_more(), {name: [] for name in MORE}
+    for seed in range(DRAWS):
+        drawn = batch(seed, request.param)
+        result = nl.analyze(net, [drawn], MORE, loss=lambda logits, labels: (logits * SLOPE).sum())
+        for name, found in held.items():
+            low, high = (torch.tensor(end.to_numpy()) for _, end in result.interval(name).items())
+            found.append((low <= known[name]) & (known[name] <= high))
+    return {name: float(torch.stack(found).double().mean()) for name, found in held.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_intervals_cover_what_they_say_or_are_marked(covered):
+    outside = {name: share for name, share in covered.items() if not 0.92 <= share <= 0.98}
+    assert all(MORE[name].coverage for name in outside), outside
+    assert all(share > 0.85 for share in covered.values()), covered
