@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .collect import Pass
 from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of
 from .dry_run import DryRun, with_groups
+from .lost_gradients import check_gradients, check_weights
 from .members import Members
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
@@ -189,6 +191,7 @@ def run_pass(
     for k in range(collected.rounds):
         collected.begin_round(k)
         sites = collected.sites(k)
+        capture = Capture(sites, collected.see, plan.overwritten)
         driver = Driver(
             model,
             objective,
@@ -202,7 +205,10 @@ def run_pass(
             cuts=plan.cuts,
             progress=progress,
         )
-        driver.run(data, collected, Capture(sites, collected.see, plan.overwritten))
+        if not k:
+            driver.on_first = partial(check_gradients, model, plan, capture, collected.model_sums, objective)
+            driver.on_last = partial(check_weights, model, plan, collected.model_sums, objective)
+        driver.run(data, collected, capture)
     collected.flush()
     return collected
 

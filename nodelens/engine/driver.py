@@ -33,6 +33,7 @@ class Driver:
     weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
     from_inputs:   whether the graph starts at the inputs, because a later layer would break one that starts at a layer
     runs_model:    whether the model runs at all; answers: whether predictions are read from its output
+    on_first, on_last: checks after the first and the last batch, while the model is as it was for them
     progress:      wraps the batches, for a progress bar
     """
 
@@ -46,6 +47,8 @@ class Driver:
     runs_model: bool = True
     answers: bool = True
     cuts: Tensor | None = None
+    on_first: Callable[[Batch], None] | None = None
+    on_last: Callable[[Batch], None] | None = None
     progress: Progress = iter
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
@@ -60,11 +63,18 @@ class Driver:
         embeddings = [m for m in self.model.modules() if self.from_inputs and isinstance(m, nn.Embedding)]
         starts = edit(dict.fromkeys(embeddings, _start_graph))
         with torch.inference_mode(False), eval_mode(self.model), differentiable(self.weights), starts, opened:
+            last: Batch | None = None
             for batch in self.batches(data):
+                batch = _with_gradients(batch) if self.from_inputs else batch
                 watcher.begin(batch)
-                watcher.end(self._forward(_with_gradients(batch) if self.from_inputs else batch, capture))
+                watcher.end(self._forward(batch, capture))
                 for tensor in self.weights:
                     tensor.grad = None
+                if last is None and self.on_first is not None:
+                    self.on_first(batch)
+                last = batch
+            if last is not None and self.on_last is not None:
+                self.on_last(last)
 
     def _forward(self, batch: Batch, capture: Capture | None) -> Tensor | None:
         """Runs one batch forward and, for a graph, backward; returns its predictions."""
@@ -77,18 +87,13 @@ class Driver:
                 output = batch.run(self.model)
                 gate.gate = False
                 predictions = self.objective.answer(output) if self.answers else None
-                if self.graph:
-                    self._differentiate(predictions, batch)
+                total = self.objective.summed(predictions, batch.labels) if self.graph else None  # type: ignore[arg-type]
+                gate.recomputing = True
+                if total is not None and total.requires_grad:
+                    total.backward()
         finally:
-            gate.gate = False
+            gate.gate = gate.recomputing = False
         return None if predictions is None else predictions.detach()
-
-    def _differentiate(self, predictions: Any, batch: Batch) -> None:
-        total = self.objective.summed(predictions, batch.labels)
-        if total.requires_grad:
-            total.backward()
-        elif self.weights:
-            raise ValueError("the loss does not depend on the weights: loss= gives a number without a gradient")
 
 
 def opened(model: nn.Module, data: Iterable[Any], objective: Objective) -> tuple[Objective, Iterable[Any]]:

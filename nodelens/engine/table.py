@@ -19,6 +19,7 @@ from nodelens.statistics.costs import adapt
 
 from .error_reasons import no_error, why_missing
 from .layout import Place
+from .lost_gradients import no_gradient
 from .members import side_of
 from .permutation import null_of
 from .plan import Plan
@@ -287,8 +288,7 @@ def _by_reader(statistics: dict[str, Any]) -> dict[str, Any]:
 
 def _no_rows_message(metric: Metric, layer: Layer, need: Need, without: int | None) -> str:
     if "grad" in need.port:
-        where = f"{metric.names[0]}: no gradient reached layer {layer.title!r}"
-        return f"{where}: the loss does not depend on it; leave the layer out (layers=)"
+        return no_gradient(metric.names[0], layer, "the loss does not depend on it")
     rest = "" if without is None else f" outside group {without}"
     return f"{metric.names[0]}: no rows were seen at layer {layer.title!r}{rest}: the data are empty, or the layer did not run"
 

@@ -1,4 +1,4 @@
-"""Sums that need the whole model: gradients of weights, training of a copy, products with supernodes."""
+"""Sums that need the whole model: gradients of weights, and training of a copy."""
 
 import copy
 import warnings
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.network.batch import Batch
-from nodelens.network.eval_mode import differentiable
+from nodelens.network.eval_mode import differentiable, eval_mode
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import GroupSlice
 from nodelens.network.objective import Objective
 from nodelens.statistics.processes import reduce_tensor
 from nodelens.statistics.rows import Rows
-
-from .supernode import correlations, largest, share_of
 
 Unit = Literal["sequence", "token"]
 LossReduction = Literal["sum", "mean"]
@@ -41,6 +39,7 @@ class ModelSums:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.parameters: list[Tensor] = []
         self.totals: dict[Any, Tensor] = {}
+        self.reached = set[str]()  # names of the tensors that have got a gradient, be it 0
 
     @classmethod
     def times(cls, *options: Any) -> int:
@@ -77,6 +76,14 @@ class ModelSums:
     def again(self) -> None:
         """Called before the data are read again."""
 
+    def pieces(self, group: GroupLayer) -> list[GroupSlice]:
+        """The slices of a group's weights whose gradients are read."""
+        return []
+
+    def lost(self) -> list[tuple[GroupLayer, GroupSlice]]:
+        """The slices of each group whose weights have got no gradient so far, not even one of 0."""
+        return [(group, piece) for group in self.groups for piece in self.pieces(group) if piece.name not in self.reached]
+
     def reduce(self) -> None:
         """Adds the sums of all processes; every process has to call it."""
         self.totals = {key: reduce_tensor(total) for key, total in self.totals.items()}
@@ -99,6 +106,7 @@ class _TensorSums(ModelSums):
 
     def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], *roles: str):
         super().__init__(model, groups)
+        self.roles = roles
         slices = {piece.name: piece for group in groups for piece in group.pieces(*roles)}
         self.tensors = {name: whole(model, piece) for name, piece in slices.items()}
         self.totals = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in self.tensors.items()}
@@ -112,6 +120,9 @@ class _TensorSums(ModelSums):
     def begin(self, batch: Batch) -> None:
         super().begin(batch)
         self.totals["samples"] += len(batch)
+
+    def pieces(self, group: GroupLayer) -> list[GroupSlice]:
+        return group.pieces(*self.roles)
 
     def mean(self, piece: GroupSlice) -> Tensor:
         """The mean over samples, in the tensor's shape."""
@@ -129,6 +140,7 @@ class WeightGradients(_TensorSums):
         for name, tensor in self.tensors.items():
             if tensor.grad is not None:
                 self.totals[name] += tensor.grad
+                self.reached.add(name)
 
 
 class SampleGradients(_TensorSums):
@@ -148,8 +160,16 @@ class SampleGradients(_TensorSums):
         with torch.enable_grad():
             z = logits.detach().requires_grad_()
             (slope,) = torch.autograd.grad(objective.summed(z, self.batch.labels), z)
+        self.slope, self.objective = slope, objective
         for first in range(0, len(self.batch), self.step):
             self._add(_part(self.batch, first, self.step), slope[first : first + self.step], objective)
+
+    def lost(self) -> list[tuple[GroupLayer, GroupSlice]]:
+        self.reached |= {name for name in self.tensors if bool(self.totals[name].any())}
+        if len(self.reached) < len(self.tensors):  # vmap gives zeros both for a gradient of 0 and for none
+            for gradients in self._one_by_one(self.batch, self.slope, self.objective):
+                self.reached |= {name for name, found in zip(self.tensors, gradients, strict=True) if found is not None}
+        return super().lost()
 
     def _add(self, batch: Batch, slope: Tensor, objective: Objective) -> None:
         if self.together and len(batch) > 1:
@@ -188,9 +208,9 @@ class SampleGradients(_TensorSums):
     def _one_by_one(self, batch: Batch, slope: Tensor, objective: Objective) -> Iterator[Sequence[Tensor | None]]:
         tensors = list(self.tensors.values())
         for k in range(len(batch)):
-            with differentiable(tensors), torch.enable_grad():
-                logits = objective.run(self.model, _part(batch, k, 1))
-                yield torch.autograd.grad((logits * slope[k : k + 1]).sum(), tensors, allow_unused=True)
+            with eval_mode(self.model), differentiable(tensors), torch.enable_grad():
+                total = (objective.run(self.model, _part(batch, k, 1)) * slope[k : k + 1]).sum()
+                yield gradients_of(total, tensors)
 
 
 class MovementSums(ModelSums):
@@ -213,91 +233,34 @@ class MovementSums(ModelSums):
         batch = self.batch
         with torch.enable_grad():
             total = objective.summed(objective.run(self.copy, batch), batch.labels) / int(batch.predicted.sum().clamp_min(1))
-            gradients = torch.autograd.grad(total, self.trained, allow_unused=True)
+            gradients = gradients_of(total, self.trained)
         steps = {id(p): g for p, g in zip(self.trained, gradients, strict=True) if g is not None}
         for group in self.groups:
-            for piece in group.pieces("producer"):
+            for piece in self.pieces(group):
                 weight = whole(self.copy, piece)
                 if id(weight) in steps:
+                    self.reached.add(piece.name)
                     pull = piece.by_unit(self.copy).double() * entries(piece, steps[id(weight)])
                     self.totals[group.name] -= pull.sum(1).to(self.device)
         for p in self.trained:
             if id(p) in steps:
                 p.sub_(self.lr * steps[id(p)])
 
+    def pieces(self, group: GroupLayer) -> list[GroupSlice]:
+        return group.pieces("producer")
 
-class SupernodeProducts(ModelSums):
-    """Sums of q^2 in a first round over the data; in a second, sums of q and of its products with the q of the supernodes.
 
-    ``reduction: mean`` divides the gradients of a sample by its predicted tokens.
+def gradients_of(total: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a number, None for a tensor on which it does not depend. Nothing is left in ``.grad``.
+
+    A backward pass, because ``torch.autograd.grad`` refuses re-entrant checkpoints.
     """
-
-    rounds: ClassVar[int] = 2
-
-    def __init__(
-        self, model: nn.Module, groups: Sequence[GroupLayer], unit: Unit, fraction: float, reduction: LossReduction = "sum"
-    ):
-        super().__init__(model, groups)
-        self.unit, self.fraction, self.port = unit, fraction, self.watches(unit, fraction, reduction)
-        self.cores: dict[str, Tensor] = {}
-        for group in groups:
-            self.totals |= {(group.name, "square"): self.zeros(group.group.n), (group.name, "rows"): self.zeros(1)}
-
-    @classmethod
-    def watches(cls, *options: Any) -> str:
-        return "output*grad" + ("/tokens" if options[2:] == ("mean",) else "")
-
-    def begin(self, batch: Batch) -> None:
-        super().begin(batch)
-        self.held: dict[str, Tensor] = {}
-
-    def see(self, layer: GroupLayer, rows: Rows) -> None:
-        if self.unit == "token":
-            self._add(layer.name, rows.raw.double().transpose(1, 2)[rows.mask()])
-        else:
-            q = rows.sample_totals().raw[:, :, 0].double()
-            self.held[layer.name] = self.held.get(layer.name, 0) + q
-
-    def end(self, logits: Tensor | None, objective: Objective) -> None:
-        for name, q in self.held.items():
-            self._add(name, q)
-
-    def _add(self, name: str, q: Tensor) -> None:
-        """Adds rows of q of a group, (rows, units) float64."""
-        q = q.to(self.device)
-        if not self.cores:
-            self.totals[name, "square"] += q.square().sum(0)
-            self.totals[name, "rows"] += len(q)
-        else:
-            self.totals[name, "sum"] += q.sum(0)
-            self.totals[name, "products"] += q.T @ q[:, self.cores[name]]
-
-    def again(self) -> None:
-        super().reduce()
-        for group in self.groups:
-            core = largest(self.totals[group.name, "square"], share_of(group.group.n, self.fraction))
-            self.cores[group.name] = core
-            self.totals |= {
-                (group.name, "sum"): self.zeros(group.group.n),
-                (group.name, "products"): self.zeros(group.group.n, len(core)),
-            }
-
-    def reduce(self) -> None:
-        for key in self.totals:
-            if key[1] in ("sum", "products"):
-                self.totals[key] = reduce_tensor(self.totals[key])
-
-    def mean_square(self, group: str) -> Tensor:
-        """E q^2 of each unit."""
-        return (self.totals[group, "square"] / self.totals[group, "rows"]).cpu()
-
-    def correlation(self, group: str, eps: float = 0.0) -> Tensor:
-        """Correlations of each unit's q with the q of the supernodes, (units, supernodes)."""
-        n, core = self.totals[group, "rows"], self.cores[group].to(self.totals[group, "rows"].device)
-        mean, square = self.totals[group, "sum"] / n, self.totals[group, "square"] / n
-        shared = self.totals[group, "products"] / n - mean[:, None] * mean[core]
-        spread = (square - mean.square()).clamp_min(0)
-        return correlations(shared, spread, spread[core], eps).cpu()
+    if total.requires_grad:
+        total.backward()
+    gradients = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    return gradients
 
 
 def whole(model: nn.Module, piece: GroupSlice) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 from nodelens.network.group_layer import GroupLayer
 
 from .base import Metric
-from .model_sums import LossReduction, SupernodeProducts, Unit
+from .model_sums import LossReduction, Unit
 from .need import Need
 from .supernode import connectivity, halo, protection, redundancy_to_supernodes
+from .supernode_products import SupernodeProducts
 from .taylor import check_tokens
 
 

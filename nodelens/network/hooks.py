@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import tensor_of
+from .changed import Edit, changed_output, changed_read
 from .experts import Call, ExpertLayer, Experts, Routed
 from .group_layer import GroupLayer, Member, UnitValues
 from .layers import Layer
@@ -23,6 +24,13 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layer.name}.{self.port}"
+
+
+class Awaited(NamedTuple):
+    """A layer whose gradient a site awaits: the site's own, or one that reads or makes the units of its group."""
+
+    site: Site
+    layer: Layer
 
 
 See = Callable[[Site, Any], None]
@@ -39,13 +47,19 @@ class Capture(AbstractContextManager["Capture"]):
     ``made*grad`` where they are made; ``maps`` what its first two-dimensional convolution reads; ``load`` which tokens go to
     whole experts.
 
+    ``recomputing`` is set during the backward pass, in which checkpointed modules run again: the first run of a re-entrant
+    checkpoint records no gradients, the second does. ``arrived`` says for each awaited gradient whether it has come.
+    ``shares``: ``output*grad`` of a layer's input is the layer's own share, too, not that of all layers that read the tensor.
+
     The hidden units of experts pass inside one module: they are made again of what it is called with, an expert's from its own
     tokens, and shown as ``Routed``. At the first call of a module all experts together have to give what it put out.
     """
 
-    def __init__(self, sites: Iterable[Site], see: See, cloned: Iterable[str] = ()):
-        self.sites, self.see, self.cloned = list(sites), see, set(cloned)
-        self.gate = False
+    def __init__(self, sites: Iterable[Site], see: See, cloned: Iterable[str] = (), shares: bool = False):
+        self.sites, self.see, self.cloned, self.shares = list(sites), see, set(cloned), shares
+        self.gate = self.recomputing = False
+        self.arrived: dict[Awaited, bool] = {}
+        self.recorded: set[Awaited] = set()  # in the forward pass: a recomputation does not record them again
         self.scale = 1.0  # of the gradients, where a trainer divided or multiplied the summed loss
         self.handles: list[Any] = []
         self.fired: Counter[str] = Counter()
@@ -87,7 +101,7 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _member(self, site: Site, member: Member, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
         """Shows what one weight of a group reads or puts out; a reader reads a tensor of its own, whose gradient is its share."""
-        if not self.gate:
+        if not self._watching(site):
             return None
         tensor = tensor_of((args or tuple(kwargs.values())) if output is None else output)
         assert tensor is not None
@@ -95,17 +109,32 @@ class Capture(AbstractContextManager["Capture"]):
         if site.port == "maps":
             self.see(site, tensor.detach())
             return None
-        if not torch.is_grad_enabled():
+        if not self._await(awaited := Awaited(site, member.layer)):
             return None
         value = tensor.detach().clone() if member.layer.name in self.cloned else tensor.detach()
         if output is not None:
-            on_gradient(tensor, partial(self._unit_gradient, site, member, value))
+            self._on_gradient(awaited, tensor, partial(self._unit_gradient, site, member, value))
             return None
-        share = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
-        on_gradient(share, partial(self._unit_gradient, site, member, value))
-        return _replace_read(lambda read: share, module, args, kwargs)
+        share = _own(tensor)
+        self._on_gradient(awaited, share, partial(self._unit_gradient, site, member, value))
+        return changed_read(lambda read: share, module, args, kwargs)
+
+    def _watching(self, site: Site) -> bool:
+        return self.gate or (self.recomputing and "grad" in site.port)
+
+    def _await(self, awaited: Awaited) -> bool:
+        """Whether gradients are recorded, so that one can arrive."""
+        self.arrived.setdefault(awaited, False)
+        if self.gate and torch.is_grad_enabled():
+            self.recorded.add(awaited)
+        return torch.is_grad_enabled()
+
+    def _on_gradient(self, awaited: Awaited, tensor: Tensor, see: Callable[[Tensor], None]) -> None:
+        """Calls ``see(gradient)`` once in the backward pass, also where a checkpoint runs the module a second time."""
+        on_gradient(tensor, (lambda gradient: None) if self.recomputing and awaited in self.recorded else see)
 
     def _unit_gradient(self, site: Site, member: Member, value: Tensor, gradient: Tensor) -> None:
+        self.arrived[Awaited(site, member.layer)] = True
         with torch.no_grad():
             self.see(site, UnitValues(member, self._product(value, gradient)))
 
@@ -119,7 +148,7 @@ class Capture(AbstractContextManager["Capture"]):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.gate = False
+        self.gate = self.recomputing = False
 
     def __enter__(self) -> "Capture":
         return self.open()
@@ -127,31 +156,36 @@ class Capture(AbstractContextManager["Capture"]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _hook(self, site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
-        if not self.gate:
-            return
+    def _hook(self, site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
+        if not self._watching(site):
+            return None
         seen = (args or tuple(kwargs.values())) if output is None else output
         tensor = tensor_of(seen)
         if tensor is None:
             raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")
         self.fired[str(site)] += 1
         if "grad" in site.port:
-            if torch.is_grad_enabled():
-                self._await_gradient(site, tensor, args)
-            return
+            if not self._await(Awaited(site, site.layer)):
+                return None
+            read = _own(tensor) if self.shares and output is None and site.port.startswith("output") else tensor
+            self._await_gradient(site, read, args)
+            return None if read is tensor else changed_read(lambda _: read, module, args, kwargs)
         with torch.no_grad():
             if site.port.startswith("change"):
                 self.gate = False  # the module's own hooks
                 tensor = site.layer.apply(tensor, site.layer.tensor - site.layer.start)  # type: ignore[operator]
                 self.gate = True
             self.see(site, tensor.detach())
+        return None
 
     def _await_gradient(self, site: Site, tensor: Tensor, args: tuple) -> None:
         value = tensor.detach().clone() if site.layer.name in self.cloned else tensor.detach()
         read = tensor_of(args) if site.port.startswith("weight") else None
-        on_gradient(tensor, partial(self._gradient, site, value, None if read is None else read.detach()))
+        see = partial(self._gradient, site, value, None if read is None else read.detach())
+        self._on_gradient(Awaited(site, site.layer), tensor, see)
 
     def _gradient(self, site: Site, value: Tensor, read: Tensor | None, gradient: Tensor) -> None:
+        self.arrived[Awaited(site, site.layer)] = True
         with torch.no_grad():
             if site.port.startswith("output*grad"):
                 self.see(site, self._product(value, gradient))
@@ -159,8 +193,9 @@ class Capture(AbstractContextManager["Capture"]):
             gradient = gradient if self.scale == 1.0 else gradient * self.scale
             self.see(site, gradient if read is None else (read, value, gradient))
 
-    def _mixed(self, sites: Sequence["_InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self.gate:
+    def _mixed(self, every: Sequence["_InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        sites = [each for each in every if self._watching(each.site)]
+        if not sites:
             return
         name, experts = sites[0].mixture, Experts.of(module)
         assert experts is not None
@@ -173,12 +208,13 @@ class Capture(AbstractContextManager["Capture"]):
                 self.fired[str(each.site)] += 1
                 if "grad" not in each.site.port:
                     self.see(each.site, each.values(call))
-        awaited = [each for each in sites if "grad" in each.site.port]
-        if awaited and torch.is_grad_enabled():
-            on_gradient(output, partial(self._routed_gradient, awaited, call.copy()))
+        awaited = [each for each in sites if "grad" in each.site.port and self._await(each.awaited)]
+        if awaited:
+            self._on_gradient(awaited[0].awaited, output, partial(self._routed_gradient, awaited, call.copy()))
 
     def _routed_gradient(self, sites: Sequence["_InMixture"], call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
+            self.arrived |= {each.awaited: True for each in sites}
             for each in sites:  # the units are made again: keeping those of every layer would take more than the model's own
                 self.see(each.site, each.slopes(call, gradient * self.scale))
 
@@ -193,6 +229,12 @@ class _InMixture(NamedTuple):
     @property
     def mixture(self) -> str:
         return self.site.layer.title if self.layer is None else self.layer.mixture
+
+    @property
+    def awaited(self) -> Awaited:
+        if self.layer is None:
+            return Awaited(self.site, self.site.layer.makers[0].layer)  # type: ignore[attr-defined]
+        return Awaited(self.site, self.layer if self.member is None else self.member.layer)
 
     def values(self, call: Call) -> Routed | UnitValues:
         """The units, of a group times the router's weight; of whole experts which tokens they get."""
@@ -218,6 +260,11 @@ class _InMixture(NamedTuple):
         return routed if self.member is None else UnitValues(self.member, routed)
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor as one of its own, whose gradient is only that of what reads it."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
+
+
 def on_gradient(tensor: Tensor, see: Callable[[Tensor], None]) -> None:
     """Calls ``see(gradient)`` in the backward pass; where the graph begins at the tensor, it is made to take a gradient."""
     if not tensor.requires_grad:
@@ -240,40 +287,17 @@ def _shown(see: Callable, module: nn.Module, args: tuple, kwargs: dict, output: 
     see(module, args, kwargs, output)
 
 
-Edit = Callable[[Tensor], Tensor]
-
-
 @contextmanager
 def edit(outputs: Mapping[nn.Module, Edit], inputs: Mapping[nn.Module, Edit] | None = None) -> Iterator[None]:
     """Inside, what each module puts out, or reads, passes through its function first, in the container it came in.
 
     Observers see the edited value; nothing is written into the model. Functions return a new tensor.
     """
-    handles = [module.register_forward_hook(partial(_replace, change), prepend=True) for module, change in outputs.items()]
+    handles = [module.register_forward_hook(partial(changed_output, change), prepend=True) for module, change in outputs.items()]
     for module, change in (inputs or {}).items():
-        handles.append(module.register_forward_pre_hook(partial(_replace_read, change), prepend=True, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(partial(changed_read, change), prepend=True, with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _replace_read(change: Edit, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if args:
-        return _replace(change, module, (), args), kwargs
-    return args, _replace(change, module, (), dict(kwargs))
-
-
-def _replace(change: Edit, module: nn.Module, args: tuple, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return change(output)
-    old = tensor_of(output)
-    if old is None:
-        raise ValueError(f"{type(module).__name__} shows {type(output).__name__} without a tensor: nothing to edit")
-    if isinstance(output, tuple) and not hasattr(output, "_fields"):
-        return tuple(change(v) if v is old else v for v in output)
-    for key, v in output.items():
-        if v is old:
-            output[key] = change(v)
-    return output

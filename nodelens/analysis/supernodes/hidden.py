@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of
+from nodelens.engine.lost_gradients import check_arrived
 from nodelens.metrics.gradient import LossReduction
 from nodelens.network.batch import Batch
 from nodelens.network.experts import Call, ExpertLayer, Experts, Routed
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import GroupSlice, PruningGroup
-from nodelens.network.hooks import Capture, Site, observed
+from nodelens.network.hooks import Awaited, Capture, Site, observed
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
 from nodelens.pruning.surgery.mask import channel_dim
@@ -45,7 +47,7 @@ class HiddenPass:
 
     def run(self, data: Iterable[Any], sums: "HiddenSums", objective: Objective) -> int:
         """Runs every batch and returns the number of samples over all processes. Raises ValueError for empty data."""
-        self.sums, self.samples = sums, 0
+        self.sums, self.samples, self.objective = sums, 0, objective
         modules = {path: self.model.get_submodule(path) for path in self.read}
         hooked = [Layer(path, module, "input") for path, module in modules.items() if path not in self.experts]
         mixed = [Layer(path, modules[path]) for path in self.experts]
@@ -63,6 +65,12 @@ class HiddenPass:
         if uncalled:
             raise ValueError(f"{uncalled} was never called by {type(self.model).__name__}.forward: remove its group from the scope")
         return found
+
+    def _lost(self) -> list[Awaited]:
+        """The layers that read units, by group, whose gradients have not arrived."""
+        lost = [awaited for awaited, arrived in self.capture.arrived.items() if not arrived]
+        groups = {site.layer.name: [group for group, _ in self.read[site.layer.name]] for site, _ in lost}
+        return [Awaited(Site(GroupLayer.of(self.model, g), s.port), layer) for s, layer in lost for g in groups[s.layer.name]]
 
     def begin(self, batch: Batch) -> None:
         """Prepares for the rows of a batch."""
@@ -140,6 +148,7 @@ class HiddenPass:
 
     def end(self, predictions: Tensor | None) -> None:
         """Ends a batch: adds the partial sums of groups with calls on which the loss does not depend; q of these calls is 0."""
+        check_arrived("supernodes", self.model, self._lost(), self.batch, self.objective)
         groups = {group.name: group for every in self.read.values() for group, _ in every}
         for name, q in self.partial.items():
             self.sums.products(groups[name], q, self.fold)

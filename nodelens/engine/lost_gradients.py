@@ -1,0 +1,102 @@
+"""Gradients that do not arrive: a layer on which the loss depends, but which no gradient reaches, has no score, rather than 0."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodelens.metrics.model_sums import ModelSums
+from nodelens.network.batch import Batch
+from nodelens.network.group_layer import GroupLayer
+from nodelens.network.hooks import Awaited, Capture, Site, edit, observed
+from nodelens.network.layers import Layer
+from nodelens.network.objective import Objective
+
+from .plan import Plan
+
+_SAME = 1e-6  # relative difference of two losses that are equal but for rounding
+
+
+def check_gradients(
+    model: nn.Module, plan: Plan, capture: Capture, sums: Iterable[ModelSums], objective: Objective, batch: Batch
+) -> None:
+    """Checks after a batch that each gradient that the metrics await has arrived.
+
+    Raises ValueError, with the reason, if the loss depends on a layer that no gradient has reached. Another layer without a
+    gradient is one that the loss does not depend on, and adds 0.
+    """
+    lost = [awaited for awaited, arrived in capture.arrived.items() if not arrived]
+    lost += [_of_weight(group, piece.module) for each in sums for group, piece in each.lost()]
+    check_arrived(_names(plan), model, lost, batch, objective)
+
+
+def check_weights(model: nn.Module, plan: Plan, sums: Iterable[ModelSums], objective: Objective, batch: Batch) -> None:
+    """Raises ValueError, after the last batch, for a group none of whose weights got a gradient although their modules ran."""
+    for each in sums:
+        lost = each.lost()
+        for group in dict.fromkeys(group for group, _ in lost):
+            own = [piece for other, piece in lost if other is group]
+            awaited = [_of_weight(group, piece.module) for piece in own]
+            if len(own) == len(each.pieces(group)) and check_arrived(_names(plan), model, awaited, batch, objective):
+                raise ValueError(no_gradient(_names(plan), group, "the loss does not depend on its weights"))
+
+
+def check_arrived(names: str, model: nn.Module, lost: Sequence[Awaited], batch: Batch, objective: Objective) -> bool:
+    """Raises ValueError if the loss depends on a layer whose gradient was awaited in vain; returns whether any of them runs.
+
+    names: of the metrics, for the message.
+    """
+    if not lost:
+        return False
+    recorded = dict[nn.Module, bool]()
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        recorded[module] = recorded.get(module, False) or torch.is_grad_enabled()
+
+    with torch.enable_grad(), observed(dict.fromkeys(each.layer.module for each in lost), see):
+        total = objective.summed(objective.run(model, batch).detach().requires_grad_(), batch.labels)
+    if not total.requires_grad:
+        raise ValueError(f"{names}: loss= gives a number without a gradient: compute it from the logits with torch operations")
+    for site, layer in lost:
+        if layer.module in recorded and _depends(model, layer, batch, objective, total.detach()):
+            raise ValueError(no_gradient(names, site.layer, _reason(site, layer, recorded[layer.module])))
+    return bool(recorded)
+
+
+def no_gradient(names: str, layer: Layer, reason: str) -> str:
+    """The message for a layer, or a pruning group, that no gradient reaches."""
+    if isinstance(layer, GroupLayer):
+        way_out = "score it by weights (magnitude), or leave it out (freeze=)"
+        return f"{names}: no gradient reached group {layer.title!r}: {reason}; {way_out}"
+    return f"{names}: no gradient reached layer {layer.title!r}: {reason}; leave the layer out (layers=)"
+
+
+def _reason(site: Site, layer: Layer, recorded: bool) -> str:
+    name = layer.title.removesuffix(".input")
+    where = "it" if name == site.layer.title and not isinstance(site.layer, GroupLayer) else repr(name)
+    if recorded:
+        return f"the loss depends on {where}, but .detach() or .data cuts its gradient"
+    return f"{where} runs under torch.no_grad(), or in a re-entrant checkpoint (use_reentrant=False records gradients)"
+
+
+def _depends(model: nn.Module, layer: Layer, batch: Batch, objective: Objective, expected: Tensor) -> bool:
+    """Whether the loss changes with what the layer reads or puts out."""
+
+    def moved(x: Tensor) -> Tensor:
+        return x + torch.linspace(-1, 2, x.numel(), device=x.device).reshape(x.shape).to(x) if x.is_floating_point() else x
+
+    reads = layer.side == "input"
+    with torch.no_grad(), edit({} if reads else {layer.module: moved}, {layer.module: moved} if reads else {}):
+        found = objective.summed(objective.run(model, batch), batch.labels)
+    return not torch.isclose(found, expected, rtol=_SAME, atol=0, equal_nan=True).all()
+
+
+def _of_weight(group: GroupLayer, path: str) -> Awaited:
+    return Awaited(Site(group, "model"), Layer(path, group.module.get_submodule(path)))
+
+
+def _names(plan: Plan) -> str:
+    """The names of the metrics that read gradients."""
+    needs = {name: metric.needs().values() for name, metric in plan.metrics.items()}
+    return ", ".join(name for name, every in needs.items() if any("grad" in n.port or n.port == "model" for n in every))
