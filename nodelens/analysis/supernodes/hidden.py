@@ -54,7 +54,7 @@ class HiddenPass:
         sites = [Site(layer, port) for layer in hooked for port in ("output", *sums.ports)]
         sites += [Site(layer, "grad") for layer in mixed]
         maps = [layer.name for layer in hooked if channel_dim(layer.module) == 1]  # a block may modify maps in place
-        self.capture = capture = Capture(sites, self._see, maps)
+        self.capture = capture = Capture(sites, self._see, maps, shares=True)
         driver = Driver(self.model, objective, self.folds, self.seed, graph=True)
         with observed((layer.module for layer in mixed), self._see_experts):
             driver.run(data, self, capture)
