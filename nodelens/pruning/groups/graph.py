@@ -8,9 +8,10 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from nodelens.network.batch import Batch
-from nodelens.network.eval_mode import eval_mode
+from nodelens.network.eval_mode import eval_mode, training_mode
 from nodelens.network.groups import Frozen, PruningGroup, PruningGroups
 from nodelens.network.outputs import tensors_of
 from nodelens.pruning.surgery.mask import masked
@@ -20,6 +21,7 @@ from nodelens.statistics.linalg import exact_products
 from .graph_ids import Ids
 from .graph_rules import follow
 from .graph_walk import Walk
+from .off_path import freeze_unread, unread
 
 _CLOSE = 0.01  # of the largest output: a wrong slice changes far more, rounding on a GPU about a thousandth
 
@@ -28,8 +30,10 @@ def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
     """The groups that follow from the model's operations on two samples, and what is frozen, with the reason.
 
     Channels coupled by an addition, a norm or a depthwise filter form one unit; units of the same layers form one group.
-    Operations without a rule freeze their channels. Every group is tested on a copy of the model: slicing must give the same
-    output as masking. The model itself is not changed. Raises ValueError if torch.export cannot trace the forward pass.
+    Operations without a rule freeze their channels. Training is traced, too, where it reads parameters that evaluation does not,
+    such as those of an auxiliary head; what neither reads is frozen, and so are the channels that it may read. Every group is
+    tested on a copy of the model: slicing must give the same output as masking, and must not stop training. The model itself is
+    not changed. Raises ValueError if torch.export cannot trace the forward pass.
     Source: Fang et al. 2023, DepGraph, arXiv:2301.12900 (which layers are coupled).
     """
     two = batch.head(2) if len(batch) > 1 else batch.map(lambda t: t.repeat_interleave(2, 0))
@@ -42,6 +46,7 @@ def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
 
 
 def _traced(model: nn.Module, batch: Batch) -> Ids:
+    """The channels in evaluation and, if it reads more parameters, in training; frozen are those that other parameters may read."""
     try:
         program = torch.export.export(model, batch.args, batch.kwargs)
     except Exception as error:  # a forward pass may raise anything
@@ -49,19 +54,40 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
             f"torch.export cannot trace the forward pass of {type(model).__name__}: {_first_line(error)}; "
             "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
         ) from error
+    ids, read = Ids(), set[int]()
+    _follow(model, program, ids, read)
+    if unread(model, read):
+        ids.evaluated = frozenset(ids.places)
+        why = ""
+        try:
+            with training_mode(model):
+                program = torch.export.export(model, batch.args, batch.kwargs)
+        except Exception as error:  # a forward pass may raise anything
+            why = f", and training cannot be traced ({_first_line(error)})"
+        else:
+            _follow(model, program, ids, read)
+        freeze_unread(ids, model, unread(model, read), why)
+    return ids
+
+
+def _follow(model: nn.Module, program: ExportedProgram, ids: Ids, read: set[int]) -> None:
+    """Adds an exported program to the ids, and the parameters that it reads."""
     holders: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append((path, name))
     signature = program.graph_signature
+    used = {node.name for node in program.graph.nodes if node.users}
     parameters = {}
     for placeholder, full in chain(signature.inputs_to_parameters.items(), signature.inputs_to_buffers.items()):
         path, _, name = full.rpartition(".")
-        parameters[placeholder] = holders[id(getattr(model.get_submodule(path), name))][0]
+        tensor = getattr(model.get_submodule(path), name)
+        parameters[placeholder] = holders[id(tensor)][0]
+        read |= {id(tensor)} if placeholder in used else set()
     shared = {names[0] for names in holders.values() if len(names) > 1}
     inputs = [name for name in signature.user_inputs if isinstance(name, str)]
-    return follow(Walk(model, parameters, shared, inputs), program.graph.nodes).close()
+    follow(Walk(model, parameters, shared, inputs, ids), program.graph.nodes).close()
 
 
 def _failing(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> list[Frozen]:
@@ -88,13 +114,18 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     if not removed:
         return ""
     try:
-        sliced = tensors_of(batch.run(slice_units(copy.deepcopy(model), groups, removed)))
+        copied = slice_units(copy.deepcopy(model), groups, removed)
+        sliced = tensors_of(batch.run(copied))
     except Exception as error:  # a forward pass may raise anything
         return f"without some of them the model does not run: {_first_line(error)}"
     with masked(model, groups, removed):
         expected = tensors_of(batch.run(model))
     differing = (_difference(a, b, groups[0].exact) for a, b in zip(sliced, expected, strict=True))
-    return next((why for why in differing if why), "")
+    if why := next((why for why in differing if why), ""):
+        return why
+    if why := _untrainable(copied, batch):
+        return "" if _untrainable(copy.deepcopy(model), batch) else f"without some of them training does not run: {why}"
+    return ""
 
 
 def _difference(sliced: Tensor, expected: Tensor, exact: bool) -> str:
@@ -106,6 +137,16 @@ def _difference(sliced: Tensor, expected: Tensor, exact: bool) -> str:
     close = sliced.allclose(expected, rtol=0, atol=share * size, equal_nan=True)
     if exact and not close:
         return f"slicing and masking differ by {float((sliced - expected).abs().max()):.2g}; the largest output is {size:.2g}"
+    return ""
+
+
+def _untrainable(model: nn.Module, batch: Batch) -> str:
+    """What fails in a forward pass of a copy in training mode; "" if nothing does."""
+    try:
+        with training_mode(model):
+            batch.run(model)
+    except Exception as error:  # a forward pass may raise anything
+        return _first_line(error)
     return ""
 
 

@@ -37,6 +37,8 @@ class Ids:
     ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     normalized: list[Tensor] = field(default_factory=list)
+    report: list[Frozen] = field(default_factory=list)  # what is frozen as a whole
+    evaluated: frozenset[tuple[str, str, int]] | None = None  # places of the evaluation, while training is followed
 
     def fresh(self, length: int) -> Tensor:
         """New ids, (length,)."""
@@ -53,7 +55,15 @@ class Ids:
         self.frozen.append((ids, reason))
 
     def put(self, place: Place) -> None:
-        """Records where channels lie; if a tensor is used twice, the channels of both uses are tied."""
+        """Records where channels lie; if a tensor is used twice, the channels of both uses are tied.
+
+        Layers that only training runs do not read or make units that can be measured: their inputs are tied to the units that
+        they read, and their outputs are frozen.
+        """
+        if self.evaluated is not None and (place.module, place.tensor, place.dim) not in self.evaluated:
+            if place.role == "producer":
+                self.freeze(place.ids, f"only training runs {place.module}")
+            place = replace(place, role="producer" if place.role == "producer" else "tied")
         first = self.places.setdefault((place.module, place.tensor, place.dim), place)
         if (first.role, first.groups, len(first.ids)) == (place.role, place.groups, len(place.ids)):
             self.tie(first.ids, place.ids)
@@ -79,7 +89,7 @@ class Ids:
         ]
         order = {name: k for k, name in enumerate(dict.fromkeys(p.module for p in places if p.role == "producer"))}
         groups.sort(key=lambda group: (order[group.name], int(group.slices[0].index.min())))
-        return PruningGroups(tuple(_named(groups)), tuple(_report(places, profiles, reasons)))
+        return PruningGroups(tuple(_named(groups)), (*_report(places, profiles, reasons), *self.report))
 
     def _reasons(self, label: Tensor) -> dict[int, str]:
         reasons: dict[int, str] = {}

@@ -34,12 +34,11 @@ class Walk:
     """The channels of every value seen so far.
 
     parameters: {placeholder: (module, tensor)} of parameters and buffers; shared: tensors that several modules hold; inputs:
-    placeholders of the model's arguments.
+    placeholders of the model's arguments; ids: to which the channels are added.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Key], shared: Collection[Key], inputs: Collection[str]):
-        self.model, self.parameters, self.shared, self.inputs = model, parameters, shared, inputs
-        self.ids = Ids()
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Key], shared: Collection[Key], inputs: Collection[str], ids: Ids):
+        self.model, self.parameters, self.shared, self.inputs, self.ids = model, parameters, shared, inputs, ids
         self.values: dict[Node, Value] = {}
         self.read_as_data: set[Key] = set()  # parameters with several dimensions that an operation uses like activations
 
