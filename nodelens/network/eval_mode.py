@@ -1,8 +1,10 @@
 """Eval mode without parameter gradients, training mode, and gradients of chosen tensors: restored on exit."""
 
 import random
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def eval_mode(model: nn.Module, train: bool = False) -> Iterator[None]:
+def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) -> Iterator[None]:
     """Context in which every submodule is in eval mode (unchanged if ``train``) and no parameter requires a gradient.
 
-    On exit, every module and parameter gets its previous flag back.
+    as_written: without compiled graphs and fused kernels of ``nn.TransformerEncoder``, which hooks cannot see into; the kernels
+    also put out zeros at padding, as the layers themselves do not. On exit, every module and parameter gets its previous flag back.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -22,12 +25,27 @@ def eval_mode(model: nn.Module, train: bool = False) -> Iterator[None]:
             model.eval()
         for p in trainable:
             p.requires_grad_(False)
-        yield
+        with _as_written() if as_written else nullcontext():
+            yield
     finally:
         for p in trainable:
             p.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Context in which modules run neither compiled nor fused."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, and nothing is compiled before
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile")  # hooks of the FLOP counter, which would fire twice
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

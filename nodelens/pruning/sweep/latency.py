@@ -43,7 +43,7 @@ def latency(
 
 def _forward_ms(model: nn.Module, batch: Batch) -> float:
     """Duration of one forward pass in milliseconds."""
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model, as_written=False), torch.inference_mode():
         if device_of(model).type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
