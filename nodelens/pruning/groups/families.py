@@ -147,6 +147,11 @@ def _unmatched(model: nn.Module, groups: Sequence[PruningGroup], frozen: Sequenc
     for path, parts in inside.items():
         why = "pruned only with whole experts (scope=expert):" if path in experts else "no pattern matches"
         report.append(Frozen(path, f"{why} {listed(list(parts), 6)}"))
+    convolutions = [owner for owner in outside if isinstance(model.get_submodule(owner), nn.modules.conv._ConvNd)]
+    if len(convolutions) > 1:  # a single one embeds patches
+        why = "groups are searched in transformer blocks only; convolutions outside them need custom_groups="
+        report.append(Frozen(listed(convolutions, 6), why))
+        outside = {owner: None for owner in outside if owner not in convolutions}
     if outside:
         report.append(Frozen(listed(list(outside), 6), "embeddings and output heads are not pruned"))
     return [*report, Frozen("the residual width", "norms reduce over it")]
