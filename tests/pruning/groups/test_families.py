@@ -8,6 +8,7 @@ import torch
 from families import APPROXIMATE, FAMILIES, MOE, build
 from torch import nn
 
+import nodelens as nl
 from nodelens.network.groups import PruningGroups
 from nodelens.network.outputs import answer_of
 from nodelens.pruning.groups.families import family_groups
@@ -363,3 +364,30 @@ def test_encoder_layers_of_torch():
     sliced = slice_units(copy.deepcopy(model), groups, removed)
     with torch.no_grad():
         same(sliced(x), expected)
+
+
+class Hybrid(nn.Module):
+    """Convolutions before transformer blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.project = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 32, 1)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        maps = self.project(self.b(self.a(x).relu()).relu())
+        return self.head(self.encoder(maps.flatten(2).mT).mean(1))
+
+
+def test_convolutions_before_transformer_blocks_are_named_and_can_be_given():
+    model, x = Hybrid().eval(), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = nl.find_groups(model, x)
+    assert [group.name for group in found] == ["encoder.layers.0"]
+    frozen = {f.what: f.reason for f in found.frozen}
+    assert frozen["a, b, project"].startswith("groups are searched in transformer blocks only; convolutions outside them")
+    assert frozen["head"] == "embeddings and output heads are not pruned"
+    custom = {"name": "a", "producer": ["a.weight", "a.bias"], "consumer": ["b.weight"]}
+    pruned = nl.prune(model, "magnitude", 0.5, example_inputs=x, custom_groups=[custom])
+    assert pruned.model.b.in_channels == 8
+    assert pruned.model(x).shape == (2, 4)
