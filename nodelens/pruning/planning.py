@@ -11,7 +11,7 @@ from nodelens.network.objective import Loss
 from nodelens.network.outputs import Output
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.densities import shapes_of_groups
-from nodelens.pruning.allocation.selection import Mode, NanPolicy, select
+from nodelens.pruning.allocation.selection import Mode, NanPolicy, select, ties
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import Reduce
 from nodelens.pruning.surgery.compensate import Compensate, check_compensate
@@ -125,7 +125,8 @@ def plan_removal(
 ) -> RemovalPlan:
     """The units to remove according to a table of scores, and what the plan achieves.
 
-    share: of the budget, instead of the options' amount; removed: units of earlier steps, which the plan includes.
+    share: of the budget, instead of the options' amount; removed: units of earlier steps, which the plan includes. The
+    plan's ``about`` has the number of units ``without_score`` and, where the cut goes through them, of ``ties``, by group.
     """
     removed, amount = removed or {}, options.amount if share is None else share
     scores = options.criterion.score(table, options.seed)
@@ -133,6 +134,13 @@ def plan_removal(
     for name, units in options.criterion.protected(table).items():
         protect[name] = sorted({*protect.get(name, ()), *units} - {*removed.get(name, ())})
     budget, cost = options.budget, context.cost
+    rules: dict[str, Any] = {
+        "mode": options.mode,
+        "seed": options.seed,
+        "protected": protect,
+        "removed": removed,
+        "nan_policy": options.nan_policy,
+    }
     keep = allocate(
         context.groups,
         scores,
@@ -142,24 +150,14 @@ def plan_removal(
         price=lambda kept: cost.price(budget, kept),
         unit_price=lambda kept: cost.price(options.allocation.per_cost or budget, kept),
         shapes=shapes_of_groups(context.model, context.groups),
-        protected=protect,
-        removed=removed,
-        mode=options.mode,
-        seed=options.seed,
-        nan_policy=options.nan_policy,
+        **rules,
     )
-    chosen = select(
-        context.groups,
-        scores,
-        keep,
-        mode=options.mode,
-        seed=options.seed,
-        protected=protect,
-        removed=removed,
-        nan_policy=options.nan_policy,
-    )
+    chosen = select(context.groups, scores, keep, **rules)
+    tied = ties(context.groups, scores, chosen, **rules)
     without = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
-    return RemovalPlan(chosen, {**options.about, "without_score": without, **achieved(context, chosen, amount, budget)})
+    return RemovalPlan(
+        chosen, {**options.about, "without_score": without, "ties": tied, **achieved(context, chosen, amount, budget)}
+    )
 
 
 def achieved(context: PruningContext, removed: Mapping[str, Sequence[int]], amount: float, budget: Budget) -> dict[str, Any]:

@@ -48,13 +48,15 @@ class Pruned:
     finetuned: Mapping[str, Any] = field(default_factory=dict)  # what fine-tuning reports
 
     def summary(self) -> str:
-        """What was removed, and what is left, in two lines."""
+        """What was removed, and what is left, in two lines; a third says how many units a tie-break decided about, if any."""
         about, units = self.plan.about, sum(group.n for group in self.groups)
         gone = sum(map(len, self.plan.removed.values()))
         sizes = [
             f"{name}: {about[f'dense_{key}']:,} -> {about[key]:,}" for key, name in _SIZES.items() if about.get(key) is not None
         ]
-        return "\n".join([f"{gone:,} of {units:,} units removed ({self.apply})", ", ".join(sizes)])
+        tied = sum(about.get("ties", {}).values())
+        note = [f"{tied:,} units have the score of the cut: a permutation decided which of them stay"] if tied else []
+        return "\n".join([f"{gone:,} of {units:,} units removed ({self.apply})", ", ".join(sizes), *note])
 
     def __repr__(self) -> str:
         return f"Pruned: {self.summary()}"

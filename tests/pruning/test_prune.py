@@ -354,3 +354,14 @@ def test_a_composite_of_the_long_form(data):
     total = (pruned.table["l2"] * pruned.table["group_l2"] ** 0.5).sort_values()
     gone = {(a, u) for a, units in pruned.plan.removed.items() for u in units}
     assert gone == set(total.index[: len(gone)])
+
+
+def test_the_units_that_a_tie_break_decided_about_are_counted():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        net[0].weight[:4] = 0
+    pruned = nl.prune(net, "magnitude", 0.5, example_inputs=drawn(0, 2, 4))
+    assert pruned.plan.about["ties"] == {"0": 4}
+    assert pruned.summary().splitlines()[2] == "4 units have the score of the cut: a permutation decided which of them stay"
+    net[0].weight.data.copy_(drawn(1, 6, 4))
+    assert nl.prune(net, "magnitude", 0.5, example_inputs=drawn(0, 2, 4)).plan.about["ties"] == {}

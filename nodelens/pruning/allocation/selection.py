@@ -105,6 +105,35 @@ def select(
     return chosen
 
 
+def ties(
+    groups: Sequence[PruningGroup],
+    scores: pd.Series | None,
+    chosen: Mapping[str, Sequence[int]],
+    mode: Mode = "low",
+    seed: int = 0,
+    protected: Units | None = None,
+    removed: Units | None = None,
+    nan_policy: NanPolicy = "drop",
+) -> dict[str, int]:
+    """{group: units of one score, or without a score, of which some are removed and some are kept, as the permutation decides}.
+
+    chosen: the result of ``select`` with the same arguments. Groups whose cut lies between two scores are left out.
+    """
+    if mode == "random":
+        return {}
+    rules = Rules.of(groups, mode, seed, nan_policy, protected, None, removed)
+    losing = [group for group in groups if 0 < len(chosen.get(group.name, ())) < group.n]
+    found = {}
+    for name, values in by_group(losing, scores).items():
+        group = next(each for each in losing if each.name == name)
+        classes, score, _ = rules.keys(group, values)
+        last, kept = rules.order(group, values)[len(chosen[name]) - 1 :][:2]
+        same = (classes == classes[last]) & ((score == score[last]) | (np.isnan(score) & np.isnan(score[last])))
+        if same[kept]:
+            found[name] = int(same.sum())
+    return found
+
+
 def by_group(groups: Sequence[PruningGroup], scores: pd.Series | None) -> dict[str, np.ndarray]:
     """The scores of each group, by unit, (n,) float64. Raises ValueError unless every unit of a group has exactly one row."""
     if not groups:

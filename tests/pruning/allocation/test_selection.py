@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nodelens.network.groups import PruningGroup
-from nodelens.pruning.allocation.selection import by_group, select
+from nodelens.pruning.allocation.selection import by_group, select, ties
 from nodelens.pruning.schedule import kept_shares
 from nodelens.statistics.sample_hash import generator
 
@@ -62,6 +62,33 @@ def test_ties_are_broken_by_the_seed_and_the_group():
     assert len(set(plans.values())) == 6
     assert plans[0, "a"] == tuple(chosen([1] * 20, 10))
     assert plans[0, "a"] != tuple(range(10))
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "options", "tied"),
+    [
+        ([0, 0, 0, 1, 2], 2, {}, 3),
+        ([0, 0, 0, 1, 2], 3, {}, None),  # the cut lies between two scores
+        ([0, 0, 1, 1, 1, 2], 3, {}, 3),
+        ([0, 0, 1, 1, 1, 2], 3, {"mode": "high"}, 3),
+        ([0, 0, 1, 1, 1, 2], 3, {"mode": "random"}, None),
+        ([1, 1, 1, 1], 2, {"protected": {"a": [0]}}, 3),
+        ([1, 1, 1, 1], 2, {"removed": {"a": [0]}}, 3),
+        ([1, 1, 1, 1], 2, {"removed": {"a": [0, 1]}}, None),  # nothing is left to choose
+        ([math.nan, math.nan, 1, 2], 1, {}, 2),
+        ([math.nan, math.nan, 1, 2], 2, {}, None),
+        ([math.nan, math.nan, 1, 2], 3, {"nan_policy": "keep"}, 2),
+    ],
+)
+def test_ties_at_the_cut_are_counted(values, count, options, tied):
+    """Exactly the units of the count differ between seeds."""
+    groups, table = [group("a", len(values))], scores(a=values)
+    plans = [select(groups, table, {"a": len(values) - count}, seed=seed, **options) for seed in range(60)]
+    found = {str(ties(groups, table, plan, seed=seed, **options)) for seed, plan in enumerate(plans)}
+    assert found == {str({} if tied is None else {"a": tied})}
+    if options.get("mode") != "random":
+        gone = [set(plan["a"]) for plan in plans]
+        assert len(set.union(*gone) - set.intersection(*gone)) == (tied or 0)
 
 
 def test_random_reads_no_score_and_no_global_generator():
