@@ -20,6 +20,7 @@ ORDER = [
 ]
 BESIDE = {"models", "data"}
 LEAVES = {
+    "nodelens.statistics.seeding",
     "nodelens.network.expressions",
     "nodelens.results.files",
     "nodelens.compat.names",

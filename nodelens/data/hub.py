@@ -11,6 +11,7 @@ from .batch import ImageBatch
 from .columns import image_column, label_column
 from .images import ImageData
 from .opening import open_sets
+from .order import current_epoch
 from .source import Source
 from .splits import shard
 from .stream import Stream, StreamSource, open_stream
@@ -99,7 +100,8 @@ class Hub(ImageData):
         source = self._ready()
         if not isinstance(source, StreamSource):
             raise RuntimeError("the data were opened as a table; set streaming before setup()")
-        stream = Stream(source, ids, self._convert(), batch_size, self.classes or 0, self.workers, self.seed if shuffle else None)
+        order = (self.seed, current_epoch(self)) if shuffle else ()
+        stream = Stream(source, ids, self._convert(), batch_size, self.classes or 0, self.workers, *order)
         return DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available())
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from .batch import ImageBatch
 from .convert import Convert
+from .order import SeededDraws, TrainingOrder, current_epoch
 from .source import Images, Source, check_labels
 from .splits import make_splits, pick, shard, write_splits
 
@@ -69,9 +70,9 @@ class ImageData(lightning.LightningDataModule):
         self.source = source
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """Shuffled batches of the training split, in a new order each epoch, determined by `seed`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
+        """Shuffled batches of the training split, in a new order each epoch, a function of `seed` and the epoch."""
+        ids = self._ids("train")
+        return self._load(ids, self.batch_size, TrainingOrder(len(ids), self.seed, current_epoch(self)))
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         return self._load(self._ids("val"), self.batch_size)
@@ -116,15 +117,16 @@ class ImageData(lightning.LightningDataModule):
             check_labels(source.labels, classes)
         return classes
 
-    def _load(self, ids: Tensor, batch_size: int, **options: Any) -> DataLoader[ImageBatch]:
+    def _load(self, ids: Tensor, batch_size: int, order: TrainingOrder | None = None) -> DataLoader[ImageBatch]:
+        images = Images(self._ready(), ids, self._convert())
         return DataLoader(
-            Images(self._ready(), ids, self._convert()),
+            images if order is None else SeededDraws(images),
             batch_size=batch_size,
+            sampler=order,
             collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **options,
         )
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from nodelens.statistics.seeding import seed_of
+
 from .batch import ImageBatch
 from .columns import declared_classes, decoded
 from .convert import Convert
@@ -87,6 +89,7 @@ def _count(part: datasets.IterableDataset, label: str) -> int:
 class Stream(IterableDataset[ImageBatch]):
     """Batches of the samples `ids`, decoded by `threads` threads (0: none), shuffled if a seed is given.
 
+    The order is a function of seed and epoch: each iteration is one epoch, starting at ``epoch``; ``set_epoch`` sets the next one.
     Threads instead of processes: `datasets` would distribute its files over processes, which breaks the numbering.
     """
 
@@ -99,23 +102,28 @@ class Stream(IterableDataset[ImageBatch]):
         classes: int,
         threads: int = 0,
         seed: int | None = None,
+        epoch: int = 0,
     ):
         self.source, self.ids, self.convert, self.batch_size = source, ids, convert, batch_size
-        self.classes, self.threads = classes, threads
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.classes, self.threads, self.seed, self.epoch = classes, threads, seed, epoch
 
     def __len__(self) -> int:
         return math.ceil(len(self.ids) / self.batch_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         rows = self.source.numbered(self.ids)
-        if self.generator is not None:
-            rows = _shuffled(rows, self.generator)
+        if self.seed is not None:
+            rows = _shuffled(rows, torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch)))
+        self.epoch += 1
         if not self.threads:
             yield from self._batches(rows, map)
             return
         with ThreadPoolExecutor(self.threads) as pool:
             yield from self._batches(rows, pool.map)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next iteration."""
+        self.epoch = epoch
 
     def _batches(self, rows: Iterator[tuple[int, Any, int]], each: Any) -> Iterator[ImageBatch]:
         while group := list(islice(rows, self.batch_size)):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from .blocks import Reader, Samples, TokenStream, packed, separate, unused
 from .cache import Parts, cached
 from .corpus import Corpus
+from .order import SeededDraws, TrainingOrder, current_epoch
 from .selectors import Selector, check_exact
 from .splits import make_splits, pick, shard, write_splits
 from .textstream import Blocks, TextStream, nothing_selected
@@ -126,9 +127,9 @@ class Text(lightning.LightningDataModule):
         self.source = parts[0] if self.unsplit else parts[0] + parts[1]
 
     def train_dataloader(self) -> DataLoader[TextBatch]:
-        """Shuffled batches of the training split, in a new order each epoch, determined by `seed`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._load(self._ids("train"), self.batch_size, shuffle=True, generator=generator)
+        """Shuffled batches of the training split, in a new order each epoch, a function of `seed` and the epoch."""
+        ids = self._ids("train")
+        return self._load(ids, self.batch_size, TrainingOrder(len(ids), self.seed, current_epoch(self)))
 
     def val_dataloader(self) -> DataLoader[TextBatch]:
         return self._load(self._ids("val"), self.batch_size)
@@ -176,15 +177,16 @@ class Text(lightning.LightningDataModule):
         assert self.source is not None
         return self.source
 
-    def _load(self, ids: Tensor, batch_size: int, **options: Any) -> DataLoader[TextBatch]:
+    def _load(self, ids: Tensor, batch_size: int, order: TrainingOrder | None = None) -> DataLoader[TextBatch]:
+        texts = _Numbered(self._ready(), ids)
         return DataLoader(
-            _Numbered(self._ready(), ids),
+            texts if order is None else SeededDraws(texts),
             batch_size=batch_size,
+            sampler=order,
             collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **options,
         )
 
     def _read(self, reader: Reader) -> Parts:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nodelens.engine.analyze import analyze, finish
@@ -32,7 +33,8 @@ class Measure(Callback):
     """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
 
     on: ``probe`` measures the calibration samples in eval mode after each epoch, the same rows every time; ``train`` measures the
-    training batches while the weights change. The measured module is ``module.net``.
+    training batches while the weights change; an epoch within which the training was resumed is left out, with a warning, because
+    its first batches were not measured. The measured module is ``module.net``.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Measure(Callback):
         self.result: Result | None = None
         self.logits: Tensor | None = None
         self.objective: Objective | None = None
+        self.partial = False  # whether earlier batches of the epoch were not seen
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
@@ -77,8 +80,14 @@ class Measure(Callback):
         """Restores the weights before training."""
         self.start = state_dict.get("start")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.partial = self.on == "train" and trainer.fit_loop.epoch_loop.batch_progress.current.processed > 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.partial = False  # this hook is not called where an epoch continues
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.on == "train" and self._due(trainer):
+        if self.on == "train" and self._due(trainer) and not self.partial:
             if self.objective is None:
                 self.objective = Objective.of(pl_module.net).settled(pl_module.net, batch)  # type: ignore[arg-type]
             batch = self.objective.batch(batch, self.groups, self.seed)
@@ -101,6 +110,12 @@ class Measure(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()
         if not self._due(trainer):
+            return
+        if self.partial:
+            epoch = trainer.current_epoch
+            rank_zero_warn(
+                f"no units are written for epoch {epoch}: training was resumed within it, so not all batches were measured"
+            )
             return
         if self.on == "probe":
             data = trainer.datamodule.loader("calibration", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]

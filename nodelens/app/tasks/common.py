@@ -116,6 +116,7 @@ def quiet_lightning() -> None:
         logger.propagate = True
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # expected when a run resumes
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")  # to the bit
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="The number of training batches")
 

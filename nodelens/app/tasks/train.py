@@ -44,9 +44,10 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from nodelens.training.callbacks import Outcome
+    from nodelens.training.resume import SeededSteps
 
     outcome = Outcome(folder / "result.json", plain(resolved(cfg)))
-    callbacks = [*build_all(cfg.callbacks, "callbacks").values(), outcome]
+    callbacks = [SeededSteps(cfg.seed), *build_all(cfg.callbacks, "callbacks").values(), outcome]
     trainer = build(
         _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
     )
