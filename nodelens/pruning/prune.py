@@ -19,6 +19,7 @@ from nodelens.pruning.surgery.compensate import compensate_units, reestimate_bat
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
 from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
 from nodelens.pruning.surgery.slice import slice_units, updated_counts
+from nodelens.statistics.seeding import seeded
 
 from .context import PruningContext
 from .planning import Apply, PruningOptions, Schedule, plan_removal
@@ -28,7 +29,10 @@ _SIZES = {"params": "parameters", "macs": "multiply-accumulate operations per sa
 
 
 class FineTuning(Protocol):
-    """Trains a pruned model in place; calls ``zeros`` so that removed units stay zero. Returns what it reports."""
+    """Trains a pruned model in place; calls ``zeros`` so that removed units stay zero. Returns what it reports.
+
+    Called with the global generators seeded by the seed of the pruning.
+    """
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]: ...
 
@@ -74,26 +78,30 @@ def carry_out(
     finetune: FineTuning | None = None,
     gate: float = 0.0,
 ) -> Pruned:
-    """Prunes a copy of the context's model. table: scores for the first step; later steps of a schedule measure their own."""
+    """Prunes a copy of the context's model. table: scores for the first step; later steps of a schedule measure their own.
+
+    Whatever is drawn on the way, in fine-tuning too, follows ``options.seed``; global random states are restored.
+    """
     model = copy.deepcopy(context.model)
     current = replace(context, model=model)
     removed: Removed = {}
     finetuned: Mapping[str, Any] = {}
     added_bias: set[str] = set()
     shares = options.schedule.shares(options.amount)
-    for step, share in enumerate(shares, 1):
-        if table is None or step > 1:
-            table = current.table([options.criterion])
-        plan = plan_removal(current, table, options, share, removed)
-        measured = context if step == 1 else current  # all cells of a sweep share the dense model's moments
-        added_bias |= _compensate(measured, model, plan.removed, removed, options)
-        removed, how = plan.removed, apply if step == len(shares) else "mask"
-        numbers = _remove(model, current.groups, removed, how, gate)
-        if options.compensate == "batch_norm":
-            reestimate_batch_norm(model, context.all_batches)
-        if finetune is not None:
-            finetuned = finetune(model, partial(zero, groups=current.groups, removed=removed if how == "mask" else {}))
-        current = replace(current, _moments={})
+    with seeded(options.seed, "prune"):
+        for step, share in enumerate(shares, 1):
+            if table is None or step > 1:
+                table = current.table([options.criterion])
+            plan = plan_removal(current, table, options, share, removed)
+            measured = context if step == 1 else current  # all cells of a sweep share the dense model's moments
+            added_bias |= _compensate(measured, model, plan.removed, removed, options)
+            removed, how = plan.removed, apply if step == len(shares) else "mask"
+            numbers = _remove(model, current.groups, removed, how, gate)
+            if options.compensate == "batch_norm":
+                reestimate_batch_norm(model, context.all_batches)
+            if finetune is not None:
+                finetuned = finetune(model, partial(zero, groups=current.groups, removed=removed if how == "mask" else {}))
+            current = replace(current, _moments={})
     about = {**plan.about, "added_bias": sorted(added_bias), "dense_fingerprint": context.fingerprint}
     plan = RemovalPlan(removed, about)
     dense = structure(context.model)
@@ -140,7 +148,7 @@ def prune(
     data:           calibration batches as for ``nl.analyze``, a loader or a list that can be read several times; criteria of
                     weights need none
     example_inputs: one batch, if there are no data
-    finetune:       a callable such as ``Finetune``
+    finetune:       a callable such as ``Finetune``, whose order of samples, dropout and transforms follow ``seed``
     options:        ``PruningOptions``; each of its fields can be given by name as well, and so can those of ``AnalyzeOptions`` and
                     ``initial``, which tell how scores are measured. Allocation, schedule and criterion may be names
 
@@ -150,28 +158,28 @@ def prune(
     of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
     of_measuring += ["initial", "on_plan", "progress"]
     check_names("nl.prune", named, [*of_pruning, *of_measuring, "data", "example_inputs", "finetune", "options"])
-    if data is not None and iter(data) is data:
-        raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
     given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
-    batch = example_inputs if example_inputs is not None else None if data is None else next(iter(data), None)
-    objective = Objective.of(model, asked.output, asked.task, asked.loss)
-    objective = objective if batch is None else objective.settled(model, batch)
-    batch = None if batch is None else objective.batch(batch, seed=asked.seed)
-    context = PruningContext.of(
-        model,
-        batch,
-        data,
-        scope=asked.scope,
-        freeze=asked.freeze,
-        allow_approximate=asked.allow_approximate,
-        custom_groups=asked.custom_groups,
-        seed=asked.seed,
-        reduce=asked.reduce,
-        objective=objective,
-        options={name: value for name, value in named.items() if name not in of_pruning},
-    )
-    return carry_out(context, asked, None, asked.apply, finetune, asked.gate)
+    with seeded(asked.seed, "prune"):
+        if data is not None and iter(data) is data:
+            raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
+        batch = example_inputs if example_inputs is not None else None if data is None else next(iter(data), None)
+        objective = Objective.of(model, asked.output, asked.task, asked.loss)
+        objective = objective if batch is None else objective.settled(model, batch)
+        context = PruningContext.of(
+            model,
+            None if batch is None else objective.batch(batch, seed=asked.seed),
+            data,
+            scope=asked.scope,
+            freeze=asked.freeze,
+            allow_approximate=asked.allow_approximate,
+            custom_groups=asked.custom_groups,
+            seed=asked.seed,
+            reduce=asked.reduce,
+            objective=objective,
+            options={name: value for name, value in named.items() if name not in of_pruning},
+        )
+        return carry_out(context, asked, None, asked.apply, finetune, asked.gate)
 
 
 def _as_objects(given: dict[str, Any]) -> dict[str, Any]:

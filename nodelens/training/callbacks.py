@@ -81,7 +81,8 @@ class Measure(Callback):
         self.start = state_dict.get("start")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.partial = self.on == "train" and trainer.fit_loop.epoch_loop.batch_progress.current.processed > 0
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        self.partial = self.on == "train" and progress.processed > 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.partial = False  # this hook is not called where an epoch continues

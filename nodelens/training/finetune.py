@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -15,6 +14,9 @@ from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.network.objective import Loss, Objective
 from nodelens.network.outputs import Output
+from nodelens.statistics.seeding import seed_of, seeded
+
+from .loader_order import seeded_order, set_epoch
 
 
 class Finetune:
@@ -23,8 +25,9 @@ class Finetune:
     train, val: batches in any form that ``nl.analyze`` takes. optimizer: called with the parameters; default: SGD with momentum 0.9
     and ``lr``, with cosine decay over the epochs. The loss is the mean of a batch. After every step removed units are set to zero
     again, so that momentum and weight decay cannot change them. After every epoch the model is evaluated on ``val``; the best
-    weights are kept, which may be those before training. seed: for the order of batches and dropout. task, output, loss: as in
-    ``AnalyzeOptions``.
+    weights are kept, which may be those before training. seed: of the order in which a shuffled loader reads ``train``, of dropout
+    and of random transforms. None: that of the pruning; outside of it, torch's. Global random states and those of the loader are
+    restored afterwards. task, output, loss: as in ``AnalyzeOptions``.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class Finetune:
         epochs: int = 5,
         lr: float = 0.01,
         optimizer: Callable[..., Optimizer] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         task: str | None = None,
         output: Output = None,
         loss: Loss | None = None,
@@ -62,8 +65,8 @@ class Finetune:
             num_sanity_val_steps=0,
         )
         training = [(m, m.training) for m in model.modules()]
-        with torch.random.fork_rng():
-            lightning.seed_everything(self.seed, workers=True, verbose=False)
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        with seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
             trainer.fit(module, train_dataloaders=_Batches(self.train))
         model.load_state_dict(module.best)
         model.to(device)
@@ -78,12 +81,14 @@ def _rank(score: Mapping[str, float]) -> tuple[float, float]:
 
 
 class _Batches:
-    """Wraps any iterable of batches, because Lightning treats a list as several loaders."""
+    """Wraps any iterable of batches, because Lightning treats a list as several loaders. Each iteration is one epoch."""
 
     def __init__(self, data: Iterable[Any]):
-        self.data = data
+        self.data, self.epoch = data, 0
 
     def __iter__(self) -> Iterator[Any]:
+        set_epoch(self.data, self.epoch)
+        self.epoch += 1
         return iter(self.data)
 
 

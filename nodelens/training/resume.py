@@ -29,7 +29,8 @@ class SeededSteps(Callback):
         parallel = trainer.strategy.model
         if isinstance(parallel, DistributedDataParallel) and trainer.strategy.root_device.type == "cpu":
             parallel.register_comm_hook(None, _mean_in_order)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done = progress.processed
         if not 0 < done < trainer.num_training_batches:
             return
         batches = self._opened(trainer)
