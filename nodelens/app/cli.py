@@ -126,7 +126,8 @@ def _rewrite(argv: Sequence[str]) -> list[str]:
 
 def _check(cfg: DictConfig, multirun: bool) -> None:
     """Raises, before anything is written, for a config that cannot run and for a folder that is taken or cannot be written to."""
-    from nodelens.app.tasks.common import check_settings, verify
+    from nodelens.app.tasks.common import verify
+    from nodelens.app.tasks.run_folder import check_settings
 
     folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
     _there[:] = [_check_folder(folder)]

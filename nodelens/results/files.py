@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_BEFOREHAND = {".hydra", "settings.json", ".log", "splits.json", "hparams.yaml"}
+_BEFOREHAND = {".hydra", "settings.json", "identity.json", ".log", "splits.json", "hparams.yaml"}
+_RESULTS = {"units.parquet", "layers.parquet", "metadata.json", "report.html", "result.json", "checkpoints", "epochs", "cells"}
+_RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned"}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -36,14 +38,20 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def has_results(folder: Path) -> bool:
-    """Whether a run folder has files other than those written before the computation: settings, config, log, splits."""
+def holds_results(folder: Path) -> bool:
+    """Whether a run folder has results of a run, which later runs use again. Files that a run does not write do not count."""
+    of_analyses = (path.parent for path in folder.glob("*/metadata.json"))
+    return any((folder / name).exists() for name in _RESULTS) or any(not (f / "settings.json").exists() for f in of_analyses)
+
+
+def has_other_files(folder: Path) -> bool:
+    """Whether a run folder has any files other than those written before the computation: settings, config, log, splits."""
     return any(p.is_file() and not (_BEFOREHAND & {p.name, p.parent.name, p.suffix}) for p in folder.rglob("*"))
 
 
 def remove_traces(folder: Path, there: Path) -> None:
     """Removes the folder of a run that ended without results, and its empty parents up to ``there``."""
-    if there not in folder.parents or has_results(folder):
+    if there not in folder.parents or has_other_files(folder):
         return
     shutil.rmtree(folder, ignore_errors=True)
     while folder.parent != there and not any(folder.parent.iterdir()):

@@ -148,7 +148,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def provenance() -> dict[str, Any]:
     """Versions of the packages, and the commit of the code if it is in a checkout."""
     versions = {name: packages.version(name) for name in _PACKAGES if _installed(name)}
-    return {"schema_version": SCHEMA, "versions": versions, "commit": _commit()}
+    return {"schema_version": SCHEMA, "versions": versions, "commit": commit()}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -175,7 +175,8 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of the code, if it is in a checkout."""
     here = Path(__file__).parent
     try:
         run = subprocess.run(

@@ -26,8 +26,9 @@ from nodelens.app.cost_estimate import (
     model_from_config,
     token_batch,
 )
-from nodelens.app.tasks.common import _flat, create_run_dir, is_dry_run
+from nodelens.app.tasks.common import is_dry_run
 from nodelens.app.tasks.estimate_costs import estimate_costs, machine_of
+from nodelens.app.tasks.run_folder import _flat, create_run_dir
 from nodelens.engine.analyze import run_pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.models import resnet

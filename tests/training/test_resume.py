@@ -176,9 +176,7 @@ class MyNet(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.3), nn.ReLU(), nn.Linear(32, 10))
 """
 TRAIN = ("model.net._target_=my_net.MyNet", "trainer.max_epochs=3", "logger=none", "dataset.batch_size=100")
-TRAIN += ("+callbacks.steps._target_=lightning.pytorch.callbacks.ModelCheckpoint", "+callbacks.steps.every_n_train_steps=2")
-TRAIN += ("+callbacks.steps.dirpath=${paths.output_dir}/checkpoints", "+callbacks.steps.save_last=true")
-TRAIN += ("+callbacks.steps.enable_version_counter=false", "+callbacks.steps.filename=step")
+TRAIN += ("+callbacks.last.every_n_train_steps=2",)
 KILL = """
 import os, signal
 from nodelens.models.classifier import Classifier

@@ -1,6 +1,5 @@
 """analyze.py: measures the units of a network in one pass, and runs the analyses of the config."""
 
-import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.app.config import build, resolved
+from nodelens.app.config import resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.validation import in_bytes
-from nodelens.models import load_weights
 from nodelens.results.files import plain
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
@@ -21,48 +19,51 @@ from nodelens.statistics.processes import world
 from .common import (
     build_all,
     console,
-    create_run_dir,
     format_score,
+    initial_of,
     is_dry_run,
     launch,
     layers_of,
-    load_module,
     objective_of,
     print_line,
     progress_bar,
     to_device,
 )
 from .estimate_costs import estimate_costs
+from .run_folder import open_inputs, run_folder
 from .show import show_plan, show_result
 from .splits import splits
 
 
 def analyze(cfg: DictConfig) -> float:
     """Measures, evaluates, saves and draws; returns the accuracy. A finished run in the same folder is shown again."""
+    with run_folder(cfg) as folder:
+        if is_dry_run(cfg):
+            estimate_costs(cfg, folder)
+            return float("nan")
+        if (folder / "metadata.json").is_file():
+            return _show_again(cfg, folder)
+        return launch(cfg, lambda device: _work(cfg, folder, device))
+
+
+def _show_again(cfg: DictConfig, folder: Path) -> float:
     from nodelens.report import write_page
 
-    folder = create_run_dir(cfg)
-    if is_dry_run(cfg):
-        estimate_costs(cfg, folder)
-        return float("nan")
-    if (folder / "metadata.json").is_file():
-        print_line(f"already finished: {folder}")
-        result = load(folder)
-        if not (folder / "report.html").is_file():  # the run was stopped between tables and page
-            write_page(folder)
-        _show(result)
-        score = result.metadata["evaluation"]
-        return float(score.get("accuracy", -score["loss"]))
-    return launch(cfg, lambda device: _work(cfg, folder, device))
+    open_inputs(cfg, folder)
+    print_line(f"already finished: {folder}")
+    result = load(folder)
+    if not (folder / "report.html").is_file():  # the run was stopped between tables and page
+        write_page(folder)
+    _show(result)
+    score = result.metadata["evaluation"]
+    return float(score.get("accuracy", -score["loss"]))
 
 
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from nodelens.evaluation.evaluate import evaluate
 
     rank, processes = world()
-    data = build(cfg.dataset, "dataset")
-    data.setup()
-    module, trained_by = load_module(cfg, data.classes)
+    data, module, trained_by = open_inputs(cfg, folder)
     to_device(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
     result = measure(cfg, module.net, data, measured)
@@ -192,15 +193,6 @@ def _show(result: Result) -> None:
         print_line(f"{format_score(found)}, split {found['split']!r}")
     for task, values in result.metadata.get("lm_eval", {}).items():
         print_line(f"lm_eval {task}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
-
-
-def initial_of(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
-    """The network before training, from ``initial_path``; None if it is not given."""
-    if cfg.initial_path is None:
-        return None
-    start = copy.deepcopy(net)
-    load_weights(start, cfg.initial_path)
-    return start
 
 
 def _batches(loader: Any) -> int | None:

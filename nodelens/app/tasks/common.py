@@ -1,12 +1,12 @@
 """Shared by the tasks: the run folder, the model and its weights, processes, terminal output."""
 
+import copy
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +19,6 @@ from nodelens.app.checks import check
 from nodelens.app.config import build, resolved, unset
 from nodelens.engine.validation import in_bytes
 from nodelens.models import load_weights
-from nodelens.results.files import has_results, plain, read_json, write_json
-from nodelens.results.result import flatten
 
 
 def console() -> Console:
@@ -44,31 +42,6 @@ def verify(cfg: DictConfig) -> None:
         if values[key] is not None and values[key] < least:
             raise ValueError(f"{key} is {values[key]}; it is {least} or more{', or null for all' if key == 'positions' else ''}")
     in_bytes(cfg.budget.memory)
-
-
-def check_settings(cfg: DictConfig) -> None:
-    """Raises ValueError if the run folder has results of other settings, so that nothing is overwritten."""
-    folder = Path(cfg.paths.output_dir)
-    if not (folder / "settings.json").is_file() or not has_results(folder):
-        return
-    old, new = _flat(read_json(folder / "settings.json")), _flat(_settings(cfg))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise ValueError(
-                f"{folder} holds a run with {key}={_or_null(old.get(key))}, this one has {key}={_or_null(new.get(key))}: "
-                "choose another folder (hydra.run.dir=), or the same settings to resume"
-            )
-
-
-def create_run_dir(cfg: DictConfig) -> Path:
-    """Creates the run folder and writes its settings; raises ValueError as verify and check_settings do."""
-    verify(cfg)
-    check_settings(cfg)
-    folder = Path(cfg.paths.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not has_results(folder):
-        write_json(folder / "settings.json", _settings(cfg))
-    return folder
 
 
 def is_dry_run(cfg: DictConfig) -> bool:
@@ -165,6 +138,15 @@ def _function(key: str, name: str) -> Callable[..., Any]:
     return found
 
 
+def initial_of(cfg: DictConfig, net: torch.nn.Module) -> torch.nn.Module | None:
+    """The network before training, from ``initial_path``; None if it is not given."""
+    if cfg.initial_path is None:
+        return None
+    start = copy.deepcopy(net)
+    load_weights(start, cfg.initial_path)
+    return start
+
+
 def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Moves the network to a device, unless it is quantised or already placed by ``device_map``."""
     fixed = getattr(net, "hf_device_map", None) or getattr(net, "is_quantized", False)
@@ -207,29 +189,6 @@ def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable
 def print_line(line: str) -> None:
     """Prints one line without markup."""
     console().print(line, markup=False)
-
-
-def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
-    found = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger")})
-    return _relative(found, str(cfg.paths.output_dir))
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as one level, with the current names of renamed keys."""
-    return {key.replace("plan_only", "dry_run").replace("forecast.", "cost."): value for key, value in flatten(settings).items()}
-
-
-def _relative(value: Any, home: str) -> Any:
-    if isinstance(value, dict):
-        return {k: _relative(v, home) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_relative(v, home) for v in value]
-    return "." + value.removeprefix(home) if isinstance(value, str) and value.startswith(home) else value
-
-
-def _or_null(value: Any) -> Any:
-    return "null" if value is None else value
 
 
 def layers_of(cfg: DictConfig, net: torch.nn.Module, batches: Iterable[Any]) -> Any:

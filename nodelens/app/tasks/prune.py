@@ -29,31 +29,22 @@ from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
 from .analyze import run_metadata
-from .common import (
-    build_all,
-    console,
-    create_run_dir,
-    is_dry_run,
-    launch,
-    load_module,
-    objective_of,
-    print_line,
-    progress_bar,
-    to_device,
-)
+from .common import build_all, console, initial_of, is_dry_run, launch, objective_of, print_line, progress_bar, to_device
+from .run_folder import open_inputs, run_folder
 from .show_pruning import show_groups, show_sweep
 
 
 def prune(cfg: DictConfig) -> float:
     """Runs the sweep and returns the area under the best curve of accuracy over the share of MACs removed."""
     requested_cells(cfg)
-    folder = create_run_dir(cfg)
-    if (folder / "sweep.parquet").is_file() and (folder / "report.html").is_file():
+    with run_folder(cfg) as folder:
+        if not ((folder / "sweep.parquet").is_file() and (folder / "report.html").is_file()):
+            return launch(cfg, lambda device: _work(cfg, folder, device))
+        open_inputs(cfg, folder)
         print_line(f"already finished: {folder}")
         table = pd.read_parquet(folder / "sweep.parquet")
         show_sweep(console(), table)
         return _best_area(table)
-    return launch(cfg, lambda device: _work(cfg, folder, device))
 
 
 def _best_area(table: pd.DataFrame) -> float:
@@ -86,9 +77,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from nodelens.report import write_pruning_page
 
     rank, _ = world()
-    data = build(cfg.dataset, "dataset")
-    data.setup()
-    module, trained_by = load_module(cfg, data.classes)
+    data, module, trained_by = open_inputs(cfg, folder)
     context = context_of(cfg, to_device(module.net, device).eval(), data)
     if rank == 0:
         show_groups(console(), context)
@@ -119,8 +108,6 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
     objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
     options = {k: values[k] for k in ("groups", "positions", "precision")}
     if cfg.initial_path is not None:
-        from .analyze import initial_of
-
         options["initial"] = initial_of(cfg, net)
     return PruningContext.of(
         net,

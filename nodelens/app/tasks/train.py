@@ -9,25 +9,31 @@ from omegaconf import DictConfig, OmegaConf
 from nodelens.app.config import build, resolved
 from nodelens.results.files import plain, read_json
 
-from .common import build_all, check_tokens, create_run_dir, format_score, plain_worker_errors, print_line, quiet_lightning
+from .common import build_all, check_tokens, format_score, plain_worker_errors, print_line, quiet_lightning
+from .run_folder import check_same_inputs, run_folder
 
 
 def train(cfg: DictConfig) -> float:
     """Trains and returns the test accuracy of the best checkpoint. Resumes from ``checkpoints/last.ckpt`` in the folder."""
     from lightning.pytorch import seed_everything
 
+    with run_folder(cfg) as folder:
+        quiet_lightning()
+        seed_everything(cfg.seed, workers=True, verbose=False)
+        data = build(cfg.dataset, "dataset")
+        data.setup()
+        module = build(cfg.model, "model")
+        check_same_inputs(cfg, folder, data, module.net)
+        if (folder / "result.json").is_file():
+            found = read_json(folder / "result.json")
+            print_line(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
+            return float(found["accuracy"])
+        return _prepared(cfg, folder, module, data)
+
+
+def _prepared(cfg: DictConfig, folder: Path, module: Any, data: Any) -> float:
     from nodelens.results.loggers import close
 
-    folder = create_run_dir(cfg)
-    if (folder / "result.json").is_file():
-        found = read_json(folder / "result.json")
-        print_line(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
-        return float(found["accuracy"])
-    quiet_lightning()
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    data = build(cfg.dataset, "dataset")
-    data.setup()
-    module = build(cfg.model, "model")
     module.config = plain(resolved(cfg))
     check_tokens(module.net, data.classes)
     fits(module.net, data)

@@ -16,14 +16,11 @@ from nodelens.pruning.planning import PruningOptions, plan_removal
 from nodelens.pruning.prune import Apply, FineTuning, Pruned, carry_out
 from nodelens.pruning.removal_plan import RemovalPlan
 from nodelens.results.files import read_json, write_json
+from nodelens.results.identity import check_identity, code_version
 from nodelens.statistics.processes import first_of
 
 Evaluate = Callable[[Pruned], Mapping[str, Any]]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-# keys that earlier versions saved under other names
-_FORMER_OPTIONS = {"normalize": "normalise", "transform": "through", "nan_policy": "nan"}
-_FORMER_ROWS = {"outcome_key": "way", "finetuned": "recovered"}
 
 
 @dataclass(frozen=True)
@@ -40,23 +37,7 @@ class Cell:
     @property
     def key(self) -> str:
         """A hash of the options."""
-        return _hash(self.options.about)
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """The hash, and the one that earlier versions saved for the same options."""
-        return self.key, _hash(_former(self.options.about))
-
-
-def _hash(options: Any) -> str:
-    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _former(options: Any) -> Any:
-    """Options under their former keys."""
-    if isinstance(options, Mapping):
-        return {_FORMER_OPTIONS.get(key, key): _former(value) for key, value in options.items()}
-    return "remove" if options == "drop" else options
+        return hashlib.sha256(json.dumps(self.options.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def cells(**asked: Sequence[Any]) -> list[Cell]:
@@ -99,12 +80,14 @@ class Sweep:
         self.done: dict[str, dict[str, Any]] = {}
 
     def run(self, todo: Sequence[Cell], progress: Progress = iter) -> list[dict[str, Any]]:
-        """One row per cell. Raises ValueError if a finished cell had other options."""
-        finished = first_of({cell.name: _read(path) for cell in todo if (path := self._path(cell)).is_file()})
+        """One row per cell. Raises ValueError if a finished cell had other options, or is of another model or other code."""
+        context = self.context
+        check_identity(self.folder, {"model": context.fingerprint, "code": code_version(context.model)}, self.write)
+        finished = first_of({cell.name: read_json(path) for cell in todo if (path := self._path(cell)).is_file()})
         for cell in todo:
             row = finished.get(cell.name)
             if row is not None:
-                if row["cell"] not in cell.keys:
+                if row["cell"] != cell.key:
                     raise ValueError(f"{self._path(cell)} is of a sweep with other options: choose another folder")
                 self.done.setdefault(row["outcome_key"], row)
         return [finished.get(cell.name) or self._run(cell) for cell in progress(todo)]
@@ -163,12 +146,6 @@ class Sweep:
             return cell.key
         seed = cell.options.seed if self.finetune else None
         return f"{plan.key}-{cell.options.compensate}-{seed}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The row of a finished cell, also of earlier versions."""
-    row = read_json(path)
-    return row | {key: row[former] for key, former in _FORMER_ROWS.items() if former in row}
 
 
 def _settings(cell: Cell) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import nn
 
 import nodelens as nl
 from nodelens.network.batch import Batch
-from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.removal_plan import RemovalPlan
@@ -186,19 +185,21 @@ def test_cells_that_remove_the_same_units_are_run_once(tmp_path):
         cells(criterion=criteria[:1] * 2, amount=[0.5])
 
 
-def test_finished_cells_of_earlier_versions_are_read(tmp_path):
-    it, criteria = context(), [Criterion.of("magnitude")]
-    todo = cells(criterion=criteria, amount=[0.5], seed=[0, 1])
-    (row,) = Sweep(tmp_path, it, it.table(criteria), lambda pruned: {"accuracy": 0.5}).run(todo[:1])
-    former = {"outcome_key": "way", "finetuned": "recovered"}
-    row = {former.get(key, key): value for key, value in row.items()} | {"cell": "1c41f8231002845b"}
-    (tmp_path / f"cells/{todo[0].name}.json").write_text(json.dumps(row))
-    rows = Sweep(tmp_path, it, it.table(criteria), lambda pruned: pytest.fail("it is finished")).run(todo)
-    assert [r["carried_out_as"] for r in rows] == [todo[0].name] * 2
-    long = {"terms": {"l2": {"weight": 1.0, "transform": "log"}, "magnitude": 0.5}, "normalize": "minmax"}
-    raw = Allocation("global", normalize="raw", per_cost="params")
-    (cell,) = cells(criterion=[Criterion.of(long, "mine")], allocation=[raw], amount=[0.5], seed=[0], nan_policy=["keep"])
-    assert "3c909f120681ee1a" in cell.keys
+def test_cells_of_another_model_are_not_taken_for_those_of_this_one(tmp_path):
+    first, other = context(), context()
+    with torch.no_grad():
+        other.model[0].weight.add_(1e-3)
+    criteria = [Criterion.of("magnitude")]
+    todo = cells(criterion=criteria, amount=[0.25, 0.5])
+    Sweep(tmp_path, first, first.table(criteria), lambda pruned: {"accuracy": 0.5}).run(todo[:1])
+    before = snapshot(tmp_path)
+    sides = (
+        f"holds results of a model with fingerprint {first.fingerprint}, this run has {other.fingerprint}: choose another folder"
+    )
+    with pytest.raises(ValueError, match=sides):
+        Sweep(tmp_path, other, other.table(criteria), lambda pruned: pytest.fail("not run")).run(todo)
+    assert snapshot(tmp_path) == before
+    assert len(Sweep(tmp_path, first, first.table(criteria), lambda pruned: {"accuracy": 0.5}).run(todo)) == 2
 
 
 def test_areas_compare_over_the_range_that_all_reach():
