@@ -72,10 +72,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when they are first used: ``import nodelens`` itself takes no time."""
+    """Names are imported when they are first used: ``import nodelens`` itself takes no time.
+
+    Each of them refuses keywords that it does not have, and names the nearest one.
+    """
     if name not in _MODULES:
         raise AttributeError(f"module 'nodelens' has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    home = import_module(f".{_MODULES[name]}", __name__)
+    found = import_module(".messages", __name__).refuse_unknown(getattr(home, name), f"nl.{name}")
+    setattr(home, name, found)  # where pickle looks for it
+    return found
 
 
 def __dir__() -> list[str]:

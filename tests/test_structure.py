@@ -198,7 +198,7 @@ def calls(file, name):
 
 def test_hooks_are_registered_in_one_file():
     def hook(called):
-        return called.startswith("register_") and "hook" in called
+        return called.startswith("register_") and "hook" in called and called != "register_comm_hook"  # between processes
 
     assert [f.name for f in package().values() if list(calls(f, hook))] == ["nodelens.network.hooks"]
 

@@ -58,7 +58,7 @@ def _member(module: str, name: str, path: str, target: str) -> Any:
 def _check_target(node: Mapping[str, Any], path: str) -> None:
     target = find(node["_target_"], path)
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = _parameters(target)
     except (TypeError, ValueError):  # a built-in without a signature
         return
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -75,6 +75,20 @@ def _check_target(node: Mapping[str, Any], path: str) -> None:
             raise ValueError(f"{path}.{key} is {value!r}; {node['_target_']} takes {_words(hints[key])}")
     if not node.get("_partial_"):
         _check_complete(node, path, parameters)
+
+
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a target. A class of this package that takes ``**options`` passes them on to its bases; others may not."""
+    found = dict(inspect.signature(target).parameters)
+    own = inspect.isclass(target) and target.__module__.startswith("nodelens.")
+    for base in target.__mro__[1:] if own else ():
+        passed_on = next((name for name, p in found.items() if p.kind is p.VAR_KEYWORD), None)
+        if passed_on is None:
+            break
+        if "__init__" in vars(base):
+            del found[passed_on]
+            found = dict(inspect.signature(base).parameters) | found
+    return found
 
 
 def _check_complete(node: Mapping[str, Any], path: str, parameters: Mapping[str, inspect.Parameter]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import keywords_of
 from nodelens.metrics import Metric
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
@@ -80,7 +81,7 @@ def analyze(
     """
     started = time.perf_counter()
     check_kind("nl.analyze", options, AnalyzeOptions)
-    settings = (options or AnalyzeOptions()).with_named(named)
+    settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
     asked = _Request.of(model, data, as_metrics(metrics), layers, initial, settings)
     plan, objective = _planned(model, asked, layers == "*", settings)
     parts = divided(plan, in_bytes(settings.budget), settings.max_passes)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from nodelens.messages import nearest
+from nodelens.messages import check_names
 from nodelens.network.objective import Loss
 from nodelens.network.outputs import Output
 
@@ -56,9 +56,12 @@ class AnalyzeOptions:
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
 
-    def with_named(self, named: Mapping[str, Any], call: str = "nl.analyze") -> "AnalyzeOptions":
-        """A copy with some options replaced. Raises TypeError for an unknown name, and suggests the nearest one."""
-        check_names(call, named, [field.name for field in fields(self)])
+    def with_named(self, named: Mapping[str, Any], call: str, own: Sequence[str] = ()) -> "AnalyzeOptions":
+        """A copy with some options replaced. own: further keywords of the call, for the error message.
+
+        Raises TypeError for an unknown name, and suggests the nearest one.
+        """
+        check_names(call, named, [*(field.name for field in fields(self)), *own])
         return replace(self, **named)
 
 
@@ -68,10 +71,3 @@ def check_kind(call: str, options: Any, kind: type) -> None:
         raise TypeError(
             f"{call} takes options of the class {kind.__name__}, not {type(options).__name__}; give a dict as **options"
         )
-
-
-def check_names(call: str, named: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises TypeError for an option that a call does not have, and suggests the nearest one."""
-    unknown = next((name for name in named if name not in known), None)
-    if unknown is not None:
-        raise TypeError(f"{call} has no option {unknown!r}.{nearest(unknown, known)} Options are {', '.join(known)}")

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import nearest
 from nodelens.network.layers import Layer
 from nodelens.network.targets import target_of
 from nodelens.statistics import Gram, Moments, Patches, Statistic
@@ -43,11 +44,11 @@ _PORTS = {
 
 def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
     """The value of a metric, from the tensors that ``Metric.compute`` documents."""
-    unknown = set(tensors) - set(_GEOMETRY) - set(_TENSORS)
+    unknown = sorted(set(tensors) - set(_GEOMETRY) - set(_TENSORS))
     if unknown:
         raise ValueError(
             f"{metric.names[0]}: compute() takes {', '.join(_TENSORS)} and a convolution's geometry, "
-            f"not {', '.join(sorted(unknown))}"
+            f"not {', '.join(unknown)}.{nearest(unknown[0], [*_TENSORS, *_GEOMETRY])}"
         )
     tensors = {k: t for k, t in tensors.items() if t is not None}
     if "covariance" in tensors:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import pandas as pd
 from torch import nn
 
-from nodelens.engine.options import AnalyzeOptions, check_kind, check_names
+from nodelens.engine.options import AnalyzeOptions, check_kind
+from nodelens.messages import check_names, keywords_of
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
@@ -157,7 +158,7 @@ def prune(
     check_kind("nl.prune", options, PruningOptions)
     of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
     of_measuring += ["initial", "on_plan", "progress"]
-    check_names("nl.prune", named, [*of_pruning, *of_measuring, "data", "example_inputs", "finetune", "options"])
+    check_names("nl.prune", named, [*of_pruning, *of_measuring, *keywords_of(prune)])
     given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
     with seeded(asked.seed, "prune"):

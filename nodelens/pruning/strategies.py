@@ -75,6 +75,7 @@ class PruningStrategy:
         layer = _layer(layer)
         if layer.weight is None:
             raise ValueError(f"{layer.name} has no weights of its own: prune a Linear layer or a convolution")
+        _check_tensors(self.name, tensors)
         scores = self.scores(layer, **tensors) if self.config.structured else self._weight_scores(layer)
         keep = self.create_pruning_mask(scores, amount)
         if apply:
@@ -128,9 +129,7 @@ class PruningStrategy:
     def scores(self, layer: nn.Module | Layer, **tensors: Tensor) -> Tensor:
         """The score of each unit, (units,), high means keep. Tensors and errors as in ``prune``."""
         layer = _layer(layer)
-        unknown = next((name for name in tensors if name not in _TENSORS), None)
-        if unknown is not None:
-            raise ValueError(f"{self.name} reads no {unknown!r}.{nearest(unknown, _TENSORS)} Tensors are {', '.join(_TENSORS)}")
+        _check_tensors(self.name, tensors)
         if self.name == PRECOMPUTED:
             return _given(self.options.get("scores"), (len(layer.weight),), layer)  # type: ignore[arg-type]
         if self.name in _OF_WEIGHTS:
@@ -188,7 +187,7 @@ def get_pruning_strategy(name: str, config: PruningConfig | None = None, **optio
     if name == PRECOMPUTED:
         unknown = next((option for option in options if option != "scores"), None)
         if unknown is not None:
-            raise ValueError(f"{name} has no option {unknown!r}; it takes scores")
+            raise ValueError(f"{name} has no option {unknown!r}; it takes scores.{nearest(unknown, ['scores'])}")
     else:
         _metric(name, options)
     return PruningStrategy(name, config or PruningConfig(), options)
@@ -203,6 +202,12 @@ def list_pruning_strategies() -> list[str]:
 def _metric(name: str, options: Mapping[str, Any]) -> Metric:
     options = dict(options)
     return get_metric(options.pop("metric", "rayleigh_quotient") if name == ALIGNMENT else name, **options)
+
+
+def _check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
+    unknown = next((each for each in tensors if each not in _TENSORS), None)
+    if unknown is not None:
+        raise ValueError(f"{name} reads no {unknown!r}.{nearest(unknown, _TENSORS)} Tensors are {', '.join(_TENSORS)}")
 
 
 def _layer(layer: nn.Module | Layer) -> Layer:

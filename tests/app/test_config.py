@@ -273,7 +273,7 @@ def test_an_experiment_holds_what_differs_and_the_command_line_has_the_last_word
 
 def test_callbacks_join():
     cfg = nl.load_config("train", ["callbacks=[default,early_stopping,measure]"])
-    assert sorted(cfg.callbacks) == ["checkpoint", "early_stopping", "measure"]
+    assert sorted(cfg.callbacks) == ["checkpoint", "early_stopping", "last", "measure"]
 
 
 def test_a_model_of_ones_own_takes_its_options_without_a_plus():

@@ -18,6 +18,7 @@ from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import Layers, Metrics, as_layers, as_metrics
 from nodelens.engine.validation import find_members, in_bytes
+from nodelens.messages import keywords_of
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.objective import Objective
@@ -53,7 +54,8 @@ def estimate_cost(
     does, with a RuntimeError as the cause if the model's forward reads values, which the meta device does not have; TypeError for
     an unknown option.
     """
-    chosen, settings = as_metrics(metrics), AnalyzeOptions().with_named(options, "nl.estimate_cost")
+    settings = AnalyzeOptions().with_named(options, "nl.estimate_cost", keywords_of(estimate_cost))
+    chosen = as_metrics(metrics)
     net = model if isinstance(model, nn.Module) else model_from_config(model)
     objective = Objective.of(net, settings.output, settings.task, settings.loss)
     if batch is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from nodelens.messages import nearest
 from nodelens.metrics.supernode import largest, share_of
 from nodelens.results.result import values_of
 from nodelens.statistics.sample_hash import generator
@@ -54,8 +55,9 @@ class Criterion:
         spec = renamed(spec, {"normalise": "normalize"})
         long = "terms" in spec
         title = name or "+".join(spec["terms"] if long else spec)
-        if long and set(spec) - set(_LONG):
-            raise ValueError(f"criterion {title!r} has {', '.join(sorted(set(spec) - set(_LONG)))}; it takes {', '.join(_LONG)}")
+        if long and (unknown := sorted(set(spec) - set(_LONG))):
+            near = nearest(unknown[0], _LONG)
+            raise ValueError(f"criterion {title!r} has {', '.join(unknown)}; it takes {', '.join(_LONG)}.{near}")
         given = spec["terms"] if long else spec
         if not isinstance(given, Mapping) or not given:
             raise ValueError(f"criterion {title!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")

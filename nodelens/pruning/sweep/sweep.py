@@ -5,12 +5,13 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from nodelens.messages import check_names
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.planning import PruningOptions, plan_removal
 from nodelens.pruning.prune import Apply, FineTuning, Pruned, carry_out
@@ -43,8 +44,9 @@ class Cell:
 def cells(**asked: Sequence[Any]) -> list[Cell]:
     """One cell per combination of the fields of ``PruningOptions``, each given as a list, in order.
 
-    Raises ValueError for an empty list, or for two cells of the same name.
+    Raises ValueError for an empty list, or for two cells of the same name; TypeError for an unknown field.
     """
+    check_names("cells", asked, [field.name for field in fields(PruningOptions)])
     for what, values in asked.items():
         if not len(values):
             raise ValueError(f"the sweep has no {what}: give at least one")
