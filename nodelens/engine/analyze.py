@@ -156,6 +156,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")
     objective, dry_run, per_token = found
+    if asked.first is not None and not asked.weights_only:
+        _check_classes(asked.metrics, objective.batch(asked.first))
     policy = CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes)
     plan = Plan.of(
         model,
@@ -275,6 +277,20 @@ def _rows_of(value: Any) -> int:
     """Number of rows that a statistic has seen."""
     counted = value.tensors() if isinstance(value, Statistic) else {}
     return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
+
+
+def _check_classes(metrics: Mapping[str, Metric], batch: Batch) -> None:
+    """Raises ValueError for a metric of classes where the labels are numbers."""
+    if batch.labels is None or not batch.labels.is_floating_point():
+        return
+    of_classes = [
+        n for n, m in metrics.items() if "target" not in m.options and any(x.target == "label" for x in m.needs().values())
+    ]
+    if of_classes:
+        raise ValueError(
+            f"{', '.join(of_classes)} needs one class per sample, but the labels are {tuple(batch.labels.shape)} numbers: give "
+            "integers (labels.long(), or labels.argmax(1) of one-hot rows), or leave the metric out"
+        )
 
 
 def _per_token(batch: Batch) -> list[str]:

@@ -67,6 +67,7 @@ class Batch:
         first = args[0] if args else _first_tensor(kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
+        labels = _as_classes(labels, first)
         decoder_mask, labels = _decoder_mask(kwargs, labels, task, shift), _without_padding(labels, mask, task)
         hashes = _content_hashes(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
         rows, group = _row_mask(mask, select, first), groups_of(hashes, groups, seed, cuts)
@@ -173,6 +174,14 @@ def _row_mask(mask: Tensor | None, select: Tensor | None, first: Tensor) -> Tens
     if select.shape != shape:
         raise ValueError(f"select is {tuple(select.shape)}, but the tokens are {tuple(shape)}: give one bool per token")
     return select.bool() if mask is None else mask.bool() & select.to(mask.device).bool()
+
+
+def _as_classes(labels: Tensor | None, first: Tensor) -> Tensor | None:
+    """Integer labels as int64, and a column of them, (B, 1), as (B,); one label of each of the tokens (B, 1) stays a column."""
+    if labels is None or labels.is_floating_point() or labels.is_complex():
+        return labels
+    column = labels.ndim == 2 and labels.shape[1] == 1 and first.shape != labels.shape
+    return (labels[:, 0] if column else labels).long()
 
 
 def _without_padding(labels: Tensor | None, mask: Any, task: str) -> Tensor | None:

@@ -199,7 +199,8 @@ class Objective:
         if self.task in BY_VALUE:
             return f"task {self.task} has no classes; {named}: choose metrics and targets that need none"
         if y.is_floating_point():
-            return f"{self.model} has {named}, which are no classes: give task=regression or task=multilabel, or loss="
+            way_out = "give task=regression or task=multilabel, or loss=; classes are integers (argmax(1) of one-hot rows)"
+            return f"{self.model} has {named}, which are no classes: {way_out}"
         return (
             f"cross-entropy needs one class label per prediction, but {self.model} predicts {tuple(z.shape)} for {named}; "
             "give task=, output= or loss=, a function of (predictions, labels) that sums over the batch"

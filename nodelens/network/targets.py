@@ -133,6 +133,9 @@ def _predicted_target(name: str, logits: Tensor, labels: Tensor, objective: Obje
 
 
 def _label_target(name: str, z: Tensor, y: Tensor) -> Tensor:
+    if y.is_floating_point() or y.ndim > 1:
+        shape = f"{tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
+        raise ValueError(f"target {name!r} needs one integer class per row, not {shape}: give task=regression or task=multilabel")
     known = (y >= 0) & (y < z.shape[1])
     if bool((y >= z.shape[1]).any()):
         raise ValueError(f"target {name!r}: the model has {z.shape[1]} classes, but a label is {int(y.max())}")

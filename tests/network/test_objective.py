@@ -353,3 +353,18 @@ def test_samples_that_are_not_on_the_first_axis_are_noticed(turned):
         nl.analyze(net, [x], ["activation_mean"], "l")
     found = nl.analyze(net, [x], {"m": nl.get_metric("activation_mean", absolute=False)}, "o").units["m"].to_numpy()
     assert torch.tensor(found).allclose(net(x).mean(0).double(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16, torch.int8, "column"])
+def test_integer_labels_of_any_kind_are_classes(kind):
+    net, x, y = seeded(mlp(4)), draw(N, 6), whole(4, N)
+    given = y[:, None] if kind == "column" else y.to(kind)
+    metrics = ["taylor", "synergy", "class_mi"]
+    assert nl.analyze(net, [(x, given)], metrics).units.equals(nl.analyze(net, [(x, y)], metrics).units)
+
+
+@pytest.mark.parametrize("metric", ["taylor", "synergy", "class_mi"])
+@pytest.mark.parametrize("given", [whole(4, N).float(), torch.eye(4)[whole(4, N)]], ids=["float", "one_hot"])
+def test_numbers_are_not_taken_for_classes(given, metric):
+    with pytest.raises(ValueError, match=r"which are no classes: give task=|needs one integer class per row|one class per sample"):
+        nl.analyze(seeded(mlp(4)), [(draw(N, 6), given)], [metric])

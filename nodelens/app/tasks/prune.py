@@ -259,7 +259,9 @@ def _finetuning(cfg: DictConfig, data: Any) -> Callable[[int], Any] | None:
         return None
     if not len(data.loader("val")):
         raise ValueError("fine-tuning selects the best epoch on validation data, but there are none: set dataset.val=0.1")
-    return lambda seed: build(cfg.finetune, "finetune", train=data.train_dataloader(), val=data.loader("val"), seed=seed)
+    objective = {name: value for name, value in objective_of(cfg).items() if value is not None}
+    val = data.loader("val")
+    return lambda seed: build(cfg.finetune, "finetune", train=data.train_dataloader(), val=val, seed=seed, **objective)
 
 
 def _cached_json(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
