@@ -269,6 +269,6 @@ def test_labels_of_padded_tokens_do_not_count():
 
     ids = torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    batch = Batch.of({"input_ids": ids, "labels": ids, "attention_mask": mask})
+    batch = Batch.of({"input_ids": ids, "labels": ids, "attention_mask": mask}, task="causal_lm")
     assert batch.labels.tolist() == [[5, 6, 7, -100], [5, 6, -100, -100]]
-    assert batch.tokens.tolist() == [2, 1]
+    assert batch.predicted.tolist() == [2, 1]

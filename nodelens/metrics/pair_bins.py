@@ -4,16 +4,22 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 20  # cells of joint histograms counted at once
+_ROUNDING = 1e-5  # of a column's range: differences that float32 activations of the same input may have
 
 
 def quantile_bins(x: Tensor, bins: int) -> Tensor:
     """The bin of each entry, (n, d) -> (n, d) int64: how many of the column's quantiles 1/bins, 2/bins, ... lie below it.
 
-    Equal entries share a bin, so all zeros of a unit behind a ReLU are in one bin.
+    Equal entries share a bin, so all zeros of a unit behind a ReLU are in one bin. Entries are equal if they differ by less than
+    1e-5 of the column's range: edges lie between entries that rounding cannot exchange, so that batches change no bin.
     """
     n = len(x)
     places = (torch.arange(1, bins, device=x.device) * n + bins - 1) // bins - 1  # of order statistics
-    edges = x.sort(0).values[places.clamp_min(0)].T.contiguous()  # (d, bins - 1)
+    ordered = torch.cat([x.sort(0).values, x.new_full((1, x.shape[1]), torch.inf)])
+    apart = ordered.diff(dim=0) > _ROUNDING * (ordered[n - 1] - ordered[0])  # (n, d); the last is always true
+    gap = torch.where(apart, torch.arange(n, device=x.device)[:, None], n - 1).flip(0).cummin(0).values.flip(0)  # the next one
+    below = gap[places.clamp_min(0)]
+    edges = (0.5 * (ordered.gather(0, below) + ordered.gather(0, below + 1))).T.contiguous()  # (d, bins - 1)
     first = torch.ones_like(edges, dtype=torch.bool)
     first[:, 1:] = edges[:, 1:] > edges[:, :-1]
     edges = edges.where(first, torch.inf).sort(1).values  # equal quantiles count once

@@ -66,7 +66,8 @@ class PruningContext:
         """Measures the columns that the criteria read, one row per unit."""
         columns = columns_of(criteria, self.columns)
         keywords: dict[str, Any] = {"reduce": self.reduce, "seed": self.seed, "progress": self.progress}
-        keywords |= {k: getattr(self.objective, k) or None for k in ("task", "output", "loss")} | dict(self.options)
+        objective = {"task": self.objective.task or None, "output": self.objective.output, "loss": self.objective.loss}
+        keywords |= objective | dict(self.options)
         return score_table(self.model, self.groups, columns, self.data, **keywords)
 
     def tables(self, criteria: Sequence[Criterion]) -> tuple[pd.DataFrame, dict[str, str]]:

@@ -133,7 +133,8 @@ def test_nothing_is_compared_that_is_not_there(kind):
             numbers = table.select_dtypes("number")
             seen |= set(numbers)
             there |= {column for column in numbers if numbers[column].notna().any()}
-    assert seen == there
+    assert {column for column in seen - there if not column.endswith("_se")} == set(), "no value is missing"
+    assert seen - there == {"activation_max_ratio_se", "activation_outlier_index_se", "component_count_se"}, "maxima have no error"
 
 
 @pytest.mark.parametrize("kind", [llama, gpt2])

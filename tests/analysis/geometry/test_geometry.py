@@ -636,7 +636,7 @@ MISTAKES = {
     "layers of a module": ({"layers": [0], "hook_point": "module_input:lm_head"}, "selects blocks"),
     "other rows": (
         {"hook_point": "module_output:model.rotary_emb", "dataloader": batches(3, "left")},
-        "rows must belong to samples",
+        "its first axis is not the samples",
     ),
     "not called": ({"hook_point": "module_output:model.layers"}, "is never called by LlamaForCausalLM.forward"),
     "diagnostic": ({"diagnostics": ["ablation"]}, "no diagnostic is called 'ablation'; available: normalization_ablation"),

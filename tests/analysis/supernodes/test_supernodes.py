@@ -23,6 +23,7 @@ from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import get_metric
 from nodelens.metrics.supernode import largest, overlap
 from nodelens.network.batch import Batch
+from nodelens.network.objective import Objective
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.find import find_groups
 from nodelens.pruning.surgery.mask import masked
@@ -261,7 +262,7 @@ def test_a_unit_that_is_read_twice_goes_twice():
     group = {"name": "hidden", "producer": ["fc1.weight", "fc1.bias"], "consumer": ["fc2.weight"]}
     groups = find_groups(net, None, [group])
     sums = UnitSums(groups, 4, torch.device("cpu"))
-    assert HiddenPass(net, list(groups), "sequence", "sum", 4, 0).run(data, sums) == 20
+    assert HiddenPass(net, list(groups), "sequence", "sum", 4, 0).run(data, sums, Objective.of(net)) == 20
     wanted = numbers(score_table(net, groups, {"proxy": get_metric("loss_proxy")}, data)["proxy"])
     assert_close(0.5 * sums.found["hidden", "square"].sum(0) / 20, wanted, rtol=1e-9, atol=0)
     assert int(sums.found["hidden", "positions"]) == 40

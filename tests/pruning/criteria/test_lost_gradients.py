@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nodelens as nl
 from nodelens.analysis.supernodes.hidden import HiddenPass, UnitSums
+from nodelens.network.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own, at re-entrant checkpoints
 CRITERIA = ("taylor", "taylor_producer", "loss_proxy", "fisher_information", "scar_taylor", "scar_prot", "gradient_alignment")
@@ -89,7 +90,8 @@ def test_frozen_parameters_and_checkpoints_do_not_change_a_score(criterion, how)
 @pytest.mark.parametrize("criterion", ["taylor", "loss_proxy", "gradient", "llm_pruner"])
 def test_a_reader_on_which_the_loss_does_not_depend_adds_nothing(criterion):
     """Its own consumer weights have no gradient, so that only those of the others count."""
-    found = nl.prune(Net("side, unused"), criterion, 0.5, data=DATA, scope=["enc.0", "enc.2", "mid"]).table[criterion]
+    scope = ["enc.0", "enc.2", "mid"]
+    found = nl.prune(Net("side, unused"), criterion, 0.5, data=DATA, scope=scope, output=0).table[criterion]
     assert_close(torch.tensor(found.to_numpy()), scores("plain", criterion))
 
 
@@ -104,7 +106,7 @@ def test_a_group_on_which_the_loss_does_not_depend_is_refused(criterion):
             return self.net(x), self.other(x)
 
     with pytest.raises(ValueError, match=rf"{criterion}: no gradient reached group 'other.0': the loss does not depend on it"):
-        nl.prune(Unused(), criterion, 0.5, data=DATA)
+        nl.prune(Unused(), criterion, 0.5, data=DATA, output=0)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "gradient", "movement"])
@@ -118,7 +120,7 @@ def test_supernodes_refuse_what_no_gradient_reaches(how, reason):
     model = Net(how)
     groups = nl.find_groups(model, DATA[0])
     with pytest.raises(ValueError, match=f"supernodes: no gradient reached group 'enc.0': {reason}"):
-        HiddenPass(model, groups, "sequence", "sum", 1, 0).run(DATA, UnitSums(groups, 1, torch.device("cpu")))
+        HiddenPass(model, groups, "sequence", "sum", 1, 0).run(DATA, UnitSums(groups, 1, torch.device("cpu")), Objective.of(model))
 
 
 @pytest.mark.parametrize("how", ["frozen", "checkpoint", "head, re-entrant"])
@@ -127,7 +129,7 @@ def test_supernodes_see_through_checkpoints(how):
     for model in (Net(how), Net("plain")):
         groups = nl.find_groups(model, DATA[0])
         sums = UnitSums(groups, 1, torch.device("cpu"))
-        HiddenPass(model, groups, "sequence", "sum", 1, 0).run(DATA, sums)
+        HiddenPass(model, groups, "sequence", "sum", 1, 0).run(DATA, sums, Objective.of(model))
         found.append(sums.found)
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
@@ -136,7 +138,7 @@ def test_supernodes_count_the_gradient_of_a_unit_with_two_readers_once():
     model = Net("side, plain")
     groups = nl.find_groups(model, DATA[0])
     sums = UnitSums(groups, 1, torch.device("cpu"))
-    n = HiddenPass(model, groups, "sequence", "sum", 1, 0).run(DATA, sums)
+    n = HiddenPass(model, groups, "sequence", "sum", 1, 0).run(DATA, sums, Objective.of(model))
     expected = nl.analyze(model, DATA, ["scar_loss_proxy"], list(groups)).units["scar_loss_proxy"]
     for group in groups:
         found = 0.5 * sums.found[group.name, "square"].sum(0) / n

@@ -382,7 +382,7 @@ def test_loss_critical_channels_are_no_experts():
     from nodelens.analysis.supernodes.supernodes import Supernodes
 
     with pytest.raises(ValueError, match="scope 'expert' matches no group"):
-        Supernodes(scope="expert")._groups(build("mixtral")[0], [BATCH])
+        Supernodes(scope="expert")._groups(model := build("mixtral")[0], Objective.of(model), BATCH)
 
 
 WEIGHTS = {"magnitude", "l1", "l2", "group_l2", "lamp", "fpgm", "random", "bn_scale"}

@@ -42,7 +42,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_table(undisturbed, tmp_pa
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     code = (
         "import time, nodelens.evaluation.evaluate as e; once = e.evaluate\n"
-        "def slow(*a): time.sleep(.3); return once(*a)\n"
+        "def slow(*a, **k): time.sleep(.3); return once(*a, **k)\n"
         "e.evaluate = slow\nimport nodelens.app.cli; nodelens.app.cli.prune()"
     )
     started = subprocess.Popen(
