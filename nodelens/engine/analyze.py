@@ -17,8 +17,9 @@ from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture
 from nodelens.network.layers import Layer
 from nodelens.network.objective import BY_TOKEN, Objective
+from nodelens.results.left_out import left_out_rows, warn_of_rows
 from nodelens.results.result import Result, fingerprint, provenance
-from nodelens.statistics import Accumulator, Statistic
+from nodelens.statistics import Accumulator
 from nodelens.statistics.processes import first_of, gathered, reduce_sums, reduce_tensor, world
 from nodelens.statistics.repeats import Repeats
 from nodelens.statistics.sample_hash import balanced_cuts
@@ -29,6 +30,7 @@ from .driver import Driver, Progress, device_of
 from .dry_run import DryRun, with_groups
 from .lost_gradients import check_gradients, check_weights
 from .members import Members
+from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe_metrics, names_of
@@ -101,6 +103,7 @@ def analyze(
         seconds["pass"] += passed - pass_start
         seconds["table"] += time.perf_counter() - passed
     result = joined(plan, results)
+    warn_of_rows(result.metadata["left_out"])
     result.metadata |= {
         "seed": settings.seed,
         "layers": names_of(model, layers, asked.layers),
@@ -222,12 +225,13 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
     for total in collected.model_sums:
         total.reduce()
-    samples = reduce_tensor(collected.samples.to(device)).cpu()
-    left_out = reduce_tensor(torch.tensor([c.left_out for c in collected.collectors.values()], device=device)).tolist()
+    counts = {name: reduce_tensor(count.to(device)).cpu() for name, count in collected.counts().items()}
+    samples, sites = counts["samples"], list(collected.collectors)
+    lost = {(site.layer.name, site.port): each for site, each in zip(sites, counts["lost"], strict=True)}
     for accumulator in sums.values():
         accumulator.to(torch.device("cpu"))
-    table = make_table(plan, sums, samples, bias, seed)
-    rows = [{"layer": layer, "statistic": str(need), "rows": _rows_of(a.value)} for (layer, need), a in sums.items()]
+    table = make_table(plan, sums, SampleCounts(samples, counts["unlabelled"], lost), bias, seed)
+    rows = [{"layer": layer, "statistic": str(need), "rows": rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {
         "metrics": describe_metrics(plan),
         "samples": int(samples.sum()),
@@ -242,7 +246,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "warnings": repeats_warning(collected.repeats),
         "counts": table.counts,
         "model_values": table.model,
-        "left_out": [{"site": str(s), "rows": n} for s, n in zip(collected.collectors, left_out, strict=True) if n],
+        "left_out": left_out_rows(map(str, sites), counts["left_out"].tolist(), counts["rows_seen"].tolist()),
         "never_called": plan.never_called,
         "outputs": [la.title for la in plan.layers if plan.seen(la, "output").final],
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
@@ -271,12 +275,6 @@ def cuts_of(data: Any, groups: int, seed: int) -> Tensor | None:
     own = [Batch.of(given).hashes for given in data] if in_memory and groups > 1 else None
     every = gathered(None if own is None else torch.cat([torch.empty(0, dtype=torch.int64), *own]))
     return None if any(hashes is None for hashes in every) else balanced_cuts(torch.cat(every), groups, seed)
-
-
-def _rows_of(value: Any) -> int:
-    """Number of rows that a statistic has seen."""
-    counted = value.tensors() if isinstance(value, Statistic) else {}
-    return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
 
 
 def _check_classes(metrics: Mapping[str, Metric], batch: Batch) -> None:

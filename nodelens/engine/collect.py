@@ -21,7 +21,8 @@ from nodelens.statistics.repeats import Repeats
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
 
-from .collector import TERMS, Collector, ModelCollector, WeightCollector
+from .collector import TERMS, Collector
+from .other_collectors import ModelCollector, WeightCollector
 from .plan import Plan
 
 
@@ -142,6 +143,7 @@ class Pass:
         kinds = {site: _KINDS.get(site.port, Collector) for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # per group
+        self.unlabelled = torch.zeros_like(self.samples)  # of these, without a label
         self.repeats = Repeats()
         self.batch: Batch | None = None
         self.pairs: dict[Site, list[PairedSites]] = {site: [] for site in self.collectors}
@@ -226,6 +228,8 @@ class Pass:
             for site, collector in self.collectors.items():
                 collector.end(rows[site], batch, targets)
         self.samples += torch.bincount(batch.group, minlength=len(self.samples))
+        if batch.labelled is not None:
+            self.unlabelled += torch.bincount(batch.group[~batch.labelled.cpu()], minlength=len(self.samples))
         self.batch = None
 
     def _target_tokens(self, name: Any, logits: Tensor | None, batch: Batch) -> TargetTokens:
@@ -248,14 +252,25 @@ class Pass:
             for j, a in enumerate(c.sums.values())
             for name, t in ((f"{j}/{n}", t) for n, t in a.state_dict().items())
         }
-        left_out = torch.tensor([c.left_out for c in self.collectors.values()])
-        return state | {"samples": self.samples, "left_out": left_out, "repeats": self.repeats.kept()}
+        return state | self.counts() | {"repeats": self.repeats.kept()}
+
+    def counts(self) -> dict[str, Tensor]:
+        """How many samples and rows were read, and how many were left out: samples by group, rows by site."""
+        every = self.collectors.values()
+        return {
+            "samples": self.samples.clone(),
+            "unlabelled": self.unlabelled.clone(),
+            "left_out": torch.tensor([c.left_out for c in every]),
+            "rows_seen": torch.tensor([int(c.rows_seen) for c in every]),
+            "lost": torch.stack([c.lost for c in every]) if every else torch.zeros(0, len(self.samples), dtype=torch.int64),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores the sums that ``state_dict`` of a pass with the same plan returned."""
-        self.samples, self.repeats = state["samples"].clone(), Repeats(state["repeats"])
+        self.samples, self.unlabelled = state["samples"].clone(), state["unlabelled"].clone()
+        self.repeats = Repeats(state["repeats"])
         for k, c in enumerate(self.collectors.values()):
-            c.left_out = int(state["left_out"][k])
+            c.left_out, c.rows_seen, c.lost = int(state["left_out"][k]), state["rows_seen"][k : k + 1], state["lost"][k].clone()
             for j, a in enumerate(c.sums.values()):
                 prefix = f"{k}/{j}/"
                 a.load_state_dict({n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix)})

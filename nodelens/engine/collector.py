@@ -11,7 +11,7 @@ from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
-from nodelens.network.layers import Layer
+from nodelens.network.missing import with_target
 from nodelens.network.streams import side_of
 from nodelens.network.targets import target_of
 from nodelens.statistics import Accumulator, Statistic
@@ -21,7 +21,6 @@ from nodelens.statistics.group_slices import chunks_of, draw, group_slices, sort
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, SampleSums
-from nodelens.statistics.weight_sums import WeightSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows
 from .firing import BEHIND
@@ -62,10 +61,15 @@ class Collector:
         self.buffers: dict[str, Buffer] = {}
         self.grid: tuple[int, ...] = ()
         self.means: list[Rows] = []  # of the current batch, one entry per call of the module
-        self.left_out = 0
+        self.left_out = 0  # rows that are not finite, of ``rows_seen``
+        self.rows_seen = torch.zeros(1, dtype=torch.int64)
+        self.lost = torch.zeros(plan.groups, dtype=torch.int64)  # samples of each group with rows, none of which is finite
 
     def rows_of(self, tensor: Tensor, batch: Batch) -> Rows:
-        """Converts a captured tensor to rows without padded tokens: behind the activation, sampled or sketched as the port says."""
+        """Converts a captured tensor to rows without padded tokens: behind the activation, sampled or sketched as the port says.
+
+        Rows of gradients are those of samples with a label: the others have no loss, and would only lower the means.
+        """
         layer, samples = self.site.layer, len(batch)
         if self.site.port == BEHIND:
             tensor = self.plan.dry_run.firing[layer.name](tensor, layer.module.training)
@@ -74,6 +78,8 @@ class Collector:
         mask = batch.mask_at(side_of(layer if member is None else member.layer, self.site.port))
         rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, mask)  # type: ignore[attr-defined]
         rows = rows.double() if self.plan.precision == "float64" else rows
+        if "grad" in self.site.port and batch.labelled is not None:
+            rows = _only(rows, batch.labelled)
         if "/tokens" in self.site.port:
             share = 1 / batch.predicted.clamp_min(1).to(rows.raw)
             rows = Rows(rows.raw * share[:, None, None], rows.keep, rows.shift, rows.grid)
@@ -84,7 +90,7 @@ class Collector:
         """Takes the rows of one batch: adds a large batch directly and buffers a small one."""
         label = self._labels(batch)
         if not (self.products or self.reduced or self.entries or self.patches):
-            self.means += [self._to_samples(self._finite(rows))] if self.needs_means else []
+            self.means += [self._to_samples(self._finite(rows, batch.group))] if self.needs_means else []
         elif self._large_enough(rows):
             sums = self._process_rows(rows, batch.group, batch.hashes, label)
             if self.reduced:
@@ -185,7 +191,7 @@ class Collector:
                 for g, a, b in slices if self.patches else ():
                     self._add_maps(g, part.take(a - first, b - first), only_entries and not self.entries)
                 if not only_entries:
-                    part = self._finite(part)
+                    part = self._finite(part, group[first:last])
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
                 for g, a, b in slices if self.products else ():
                     self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
@@ -196,8 +202,8 @@ class Collector:
         """Buffers the sums over a convolution's patches, per sample."""
         assert self.site.layer.geometry is not None
         sums = patch_sums(rows, self.site.layer.geometry)
-        if count and sums.masked:
-            self._finite(rows)
+        if count:
+            self._count(rows, group, sums.masked)
         self._buffer("entries", group, sums.tables() | label)
 
     def _add_maps(self, group: int, rows: Rows, count: bool) -> None:
@@ -206,8 +212,9 @@ class Collector:
             self._read_maps()
             assert self.site.layer.geometry is not None
             self.maps = MapSums(self.plan.groups, rows, self.site.layer.geometry)
-        non_finite = self.maps.add(rows, group)
-        self.left_out += non_finite if count else 0
+        dropped = self.maps.add(rows, group)
+        if count:
+            self._count(rows, torch.full((len(rows),), group), dropped > 0)
         if sum(self.maps.samples) >= SAMPLES * len(self.maps.samples):
             self._read_maps()
 
@@ -236,10 +243,16 @@ class Collector:
         rows = rows.about(*self._shift("samples", rows))
         for g, a, b in group_slices(group):
             part = rows.take(a, b).finite()
+            targets = {t: tables[f"target{k}"][a:b].to(rows.raw.device) for k, t in enumerate(self.targets)}
+            chosen = {t: _only(part, with_target(t, z)) for t, z in targets.items()} | {None: part}
+            made: dict[tuple[Any, ...], Statistic] = {}
             for need in self.by_sample:
-                paired = [tables[f"target{self.targets.index(need.target)}"][a:b].to(rows.raw.device)] if need.target else []
+                paired = [targets[need.target]] if need.target and need.statistic.paired() else []
                 hashes = {"hashes": tables["hash"][a:b]} if need.statistic.takes_hashes else {}
-                self.put(need, g, need.statistic.of(part, *paired, **hashes))  # type: ignore[attr-defined]
+                key = need.statistic, need.target if paired else None, id(chosen[need.target])  # once where all have a target
+                if key not in made:
+                    made[key] = need.statistic.of(chosen[need.target], *paired, **hashes)  # type: ignore[attr-defined]
+                self.put(need, g, made[key])
 
     def put(self, need: Need, group: int, value: Statistic) -> None:
         """Adds a value to the sum of its group, or to the only sum."""
@@ -257,13 +270,28 @@ class Collector:
     def only_finite(self, rows: Rows) -> Rows:
         """The finite rows; counts the others only if no other reduction of this site counts them."""
         alone = not (self.products or self.reduced or self.entries or self.patches or self.needs_means)
-        return self._finite(rows) if alone else rows.finite()
+        return self._finite(rows, None) if alone else rows.finite()
 
-    def _finite(self, rows: Rows) -> Rows:
-        """The finite rows; counts the others in ``left_out``."""
+    def _count(self, rows: Rows, group: Tensor, masked: bool) -> None:
+        """Counts the rows of samples that are left out with the first of their rows that is not finite."""
+        if masked:
+            self._finite(rows, group, complete=True)
+        else:
+            self.rows_seen = self.rows_seen.to(rows.n.device) + rows.n
+
+    def _finite(self, rows: Rows, group: Tensor | None, complete: bool = False) -> Rows:
+        """The finite rows; counts the others in ``left_out``, and in ``lost`` the samples without a row that is left.
+
+        ``complete``: a sample is lost with the first of its rows. group (samples,), None where rows are not those of samples.
+        """
         finite = rows.finite()
-        if finite is not rows:
-            self.left_out += int(rows.n - finite.n)
+        self.rows_seen = self.rows_seen.to(rows.n.device) + rows.n
+        left_out = 0 if finite is rows else int(rows.n - finite.n)
+        if left_out:
+            self.left_out += left_out
+        if left_out and group is not None:
+            lost = finite.counts < rows.counts if complete else (finite.counts == 0) & (rows.counts > 0)
+            self.lost += torch.bincount(group[lost[:, 0].cpu()], minlength=len(self.lost))
         return finite
 
     def _to_samples(self, rows: Rows) -> Rows:
@@ -276,46 +304,8 @@ class Collector:
         return sums.totals() if "grad" in self.site.port else sums.means()
 
 
-class WeightCollector(Collector):
-    """Adds products of a layer's input, output and output gradient, in the shape of its weights."""
-
-    def rows_of(self, captured: Any, batch: Batch) -> Any:
-        """The captured (input, output, gradient), unchanged."""
-        return captured
-
-    def see(self, captured: Any, batch: Batch) -> None:
-        """Adds the input, output and gradient of one batch."""
-        mask = batch.mask_at(side_of(self.site.layer, self.site.port))
-        for g in batch.group.unique().tolist():
-            samples = (batch.group == g).nonzero()[:, 0].to(captured[0].device)
-            keep = None if mask is None else mask[samples].flatten()
-            x, y, gradient = (t[samples] for t in captured)
-            for need in self.sums:
-                self.put(need, g, weight_sums(self.site.layer, x, y, gradient, keep))
-
-
-class ModelCollector(Collector):
-    """Holds sums over the whole model: gradients of weights, a copy in training, products with supernodes."""
-
-    def __init__(self, site: Site, plan: Plan, seed: int = 0):
-        self.site, self.plan, self.seed, self.left_out, self.by_token = site, plan, seed, 0, []
-        model, groups = site.layer.module, plan.members.groups
-        self.sums = {need: need.statistic(model, groups, *need.options) for need in plan.needs(site.layer)}  # type: ignore[call-arg,misc]
-
-    def close(self) -> Rows | None:
-        """None: these sums see whole batches."""
-        return None
-
-    def end(self, rows: Rows | None, batch: Batch, targets: Mapping[Any, Tensor]) -> None:
-        """Does nothing: no rows are buffered."""
-
-    def flush(self) -> None:
-        """Does nothing: no rows are buffered."""
-
-
-def weight_sums(layer: Layer, x: Tensor, y: Tensor, gradient: Tensor, keep: Tensor | None = None) -> WeightSums:
-    """The statistic of one batch; ``keep`` masks the positions of padded tokens."""
-    out, slope = (layer.rows(t, len(t)).raw.transpose(1, 2).flatten(0, 1) for t in (y, gradient))
-    read = layer.patches(x)
-    keep = keep if keep is not None and len(keep) == len(read) else None
-    return WeightSums.of(read, out, slope, keep, groups=getattr(layer.module, "groups", 1))
+def _only(rows: Rows, samples: Tensor) -> Rows:
+    """The rows of the chosen samples, (samples,) bool."""
+    if samples.device.type == "cpu" and bool(samples.all()):  # on a GPU the check would synchronise
+        return rows
+    return rows.kept(rows.mask() & samples[:, None])

@@ -120,8 +120,8 @@ class PassLayout:
     def wanted(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
         """What a metric needs at a place, whatever the width of the sites.
 
-        Paired sites with different positions are compared per sample, together with all other needs of the metric (or of the same
-        part of a composite), so that all sums cover the same rows.
+        All sums of a metric (or of the same part of a composite) cover the same rows: where paired sites differ in positions, those
+        of whole samples; where there is a target, those that have one.
         """
         layer, other = place
         needs = metric.needs()
@@ -133,7 +133,7 @@ class PassLayout:
         tokens = tokens if self.dry_run.tokens else {}
         by_token = {part[n]: resolve_auto(target, True) for n, target in tokens.items() if is_per_token(target, self.per_token)}
         found = {n: self._resolved(need, layer, other, part[n] in unpaired, by_token.get(part[n])) for n, need in needs.items()}
-        return self._at_members(found)
+        return self._at_members({n: (owner, _selected(need, needs, part, n)) for n, (owner, need) in found.items()})
 
     def _resolved(
         self, need: Need, layer: Layer, other: Layer | None, by_samples: bool, token_target: Target | None = None
@@ -222,6 +222,8 @@ class PassLayout:
             return width, self.seen_at(*need.target).width
         if need.statistic is WeightSums:
             return width, self.seen(layer, "input").width if layer.weight is None else layer.weight.shape[1]
+        if not need.statistic.paired():
+            return width, 0
         parts = need.target.split("+") if isinstance(need.target, str) else [""] if need.target else []
         return width, sum(self.dry_run.classes if part == "logits" else 1 for part in parts)
 
@@ -253,3 +255,11 @@ class PassLayout:
             if richer in wanted and same_rows:
                 return self._provider(layer, richer, wanted)  # which may be derived from a richer one in turn
         return need
+
+
+def _selected(need: Need, needs: Mapping[str, Need], part: Mapping[str, str], name: str) -> Need:
+    """A need as resolved; one per sample without a target gets that of its metric, which selects the samples that have it."""
+    of_metric = {other.target for n, other in needs.items() if part[n] == part[name] and other.target not in (None, *_SITES)}
+    if need.view != "samples" or need.target is not None or need.port == "model" or len(of_metric) != 1:
+        return need
+    return need._replace(target=resolve_auto(of_metric.pop(), tokens=False))  # type: ignore[arg-type]

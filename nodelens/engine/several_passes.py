@@ -147,10 +147,10 @@ def _ordered(plan: Plan, results: Sequence[Result], key: str) -> list[dict[str, 
 
 def _left_out(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
     """Rows that were not finite; several passes over one site find the same ones."""
-    found: dict[str, int] = {}
+    found: dict[str, dict[str, Any]] = {}
     for entry in (e for result in results for e in result.metadata["left_out"]):
-        found[entry["site"]] = max(entry["rows"], found.get(entry["site"], 0))
-    return [{"site": str(site), "rows": found[str(site)]} for site in plan.sites() if str(site) in found]
+        found[entry["site"]] = max(entry, found.get(entry["site"], entry), key=lambda e: e["rows"])
+    return [found[str(site)] for site in plan.sites() if str(site) in found]
 
 
 def _edges(plan: Plan, results: Sequence[Result]) -> pd.DataFrame:

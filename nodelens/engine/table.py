@@ -1,7 +1,7 @@
 """The tables of a pass: one row per unit and one column per metric, followed by its standard error."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,22 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nodelens.metrics import Metric, Need
+from nodelens.metrics import Metric
 from nodelens.metrics.sampling import jackknife
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
-from nodelens.statistics import Accumulator
-from nodelens.statistics.costs import adapt
 
 from .error_reasons import no_error, why_missing
 from .layout import Place
-from .lost_gradients import no_gradient
 from .members import side_of
+from .metric_sums import MetricSums, SampleCounts, Sums
 from .permutation import null_of
 from .plan import Plan
 from .wide_sites import KnownUnits, known_units, reason_left_out
-
-Sums = Mapping[tuple[str, Need], Accumulator]
 
 
 @dataclass
@@ -56,8 +52,8 @@ class Measured:
         return self.columns[""]
 
 
-def make_table(plan: Plan, sums: Sums, samples: Tensor, bias: bool = False, seed: int = 0) -> Table:
-    """Evaluates every metric at every place of a plan from complete sums; samples (groups,) int64 weight the jackknife."""
+def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False, seed: int = 0) -> Table:
+    """Evaluates every metric at every place of a plan from complete sums; the samples of each group weight the jackknife."""
     table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), {}), [], []
     for layer in plan.measured:
         width = plan.seen(layer, "output").width
@@ -92,7 +88,7 @@ def _store(table: Table, columns: dict, row: dict, name: str, metric: Metric, fo
             columns[name + suffix] = value.numpy()
 
 
-def _edges(table: Table, plan: Plan, sums: Sums, samples: Tensor, bias: bool, seed: int) -> pd.DataFrame:
+def _edges(table: Table, plan: Plan, sums: Sums, samples: SampleCounts, bias: bool, seed: int) -> pd.DataFrame:
     chosen = {name: metric for name, metric in plan.metrics.items() if metric.kind == "edge"}
     rows = []
     for place in [pair for pair in plan.pairs if pair[0] in plan.measured] if chosen else ():
@@ -119,7 +115,9 @@ def of_model(plan: Plan, layers: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tensor, bias: bool = False, seed: int = 0) -> Measured:
+def measure(
+    metric: Metric, plan: Plan, place: Place, sums: Sums, samples: SampleCounts, bias: bool = False, seed: int = 0
+) -> Measured:
     """A metric at a place, with its standard error unless it reads weights only or gives a matrix of pairs.
 
     For a pruning group, the values of its layers are combined, in the value and in each jackknife replicate alike.
@@ -127,19 +125,22 @@ def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tenso
     layer = place[0]
     if isinstance(layer, GroupLayer) and side_of(metric) != "group":
         indexed = plan.members.of(layer, side_of(metric))
-        parts = [_estimate(metric, plan, (part, plan.behind(metric, part)), sums, samples) for part, _ in indexed]
+        read = [MetricSums.at(metric, plan, (part, plan.behind(metric, part)), sums) for part, _ in indexed]
+        counted = torch.stack([one.samples(samples) for one in read]).amin(0)  # the same groups at every part
+        parts = [_estimate(one, counted, samples) for one in read]
         found = _combine([each.at(places, plan, part) for each, (part, places) in zip(parts, indexed, strict=True)], plan.reduce)
     else:
         at = layer if metric.kind == "edge" else plan.parts(metric, layer)[0]
-        found = _estimate(metric, plan, (at, place[1]), sums, samples)
+        one = MetricSums.at(metric, plan, (at, place[1]), sums)
+        counted = one.samples(samples)
+        found = _estimate(one, counted, samples)
     if found.reason:
         return _missing_value(plan, metric, layer, found.reason, bias)
-    columns, reason = {"": found.value}, no_error(metric, found.counts, samples) if found.errors else ""
+    columns, reason = {"": found.value}, no_error(metric, found.counts, counted) if found.errors else ""
     if found.errors and found.replicates is None:
         columns["_se"] = torch.full_like(found.value, math.nan)
     elif found.replicates is not None:
-        present = [g for g, n in enumerate(samples.tolist()) if n]
-        columns["_se"], bias_estimate = jackknife(found.value, found.replicates, samples[present])
+        columns["_se"], bias_estimate = jackknife(found.value, found.replicates, counted[counted > 0])
         columns["_se"] = columns["_se"].where(torch.tensor(not reason), math.nan)
         columns |= {"_bias": bias_estimate} if bias else {}
     if found.null and metric.options.get("permutations"):
@@ -196,28 +197,29 @@ def _combine(parts: list[_Estimate], reduce: str) -> _Estimate:
     return _Estimate(value, replicates, parts[0].errors, counts)
 
 
-def _estimate(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: Tensor) -> _Estimate:
-    layer = place[0]
-    resolved, weight = plan.resolve(metric, place), plan.parameter(layer, metric)
+def _estimate(sums: MetricSums, counted: Tensor, samples: SampleCounts) -> _Estimate:
+    """A metric's value at a place; counted (groups,) int64 says which groups of samples have rows."""
+    metric, plan, (layer, _), resolved = sums.metric, sums.plan, sums.place, sums.resolved
+    weight = plan.parameter(layer, metric)
     if metric.needs() and not resolved:
-        return _Estimate(reason=reason_left_out(plan, plan.wanted(metric, place)) or "there is no next layer")
+        return _Estimate(reason=reason_left_out(plan, plan.wanted(metric, sums.place)) or "there is no next layer")
     if metric.weighted and weight is None:
         return _Estimate(reason="no batch norm follows the layer")
     known = known_units(plan, layer, resolved)
     if isinstance(weight, Tensor):
         weight = known.weight(weight, all(need.port != "input" for _, need in resolved.values()))
-    parts = _Sums(metric, plan, resolved, sums)
-    present = [g for g, n in enumerate(samples.tolist()) if n]
+    present = counted.nonzero().flatten().tolist()
     if metric.grouped:
-        whole = {name: [values[g] for g in present] for name, values in parts.by_group(len(samples)).items()}
+        whole = {name: [values[g] for g in present] for name, values in sums.by_group(len(counted)).items()}
         return _Estimate(metric(weight, **whole), known=known)
-    statistics = parts.whole()
+    statistics = sums.whole()
     value, replicates = metric(weight, **statistics), None
     errors = bool(resolved) and metric.shape != "pair"
-    if errors and not parts.single and len(present) > 1:
-        replicates = torch.stack([metric(weight, **parts.without(g)) for g in present])
+    if errors and not sums.single and len(present) > 1:
+        replicates = torch.stack([metric(weight, **sums.without(g)) for g in present])
     null = (weight, {k: need for k, (_, need) in resolved.items()}, statistics) if resolved else ()
-    return _Estimate(value, replicates, errors, metric.counts(weight, **statistics), known, null)
+    counts = metric.counts(weight, **statistics) | sums.without_target(samples)
+    return _Estimate(value, replicates, errors, counts, known, null)
 
 
 def _scatter(found: Measured, plan: Plan, metric: Metric, layer: Layer) -> Measured:
@@ -243,54 +245,6 @@ def _missing_value(plan: Plan, metric: Metric, layer: Layer, reason: str, bias: 
 def _side(metric: Metric) -> str:
     """The side of a layer whose units a metric has values for."""
     return "input" if metric.shape == "input" else "output"
-
-
-class _Sums:
-    """The statistics that a metric reads at a place: over all samples, by group, or without one group."""
-
-    def __init__(self, metric: Metric, plan: Plan, resolved: dict[str, tuple[Layer, Need]], sums: Sums):
-        self.metric, self.resolved = metric, resolved
-        self.accumulators = {name: sums[layer.name, plan.lookup(layer, need)] for name, (layer, need) in resolved.items()}
-        self.single = plan.groups < 2 or any(len(accumulator.parts) < 2 for accumulator in self.accumulators.values())
-
-    def whole(self) -> dict[str, Any]:
-        return _by_reader({name: self._adapted(name, accumulator.value) for name, accumulator in self.accumulators.items()})
-
-    def without(self, group: int) -> dict[str, Any]:
-        return _by_reader({name: self._adapted(name, a.without(group), group) for name, a in self.accumulators.items()})
-
-    def by_group(self, groups: int) -> dict[str, Any]:
-        if self.single:
-            return {name: [self._adapted(name, a.value)] * groups for name, a in self.accumulators.items()}
-        return {
-            name: [None if p is None else adapt(p, self.resolved[name][1].statistic) for p in a.parts]
-            for name, a in self.accumulators.items()
-        }
-
-    def _adapted(self, name: str, value: Any, group: int | None = None) -> Any:
-        layer, need = self.resolved[name]
-        if value is None:
-            raise ValueError(_no_rows_message(self.metric, layer, need, group))
-        return adapt(value, need.statistic)
-
-
-def _by_reader(statistics: dict[str, Any]) -> dict[str, Any]:
-    """Gathers the statistics of several readers, ``x/0``, ``x/1``, in one list ``x``."""
-    found: dict[str, Any] = {}
-    for name, value in statistics.items():
-        argument, slash, _ = name.rpartition("/")
-        if slash:
-            found.setdefault(argument, []).append(value)
-        else:
-            found[name] = value
-    return found
-
-
-def _no_rows_message(metric: Metric, layer: Layer, need: Need, without: int | None) -> str:
-    if "grad" in need.port:
-        return no_gradient(metric.names[0], layer, "the loss does not depend on it")
-    rest = "" if without is None else f" outside group {without}"
-    return f"{metric.names[0]}: no rows were seen at layer {layer.title!r}{rest}: the data are empty, or the layer did not run"
 
 
 def _note(table: Table, where: str, name: str, metric: Metric, found: Measured, plan: Plan, place: Place) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of, opened
-from nodelens.network.batch import IGNORE, Batch
+from nodelens.network.batch import Batch
+from nodelens.network.missing import IGNORE, which_count
 from nodelens.network.objective import BY_VALUE, Loss, Objective
 from nodelens.network.outputs import Output
 from nodelens.statistics.processes import reduce_tensor
@@ -64,7 +65,7 @@ class _Values:
             self.sums["loss"] += torch.tensor([float(total), samples], dtype=torch.float64)
             return
         z, y = self.objective.values(predictions, self.batch.labels)
-        known = y.isfinite() & ((y != IGNORE) | (self.objective.task == "regression"))
+        known = which_count(y, self.objective.task)
         each = self.objective.by_sample(predictions.double(), self.batch.labels)
         total = each.sum() if self.objective.loss is None else self.objective.summed(predictions, self.batch.labels)
         self.sums["loss"] += torch.stack([total.cpu().double(), known.flatten(1).any(1).sum().cpu().double()])

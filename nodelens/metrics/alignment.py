@@ -71,7 +71,7 @@ class RayleighQuotient(_Quotient):
         output = {"y": Need(Moments, "projection")}
         return output | {"x": Need(Patches, "input")} if self.relative else output
 
-    def __call__(self, weight: Tensor, y: Moments, x: Patches | None = None) -> Tensor:
+    def __call__(self, weight: Tensor, y: Moments, x: Moments | None = None) -> Tensor:
         return self.quotient(weight, y.variance, None if x is None else (x.variance, x.mean))
 
 
@@ -123,8 +123,8 @@ class DeltaRayleighQuotient(_Quotient):
     where the class means are equal, because each class variance uses ddof 1. Two classes with shares p and 1 - p that differ only
     in their means, by D along w, give p (1 - p) D^2 with ``relative: false``. Options are those of ``rayleigh_quotient``.
 
-    Formula: RQ - sum over classes c of p_c RQ_c, the quotient over all rows minus that within classes
-    Shapes: weight (units, d), y and x as in rayleigh_quotient and, by class, conditional_rayleigh_quotient -> (units,)
+    Formula: RQ - sum over classes c of p_c RQ_c, the quotient over all rows with a class minus that within classes
+    Shapes: weight (units, d), y over rows of width units and x over rows of width d, by class -> (units,)
     Unit:   none, in [-1, 1]; ``relative: false``: that of x squared. Identical classes: 0
     NaN:    where either quotient is NaN
     Raises: ValueError when weight and rows differ in width, regularization is below 0, or there are no labels
@@ -135,22 +135,14 @@ class DeltaRayleighQuotient(_Quotient):
     nan: ClassVar = "the unit's weights are all zero, no class has two rows, or the input does not vary in a class"
 
     def needs(self) -> dict[str, Need]:
-        every, within = self._parts()
-        return every.needs() | {f"{name}_by_class": need for name, need in within.needs().items()}
+        return self._parts()[1].needs()
 
-    def __call__(
-        self,
-        weight: Tensor,
-        y: Moments,
-        y_by_class: ByClass,
-        x: Patches | None = None,
-        x_by_class: PatchesByClass | None = None,
-    ) -> Tensor:
+    def __call__(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> Tensor:
         every, within = self._parts()
-        return every(weight, y, x) - within(weight, y_by_class, x_by_class)
+        return every(weight, y.moments, None if x is None else x.moments) - within(weight, y, x)
 
-    def counts(self, weight: Tensor, y_by_class: ByClass, **others: Moments) -> dict[str, int]:
-        return self._parts()[1].counts(weight, y_by_class)
+    def counts(self, weight: Tensor, y: ByClass, x: PatchesByClass | None = None) -> dict[str, int]:
+        return self._parts()[1].counts(weight, y)
 
     def _parts(self) -> tuple[RayleighQuotient, ConditionalRayleighQuotient]:
         return RayleighQuotient(**self.options), ConditionalRayleighQuotient(**self.options)

@@ -15,7 +15,7 @@ from .classes import SMALLEST_VARIANCE, entropy, labelled
 from .information import constant_units
 from .need import Need
 from .pair_bins import class_information_of_pairs, quantile_bins
-from .paired_target import COLLINEAR, check_target, with_permutations
+from .paired_target import COLLINEAR, check_same_rows, check_target, with_permutations
 
 FEWEST = 4  # rows of a class, below which the covariance of two units cannot be estimated
 Part = tuple[float, Tensor]  # a class's share of the rows, its covariance (units, units)
@@ -33,11 +33,11 @@ class ClassSynergy(Metric):
 
     ``method: gaussian`` treats the units as Gaussian within classes and overall. It uses the same estimator for one unit and for
     two, so with ddof 0 the value is never negative. ``covariance: per_class`` estimates one covariance per class and leaves out
-    classes with fewer than four rows. ``pooled`` estimates one for all classes, which needs less memory; rows without a label
-    form one more class (``without_label``). If a unit is almost constant within a class, or two units are almost collinear within
-    one (1 - rho^2 < 1e-6), noise of 1e-6 of their variance is added to the total and to every class (``degenerate``). Units that
-    are collinear over all rows have a synergy of 0 (``collinear``). ``above_entropy`` counts the pairs whose joint information
-    exceeds H(class).
+    classes with fewer than four rows. ``pooled`` estimates one for all classes, which needs less memory. If a unit is almost
+    constant within a class, or two units are almost collinear within one (1 - rho^2 < 1e-6), noise of 1e-6 of their variance is
+    added to the total and to every class (``degenerate``). Units that are collinear over all rows have a synergy of 0
+    (``collinear``). ``above_entropy`` counts the pairs whose joint information exceeds H(class). Rows without a label are left out
+    of both methods.
 
     Formula: S_ij = I_ij - max(I_i, I_j); binning: I_A = H(c) + H(A) - H(A, c), H the entropy of the class c and of the bins of the
              units A; gaussian: I_A = 0.5 [ln det S_A - sum_c p_c ln det S_A,c], S_A the covariance of the units A over all rows,
@@ -85,8 +85,7 @@ class ClassSynergy(Metric):
     def counts(self, weight: Tensor | None, y: ClassGram | ByClass | Sample, every: Gram | None = None, **_: Any) -> dict[str, int]:
         if isinstance(y, Sample):
             return {"constant": int(constant_columns(labelled(y)[0]).sum()), "rows_left_out": int(y.seen) - len(y.rows)}
-        few = int(((y.n > 0) & (y.n < FEWEST)).sum())
-        rows = {"classes_left_out": few} if every is None else {"without_label": int(every.n - y.n.sum())}
+        rows = {"classes_left_out": int(((y.n > 0) & (y.n < FEWEST)).sum())} if every is None else {}
         pairs, least = self._pairs(y, every), FEWEST if every is None else 1
         return rows | {
             "constant": int(pairs.unvarying.sum()),
@@ -110,6 +109,7 @@ class ClassSynergy(Metric):
             parts = [(float(n / y.n.sum()), _scatter(y, c) / (n - self.ddof)) for c, n in enumerate(y.n.double())]
         else:
             assert every is not None
+            check_same_rows(every.n, y.n.sum())
             whole, (within, groups) = every, _pooled(y, every)
             parts = [(1.0, within / (every.n - self.ddof * groups))]
         total = whole.covariance * (whole.n - 1) / (whole.n - self.ddof)
@@ -172,8 +172,6 @@ def _scatter(y: ClassGram, c: int) -> Tensor:
 
 
 def _pooled(y: ByClass, every: Gram) -> tuple[Tensor, int]:
-    """Sum of products about the class means, (units, units), and the number of classes; rows without a label are one more."""
-    y = y.about(shift=every.shift)
-    n = torch.cat([y.n, every.n - y.n.sum()])
-    total = torch.cat([y.total, (every.total - y.total.sum(0))[None]])[n > 0]
-    return every.outer - total.T @ (total / n[n > 0, None]), len(total)
+    """Sum of products about the class means, (units, units), and the number of classes with rows."""
+    y = y.about(shift=every.shift).only(y.n > 0)
+    return every.outer - y.total.T @ (y.total / y.n[:, None]), len(y.n)

@@ -121,7 +121,6 @@ class ConditionalMutualInformation(Metric):
         return {
             "constant": int(constant_units(y).sum()),
             "determined": int(self._determined(among, own).sum()),
-            "without_target": int(y.n - z.n),
         }
 
     def _parts(self, y: Moments, z: Cross) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nodelens.messages import nearest
 from nodelens.network.layers import Layer
+from nodelens.network.missing import with_target
 from nodelens.network.targets import target_of
 from nodelens.statistics import Gram, Moments, Patches, Statistic
 from nodelens.statistics.rows import Rows
@@ -61,7 +62,8 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
     elif "outputs" in tensors:
         tensors = tensors | {"projections": tensors["outputs"]}
     parameter = _parameter(metric, tensors)
-    statistics = {name: _statistic(metric, need, tensors) for name, need in metric.needs().items()}
+    needs = metric.needs()
+    statistics = {name: _statistic(metric, need, tensors, _known(metric, name, needs, tensors)) for name, need in needs.items()}
     return metric(parameter, **{k: [v] if metric.grouped else v for k, v in statistics.items()})
 
 
@@ -112,7 +114,14 @@ def _of_groups(metric: Any) -> str:
     )
 
 
-def _statistic(metric: Any, need: Need, tensors: dict[str, Any]) -> Statistic:
+def _known(metric: Any, name: str, needs: dict[str, Need], tensors: dict[str, Any]) -> Tensor | None:
+    """The samples that have the target of a need's metric, or of its part of a composite, (n,) bool; None without a target."""
+    part = name.rpartition(".")[0]
+    targets = [n for k, n in needs.items() if k.rpartition(".")[0] == part and n.target not in (None, "next", "input")]
+    return with_target(targets[0].target, _paired(metric, targets[0], tensors, True)) if targets else None  # type: ignore[arg-type]
+
+
+def _statistic(metric: Any, need: Need, tensors: dict[str, Any], known: Tensor | None = None) -> Statistic:
     if need.port.partition("/")[0] not in _PORTS:
         raise ValueError(_of_groups(metric))
     if issubclass(need.statistic, WeightSums):
@@ -124,6 +133,8 @@ def _statistic(metric: Any, need: Need, tensors: dict[str, Any]) -> Statistic:
     samples = need.view == "samples" or (need.view == "whole" and rows.grid != ())
     if samples:
         rows = rows.sample_totals() if "grad" in need.port else rows.sample_means()
+    if known is not None:
+        rows = rows.kept(rows.mask() & known[:, None])
     rows = rows.about(rows.mean)
     options: dict[str, Any] = {"hashes": torch.arange(len(rows))} if need.statistic.takes_hashes else {}
     if need.statistic.entries:

@@ -187,7 +187,7 @@ class MutualInformation(Metric):
     def counts(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> dict[str, int]:
         found = {"constant": int(constant_units(y).sum())}
         if x is None:
-            return found | {"without_target": int(y.n - z.n)}
+            return found
         first, *others = principal_axes(x.covariance, x.variance_rounding)[0].tolist()
         return found | {"close_eigenvalues": int(bool(others) and first < CLOSE * others[0])}
 

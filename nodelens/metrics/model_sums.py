@@ -119,13 +119,13 @@ class _TensorSums(ModelSums):
 
     def begin(self, batch: Batch) -> None:
         super().begin(batch)
-        self.totals["samples"] += len(batch)
+        self.totals["samples"] += len(batch) if batch.labelled is None else int(batch.labelled.sum())
 
     def pieces(self, group: GroupLayer) -> list[GroupSlice]:
         return group.pieces(*self.roles)
 
     def mean(self, piece: GroupSlice) -> Tensor:
-        """The mean over samples, in the tensor's shape."""
+        """The mean over samples with a label, in the tensor's shape."""
         return self.totals[piece.name] / self.totals["samples"].to(self.totals[piece.name].device)
 
 

@@ -56,8 +56,21 @@ def constant_targets(z: Cross) -> Tensor:
     return constant(z.target_covariance.diagonal(), z.target_mean)
 
 
+def check_same_rows(units: Tensor, paired: Tensor) -> None:
+    """Raises ValueError if the sums of the units and those with the target count different rows, (1,) each."""
+    if int(units) != int(paired):
+        raise ValueError(
+            f"the sums of the units cover {int(units)} rows, those with the target {int(paired)}: compute both from the rows "
+            "that have a target"
+        )
+
+
 def with_targets(y: Moments, z: Cross) -> Tensor:
-    """Correlations of units with targets, (units, t): 0 where either is constant, NaN below two rows."""
+    """Correlations of units with targets, (units, t): 0 where either is constant, NaN below two rows.
+
+    Raises ValueError as ``check_same_rows`` does.
+    """
+    check_same_rows(y.n, z.n)
     live = ~constant(y.variance, y.mean)[:, None] & ~constant_targets(z)
     spread = z.target_covariance.diagonal().where(~constant_targets(z), 1.0).sqrt()
     scale = y.variance[:, None].where(live, 1.0).sqrt() * spread

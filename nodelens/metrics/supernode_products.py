@@ -49,7 +49,7 @@ class SupernodeProducts(ModelSums):
 
     def end(self, logits: Tensor | None, objective: Objective) -> None:
         for name, q in self.held.items():
-            self._add(name, q)
+            self._add(name, q if self.batch.labelled is None else q[self.batch.labelled.to(q.device)])
 
     def _add(self, name: str, q: Tensor) -> None:
         """Adds rows of q of a group, (rows, units) float64."""

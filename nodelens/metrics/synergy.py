@@ -60,7 +60,7 @@ class Synergy(Metric):
 
     def counts(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> dict[str, int]:
         collinear = torch.triu(~_distinct(correlation_of(y)), 1)
-        return {"constant": int(constant_units(y).sum()), "collinear": int(collinear.sum()), "without_target": int(y.n - z.n)}
+        return {"constant": int(constant_units(y).sum()), "collinear": int(collinear.sum())}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SharedInformation(Metric):
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
     def counts(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> dict[str, int]:
-        return {"constant": int(constant_units(y).sum()), "without_target": int(y.n - z.n)}
+        return {"constant": int(constant_units(y).sum())}
 
     def _of(self, single: Tensor, shared: Tensor) -> Tensor:
         return shared

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from nodelens.statistics.sample_hash import content_hashes, groups_of, mix
 
-IGNORE = -100  # label of a token or sample without a target, as in cross_entropy
+from .missing import IGNORE, with_label
+
 _LABELS = ("labels", "label", "y")
 _IDS = ("ids", "sample_ids")
 
@@ -78,12 +80,14 @@ class Batch:
 
     @property
     def predicted(self) -> Tensor:
-        """Number of predictions of each sample, (B,): the labels that count; 1 without labels that are classes."""
+        """Number of predictions of each sample, (B,): the labels that count.
+
+        Without labels that are classes, and for one label per sample, it is 1, or 0 for a sample without a label.
+        """
         labels = self.labels
-        if labels is None or labels.is_floating_point() or self.task in ("multilabel", "regression", "none"):
-            return torch.ones(len(self))
-        if labels.ndim < 2:
-            return torch.ones(len(self))
+        one = labels is None or labels.ndim < 2 or labels.is_floating_point() or self.task in ("multilabel", "regression", "none")
+        if one or labels is None:
+            return torch.ones(len(self)) if self.labelled is None else self.labelled.float()
         labels = labels[:, 1:] if self.task == "causal_lm" else labels
         return (labels != IGNORE).flatten(1).sum(1)
 
@@ -95,6 +99,11 @@ class Batch:
     def mask_at(self, site: str) -> Tensor | None:
         """The mask of the rows at a site: the decoder's where the site shows the decoder's tokens."""
         return self.decoder_mask if site in self.decoder else self.mask
+
+    @cached_property
+    def labelled(self) -> Tensor | None:
+        """Which samples have a label that counts, (B,) bool; None if all of them do, or if there are no labels."""
+        return with_label(self.labels, self.task)
 
     def map(self, change: Any) -> "Batch":
         """The batch with a function applied to each tensor with one row per sample."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batch import IGNORE, Batch
+from .batch import Batch
 from .eval_mode import eval_mode
 from .hooks import observed
 from .layers import Layer
+from .missing import IGNORE, which_count
 from .outputs import Output, answer_of
 from .streams import decoder_sites
 
@@ -170,7 +171,7 @@ class Objective:
         or, for multilabel, -100 are missing.
         """
         z, y = self.values(z, labels)
-        known = y.isfinite() & ((y != IGNORE) | (self.task == "regression"))
+        known = which_count(y, self.task)
         target = y.where(known, 0).to(z)
         if self.task == "multilabel":
             each = functional.binary_cross_entropy_with_logits(z, target, reduction="none")

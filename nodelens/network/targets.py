@@ -6,7 +6,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from .batch import IGNORE
+from .missing import IGNORE, with_label, with_target
 from .objective import BY_VALUE, Objective
 
 NAMES = ("label", "logit_margin", "correct_logit", "logits", "logit_pc1", "nll", "loss", "given", "auto")
@@ -64,8 +64,9 @@ def target_of(
     if callable(name) or "." in name:
         return _user_target(name, logits, labels)
     if "+" in name:
-        parts = [target_of(part, logits, labels, given, objective) for part in name.split("+")]
-        return torch.cat([p.double().reshape(len(p), -1) for p in parts], 1)
+        parts = [(part, target_of(part, logits, labels, given, objective)) for part in name.split("+")]
+        columns = [t.double().where(with_target(part, t), torch.nan) if t.ndim == 1 else t.double() for part, t in parts]
+        return torch.cat([column.reshape(len(column), -1) for column in columns], 1)
     if name == "given":
         return _require(name, "a target in the batch", given)
     if name == "label":
@@ -84,7 +85,10 @@ def _value_target(name: str, z: Tensor, labels: Tensor, objective: Objective) ->
     """A target of a task without classes: its loss, or all outputs."""
     if name not in ("nll", "loss", "logits"):
         raise ValueError(f"target {name!r} is of classes, and task {objective.task} has none: choose loss, logits, label or given")
-    return z.double().flatten(1) if name == "logits" else objective.by_sample(z.double(), labels)
+    if name == "logits":
+        return z.double().flatten(1)
+    value, known = objective.by_sample(z.double(), labels), with_label(labels, objective.task)
+    return value if known is None else value.where(known, torch.nan)
 
 
 def token_target(

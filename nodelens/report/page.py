@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from nodelens.results.files import write
+from nodelens.results.left_out import many_left_out
 from nodelens.results.result import Result, load, values_of
 
 _STYLE = """
@@ -16,6 +17,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 p.lead { color: var(--soft); margin-top: 0; } figure { margin: 1rem 0; } img { max-width: 100%; }
+p.warning { border-left: 4px solid #c0392b; padding-left: .6rem; }
 figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -32,7 +34,7 @@ def write_page(folder: str | Path) -> Path:
 
     folder = Path(folder)
     result = load(folder)
-    parts = [_head(result)]
+    parts = [_head(result), *_warnings(result)]
     if values_of(result.units):
         parts += _section(
             "Units",
@@ -86,7 +88,7 @@ def write_pruning_page(folder: str | Path) -> Path:
     folder = Path(folder)
     result = load(folder)
     sweep = pd.read_parquet(folder / "sweep.parquet")
-    parts = [_head(result)]
+    parts = [_head(result), *_warnings(result)]
     parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
     parts += _section("Pruning groups", [_table(result.layers)])
     frozen = result.metadata.get("frozen") or []
@@ -147,6 +149,11 @@ def _score(found: Mapping[str, Any]) -> str:
         return f"loss {found['loss']:.4f} {on}"
     accuracy = f"accuracy {100 * found['accuracy']:.2f} % {on}"
     return f"perplexity {found['perplexity']:.3f}, next-token {accuracy}" if "perplexity" in found else accuracy
+
+
+def _warnings(result: Result) -> list[str]:
+    line = many_left_out(result.metadata.get("left_out") or [])
+    return [f"<p class='warning'>Warning: {html.escape(line)}</p>"] if line else []
 
 
 def _section(title: str, parts: Iterable[str]) -> list[str]:

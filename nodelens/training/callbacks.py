@@ -25,6 +25,7 @@ from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
 from nodelens.results.files import write, write_json
+from nodelens.results.left_out import warn_of_rows
 from nodelens.results.loggers import close, log_result, scalars
 from nodelens.results.result import Result
 
@@ -140,6 +141,7 @@ class Measure(Callback):
         elif self.taken is not None and self.plan is not None:
             self.taken.flush()
             self.result = finish(self.plan, self.taken, pl_module.device, self.bias, self.seed)
+            warn_of_rows(self.result.metadata["left_out"])
         self.close()
         if trainer.is_global_zero and self.result is not None:
             self._write(trainer, self.result, time.perf_counter() - started)

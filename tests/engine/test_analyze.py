@@ -283,7 +283,8 @@ def test_rows_that_are_not_finite_are_left_out_and_counted():
     bad[3, 1], bad[20, 0] = torch.nan, torch.inf
     keep = [k for k in range(50) if k not in (3, 20)]
     names = ["activation_mean", "activation_variance", "redundancy", "zero_fraction", "rq"]
-    found = nl.analyze(net, bad.split(7), names)
+    with pytest.warns(UserWarning, match="2 of 50 rows"):
+        found = nl.analyze(net, bad.split(7), names)
     close(found.units[names], nl.analyze(net, x[keep].split(7), names).units[names], 1e-5)
     assert {e["site"]: e["rows"] for e in found.metadata["left_out"]} == {"0.output": 2, "0.input": 2}
 

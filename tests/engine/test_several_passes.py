@@ -123,8 +123,10 @@ def test_rows_that_are_not_finite_are_counted_once(net, data):
     x[3, 0, 0, 0] = float("nan")
     metrics = ["redundancy", "linear_cka"]
     budget = smallest(plan_of(net, batches(x, y, 16), metrics), 2)
-    one = nl.analyze(net, batches(x, y, 16), metrics)
-    two = nl.analyze(net, batches(x, y, 16), metrics, budget=budget, max_passes=2)
+    with pytest.warns(UserWarning, match="1 of 64 rows"):
+        one = nl.analyze(net, batches(x, y, 16), metrics)
+    with pytest.warns(UserWarning, match="1 of 64 rows"):
+        two = nl.analyze(net, batches(x, y, 16), metrics, budget=budget, max_passes=2)
     assert one.metadata["left_out"]
     assert one.metadata["left_out"] == two.metadata["left_out"]
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
 from nodelens.metrics.binning import binned_information, bins_of
-from nodelens.statistics import Cross, Gram, Moments
+from nodelens.statistics import Cross, Gram
 from nodelens.statistics.rows import Rows
 
 MI6 = -0.5 * math.log(1 - 0.36)
@@ -212,16 +212,6 @@ def test_fewer_rows_than_units():
     y, z = mixed(4, units=9, t=1)
     for name in PAIRS:
         assert of(name, y, None if name == "redundancy" else z).isfinite().all()
-
-
-def test_samples_without_a_target_are_counted():
-    t = everything()
-    t["labels"][:5] = -100
-    metric = get_metric("mi")
-    assert metric.compute(**t).isfinite().all()
-    z = torch.randn(60, generator=torch.Generator().manual_seed(0)).double()
-    z[:5] = math.nan
-    assert metric.counts(None, y=Moments.of(t["outputs"]), z=Cross.of(t["outputs"], z)) == {"constant": 0, "without_target": 5}
 
 
 def test_the_first_axis_of_the_input():

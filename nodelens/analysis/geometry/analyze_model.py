@@ -17,6 +17,7 @@ from nodelens.engine.request import describe
 from nodelens.engine.validation import in_bytes
 from nodelens.engine.wide_sites import describe as describe_covariance
 from nodelens.network.architecture import config_of
+from nodelens.results.left_out import warn_of_rows
 from nodelens.results.result import provenance
 from nodelens.statistics.processes import world
 
@@ -110,6 +111,7 @@ def measure_geometry(
     policy = CovariancePolicy.of(options.covariance, options.width, max_passes=options.max_passes)
     budget, once = in_bytes(options.budget), isinstance(data, Iterator)
     found = read(model, begin, points, columns, options.sample_limit, policy, budget, options.max_passes, once)
+    warn_of_rows(found.left_out)
     label = label or str(getattr(model, "name_or_path", "") or type(model).__name__)
     result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, options.novelty_k)
     result.metadata = _metadata(model, label, points, found) | {

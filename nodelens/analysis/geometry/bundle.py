@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nodelens.results.files import read_json, write, write_json
+from nodelens.results.left_out import many_left_out
 
 SCHEMA = 1  # of the folder
 MODES = ("json", "csv", "bundle")  # bundle: tables as csv
@@ -84,6 +85,8 @@ class GeometryResult:
                 f"routers: the load is least balanced in layer {busy.layer}, where the most used expert gets "
                 f"{busy.load_imbalance:.2f} times the balanced share"
             )
+        if line := many_left_out(self.metadata.get("left_out", [])):
+            found.append(f"warning: {line}")
         return "\n".join(found)
 
     def by_point(self, table: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -22,6 +22,7 @@ from nodelens.network.hooks import Capture, Site, observed
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
 from nodelens.network.roles import roles_of
+from nodelens.results.left_out import left_out_rows
 from nodelens.statistics import Accumulator
 from nodelens.statistics.processes import first_of, reduce_sums, reduce_tensor
 
@@ -37,7 +38,7 @@ class Reading:
     """What the passes found, over all processes.
 
     points: the hook points, with sites that show the same tensor merged; loads: {router: load}; blocks: their names;
-    left_out: number of rows that were not finite, by site
+    left_out: number of rows that were not finite, of how many, by site
     """
 
     values: Values
@@ -95,17 +96,17 @@ def read(
         blocks=[block.name for block in roles_of(net).blocks],
         tokens=every[0].seen[0],
         batches=every[0].seen[1],
-        left_out=[{"site": site, "rows": n} for site, n in lost.items()],
+        left_out=left_out_rows(lost, *zip(*lost.values(), strict=True)) if lost else [],
         passes=[{"layers": [layer.name for layer in part.measured], "bytes": part.total_bytes} for part in parts],
     )
 
 
 class _PassResult(NamedTuple):
-    """Result of one pass over all processes: sums, sampled rows by layer, rows not finite by site, (tokens, batches)."""
+    """Result of one pass over all processes: sums, sampled rows by layer, rows left out of all rows by site, (tokens, batches)."""
 
     sums: dict[tuple[str, Need], Accumulator]
     rows: dict[str, Tensor]
-    lost: dict[str, int]
+    lost: dict[str, tuple[int, int]]
     seen: tuple[int, int]
 
 
@@ -116,9 +117,9 @@ def _read_once(
     device, sample = device_of(net), TokenSample(sample_limit or 1)
     widths = {layer.name: plan.seen(layer, "output").width for layer in plan.measured if columns.sampled}
     taken = _pass(net, plan, stream, sample, list(widths), routers or Routers(net))
-    counts = torch.tensor([stream.tokens, stream.batches, *(c.left_out for c in taken.collectors.values())], device=device)
-    tokens, batches, *left = reduce_tensor(counts).tolist()
-    lost = {str(site): n for site, n in zip(taken.collectors, left, strict=True) if n}
+    each = [n for c in taken.collectors.values() for n in (c.left_out, int(c.rows_seen))]
+    tokens, batches, *left = reduce_tensor(torch.tensor([stream.tokens, stream.batches, *each], device=device)).tolist()
+    lost = {str(site): (n, of) for site, n, of in zip(taken.collectors, left[::2], left[1::2], strict=True) if n}
     return _PassResult(_sums(taken, device), sample.gathered(widths, device), lost, (tokens, batches))
 
 

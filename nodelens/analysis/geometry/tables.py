@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nodelens.engine.covariance import base_port
 from nodelens.engine.layout import Place
+from nodelens.engine.metric_sums import SampleCounts
 from nodelens.engine.plan import Plan
 from nodelens.engine.table import measure
 from nodelens.metrics import Metric, Need
@@ -49,7 +50,7 @@ class Values:
             return float(metric.of(self.spectrum(metric, place[0])))
         if isinstance(metric, SubspaceMetric) and type(metric).__call__ is SubspaceMetric.__call__ and metric.view == "positions":
             return self._between(metric, place)
-        found = measure(metric, self.plan, place, self.sums, torch.ones(1, dtype=torch.int64))
+        found = measure(metric, self.plan, place, self.sums, SampleCounts(torch.ones(1, dtype=torch.int64)))
         return float(found.value)
 
     def sampled(self, metric: Metric, place: Place) -> float:

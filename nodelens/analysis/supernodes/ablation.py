@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of, opened
-from nodelens.network.batch import IGNORE, Batch
+from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.groups import PruningGroup
 from nodelens.network.hooks import observed
+from nodelens.network.missing import IGNORE
 from nodelens.network.objective import Objective
 from nodelens.network.roles import roles_of
 from nodelens.pruning.surgery.mask import masked

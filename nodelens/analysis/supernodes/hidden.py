@@ -30,7 +30,7 @@ class HiddenPass:
     q is the first-order change of the loss when the unit is removed. It is first summed over the places of a unit, its readers and
     their calls, and with ``unit: sequence`` over positions. Each layer is reduced when the backward pass reaches it, so that no
     layer is buffered until the end. For experts in one tensor, u is the value read times the router's weight, at the tokens routed
-    to the expert; at other tokens u is 0, and these tokens count as rows too.
+    to the expert; at other tokens u is 0, and these tokens count as rows too. Samples without a label have no rows.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class HiddenPass:
             self._see_routed(path, self.calls[path].pop(), tensor)  # backward visits the last call first
             return
         rows = site.layer.rows(tensor, len(self.batch), self.batch.mask_at(f"{path}.input"))
+        rows = rows if self.batch.labelled is None else rows.kept(rows.mask() & self.batch.labelled[:, None])
         raw = rows.raw if rows.keep is None else rows.raw.where(rows.keep[:, None], 0)
         if site.port != "output":
             raw = self._reduced(raw)
@@ -107,8 +108,7 @@ class HiddenPass:
                 call.check(path, output)
         self.capture.fired[f"{path} call"] += 1
         self.calls[path].append(call)
-        mask, shape = self.batch.mask, (len(self.batch), call.tokens // len(self.batch))
-        count = mask.sum(1) if mask is not None and mask.shape == shape else torch.full(shape[:1], shape[1], device=self.device)
+        count = self._mask(call).sum(1)
         for group, _ in self.read[path]:
             self._count_call(group, count)
 
@@ -119,11 +119,19 @@ class HiddenPass:
             share = call.share(piece.entry)
             layer = ExpertLayer(group.name, call.experts.module, "hidden", experts=call.experts, expert=piece.entry)
             parts = (call.hidden(piece.entry, share) * share.weights, call.hidden_gradient(piece.entry, share, slope))
-            u, g = (layer.rows(Routed(part, share.tokens, call.tokens), len(self.batch), self.batch.mask).raw for part in parts)
+            routed = (Routed(part, share.tokens, call.tokens) for part in parts)
+            u, g = (layer.rows(part, len(self.batch), self._mask(call)).raw for part in routed)
             u, g = _placed(u, piece.places), _placed(self._reduced(g), piece.places)
             self.sums.values(group, u)
             self.sums.slopes(group, g)
             self._product(group, (u * g).sum(2))
+
+    def _mask(self, call: Call) -> Tensor:
+        """The tokens of a call of experts that count, (samples, length) bool: no padding, and none of a sample without a label."""
+        mask, labelled = self.batch.mask, self.batch.labelled
+        every = torch.ones(len(self.batch), call.tokens // len(self.batch), dtype=torch.bool, device=self.device)
+        every = mask if mask is not None and mask.shape == every.shape else every
+        return every if labelled is None else every & labelled[:, None]
 
     def _reduced(self, slope: Tensor) -> Tensor:
         return slope if self.scale is None else slope * self.scale[:, None, None].to(slope)
@@ -131,7 +139,9 @@ class HiddenPass:
     def _count_call(self, group: PruningGroup, count: Tensor) -> None:
         """Counts a forward call, whose gradient follows. The first call of a group defines its rows."""
         if group.name not in self.pending:
-            self.sums.rows(group, torch.ones_like(count) if self.unit == "sequence" else count, self.fold)
+            labelled = self.batch.labelled
+            one = torch.ones_like(count) if labelled is None else labelled.to(count)
+            self.sums.rows(group, one if self.unit == "sequence" else count, self.fold)
         self.sums.positions(group, count)
         self.pending[group.name] = self.pending.get(group.name, 0) + 1
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nodelens.engine.plan import Plan
+from nodelens.results.left_out import many_left_out
 from nodelens.results.result import BESIDE, Result, values_of
 
 from .common import format_score
@@ -51,7 +52,10 @@ def show_result(console: Console, result: Result) -> None:
     for line in _missing_lines(result.metadata.get("missing", [])):
         console.print(line, markup=False)
     for entry in result.metadata.get("left_out", []):
-        console.print(f"{entry['site']}: {entry['rows']} rows that are not finite were excluded", markup=False)
+        of = f" of {entry['of']}" if "of" in entry else ""
+        console.print(f"{entry['site']}: {entry['rows']}{of} rows that are not finite were excluded", markup=False)
+    if line := many_left_out(result.metadata.get("left_out", [])):
+        console.print(f"warning: {line}", markup=False, style="bold")
     found = result.metadata.get("evaluation")
     if found:
         console.print(

@@ -402,8 +402,10 @@ def test_rows_that_are_not_finite_are_left_out_and_said(llama):
         broken.model.embed_tokens.weight[7] = math.inf
     bad = [int((text == 7).sum()) for text in texts()]
     assert sum(bad)
-    found = nl.analyze_model(broken, batches(4, "right"), sample_limit=200)
-    assert {"site": "model.layers.0.input.output", "rows": sum(bad)} in found.metadata["left_out"]
+    with pytest.warns(UserWarning, match="7 of 105 rows .* at model.layers.1"):  # later tokens too
+        found = nl.analyze_model(broken, batches(4, "right"), sample_limit=200)
+    assert {"site": "model.layers.0.input.output", "rows": sum(bad), "of": 105} in found.metadata["left_out"]
+    assert "warning: 7 of 105 rows" in found.summary()
     assert found.metrics["tokens_observed"][0] == 105 - sum(bad)
     rows = hidden(llama)[0]
     near(found.metrics.iloc[0], sample(rows[torch.cat(texts()).numpy() != 7]))
