@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from nodelens.messages import check_names
-from nodelens.network.objective import Loss
+from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 
 from .covariance import LIMIT
@@ -25,7 +25,8 @@ class AnalyzeOptions:
     task:       what the model predicts: classification, multilabel, regression, token_classification, masked_lm, causal_lm, seq2seq
                 or none. None: told by the model's class and the labels
     output:     which part of the model's output holds its predictions: a name, an index or a function. None: the only one
-    loss:       function of (predictions, labels), summed over the batch. None: that of the task
+    loss:       function of (predictions, labels) that sums over the batch. A mean over samples or labels is multiplied by their
+                number, and a loss that is neither is used as it is, both with a warning. None: that of the task
     reduce:     combines the values of a pruning group's unit at several places: sum, mean, max, prod, first
     covariance: for layers of more than ``width`` units of which a metric needs products: diagonal, sample:<count> or
                 sketch:<count>, as in ``nodelens.engine.covariance``. None: an error that lists the choices

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of, opened
 from nodelens.network.batch import Batch
+from nodelens.network.loss_scale import Loss
 from nodelens.network.missing import IGNORE, which_count
-from nodelens.network.objective import BY_VALUE, Loss, Objective
+from nodelens.network.objective import BY_VALUE, Objective
 from nodelens.network.outputs import Output
 from nodelens.statistics.processes import reduce_tensor
 

@@ -12,12 +12,12 @@ from .batch import Batch
 from .eval_mode import eval_mode
 from .hooks import observed
 from .layers import Layer
+from .loss_scale import Loss, ScaledLoss, as_sum
 from .missing import IGNORE, which_count
 from .outputs import Output, answer_of
 from .streams import decoder_sites
 
 Task = Literal["classification", "multilabel", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq", "none"]
-Loss = Callable[[Tensor, Tensor | None], Tensor]
 TASKS = get_args(Task)
 BY_TOKEN = ("token_classification", "masked_lm", "causal_lm", "seq2seq")
 BY_VALUE = ("multilabel", "regression")
@@ -47,7 +47,7 @@ class Objective:
 
     task:    one of ``TASKS``; "" until ``settled`` has seen a batch, and after that for labels that fit several tasks
     output:  name or index of the predictions in the model's output, or a function of the output; None: see ``answer_of``
-    loss:    of (predictions, labels), summed over the batch; None: that of the task
+    loss:    of (predictions, labels), as a sum over the batch; None: that of the task
     classes: the axis of classes where each position has a prediction: last, second, or "" where shapes have to tell
     shift:   makes the inputs of a decoder from the labels, where the model knows how
     decoder: the sites with one row per token of the decoder, see ``decoder_sites``
@@ -55,7 +55,7 @@ class Objective:
 
     task: str = ""
     output: Output = None
-    loss: Loss | None = None
+    loss: ScaledLoss | None = None
     classes: Literal["last", "second", ""] = ""
     shift: Callable[[Tensor], Tensor] | None = None
     decoder: frozenset[str] = frozenset()
@@ -70,13 +70,14 @@ class Objective:
         found = task or task_of(inner)
         shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None) if found == "seq2seq" else None
         classes: Any = "last" if found in BY_TOKEN and is_pretrained(inner) else ""
-        return cls(found, output, loss, classes, shift, model=type(inner).__name__)
+        total, name = None if loss is None else as_sum(loss), type(inner).__name__
+        return cls(found, output, total, classes, shift, model=name)
 
     @property
     def about(self) -> dict[str, Any]:
         """The task, output and loss as plain values, for metadata."""
-        names = {k: getattr(v, "__name__", str(v)) for k, v in (("output", self.output), ("loss", self.loss)) if v is not None}
-        return {"task": self.task or None, **names}
+        output = {} if self.output is None else {"output": getattr(self.output, "__name__", str(self.output))}
+        return {"task": self.task or None, **output, **({} if self.loss is None else self.loss.about)}
 
     def batch(self, given: Any, groups: int = 1, seed: int = 0, cuts: Tensor | None = None) -> Batch:
         """A batch whose labels and masks are read as the task says. Raises ValueError as ``Batch.of`` does."""

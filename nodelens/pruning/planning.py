@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from nodelens.network.groups import PruningGroup, PruningGroups
-from nodelens.network.objective import Loss
+from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.densities import shapes_of_groups

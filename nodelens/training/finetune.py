@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.network.objective import Loss, Objective
+from nodelens.network.loss_scale import Loss, as_sum
+from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
 from nodelens.statistics.seeding import seed_of, seeded
 
@@ -23,11 +24,11 @@ class Finetune:
     """Fine-tunes a model in place: ``Finetune(train, val, epochs=5)`` is what ``nl.prune(finetune=...)`` takes.
 
     train, val: batches in any form that ``nl.analyze`` takes. optimizer: called with the parameters; default: SGD with momentum 0.9
-    and ``lr``, with cosine decay over the epochs. The loss is the mean of a batch. After every step removed units are set to zero
-    again, so that momentum and weight decay cannot change them. After every epoch the model is evaluated on ``val``; the best
-    weights are kept, which may be those before training. seed: of the order in which a shuffled loader reads ``train``, of dropout
-    and of random transforms. None: that of the pruning; outside of it, torch's. Global random states and those of the loader are
-    restored afterwards. task, output, loss: as in ``AnalyzeOptions``.
+    and ``lr``, with cosine decay over the epochs. The loss is the mean of a batch, whether ``loss`` sums or averages. After every
+    step removed units are set to zero again, so that momentum and weight decay cannot change them. After every epoch the model is
+    evaluated on ``val``; the best weights are kept, which may be those before training. seed: of the order in which a shuffled
+    loader reads ``train``, of dropout and of random transforms. None: that of the pruning; outside of it, torch's. Global random
+    states and those of the loader are restored afterwards. task, output, loss: as in ``AnalyzeOptions``.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Finetune:
             raise ValueError(f"fine-tuning takes at least 1 epoch and a positive lr, not {epochs} and {lr}")
         self.train, self.val, self.epochs, self.lr = train, val, epochs, lr
         self.optimizer, self.seed = optimizer, seed
-        self.task, self.output, self.loss = task, output, loss
+        self.task, self.output, self.loss = task, output, None if loss is None else as_sum(loss)
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]:
         """Trains, and returns the validation scores before and after, and the epoch that was kept."""
