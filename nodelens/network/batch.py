@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nodelens.statistics.sample_hash import content_hashes, groups_of, mix
 
 from .missing import IGNORE, with_label
+from .positions import warn_of_masks
 
 _LABELS = ("labels", "label", "y")
 _IDS = ("ids", "sample_ids")
@@ -57,16 +58,19 @@ class Batch:
         Token labels are aligned with the tokens. Labels of padding are ignored and, for a causal language model, also those of
         tokens right after padding, so padding takes part in no loss. ``shift`` makes the inputs of a decoder from the labels,
         if the batch has none. ``select`` (B, T) bool in a dict says which real tokens count as rows; it changes neither the
-        loss nor the model's inputs. All other entries of a dict, except labels, targets, ids and bytes, are passed to the
-        model, such as the position_ids that a model with absolute positions needs for texts padded on the left.
+        loss nor the model's inputs. ``token_mask`` (B, T), 1 for real tokens, takes the place of ``attention_mask`` for a model
+        that has its mask under another name. All other entries of a dict, except labels, targets, ids and bytes, are passed to
+        the model.
 
         Sample hashes are made of ``ids`` if the batch has them, otherwise of the content of the samples, so that groups do
         not depend on batching or padding. ``cuts`` (of ``balanced_cuts``) divide them into groups of
         equal size. Raises ValueError for any other form of batch.
         """
         args, kwargs, labels, ids, targets, size = _read(batch)
-        mask, select = kwargs.get("attention_mask"), kwargs.pop("select", None)
+        mask, select = kwargs.pop("token_mask", kwargs.get("attention_mask")), kwargs.pop("select", None)
         first = args[0] if args else _first_tensor(kwargs)
+        if mask is None and select is None:
+            warn_of_masks(kwargs, first)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
         labels = _as_classes(labels, first)
@@ -126,7 +130,8 @@ class Batch:
 
     def contents(self) -> Tensor:
         """A hash of all inputs of each sample without padding, (B,) int64 on the CPU, whatever its id."""
-        mask, every = self.kwargs.get("attention_mask"), [*self.args, *self.kwargs.values()]
+        mask = self.kwargs.get("attention_mask")
+        every = [*self.args, *(v for k, v in self.kwargs.items() if k != "position_ids")]  # made only where padding needs them
         own = [t for t in every if isinstance(t, Tensor) and t is not mask and t.ndim and len(t) == len(self)]
         return mix(*(_content_hashes(t, mask) for t in own)) if own else self.hashes
 

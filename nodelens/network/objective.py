@@ -15,6 +15,7 @@ from .layers import Layer
 from .loss_scale import Loss, ScaledLoss, as_sum
 from .missing import IGNORE, which_count
 from .outputs import Output, answer_of
+from .positions import Positions
 from .streams import decoder_sites
 
 Task = Literal["classification", "multilabel", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq", "none"]
@@ -51,6 +52,7 @@ class Objective:
     classes: the axis of classes where each position has a prediction: last, second, or "" where shapes have to tell
     shift:   makes the inputs of a decoder from the labels, where the model knows how
     decoder: the sites with one row per token of the decoder, see ``decoder_sites``
+    positions: makes the positions of texts padded on the left, for a model that needs them
     """
 
     task: str = ""
@@ -59,6 +61,7 @@ class Objective:
     classes: Literal["last", "second", ""] = ""
     shift: Callable[[Tensor], Tensor] | None = None
     decoder: frozenset[str] = frozenset()
+    positions: Positions | None = None
     model: str = "the model"
 
     @classmethod
@@ -71,7 +74,7 @@ class Objective:
         shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None) if found == "seq2seq" else None
         classes: Any = "last" if found in BY_TOKEN and is_pretrained(inner) else ""
         total, name = None if loss is None else as_sum(loss), type(inner).__name__
-        return cls(found, output, total, classes, shift, model=name)
+        return cls(found, output, total, classes, shift, positions=Positions.of(inner), model=name)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -80,9 +83,13 @@ class Objective:
         return {"task": self.task or None, **output, **({} if self.loss is None else self.loss.about)}
 
     def batch(self, given: Any, groups: int = 1, seed: int = 0, cuts: Tensor | None = None) -> Batch:
-        """A batch whose labels and masks are read as the task says. Raises ValueError as ``Batch.of`` does."""
+        """A batch whose labels and masks are read as the task says, with the positions of texts padded on the left.
+
+        Raises ValueError as ``Batch.of`` does.
+        """
         batch = Batch.of(given, groups, seed, cuts, self.task, self.shift)
-        return replace(batch, decoder=self.decoder) if self.decoder else batch
+        kwargs = batch.kwargs if self.positions is None else self.positions.added(batch.kwargs)
+        return replace(batch, kwargs=kwargs, decoder=self.decoder)
 
     def settled(self, model: nn.Module, given: Any) -> "Objective":
         """The objective once a batch of the data is known.

@@ -88,9 +88,19 @@ def test_padding_and_batches_change_no_number(measured, size, side, pad, texts):
 
 def test_a_model_with_absolute_positions_reads_them_from_the_batch(texts):
     net, truth = gpt2(), evaluate(gpt2(), texts(1))
-    blind = [{k: v for k, v in batch.items() if k != "position_ids"} for batch in texts(8, "left")]
     assert evaluate(net, texts(8, "left"))["loss"] == pytest.approx(truth["loss"], rel=1e-6)
-    assert abs(evaluate(net, blind)["loss"] / truth["loss"] - 1) > 1e-3
+    wrong = [
+        batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
+        for batch in texts(8, "left")
+    ]
+    assert abs(evaluate(net, wrong)["loss"] / truth["loss"] - 1) > 1e-3
+
+
+def test_positions_are_made_from_the_mask_where_the_batch_has_none(texts):
+    net, truth = gpt2(), evaluate(gpt2(), texts(1))
+    blind = [{k: v for k, v in batch.items() if k != "position_ids"} for batch in texts(8, "left")]
+    with pytest.warns(UserWarning, match="padded on the left and have no position_ids: they are made from attention_mask"):
+        assert evaluate(net, blind)["loss"] == pytest.approx(truth["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
