@@ -60,6 +60,8 @@ class DryRun:
     flops: int  # of the forward pass, per sample
     classes: int  # width of the logits
     tokens: bool = False  # whether each token has its own prediction
+    predictions: int = 1  # of each sample
+    decoder: frozenset[str] = frozenset()  # sites with one row per token of the decoder
     samples: int = 2  # in the batch that the two were taken from
     norms: dict[str, Layer] = field(default_factory=dict)  # by layer: the batch norm that reads its output
     firing: dict[str, Firing] = field(default_factory=dict)  # by layer: the activation that follows
@@ -109,7 +111,9 @@ class DryRun:
                 seen[f"{site.layer.name}.{BEHIND}"] = _seen(site, [(behind, behind._version)], len(batch), answer)
         flops, classes = counter.get_total_flops() // len(batch), 0 if aligned is None else aligned.shape[-1]
         tokens = aligned is not None and aligned.ndim == 3 and objective.task not in BY_VALUE
-        return cls(seen, flops, classes, tokens, samples, norms, firing, objective.task, refusal)
+        positions = aligned.shape[1] if tokens and aligned is not None else 1
+        known: dict[str, Any] = {"norms": norms, "firing": firing, "task": objective.task, "refusal": refusal}
+        return cls(seen, flops, classes, tokens, positions, objective.decoder, samples, **known)
 
     def bound(self, model: nn.Module) -> "DryRun":
         """The same with the parameters of this process's model, which the activations' norms read."""

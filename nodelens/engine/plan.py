@@ -8,8 +8,10 @@ from torch import nn
 
 from nodelens.metrics import Metric, Need
 from nodelens.metrics.need import Other
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import Layer, pairs_of
+from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
 from nodelens.statistics.costs import PAIRS
 
@@ -79,9 +81,24 @@ class Plan(PassLayout):
     def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
         """What a metric needs at a place: for each argument of the metric a layer and the need there.
 
-        Empty if there is no next layer but the metric needs one, or if the covariance policy leaves the metric out.
+        Empty if there is no next layer but the metric needs one, if the covariance policy leaves the metric out, or if the metric
+        pairs rows with predictions and the rows of the layer are others.
         """
-        return restrict_needs(self, place[0], self.wanted(metric, place))
+        needs = self.wanted(metric, place)
+        return {} if self.unpaired(needs) else restrict_needs(self, place[0], needs)
+
+    def unpaired(self, needs: Mapping[str, tuple[Layer, Need]]) -> str:
+        """Why the rows of a layer cannot be paired with the target of each prediction; empty if they can."""
+        for layer, need in needs.values():
+            if need.view != "tokens" or isinstance(layer, GroupLayer):
+                continue
+            seen, count = self.seen(layer, need.port), self.dry_run.predictions
+            encoder = self.dry_run.decoder and side_of(layer, need.port) not in self.dry_run.decoder
+            if encoder or seen.packed or seen.positions != count:
+                rows = f"{seen.positions} rows per sample"
+                rows = "rows for some tokens only" if seen.packed else f"{rows} of the encoder" if encoder else rows
+                return f"the target has one value for each of {count} predictions of a sample, and {layer.title} has {rows}"
+        return ""
 
     def sites(self) -> list[Site]:
         """Every site that is read: those of the needs, of paired targets, and of sums over the whole model."""

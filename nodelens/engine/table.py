@@ -202,7 +202,8 @@ def _estimate(sums: MetricSums, counted: Tensor, samples: SampleCounts) -> _Esti
     metric, plan, (layer, _), resolved = sums.metric, sums.plan, sums.place, sums.resolved
     weight = plan.parameter(layer, metric)
     if metric.needs() and not resolved:
-        return _Estimate(reason=reason_left_out(plan, plan.wanted(metric, sums.place)) or "there is no next layer")
+        wanted = plan.wanted(metric, sums.place)
+        return _Estimate(reason=plan.unpaired(wanted) or reason_left_out(plan, wanted) or "there is no next layer")
     if metric.weighted and weight is None:
         return _Estimate(reason="no batch norm follows the layer")
     known = known_units(plan, layer, resolved)

@@ -327,10 +327,6 @@ def without(*keys):
         ),
         (with_batches(lambda b: b, target=wrong_shape), r"returns \(4,\) for 4 x 14 tokens; return \(B, T\) or \(B, T, t\)"),
         (
-            with_batches(dict, layers="pool"),
-            r"pool.output has 1 rows per sample, but target 'nll' has one value for each of 14 tokens",
-        ),
-        (
             with_batches(lambda b: b | {"targets": b["targets"][:, 0]}, "cond_mi", target="given"),
             r"metric 'mi_given_class' pairs each row with label and given; here one is per sample, the other per token",
         ),
@@ -341,3 +337,12 @@ def without(*keys):
 def test_what_tokens_cannot_have_is_an_error_with_the_way_out(run, said):
     with pytest.raises(ValueError, match=said):
         run()
+
+
+def test_a_layer_without_a_row_per_prediction_has_a_reason_and_the_others_their_values():
+    found = with_batches(dict, layers=["hidden", "pool"])()
+    alone = with_batches(dict, layers="hidden")()
+    assert found.units.loc["pool", "mi"].isna().all()
+    assert found.units.loc[["hidden"], "mi"].equals(alone.units["mi"])
+    (missing,) = [each for each in found.metadata["missing"] if each["column"] == "mi"]
+    assert missing["reason"] == "the target has one value for each of 14 predictions of a sample, and pool has 1 rows per sample"

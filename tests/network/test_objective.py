@@ -377,3 +377,11 @@ def test_integer_labels_of_any_kind_are_classes(kind):
 def test_numbers_are_not_taken_for_classes(given, metric):
     with pytest.raises(ValueError, match=r"which are no classes: give task=|needs one integer class per row|one class per sample"):
         nl.analyze(seeded(mlp(4)), [(draw(N, 6), given)], [metric])
+
+
+def test_the_encoder_s_rows_are_not_paired_with_the_decoder_s_predictions():
+    case = seq2seq()
+    found = nl.analyze(case.model, case.data, {"mi": nl.get_metric("mi", target="nll")}, ["encoder.*wi", "decoder.*wi"])
+    by_layer = found.units["mi"].groupby("layer").count()
+    assert by_layer.to_dict() == {"decoder.block.0.layer.2.DenseReluDense.wi": 24, "encoder.block.0.layer.1.DenseReluDense.wi": 0}
+    assert "has 9 rows per sample of the encoder" in found.metadata["missing"][0]["reason"]
