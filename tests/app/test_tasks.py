@@ -281,7 +281,8 @@ def test_the_task_the_output_and_the_loss_can_be_chosen(quiet_home, monkeypatch)
     plain, doubled = (nl.load(quiet_home / name) for name in ("plain", "own"))
     assert doubled.units["taylor"].to_numpy() == pytest.approx(4 * plain.units["taylor"].to_numpy(), rel=1e-5)
     assert doubled.metadata["evaluation"]["loss"] == pytest.approx(2 * plain.metadata["evaluation"]["loss"], rel=1e-6)
-    assert doubled.metadata["objective"] == {"task": "classification", "output": "first", "loss": "doubled"}
+    about = {"task": "classification", "output": "first", "loss": "doubled", "loss_scale": "sum"}
+    assert doubled.metadata["objective"] == about
     ended = command("prune", "criterion=taylor", "amounts=[0.5]", "objective.task=none", "hydra.run.dir=none")
     assert ended.code == 1
     assert "task is none, so there is no loss" in ended.err
