@@ -115,3 +115,21 @@ def test_errors_of_maps_and_of_pairs_of_sites_are_finite(net):
         found = nl.analyze(net, data("nan"), metrics, groups=5)
     assert isinstance(found.edges, pd.DataFrame)
     assert found.edges["cka_se"].notna().all()
+
+
+def test_the_page_and_the_terminal_say_it(tmp_path):
+    from rich.console import Console
+
+    from nodelens.app.tasks.show import show_result
+    from nodelens.report import write_page
+
+    x = torch.randn(40, 4, dtype=torch.float64)
+    x[:9] = math.nan
+    with pytest.warns(UserWarning, match="9 of 40 rows"):
+        found = nl.analyze(nn.Linear(4, 3).double(), x.split(20), ["activation_mean", "redundancy"])
+    found.save(tmp_path)
+    page = write_page(tmp_path).read_text()
+    assert "<p class='warning'>Warning: 9 of 40 rows (22%)" in page
+    console = Console(record=True, width=200)
+    show_result(console, nl.load(tmp_path))
+    assert "warning: 9 of 40 rows (22%)" in console.export_text()
