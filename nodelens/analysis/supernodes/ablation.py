@@ -46,6 +46,7 @@ def ablate(
     data: Iterable[Any],
     units: Mapping[str, Sequence[int]],
     *,
+    objective: Objective | None = None,
     tokens: int | None = 16_384,
     cached: bool = True,
     progress: Progress = iter,
@@ -58,7 +59,7 @@ def ablate(
     returns the dense loss, predictions, samples and cached groups. Raises ValueError if there is nothing to predict.
     """
     with eval_mode(model), torch.no_grad():
-        held = _HeldBatches(model, data, tokens)
+        held = _HeldBatches(model, data, objective or Objective.of(model), tokens)
         rows = [held.changes(group, units[group.name], cached, progress) for group in groups if len(units[group.name])]
     about = {"loss": held.loss, "predictions": held.predictions, "samples": held.samples, "from_block": held.shortened}
     if not rows:
@@ -70,7 +71,7 @@ def ablate(
 class _HeldBatches:
     """The evaluation batches, the dense loss of their samples, and the cached output of one block for each."""
 
-    def __init__(self, model: nn.Module, data: Iterable[Any], tokens: int | None):
+    def __init__(self, model: nn.Module, data: Iterable[Any], objective: Objective, tokens: int | None):
         self.model, self.device = model, device_of(model)
         self.batches: list[Batch] = []
         self.blocks = [model.get_submodule(block.name) for block in roles_of(model).blocks]
@@ -78,7 +79,7 @@ class _HeldBatches:
         self.at, self.outputs = 0, list[Any]()  # first block that runs; cached outputs of the block before it
         self.shortened: list[str] = []
         left = math.inf if tokens is None else math.ceil(tokens / world()[1])
-        self.objective, data = opened(model, data if left > 0 else (), Objective.of(model))
+        self.objective, data = opened(model, data if left > 0 else (), objective)
         for batch in Driver(model, self.objective).batches(data):
             ends = batch.predicted.cumsum(0)
             whole = batch.head(int((ends < left).sum()) + 1)  # up to the sample that reaches the limit

@@ -12,7 +12,9 @@ from nodelens.engine.driver import device_of
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
 from nodelens.network.groups import PruningGroup, PruningGroups
+from nodelens.network.loss_scale import Loss
 from nodelens.network.objective import Objective
+from nodelens.network.outputs import Output
 from nodelens.pruning.groups.find import find_groups
 from nodelens.results.result import fingerprint, provenance
 
@@ -84,15 +86,20 @@ class Supernodes:
         evaluation: Iterable[Any] | None = None,
         seed: int = 0,
         progress: Progress = iter,
+        task: str | None = None,
+        output: Output = None,
+        loss: Loss | None = None,
     ) -> SupernodesResult:
         """Reads data twice, with a backward pass each, and ``evaluation`` (default: data) once for ablation.
+
+        task, output, loss: as in ``AnalyzeOptions``; ablation measures the cross-entropy of the task.
 
         Memory does not grow with the data. Under a process group each process gives its own share of both. Raises ValueError for a
         scope without groups, for units that are never observed, and for data that are empty, unlabelled or readable only once.
         """
         if isinstance(data, Iterator):
             raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
-        objective, first = Objective.of(model), next(iter(data), None)
+        objective, first = Objective.of(model, output, task, loss), next(iter(data), None)
         objective = objective if first is None else objective.settled(model, first)
         groups, device = self._groups(model, objective, first), device_of(model)
         hidden = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
@@ -105,7 +112,7 @@ class Supernodes:
         hidden.run(progress(data), products, objective)
         products.reduce()
         tables = self._tables(model, layouts, sums.found, products.found, seed)
-        ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, seed, progress)
+        ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, objective, seed, progress)
         tables |= self._agreement(tables["units"], ablated, seed)
         about = {"ablation": about, "samples": samples, "rows": int(sums.found[groups[0].name, "rows"].sum())}
         return SupernodesResult(**tables, ablation=ablated, metadata=about | self._about(model, groups, seed))
@@ -183,11 +190,17 @@ class Supernodes:
         return redundancy
 
     def _ablated(
-        self, model: nn.Module, groups: Sequence[PruningGroup], data: Iterable[Any], seed: int, progress: Progress
+        self,
+        model: nn.Module,
+        groups: Sequence[PruningGroup],
+        data: Iterable[Any],
+        objective: Objective,
+        seed: int,
+        progress: Progress,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
         units = sample_units(groups, self.ablate, seed)
         if any(units.values()):
-            return ablate(model, groups, data, units, tokens=self.ablate_tokens, progress=progress)
+            return ablate(model, groups, data, units, objective=objective, tokens=self.ablate_tokens, progress=progress)
         empty = pd.MultiIndex.from_tuples([], names=["layer", "unit"])
         return pd.DataFrame(columns=["change", "change_se"], index=empty, dtype=float), {}
 

@@ -157,7 +157,8 @@ def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, pa
             continue
         measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
         progress = progress_bar(name, _batches(measured), rank == 0)
-        every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress)
+        objective = {key: value for key, value in objective_of(cfg).items() if value is not None}
+        every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
         if rank == 0:
             found.save(folder / name)
             for line in found.summary().splitlines():

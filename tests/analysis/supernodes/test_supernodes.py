@@ -602,3 +602,17 @@ def test_what_ablation_is_taken_on_does_not_depend_on_the_batch_size():
         found.append(table)
     for table in found[1:]:
         pd.testing.assert_frame_equal(table, found[0], rtol=1e-6, atol=1e-9)
+
+
+def test_the_loss_can_be_chosen():
+    """Twice the loss has twice the q, and four times the loss proxy."""
+    net, data = llama(), batches(texts([9, 12, 10]), 2)
+
+    def doubled(z, y):
+        return 2 * torch.nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten(), reduction="sum")
+
+    options = Supernodes(supernode_fraction=0.1, connectivity_topk=4)
+    own, default = options(net, data, loss=doubled).units["loss_proxy"], options(net, data).units["loss_proxy"]
+    assert_close(numbers(own), 4 * numbers(default), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="task is none"):
+        options(net, data, task="none")
