@@ -2,10 +2,19 @@
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
+RENAMED = {  # options of nl.analyze and nl.prune that work under their old names for one version
+    "wide": "covariance",
+    "passes": "max_passes",
+    "recover": "finetune",
+    "axes": "custom_groups",
+    "inexact": "allow_approximate",
+    "nan": "nan_policy",
+}
 _T = TypeVar("_T", bound=Callable[..., Any])
 
 
@@ -19,7 +28,15 @@ def check_names(call: str, named: Mapping[str, Any], known: Collection[str]) -> 
     """Raises TypeError for an option that a call does not have, and suggests the nearest one."""
     unknown = next((name for name in named if name not in known), None)
     if unknown is not None:
-        raise TypeError(f"{call} has no option {unknown!r}.{nearest(unknown, known)} Options are {', '.join(known) or 'none'}")
+        listed = ", ".join(dict.fromkeys(known)) or "none"
+        raise TypeError(f"{call} has no option {unknown!r}.{nearest(unknown, known)} Options are {listed}")
+
+
+def with_new_names(call: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the new names in place of the deprecated ones, with a warning for each."""
+    for old in RENAMED.keys() & named.keys():
+        warnings.warn(f"{call}: {old}= is now {RENAMED[old]}=", DeprecationWarning, stacklevel=3)
+    return {RENAMED.get(name, name): value for name, value in named.items()}
 
 
 def keywords_of(function: Callable[..., Any]) -> list[str]:

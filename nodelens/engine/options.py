@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from nodelens.messages import check_names
+from nodelens.messages import check_names, with_new_names
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 
@@ -58,10 +58,11 @@ class AnalyzeOptions:
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
 
     def with_named(self, named: Mapping[str, Any], call: str, own: Sequence[str] = ()) -> "AnalyzeOptions":
-        """A copy with some options replaced. own: further keywords of the call, for the error message.
+        """A copy with some options replaced; deprecated names work too. own: further keywords of the call, for the error message.
 
         Raises TypeError for an unknown name, and suggests the nearest one.
         """
+        named = with_new_names(call, named)
         check_names(call, named, [*(field.name for field in fields(self)), *own])
         return replace(self, **named)
 

@@ -1,6 +1,7 @@
 """Prune a network: score its units, allocate a budget, select and remove units, compensate, fine-tune."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -11,7 +12,7 @@ import pandas as pd
 from torch import nn
 
 from nodelens.engine.options import AnalyzeOptions, check_kind
-from nodelens.messages import check_names, keywords_of
+from nodelens.messages import check_names, keywords_of, with_new_names
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
@@ -65,6 +66,12 @@ class Pruned:
 
     def __repr__(self) -> str:
         return f"Pruned: {self.summary()}"
+
+    @property
+    def axes(self) -> PruningGroups:
+        """The deprecated name of ``groups``."""
+        warnings.warn("Pruned.axes is now Pruned.groups", DeprecationWarning, stacklevel=2)
+        return self.groups
 
     def save(self, folder: str | Path) -> Path:
         """Writes weights and plan; ``load_pruned`` restores the model: smaller after a slice, with zeros after a mask."""
@@ -158,6 +165,8 @@ def prune(
     check_kind("nl.prune", options, PruningOptions)
     of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
     of_measuring += ["initial", "on_plan", "progress"]
+    named = with_new_names("nl.prune", named)
+    finetune = named.pop("finetune", finetune)
     check_names("nl.prune", named, [*of_pruning, *of_measuring, *keywords_of(prune)])
     given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))

@@ -237,6 +237,18 @@ def test_an_old_key_is_a_line_beside_the_run(quiet_home):
     assert ended.err.count("is now called") == 2
 
 
+def test_the_evaluation_of_the_first_version_is_found_and_the_function_stays(tmp_path):
+    code = (
+        "import nodelens as nl, torch, warnings\n"
+        "from nodelens.evaluate import evaluate\n"
+        "data = [(torch.eye(3), torch.arange(3))]\n"
+        "assert evaluate(torch.nn.Identity(), data) == nl.evaluate(torch.nn.Identity(), data)\n"
+    )
+    ended = subprocess.run([sys.executable, "-W", "default", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "DeprecationWarning: nodelens.evaluate is now nodelens.evaluation.evaluate; the function is nl.evaluate" in ended.stderr
+
+
 def test_the_module_of_the_first_version_works_and_says_its_new_name(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "nodelens.cli", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True

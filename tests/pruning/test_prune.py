@@ -365,3 +365,26 @@ def test_the_units_that_a_tie_break_decided_about_are_counted():
     assert pruned.summary().splitlines()[2] == "4 units have the score of the cut: a permutation decided which of them stay"
     net[0].weight.data.copy_(drawn(1, 6, 4))
     assert nl.prune(net, "magnitude", 0.5, example_inputs=drawn(0, 2, 4)).plan.about["ties"] == {}
+
+
+def test_the_old_name_of_the_groups_works_with_a_warning():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    pruned = nl.prune(net, "magnitude", 0.5, example_inputs=torch.zeros(2, 4))
+    with pytest.warns(DeprecationWarning, match=r"Pruned.axes is now Pruned.groups"):
+        assert pruned.axes is pruned.groups
+
+
+def test_options_work_under_their_old_names_with_a_warning():
+    net, seen = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), []
+
+    def tuned(model, zeros):
+        seen.append(model)
+        return {}
+
+    with pytest.warns(DeprecationWarning, match=r"nl.prune: recover= is now finetune="):
+        nl.prune(net, "magnitude", 0.5, example_inputs=torch.zeros(2, 4), recover=tuned)
+    assert len(seen) == 1
+    with pytest.warns(DeprecationWarning, match=r"nl.prune: inexact= is now allow_approximate="):
+        nl.prune(net, "magnitude", 0.5, example_inputs=torch.zeros(2, 4), inexact=True)
+    with pytest.warns(DeprecationWarning, match=r"nl.analyze: wide= is now covariance="):
+        nl.analyze(net, [torch.randn(8, 4)], ["rq"], wide="diagonal")
