@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from nodelens.results.files import write
-from nodelens.results.left_out import many_left_out
+from nodelens.results.notices import notices
 from nodelens.results.result import Result, load, values_of
 
 _STYLE = """
@@ -152,8 +152,7 @@ def _score(found: Mapping[str, Any]) -> str:
 
 
 def _warnings(result: Result) -> list[str]:
-    line = many_left_out(result.metadata.get("left_out") or [])
-    return [f"<p class='warning'>Warning: {html.escape(line)}</p>"] if line else []
+    return [f"<p class='warning'>Warning: {html.escape(line)}</p>" for line in notices(result.metadata)]
 
 
 def _section(title: str, parts: Iterable[str]) -> list[str]:

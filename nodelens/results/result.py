@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from .files import read_json, write, write_json
-from .left_out import many_left_out
+from .notices import notices
 
 SCHEMA = 1
 BESIDE = ("_se", "_bias", "_null", "_p")  # suffixes of columns that accompany a metric
@@ -84,8 +84,7 @@ class Result:
         lines += [f"metrics of {kind}: {', '.join(names)}" for kind, table in tables.items() if (names := values_of(table))]
         if self.matrices:
             lines.append(f"matrices: {', '.join(sorted({name for _, name in self.matrices}))}")
-        if line := many_left_out(self.metadata.get("left_out") or []):
-            lines.append(f"warning: {line}")
+        lines += [f"warning: {line}" for line in notices(self.metadata)]
         if missing:
             places = sorted({f"{m['column']} of {m['layer']}" for m in missing})
             lines.append(f"missing: {', '.join(places[:4])}{f' and {len(places) - 4} more' if len(places) > 4 else ''}")

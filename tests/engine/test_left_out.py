@@ -133,3 +133,14 @@ def test_the_page_and_the_terminal_say_it(tmp_path):
     console = Console(record=True, width=200)
     show_result(console, nl.load(tmp_path))
     assert "warning: 9 of 40 rows (22%)" in console.export_text()
+
+
+def test_repeated_samples_and_few_rows_are_said_in_the_summary():
+    x = torch.randn(6, 5)
+    data = [{"x": torch.cat([x, x]), "ids": torch.arange(12)}]
+    found = nl.analyze(nn.Sequential(nn.Linear(5, 4)), data, ["effective_rank"])
+    said = found.summary()
+    assert "warning: 6 of 12 samples (50.0%) have the content of another one under another id" in said
+    assert "warning: few rows for the number of units bias effective_rank at 1 place: measure more samples" in said
+    enough = nl.analyze(nn.Sequential(nn.Linear(5, 4)), [torch.randn(40, 5)], ["effective_rank"])
+    assert "warning" not in enough.summary()

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nodelens.engine.plan import Plan
-from nodelens.results.left_out import many_left_out
+from nodelens.results.notices import notices
 from nodelens.results.result import BESIDE, Result, values_of
 
 from .common import format_score
@@ -54,7 +54,7 @@ def show_result(console: Console, result: Result) -> None:
     for entry in result.metadata.get("left_out", []):
         of = f" of {entry['of']}" if "of" in entry else ""
         console.print(f"{entry['site']}: {entry['rows']}{of} rows that are not finite were excluded", markup=False)
-    if line := many_left_out(result.metadata.get("left_out", [])):
+    for line in notices(result.metadata):
         console.print(f"warning: {line}", markup=False, style="bold")
     found = result.metadata.get("evaluation")
     if found:
