@@ -148,7 +148,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     """The plan, from a dry run of the first batch, and the objective that this batch settles."""
     objective = Objective.of(model, settings.output, settings.task, settings.loss)
     observed = asked.members.observed(asked.layers)
-    seen = None
+    seen = batch = None
     if asked.weights_only:
         seen = objective, DryRun.of_weights(observed), list[str]()
     elif asked.first is not None:
@@ -159,8 +159,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")
     objective, dry_run, per_token = found
-    if asked.first is not None and not asked.weights_only:
-        _check_classes(asked.metrics, objective.batch(asked.first))
+    if batch is not None:
+        _check_classes(asked.metrics, batch)
     policy = CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes)
     plan = Plan.of(
         model,

@@ -27,7 +27,10 @@ def answer_of(output: Any, which: Output = None, model: str = "the model") -> Te
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:
-        raise ValueError(f"{model} returns {type(output).__name__} without a floating-point tensor to use as predictions")
+        kind = type(output).__name__
+        raise ValueError(
+            f"{model} returns {kind} without a floating-point tensor to use as predictions: give output=, a function of it"
+        )
     listed = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items())
     raise ValueError(f"{model} returns several tensors, {listed}: say which one holds the predictions, as output={_quoted(found)}")
 
@@ -57,8 +60,9 @@ def _chosen(output: Any, which: Any, model: str) -> Tensor:
         value, named = which(output), getattr(which, "__name__", str(which))
     else:
         parts = {0: output} if isinstance(output, Tensor) else parts_of(output)
-        by_index = isinstance(which, int) and which not in parts
-        value, named = (list(parts.values())[which : which + 1] or [None])[0] if by_index else parts.get(which), repr(which)
+        listed = list(parts.values())
+        by_index = isinstance(which, int) and which not in parts and -len(listed) <= which < len(listed)
+        value, named = listed[which] if by_index else parts.get(which), repr(which)
         if value is None:
             raise ValueError(f"output={named}: {model} returns {', '.join(map(str, parts)) or type(output).__name__}")
     if not isinstance(value, Tensor) or not value.ndim:

@@ -385,3 +385,17 @@ def test_the_encoder_s_rows_are_not_paired_with_the_decoder_s_predictions():
     by_layer = found.units["mi"].groupby("layer").count()
     assert by_layer.to_dict() == {"decoder.block.0.layer.2.DenseReluDense.wi": 24, "encoder.block.0.layer.1.DenseReluDense.wi": 0}
     assert "has 9 rows per sample of the encoder" in found.metadata["missing"][0]["reason"]
+
+
+def test_an_index_counts_from_the_end_too_and_a_nested_output_asks_for_a_function():
+    case = part(tuple, 1)
+    assert nl.evaluate(case.model, case.data, output=-1) == nl.evaluate(case.model, case.data, output=1)
+
+    class Nested(Parts):
+        def forward(self, x):
+            return {"out": {"z": self.o(self.a(x).relu())}}
+
+    net = seeded(lambda: Nested(dict))
+    with pytest.raises(ValueError, match=r"without a floating-point tensor to use as predictions: give output=, a function"):
+        nl.evaluate(net, case.data)
+    assert nl.evaluate(net, case.data, output=lambda out: out["out"]["z"]) == nl.evaluate(case.model, case.data, output=1)
