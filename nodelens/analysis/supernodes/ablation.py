@@ -56,8 +56,8 @@ def ablate(
     Samples are read until they have ``tokens`` predictions (divided over processes; None: all) and are kept in memory. With
     ``cached`` the blocks before the unit's block do not run again: the output of the last of them is cached. The cache is used
     only if it reproduces the dense loss of every sample. objective: what the model predicts; None: as the model tells. change_se:
-    standard error over samples of the paired difference. Also returns the dense loss, predictions, samples and cached groups. Raises
-    ValueError if there is nothing to predict.
+    standard error over samples of the paired difference. Also returns the dense loss, predictions, samples and cached groups.
+    Raises ValueError if there is nothing to predict.
     """
     with eval_mode(model), torch.no_grad():
         held = _HeldBatches(model, data, objective or Objective.of(model), tokens)
