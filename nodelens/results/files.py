@@ -1,41 +1,130 @@
 """Atomic writing of files: a file appears complete or not at all."""
 
+import errno
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_BEFOREHAND = {".hydra", "settings.json", "identity.json", ".log", "splits.json", "hparams.yaml"}
+MANIFEST = "SHA256SUMS"
+_HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
+_PART = re.compile(r"\..+\.(?P<pid>\d+)(@(?P<host>[\w-]+))?\.part")
+_FAILED = ("os error", "iostream error", "inline_container", "PytorchStreamWriter")  # what safetensors and torch say instead
+_BEFOREHAND = {MANIFEST, ".lock", ".lock.json", ".hydra", "settings.json", "identity.json", ".log", "splits.json", "hparams.yaml"}
 _RESULTS = {"units.parquet", "layers.parquet", "metadata.json", "report.html", "result.json", "checkpoints", "epochs", "cells"}
-_RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned"}
+_RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned", "sums"}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Lets ``fill`` write a temporary file next to the path, then renames it atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Lets ``fill`` write a temporary file next to the path, adds its SHA-256 to the folder's manifest, and renames it atomically.
+
+    Raises OSError with the name of the path if it cannot be written, for example because the disk is full; what was there before is
+    left as it is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{_HOST}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         fill(temporary)
+        _record(path, temporary)
         temporary.replace(path)
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(words in str(error) for words in _FAILED):
+            raise
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else f"{next(iter(str(error).splitlines()), '')} (is the disk full?)"
+        raise OSError(number or errno.EIO, reason, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def checked(path: Path) -> Path:
+    """The path of a file, once it is known to be the one that was written.
+
+    ``SHA256SUMS`` in the same folder lists the SHA-256 of each file in the format of sha256sum. A file that is not listed there, as
+    in a folder of an earlier version, is not checked. Raises ValueError for a file that differs.
+    """
+    manifest = path.parent / MANIFEST
+    if not (manifest.is_file() and path.is_file()):
+        return path
+    lines = (line.split("  ", 1) for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines())
+    known = [line[0] for line in lines if line[1:] == [path.name]]  # several where it was written several times
+    if known and _sha256(path) not in known:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is not the one that {manifest} lists: restore the file from a copy, or delete it, so "
+            f"that the run computes it again; if the change was meant, delete its lines in {MANIFEST}"
+        )
+    return path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Checks a file before a block reads it. Raises ValueError with its name, also where the block fails to read it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: restore it from a copy, or choose another folder")
+    checked(path)
+    try:
+        yield path
+    except Exception as error:  # readers raise errors of many classes for damaged files, and few of them name the file
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {first}): restore it from a copy, or delete it"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, with NaN and infinities as null."""
     text = json.dumps(plain(value), indent=1, allow_nan=False)
-    write(path, lambda temporary: temporary.write_text(text + "\n"))
+    write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises ValueError for a file that is not JSON."""
+    """Reads a JSON file. Raises ValueError for a file that is not JSON, or not the one that was written."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(checked(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def sweep_parts(folder: Path) -> None:
+    """Removes temporary files of ``write`` that a dead process left in a folder: one of this host, or untouched for an hour."""
+    for path in folder.rglob(".*.part"):
+        if match := _PART.fullmatch(path.name):
+            here, old = match["host"] in (None, _HOST), time.time() - path.stat().st_mtime > 3600
+            if not _alive(int(match["pid"])) if here else old:
+                path.unlink(missing_ok=True)
+
+
+def _record(path: Path, written: Path) -> None:
+    """Appends the hash of a file that will be renamed to the path: before and after that, the file at the path is a listed one."""
+    manifest = path.parent / MANIFEST
+    whole = not manifest.exists() or manifest.read_bytes()[-1:] in (b"", b"\n")  # no line was cut off by a kill
+    with manifest.open("ab") as lines:
+        lines.write(f"{'' if whole else chr(10)}{_sha256(written)}  {path.name}\n".encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def holds_results(folder: Path) -> bool:
