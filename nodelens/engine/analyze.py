@@ -34,6 +34,7 @@ from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe_metrics, names_of
+from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
 from .validation import find_members, in_bytes
@@ -93,15 +94,18 @@ def analyze(
     planned = time.perf_counter()
     seconds = {"plan": planned - started, "pass": 0.0, "table": 0.0}
     results: list[Result] = []
-    for part in parts:
-        pass_start = time.perf_counter()
-        batches = asked.again if results or plan.rounds > 1 else asked.once
-        collected = run_pass(model, part, batches, objective, settings.seed, progress)
-        passed = time.perf_counter()
-        results.append(finish(part, collected, device_of(model), settings.bias, settings.seed))
-        del collected  # free the sums before the next pass allocates its own
-        seconds["pass"] += passed - pass_start
-        seconds["table"] += time.perf_counter() - passed
+    key = partial(key_of, model, parts, objective, asked.first, settings.seed)
+    with saved_sums(settings.save_to, settings.save_minutes, key, asked.again) as saved:
+        for k, part in enumerate(parts):
+            pass_start = time.perf_counter()
+            batches = asked.again if results or plan.rounds > 1 else asked.once
+            own = None if saved is None else saved.of_pass(k)
+            collected = run_pass(model, part, batches, objective, settings.seed, progress, own)
+            passed = time.perf_counter()
+            results.append(finish(part, collected, device_of(model), settings.bias, settings.seed))
+            del collected  # free the sums before the next pass allocates its own
+            seconds["pass"] += passed - pass_start
+            seconds["table"] += time.perf_counter() - passed
     result = joined(plan, results)
     warn_of_rows(result.metadata["left_out"])
     result.metadata |= {
@@ -189,13 +193,16 @@ def run_pass(
     objective: Objective,
     seed: int = 0,
     progress: Progress = iter,
+    saved: SavedPass | None = None,
 ) -> Pass:
-    """Runs the plan's collectors over every batch and returns them."""
+    """Runs the plan's collectors over every batch and returns them. saved: where sums of a part of the batches may be stored."""
     collected = Pass(plan, objective, seed)
+    begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
-    for k in range(collected.rounds):
-        collected.begin_round(k)
+    for k in range(begun or 0, collected.rounds):
+        if k != begun:
+            collected.begin_round(k)
         sites = collected.sites(k)
         capture = Capture(sites, collected.see, plan.overwritten)
         driver = Driver(
@@ -214,7 +221,9 @@ def run_pass(
         if not k:
             driver.on_first = partial(check_gradients, model, plan, capture, collected.model_sums, objective)
             driver.on_last = partial(check_weights, model, plan, collected.model_sums, objective)
-        driver.run(data, collected, capture)
+        driver.run(data if saved is None else saved.rest(data, collected), collected, capture)
+        if saved is not None:
+            saved.finish(collected)
     collected.flush()
     return collected
 

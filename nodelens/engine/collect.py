@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from nodelens.statistics.sample_hash import mix
 
 from .collector import TERMS, Collector
 from .other_collectors import ModelCollector, WeightCollector
+from .pass_state import collector_state, restore_collector
 from .plan import Plan
 
 
@@ -132,6 +133,20 @@ class TokenRows:
                     self.owner.put(need, g, made)
 
 
+class SeenOrder(NamedTuple):
+    """The batches read so far in a round: their number, a hash of all their samples in order, and one of the last batch."""
+
+    batches: int = 0
+    all: int = 0
+    last: int = 0
+
+    def then(self, batch: Batch) -> "SeenOrder":
+        """With one more batch."""
+        samples = torch.arange(len(batch.hashes))
+        last = int(mix(batch.hashes, samples).sum())  # wraps around
+        return SeenOrder(self.batches + 1, int(mix(torch.tensor(self.all), torch.tensor(last))), last)
+
+
 _KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": ModelCollector}
 
 
@@ -145,6 +160,7 @@ class Pass:
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # per group
         self.unlabelled = torch.zeros_like(self.samples)  # of these, without a label
         self.repeats = Repeats()
+        self.seen = SeenOrder()
         self.batch: Batch | None = None
         self.pairs: dict[Site, list[PairedSites]] = {site: [] for site in self.collectors}
         by_name = {Other(site.layer.name, site.port): site for site in self.collectors}
@@ -172,13 +188,13 @@ class Pass:
 
     def begin_round(self, round: int) -> None:
         """Starts a reading of the data, numbered from 0."""
-        self.round = round
+        self.round, self.seen = round, SeenOrder()
         for sums in self.model_sums:
             if 0 < round < sums.rounds:
                 sums.again()
 
     def begin(self, batch: Batch) -> None:
-        self.batch = batch
+        self.batch, self.seen = batch, self.seen.then(batch)
         if not self.round and batch.has_ids:
             self.repeats.add(batch.contents(), batch.hashes)
         for sums in self.model_sums:
@@ -243,16 +259,33 @@ class Pass:
             for collector in self.collectors.values():
                 collector.flush()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums so far as plain tensors; buffered rows are added first."""
-        self.flush()
-        state = {
-            f"{k}/{name}": t
-            for k, c in enumerate(self.collectors.values())
-            for j, a in enumerate(c.sums.values())
-            for name, t in ((f"{j}/{n}", t) for n, t in a.state_dict().items())
+    def state_dict(self) -> dict[str, Any]:
+        """All that a pass that continues needs, after a batch has ended, as plain values. No row is added for it."""
+        return {
+            "round": self.round,
+            "samples": self.samples,
+            "unlabelled": self.unlabelled,
+            "repeats": self.repeats.kept(),
+            "seen": list(self.seen),
+            "collectors": [collector_state(c) for c in self.collectors.values()],
+            "pairs": [[pair.shift.get(site) for site in (pair.owner.site, pair.other)] for pair in self._every_pair()],
+            "tokens": [rows.shift for rows in self.token_rows.values()],
         }
-        return state | self.counts() | {"repeats": self.repeats.kept()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what ``state_dict`` of a pass with the same plan returned."""
+        self.round, self.samples, self.unlabelled = state["round"], state["samples"], state["unlabelled"]
+        self.repeats, self.seen = Repeats(state["repeats"]), SeenOrder(*state["seen"])
+        for collector, saved in zip(self.collectors.values(), state["collectors"], strict=True):
+            restore_collector(collector, saved)
+        for pair, shifts in zip(self._every_pair(), state["pairs"], strict=True):
+            sites = (pair.owner.site, pair.other)
+            pair.shift = {site: shift for site, shift in zip(sites, shifts, strict=True) if shift is not None}
+        for rows, shift in zip(self.token_rows.values(), state["tokens"], strict=True):
+            rows.shift = shift
+
+    def _every_pair(self) -> list[PairedSites]:
+        return list({id(pair): pair for pairs in self.pairs.values() for pair in pairs}.values())
 
     def counts(self) -> dict[str, Tensor]:
         """How many samples and rows were read, and how many were left out: samples by group, rows by site."""
@@ -264,16 +297,6 @@ class Pass:
             "rows_seen": torch.tensor([int(c.rows_seen) for c in every]),
             "lost": torch.stack([c.lost for c in every]) if every else torch.zeros(0, len(self.samples), dtype=torch.int64),
         }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the sums that ``state_dict`` of a pass with the same plan returned."""
-        self.samples, self.unlabelled = state["samples"].clone(), state["unlabelled"].clone()
-        self.repeats = Repeats(state["repeats"])
-        for k, c in enumerate(self.collectors.values()):
-            c.left_out, c.rows_seen, c.lost = int(state["left_out"][k]), state["rows_seen"][k : k + 1], state["lost"][k].clone()
-            for j, a in enumerate(c.sums.values()):
-                prefix = f"{k}/{j}/"
-                a.load_state_dict({n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix)})
 
     def sums(self) -> dict[tuple[str, Need], Accumulator]:
         """Every accumulator by layer and need; complete after ``flush``."""

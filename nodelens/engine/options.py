@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, get_args
 
 from nodelens.messages import check_names, with_new_names
@@ -32,8 +33,11 @@ class AnalyzeOptions:
                 sketch:<count>, as in ``nodelens.engine.covariance``. None: an error that lists the choices
     budget:     bytes that the sums may take
     max_passes: how often the data may be read, for a part of the layers each time, so that the sums fit
+    save_to:    folder for the sums of an unfinished pass. The same call with the same folder continues the pass, and its result is
+                the same to the bit. Delete the folder when the result is saved. None: an unfinished pass starts again
+    save_minutes: how often the sums are saved. They are also saved before SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ends the process
 
-    Raises ValueError for an unknown ``reduce`` or fewer than one group.
+    Raises ValueError for an unknown ``reduce``, fewer than one group or a negative ``save_minutes``.
     """
 
     seed: int = 0
@@ -50,12 +54,16 @@ class AnalyzeOptions:
     width: int = LIMIT
     budget: float | str | None = None
     max_passes: int = 1
+    save_to: str | Path | None = None
+    save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise ValueError(f"groups is {self.groups}; it must be 1 or more: groups of samples, for the jackknife")
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
+        if not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes is {self.save_minutes}; it is 0 (after every batch) or more")
 
     def with_named(self, named: Mapping[str, Any], call: str, own: Sequence[str] = ()) -> "AnalyzeOptions":
         """A copy with some options replaced; deprecated names work too. own: further keywords of the call, for the error message.

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,13 +92,13 @@ class ModelSums:
         """Moves the sums to a device."""
         self.totals = {key: total.to(device) for key, total in self.totals.items()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums as plain tensors."""
-        return {str(key): total for key, total in self.totals.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """All that a pass that continues needs, as plain values."""
+        return {"totals": dict(self.totals), "reached": sorted(self.reached)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores saved sums."""
-        self.totals = {key: state[str(key)].clone() for key in self.totals}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a saved state."""
+        self.totals, self.reached = dict(state["totals"]), set(state["reached"])
 
 
 class _TensorSums(ModelSums):
@@ -170,6 +170,13 @@ class SampleGradients(_TensorSums):
             for gradients in self._one_by_one(self.batch, self.slope, self.objective):
                 self.reached |= {name for name, found in zip(self.tensors, gradients, strict=True) if found is not None}
         return super().lost()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"together": self.together}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.together = state["together"]
 
     def _add(self, batch: Batch, slope: Tensor, objective: Objective) -> None:
         if self.together and len(batch) > 1:
@@ -248,6 +255,15 @@ class MovementSums(ModelSums):
 
     def pieces(self, group: GroupLayer) -> list[GroupSlice]:
         return group.pieces("producer")
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"trained": [p.detach() for p in self.trained]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        with torch.no_grad():
+            for p, saved in zip(self.trained, state["trained"], strict=True):
+                p.copy_(saved)
 
 
 def gradients_of(total: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:

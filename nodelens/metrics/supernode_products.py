@@ -1,6 +1,6 @@
 """Products of the first-order change of the loss of each unit with those of the supernodes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -75,6 +75,13 @@ class SupernodeProducts(ModelSums):
         for key in self.totals:
             if key[1] in ("sum", "products"):
                 self.totals[key] = reduce_tensor(self.totals[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"cores": dict(self.cores)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.cores = dict(state["cores"])
 
     def mean_square(self, group: str) -> Tensor:
         """E q^2 of each unit."""

@@ -1,5 +1,8 @@
 """A buffer of rows, allocated once, that collects small batches until a matrix product is worth forming."""
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
@@ -44,6 +47,21 @@ class Buffer:
         found = {k: t[: self.filled] for k, t in self.tables.items()}
         self.filled = 0
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffered rows, and what was allocated for them, as plain values."""
+        held = {k: t[: max(1, self.filled)].clone() for k, t in self.tables.items()}  # one row shows the layout of an empty one
+        return {"capacity": self.capacity, "allocated": self._allocated(), "filled": self.filled, "tables": held}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """The buffer whose ``state_dict`` this is: the same rows in memory of the same size and layout."""
+        buffer = cls(state["capacity"])
+        buffer.filled = state["filled"]
+        buffer.tables = {k: _empty_like(t, state["allocated"]) for k, t in state["tables"].items()}
+        for name, rows in state["tables"].items():
+            buffer.tables[name][: len(rows)].copy_(rows)
+        return buffer
 
     def _allocated(self) -> int:
         return len(next(iter(self.tables.values()))) if self.tables else self.capacity

@@ -1,7 +1,8 @@
 """Moments of the inputs of each unit: features of a Linear layer, patch entries of a convolution."""
 
 import math
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -109,6 +110,18 @@ class MapSums:
         self.sums.zero_()
         self.samples = [0] * len(self.samples)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far as plain values."""
+        return {"sums": self.sums, "samples": list(self.samples), "shift": self.shift, "grid": tuple(self.grid)}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], geometry: ConvolutionGeometry) -> Self:
+        """The sums whose ``state_dict`` this is."""
+        maps = cls.__new__(cls)
+        maps.sums, maps.samples, maps.shift, maps.grid = (state[name] for name in ("sums", "samples", "shift", "grid"))
+        maps.geometry = geometry
+        return maps
 
 
 def patch_sums(rows: Rows, geometry: ConvolutionGeometry) -> SampleSums:

@@ -6,8 +6,7 @@ from nets import Mixed, Tokens, batches, build, images
 from torch import nn
 
 import nodelens as nl
-from nodelens.engine.analyze import DEFAULT, finish, run_pass
-from nodelens.engine.collect import Pass
+from nodelens.engine.analyze import DEFAULT, run_pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
@@ -127,24 +126,6 @@ def test_the_plan_tells_its_bytes_and_stands_by_them():
 def test_over_the_budget_nothing_starts():
     with pytest.raises(MemoryError, match=r"the plan takes .* MiB, budget.memory is 0 MiB; the largest is .* choose fewer layers"):
         nl.analyze(build(Mixed), batches(*images(), 16), budget=1000)
-
-
-def test_a_pass_goes_on_where_it_was_saved(tmp_path):
-    net, data = build(Mixed), batches(*images(), 16)
-    plan = plan_for(net, DEFAULT)
-    whole = finish(plan, run_pass(net, plan, data, Objective.of(net)), torch.device("cpu")).units
-    half = run_pass(net, plan, data[:3], Objective.of(net))
-    torch.save(half.state_dict(), tmp_path / "half.pt")
-    resumed = Pass(plan, Objective.of(net))
-    resumed.load_state_dict(torch.load(tmp_path / "half.pt", weights_only=True))
-    rest = run_pass(net, plan, data[3:], Objective.of(net))
-    for key, sums in rest.sums().items():
-        for group, part in enumerate(sums.parts):
-            if part is not None:
-                resumed.sums()[key].add(part, group)
-    resumed.samples += rest.samples
-    found = finish(plan, resumed, torch.device("cpu")).units
-    assert torch.allclose(torch.tensor(found.to_numpy()), torch.tensor(whole.to_numpy()), rtol=1e-5, atol=1e-30)
 
 
 def test_gradients_reach_a_model_that_reads_token_ids():

@@ -1,0 +1,46 @@
+"""The complete state of an unfinished pass as plain values, from which it continues with the same sums to the bit.
+
+Rows that wait in a buffer are part of it: adding them early would change the order of additions, and so the last bits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nodelens.statistics.buffer import Buffer
+from nodelens.statistics.patches import MapSums
+
+from .collector import Collector
+from .other_collectors import ModelCollector
+
+State = dict[str, Any]  # dictionaries, lists, numbers and tensors, which torch.load(weights_only=True) accepts
+
+
+def collector_state(collector: Collector) -> State:
+    """The sums, the buffered rows, the shifts and the counts of one site, after a batch has ended."""
+    counts = {name: getattr(collector, name) for name in ("left_out", "rows_seen", "lost")}
+    sums = [each.state_dict() for each in collector.sums.values()]
+    if isinstance(collector, ModelCollector):
+        return counts | {"sums": sums}
+    return counts | {
+        "sums": sums,
+        "shift": dict(collector.shift),
+        "buffers": {kind: buffer.state_dict() for kind, buffer in collector.buffers.items()},
+        "grid": tuple(collector.grid),
+        "maps": None if collector.maps is None else collector.maps.state_dict(),
+    }
+
+
+def restore_collector(collector: Collector, state: Mapping[str, Any]) -> None:
+    """Gives a new collector of the same plan a saved state."""
+    for name in ("left_out", "rows_seen", "lost"):
+        setattr(collector, name, state[name])
+    for sums, saved in zip(collector.sums.values(), state["sums"], strict=True):
+        sums.load_state_dict(saved)
+    if isinstance(collector, ModelCollector):
+        return
+    collector.shift, collector.grid = dict(state["shift"]), state["grid"]
+    collector.buffers = {kind: Buffer.of_state(saved) for kind, saved in state["buffers"].items()}
+    if state["maps"] is not None:
+        geometry = collector.site.layer.geometry
+        assert geometry is not None
+        collector.maps = MapSums.of_state(state["maps"], geometry)
