@@ -14,12 +14,19 @@ _RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned"}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Lets ``fill`` write a temporary file next to the path, then renames it atomically."""
+    """Lets ``fill`` write a temporary file next to the path, waits until it is on the disk, then renames it atomically.
+
+    Raises OSError, with the path, if it cannot be written; a former file at the path is then as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         fill(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # a rename may reach the disk before the content does
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
