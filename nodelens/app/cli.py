@@ -1,5 +1,6 @@
 """The command line: ``python -m nodelens.app analyze ...``, and what train.py, analyze.py and prune.py call."""
 
+import errno
 import os
 import re
 import sys
@@ -106,7 +107,9 @@ def _stop(line: str, error: BaseException) -> float:
 def _line(error: BaseException) -> str:
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
     if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}; choose another path or make it readable and writable"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = "free some space, or choose another folder" if full else "choose another path or make it readable and writable"
+        text = f"{error.filename}: {error.strerror}; {way}"
     return f"nodelens: {text}"
 
 

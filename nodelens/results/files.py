@@ -33,6 +33,8 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # a rename may reach the disk before the content does
         _record(path, temporary)
         temporary.replace(path)
     except Exception as error:

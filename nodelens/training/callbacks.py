@@ -28,14 +28,15 @@ from nodelens.results.files import write, write_json
 from nodelens.results.left_out import warn_of_rows
 from nodelens.results.loggers import close, log_result, scalars
 from nodelens.results.result import Result
+from nodelens.statistics.processes import world
 
 
 class Measure(Callback):
     """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
 
     on: ``probe`` measures the calibration samples in eval mode after each epoch, the same rows every time; ``train`` measures the
-    training batches while the weights change; an epoch within which the training was resumed is left out, with a warning, because
-    its first batches were not measured. The measured module is ``module.net``.
+    training batches while the weights change. A checkpoint within an epoch has the sums so far, except for several processes: an
+    epoch within which their training was resumed is left out, with a warning. The measured module is ``module.net``.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Measure(Callback):
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
         self.pairs, self.bias, self.covariance, self.width, self.passes = pairs, bias, covariance, width, max_passes
         self.start: dict[str, Tensor] | None = None  # the weights before training, for metrics of their change
+        self.sums: dict[str, Tensor] | None = None  # of the epoch in which training continues
         self.capture: Capture | None = None
         self.plan: Plan | None = None
         self.taken: Pass | None = None
@@ -74,16 +76,17 @@ class Measure(Callback):
             self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights before training, which a resumed run needs too."""
-        return {"start": self.start}
+        """The weights before training, and the sums of an epoch in progress."""
+        alone = self.taken is not None and world()[1] == 1
+        return {"start": self.start, "sums": self.taken.state_dict() if alone else None}  # type: ignore[union-attr]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the weights before training."""
-        self.start = state_dict.get("start")
+        """Restores what ``state_dict`` returned."""
+        self.start, self.sums = state_dict.get("start"), state_dict.get("sums")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        self.partial = self.on == "train" and progress.processed > 0
+        self.partial = self.on == "train" and progress.processed > 0 and self.sums is None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.partial = False  # this hook is not called where an epoch continues
@@ -181,6 +184,9 @@ class Measure(Callback):
         )
         check_bytes(self.plan, in_bytes(self.budget))
         self.taken = Pass(self.plan, objective, self.seed)
+        if self.sums is not None:
+            self.taken.load_state_dict({name: t.to(module.device) if "/" in name else t for name, t in self.sums.items()})
+            self.sums = None
         root = Site(Layer("", net), "output")
         self.capture = Capture([*self.plan.sites(), root], self._see, self.plan.overwritten).open()
 

@@ -14,7 +14,7 @@ from .run_folder import check_same_inputs, run_folder
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains and returns the test accuracy of the best checkpoint. Resumes from ``checkpoints/last.ckpt`` in the folder."""
+    """Trains and returns the test accuracy of the best checkpoint. Resumes from the last checkpoint in the folder."""
     from lightning.pytorch import seed_everything
 
     with run_folder(cfg) as folder:
@@ -50,13 +50,17 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from nodelens.training.callbacks import Outcome
+    from nodelens.training.checkpoints import write_atomically
+    from nodelens.training.last_checkpoint import LastCheckpoint
     from nodelens.training.resume import SeededSteps
 
     outcome = Outcome(folder / "result.json", plain(resolved(cfg)))
-    callbacks = [SeededSteps(cfg.seed), *build_all(cfg.callbacks, "callbacks").values(), outcome]
+    chosen = sorted(build_all(cfg.callbacks, "callbacks").values(), key=lambda callback: isinstance(callback, LastCheckpoint))
+    callbacks = [SeededSteps(cfg.seed), *chosen, outcome]  # the last checkpoint also has the state of the others
     trainer = build(
         _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
     )
+    write_atomically(trainer)
     try:
         with plain_worker_errors():
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
@@ -74,14 +78,18 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
 
 
 def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
-    """The checkpoint to resume from: the last one in the folder, else ``ckpt_path``, else None.
+    """The checkpoint to resume from: the last intact one in the folder, else ``ckpt_path``, else None.
 
-    Raises FileNotFoundError or ValueError if ``ckpt_path`` is not a training checkpoint of this network.
+    Raises ValueError if all in the folder are damaged; FileNotFoundError or ValueError if ``ckpt_path`` is not a training
+    checkpoint of this network.
     """
     from nodelens.models import load_weights, training_state
+    from nodelens.training.checkpoints import to_resume_from
 
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
+    last, damaged = to_resume_from(folder / "checkpoints")
+    for line in damaged:
+        print_line(f"warning: {line}; training continues from {last}")
+    if last is not None:
         return str(last)
     if cfg.ckpt_path:
         load_weights(net, cfg.ckpt_path)
