@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises ValueError for a file that is not JSON."""
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # other bytes than text, numbers of too many digits, lists nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
