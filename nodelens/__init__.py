@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nodelens.pruning.planning import PruningOptions, Schedule
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
-    from nodelens.pruning.surgery.save import load_pruned
+    from nodelens.pruning.surgery.load import load_pruned
     from nodelens.results.result import Result, load, load_runs
     from nodelens.training.finetune import Finetune
 
@@ -54,7 +54,7 @@ _HOMES = {  # where the names are defined
     "pruning.planning": "PruningOptions Schedule",
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
-    "pruning.surgery.save": "load_pruned",
+    "pruning.surgery.load": "load_pruned",
     "results.result": "Result load load_runs",
     "training.finetune": "Finetune",
 }

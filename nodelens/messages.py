@@ -24,6 +24,14 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def shown(value: Any, most: int = 60) -> str:
+    """A value as an error message shows it: on one line, cut after 60 characters."""
+    if isinstance(value, int) and abs(value) >= 10**most:
+        return f"an integer of more than {most} digits"
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def check_names(call: str, named: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises TypeError for an option that a call does not have, and suggests the nearest one."""
     unknown = next((name for name in named if name not in known), None)

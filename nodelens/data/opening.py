@@ -16,7 +16,8 @@ from huggingface_hub import constants
 def open_sets(path: str, name: str | None = None, streaming: bool = False) -> dict[str, Any]:
     """The splits of a hub id, or of a local folder or file, by name.
 
-    Raises: FileNotFoundError, in one line, if the folder does not exist, or the hub lacks the data set or is unreachable.
+    Raises: FileNotFoundError, in one line, if the folder does not exist, or the hub lacks the data set or is unreachable;
+    ValueError for a data set that is a script, which is never run.
     """
     place = Path(path).expanduser()
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
@@ -39,6 +40,8 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
             f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
             f"dataset.path=<folder with images or parquet>"
         ) from error
+    except RuntimeError as error:
+        raise _script(path, error) from error
 
 
 def stored_files(path: str, name: str | None = None) -> list[Path]:
@@ -57,6 +60,12 @@ def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
             f"no data set at {place.resolve()}; dataset.path is a folder with one folder of "
             f"images per class, with parquet files, or from save_to_disk"
         ) from error
+    except RuntimeError as error:
+        raise _script(str(place), error) from error
+
+
+def _script(path: str, error: RuntimeError) -> ValueError:
+    return ValueError(f"dataset '{path}' cannot be opened: {error}; code is never run: convert the data to parquet files")
 
 
 def _by_name(sets: Any) -> dict[str, Any]:

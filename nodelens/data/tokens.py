@@ -163,8 +163,8 @@ def _opened(path: str) -> Any:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path, local_files_only=True, **options)
     except ValueError as error:
         raise ValueError(
-            f"the tokenizer at '{path}' cannot be built: a folder needs tokenizer.json, or sentencepiece or tiktoken installed; "
-            "set dataset.tokenizer to such a folder, or to null for bytes"
+            f"the tokenizer at '{path}' cannot be built: a folder needs tokenizer.json, or sentencepiece or tiktoken installed, "
+            "and no code of its own, which is never run; set dataset.tokenizer to such a folder, or to null for bytes"
         ) from error
     except OSError as error:
         if folder.is_dir() or constants.HF_HUB_OFFLINE or not hub_answers():

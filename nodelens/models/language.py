@@ -22,6 +22,7 @@ from transformers import (
 
 from .classifier import Classifier, logits_of
 from .stored import hub_is_reachable, quiet, why_missing
+from .trusted import check_implementations, refuse_code, without_code
 
 BYTES = 259  # vocabulary size of the byte-level tokenizer
 _IGNORE = -100  # a label that does not count, as in cross_entropy
@@ -99,21 +100,20 @@ def causal_lm(
                 None: random weights of a `model_type`, such as llama, with `config`
     config:     values that override the stored (or default) config
     dtype:      auto: as stored
-    attention:  transformers' attn_implementation: eager, sdpa, flash_attention_2; None: its default
+    attention:  transformers' attn_implementation: eager, sdpa, flex_attention, flash_attention_2 or _3; None: its default
     revision:   of a hub id; device_map: devices of the parts (needs `accelerate`)
     quantization: weights of all linear layers except the head in 8 or 4 bits (needs `bitsandbytes` and `accelerate`)
     Raises: OSError, in one line, if `path` is not available; ValueError for options or weights that do not fit.
     """
-    found = language_config(path, model_type, config, revision)
-    chosen = {"dtype": dtype, "attn_implementation": attention}
-    options: dict[str, Any] = {k: v for k, v in chosen.items() if v not in (None, "auto")}
+    found = language_config(path, model_type, config, revision, attention)
+    options: dict[str, Any] = {} if dtype in (None, "auto") else {"dtype": dtype}
     name = repr(path or model_type)
     if quantization is not None:
         options["quantization_config"] = _quantized(quantization, path)
     try:
         with quiet():
             if path is None:
-                return AutoModelForCausalLM.from_config(found, **options)
+                return AutoModelForCausalLM.from_config(found, trust_remote_code=False, **options)
             return _stored(path, found, {"dtype": dtype, "revision": revision, "device_map": device_map, **options})
     except (ImportError, ValueError, KeyError) as error:  # KeyError: a device_map that lacks a part
         raise ValueError(f"{name} cannot be built: {_first_sentence(error)}") from error
@@ -128,21 +128,26 @@ def language_config(
     model_type: str | None = None,
     config: Mapping[str, Any] | None = None,
     revision: str | None = None,
+    attention: str | None = None,
 ) -> PretrainedConfig:
     """The config of ``causal_lm``, without reading weights. Raises the same errors."""
-    changes = dict(config or {})
+    changes = without_code(config or {}, f"'{path or model_type}'")
     if (path is None) == (model_type is None):
         raise ValueError("give model.path, or model.net.model_type for random weights: one of the two")
     try:
         if model_type is not None:
             found = AutoConfig.for_model(model_type, **changes)
         elif path is not None:
-            found = _read_config(path, {"revision": revision, "trust_remote_code": False, **changes})
+            found = _read_config(path, {"revision": revision, **changes, "trust_remote_code": False})
     except (ValueError, TypeError, StrictDataclassError) as error:
+        refuse_code(path or "")
         cause = (isinstance(error, StrictDataclassError) and error.__cause__) or error
         raise ValueError(f"'{path or model_type}' cannot be built: {_first_sentence(cause)}") from error
     if type(found) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"'{path or model_type}' has the model type {found.model_type}, which is not a causal language model")
+    if attention is not None:
+        found._attn_implementation = attention
+    check_implementations(found, f"'{path or model_type}'")
     return found
 
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from .trusted import check_implementations, refuse_code
+
 _log = logging.getLogger(__name__)
 _NAMES = {"num_channels": "channels", "image_size": "size", "patch_size": "patch"}
 
@@ -20,15 +22,18 @@ _NAMES = {"num_channels": "channels", "image_size": "size", "patch_size": "patch
 def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
     """The config stored at `path` (a folder or a hub id).
 
-    Raises: OSError if it is not available; ValueError if it belongs to another model type.
+    Raises: OSError if it is not available; ValueError if it belongs to another model type, needs code of its own, or names a
+    kernel of the hub.
     """
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        refuse_code(path)
         if not Path(path).is_dir() and hub_is_reachable():
             try:
-                config = AutoConfig.from_pretrained(path)
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             except (OSError, ValueError) as refused:
+                refuse_code(path)
                 raise _not_here(path, "the hub has no such model, or it needs a login") from refused
         else:
             raise _not_here(path, why_missing(path)) from error
@@ -37,6 +42,7 @@ def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
             f"'{path}' holds a model of type {config.model_type}, but {kind.model_type} is needed; "
             f"choose another model, or another model.net.path"
         )
+    check_implementations(config, f"'{path}'")
     return config
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -301,3 +302,16 @@ def edit(outputs: Mapping[nn.Module, Edit], inputs: Mapping[nn.Module, Edit] | N
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def parameter_limit(most: int) -> Iterator[None]:
+    """Raises ValueError as soon as modules that are built inside have more than ``most`` parameters."""
+    numbers = count(1)
+
+    def counted(module: nn.Module, name: str, parameter: Any) -> None:
+        if next(numbers) > most:
+            raise ValueError(f"it has more than {most} parameters")
+
+    with nn.modules.module.register_module_parameter_registration_hook(counted):
+        yield

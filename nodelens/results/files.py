@@ -90,9 +90,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises ValueError for a file that is not JSON, or not the one that was written."""
+    checked(path)
     try:
-        return json.loads(checked(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # other bytes than text, numbers of too many digits, lists nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 

@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
@@ -128,40 +127,9 @@ def test_a_folder_of_earlier_versions_is_loaded(tmp_path):
     about = {"nan_policy": "nan", "terms": "terms"}
     plan["about"] = {about.get(k, k): v for k, v in plan["about"].items()} | {"nan": "remove"}
     plan["about"]["allocation"]["normalise"] = plan["about"]["allocation"].pop("normalize")
+    del plan["digests"], plan["config"]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     assert torch.equal(logits(nl.load_pruned(tmp_path), TEXT), logits(pruned.model, TEXT))
-
-
-def test_files_that_were_changed_are_refused(tmp_path):
-    nl.prune(llama(), "magnitude", 0.5).save(tmp_path)
-    plan, weights = json.loads((tmp_path / "plan.json").read_text()), load_file(tmp_path / "model.safetensors")
-
-    def refused(said, **changed):
-        (tmp_path / "plan.json").write_text(json.dumps(plan | changed))
-        with pytest.raises(ValueError, match=said):
-            nl.load_pruned(tmp_path)
-        (tmp_path / "plan.json").write_text(json.dumps(plan))
-
-    refused("plan.json was changed", removed={"model.layers.0.mlp": [0]})
-    refused("a plan can set only counts", numbers={"model": {"forward": 3}})
-    refused("a plan can set only counts", numbers={"model": {"num_heads": "x"}})
-    refused("is not the dense model of", dense=plan["dense"] | {"lm_head.weight": ["float32", [9, 9]]})
-    save_file(weights | {"more": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"more has the shape \[2\] in model.safetensors, the plan does not have it"):
-        nl.load_pruned(tmp_path)
-    first = next(iter(weights))
-    save_file({k: v for k, v in weights.items() if k != first}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="the weights do not fit"):
-        nl.load_pruned(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="cannot be read"):
-        nl.load_pruned(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"transformers": "logging", "config": {}}))
-    with pytest.raises(ValueError, match="'logging' is no model of transformers"):
-        nl.load_pruned(tmp_path)
-    (tmp_path / "plan.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"plan.json is missing"):
-        nl.load_pruned(tmp_path)
 
 
 def test_a_plan_in_steps_is_nested_and_ends_where_it_should(data):

@@ -23,18 +23,22 @@ def meta_lm(
     """
     from nodelens.models import language_config  # transformers costs seconds
 
-    return model_from_config(language_config(path, model_type, config, revision), dtype, attention)
+    return model_from_config(language_config(path, model_type, config, revision, attention), dtype)
 
 
-def model_from_config(config: Any, dtype: str | torch.dtype = "auto", attention: str | None = None) -> nn.Module:
+def model_from_config(config: Any, dtype: str | torch.dtype = "auto") -> nn.Module:
     """The causal language model of a transformers config, on the meta device.
 
     Experts use the batched implementation, which does not read the values of expert ids: only their number per token is known.
+    Raises ValueError for a config that names a kernel of the hub.
     """
     from transformers import AutoModelForCausalLM
 
-    chosen = {"dtype": config.dtype if dtype == "auto" else dtype, "attn_implementation": attention}
-    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    from nodelens.models.trusted import check_implementations
+
+    check_implementations(config, type(config).__name__)
+    chosen = config.dtype if dtype == "auto" else dtype
+    options: dict[str, Any] = {"trust_remote_code": False} | ({} if chosen is None else {"dtype": chosen})
     return meta_model(lambda: AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm", **options))
 
 
