@@ -6,11 +6,12 @@ from nets import Mixed, Tokens, batches, build, images
 from torch import nn
 
 import nodelens as nl
-from nodelens.engine.analyze import DEFAULT, finish, run_pass
+from nodelens.engine.analyze import finish, run_pass
 from nodelens.engine.collect import Pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
+from nodelens.metrics.sets import metric_set
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import edit
@@ -116,7 +117,7 @@ def test_pairs_too_wide_for_groups_leave_the_errors_of_the_rest():
 
 def test_the_plan_tells_its_bytes_and_stands_by_them():
     net = build(Mixed)
-    plan = plan_for(net, DEFAULT)
+    plan = plan_for(net, metric_set("default"))
     taken = run_pass(net, plan, batches(*images(), 16), Objective.of(net))
     for (layer, need), sums in taken.sums().items():
         told = plan.nbytes(next(la for la in plan.layers if la.name == layer), need)
@@ -131,7 +132,7 @@ def test_over_the_budget_nothing_starts():
 
 def test_a_pass_goes_on_where_it_was_saved(tmp_path):
     net, data = build(Mixed), batches(*images(), 16)
-    plan = plan_for(net, DEFAULT)
+    plan = plan_for(net, metric_set("default"))
     whole = finish(plan, run_pass(net, plan, data, Objective.of(net)), torch.device("cpu")).units
     half = run_pass(net, plan, data[:3], Objective.of(net))
     torch.save(half.state_dict(), tmp_path / "half.pt")
