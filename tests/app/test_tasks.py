@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.app.config import build
+from nodelens.app.tasks.common import console
+from nodelens.app.tasks.show import show_plan
 
 SHORT = ("dataset.calibration=64", "metrics=[rq,taylor]")
 NET = """
@@ -173,6 +175,14 @@ def test_a_plan_alone_is_shown_and_nothing_measured(quiet_home):
     assert "sums take" in ended.out
     assert "buffered rows" in ended.out
     assert not (quiet_home / "run/units.parquet").exists()
+
+
+def test_a_plan_says_what_is_left_out(capsys):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    nl.analyze(net, [torch.randn(9, 4)], width=7, on_plan=lambda plan: show_plan(console(), plan))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the data have no labels, so there is no loss: synergy, taylor are left out" in shown
+    assert "0 is 8 wide, budget.width is 7: redundancy, effective_rank, participation_ratio, which need" in shown
 
 
 def test_pruning_groups_are_measured_as_prune_scores_them(quiet_home):
