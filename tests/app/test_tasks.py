@@ -56,8 +56,9 @@ def test_a_training_leaves_its_checkpoints_curves_and_epochs(trained):
 
 def test_what_was_trained_is_analysed(trained, quiet_home):
     best = trained[0] / "checkpoints/best.ckpt"
-    ended = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
+    ended = command("analyze", f"ckpt_path={trained[0]}", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
+    assert f"weights: {best}" in ended.out.replace("\n", "")
     assert {p.name for p in (quiet_home / "run").iterdir()} >= {
         "units.parquet",
         "layers.parquet",
@@ -85,9 +86,10 @@ def test_what_was_trained_is_analysed(trained, quiet_home):
     }
     assert all(m["reason"] for m in result.metadata["missing"])
     assert result.metadata["weights"]["trained_by"]["task"] == "train"
+    assert result.metadata["weights"]["file"] == str(best)
 
     before = snapshot(quiet_home / "run")
-    again = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
+    again = command("analyze", f"ckpt_path={trained[0]}", "hydra.run.dir=run")
     assert again.code == 0
     assert "already finished" in again.out
     assert {k: v for k, v in snapshot(quiet_home / "run").items() if not k.startswith((".hydra", "analyze.log"))} == {

@@ -78,7 +78,7 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
 
     Raises FileNotFoundError or ValueError if ``ckpt_path`` is not a training checkpoint of this network.
     """
-    from nodelens.models import load_weights, training_state
+    from nodelens.models import find_weights, load_weights, training_state
 
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
@@ -87,7 +87,8 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
         load_weights(net, cfg.ckpt_path)
         if not training_state(cfg.ckpt_path):
             raise ValueError(f"{cfg.ckpt_path} has weights but no training state to resume: start from them with model.weights=")
-    return cfg.ckpt_path
+        return str(find_weights(cfg.ckpt_path))
+    return None
 
 
 def fits(net: Any, data: Any) -> None:
