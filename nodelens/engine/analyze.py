@@ -40,26 +40,12 @@ from .table import make_table
 from .validation import find_members, in_bytes
 from .wide_sites import describe as describe_covariance
 
-DEFAULT = (
-    "activation_mean",
-    "activation_variance",
-    "activation_rms",
-    "zero_fraction",
-    "rq",
-    "redundancy",
-    "synergy",
-    "taylor",
-    "effective_rank",
-    "participation_ratio",
-    "magnitude",
-)
-
 
 @torch.inference_mode(False)
 def analyze(
     model: nn.Module,
     data: Iterable[Any] | None,
-    metrics: Metrics = DEFAULT,
+    metrics: Metrics = "default",
     layers: Layers = "*",
     *,
     initial: nn.Module | Mapping[str, Tensor] | None = None,
@@ -72,7 +58,7 @@ def analyze(
 
     data:     batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids). Under a process group, each
               process passes its own share. None is allowed if all metrics read weights only
-    metrics:  names, metric objects, or {column: metric}
+    metrics:  a name, a set by name such as forward, metric objects, a list of these, or {column: metric}
     layers:   a name, a glob, a role, a list of them, or pruning groups
     initial:  the network before training, or its state dict, for metrics of the weights' change
     options:  ``AnalyzeOptions``; each of its fields can also be passed by name, as in ``groups=16``
@@ -252,7 +238,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "processes": world()[1],
         "rows": rows,
         "missing": table.missing,
-        "warnings": repeats_warning(collected.repeats),
+        "warnings": [*plan.notes, *repeats_warning(collected.repeats)],
         "counts": table.counts,
         "model_values": table.model,
         "left_out": left_out_rows(map(str, sites), counts["left_out"].tolist(), counts["rows_seen"].tolist()),

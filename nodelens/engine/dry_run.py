@@ -67,6 +67,7 @@ class DryRun:
     firing: dict[str, Firing] = field(default_factory=dict)  # by layer: the activation that follows
     task: str = ""
     refusal: str = ""  # why the predictions cannot be read from the output
+    labelled: bool = True  # whether the data have what the loss needs
 
     @classmethod
     def of_weights(cls, layers: Iterable[Layer]) -> "DryRun":
@@ -113,6 +114,7 @@ class DryRun:
         tokens = aligned is not None and aligned.ndim == 3 and objective.task not in BY_VALUE
         positions = aligned.shape[1] if tokens and aligned is not None else 1
         known: dict[str, Any] = {"norms": norms, "firing": firing, "task": objective.task, "refusal": refusal}
+        known["labelled"] = batch.labels is not None or objective.loss is not None
         return cls(seen, flops, classes, tokens, positions, objective.decoder, samples, **known)
 
     def bound(self, model: nn.Module) -> "DryRun":

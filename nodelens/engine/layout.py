@@ -53,6 +53,7 @@ class PassLayout:
     seed: int = 0
     reduce: Reduce = "sum"  # combines a unit's values at several places
     cuts: Tensor | None = None  # of sample hashes, between groups of equal size
+    notes: tuple[str, ...] = ()  # what is left out although nobody chose so
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)

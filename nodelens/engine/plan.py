@@ -1,13 +1,14 @@
 """The plan of a pass: its sites, their cost in bytes and operations, and the checks before the data are read."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
 
 from nodelens.metrics import Metric, Need
 from nodelens.metrics.need import Other
+from nodelens.metrics.sets import is_default
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import Layer, pairs_of
@@ -20,8 +21,8 @@ from .covariance import CovariancePolicy
 from .dry_run import DryRun
 from .layout import BALANCE, PassLayout, Place, Reduce
 from .members import Members
-from .validation import check_parameter
-from .wide_sites import check_width, restrict_needs
+from .validation import check_parameter, measurable
+from .wide_sites import check_width, omit_products, restrict_needs
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Plan(PassLayout):
         """The plan for a model's layers, given its dry run.
 
         ``optional`` leaves out layers that the forward pass never calls and lists them in ``never_called``. ``pairs``: layer pairs
-        for edge metrics, consecutive, all, or names. ``per_token``: the targets with one value per token.
+        for edge metrics, consecutive, all, or names. ``per_token``: the targets with one value per token. ``notes`` of the plan:
+        which of the default metrics are left out because the data have no labels, and what ``omit_products`` leaves out.
 
         Raises ValueError for a layer that is never called, a metric without its weights or target, and a site that is too wide.
         """
@@ -66,9 +68,12 @@ class Plan(PassLayout):
                 f"its weight directly): {remedy}"
             )
         layers = [layer for layer in layers if layer not in never_called]
+        default = is_default(metrics)
+        metrics, unlabelled = measurable(metrics, dry_run) if default else (metrics, ())
         settings = precision, frozenset(per_token), pairs_of(layers, pairs), covariance or CovariancePolicy()
         names = [layer.name for layer in never_called]
         plan = cls(layers, metrics, dry_run, groups, positions, names, *settings, members=members, seed=seed, reduce=reduce)
+        plan = omit_products(replace(plan, notes=unlabelled), optional, default)
         for name, metric in metrics.items():
             check_parameter(plan, name, metric, optional)
             for need in metric.needs().values() if dry_run.tokens else ():

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nodelens.metrics import Metric, get_metric
+from nodelens.messages import nearest
+from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.metrics.need import Other
+from nodelens.metrics.sets import list_sets, metric_set
 from nodelens.network.find_layers import find_layers, resolved
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup
@@ -15,21 +17,34 @@ from nodelens.network.layers import Layer
 from .firing import BEHIND
 from .plan import Plan
 
-Metrics = Sequence[str | Metric] | Mapping[str, Metric]
+Metrics = str | Metric | Sequence[str | Metric] | Mapping[str, Metric]
 Layers = str | Sequence[str | Layer | PruningGroup]
 
 
 def as_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """{column: metric} from names and metric objects. Raises ValueError for a name that occurs twice."""
+    """{column: metric} from one or several names, sets by name such as ``forward``, and metric objects.
+
+    Sets may overlap. Raises ValueError for an unknown name, and for one that occurs twice outside of sets.
+    """
     if isinstance(metrics, Mapping):
         return dict(metrics)
-    chosen: dict[str, Metric] = {}
-    for metric in metrics:
+    every = [metrics] if isinstance(metrics, (str, Metric)) else list(metrics)
+    of_sets = [metric_set(name) for name in every if isinstance(name, str) and name in list_sets()]
+    single: dict[str, Metric] = {}
+    for metric in every:
+        if isinstance(metric, str) and metric in list_sets():
+            continue
         name = metric if isinstance(metric, str) else metric.names[-1]
-        if name in chosen:
+        if name in single:
             raise ValueError(f"metric {name!r} is given twice; give a dict {{column: metric}} to name two variants")
-        chosen[name] = get_metric(metric) if isinstance(metric, str) else metric
-    return chosen
+        single[name] = _metric(metric) if isinstance(metric, str) else metric
+    return {name: metric for found in [*of_sets, single] for name, metric in found.items()}
+
+
+def _metric(name: str) -> Metric:
+    if name not in list_metrics() and (near := nearest(name, list_sets())):
+        raise ValueError(f"no metric or set of metrics is called {name!r}.{near} Sets are {', '.join(list_sets())}")
+    return get_metric(name)
 
 
 def as_layers(model: nn.Module, layers: Layers, start: Mapping[str, Tensor] | None = None) -> list[Layer]:

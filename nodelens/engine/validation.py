@@ -8,6 +8,7 @@ from nodelens.metrics import Metric
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
 
+from .dry_run import DryRun
 from .layout import PassLayout
 from .members import Members, of_groups_only
 
@@ -57,6 +58,22 @@ def _check_layer(name: str, metric: Metric, layer: Layer) -> None:
             f"metric {name!r} reads the consumers of the units, which are unknown for layer {layer.name!r} alone: measure the "
             "layer that reads them, such as 'fc2.input', or pruning groups, layers=groups"
         )
+
+
+def measurable(metrics: Mapping[str, Metric], dry_run: DryRun) -> tuple[Mapping[str, Metric], tuple[str, ...]]:
+    """The metrics without those of a loss where the data have no labels, and a note that says so."""
+    if dry_run.labelled:
+        return metrics, ()
+    of_loss = [name for name, metric in metrics.items() if _reads_loss(metric)]
+    note = (
+        f"the data have no labels, so there is no loss: {', '.join(of_loss)} are left out; give (x, y) batches, or labels in a dict"
+    )
+    return {name: metric for name, metric in metrics.items() if name not in of_loss}, (note,)
+
+
+def _reads_loss(metric: Metric) -> bool:
+    """Whether a metric reads gradients, or a target that is computed from predictions and labels."""
+    return any("grad" in need.port or need.target not in (None, "next", "input", "given") for need in metric.needs().values())
 
 
 def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool) -> None:

@@ -1,8 +1,8 @@
 """Sites that are too wide: reduces what metrics need there as the covariance policy says, or raises with the choices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ _BASIS_FREE = (
     SubspaceMetric,
 )
 Needs = dict[str, tuple[Layer, Need]]
+_Plan = TypeVar("_Plan", bound=PassLayout)
 
 
 class Side(NamedTuple):
@@ -114,7 +115,7 @@ def reason_left_out(plan: PassLayout, needs: Needs) -> str:
     sides = sorted(f"{side} is {plan.seen_at(*side).width:,} wide" for _, side in restricted_sides(plan, needs))
     if not sides:
         return ""
-    return f"{sides[0]}, beyond budget.width={plan.covariance.limit:,}: covariance=diagonal leaves products of units out"
+    return f"{sides[0]}, beyond budget.width={plan.covariance.limit:,}: products of its units are left out (covariance=diagonal)"
 
 
 def restricted_sites(plan: PassLayout) -> dict[Side, dict[str, Metric]]:
@@ -125,6 +126,37 @@ def restricted_sites(plan: PassLayout) -> dict[Side, dict[str, Metric]]:
             for _, side in restricted_sides(plan, plan.wanted(metric, place)):
                 found.setdefault(side, {})[name] = metric
     return found
+
+
+def omit_products(plan: _Plan, optional: bool, default: bool) -> _Plan:
+    """The plan with ``covariance=diagonal`` and a note, where nobody asked for products at a site that is too wide.
+
+    These are the ``default`` metrics at any site; and, where layers are ``optional``, any metric at the predictions, such as those
+    of an ``lm_head``, if it has a value at another layer.
+    """
+    found = restricted_sites(plan)
+    if not found or plan.covariance.kind != "refuse":
+        return plan
+    other = replace(plan, covariance=replace(plan.covariance, kind="diagonal"))
+    heads = all(side.port == "output" and plan.seen_at(*side).width == plan.dry_run.classes for side in found)
+    metrics = {name: metric for every in found.values() for name, metric in every.items()}
+    elsewhere = all(any(other.resolve(metric, place) for place in plan.places(metric)) for metric in metrics.values())
+    if not (default or (optional and heads and elsewhere)):
+        return plan
+    return replace(other, notes=(*plan.notes, _omitted_note(plan, found, [*metrics])))
+
+
+def _omitted_note(plan: PassLayout, found: Iterable[Side], metrics: list[str]) -> str:
+    widths = {side: plan.seen_at(*side).width for side in found}
+    widest = max(widths, key=lambda side: widths[side])
+    more = f" (and {len(widths) - 1} more sites)" if len(widths) > 1 else ""
+    need, are = ("need", "are") if len(metrics) > 1 else ("needs", "is")
+    count = min(1024, plan.covariance.limit)
+    return (
+        f"{widest} is {widths[widest]:,} wide{more}, budget.width is {plan.covariance.limit:,}: {_listed(metrics)}, which "
+        f"{need} products of all its units, {are} left out there; "
+        f"covariance=sample:{count} measures {count:,} of its units"
+    )
 
 
 def check_width(plan: PassLayout) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .hf import resnet, vit
     from .language import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
     from .plain import CNN, MLP, cnn, mlp
-    from .weights import load_weights, training_state
+    from .weights import find_weights, load_weights, training_state
 
 __all__ = [
     "CNN",
@@ -21,6 +21,7 @@ __all__ = [
     "causal_lm",
     "check_vocabulary",
     "cnn",
+    "find_weights",
     "language_config",
     "load_weights",
     "logits_of",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "resnet": "hf", "vit": "hf"}
-_HOME["training_state"] = "weights"
+_HOME |= dict.fromkeys(("find_weights", "training_state"), "weights")
 _HOME |= dict.fromkeys(("CNN", "MLP", "cnn", "mlp"), "plain")
 _HOME |= dict.fromkeys(("LanguageModel", "causal_lm", "check_vocabulary", "language_config", "tiny_lm"), "language")
 

@@ -37,7 +37,8 @@ class LanguageModel(Classifier):
     path:  the origin of the net, so that a config names it only once
     optimizer, scheduler, weights, config: as in ``Classifier``
 
-    A batch is a dict with labels (B, T): the token ids, or -100 for tokens not to be predicted. Logs, once per epoch,
+    A batch is a dict with labels (B, T): the token ids (which they are if there are none), or -100 for tokens not to be
+    predicted. Logs, once per epoch,
     {train,val,test}/loss, in nats per predicted token, and /acc, the share of predicted tokens that are the most likely one.
     """
 
@@ -63,7 +64,7 @@ class LanguageModel(Classifier):
         return self(batch)
 
     def _step(self, batch: Any, stage: str) -> Tensor:
-        if not isinstance(batch, Mapping) or "labels" not in batch:
+        if not isinstance(batch, Mapping) or not {"labels", "input_ids"} & batch.keys():
             raise TypeError(f"a batch is {type(batch).__name__}; expected a dict with input_ids and labels")
         following = next_tokens(batch)
         known = following != _IGNORE
@@ -80,7 +81,7 @@ class LanguageModel(Classifier):
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """The next token of each but the last, (B, T - 1); -100 if it is not to be predicted or either of the two is padding."""
-    following, mask = batch["labels"][:, 1:], batch.get("attention_mask")
+    following, mask = batch["labels" if "labels" in batch else "input_ids"][:, 1:], batch.get("attention_mask")
     return following if mask is None else following.where(mask[:, 1:].bool() & mask[:, :-1].bool(), _IGNORE)
 
 

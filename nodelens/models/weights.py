@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+_WRAPPERS = ("net", "model", "module", "_orig_mod")  # of Lightning modules, of parallel wrappers, of torch.compile
+_IN_FOLDER = ("model.safetensors", "checkpoints/best.ckpt", "best.ckpt")
+_EXTRA = "_extra_state"  # what modules store besides tensors
 _SAVE = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
 # errors of torch's restricted unpickler on bytes that are not a checkpoint: they are read as instructions until one fails
 _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
@@ -19,37 +22,41 @@ _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, Valu
 def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
     """Copy stored weights into `net`; returns the config stored with them ("nodelens_config"), or None.
 
-    path: a `.safetensors` file, a folder that holds `model.safetensors`, or a torch file with a plain state dict or a
-    Lightning checkpoint ("state_dict", keys with or without the prefix "net."). No code in the file is run.
+    path: a `.safetensors` file, a torch file with a plain state dict or a Lightning checkpoint ("state_dict"), or a folder as
+    for `find_weights`. Names may have the prefixes `net.`, `model.`, `module.` and `_orig_mod.` of wrappers, nested in any way. No
+    code in the file is run.
     Raises: FileNotFoundError if there is no file; ValueError if it holds no weights, or weights that do not fit. On an
     error, `net` is unchanged.
     """
-    file = _find(path)
+    file = find_weights(path)
     stored = _read(file)
     config = stored.get("nodelens_config")
-    state = _tensors(stored.get("state_dict", stored), file)
     own = net.state_dict()
-    state = _without_prefix(state, own)
+    state = _named_as(_state(stored.get("state_dict", stored), file), own)
     _check_names(state, own, file)
     _check_shapes(state, own, file)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    net.load_state_dict(state)
     return config if isinstance(config, dict) else None
 
 
 def training_state(path: str | Path) -> bool:
     """Whether a file is a Lightning checkpoint that training can resume from. Raises the errors of load_weights."""
-    return {"state_dict", "optimizer_states", "pytorch-lightning_version"} <= _read(_find(path)).keys()
+    return {"state_dict", "optimizer_states", "pytorch-lightning_version"} <= _read(find_weights(path)).keys()
 
 
-def _find(path: str | Path) -> Path:
+def find_weights(path: str | Path) -> Path:
+    """The file with the weights: the file itself, in a folder model.safetensors, else the best checkpoint of a training run.
+
+    Raises FileNotFoundError if there is none.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
-        file = file / "model.safetensors"
+        inside = [file / name for name in _IN_FOLDER]
+        file = next((each for each in inside if each.is_file()), file)
     if not file.is_file():
         raise FileNotFoundError(
-            f"no weights at {file.resolve()}; give a .safetensors file, a folder that holds model.safetensors, or a checkpoint"
+            f"no weights at {file.resolve()}; give a .safetensors file, a checkpoint, a folder that holds model.safetensors, "
+            "or the folder of a training run"
         )
     return file.resolve()
 
@@ -74,23 +81,35 @@ def _not_weights(file: Path) -> ValueError:
     )
 
 
-def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
+def _state(state: Any, file: Path) -> dict[str, Any]:
+    """Names and values, which are tensors or the extra state of a module (``get_extra_state``)."""
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{file} holds no state dict; re-save it with {_SAVE}")
-    other = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    other = [str(name) for name, value in state.items() if not isinstance(value, Tensor) and not str(name).endswith(_EXTRA)]
     if other:
         raise ValueError(f"{file} holds more than weights ({_few(other)} are not tensors); re-save it with {_SAVE}")
-    return dict(state)
+    return {str(name): value for name, value in state.items()}
 
 
-def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix "net." of a Classifier, unless the network itself has such keys."""
-    if state.keys() & own.keys():
+def _named_as(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The state under the network's own names, without the names of wrappers in front and of ``torch.compile`` anywhere."""
+    if state.keys() == own.keys():
         return state
-    return {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    names = {_uncompiled(name): name for name in own}
+    found = {_uncompiled(name): value for name, value in state.items()}
+    while not found.keys() & names.keys():
+        heads = {name.partition(".")[0] for name in found}
+        if not heads & {*_WRAPPERS}:
+            break
+        found = {name.partition(".")[2] if name.partition(".")[0] in _WRAPPERS else name: value for name, value in found.items()}
+    return {names.get(name, name): value for name, value in found.items()}
 
 
-def _check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> None:
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _check_names(state: Mapping[str, Any], own: Mapping[str, Any], file: Path) -> None:
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     if missing or extra:
@@ -101,8 +120,9 @@ def _check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], file: P
         )
 
 
-def _check_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> None:
-    wrong = [name for name in own if own[name].shape != state[name].shape]
+def _check_shapes(state: Mapping[str, Any], own: Mapping[str, Any], file: Path) -> None:
+    tensors = [name for name in own if isinstance(own[name], Tensor) and isinstance(state[name], Tensor)]
+    wrong = [name for name in tensors if own[name].shape != state[name].shape]
     if wrong:
         name = wrong[0]
         raise ValueError(

@@ -60,7 +60,7 @@ class Batch:
         if the batch has none. ``select`` (B, T) bool in a dict says which real tokens count as rows; it changes neither the
         loss nor the model's inputs. ``token_mask`` (B, T), 1 for real tokens, takes the place of ``attention_mask`` for a model
         that has its mask under another name. All other entries of a dict, except labels, targets, ids and bytes, are passed to
-        the model.
+        the model. The labels of a causal language model are its tokens if the batch has none.
 
         Sample hashes are made of ``ids`` if the batch has them, otherwise of the content of the samples, so that groups do
         not depend on batching or padding. ``cuts`` (of ``balanced_cuts``) divide them into groups of
@@ -71,6 +71,8 @@ class Batch:
         first = args[0] if args else _first_tensor(kwargs)
         if mask is None and select is None:
             warn_of_masks(kwargs, first)
+        if labels is None and task == "causal_lm":
+            labels = _token_ids(args, kwargs)
         if labels is not None and len(labels) != len(first):
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
         labels = _as_classes(labels, first)
@@ -196,6 +198,14 @@ def _as_classes(labels: Tensor | None, first: Tensor) -> Tensor | None:
         return labels
     column = labels.ndim == 2 and labels.shape[1] == 1 and first.shape != labels.shape
     return (labels[:, 0] if column else labels).long()
+
+
+def _token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The token ids (B, T) that a model is called with; None if it is called with something else."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
+        return None
+    return ids.long()
 
 
 def _without_padding(labels: Tensor | None, mask: Any, task: str) -> Tensor | None:

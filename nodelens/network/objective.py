@@ -99,7 +99,7 @@ class Objective:
         """
         if self.task == "seq2seq":
             return replace(self, decoder=decoder_sites(model, self.batch(given)))
-        batch = Batch.of(given)
+        batch = Batch.of(given, task=self.task)
         y, task = batch.labels, self.task
         if y is None or (self.loss is not None and task):
             return self

@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.app.config import build
+from nodelens.app.tasks.common import console
+from nodelens.app.tasks.show import show_plan
 
 SHORT = ("dataset.calibration=64", "metrics=[rq,taylor]")
 NET = """
@@ -54,8 +56,9 @@ def test_a_training_leaves_its_checkpoints_curves_and_epochs(trained):
 
 def test_what_was_trained_is_analysed(trained, quiet_home):
     best = trained[0] / "checkpoints/best.ckpt"
-    ended = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
+    ended = command("analyze", f"ckpt_path={trained[0]}", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
+    assert f"weights: {best}" in ended.out.replace("\n", "")
     assert {p.name for p in (quiet_home / "run").iterdir()} >= {
         "units.parquet",
         "layers.parquet",
@@ -83,9 +86,10 @@ def test_what_was_trained_is_analysed(trained, quiet_home):
     }
     assert all(m["reason"] for m in result.metadata["missing"])
     assert result.metadata["weights"]["trained_by"]["task"] == "train"
+    assert result.metadata["weights"]["file"] == str(best)
 
     before = snapshot(quiet_home / "run")
-    again = command("analyze", f"ckpt_path={best}", "hydra.run.dir=run")
+    again = command("analyze", f"ckpt_path={trained[0]}", "hydra.run.dir=run")
     assert again.code == 0
     assert "already finished" in again.out
     assert {k: v for k, v in snapshot(quiet_home / "run").items() if not k.startswith((".hydra", "analyze.log"))} == {
@@ -173,6 +177,14 @@ def test_a_plan_alone_is_shown_and_nothing_measured(quiet_home):
     assert "sums take" in ended.out
     assert "buffered rows" in ended.out
     assert not (quiet_home / "run/units.parquet").exists()
+
+
+def test_a_plan_says_what_is_left_out(capsys):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    nl.analyze(net, [torch.randn(9, 4)], width=7, on_plan=lambda plan: show_plan(console(), plan))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the data have no labels, so there is no loss: synergy, taylor are left out" in shown
+    assert "0 is 8 wide, budget.width is 7: redundancy, effective_rank, participation_ratio, which need" in shown
 
 
 def test_pruning_groups_are_measured_as_prune_scores_them(quiet_home):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 import nodelens as nl
-from nodelens.engine.analyze import DEFAULT
 from nodelens.metrics import get_metric
+from nodelens.metrics.sets import metric_set
 from nodelens.network.find_layers import find_layers
 from nodelens.statistics.sample_hash import content_hashes, mix
 
@@ -55,7 +55,7 @@ def test_every_unit_of_every_layer_has_a_row_and_what_is_never_called_is_said(ne
     assert result.metadata["outputs"] == ["head"]
     assert not result.units.isna().any().any()
     assert result.metadata["missing"] == []
-    assert {f"{m}_se" for m in DEFAULT if m not in ("magnitude", "effective_rank", "participation_ratio")} <= set(
+    assert {f"{m}_se" for m in metric_set("default") if m not in ("magnitude", "effective_rank", "participation_ratio")} <= set(
         result.units.columns
     )
 

@@ -6,10 +6,11 @@ from nets import Mixed, Tokens, batches, build, images
 from torch import nn
 
 import nodelens as nl
-from nodelens.engine.analyze import DEFAULT, run_pass
+from nodelens.engine.analyze import run_pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
+from nodelens.metrics.sets import metric_set
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import edit
@@ -115,7 +116,7 @@ def test_pairs_too_wide_for_groups_leave_the_errors_of_the_rest():
 
 def test_the_plan_tells_its_bytes_and_stands_by_them():
     net = build(Mixed)
-    plan = plan_for(net, DEFAULT)
+    plan = plan_for(net, metric_set("default"))
     taken = run_pass(net, plan, batches(*images(), 16), Objective.of(net))
     for (layer, need), sums in taken.sums().items():
         told = plan.nbytes(next(la for la in plan.layers if la.name == layer), need)

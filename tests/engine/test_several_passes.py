@@ -8,13 +8,14 @@ import torch.multiprocessing as mp
 from nets import Mixed, batches, build, images
 
 import nodelens as nl
-from nodelens.engine.analyze import DEFAULT, run_pass
+from nodelens.engine.analyze import run_pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.members import of_groups_only
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
 from nodelens.engine.several_passes import divided
 from nodelens.metrics import METRICS, get_metric
+from nodelens.metrics.sets import metric_set
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.objective import Objective
@@ -43,7 +44,7 @@ from nodelens.statistics.sample import ROWS
 from nodelens.statistics.weight_sums import WeightSums
 
 EDGES = ["linear_cka", "linear_cka_debiased", "feature_subspace_novelty"]
-METRICS_ASKED = [*DEFAULT, *EDGES, "downstream_importance", "composite", "l2_norm", "total_correlation"]
+METRICS_ASKED = [*metric_set("default"), *EDGES, "downstream_importance", "composite", "l2_norm", "total_correlation"]
 
 
 def plan_of(net, data, metrics, layers="*", groups=8, pairs="consecutive"):

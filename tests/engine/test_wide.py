@@ -116,7 +116,8 @@ def test_diagonal_leaves_products_out_and_every_other_column_as_it_is(net, data)
     assert found.edges["layer_cosine_sim"].notna().tolist() == [True, False]  # mid and down differ in width
     told = {(m["layer"], m["column"]): m for m in found.metadata["missing"]}
     assert told["up", "redundancy"]["count"] == WIDTH
-    assert "up is 40 wide, beyond budget.width=24: covariance=diagonal leaves" in told["up", "redundancy"]["reason"]
+    reason = "up is 40 wide, beyond budget.width=24: products of its units are left out (covariance=diagonal)"
+    assert told["up", "redundancy"]["reason"] == reason
     assert told["up", "participation_ratio"]["count"] == 1
     assert told["up -> mid", "linear_cka"]["count"] == 1
     assert [(w["site"], w["width"], w["channels"]) for w in found.metadata["covariance"]] == [

@@ -214,6 +214,10 @@ def test_a_stored_model_is_trained_with_its_dropout(tmp_path, data):
 def test_a_batch_without_labels_raises():
     with pytest.raises(TypeError, match="a batch is Tensor; expected a dict with input_ids and labels"):
         LanguageModel(small()).training_step(torch.zeros(1, 2), 0)
+    ids = torch.tensor([[3, 5, 4, 6]])
+    module = LanguageModel(small()).eval()
+    module.log = lambda *_, **__: None
+    assert module.training_step({"input_ids": ids}, 0) == module.training_step({"input_ids": ids, "labels": ids}, 0)
     logits = LanguageModel(small()).predict_step({"input_ids": torch.zeros(1, 2).long(), "ids": torch.zeros(1)}, 0)
     assert logits.shape == (1, 2, 259)
 

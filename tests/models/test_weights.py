@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from nodelens.models import MLP, Classifier, load_weights
+from nodelens.models import MLP, Classifier, find_weights, load_weights
 
 
 def net(hidden: int = 5, seed: int = 0) -> MLP:
@@ -54,6 +54,82 @@ def test_a_missing_file_raises_with_its_full_path(tmp_path, monkeypatch):
         load_weights(net(), "no.safetensors")
     with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
         load_weights(net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["net.", "model.", "module.", "_orig_mod.", "model.module._orig_mod.", "net._orig_mod.", "module.model.net.module."]
+)
+def test_prefixes_of_wrappers_do_not_matter(prefix, tmp_path):
+    target = net(seed=1)
+    torch.save({f"{prefix}{name}": tensor for name, tensor in net().state_dict().items()}, tmp_path / "w.ckpt")
+    load_weights(target, tmp_path / "w.ckpt")
+    same(target, net())
+
+
+class Wrapped(torch.nn.Module):
+    """A network with a part whose name is that of a wrapper."""
+
+    def __init__(self, seed, inner=lambda part: part):
+        super().__init__()
+        self.model = inner(net(seed=seed))
+        self.head = torch.nn.Linear(3, 2)
+
+
+class Compiled(torch.nn.Module):
+    """A module inside which another one lies as torch.compile leaves it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self._orig_mod = inner
+
+
+@pytest.mark.parametrize("saved", [lambda part: part, Compiled])
+@pytest.mark.parametrize("target", [lambda part: part, Compiled])
+def test_a_compiled_part_and_a_part_named_like_a_wrapper_keep_their_weights(saved, target, tmp_path):
+    source, found = Wrapped(0, saved), Wrapped(1, target)
+    torch.save({"state_dict": {f"net.{name}": tensor for name, tensor in source.state_dict().items()}}, tmp_path / "w.ckpt")
+    load_weights(found, tmp_path / "w.ckpt")
+    for a, b in zip(source.parameters(), found.parameters(), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
+def test_names_of_another_network_raise_behind_a_prefix_too(tmp_path):
+    torch.save({"module.other.weight": torch.ones(1)}, tmp_path / "w.ckpt")
+    with pytest.raises(ValueError, match=r"1 in the file are not expected \(other.weight\)"):
+        load_weights(net(), tmp_path / "w.ckpt")
+
+
+def test_the_folder_of_a_run_gives_its_best_checkpoint(tmp_path):
+    for seed, name in enumerate(("last", "best")):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        torch.save({"state_dict": net(seed=seed).state_dict()}, tmp_path / "checkpoints" / f"{name}.ckpt")
+    target = net(seed=5)
+    load_weights(target, tmp_path)
+    same(target, net(seed=1))
+    assert find_weights(tmp_path) == tmp_path / "checkpoints" / "best.ckpt"
+
+
+class Counting(torch.nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    seen = 0
+
+    def get_extra_state(self):
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_state_that_is_no_tensor_is_loaded_too(tmp_path):
+    source, target = Counting(2, 2), Counting(2, 2)
+    source.seen = 7
+    torch.save(source.state_dict(), tmp_path / "w.ckpt")
+    load_weights(target, tmp_path / "w.ckpt")
+    assert target.seen == 7
+    torch.save({"weight": torch.ones(2, 2), "bias": None, "_extra_state": None}, tmp_path / "w.ckpt")
+    with pytest.raises(ValueError, match=r"holds more than weights \(bias are not tensors\)"):
+        load_weights(target, tmp_path / "w.ckpt")
 
 
 class Trap:

@@ -10,7 +10,6 @@ from torch import nn
 from nodelens.analysis.geometry.analyze_model import forward_options
 from nodelens.analysis.geometry.columns import MetricSelection, columns_of
 from nodelens.analysis.geometry.sites import SeenTensors, hook_points, merged, pairs, unique
-from nodelens.engine.analyze import DEFAULT
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.driver import device_of
 from nodelens.engine.dry_run import DryRun, with_groups
@@ -30,7 +29,7 @@ from .meta_device import model_from_config, token_batch
 @torch.inference_mode(False)
 def estimate_cost(
     model: Any,
-    metrics: Metrics = DEFAULT,
+    metrics: Metrics = "default",
     layers: Layers = "*",
     *,
     batch: Any = None,

@@ -12,6 +12,7 @@ from nodelens.app.config import resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.validation import in_bytes
+from nodelens.models import find_weights
 from nodelens.results.files import plain
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
@@ -130,11 +131,12 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
 
 def run_metadata(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
     """The metadata of a run: its config, data and weights."""
+    file = str(find_weights(cfg.ckpt_path)) if cfg.ckpt_path else None
     counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # texts: documents, tokens, excluded tokens
     return {
         "config": plain(resolved(cfg)),
         "data": {"split": split, "fingerprint": data.fingerprint(), **counts},
-        "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)},
+        "weights": {"ckpt_path": cfg.ckpt_path, "file": file, "trained_by": plain(trained_by)},
     }
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 from nodelens.app.checks import check
 from nodelens.app.config import build, resolved, unset
 from nodelens.engine.validation import in_bytes
-from nodelens.models import load_weights
+from nodelens.models import find_weights, load_weights
 
 
 def console() -> Console:
@@ -106,7 +107,10 @@ def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[
     if classes is not None:
         check_tokens(module.net, classes)
     if cfg.ckpt_path:
-        trained_by = load_weights(module.net, cfg.ckpt_path)
+        file = find_weights(cfg.ckpt_path)
+        if Path(cfg.ckpt_path).is_dir():
+            print_line(f"weights: {file}")
+        trained_by = load_weights(module.net, file)
     elif not cfg.model.get("weights") and not (cfg.model.get("net") or {}).get("path"):
         name = type(module.net).__name__
         print_line(f"warning: the weights of {name} are random; pass ckpt_path=... to measure a trained model")

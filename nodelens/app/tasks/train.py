@@ -83,7 +83,7 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
     Raises ValueError if all in the folder are damaged; FileNotFoundError or ValueError if ``ckpt_path`` is not a training
     checkpoint of this network.
     """
-    from nodelens.models import load_weights, training_state
+    from nodelens.models import find_weights, load_weights, training_state
     from nodelens.training.checkpoints import to_resume_from
 
     last, damaged = to_resume_from(folder / "checkpoints")
@@ -95,7 +95,8 @@ def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
         load_weights(net, cfg.ckpt_path)
         if not training_state(cfg.ckpt_path):
             raise ValueError(f"{cfg.ckpt_path} has weights but no training state to resume: start from them with model.weights=")
-    return cfg.ckpt_path
+        return str(find_weights(cfg.ckpt_path))
+    return None
 
 
 def fits(net: Any, data: Any) -> None:
