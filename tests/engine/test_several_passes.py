@@ -160,9 +160,7 @@ def test_a_successor_is_there_in_the_pass_of_its_edge(net, data):
 def test_a_budget_that_more_passes_meet_says_how_many(net, data):
     plan = plan_of(net, data, METRICS_ASKED)
     budget = smallest(plan, 3)
-    with pytest.raises(
-        MemoryError, match=r"the plan takes .* or a larger budget; or max_passes=3 \(it is 1\): the largest"
-    ) as e:
+    with pytest.raises(MemoryError, match=r"the plan takes .* or a larger budget; or max_passes=3 \(it is 1\): the largest") as e:
         nl.analyze(net, data, METRICS_ASKED, budget=budget)
     assert "the largest is " in str(e.value)
 

@@ -398,9 +398,7 @@ def geometry(blocks, wide, metrics=("spectrum", "novelty")):
 
 
 def test_the_geometry_of_a_wide_stream_is_refused_with_the_choices(blocks):
-    with pytest.raises(
-        ValueError, match=r"layers\.0' is 40 wide \(and 1 more sites\), width is 24: .*covariance=sketch:24"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0' is 40 wide \(and 1 more sites\), width is 24: .*covariance=sketch:24"):
         geometry(blocks, None)
 
 

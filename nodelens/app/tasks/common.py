@@ -31,6 +31,11 @@ def verify(cfg: DictConfig) -> None:
 
     These are a missing value, a key or type that a class does not accept, and a number out of range.
     """
+    if str(cfg.model.get("_target_", "")).endswith(".LanguageModel") and "channels" in cfg.dataset:
+        raise ValueError(
+            f"the model reads texts ({cfg.model._target_}) and the data are images ({cfg.dataset.get('_target_')}): choose texts, "
+            "dataset=text, or a model of images, such as model=resnet18"
+        )
     if missing := unset(cfg):
         raise ValueError(f"{missing[0]} has no value: give {missing[0]}=...")
     values = resolved(cfg)
