@@ -112,7 +112,7 @@ def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[
         check_tokens(module.net, classes)
     if cfg.ckpt_path:
         trained_by = load_weights(module.net, cfg.ckpt_path)
-    elif not cfg.model.get("weights") and not (cfg.model.get("net") or {}).get("path"):
+    elif not cfg.model.get("weights") and not any((cfg.model.get("net") or {}).get(key) for key in ("path", "pretrained")):
         name = type(module.net).__name__
         print_line(f"warning: the weights of {name} are random; pass ckpt_path=... to measure a trained model")
     return module, trained_by

@@ -16,7 +16,10 @@ from nodelens.results.files import plain, read_json, write, write_json
 from .slice import replace_tensor, set_count, update_sizes
 
 FILES = ("model.safetensors", "plan.json", "config.json")
-_BUILDERS = ("nodelens.models.mlp", "nodelens.models.cnn")  # whose arguments are numbers only
+_BUILDERS = (  # whose arguments are numbers, and names of registered networks
+    *("nodelens.models.mlp", "nodelens.models.cnn"),
+    *("nodelens.models.torchvision_model", "nodelens.models.timm_model"),
+)
 _COUNTS = {  # attributes that a plan may set
     *("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads"),
     *("embed_dim", "all_head_size", "split_size", "inner_dim"),
@@ -108,6 +111,7 @@ def _dense_model(origin: Mapping[str, Any], folder: Path) -> nn.Module:
     if target in _BUILDERS:
         from nodelens import models
 
+        arguments.pop("pretrained", None)  # the weights come from the folder
         return getattr(models, target.rpartition(".")[2])(**arguments)
     raise ValueError(
         f"{folder} holds a {target}: give a model to load into, load_pruned(folder, model={str(target).rpartition('.')[2]}(...))"
