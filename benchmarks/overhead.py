@@ -11,12 +11,12 @@ from timing import interleaved
 from torch import nn
 
 from nodelens.app.config import load_config
-from nodelens.engine.analyze import DEFAULT
 from nodelens.engine.collect import Pass
 from nodelens.engine.driver import Driver
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
+from nodelens.metrics.sets import metric_set
 from nodelens.models import resnet
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.find_layers import find_layers
@@ -25,7 +25,7 @@ from nodelens.network.objective import Objective
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch
 EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
-FORWARD = [name for name in DEFAULT if name not in ("taylor", "magnitude")]
+FORWARD = [name for name in metric_set("default") if name not in ("taylor", "magnitude")]
 
 
 def overhead(

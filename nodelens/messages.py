@@ -1,9 +1,11 @@
-"""What error messages share: the nearest name, and the refusal of keywords that nothing reads."""
+"""What error messages share: the nearest name, the words of the interface in use, and arguments that do not fit a call."""
 
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -15,7 +17,42 @@ RENAMED = {  # options of nl.analyze and nl.prune that work under their old name
     "inexact": "allow_approximate",
     "nan": "nan_policy",
 }
+_CONFIG_KEYS = {  # keywords in Python that a config has under another key
+    "task": "objective.task",
+    "output": "objective.output",
+    "loss": "objective.loss",
+    "budget": "budget.memory",
+    "width": "budget.width",
+    "max_passes": "budget.max_passes",
+    "initial": "initial_path",
+}
+_of_config: ContextVar[bool] = ContextVar("of_config", default=False)
 _T = TypeVar("_T", bound=Callable[..., Any])
+
+
+@contextmanager
+def config_words() -> Iterator[None]:
+    """Within it, messages name options by their config keys, for a task that is run from a config."""
+    before = _of_config.set(True)
+    try:
+        yield
+    finally:
+        _of_config.reset(before)
+
+
+def either(python: str, config: str) -> str:
+    """The words of the interface in use: a call in Python, or a config with its command line."""
+    return config if _of_config.get() else python
+
+
+def option(keyword: str) -> str:
+    """An option in the words of the interface in use: its keyword in Python, or its key in a config.
+
+    >>> with config_words():
+    ...     print(option("loss"), option("budget"), option("layers"))
+    objective.loss budget.memory layers
+    """
+    return either(keyword, _CONFIG_KEYS.get(keyword, keyword))
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -55,9 +92,9 @@ def keywords_of(function: Callable[..., Any]) -> list[str]:
 
 
 def refuse_unknown(target: _T, call: str) -> _T:
-    """The function, or the class with its public methods, with ``check_names`` for keywords that its signature does not have.
+    """The function, or the class with its public methods, with an error of one line for arguments that its signature does not take.
 
-    A class is changed in place. Functions with ``**options`` check these themselves and are returned as they are.
+    A class is changed in place. Functions with ``**options`` check these themselves.
     """
     if not inspect.isclass(target):
         return _checked(target, call)
@@ -74,15 +111,40 @@ def refuse_unknown(target: _T, call: str) -> _T:
 
 
 def _checked(function: _T, call: str) -> _T:
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    if open_ended or hasattr(function, "_known"):
+    if hasattr(function, "_known"):
         return function
+    signature = inspect.signature(function)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     known = keywords_of(function)
 
     @wraps(function)
     def checked(*args: Any, **named: Any) -> Any:
-        check_names(call, named, known)
-        return function(*args, **named)
+        if not open_ended:
+            check_names(call, named, known)
+        try:
+            return function(*args, **named)
+        except TypeError as error:
+            reason = _misplaced(signature, args, named)
+            if not reason:
+                raise
+            raise TypeError(f"{call}: {reason}; {_order(signature)}") from error
 
     checked._known = known  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]
+
+
+def _misplaced(signature: inspect.Signature, args: tuple[Any, ...], named: Mapping[str, Any]) -> str:
+    """Why arguments do not fit a signature; empty where they do, so that the error is another one."""
+    try:
+        signature.bind(*args, **named)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _order(signature: inspect.Signature) -> str:
+    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls", "_cls")]
+    ordered = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    others = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    takes = f"the arguments in order are {', '.join(ordered)}" if ordered else "it takes no argument without a name"
+    return takes + (f"; give others by name, as {others[0]}=" if others else "")

@@ -124,6 +124,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if origin in (list, Sequence, tuple, set):
         return isinstance(value, list) and all(_fits(v, args[0]) for v in value if args)
+    if getattr(hint, "__module__", "") == "torch" and hint.__name__ == "Tensor":
+        return False  # a config holds no tensors
     return not (value is None and inspect.isclass(hint) and hint is not object)
 
 

@@ -6,7 +6,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -14,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from nodelens.messages import nearest
+from nodelens import __version__
+from nodelens.messages import config_words, nearest
 from nodelens.results.files import remove_traces
 
 from .config import TASKS, register, with_custom_model
@@ -25,6 +25,19 @@ from .search_path import CONF, MistakeError, config_folders
 
 _ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
 _SELECT = re.compile(r"^(dataset\.select)=([^'\"].*)$")
+_GROUP = re.compile(r"^\+(\w+)(?==)")
+_USAGE = """usage: nodelens <task> [key=value ...]
+
+tasks, each also a script of the repository (python train.py ...):
+  train     trains a network; callbacks=measure also measures its units every epoch
+  analyze   measures the units of a network in one pass over the data
+  prune     removes units by their scores and evaluates what is left
+
+nodelens <task> --help       the groups of settings, their options, and all keys
+nodelens <task> --cfg job    the settings that a command line gives, without running it
+nodelens --version           the version
+
+nodelens analyze model=resnet18 dataset=cifar10 ckpt_path=best.ckpt 'metrics=[rq,synergy]'"""
 _failed: list[str] = []  # a line for each failed job of a multirun
 _there: list[Path] = []  # the nearest folder above the run's that existed before it
 
@@ -45,10 +58,10 @@ def prune() -> None:
 
 
 def script() -> None:
-    """Entry of the console script: ``nodelens analyze ...``, ``nodelens --version``."""
+    """Entry of the console script: ``nodelens analyze ...``, ``nodelens --help``, ``nodelens --version``."""
     task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if task == "--version":
-        print(version("nodelens"))
+    if task in ("--version", "--help", "-h"):
+        print(__version__ if task == "--version" else _USAGE)
         return
     if task not in TASKS:
         sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}, not {task!r}.{nearest(task, TASKS)}")
@@ -62,6 +75,9 @@ def main(task: str) -> None:
         sys.path.insert(0, here)
     for state in (_failed, _there, taken_warnings()):
         state.clear()
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(__version__)
+        return
     sys.argv[1:] = _rewrite(sys.argv[1:])
     try:
         flags = flags_of(sys.argv[1:])
@@ -70,7 +86,8 @@ def main(task: str) -> None:
             register(config_folders(parsed_overrides(flags.overrides), flags.config_dir), imports=not lists)
         else:
             for cfg in configs(task, flags):
-                _check(cfg, bool(flags.multirun))
+                with config_words():
+                    _check(cfg, bool(flags.multirun))
     except (ValueError, OSError) as error:
         sys.exit(_line(error))
     for line in taken_warnings():
@@ -116,11 +133,13 @@ def _line(error: BaseException) -> str:
 def _rewrite(argv: Sequence[str]) -> list[str]:
     """Puts flags first, as Hydra requires, and overrides with their new keys behind them.
 
+    A group of the task is chosen with or without a leading ``+``, which Hydra would refuse: ``+experiment=quick``.
     Values that Hydra's grammar would misread are quoted: ``layers=blocks[0].output`` and, outside a multirun,
     ``dataset.select=regex:a & loss``.
     """
     overrides = [a for a in argv if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     rest = [a for a in argv if a not in overrides]
+    overrides = [_GROUP.sub(lambda m: m[(CONF / m[1]).is_dir()], override) for override in overrides]
     quoted = [_ROLE.sub(r"\1='\2'", override) for override in with_custom_model(with_new_keys(overrides))]
     if not {"-m", "--multirun"} & set(rest):
         quoted = [_SELECT.sub(lambda m: f"{m[1]}='" + m[2].replace("'", "\\'") + "'", override) for override in quoted]
@@ -132,7 +151,10 @@ def _check(cfg: DictConfig, multirun: bool) -> None:
     from nodelens.app.tasks.common import verify
     from nodelens.app.tasks.run_folder import check_settings
 
-    folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
+    place = cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir
+    if not place:
+        raise MistakeError("hydra.run.dir is empty: give a folder, or leave it out for one of its own")
+    folder = Path(place)
     _there[:] = [_check_folder(folder)]
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = str(folder.absolute())

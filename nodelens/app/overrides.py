@@ -1,7 +1,5 @@
 """Checks a command line before Hydra runs it. Each error is one line that says how to fix it."""
 
-import itertools
-import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,29 +11,37 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig
 
 from nodelens.messages import nearest
 
 from .config import register
+from .explain import ERRORS, explain
 from .search_path import CONF, SEARCHPATH, MistakeError, config_folders
 
-_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _SHOWN = 16
+_WEIGHTS = ("ckpt_path", "initial_path", "model.weights")
+_ZOO = "a network of torchvision or timm is chosen by name, as in model=torchvision model.name=vgg16 or model=timm model.name=vgg16"
 _MOST = 64  # jobs of a sweep that are composed beforehand
 
 
 def flags_of(argv: Sequence[str]) -> Namespace:
     """Hydra's flags and the overrides. Raises MistakeError for an unknown flag and for a word that is not key=value."""
-    flags, unknown = get_args_parser().parse_known_args(argv)
+    parser = get_args_parser()
+    parser.error = _refuse_flag  # type: ignore[method-assign]
+    flags, unknown = parser.parse_known_args(argv)
     if unknown:
         raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help lists all")
     for word in flags.overrides:
-        if "=" not in word and not word.startswith("~"):
+        if ("=" not in word and not word.startswith("~")) or word.startswith("="):
             raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help lists them")
     return flags
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    """Raises MistakeError in place of argparse's usage, which is eight lines long."""
+    raise MistakeError(f"{message.removeprefix('argument ')}; --hydra-help lists all flags")
 
 
 def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
@@ -49,6 +55,7 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     register(folders, imports=False)  # names are enough to see a typing error, and importing torch takes a second
     for override in parsed:
         _check_choice(override, folders)
+        _check_weights(override)
         if override.is_sweep_override() and not flags.multirun:
             raise MistakeError(
                 f"{override.input_line} names several values: start with -m for one job per value, or write "
@@ -88,7 +95,20 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
             if name is None and group != "experiment":
                 raise MistakeError(f"{group}=null chooses nothing: choose one of {_listed(options)}")
             if name is not None and str(name) not in options:
-                raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} Available: {_listed(options)}")
+                available = f"Available: {_listed(options)}" + (f"; {_ZOO}" if group == "model" else "")
+                raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} {available}")
+
+
+def _check_weights(override: Override) -> None:
+    """Raises MistakeError for weights that do not exist, before anything is imported that takes a while."""
+    if override.key_or_group not in _WEIGHTS or override.is_delete():
+        return
+    value: Any = override._value
+    for given in value.list if isinstance(value, ChoiceSweep) else [value]:
+        path = given.text if isinstance(given, QuotedString) else given
+        if isinstance(path, str) and path and "${" not in path and not Path(path).exists():
+            way_out = "give a .safetensors file, a folder that holds model.safetensors, or a checkpoint"
+            raise MistakeError(f"{override.key_or_group}: there is nothing at {Path(path).absolute()}; {way_out}")
 
 
 def _listed(options: list[str]) -> str:
@@ -108,44 +128,16 @@ def _jobs(parsed: list[Override]) -> list[list[str]]:
     return [[column[min(k, len(column) - 1)] for column in columns] for k in range(longest)]
 
 
+def _first_groups(parsed: list[Override]) -> list[str]:
+    """The choices of groups in the first job."""
+    return [line for line in _jobs([o for o in parsed if (CONF / o.key_or_group).is_dir()])[0] if not line.startswith("hydra")]
+
+
 def _compose(task: str, parsed: list[Override], lines: list[str], search: list[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
         try:
             return hydra.compose(task, overrides=lines + search, return_hydra_config=True)
-        except _ERRORS as error:
-            _explain(task, parsed, search, error)
+        except ERRORS as error:
+            explain(task, parsed, _first_groups(parsed), search, error)
         finally:
             GlobalHydra.instance().clear()
-
-
-def _explain(task: str, parsed: list[Override], search: list[str], error: Exception) -> NoReturn:
-    """Raises MistakeError that names the first unknown key among the overrides, else Hydra's reason in one line."""
-    groups = [line for line in _jobs([o for o in parsed if (CONF / o.key_or_group).is_dir()])[0] if not line.startswith("hydra")]
-    try:
-        keys = _keys(OmegaConf.to_container(hydra.compose(task, overrides=groups + search), resolve=False))
-    except _ERRORS:
-        keys = []
-    for override in parsed:
-        key = override.key_or_group
-        unknown = keys and not override.is_add() and not override.is_force_add() and key not in keys
-        if unknown and not key.startswith("hydra") and not (CONF / key).is_dir():
-            raise MistakeError(
-                f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job lists all)"
-            ) from None
-    raise MistakeError(_reason(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    missing = re.search(r"Could not find '(.*)'", str(error))
-    if missing:
-        options = itertools.takewhile(lambda line: not line.startswith("Config search path"), lines[2:])
-        return f"no option {missing[1]!r}; available: {', '.join(options)}"
-    place = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    return f"{place}: {lines[0]}" if place else lines[0] if lines else type(error).__name__
-
-
-def _keys(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict):
-        return []
-    return [k for key, value in node.items() for k in (f"{prefix}{key}", *_keys(value, f"{prefix}{key}."))]

@@ -2,9 +2,12 @@
 
 from omegaconf import DictConfig
 
+from nodelens.messages import config_words
+
 
 def run(cfg: DictConfig) -> float:
     """Runs the task that a config names. Returns the accuracy, or the area under the pruning curve."""
     from .tasks import TASKS  # imported late: --help does not need them
 
-    return TASKS[cfg.task](cfg)
+    with config_words():
+        return TASKS[cfg.task](cfg)

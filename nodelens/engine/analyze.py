@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nodelens.messages import keywords_of
 from nodelens.metrics import Metric
+from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture
@@ -70,6 +71,7 @@ def analyze(
     """
     started = time.perf_counter()
     check_kind("nl.analyze", options, AnalyzeOptions)
+    check_arguments("nl.analyze", model, data)
     settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
     asked = _Request.of(model, data, as_metrics(metrics), layers, initial, settings)
     plan, objective = _planned(model, asked, layers == "*", settings)

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nodelens.messages import option
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import generator
@@ -54,7 +55,7 @@ class CovariancePolicy:
         ValueError for other text and for a width below 1.
         """
         if width < 1:
-            raise ValueError(f"budget.width is {width}; it is a number of units, 1 or more")
+            raise ValueError(f"{option('width')} is {width}; it is a number of units, 1 or more")
         if text is None:
             return cls("full" if max_passes > 1 else "refuse", 0, width, seed)
         kind, colon, count = str(text).partition(":")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import differentiable, eval_mode
+from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
 
@@ -84,7 +85,7 @@ class Driver:
         gate.gate = True
         try:
             with torch.set_grad_enabled(self.graph):
-                output = batch.run(self.model)
+                output = self._output(batch, gate)
                 gate.gate = False
                 predictions = self.objective.answer(output) if self.answers else None
                 total = self.objective.summed(predictions, batch.labels) if self.graph else None  # type: ignore[arg-type]
@@ -94,6 +95,15 @@ class Driver:
         finally:
             gate.gate = gate.recomputing = False
         return None if predictions is None else predictions.detach()
+
+    def _output(self, batch: Batch, gate: Capture) -> Any:
+        """The model's output. Raises ValueError, with what to change, if the model cannot take the batch."""
+        try:
+            return batch.run(self.model)
+        except Exception:  # a forward pass may raise anything; an error of a hook is raised as it is
+            gate.gate = False
+            check_forward(self.model, batch)
+            raise
 
 
 def opened(model: nn.Module, data: Iterable[Any], objective: Objective) -> tuple[Objective, Iterable[Any]]:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import Routed
+from nodelens.network.failed_forward import check_finite, check_forward
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.objective import BY_VALUE, Objective
@@ -78,6 +79,7 @@ class DryRun:
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[Layer], batch: Batch, objective: Objective | None = None) -> "DryRun":
         """Runs the first two samples of a batch. Raises ValueError, with the input's shape, if the model cannot take them."""
+        check_finite(batch)
         objective = objective or Objective.of(model)
         captured: dict[Site, list[tuple[Any, int]]] = {}
         layers, samples = list(layers), len(batch)
@@ -94,11 +96,12 @@ class DryRun:
 
         capture = Capture(sites + readers, see)
         capture.gate = True
-        with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter, tracer:
-            try:
+        try:
+            with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter, tracer:
                 output = batch.run(model)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(_cannot_run_message(model, batch, error)) from error
+        except Exception:  # a forward pass may raise anything; an error of a hook is raised as it is
+            check_forward(model, batch)
+            raise
         check_samples(model, batch, {site: each[0][0] for site, each in captured.items() if site.port == "output"})
         answer, aligned, refusal = _predictions(objective, output, batch)
         seen = {str(site): _seen(site, captured[site], len(batch), answer) for site in sites if site in captured}
@@ -184,11 +187,3 @@ def identity(captured: Any) -> Place:
 
 def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-
-
-def _cannot_run_message(model: nn.Module, batch: Batch, error: Exception) -> str:
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"{type(model).__name__} cannot take the data, {batch.describe()}: {cause}; change the data's channels and size "
-        "(dataset.channels=, dataset.size=), or the model"
-    )

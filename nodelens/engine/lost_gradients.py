@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import option
 from nodelens.metrics.model_sums import ModelSums
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
@@ -57,7 +58,8 @@ def check_arrived(names: str, model: nn.Module, lost: Sequence[Awaited], batch: 
     with torch.enable_grad(), observed(dict.fromkeys(each.layer.module for each in lost), see):
         total = objective.summed(objective.run(model, batch).detach().requires_grad_(), batch.labels)
     if not total.requires_grad:
-        raise ValueError(f"{names}: loss= gives a number without a gradient: compute it from the logits with torch operations")
+        way_out = "compute it from the logits with torch operations"
+        raise ValueError(f"{names}: {option('loss')}= gives a number without a gradient: {way_out}")
     for site, layer in lost:
         if layer.module in recorded and _depends(model, layer, batch, objective, total.detach()):
             raise ValueError(no_gradient(names, site.layer, _reason(site, layer, recorded[layer.module])))

@@ -58,8 +58,8 @@ class AnalyzeOptions:
     save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise ValueError(f"groups is {self.groups}; it must be 1 or more: groups of samples, for the jackknife")
+        if not isinstance(self.groups, int) or self.groups < 1:
+            raise ValueError(f"groups is {self.groups!r}; it must be 1 or more: groups of samples, for the jackknife")
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
         if not self.save_minutes >= 0:

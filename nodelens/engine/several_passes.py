@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from nodelens.messages import option
 from nodelens.network.layers import Layer
 from nodelens.results.result import Result
 from nodelens.statistics.processes import reduce_tensor
@@ -26,7 +27,7 @@ def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]
     needed or if one layer alone is too large.
     """
     if max_passes < 1:
-        raise ValueError(f"budget.max_passes is {max_passes}; it is how often the data may be read, 1 or more")
+        raise ValueError(f"{option('max_passes')} is {max_passes}; it is how often the data may be read, 1 or more")
     if budget is None or plan.total_bytes <= budget:
         return [plan]
     parts = _fewest(plan, budget)
@@ -36,7 +37,8 @@ def divided(plan: Plan, budget: float | None, max_passes: int = 1) -> list[Plan]
         check_bytes(plan, budget, f"; more passes do not help: layer {name} alone takes {size}")
     elif len(parts) > max_passes:
         largest = size_text(max(part.total_bytes for part in parts))
-        check_bytes(plan, budget, f"; or budget.max_passes={len(parts)} (it is {max_passes}): the largest pass takes {largest}")
+        more = f"{option('max_passes')}={len(parts)} (it is {max_passes})"
+        check_bytes(plan, budget, f"; or {more}: the largest pass takes {largest}")
     return _even(plan, parts, budget)
 
 
@@ -46,7 +48,7 @@ def check_bytes(plan: Plan, budget: float | None, more: str = "") -> None:
         return
     layer, need = max(((a, b) for a in plan.every_layer for b in plan.needs(a)), key=lambda pair: plan.nbytes(*pair))
     raise MemoryError(
-        f"the plan takes {plan.total_bytes / 2**20:,.0f} MiB, budget.memory is {budget / 2**20:,.0f} MiB; the "
+        f"the plan takes {plan.total_bytes / 2**20:,.0f} MiB, {option('budget')} is {budget / 2**20:,.0f} MiB; the "
         f"largest is {need} at {layer.name} with {plan.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers "
         f"(layers=), fewer groups (groups=1), other metrics, or a larger budget{more}"
     )
@@ -56,8 +58,8 @@ def check_again(is_iterator: bool, reads: int, device: torch.device) -> None:
     """Raises ValueError in all processes if data must be read again but one process has an iterator. Every process must call it."""
     if reads > 1 and int(reduce_tensor(torch.tensor([int(is_iterator)], device=device))):
         raise ValueError(
-            f"the data are read {reads} times, by a metric or to fit into budget.memory, and are an iterator: give a loader or a "
-            "list of batches, or a larger budget"
+            f"the data are read {reads} times, by a metric or to fit into {option('budget')}, and are an iterator: give a loader "
+            "or a list of batches, or a larger budget"
         )
 
 
@@ -71,7 +73,7 @@ def joined(plan: Plan, results: Sequence[Result]) -> Result:
         if seen != expected:
             raise ValueError(
                 f"pass {k + 1} saw {sum(seen)} samples, {seen} per group, pass 1 {sum(expected)}, {expected}: the data must be the "
-                "same every time (no sampling, no random crops), or fit into one pass (budget.memory)"
+                f"same every time (no sampling, no random crops), or fit into one pass ({option('budget')})"
             )
     layers = pd.concat([result.layers for result in results])
     metadata = first.metadata | {

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from nodelens.messages import option
 from nodelens.metrics import Metric
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
@@ -90,12 +91,11 @@ def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool)
         where = f"layer {lacking[0].name!r} ({type(lacking[0].module).__name__})"
         words = {
             "norm": f"reads the scale of a batch norm, but none follows {where}",
-            "change": f"reads the change of the weights, but the initial weights of {where} are unknown: give "
-            "initial_path= (initial= in Python)",
+            "change": f"reads the change of the weights, but the initial weights of {where} are unknown: give {option('initial')}=",
         }
         raise ValueError(
-            f"metric {name!r} {words.get(metric.parameter, f'needs weights, but {where} has none')}; or leave the metric out, or "
-            "the layer (layers=)"
+            f"metric {name!r} {words.get(metric.parameter, f'needs weights, but {where} has none')}; leave the metric out, or name "
+            "layers with weights (layers=)"
         )
 
 
@@ -111,4 +111,4 @@ def in_bytes(size: str | int | float | None) -> float | None:
     try:
         return float(number) * _SIZES[text[len(number) :]]
     except (ValueError, KeyError):
-        raise ValueError(f"budget.memory is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
+        raise ValueError(f"{option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from nodelens.messages import option
 from nodelens.metrics import Metric, Need
 from nodelens.metrics.cka import DebiasedCKA, LinearCKA
 from nodelens.metrics.directions import CosineDeviation, CosineMean, DebiasedParticipationRatio, RankMe
@@ -115,7 +116,8 @@ def reason_left_out(plan: PassLayout, needs: Needs) -> str:
     sides = sorted(f"{side} is {plan.seen_at(*side).width:,} wide" for _, side in restricted_sides(plan, needs))
     if not sides:
         return ""
-    return f"{sides[0]}, beyond budget.width={plan.covariance.limit:,}: products of its units are left out (covariance=diagonal)"
+    wide = f"{sides[0]}, beyond {option('width')}={plan.covariance.limit:,}"
+    return f"{wide}: products of its units are left out (covariance=diagonal)"
 
 
 def restricted_sites(plan: PassLayout) -> dict[Side, dict[str, Metric]]:
@@ -203,10 +205,11 @@ def _too_wide_message(plan: PassLayout, found: dict[Side, dict[str, Metric]]) ->
     if some := [name for name, metric in metrics.items() if basis_free(metric)]:
         choices.append(f"covariance=sketch:{count} (for {_listed(some)}; {size_text(_bytes(plan, side, 'sketch', count))})")
     return (
-        f"site {str(side)!r} is {width:,} wide{more}, budget.width is {plan.covariance.limit:,}: {_listed([*metrics])} "
+        f"site {str(side)!r} is {width:,} wide{more}, {option('width')} is {plan.covariance.limit:,}: {_listed([*metrics])} "
         f"{'need' if len(metrics) > 1 else 'needs'} products of all its units, a full covariance, "
-        f"{size_text(_bytes(plan, side, 'full', 0))} there. Choose {'; '.join(choices)}; budget.max_passes=2 or more, if "
-        f"only memory is short (full covariances, for as many layers per pass as fit into budget.memory); or budget.width={width}"
+        f"{size_text(_bytes(plan, side, 'full', 0))} there. Choose {'; '.join(choices)}; {option('max_passes')}=2 or more, if "
+        f"only memory is short (full covariances, for as many layers per pass as fit into {option('budget')}); or "
+        f"{option('width')}={width}"
     )
 
 

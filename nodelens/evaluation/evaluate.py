@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of, opened
+from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.loss_scale import Loss
 from nodelens.network.missing import IGNORE, which_count
@@ -42,6 +43,7 @@ def evaluate(
 
     Raises ValueError for data without labels, without samples, or with nothing to predict.
     """
+    check_arguments("nl.evaluate", model, data)
     objective, data = opened(model, data, Objective.of(model, output, task, loss))
     scores = _Classes(objective) if objective.task not in (*BY_VALUE, "none") else _Values(objective)
     Driver(model, objective).run(data, scores)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nodelens.network.arguments import check_arguments
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
@@ -27,6 +28,7 @@ class ModelWrapper:
 
         Raises ValueError for a name without a match.
         """
+        check_arguments("nl.ModelWrapper", model)
         self.model = model
         self.layers = [layer.name for layer in find_layers(model, tracked_layers)]
         self._found = {layer.name: layer for layer in find_layers(model, [*self.layers, *sites])}

@@ -79,15 +79,18 @@ class Metric:
         """The ``kind`` after ``reduce``: a mean over partners is one value per unit."""
         return "unit" if self.kind == "pair" and self.options.get("reduce") == "mean" else self.kind
 
-    def compute(self, **tensors: Any) -> Tensor:
+    def compute(self, *unnamed: Any, **tensors: Any) -> Tensor:
         """The metric computed from tensors: the same formula as in a pass over data, applied to one batch.
 
         inputs (n, d) or (B, C, H, W), outputs likewise, weights (units, ...), labels (n,), targets (n,) or (n, t),
         logits (n, K), gradients shaped like outputs; for a convolution also its stride, padding, dilation and groups.
         Metrics about firing take as outputs what is behind the activation.
         covariance (d, d), of the inputs, stands for inputs in metrics that read nothing else of the data.
-        Raises ValueError for a missing tensor.
+        Arrays and lists are converted. Raises ValueError for a missing tensor, and for shapes that do not fit each other;
+        TypeError for a tensor that is not given by name.
         """
+        if unnamed:
+            raise TypeError(f"{self.names[0]}: compute() takes its tensors by name, as compute(inputs=..., weights=...)")
         return compute(self, tensors)
 
 

@@ -51,9 +51,11 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
             f"{metric.names[0]}: compute() takes {', '.join(_TENSORS)} and a convolution's geometry, "
             f"not {', '.join(unknown)}.{nearest(unknown[0], [*_TENSORS, *_GEOMETRY])}"
         )
-    tensors = {k: t for k, t in tensors.items() if t is not None}
+    tensors = {k: _as_tensor(metric, k, t) for k, t in tensors.items() if t is not None}
     if "covariance" in tensors:
         tensors |= {"inputs": _rows_of_covariance(metric, tensors.pop("covariance"), tensors)}
+    _check_given(metric, tensors)
+    _check_lengths(metric, tensors)
     _check_widths(tensors)
     if "weights" in tensors and "inputs" in tensors:
         dtype = torch.promote_types(tensors["inputs"].dtype, tensors["weights"].dtype)
@@ -65,6 +67,63 @@ def compute(metric: Any, tensors: dict[str, Any]) -> Tensor:
     needs = metric.needs()
     statistics = {name: _statistic(metric, need, tensors, _known(metric, name, needs, tensors)) for name, need in needs.items()}
     return metric(parameter, **{k: [v] if metric.grouped else v for k, v in statistics.items()})
+
+
+def _as_tensor(metric: Any, name: str, given: Any) -> Any:
+    """A tensor from an array or a list; options of a convolution are left as they are. Raises TypeError for anything else."""
+    if name in _GEOMETRY or isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{metric.names[0]}: {name} is {type(given).__name__}; give a tensor") from None
+
+
+def _check_given(metric: Any, tensors: dict[str, Any]) -> None:
+    """Raises ValueError that names every tensor that the metric reads, if any of them is missing."""
+    needs = list(metric.needs().values())
+    if metric.parameter in ("group", "units") or any(need.port.partition("/")[0] not in _PORTS for need in needs):
+        return  # it has an error of its own
+    of_weights = ["weights", "initial_weights"] if metric.parameter == "change" else ["weights"]
+    wanted = (["norm_weights"] if metric.parameter == "norm" else of_weights) if metric.weighted else []
+    for need in needs:
+        port = need.port.partition("/")[0]
+        wanted += (["inputs", "weights"] if metric.weighted else ["outputs"]) if port == "projection" else _PORTS[port]
+        wanted += _PORTS["next"] if need.target == "next" else _targets(need.target, tensors)
+    made = {"outputs"} if {"inputs", "weights"} <= tensors.keys() else set()
+    missing = [name for name in dict.fromkeys(wanted) if name not in tensors.keys() | made]
+    if missing:
+        order = sorted(dict.fromkeys(wanted), key=_TENSORS.index)
+        given = ", ".join(f"{name}=" for name in tensors if name in _TENSORS) or "nothing"
+        other = "" if "logits" not in missing else ", or targets= in place of logits= and labels="
+        raise ValueError(f"{metric.names[0]} needs {_and([f'{name}=' for name in order])}{other}; given: {given}")
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _targets(target: Any, tensors: dict[str, Any]) -> list[str]:
+    """The tensors from which a target is computed; given targets replace those of logits."""
+    if not isinstance(target, str) or "." in target:
+        return [] if target is None or isinstance(target, Other) else ["logits"]
+    own = {"label": ["labels"], "given": ["targets"], "logits": ["logits"], "input": ["inputs"], "next": []}
+    parts = [own.get(part, ["logits", "labels"]) for part in target.split("+")]
+    return [name for names in parts for name in (names if names != ["logits", "labels"] or "targets" not in tensors else [])]
+
+
+def _check_lengths(metric: Any, tensors: dict[str, Any]) -> None:
+    """Raises ValueError for weights without two axes, rows without units, and tensors of different numbers of samples."""
+    name = metric.names[0]
+    for key, what in (("weights", "(units, inputs, ...)"), ("inputs", "(rows, inputs)"), ("outputs", "(rows, units)")):
+        if key in tensors and tensors[key].ndim < 2:
+            raise ValueError(f"{name}: {key} is {tuple(tensors[key].shape)}; it has two axes or more, {what}")
+    by_sample = [key for key in ("inputs", "outputs", "labels", "targets", "logits", "gradients") if key in tensors]
+    for key in by_sample[1:]:
+        first, other = tensors[by_sample[0]], tensors[key]
+        if not other.ndim or len(other) != len(first):
+            shapes = f"{by_sample[0]} is {tuple(first.shape)} and {key} {tuple(other.shape)}"
+            raise ValueError(f"{name}: {shapes}: give as many rows of both")
 
 
 def _rows_of_covariance(metric: Any, covariance: Any, tensors: dict[str, Any]) -> Tensor:

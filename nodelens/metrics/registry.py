@@ -7,6 +7,8 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any, TypeVar
 
+from nodelens.messages import either
+
 from .base import Metric
 
 _M = TypeVar("_M", bound=type[Metric] | Metric)
@@ -105,8 +107,11 @@ def get_metric(name: str, **options: Any) -> Metric:
 
     Raises ValueError for an unknown name or option and suggests the closest one.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a metric is given by its name, such as 'rq', not as {type(name).__name__}")
     if name not in _BY_NAME:
-        raise ValueError(f"no metric is called {name!r}{_nearest(name, _BY_NAME)}; nl.list_metrics() has them all")
+        every = either("nl.list_metrics() has", "--help lists")
+        raise ValueError(f"no metric is called {name!r}{_nearest(name, _BY_NAME)}; {every} them all")
     metric, preset = _BY_NAME[name]
     known = [f.name for f in fields(metric)]
     for option in options:

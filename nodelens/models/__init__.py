@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .language import LanguageModel, causal_lm, check_vocabulary, language_config, tiny_lm
     from .plain import CNN, MLP, cnn, mlp
     from .weights import find_weights, load_weights, training_state
+    from .zoo import timm_model, torchvision_model
 
 __all__ = [
     "CNN",
@@ -27,13 +28,15 @@ __all__ = [
     "logits_of",
     "mlp",
     "resnet",
+    "timm_model",
     "tiny_lm",
+    "torchvision_model",
     "training_state",
     "vit",
 ]
 
 _HOME = {"Classifier": "classifier", "logits_of": "classifier", "load_weights": "weights", "resnet": "hf", "vit": "hf"}
-_HOME |= dict.fromkeys(("find_weights", "training_state"), "weights")
+_HOME |= dict.fromkeys(("find_weights", "training_state"), "weights") | dict.fromkeys(("timm_model", "torchvision_model"), "zoo")
 _HOME |= dict.fromkeys(("CNN", "MLP", "cnn", "mlp"), "plain")
 _HOME |= dict.fromkeys(("LanguageModel", "causal_lm", "check_vocabulary", "language_config", "tiny_lm"), "language")
 

@@ -21,6 +21,7 @@ class Classifier(lightning.LightningModule):
     net:        (B, C, H, W) -> (B, classes) logits, or an output with `.logits` (Hugging Face)
     optimizer:  called with the parameters; scheduler: called with the optimizer, stepped once per epoch
     weights:    a file or folder for `load_weights`
+    name:       the name of the net, so that a config names it only once
     config:     a plain dict that the caller may set; stored in checkpoints as "nodelens_config"
 
     A batch has `.x` and `.y`, or is an (x, y, ...) tuple. Logs {train,val,test}/loss (nats) and /acc once per epoch.
@@ -32,8 +33,10 @@ class Classifier(lightning.LightningModule):
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         weights: str | None = None,
+        name: str | None = None,
     ):
         super().__init__()
+        self.name = name
         self.net, self.make_optimizer, self.make_scheduler = net, optimizer, scheduler
         # micro: counts of correct predictions, which add over batches and processes and need no number of classes
         self.train_acc, self.val_acc, self.test_acc = (MulticlassAccuracy(average="micro") for _ in range(3))

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from .arguments import check_arguments
 from .experts import expert_layers
 from .layers import Layer
 from .roles import roles_of
@@ -22,6 +23,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
     layer is named after its class. start: a state dict from before training. Raises ValueError for a pattern without a match,
     a role that is not found, or a start without the weights of this model.
     """
+    check_arguments("nl.find_layers", model)
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     for name, module in modules.items():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import option
+
 from .missing import IGNORE, with_label
 
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -24,6 +26,10 @@ class ScaledLoss:
     """
 
     def __init__(self, loss: Loss):
+        if not callable(loss):
+            raise TypeError(
+                f"loss is {loss!r}; it is a function of (predictions, labels), such as torch.nn.functional.cross_entropy"
+            )
         self.loss, self.scale = loss, _UNKNOWN
         self.over = ""  # what the loss is a mean over, as ``counts_of`` names it
 
@@ -32,7 +38,9 @@ class ScaledLoss:
         value = self.loss(logits, labels)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss= returns {found} for a batch of {len(logits)} samples: return one number, their sum")
+            raise ValueError(
+                f"{option('loss')}= returns {found} for a batch of {len(logits)} samples: return one number, their sum"
+            )
         if self.scale == _UNKNOWN:
             self._recognise(logits.detach(), labels, value.detach())
         if not self.over:
@@ -69,8 +77,8 @@ class ScaledLoss:
             name = self._most_likely(fits, logits, labels)
             self.scale, self.over = f"mean over {name}, multiplied by their number", name
             _warn(
-                f"loss= is a mean over the {name} of a batch: it is multiplied by their number, so that scores do not depend on "
-                "the batch size; give a loss that sums (reduction='sum') to leave it as it is"
+                f"{option('loss')}= is a mean over the {name} of a batch: it is multiplied by their number, so that scores do not "
+                "depend on the batch size; give a loss that sums (reduction='sum') to leave it as it is"
             )
         else:
             self._as_given(f"{float(whole):.4g} for the first batch, {float(first):.4g} and {float(second):.4g} for its parts")
@@ -78,8 +86,8 @@ class ScaledLoss:
     def _as_given(self, why: str) -> None:
         self.scale = _NEITHER
         _warn(
-            f"loss= neither adds up nor averages over samples ({why}): it is used as it is, and scores of gradients depend on how "
-            "the data are divided into batches; give a loss that sums over samples, if there is one"
+            f"{option('loss')}= neither adds up nor averages over samples ({why}): it is used as it is, and scores of gradients "
+            "depend on how the data are divided into batches; give a loss that sums over samples, if there is one"
         )
 
     def _most_likely(self, fits: dict[str, Count], logits: Tensor, labels: Tensor | None) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nodelens.messages import option
+
 from .batch import Batch
 from .eval_mode import eval_mode
 from .hooks import observed
@@ -132,7 +134,7 @@ class Objective:
             if len(fits) > 1:
                 raise ValueError(
                     f"{self.model} predicts {tuple(z.shape)} for labels {tuple(y.shape)}: the classes may lie on axis 1 or on the "
-                    "last axis; give output=, a function that moves them last, such as lambda out: out.movedim(1, -1)"
+                    f"last axis; give {option('output')}=, a function that moves them last, such as lambda out: out.movedim(1, -1)"
                 )
             axis = fits[0] if fits else ""  # type: ignore[assignment]
         if not axis and z.ndim > 3:
@@ -193,14 +195,17 @@ class Objective:
         z, y = (t[:, None] if t.ndim == 1 else t for t in (z, y))
         if z.shape != y.shape:
             shapes = f"{tuple(z.shape)}, not {tuple(y.shape)}"
-            raise ValueError(f"task {self.task} needs targets in the shape of the predictions, {shapes}: give output= or loss=")
+            raise ValueError(
+                f"task {self.task} needs targets in the shape of the predictions, {shapes}: give {option('output')}= or "
+                f"{option('loss')}="
+            )
         return z, y
 
     def _labels(self, labels: Tensor | None) -> Tensor:
         if self.task == "none":
-            raise ValueError("task is none, so there is no loss and nothing to evaluate: choose a task, or give loss=")
+            raise ValueError(f"task is none, so there is no loss and nothing to evaluate: choose a task, or give {option('loss')}=")
         if labels is None:
-            raise ValueError("the loss needs labels, but the data have none: give (x, y) batches, or loss=")
+            raise ValueError(f"the loss needs labels, but the data have none: give (x, y) batches, or {option('loss')}=")
         return labels
 
     def _no_classes(self, z: Tensor, y: Tensor) -> str:
@@ -208,11 +213,13 @@ class Objective:
         if self.task in BY_VALUE:
             return f"task {self.task} has no classes; {named}: choose metrics and targets that need none"
         if y.is_floating_point():
-            way_out = "give task=regression or task=multilabel, or loss=; classes are integers (argmax(1) of one-hot rows)"
+            way_out = f"give {option('task')}=regression or {option('task')}=multilabel, or {option('loss')}="
+            way_out += "; classes are integers (argmax(1) of one-hot rows)"
             return f"{self.model} has {named}, which are no classes: {way_out}"
         return (
             f"cross-entropy needs one class label per prediction, but {self.model} predicts {tuple(z.shape)} for {named}; "
-            "give task=, output= or loss=, a function of (predictions, labels) that sums over the batch"
+            f"give {option('task')}=, {option('output')}= or {option('loss')}=, a function of (predictions, labels) that sums over "
+            "the batch"
         )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nodelens.messages import option
+
 Output = str | int | Callable[[Any], Tensor] | None
 
 
@@ -29,10 +31,13 @@ def answer_of(output: Any, which: Output = None, model: str = "the model") -> Te
     if not found:
         kind = type(output).__name__
         raise ValueError(
-            f"{model} returns {kind} without a floating-point tensor to use as predictions: give output=, a function of it"
+            f"{model} returns {kind} without a floating-point tensor to use as predictions: give {option('output')}=, a function "
+            "of it"
         )
     listed = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items())
-    raise ValueError(f"{model} returns several tensors, {listed}: say which one holds the predictions, as output={_quoted(found)}")
+    raise ValueError(
+        f"{model} returns several tensors, {listed}: say which one holds the predictions, as {option('output')}={_quoted(found)}"
+    )
 
 
 def parts_of(output: Any) -> dict[str | int, Any]:
@@ -64,10 +69,10 @@ def _chosen(output: Any, which: Any, model: str) -> Tensor:
         by_index = isinstance(which, int) and which not in parts and -len(listed) <= which < len(listed)
         value, named = listed[which] if by_index else parts.get(which), repr(which)
         if value is None:
-            raise ValueError(f"output={named}: {model} returns {', '.join(map(str, parts)) or type(output).__name__}")
+            raise ValueError(f"{option('output')}={named}: {model} returns {', '.join(map(str, parts)) or type(output).__name__}")
     if not isinstance(value, Tensor) or not value.ndim:
         shown = "a single number" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"output={named} gives {shown}; predictions are a tensor (B, ...)")
+        raise ValueError(f"{option('output')}={named} gives {shown}; predictions are a tensor (B, ...)")
     return value
 
 

@@ -6,6 +6,8 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import option
+
 from .missing import IGNORE, with_label, with_target
 from .objective import BY_VALUE, Objective
 
@@ -37,7 +39,7 @@ def check_token_target(metric: str, name: str | Callable[..., Tensor] | None, cl
         raise ValueError(
             f"metric {metric!r} needs {'all logits' if of_logits else 'a class'} for each row; here the rows are tokens with a "
             f"vocabulary of {classes:,}, more than {TOKEN_CLASSES:,}: leave the metric out, use target nll (mi, synergy), or "
-            "give one class label per sample, and a loss= for them"
+            f"give one class label per sample, and a {option('loss')}= for them"
         )
     if len({is_per_token(part, per_token) for part in parts}) > 1:
         raise ValueError(
@@ -139,7 +141,10 @@ def _predicted_target(name: str, logits: Tensor, labels: Tensor, objective: Obje
 def _label_target(name: str, z: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point() or y.ndim > 1:
         shape = f"{tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
-        raise ValueError(f"target {name!r} needs one integer class per row, not {shape}: give task=regression or task=multilabel")
+        raise ValueError(
+            f"target {name!r} needs one integer class per row, not {shape}: give {option('task')}=regression or "
+            f"{option('task')}=multilabel"
+        )
     known = (y >= 0) & (y < z.shape[1])
     if bool((y >= z.shape[1]).any()):
         raise ValueError(f"target {name!r}: the model has {z.shape[1]} classes, but a label is {int(y.max())}")

@@ -13,6 +13,7 @@ from torch import nn
 
 from nodelens.engine.options import AnalyzeOptions, check_kind
 from nodelens.messages import check_names, keywords_of, with_new_names
+from nodelens.network.arguments import check_arguments
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
@@ -163,10 +164,12 @@ def prune(
     Raises ValueError for arguments that do not fit the model or each other; TypeError for an unknown option.
     """
     check_kind("nl.prune", options, PruningOptions)
+    check_arguments("nl.prune", model, data if data is not None else criterion if isinstance(criterion, nn.Module) else None)
     of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
     of_measuring += ["initial", "on_plan", "progress"]
     named = with_new_names("nl.prune", named)
     finetune = named.pop("finetune", finetune)
+    _check_callables(criterion, finetune)
     check_names("nl.prune", named, [*of_pruning, *of_measuring, *keywords_of(prune)])
     given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
@@ -190,6 +193,17 @@ def prune(
             options={name: value for name, value in named.items() if name not in of_pruning},
         )
         return carry_out(context, asked, None, asked.apply, finetune, asked.gate)
+
+
+def _check_callables(criterion: Any, finetune: Any) -> None:
+    """Raises TypeError for data in the place of the criterion, and for fine-tuning that cannot be called."""
+    if isinstance(criterion, Iterable) and not isinstance(criterion, (str, Mapping, pd.DataFrame, pd.Series)):
+        raise TypeError(
+            f"nl.prune: criterion is {type(criterion).__name__}; it is a metric's name such as 'taylor', or weights by name. Data "
+            "are given by name, nl.prune(model, data=...)"
+        )
+    if finetune is not None and not callable(finetune):
+        raise TypeError(f"nl.prune: finetune is {finetune!r}; it is a callable, such as nl.Finetune(train, epochs=3)")
 
 
 def _as_objects(given: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_an_exception_leaves_no_hook(where):
     def loss(logits, labels):
         raise ArithmeticError("no loss")
 
-    with pytest.raises((KeyboardInterrupt, RuntimeError, ArithmeticError)):
+    with pytest.raises((KeyboardInterrupt, ValueError, ArithmeticError)):
         nl.analyze(net, data(), ["taylor"] if where == "loss" else ["rq"], **({"loss": loss} if where == "loss" else {}))
     assert hooks(net) == 0
     assert all(p.requires_grad for p in net.parameters())
@@ -125,7 +125,7 @@ def test_the_plan_tells_its_bytes_and_stands_by_them():
 
 
 def test_over_the_budget_nothing_starts():
-    with pytest.raises(MemoryError, match=r"the plan takes .* MiB, budget.memory is 0 MiB; the largest is .* choose fewer layers"):
+    with pytest.raises(MemoryError, match=r"the plan takes .* MiB, budget is 0 MiB; the largest is .* choose fewer layers"):
         nl.analyze(build(Mixed), batches(*images(), 16), budget=1000)
 
 

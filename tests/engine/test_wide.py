@@ -64,13 +64,13 @@ def test_a_site_too_wide_is_refused_with_every_choice_and_its_bytes(net, data):
     size = 8 * (WIDTH * WIDTH + 2 * WIDTH) * 8 / 2**20
     small = 8 * (LIMIT * LIMIT + 2 * LIMIT) * 8 / 2**20
     for words in (
-        "site 'up' is 40 wide (and 1 more sites), budget.width is 24: redundancy, participation_ratio need products",
+        "site 'up' is 40 wide (and 1 more sites), width is 24: redundancy, participation_ratio need products",
         f"{size:,.1f} MiB there",
         "covariance=diagonal (no products; these metrics are NaN there; 0 MiB)",
         f"covariance=sample:24 (24 channels; {small:,.1f} MiB)",
         f"covariance=sketch:24 (for participation_ratio; {small:,.1f} MiB)",
-        "budget.max_passes=2 or more, if only memory is short",
-        "or budget.width=40",
+        "max_passes=2 or more, if only memory is short",
+        "or width=40",
     ):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="full covariance") as error:
@@ -94,7 +94,7 @@ def test_other_words_are_refused(net, data, words):
 
 
 def test_a_width_below_one_is_refused(net, data):
-    with pytest.raises(ValueError, match=r"budget\.width is 0"):
+    with pytest.raises(ValueError, match=r"width is 0"):
         measured(net, data, ["rq"], None, width=0)
 
 
@@ -116,7 +116,7 @@ def test_diagonal_leaves_products_out_and_every_other_column_as_it_is(net, data)
     assert found.edges["layer_cosine_sim"].notna().tolist() == [True, False]  # mid and down differ in width
     told = {(m["layer"], m["column"]): m for m in found.metadata["missing"]}
     assert told["up", "redundancy"]["count"] == WIDTH
-    reason = "up is 40 wide, beyond budget.width=24: products of its units are left out (covariance=diagonal)"
+    reason = "up is 40 wide, beyond width=24: products of its units are left out (covariance=diagonal)"
     assert told["up", "redundancy"]["reason"] == reason
     assert told["up", "participation_ratio"]["count"] == 1
     assert told["up -> mid", "linear_cka"]["count"] == 1
@@ -399,9 +399,7 @@ def geometry(blocks, wide, metrics=("spectrum", "novelty")):
 
 
 def test_the_geometry_of_a_wide_stream_is_refused_with_the_choices(blocks):
-    with pytest.raises(
-        ValueError, match=r"layers\.0' is 40 wide \(and 1 more sites\), budget\.width is 24: .*covariance=sketch:24"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0' is 40 wide \(and 1 more sites\), width is 24: .*covariance=sketch:24"):
         geometry(blocks, None)
 
 

@@ -441,7 +441,10 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
         (lambda: get_metric("ixy", noise="p50"), "noise is 'p50'; it must be mean, median, p75, p90, or a number above 0"),
         (lambda: get_metric("gaussian_mi_analytic", noise_std=0), "noise_std is 0; it must be a number above 0"),
         (lambda: get_metric("synergy", target_reduce="sum"), "target_reduce is 'sum'; it takes 'joint', 'mean'"),
-        (lambda: get_metric("cond_mi").compute(outputs=torch.ones(3, 2), targets=torch.ones(3)), "target 'label' needs labels"),
+        (
+            lambda: get_metric("cond_mi").compute(outputs=torch.ones(3, 2), targets=torch.ones(3)),
+            "needs outputs= and labels=; given: outputs=",
+        ),
     ],
     ids=label,
 )

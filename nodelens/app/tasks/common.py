@@ -32,6 +32,11 @@ def verify(cfg: DictConfig) -> None:
 
     These are a missing value, a key or type that a class does not accept, and a number out of range.
     """
+    if str(cfg.model.get("_target_", "")).endswith(".LanguageModel") and "channels" in cfg.dataset:
+        raise ValueError(
+            f"the model reads texts ({cfg.model._target_}) and the data are images ({cfg.dataset.get('_target_')}): choose texts, "
+            "dataset=text, or a model of images, such as model=resnet18"
+        )
     if missing := unset(cfg):
         raise ValueError(f"{missing[0]} has no value: give {missing[0]}=...")
     values = resolved(cfg)
@@ -111,7 +116,7 @@ def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[
         if Path(cfg.ckpt_path).is_dir():
             print_line(f"weights: {file}")
         trained_by = load_weights(module.net, file)
-    elif not cfg.model.get("weights") and not (cfg.model.get("net") or {}).get("path"):
+    elif not cfg.model.get("weights") and not any((cfg.model.get("net") or {}).get(key) for key in ("path", "pretrained")):
         name = type(module.net).__name__
         print_line(f"warning: the weights of {name} are random; pass ckpt_path=... to measure a trained model")
     return module, trained_by

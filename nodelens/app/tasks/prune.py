@@ -91,6 +91,8 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     sweep = Sweep(folder, context, table, evaluator, cfg.apply, _finetuning(cfg, data), rank == 0, result.metadata["refused"])
     rows = sweep.run(requested, progress_bar("sweep", len(requested), rank == 0))
     found = sweep_table(rows, dense)
+    if not (found["status"] == "done").any():
+        raise ValueError(f"no cell of the sweep can be carried out; {found['name'].iloc[0]}: {found['error'].iloc[0]}")
     if rank == 0:
         _finish(cfg, folder, found, dense)
     _save_models(cfg, folder, sweep, requested, found, module)

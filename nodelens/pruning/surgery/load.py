@@ -16,7 +16,10 @@ from .save import structure, unsaved_buffers
 from .saved import SavedModel
 from .slice import replace_tensor, set_count, update_sizes
 
-_BUILDERS = ("nodelens.models.mlp", "nodelens.models.cnn")  # whose arguments are numbers only
+_BUILDERS = (  # whose arguments are numbers, and names of registered networks
+    *("nodelens.models.mlp", "nodelens.models.cnn"),
+    *("nodelens.models.torchvision_model", "nodelens.models.timm_model"),
+)
 _COUNTS = {  # attributes that a plan may set
     *("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads"),
     *("embed_dim", "all_head_size", "split_size", "inner_dim"),
@@ -82,7 +85,7 @@ def _dense_model(saved: SavedModel) -> nn.Module:
 def _small_model(origin: Mapping[str, Any]) -> nn.Module:
     from nodelens import models
 
-    arguments = dict(origin["net"])
+    arguments = {name: value for name, value in origin["net"].items() if name != "pretrained"}  # the folder has the weights
     return getattr(models, arguments.pop("_target_").rpartition(".")[2])(**arguments)
 
 
