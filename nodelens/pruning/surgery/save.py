@@ -178,6 +178,8 @@ def _dtype(name: Any) -> torch.dtype:
 
 
 def _set(model: nn.Module, path: str, attribute: str, value: Any) -> None:
-    if attribute.removeprefix("config.") not in _COUNTS or isinstance(value, bool) or not isinstance(value, int):
+    now = vars(model.get_submodule(path)).get(attribute)
+    smaller = type(now) is int and type(value) is int and 0 < value <= now
+    if not smaller and (attribute.removeprefix("config.") not in _COUNTS or type(value) is not int):
         raise ValueError(f"the plan sets {path}.{attribute} to {value!r}: a plan can set only counts, such as num_heads")
     set_count(model.get_submodule(path), attribute, value)
