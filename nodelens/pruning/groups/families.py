@@ -33,12 +33,12 @@ COMMON = ((("fc1",), "fc2"), (("linear1",), "linear2"), (("lin1",), "lin2"))  # 
 _HALVES = ("gate_up_proj", "Wi")  # fused projections whose first half gates the second
 
 
-def family_groups(model: nn.Module) -> PruningGroups:
+def family_groups(model: nn.Module, rest: bool = True) -> PruningGroups:
     """Hidden units of feed-forward blocks and experts, and attention heads, found by attribute names, shapes and stored counts.
 
     No forward pass is run. Empty if no module matches a pattern. Otherwise ``frozen`` lists, once per module, what is not pruned:
     modules that match no pattern or are not understood, shared weights, embeddings, output heads and the residual width.
-    Whole experts are opt-in groups.
+    Whole experts are opt-in groups. rest: report modules that match no pattern, too.
     """
     found: list[PruningGroup] = []
     frozen: list[Frozen] = []
@@ -58,7 +58,8 @@ def family_groups(model: nn.Module) -> PruningGroups:
     if not found and not frozen:
         return PruningGroups(())
     experts, unclear = whole_expert_groups(model, shared)
-    return PruningGroups(tuple(found), (*frozen, *_unmatched(model, found, frozen, excluded), *unclear), experts)
+    unmatched = _unmatched(model, found, frozen, excluded) if rest else []
+    return PruningGroups(tuple(found), (*frozen, *unmatched, *unclear), experts)
 
 
 def ffn_groups(path: str, module: nn.Module, attends: bool = True) -> list[PruningGroup]:

@@ -1,4 +1,4 @@
-"""The pruning groups of any model: by the names of its modules if it is a known transformer, else from its exported graph."""
+"""The pruning groups of any model: of known transformer blocks by the names of modules, of the rest from the exported graph."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -8,7 +8,7 @@ from torch import nn
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.failed_forward import check_forward
-from nodelens.network.groups import GroupSlice, PruningGroup, PruningGroups, Role, identity
+from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, identity
 
 from .families import family_groups
 from .graph import graph_groups
@@ -17,9 +17,9 @@ from .graph import graph_groups
 def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGroup | Mapping[str, Any]] = ()) -> PruningGroups:
     """All groups of a model and what is frozen, groups over which a norm reduces included; ``extra`` adds custom groups.
 
-    batch: a ``Batch``, or what ``nl.analyze`` takes as one: the graph of a model without transformer blocks is exported with its
-    first samples. Raises ValueError if the batch is needed and missing, if the model cannot be exported, or if a custom group does
-    not fit the model.
+    batch: a ``Batch``, or what ``nl.analyze`` takes as one: the graph of a model, unless it consists of known transformer blocks,
+    is exported with its first samples. Raises ValueError if the batch is needed and missing, if the model cannot be exported, or if
+    a custom group does not fit the model.
     """
     check_arguments("nl.find_groups", model)
     found = family_groups(model)
@@ -29,13 +29,48 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
                 f"the groups of {type(model).__name__} are read from its exported graph, which needs an input: give data= or "
                 "example_inputs= to nl.prune, a batch to nl.find_groups"
             )
-        batch = batch if isinstance(batch, Batch) else Batch.of(batch)
+        batch = _batch(batch)
         check_forward(model, batch)
         found = graph_groups(model, batch)
+    elif batch is not None and _others(model, found):
+        found = _with_the_rest(model, found, _batch(batch))
     custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)
     replaced = {group.name for group in custom}
     opt_in = tuple(g for g in found.opt_in if g.name not in replaced)
     return PruningGroups((*(g for g in found if g.name not in replaced), *custom), found.frozen, opt_in)
+
+
+def _batch(given: Any) -> Batch:
+    return given if isinstance(given, Batch) else Batch.of(given)
+
+
+def _others(model: nn.Module, known: PruningGroups) -> bool:
+    """Whether layers remain that the graph may group: several convolutions, or, outside models of transformers, any layers.
+
+    The blocks of models of transformers are searched by name only, because their graphs are large.
+    """
+    sliced = {piece.module for group in (*known, *known.opt_in) for piece in group.slices}
+    left = [m for path, m in model.named_modules() if path not in sliced and isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    if hasattr(getattr(model, "config", None), "to_dict"):
+        left = [module for module in left if isinstance(module, nn.modules.conv._ConvNd)]
+    return len(left) > 1
+
+
+def _with_the_rest(model: nn.Module, known: PruningGroups, batch: Batch) -> PruningGroups:
+    """Groups that are known by name, and those of the graph that do not overlap with them."""
+    try:
+        found = graph_groups(model, batch)
+    except ValueError as error:
+        return PruningGroups(known.groups, (*known.frozen, Frozen("the rest of the model", str(error))), known.opt_in)
+    claimed = {(p.module, p.tensor, p.dim) for g in (*known, *known.opt_in) for p in g.slices}
+    names = {group.name for group in known}
+    more = [g for g in found if g.name not in names and claimed.isdisjoint((p.module, p.tensor, p.dim) for p in g.slices)]
+    sliced = {piece.module for group in (*known, *more) for piece in group.slices}
+    holders = {path.rpartition(".")[0] for path in sliced}
+    unclear = [f for f in family_groups(model, rest=False).frozen if f.what not in sliced | holders]
+    producers = {piece.module for group in known for piece in group.by_role("producer", "consumer")}
+    reported = [f for f in found.frozen if f.what not in producers]
+    return PruningGroups((*known, *more), (*unclear, *reported), known.opt_in)
 
 
 def custom_group(model: nn.Module, given: Mapping[str, Any]) -> PruningGroup:

@@ -19,6 +19,7 @@ from nodelens.pruning.surgery.slice import slice_units
 from nodelens.statistics.linalg import exact_products
 
 from .graph_ids import Ids
+from .graph_products import settle
 from .graph_rules import follow
 from .graph_walk import Walk
 from .off_path import freeze_unread, unread
@@ -39,7 +40,7 @@ def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
     two = batch.head(2) if len(batch) > 1 else batch.map(lambda t: t.repeat_interleave(2, 0))
     two = replace(two, kwargs={name: value for name, value in two.kwargs.items() if name not in ("labels", "label")})
     with eval_mode(model), torch.no_grad(), exact_products():
-        found = _traced(model, two).groups()
+        found = settle(_traced(model, two)).groups()
         exact, approximate = ([group for group in found if group.exact == kind] for kind in (True, False))
         failed = {f.what: f for f in chain(_failing(model, two, exact), _failing(model, two, approximate))}
     return PruningGroups(tuple(group for group in found if group.name not in failed), (*found.frozen, *failed.values()))

@@ -1,6 +1,7 @@
 """Channel ids: which channels are tied, which are frozen, and the pruning groups that result."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, StoredCount
 
+WIDTH = re.compile(r"dim|size|width|channel|planes|feature|embed|ch_per|_ch$")  # in the names of attributes that are widths
 Profile = list[tuple[int, int]]
 
 
@@ -28,6 +30,26 @@ class Place:
     is_count: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A dimension that is laid out as a product of dimensions, such as (heads, dimensions per head).
+
+    whole (n_1, n_2, ...): the ids of its entries. factors: the ids along each of the dimensions, (n_1,), (n_2,), ...
+    The entries that stay must form a product, too: units are removed along one of the factors, and the others are frozen.
+    numbers: integer attributes of the module that reshapes, which may hold the sizes.
+    """
+
+    whole: Tensor
+    factors: tuple[Tensor, ...]
+    module: str = ""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+    def along(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ties of the entries to a factor."""
+        shape = [-1 if j == k else 1 for j in range(self.whole.ndim)]
+        return self.whole.flatten(), self.factors[k].reshape(shape).expand_as(self.whole).flatten()
+
+
 @dataclass
 class Ids:
     """One id per channel, the ties between ids, the places of the ids in tensors, and what freezes them."""
@@ -36,7 +58,9 @@ class Ids:
     places: dict[tuple[str, str, int], Place] = field(default_factory=dict)
     ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
-    normalized: list[Tensor] = field(default_factory=list)
+    normalized: list[Tensor] = field(default_factory=list)  # an operation reduces over them
+    heads: list[Tensor] = field(default_factory=list)  # the operands of a matrix product share them
+    products: list[Product] = field(default_factory=list)
     report: list[Frozen] = field(default_factory=list)  # what is frozen as a whole
     evaluated: frozenset[tuple[str, str, int]] | None = None  # places of the evaluation, while training is followed
 
@@ -67,9 +91,11 @@ class Ids:
         first = self.places.setdefault((place.module, place.tensor, place.dim), place)
         if (first.role, first.groups, len(first.ids)) == (place.role, place.groups, len(place.ids)):
             self.tie(first.ids, place.ids)
-        else:
-            for ids in (first.ids, place.ids):
-                self.freeze(ids, f"{place.tensor} of {place.module} is used in two ways")
+            return
+        as_data = first.role != place.role and "tied" in (first.role, place.role)
+        name = f"{place.tensor} of {place.module or 'the model'}"
+        for ids in (first.ids, place.ids):
+            self.freeze(ids, f"the {name} is also read outside its layer" if as_data else f"{name} is used in two ways")
 
     def groups(self) -> PruningGroups:
         """Tied channels form one unit; units with equally many places in the same tensors form one group."""
@@ -83,10 +109,12 @@ class Ids:
                     alike.setdefault(tuple(profile), []).append(unit)
                 else:
                     reasons[unit] = "no layer reads them"
-        normalized = set(torch.cat([label[ids] for ids in self.normalized]).tolist()) if self.normalized else set()
-        groups = [
-            _group([places[k] for k, _ in profile], units, label, normalized.isdisjoint(units)) for profile, units in alike.items()
-        ]
+        normalized, heads = (set(label[torch.cat(marks)].tolist()) if marks else set() for marks in (self.normalized, self.heads))
+        groups = []
+        for key, units in alike.items():
+            group = _group([places[k] for k, _ in key], units, label, normalized.isdisjoint(units))
+            several = any(piece.index.shape[1] > 1 for piece in group.by_role("producer"))
+            groups.append(group if heads.isdisjoint(units) or not several else replace(group, kind="head"))
         order = {name: k for k, name in enumerate(dict.fromkeys(p.module for p in places if p.role == "producer"))}
         groups.sort(key=lambda group: (order[group.name], int(group.slices[0].index.min())))
         return PruningGroups(tuple(_named(groups)), (*_report(places, profiles, reasons), *self.report))

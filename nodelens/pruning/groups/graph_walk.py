@@ -1,121 +1,122 @@
-"""State of the traversal of an exported program: the channels of each value, and which parameters are read how."""
+"""State of the traversal of an exported program: the unit ids along each dimension of each value."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .graph_ids import Ids, Place
+from .graph_ids import WIDTH, Ids, Place
 
 Key = tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
-    """A value whose channels, with ids (length,), lie along ``dim``."""
+class Layout:
+    """The unit ids along each dimension of a value, and the origin of the value for messages.
 
-    dim: int
-    ids: Tensor
+    dims: one entry per dimension: ids (size of the dimension,), or None where the dimension cannot shrink. An entry of the value
+    belongs to one unit per dimension with ids, and an id may occur several times, as after flattening a feature map.
+    """
 
-
-@dataclass(frozen=True)
-class Fixed:
-    """A value none of whose dimensions can shrink, and its origin."""
-
+    dims: tuple[Tensor | None, ...]
     source: str
 
+    def ids(self, dim: int) -> Tensor | None:
+        return self.dims[dim % len(self.dims)]
 
-Value = Channels | Fixed
+    def replaced(self, dim: int, ids: Tensor | None) -> "Layout":
+        """The same layout with other ids along one dimension."""
+        at = dim % len(self.dims)
+        return Layout((*self.dims[:at], ids, *self.dims[at + 1 :]), self.source)
+
+
+Value = Layout | tuple[Layout, ...]  # operations such as split have several results
 
 
 class Walk:
-    """The channels of every value seen so far.
+    """The layouts of every value seen so far.
 
     parameters: {placeholder: (module, tensor)} of parameters and buffers; shared: tensors that several modules hold; inputs:
-    placeholders of the model's arguments; ids: to which the channels are added.
+    placeholders of the model's arguments; ids: to which the units are added.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Key], shared: Collection[Key], inputs: Collection[str], ids: Ids):
         self.model, self.parameters, self.shared, self.inputs, self.ids = model, parameters, shared, inputs, ids
         self.values: dict[Node, Value] = {}
-        self.read_as_data: set[Key] = set()  # parameters with several dimensions that an operation uses like activations
 
-    def value(self, node: Node) -> Value:
-        """A node's channels; the channels of a layer scale (a parameter with one dimension longer than 1) are its entries."""
+    def layout(self, node: Node) -> Layout:
+        """A node's layout. Every long dimension of a parameter that is read as data has ids of its own."""
         if node not in self.values:
             module, tensor = self.parameters[node.name]
-            long = [d for d, n in enumerate(shape_of(node)) if n > 1]
-            if len(long) == 1:
-                ids = self.ids.fresh(shape_of(node)[long[0]])
-                self.ids.put(Place(module, tensor, long[0], ids, "tied"))
-                self.values[node] = Channels(long[0], ids)
-            else:
-                self.read_as_data.add((module, tensor))
-                self.values[node] = Fixed(f"the parameter {f'{module}.{tensor}'.lstrip('.')}")
-        return self.values[node]
+            dims = []
+            for dim, size in enumerate(shape_of(node)):
+                dims.append(self.ids.fresh(size) if size > 1 else None)
+                if size > 1:
+                    self.ids.put(Place(module, tensor, dim, dims[-1], "tied"))  # type: ignore[arg-type]
+            self.values[node] = Layout(tuple(dims), f"the parameter {f'{module}.{tensor}'.lstrip('.')}")
+        value = self.values[node]
+        return value if isinstance(value, Layout) else value[0]
 
-    def freeze(self, node: Node, reason: str) -> None:
-        """Freezes the channels of a value."""
-        value = self.value(node)
-        if isinstance(value, Channels):
-            self.ids.freeze(value.ids, reason)
+    def freeze(self, node: Node, reason: str, dims: Collection[int] | None = None) -> None:
+        """Freezes the units along all or some dimensions of a value."""
+        value = self.values[node] if isinstance(self.values.get(node), tuple) else self.layout(node)
+        for layout in value if isinstance(value, tuple) else (value,):
+            chosen = range(len(layout.dims)) if dims is None else {dim % len(layout.dims) for dim in dims}
+            for dim, ids in enumerate(layout.dims):
+                if ids is not None and dim in chosen:
+                    self.ids.freeze(ids, reason)
 
     def unknown(self, node: Node, why: str = "is not understood") -> Value:
-        """Freezes the channels of all operands; the result has no channels."""
-        if not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
-            return Fixed(op_of(node))  # an assertion or a size
-        for source in node.all_input_nodes:
-            self.freeze(source, f"{where(node)} {why}")
-        return Fixed(where(node))
+        """Freezes the units of all operands; the result has none."""
+        if isinstance(node.meta.get("val"), (Tensor, list, tuple)):  # otherwise an assertion or a size
+            for source in node.all_input_nodes:
+                self.freeze(source, f"{where(node)} {why}")
+        return without_units(node)
 
-    def along(self, node: Node, dim: int, by: Node) -> Tensor:
-        """The ids along a dimension of a value; new, frozen ids if its channels lie along another dimension."""
-        dim, value = dim % len(shape_of(node)), self.value(node)
-        if isinstance(value, Channels) and value.dim == dim:
-            return value.ids
+    def along(self, node: Node, dim: int) -> Tensor:
+        """The ids along a dimension of a value; new, frozen ids if there are none."""
+        layout = self.layout(node)
+        ids = layout.ids(dim)
+        if ids is not None:
+            return ids
         ids = self.ids.fresh(shape_of(node)[dim])
-        if isinstance(value, Channels):
-            self.ids.freeze(value.ids, f"{where(by)} mixes entries along another dimension")
-        self.ids.freeze(ids, f"reads {value.source}" if isinstance(value, Fixed) else f"{where(by)} reads no channels")
+        self.ids.freeze(ids, f"reads {layout.source}")
         return ids
 
-    def tied(self, node: Node | None, dim: int, ids: Tensor, by: Node) -> None:
-        """Records a parameter with one entry per channel, such as the weight of a norm."""
-        if node is not None and node.name in self.parameters:
-            self.ids.put(Place(*self.parameters[node.name], dim, ids, "tied"))
-        elif node is not None:
-            self.ids.freeze(ids, f"{where(by)} has parameters that are computed from others")
+    def tied(self, node: Node | None, dim: int, ids: Tensor) -> None:
+        """Ties the entries of a parameter, such as the weight of a norm, to units."""
+        own = self.layout(node).ids(dim) if node is not None else None
+        if own is not None:
+            self.ids.tie(own, ids)
 
-    def layer(self, node: Node, weight: Node, bias: Node | None) -> tuple[Key, str]:
-        """The module and name of a layer's weight, and why it cannot be sliced: "" if it can."""
-        caller = stack_of(node)
-        if weight.name not in self.parameters or (bias is not None and bias.name not in self.parameters):
-            return (caller, "weight"), "has weights that are computed from others (a parametrization)"
-        path, tensor = self.parameters[weight.name]
-        module = self.model.get_submodule(path)
-        if tensor != "weight" or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            why = f"uses the parameter {f'{path}.{tensor}'.lstrip('.')} outside a Linear or convolution module"
-        elif (path, tensor) in self.shared:
-            why = "has a weight that several modules share"
-        elif self.model.get_submodule(caller) is not module:
-            why = f"uses the weight of {path} without calling that module"
-        elif type(module.weight) is not nn.Parameter:
-            why = f"has weights of the type {type(module.weight).__name__}"
-        else:
-            why = ""
-        return (path, tensor), why
+    def owner(self, node: Node) -> nn.Module:
+        """The module whose forward method runs the operation."""
+        return self.model.get_submodule(stack_of(node))
+
+    def widths(self, node: Node, candidates: Sequence[Tensor]) -> None:
+        """Records the attributes, of the module that runs the operation, that are the number of the first ids that fit."""
+        for name, value in vars(self.owner(node)).items():
+            fits = [ids for ids in candidates if type(value) is int and len(ids) == value]
+            if fits and WIDTH.search(name):
+                self.ids.put(Place(stack_of(node), name, 0, fits[0], "tied", is_count=True))
 
     def close(self) -> Ids:
-        """The ids, after freezing the channels of tensors that are also used elsewhere."""
+        """The ids, after freezing the units of tensors that several modules hold."""
         for place in self.ids.places.values():
-            name = f"{place.tensor} of {place.module or 'the model'}"
-            if (place.module, place.tensor) in self.read_as_data:
-                self.ids.freeze(place.ids, f"the {name} is also read outside its layer")
-            elif (place.module, place.tensor) in self.shared:
-                self.ids.freeze(place.ids, f"several modules share the {name}")
+            if (place.module, place.tensor) in self.shared:
+                self.ids.freeze(place.ids, f"several modules share the {place.tensor} of {place.module or 'the model'}")
         return self.ids
+
+
+def without_units(node: Node, source: str | None = None) -> Value:
+    """The layout of a value none of whose dimensions can shrink."""
+    value: Any = node.meta.get("val")
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    layouts = tuple(Layout((None,) * getattr(part, "ndim", 0), source or where(node)) for part in parts)
+    return layouts if isinstance(value, (list, tuple)) else layouts[0]
 
 
 def op_of(node: Node) -> str:

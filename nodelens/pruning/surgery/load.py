@@ -207,12 +207,12 @@ def _put(module: nn.Module, name: str, old: torch.Tensor | None, value: torch.Te
 def _check_count(net: nn.Module, path: str, attribute: str, value: int, saved: SavedModel) -> None:
     """Raises ValueError for anything but a count of the model that becomes smaller."""
     field = f"{saved.folder / 'plan.json'}: numbers.{path}.{attribute}"
-    if attribute.removeprefix("config.") not in _COUNTS:
-        raise ValueError(f"{field} is {value}: a plan can set only counts, such as num_heads")
     try:
         holder: Any = net.get_submodule(path)
     except AttributeError:
         holder = None
+    if attribute.removeprefix("config.") not in _COUNTS and type(vars(holder or net).get(attribute)) is not int:
+        raise ValueError(f"{field} is {value}: a plan can set only counts, such as num_heads")
     for part in attribute.split("."):
         holder = getattr(holder, part, None)
     if type(holder) is not int or value > holder:

@@ -40,7 +40,18 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
             set_count(model.get_submodule(path), attribute, value)
     for path in {path for path, _ in slices}:
         update_sizes(model.get_submodule(path))
+    _drop_caches(model)
     return model
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """Modules with a train method of their own drop there what they computed from their weights for evaluation."""
+    for module in model.modules():
+        if type(module).train is not nn.Module.train:
+            modes = {part: part.training for part in module.modules()}
+            module.train()
+            for part, mode in modes.items():
+                part.training = mode
 
 
 def updated_counts(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -> dict[str, dict[str, int]]:

@@ -380,14 +380,31 @@ class Hybrid(nn.Module):
         return self.head(self.encoder(maps.flatten(2).mT).mean(1))
 
 
-def test_convolutions_before_transformer_blocks_are_named_and_can_be_given():
+def test_the_rest_of_a_network_with_known_blocks_is_found_in_its_graph():
     model, x = Hybrid().eval(), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = nl.find_groups(model, x)
+    assert {group.name: group.kind for group in found}.items() >= {
+        "encoder.layers.0": "ffn",
+        "a": "channel",
+        "b": "channel",
+    }.items()
+    frozen = {f.what: f.reason for f in found.frozen}
+    assert frozen["the input of a"] == "3 units: reads the model's input"
+    assert frozen["head"] == "4 units: the model's output"
+    assert not any("searched in transformer blocks only" in reason for reason in frozen.values())
+    pruned = nl.prune(model, "magnitude", 0.5, example_inputs=x)
+    assert (pruned.model.b.in_channels, pruned.model.encoder.layers[0].linear2.in_features) == (8, 32)
+    assert pruned.model(x).shape == (2, 4)
+
+
+def test_known_blocks_stay_where_the_rest_cannot_be_traced():
+    class Branching(Hybrid):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model, x = Branching().eval(), torch.ones(2, 3, 16, 16)
     found = nl.find_groups(model, x)
     assert [group.name for group in found] == ["encoder.layers.0"]
     frozen = {f.what: f.reason for f in found.frozen}
     assert frozen["a, b, project"].startswith("groups are searched in transformer blocks only; convolutions outside them")
-    assert frozen["head"] == "embeddings and output heads are not pruned"
-    custom = {"name": "a", "producer": ["a.weight", "a.bias"], "consumer": ["b.weight"]}
-    pruned = nl.prune(model, "magnitude", 0.5, example_inputs=x, custom_groups=[custom])
-    assert pruned.model.b.in_channels == 8
-    assert pruned.model(x).shape == (2, 4)
+    assert frozen["the rest of the model"].startswith("torch.export cannot trace the forward pass of Branching")

@@ -1,12 +1,12 @@
 """Pruning groups of convolutional networks and perceptrons: slicing equals masking, and what is not understood is frozen."""
 
 import copy
-import math
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from graphs import Net, assert_exact, assert_same, between, conv, images, output, removal, rows, seeded, space
 from torch import Tensor, nn
 from transformers import (
     ConvNextConfig,
@@ -22,82 +22,10 @@ from transformers import (
 import nodelens as nl
 from nodelens.models.hf import resnet
 from nodelens.network.batch import Batch
-from nodelens.network.outputs import answer_of
 from nodelens.pruning.groups.graph import graph_groups
 from nodelens.pruning.groups.graph_ids import joined
 from nodelens.pruning.surgery.mask import masked, zero
 from nodelens.pruning.surgery.slice import slice_units
-
-AMOUNTS = (0.1, 0.5, 0.9)
-
-
-class Net(nn.Module):
-    """Modules by name and a forward pass, written as one function of the net and its input."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.go = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.go(self, x)
-
-
-def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights, biases, betas and running statistics that are nowhere 0 or 1, in float64."""
-    g = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        for name, p in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if not p.is_floating_point():
-                continue
-            positive = name == "running_var" or (name == "weight" and p.ndim == 1)
-            wide = p.ndim > 1 and p.numel() > max(p.shape)
-            value = torch.rand(p.shape, generator=g) + 0.5 if positive else torch.randn(p.shape, generator=g)
-            p.data.copy_(value if positive else value * (math.sqrt(2 / p[0].numel()) if wide else 0.5))
-    return model.double().eval()
-
-
-def conv(i: int, o: int, k: int = 3, **options) -> nn.Conv2d:
-    return nn.Conv2d(i, o, k, padding=k // 2, **options)
-
-
-def images(size: int = 8, n: int = 3) -> Tensor:
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def space(x: Tensor) -> Tensor:
-    return x.mean((2, 3))
-
-
-def removal(groups, shift: int) -> dict[str, list[int]]:
-    """Random units, a different amount of each group."""
-    g = torch.Generator().manual_seed(shift)
-    gone = {a.name: min(a.n - 1, math.floor(AMOUNTS[(k + shift) % 3] * a.n + 0.5)) for k, a in enumerate(groups)}
-    return {a.name: torch.randperm(a.n, generator=g)[: gone[a.name]].tolist() for a in groups}
-
-
-def output(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return answer_of(model(x))
-
-
-def assert_same(a: Tensor, b: Tensor) -> None:
-    assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max())
-
-
-def assert_exact(model: nn.Module, groups, x: Tensor) -> None:
-    dense = output(model, x)
-    for shift in range(3):
-        removed = removal(groups, shift)
-        with masked(model, groups, removed):
-            mask = output(model, x)
-        assert_same(mask, output(slice_units(copy.deepcopy(model), groups, removed), x))
-        assert float((mask - dense).abs().max()) > 1e-3 * float(dense.abs().max())
 
 
 def classes(n: int = 5) -> dict:
@@ -364,12 +292,6 @@ def test_the_positions_of_approximate_groups_are_right(build, monkeypatch):
 # --- what is frozen
 
 
-def between(inside, width: int = 8, **modules):
-    """Two convolutions, the given operation, and a head of the given width."""
-    modules = {"a": conv(3, 6), "b": conv(6, 8), "head": nn.Linear(width, 5), **modules}
-    return lambda: Net(lambda m, x: m.head(inside(m, m.b(F.relu(m.a(x))))), **modules)
-
-
 def shared() -> nn.Module:
     net = Net(lambda m, x: m.head(space(m.b(m.a(x)))), a=conv(3, 3), b=conv(3, 3), head=nn.Linear(3, 5))
     net.b.weight = net.a.weight
@@ -388,12 +310,10 @@ fixed = nn.LayerNorm(8, elementwise_affine=False)
 STAY = {  # the operation in between: groups that remain, the layer reported as frozen, the reason
     "an unknown operation": (between(lambda m, x: space(x.cumsum(1))), "a", "b", "cumsum in the model is not understood"),
     "another library's": (between(lambda m, x: space(namesake(x))), "a", "b", "relu in the model is not understood"),
-    "a softmax over channels": (between(lambda m, x: space(x.softmax(1))), "a", "b", "softmax in .* reduces over the channels"),
-    "a mean over channels": (between(lambda m, x: space(x - x.mean(1, True))), "a", "b", "mean in .* reduces over the channels"),
-    "a chunk": (between(lambda m, x: space(x.chunk(2, 1)[0]), 4), "a", "b", "chunk in the model is not understood"),
-    "a part": (between(lambda m, x: space(x[:, 2:]), 6), "a", "b", "slice in the model selects some of the channels"),
-    "a shuffle": (between(lambda m, x: space(F.pixel_shuffle(x, 2)), 2), "a", "b", "pixel_shuffle in the model"),
-    "groups by hand": (between(lambda m, x: x.view(len(x), 2, 4, -1).mean((1, 3)), 4), "a", "b", "view in .* mixes channels"),
+    "a rotation": (between(lambda m, x: space(x.roll(1, 1))), "a", "b", "roll in the model moves entries along them"),
+    "blocks of two sizes": (
+        between(lambda m, x: space(x.split([3, 5], 1)[1]), 5), "a", "b", "split_with_sizes in the model takes blocks of 3, 5 units",
+    ),
     "padded channels": (between(lambda m, x: space(F.pad(x, (0, 0, 0, 0, 2, 2))), 12), "a", "b", "pad in .* changes the number"),
     "a constant map": (between(lambda m, x: space(x * torch.arange(8.0)[:, None, None])), "a", "b", "mul in .* combines them with"),
     "a weight norm": (between(lambda m, x: space(x), b=weight_norm(conv(6, 8))), "", "b", "weights that are computed from others"),
@@ -410,7 +330,6 @@ STAY = {  # the operation in between: groups that remain, the layer reported as 
     ),
     "a weight as data": (between(lambda m, x: space(x) * m.b.weight.std()), "", "b", "weight of b is also read outside its layer"),
     "a shared weight": (shared, "", "a", "has a weight that several modules share"),
-    "filters": (between(lambda m, x: space(m.c(x)), 16, c=conv(8, 16, groups=8)), "a", "b", "has several filters per channel"),
     "a width in a reshape": (
         between(lambda m, x: m.c(x).reshape(-1, 384), 384, c=conv(8, 6)), "a b", "c", "the model does not run: ",
     ),
