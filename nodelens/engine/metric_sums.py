@@ -1,6 +1,6 @@
-"""The sums that a metric reads at a place: over all samples, by group of samples, or without one group."""
+"""The sums that metrics read at a place, over all samples, by group of samples, or without one group."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,37 @@ def rows_of(value: Any) -> int:
     return int(counted["n" if "n" in counted else "seen"].sum()) if counted else 0
 
 
+class SharedSums:
+    """Sums and weights that several metrics read, each formed once, when it is first read.
+
+    The sums are those over all samples, or over all but one group.
+    """
+
+    def __init__(self, plan: Plan, without: int | None = None):
+        self.plan, self.without = plan, without
+        self._formed: dict[int, Any] = {}  # by the id of the accumulator
+        self._weights: dict[tuple[str, str], Any] = {}
+
+    def of(self, accumulator: Any) -> Any:
+        """The sum of an accumulator; None if nothing was added."""
+        if id(accumulator) not in self._formed:
+            value = accumulator.value if self.without is None else accumulator.without(self.without)
+            self._formed[id(accumulator)] = value
+        return self._formed[id(accumulator)]
+
+    def weight(self, layer: Layer, metric: Metric) -> Any:
+        """What a metric reads of a layer besides sums."""
+        key = layer.name, metric.parameter
+        if key not in self._weights:
+            self._weights[key] = self.plan.parameter(layer, metric)
+        return self._weights[key]
+
+    def release(self, read: Sequence[tuple]) -> None:
+        """Drops sums and weights that no further metric reads."""
+        for key in read:
+            self._formed.pop(key[0], None) if len(key) == 1 else self._weights.pop(key, None)
+
+
 @dataclass(frozen=True)
 class MetricSums:
     """The statistics that a metric reads at a place, by the name of its argument."""
@@ -90,11 +121,10 @@ class MetricSums:
         ]
         return {"without_target": max(left)} if left and max(left) > 0 else {}
 
-    def whole(self) -> dict[str, Any]:
-        return _by_reader({name: self._adapted(name, accumulator.value) for name, accumulator in self.accumulators.items()})
-
-    def without(self, group: int) -> dict[str, Any]:
-        return _by_reader({name: self._adapted(name, a.without(group), group) for name, a in self.accumulators.items()})
+    def read(self, shared: SharedSums) -> dict[str, Any]:
+        """The statistics by argument, from sums that other metrics read too."""
+        held = {name: shared.of(accumulator) for name, accumulator in self.accumulators.items()}
+        return _by_reader({name: self._adapted(name, value, shared.without) for name, value in held.items()})
 
     def by_group(self, groups: int) -> dict[str, Any]:
         if self.single:

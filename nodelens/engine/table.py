@@ -1,7 +1,7 @@
 """The tables of a pass: one row per unit and one column per metric, followed by its standard error."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
 
 from .error_reasons import no_error, why_missing
+from .estimate import Estimator, estimators_at, evaluate
 from .layout import Place
 from .members import side_of
-from .metric_sums import MetricSums, SampleCounts, Sums
+from .metric_sums import SampleCounts, Sums
 from .permutation import null_of
 from .plan import Plan
-from .wide_sites import KnownUnits, known_units, reason_left_out
+from .wide_sites import KnownUnits
 
 
 @dataclass
@@ -52,8 +53,19 @@ class Measured:
         return self.columns[""]
 
 
+@dataclass
+class _Cell:
+    """One metric at one layer or pair of layers of the table."""
+
+    name: str
+    place: Place
+    estimators: list[Estimator]
+
+
 def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False, seed: int = 0) -> Table:
     """Evaluates every metric at every place of a plan from complete sums; the samples of each group weight the jackknife."""
+    of_layers, of_pairs = _cells(plan, sums, samples)
+    evaluate(plan, [each for cell in _in_order(plan, of_layers, of_pairs) for each in cell.estimators], samples)
     table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), {}), [], []
     for layer in plan.measured:
         width = plan.seen(layer, "output").width
@@ -61,19 +73,55 @@ def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False
         columns: dict[str, np.ndarray] = {}
         kind = layer.group.kind if isinstance(layer, GroupLayer) else type(layer.module).__name__
         row: dict[str, Any] = {"layer": layer.title, "type": kind, "units": width}
-        for name, metric in plan.metrics.items():
-            if metric.kind != "edge":
-                place = layer, plan.behind(metric, layer)
-                found = measure(metric, plan, place, sums, samples, bias, seed)
-                _note(table, layer.title, name, metric, found, plan, place)
-                _store(table, columns, row, name, metric, found)
+        for cell in of_layers[layer.name]:
+            metric = plan.metrics[cell.name]
+            found = _measured(metric, plan, cell, bias, seed)
+            _note(table, layer.title, cell.name, metric, found, plan, cell.place)
+            _store(table, columns, row, cell.name, metric, found)
         frames.append(pd.DataFrame(columns, index=index))
         rows.append(row)
     table.units = pd.concat(frames)
     table.layers = pd.DataFrame(rows).set_index("layer")
-    table.edges = _edges(table, plan, sums, samples, bias, seed)
+    table.edges = _edges(table, plan, of_pairs, bias, seed)
     table.model = of_model(plan, table.layers)
     return table
+
+
+def _cells(plan: Plan, sums: Sums, samples: SampleCounts) -> tuple[dict[str, list[_Cell]], dict[Place, list[_Cell]]]:
+    """The cells of each layer, by name, and of each pair of layers."""
+    of_layers: dict[str, list[_Cell]] = {layer.name: [] for layer in plan.measured}
+    of_pairs: dict[Place, list[_Cell]] = {pair: [] for pair in plan.pairs if pair[0] in plan.measured}
+    for name, metric in plan.metrics.items():
+        places = of_pairs if metric.kind == "edge" else [(layer, plan.behind(metric, layer)) for layer in plan.measured]
+        for place in places:
+            cell = _Cell(name, place, estimators_at(metric, plan, _places(metric, plan, place), sums, samples))
+            (of_pairs[place] if metric.kind == "edge" else of_layers[place[0].name]).append(cell)
+    return of_layers, of_pairs
+
+
+def _in_order(plan: Plan, of_layers: dict[str, list[_Cell]], of_pairs: dict[Place, list[_Cell]]) -> Iterator[_Cell]:
+    """All cells: pairs in order of their later layer, each followed by its layers, so that few sums are held at once.
+
+    Pairs come first, because some read eigenvectors, and metrics of layers then read the eigenvalues that came with them.
+    """
+    order = {layer: k for k, layer in enumerate(plan.layers)}
+    left = dict(of_layers)
+    for pair in sorted(of_pairs, key=lambda pair: max(order[layer] for layer in pair if layer in order)):
+        yield from of_pairs[pair]
+        for layer in sorted((layer for layer in pair if layer in order), key=order.__getitem__):
+            yield from left.pop(layer.name, ())
+    for cells in left.values():
+        yield from cells
+
+
+def _places(metric: Metric, plan: Plan, place: Place) -> list[Place]:
+    """The places whose values are combined into one: several only for a pruning group that several layers read or make."""
+    layer, behind = place
+    if metric.kind == "edge":
+        return [place]
+    if isinstance(layer, GroupLayer) and side_of(metric) != "group":
+        return [(part, plan.behind(metric, part)) for part in plan.parts(metric, layer)]
+    return [(plan.parts(metric, layer)[0], behind)]
 
 
 def _store(table: Table, columns: dict, row: dict, name: str, metric: Metric, found: Measured) -> None:
@@ -88,18 +136,17 @@ def _store(table: Table, columns: dict, row: dict, name: str, metric: Metric, fo
             columns[name + suffix] = value.numpy()
 
 
-def _edges(table: Table, plan: Plan, sums: Sums, samples: SampleCounts, bias: bool, seed: int) -> pd.DataFrame:
-    chosen = {name: metric for name, metric in plan.metrics.items() if metric.kind == "edge"}
+def _edges(table: Table, plan: Plan, of_pairs: dict[Place, list[_Cell]], bias: bool, seed: int) -> pd.DataFrame:
     rows = []
-    for place in [pair for pair in plan.pairs if pair[0] in plan.measured] if chosen else ():
-        first, second = place
-        row: dict[str, Any] = {"layer": first.name, "next": second.name}
+    for (first, second), cells in of_pairs.items() if any(of_pairs.values()) else ():
+        row: dict[str, Any] = {"layer": first.name, "next": second.name}  # type: ignore[union-attr]
         views: set[str] = set()
-        for name, metric in chosen.items():
-            found = measure(metric, plan, place, sums, samples, bias, seed)
-            views |= {need.view for _, need in plan.wanted(metric, place).values()}
-            row |= {name + suffix: float(value) for suffix, value in found.columns.items()}
-            _note(table, f"{first.name} -> {second.name}", name, metric, found, plan, place)
+        for cell in cells:
+            metric = plan.metrics[cell.name]
+            found = _measured(metric, plan, cell, bias, seed)
+            views |= {need.view for _, need in plan.wanted(metric, cell.place).values()}
+            row |= {cell.name + suffix: float(value) for suffix, value in found.columns.items()}
+            _note(table, f"{first.name} -> {second.name}", cell.name, metric, found, plan, cell.place)  # type: ignore[union-attr]
         rows.append(row | {"view": "+".join(sorted(views))})
     return pd.DataFrame(rows, columns=None if rows else ["layer", "next"]).set_index(["layer", "next"])
 
@@ -115,65 +162,31 @@ def of_model(plan: Plan, layers: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-def measure(
-    metric: Metric, plan: Plan, place: Place, sums: Sums, samples: SampleCounts, bias: bool = False, seed: int = 0
-) -> Measured:
-    """A metric at a place, with its standard error unless it reads weights only or gives a matrix of pairs.
+def measure(metric: Metric, plan: Plan, place: Place, sums: Sums, samples: SampleCounts) -> Measured:
+    """A metric at one place, with its standard error unless it reads weights only or gives a matrix of pairs."""
+    cell = _Cell(metric.names[0], place, estimators_at(metric, plan, _places(metric, plan, place), sums, samples))
+    evaluate(plan, cell.estimators, samples)
+    return _measured(metric, plan, cell)
 
-    For a pruning group, the values of its layers are combined, in the value and in each jackknife replicate alike.
-    """
-    layer = place[0]
-    if isinstance(layer, GroupLayer) and side_of(metric) != "group":
-        indexed = plan.members.of(layer, side_of(metric))
-        read = [MetricSums.at(metric, plan, (part, plan.behind(metric, part)), sums) for part, _ in indexed]
-        counted = torch.stack([one.samples(samples) for one in read]).amin(0)  # the same groups at every part
-        parts = [_estimate(one, counted, samples) for one in read]
-        found = _combine([each.at(places, plan, part) for each, (part, places) in zip(parts, indexed, strict=True)], plan.reduce)
-    else:
-        at = layer if metric.kind == "edge" else plan.parts(metric, layer)[0]
-        one = MetricSums.at(metric, plan, (at, place[1]), sums)
-        counted = one.samples(samples)
-        found = _estimate(one, counted, samples)
-    if found.reason:
-        return _missing_value(plan, metric, layer, found.reason, bias)
-    columns, reason = {"": found.value}, no_error(metric, found.counts, counted) if found.errors else ""
-    if found.errors and found.replicates is None:
-        columns["_se"] = torch.full_like(found.value, math.nan)
-    elif found.replicates is not None:
-        columns["_se"], bias_estimate = jackknife(found.value, found.replicates, counted[counted > 0])
-        columns["_se"] = columns["_se"].where(torch.tensor(not reason), math.nan)
+
+def _measured(metric: Metric, plan: Plan, cell: _Cell, bias: bool = False, seed: int = 0) -> Measured:
+    """The columns of an evaluated cell. Values of the layers of a pruning group are combined, without each group alike."""
+    layer, estimators = cell.place[0], cell.estimators
+    reason = next((each.reason for each in estimators if each.reason), "")
+    if reason:
+        return _missing_value(plan, metric, layer, reason, bias)
+    value, replicates, counts, known = _combined(plan, metric, layer, estimators)
+    counted, errors = estimators[0].counted, estimators[0].errors
+    columns, why = {"": value}, no_error(metric, counts, counted) if errors else ""
+    if errors and replicates is None:
+        columns["_se"] = torch.full_like(value, math.nan)
+    elif replicates is not None:
+        columns["_se"], bias_estimate = jackknife(value, replicates, counted[counted > 0])
+        columns["_se"] = columns["_se"].where(torch.tensor(not why), math.nan)
         columns |= {"_bias": bias_estimate} if bias else {}
-    if found.null and metric.options.get("permutations"):
-        weight, needs, statistics = found.null
-        columns |= null_of(metric, weight, needs, statistics, seed)
-    return _scatter(Measured(columns, found.counts, known=found.known, no_error=reason), plan, metric, layer)
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """A metric's value at one place, and its jackknife replicates, each without one group of samples, (groups, ...)."""
-
-    value: Tensor = field(default_factory=lambda: torch.empty(0))
-    replicates: Tensor | None = None
-    errors: bool = False  # whether the metric has standard errors
-    counts: dict[str, int] = field(default_factory=dict)
-    known: KnownUnits = field(default_factory=KnownUnits)
-    null: tuple[Any, ...] = ()  # weight, needs and statistics, for the permutation test
-    reason: str = ""  # why there is no value
-
-    def at(self, places: Tensor, plan: Plan, layer: Layer) -> "_Estimate":
-        """The values gathered at an index (units, places) of the layer's units."""
-        if self.reason:
-            return self
-        width = plan.seen(layer, "output").width
-
-        def placed(value: Tensor) -> Tensor:
-            if self.known.units is not None:
-                value = value.new_full((*value.shape[:-1], width), math.nan).index_copy(-1, self.known.units, value)
-            return value[..., places]
-
-        replicates = None if self.replicates is None else placed(self.replicates)
-        return replace(self, value=placed(self.value), replicates=replicates, known=KnownUnits())
+    if metric.options.get("permutations"):
+        columns |= null_of(metric, *estimators[0].for_null(), seed)
+    return _scatter(Measured(columns, counts, known=known, no_error=why), plan, metric, layer)
 
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -185,42 +198,23 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _combine(parts: list[_Estimate], reduce: str) -> _Estimate:
-    """Combines several layers' values into one value per unit of a group."""
-    missing = next((part for part in parts if part.reason), None)
-    if missing is not None:
-        return missing
-    value = _REDUCE[reduce](torch.cat([part.value for part in parts], -1))
-    replicate_parts = [part.replicates for part in parts if part.replicates is not None]
-    replicates = _REDUCE[reduce](torch.cat(replicate_parts, -1)) if len(replicate_parts) == len(parts) else None
-    counts = {k: sum(part.counts.get(k, 0) for part in parts) for part in parts for k in part.counts}
-    return _Estimate(value, replicates, parts[0].errors, counts)
-
-
-def _estimate(sums: MetricSums, counted: Tensor, samples: SampleCounts) -> _Estimate:
-    """A metric's value at a place; counted (groups,) int64 says which groups of samples have rows."""
-    metric, plan, (layer, _), resolved = sums.metric, sums.plan, sums.place, sums.resolved
-    weight = plan.parameter(layer, metric)
-    if metric.needs() and not resolved:
-        wanted = plan.wanted(metric, sums.place)
-        return _Estimate(reason=plan.unpaired(wanted) or reason_left_out(plan, wanted) or "there is no next layer")
-    if metric.weighted and weight is None:
-        return _Estimate(reason="no batch norm follows the layer")
-    known = known_units(plan, layer, resolved)
-    if isinstance(weight, Tensor):
-        weight = known.weight(weight, all(need.port != "input" for _, need in resolved.values()))
-    present = counted.nonzero().flatten().tolist()
-    if metric.grouped:
-        whole = {name: [values[g] for g in present] for name, values in sums.by_group(len(counted)).items()}
-        return _Estimate(metric(weight, **whole), known=known)
-    statistics = sums.whole()
-    value, replicates = metric(weight, **statistics), None
-    errors = bool(resolved) and metric.shape != "pair"
-    if errors and not sums.single and len(present) > 1:
-        replicates = torch.stack([metric(weight, **sums.without(g)) for g in present])
-    null = (weight, {k: need for k, (_, need) in resolved.items()}, statistics) if resolved else ()
-    counts = metric.counts(weight, **statistics) | sums.without_target(samples)
-    return _Estimate(value, replicates, errors, counts, known, null)
+def _combined(
+    plan: Plan, metric: Metric, layer: Layer, estimators: list[Estimator]
+) -> tuple[Tensor, Tensor | None, dict[str, int], KnownUnits]:
+    """Value, replicates, counts and known units of a cell."""
+    if not (isinstance(layer, GroupLayer) and side_of(metric) != "group"):
+        only = estimators[0]
+        return only.values[None], only.replicates, only.counts, only.known
+    indexed, combine = plan.members.of(layer, side_of(metric)), _REDUCE[plan.reduce]
+    value, left = [], []
+    for each, (part, places) in zip(estimators, indexed, strict=True):
+        width = plan.seen(part, "output").width
+        value.append(each.at(each.values[None], places, width))
+        if each.replicates is not None:
+            left.append(each.at(each.replicates, places, width))
+    counts = {k: sum(each.counts.get(k, 0) for each in estimators) for each in estimators for k in each.counts}
+    replicates = combine(torch.cat(left, -1)) if len(left) == len(value) else None
+    return combine(torch.cat(value, -1)), replicates, counts, KnownUnits()
 
 
 def _scatter(found: Measured, plan: Plan, metric: Metric, layer: Layer) -> Measured:

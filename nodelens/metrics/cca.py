@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Gram, Pair
-from nodelens.statistics.linalg import components, principal_axes
+from nodelens.statistics.linalg import components
 
+from .covariances import axes_of, live_covariance
 from .layer_pair import EdgeMetric, live_cross
 from .need import Need
-from .spectrum import live_covariance, unresolved_directions
+from .spectrum import unresolved_directions
 
 ROWS = 5  # per direction of either layer; with fewer rows, unrelated layers appear correlated
 FEW_ROWS = 50  # per direction of either layer; with fewer rows, unrelated layers have a mean correlation of 0.085 or more
@@ -68,10 +69,9 @@ class CCA(EdgeMetric):
 
     def _kept(self, side: Gram) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvalues (k,) and axes (d, k) of the directions that are kept, and the scales of the units in which they are (d,)."""
-        covariance = live_covariance(side)
-        variance = covariance.diagonal()
-        sd = variance.where(variance > 0, 1.0).sqrt() if self.keep == 1 else torch.ones_like(variance)
-        lam, axes = principal_axes(covariance / sd.outer(sd), side.variance_rounding / sd.square())
+        variance, standardized = live_covariance(side).diagonal(), self.keep == 1
+        sd = variance.where(variance > 0, 1.0).sqrt() if standardized else torch.ones_like(variance)
+        lam, axes = axes_of(side, standardized)
         rank = int((lam > 0).sum())
         k = min(rank, int(components(lam, self.keep))) if self.keep < 1 else rank
         return lam[:k], axes[:, :k], sd

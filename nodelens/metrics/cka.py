@@ -9,10 +9,9 @@ from torch import Tensor
 from nodelens.statistics import Gram, NormedGram, NormedPair, Pair
 from nodelens.statistics.linalg import debiased_hsic
 
-from .information import constant_units
+from .covariances import constant_units, live_covariance
 from .layer_pair import EdgeMetric, live_cross, unpaired
 from .need import Need
-from .spectrum import live_covariance
 
 CHANCE = 0.05  # value for unrelated layers that counts as a bias
 

@@ -12,7 +12,7 @@ from nodelens.statistics.linalg import gaussian_information
 from .base import Metric, mean_of_partners
 from .binning import check_bins, constant_columns
 from .classes import SMALLEST_VARIANCE, entropy, labelled
-from .information import constant_units
+from .covariances import constant_units
 from .need import Need
 from .pair_bins import class_information_of_pairs, quantile_bins
 from .paired_target import COLLINEAR, check_same_rows, check_target, with_permutations

@@ -10,7 +10,7 @@ from nodelens.statistics import ClassCross, Cross, Moments
 from nodelens.statistics.linalg import constant, correlation, gaussian_information, joint_bias
 
 from .base import Metric
-from .information import constant_units
+from .covariances import constant_units
 from .need import Need
 from .paired_target import COLLINEAR, TARGETS, check_target, constant_targets, whitening, with_permutations, with_targets
 

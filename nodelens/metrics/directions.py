@@ -10,7 +10,7 @@ from nodelens.statistics import Directions, Gram, NormedGram
 from nodelens.statistics.linalg import debiased_hsic, spectrum
 
 from .base import Metric
-from .information import constant_units
+from .covariances import constant_units
 from .need import Need, View
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Cross, Gram, Moments, Pair
-from nodelens.statistics.linalg import MI_CEILING, constant, correlation, gaussian_information, joint_bias, principal_axes
+from nodelens.statistics.base import derived
+from nodelens.statistics.linalg import MI_CEILING, gaussian_information, joint_bias
 
 from .base import Metric, mean_of_partners
+from .covariances import axes_of, constant_units, correlation_of
 from .need import Need, Target, View
 from .paired_target import check_target, constant_targets, stored_target, target_rows, whitening, with_permutations, with_targets
 
@@ -188,7 +190,7 @@ class MutualInformation(Metric):
         found = {"constant": int(constant_units(y).sum())}
         if x is None:
             return found
-        first, *others = principal_axes(x.covariance, x.variance_rounding)[0].tolist()
+        first, *others = axes_of(x, False)[0].tolist()
         return found | {"close_eigenvalues": int(bool(others) and first < CLOSE * others[0])}
 
 
@@ -269,22 +271,12 @@ def check_noise(metric: str, option: str, noise: object, names: tuple[str, ...] 
         raise ValueError(f"{metric}: {option} is {noise!r}; it must be {other}a number above 0")
 
 
-def constant_units(y: Gram | Moments) -> Tensor:
-    """Which units are constant, (units,) bool."""
-    return constant(y.covariance.diagonal() if isinstance(y, Gram) else y.variance, y.mean)
-
-
-def correlation_of(y: Gram) -> Tensor:
-    """Correlations from a Gram, (units, units): 0 for constant units, NaN below two rows."""
-    rho = correlation(y.covariance, constant_units(y))
-    return rho.where(y.n > 1, torch.nan)
-
-
 def saturated(y: Gram) -> int:
     """The number of pairs of units at the upper limit of the information."""
     return int(torch.triu(correlation_of(y).square() >= MI_CEILING, 1).sum())
 
 
+@derived
 def pair_information(y: Gram, bias: str) -> Tensor:
     """Information of each pair of units, (units, units), with diagonal 0, and without its bias where ``bias`` is gaussian."""
     pairs = gaussian_information(correlation_of(y).square())
@@ -296,7 +288,7 @@ def pair_information(y: Gram, bias: str) -> Tensor:
 
 def _with_first_axis(y: Moments, xy: Pair, x: Gram) -> Tensor:
     """Correlations of units with the first principal component of the input, (units, 1)."""
-    values, axes = principal_axes(x.covariance, x.variance_rounding)
+    values, axes = axes_of(x, False)
     live = ~constant_units(y) & ~constant_units(x).all()
     scale = y.variance.where(live, 1.0).sqrt() * values[0].where(live, 1.0).sqrt()
     r = torch.where(live, xy.covariance @ axes[:, 0] / scale, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from nodelens.statistics import Cosines, Gram, Pair
 
 from .base import Metric
-from .information import constant_units
+from .covariances import constant_units
 from .need import Need, View
 
 UNPAIRED = 0.01  # of the rows: if more are valid in one layer only, sums over different rows would be compared

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Gram
-from nodelens.statistics.linalg import correlation, entropy_bias, spectrum
+from nodelens.statistics.base import derived
+from nodelens.statistics.linalg import entropy_bias, spectrum
 
 from .base import Metric
-from .information import constant_units
+from .covariances import constant_units, correlation_of, eigenvalues_of, rounding_of
 from .need import Need, View
 
 ROWS_PER_UNIT = 3  # with fewer rows the error of a determinant is large
@@ -65,7 +66,7 @@ class TotalCorrelation(Metric):
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
         live = ~constant_units(y)
-        value = self._of(self._entropies(y, live), int(live.sum()))
+        value = self._of(entropies_of(y, self.shrinkage), int(live.sum()))
         return value if self.bias == "none" or self.shrinkage != "none" else value - self._bias(y, live)
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
@@ -81,18 +82,6 @@ class TotalCorrelation(Metric):
         units = int(live.sum())
         whole, alone, others = (entropy_bias(y.n, d)[0] for d in (units, 1, max(0, units - 1)))
         return self._of(Entropies(whole - units * alone, (alone + others - whole).where(live, 0.0)), units)
-
-    def _entropies(self, y: Gram, live: Tensor) -> Entropies:
-        covariance, rounding = y.covariance[live][:, live], y.variance_rounding[live]
-        r = correlation(covariance, torch.zeros_like(rounding, dtype=torch.bool))
-        r = shrunk(r, y.n) if self.shrinkage == "schaefer_strimmer" else r
-        values = spectrum(r, rounding / covariance.diagonal())
-        few = self.shrinkage == "none" and int(y.n) <= len(r)
-        rest = torch.zeros_like(y.shift)
-        if int(y.n) < 2 or few or not bool((values > 0).all()):
-            return Entropies(values.new_full((), torch.nan), torch.full_like(rest, torch.nan).where(live | (y.n < 2), 0.0))
-        rest[live] = 0.5 * torch.linalg.inv(r).diagonal().log()
-        return Entropies(0.5 * values.log().sum(), rest)
 
 
 @dataclass(frozen=True)
@@ -176,6 +165,23 @@ class MultiRedundancy(TotalCorrelation):
 
     def _of(self, h: Entropies, units: int) -> Tensor:
         return h.rest
+
+
+@derived
+def entropies_of(y: Gram, shrinkage: str) -> Entropies:
+    """The entropies of the units that vary; NaN where the determinant of their correlations is not resolved."""
+    live = ~constant_units(y)
+    units, rest = int(live.sum()), torch.zeros_like(y.shift)
+    r = correlation_of(y)[live][:, live]
+    if shrinkage == "schaefer_strimmer":
+        r = shrunk(r, y.n)
+        values = spectrum(r, rounding_of(y, True)[live])
+    else:
+        values = eigenvalues_of(y, True)[:units]  # those of constant units are 0 and come last
+    if int(y.n) < 2 or (shrinkage == "none" and int(y.n) <= units) or not bool((values > 0).all()):
+        return Entropies(values.new_full((), torch.nan), torch.full_like(rest, torch.nan).where(live | (y.n < 2), 0.0))
+    rest[live] = 0.5 * torch.linalg.inv(r).diagonal().log()
+    return Entropies(0.5 * values.log().sum(), rest)
 
 
 def shrunk(r: Tensor, n: Tensor) -> Tensor:

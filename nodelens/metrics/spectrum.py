@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Directions, Gram
-from nodelens.statistics.linalg import components, correlation, entropy_count, spectrum
+from nodelens.statistics.linalg import components, entropy_count
 
 from .base import Metric
-from .information import constant_units
+from .covariances import constant_units, correlation_of, eigenvalues_of, live_covariance, rounding_of
 from .need import Need, View
 
 ROWS_PER_UNIT = 10  # with fewer rows the entropy dimension of independent units is more than 5 % too small
@@ -36,7 +36,7 @@ class SpectrumMetric(Metric):
         return {"y": Need(Directions if self.rows.startswith("token") else Gram, "output", self.view)}
 
     def __call__(self, weight: Tensor | None, y: Gram) -> Tensor:
-        return self.of(spectrum(self.covariance(y), self.rounding(y)))
+        return self.of(eigenvalues_of(y, self.rows == "feature_standardized"))
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         """The value from eigenvalues, (d,), largest first -> ()."""
@@ -44,17 +44,14 @@ class SpectrumMetric(Metric):
 
     def covariance(self, y: Gram) -> Tensor:
         """The matrix whose eigenvalues are used, (units, units)."""
-        if self.rows == "feature_standardized":
-            return correlation(y.covariance, constant_units(y)).where(y.n > 1, torch.nan)
-        return live_covariance(y)
+        return correlation_of(y) if self.rows == "feature_standardized" else live_covariance(y)
 
     def rounding(self, y: Gram) -> Tensor:
         """The rounding error of the diagonal of that matrix, (units,)."""
-        error = y.variance_rounding
-        return error / y.covariance.diagonal().where(~constant_units(y), 1.0) if self.rows == "feature_standardized" else error
+        return rounding_of(y, self.rows == "feature_standardized")
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        unresolved = unresolved_directions(y, spectrum(self.covariance(y), self.rounding(y)))
+        unresolved = unresolved_directions(y, eigenvalues_of(y, self.rows == "feature_standardized"))
         return {"constant": int(constant_units(y).sum()), "unresolved": unresolved, "few_rows": few_rows(y)}
 
 
@@ -67,12 +64,6 @@ def unresolved_directions(y: Gram, eigenvalues: Tensor) -> int:
 def few_rows(y: Gram) -> int:
     """1 if there are so few rows per varying unit that a spectrum is biased, otherwise 0."""
     return int(int(y.n) < ROWS_PER_UNIT * int((~constant_units(y)).sum()))
-
-
-def live_covariance(y: Gram) -> Tensor:
-    """The covariance, (units, units), exactly 0 for constant units; NaN below two rows."""
-    live = ~constant_units(y)
-    return y.covariance.where(live[:, None] & live, 0).where(y.n > 1, torch.nan)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Gram
-from nodelens.statistics.linalg import principal_axes, spectrum
 
+from .covariances import axes_of, live_covariance
 from .layer_pair import EdgeMetric
 from .need import Need
-from .spectrum import live_covariance
 
 CLOSE = 1.05  # ratio of the k-th to the next eigenvalue, below which the choice of the k-th axis is arbitrary
 
@@ -38,10 +37,9 @@ class SubspaceMetric(EdgeMetric):
     def __call__(self, weight: Tensor | None, x: Gram, y: Gram) -> Tensor:
         if len(x.shift) != len(y.shift):
             return x.shift.new_full((), torch.nan)
-        before, after = live_covariance(x), live_covariance(y)
-        (lam_x, u_x), (lam_y, u_y) = principal_axes(before, x.variance_rounding), principal_axes(after, y.variance_rounding)
+        (lam_x, u_x), (lam_y, u_y) = axes_of(x, False), axes_of(y, False)
         k = self._k(self.cut(lam_x, lam_y))
-        return self.between(u_x[:, :k], u_y[:, :k], after) if k else x.shift.new_full((), torch.nan)
+        return self.between(u_x[:, :k], u_y[:, :k], live_covariance(y)) if k else x.shift.new_full((), torch.nan)
 
     def between(self, u_x: Tensor, u_y: Tensor, after: Tensor) -> Tensor:
         """The value from the axes of both layers, (d, k), and the covariance of the next layer, (d, d)."""
@@ -57,7 +55,7 @@ class SubspaceMetric(EdgeMetric):
     def counts(self, weight: Tensor | None, x: Gram, y: Gram) -> dict[str, int]:
         if len(x.shift) != len(y.shift):
             return {"unequal_widths": 1}
-        spectra = self.cut(*(spectrum(live_covariance(side), side.variance_rounding) for side in (x, y)))
+        spectra = self.cut(axes_of(x, False)[0], axes_of(y, False)[0])
         k = self._k(spectra)
         close = sum(bool(lam[k - 1] < CLOSE * lam[k]) for lam in spectra if 0 < k < len(lam))
         return {"close_eigenvalues": close, "cut_to_rank": int(k < self.novelty_k)}

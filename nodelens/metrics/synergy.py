@@ -10,7 +10,7 @@ from nodelens.statistics import Cross, Gram, Moments
 from nodelens.statistics.linalg import gaussian_information
 
 from .base import Metric, mean_of_partners
-from .information import constant_units, correlation_of
+from .covariances import constant_units, correlation_of
 from .need import Need, Target
 from .paired_target import COLLINEAR, check_target, stored_target, target_rows, whitening, with_permutations, with_targets
 

@@ -154,4 +154,5 @@ class SpectralNormRatio(Metric):
 
     def __call__(self, weight: Tensor) -> Tensor:
         w = weight.double()
-        return torch.linalg.matrix_norm(w, ord=2) / torch.linalg.matrix_norm(w)
+        products = w @ w.T if len(w) < w.shape[1] else w.T @ w  # for the largest value as accurate as singular values, and faster
+        return torch.linalg.eigvalsh(products)[-1].clamp_min(0).sqrt() / torch.linalg.matrix_norm(w)

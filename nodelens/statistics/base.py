@@ -1,8 +1,8 @@
 """The base class of all statistics (sums over rows, as immutable values) and the accumulator that adds them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache, wraps
 from inspect import signature
 from typing import Any, ClassVar, Self
 
@@ -74,6 +74,29 @@ class Statistic:
         return sum(t.nbytes for t in self.tensors().values())
 
 
+def derived(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps what a function of a statistic returns with the statistic, for all metrics that read the same sums.
+
+    The function takes a statistic, and hashable arguments by position, none of which has a default. Nothing may write into what
+    it returns.
+    """
+
+    @wraps(function)
+    def kept(statistic: Statistic, *arguments: Any) -> Any:
+        values = statistic.__dict__.setdefault("_derived", {})
+        key = (kept, *arguments)
+        if key not in values:
+            values[key] = function(statistic, *arguments)
+        return values[key]
+
+    return kept
+
+
+def is_derived(function: Callable[..., Any], statistic: Statistic, *arguments: Any) -> bool:
+    """Whether a statistic already holds what a ``derived`` function returns."""
+    return (function, *arguments) in statistic.__dict__.get("_derived", {})
+
+
 class Accumulator:
     """Adds any statistic per jackknife group of samples; the whole, and the whole without one group, are sums over groups."""
 
@@ -83,7 +106,7 @@ class Accumulator:
 
     def add(self, value: Statistic, group: int = 0) -> None:
         """Add a value in place. The accumulator owns its tensors and shares none of them with the value."""
-        held = self.parts[group]
+        held = self._writable(group)
         if held is None:
             own = {k: t if k in value.shifts else t.clone() for k, t in value.tensors().items()}
             self.parts[group] = type(value)(**own)
@@ -92,9 +115,16 @@ class Accumulator:
 
     def add_rows(self, rows: Rows, group: int = 0) -> None:
         """Add the statistic of rows."""
-        held = self.parts[group]
+        held = self._writable(group)
         if held is None or not held.add_rows_in_place(rows):
             self.add(self.statistic.of(rows), group)  # type: ignore[attr-defined]
+
+    def _writable(self, group: int) -> Statistic | None:
+        """The sums of a group, without what was derived from them, which no longer holds once they are added to."""
+        held = self.parts[group]
+        if held is not None:
+            held.__dict__.pop("_derived", None)
+        return held
 
     @property
     def value(self) -> Statistic | None:
@@ -132,4 +162,6 @@ class Accumulator:
 
 def _sum(parts: list[Statistic | None]) -> Statistic | None:
     held: list[Any] = [part for part in parts if part is not None]
+    if len(held) == 1:
+        return replace(held[0])  # a copy, so that what is derived from the sum goes with the sum
     return sum(held[1:], held[0]) if held else None

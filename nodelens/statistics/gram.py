@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .base import Statistic
+from .base import Statistic, derived
 from .linalg import exact_products, resolution
 from .moments import Moments, free
 from .rows import Rows
@@ -41,6 +41,7 @@ class Gram(Statistic):
         return self.shift + self.total / self.n
 
     @property
+    @derived
     def covariance(self) -> Tensor:
         """Unbiased covariance, (d, d), in the unit of x squared; NaN below two rows."""
         return (self.outer - self.total.outer(self.total) / self.n) / free(self.n)
@@ -51,6 +52,7 @@ class Gram(Statistic):
         return self.rounding / free(self.n)
 
     @property
+    @derived
     def moments(self) -> Moments:
         """Moments of the same rows, from the diagonal."""
         return Moments(self.n, self.shift, self.total, self.outer.diagonal())
@@ -105,11 +107,13 @@ class Cross(Statistic):
         return type(self)(n, shift, target_shift, self.total + n * a, self.target_total + n * b, outer, cross)
 
     @property
+    @derived
     def covariance(self) -> Tensor:
         """Unbiased covariance of units and targets, (d, t); NaN below two rows."""
         return (self.cross - self.total.outer(self.target_total) / self.n) / free(self.n)
 
     @property
+    @derived
     def target_covariance(self) -> Tensor:
         """Unbiased covariance of the targets, (t, t); NaN below two rows."""
         return (self.target_outer - self.target_total.outer(self.target_total) / self.n) / free(self.n)

@@ -90,12 +90,17 @@ def spectrum(covariance: Tensor, rounding: Tensor) -> Tensor:
     rounding (d,) is the error of each variance, and entry (i, j) has an error of up to sqrt(rounding_i rounding_j). An eigenvalue
     with eigenvector v is resolved if it exceeds sum_i v_i^2 rounding_i, so that a unit of large variance does not hide the others.
     """
+    found = eigenvalues(covariance, rounding)
+    return principal_axes(covariance, rounding)[0] if found is None else found
+
+
+def eigenvalues(covariance: Tensor, rounding: Tensor) -> Tensor | None:
+    """The same where no eigenvector is needed: all are resolved, or the covariance is not finite; otherwise None."""
     if not covariance.isfinite().all():
         return torch.full_like(covariance.diagonal(), torch.nan)
     values = torch.linalg.eigvalsh(covariance).flip(0)
-    if len(values) and values[-1] > torch.maximum(rounding.max(), SOLVER * values[0]):
-        return values  # all are resolved, whatever their eigenvectors
-    return principal_axes(covariance, rounding)[0]
+    resolved = len(values) and values[-1] > torch.maximum(rounding.max(), SOLVER * values[0])
+    return values if resolved else None
 
 
 def entropy_count(weights: Tensor) -> Tensor:

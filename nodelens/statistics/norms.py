@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from .base import derived
 from .gram import Gram
 from .linalg import exact_products
 from .moments import free
@@ -33,6 +34,7 @@ class NormedGram(Gram):
         quartic = self.quartic + 4 * a @ self.skew + 4 * a @ projected + 2 * aa * e + 4 * aa * along + self.n * aa.square()
         return type(self)(**gram.tensors(), skew=skew, quartic=quartic)
 
+    @derived
     def centred(self) -> Self:
         """The same sums about the mean."""
         return self.about(shift=self.mean)

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .base import Statistic
+from .base import Statistic, derived
 from .moments import free
 from .norms import inverse_norms, squared_norms, weighted_sum
 from .rows import Rows
@@ -38,6 +38,7 @@ class Pair(Statistic):
         cross = self.cross + self.total.outer(b) + a.outer(self.target_total) + n * a.outer(b)
         return type(self)(n, shift, target_shift, self.total + n * a, self.target_total + n * b, cross)
 
+    @derived
     def centred(self) -> Self:
         """The same sums about both means."""
         return self.about(shift=self.mean, target_shift=self.target_mean)
@@ -53,6 +54,7 @@ class Pair(Statistic):
         return self.target_shift + self.target_total / self.n
 
     @property
+    @derived
     def covariance(self) -> Tensor:
         """Unbiased covariance between the units of the two sites, (d, t); NaN below two rows."""
         return (self.cross - self.total.outer(self.target_total) / self.n) / free(self.n)

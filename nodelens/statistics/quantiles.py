@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .base import Statistic
+from .base import Statistic, derived
 from .rows import Rows
 
 DROPPED = 17  # low bits of the 23-bit float32 mantissa that a bin ignores: 64 bins per factor of two
@@ -56,6 +56,12 @@ class Quantiles(Statistic):
         low, high = self._order_statistic(first), self._order_statistic(min(first + 1, n - 1))
         return low + (place - first) * (high - low)
 
+    @property
+    @derived
+    def ends(self) -> Tensor:
+        """How many rows lie in a bin or below it, (d, BINS) int64."""
+        return self.counts.cumsum(1)
+
     def _order_statistic(self, rank: int) -> Tensor:
         """The value of a rank from 0, (d,), interpolated within its bin if the neighbouring bins are filled as well.
 
@@ -63,8 +69,8 @@ class Quantiles(Statistic):
         """
         if rank == int(self.n) - 1:
             return self.largest
-        ends = self.counts.cumsum(1)
-        bins = (ends <= rank).sum(1, keepdim=True)
+        ends = self.ends
+        bins = torch.searchsorted(ends, ends.new_full((len(ends), 1), rank), right=True)
         count, end = (t.gather(1, bins)[:, 0].double() for t in (self.counts, ends))
         neighbours = self.counts.gather(1, torch.cat([bins - 1, bins + 1], 1).clamp(1, BINS - 1)).double().mean(1)
         along = (rank + 0.5 - (end - count)) / count - 0.5

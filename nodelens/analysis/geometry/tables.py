@@ -16,7 +16,8 @@ from nodelens.engine.metric_sums import SampleCounts
 from nodelens.engine.plan import Plan
 from nodelens.engine.table import measure
 from nodelens.metrics import Metric, Need
-from nodelens.metrics.spectrum import ParticipationRatio, SpectrumMetric, live_covariance
+from nodelens.metrics.covariances import live_covariance
+from nodelens.metrics.spectrum import ParticipationRatio, SpectrumMetric
 from nodelens.metrics.subspace import SubspaceMetric
 from nodelens.network.layers import Layer
 from nodelens.statistics import Accumulator, Directions, Gram

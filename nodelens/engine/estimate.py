@@ -1,0 +1,147 @@
+"""The values of metrics from complete sums: over all samples, and without each group of samples, for the jackknife."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nodelens.metrics import Metric, Need
+
+from .layout import Place
+from .metric_sums import MetricSums, SampleCounts, SharedSums, Sums
+from .plan import Plan
+from .wide_sites import KnownUnits, known_units, reason_left_out
+
+
+@dataclass
+class Estimator:
+    """A metric at one place: its value, and its value without each group of samples."""
+
+    sums: MetricSums
+    counted: Tensor  # (groups,) int64, how many samples of each group have rows
+    values: dict[int | None, Tensor] = field(default_factory=dict)  # by the group that is left out; None for the whole
+    counts: dict[str, int] = field(default_factory=dict)
+    reason: str = ""  # why there is no value
+
+    @property
+    def metric(self) -> Metric:
+        return self.sums.metric
+
+    @cached_property
+    def known(self) -> KnownUnits:
+        return known_units(self.sums.plan, self.sums.place[0], self.sums.resolved)
+
+    @property
+    def errors(self) -> bool:
+        """Whether the metric has standard errors."""
+        return bool(self.sums.resolved) and self.metric.shape != "pair" and not self.metric.grouped
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """The groups of samples to be left out in turn."""
+        present = self.counted.nonzero().flatten().tolist()
+        return present if self.errors and not self.sums.single and len(present) > 1 else []
+
+    @property
+    def replicates(self) -> Tensor | None:
+        """The values without each group, (groups, ...); None without standard errors."""
+        return torch.stack([self.values[g] for g in self.groups]) if self.groups else None
+
+    def reads(self) -> Iterator[tuple]:
+        """What is read of ``SharedSums``, as keys for ``release``."""
+        yield self.sums.place[0].name, self.metric.parameter
+        yield from ((id(accumulator),) for accumulator in self.sums.accumulators.values())
+
+    def weight(self, shared: SharedSums) -> Any:
+        weight = shared.weight(self.sums.place[0], self.metric)
+        if not isinstance(weight, Tensor):
+            return weight
+        return self.known.weight(weight, all(need.port != "input" for _, need in self.sums.resolved.values()))
+
+    def evaluate(self, shared: SharedSums, samples: SampleCounts) -> None:
+        """Evaluates the metric without the group that the sums leave out, or over all samples."""
+        if self.reason or not (shared.without is None or shared.without in self.groups):
+            return
+        if shared.without is None:
+            self.reason = self._why_none(shared)
+            if self.reason:
+                return
+        weight = self.weight(shared)
+        if self.metric.grouped:
+            present = self.counted.nonzero().flatten().tolist()
+            by_group = self.sums.by_group(len(self.counted))
+            self.values[None] = self.metric(weight, **{name: [each[g] for g in present] for name, each in by_group.items()})
+            return
+        statistics = self.sums.read(shared)
+        self.values[shared.without] = self.metric(weight, **statistics)
+        if shared.without is None:
+            self.counts = self.metric.counts(weight, **statistics) | self.sums.without_target(samples)
+
+    def at(self, value: Tensor, places: Tensor, width: int) -> Tensor:
+        """Values gathered at an index (units, places) of a layer of this width; NaN for units that were not sampled."""
+        if self.known.units is not None:
+            value = value.new_full((*value.shape[:-1], width), math.nan).index_copy(-1, self.known.units, value)
+        return value[..., places]
+
+    def for_null(self) -> tuple[Any, dict[str, Need], dict[str, Any]]:
+        """Weight, needs and statistics over all samples, for the permutation test."""
+        shared = SharedSums(self.sums.plan)
+        return self.weight(shared), {name: need for name, (_, need) in self.sums.resolved.items()}, self.sums.read(shared)
+
+    def _why_none(self, shared: SharedSums) -> str:
+        metric, plan, place = self.metric, self.sums.plan, self.sums.place
+        if metric.needs() and not self.sums.resolved:
+            wanted = plan.wanted(metric, place)
+            return plan.unpaired(wanted) or reason_left_out(plan, wanted) or "there is no next layer"
+        if metric.weighted and shared.weight(place[0], metric) is None:
+            return "no batch norm follows the layer"
+        return ""
+
+
+def estimators_at(metric: Metric, plan: Plan, places: Sequence[Place], sums: Sums, samples: SampleCounts) -> list[Estimator]:
+    """The estimators of a metric at places whose values are combined: groups of samples count where all places have rows."""
+    read = [MetricSums.at(metric, plan, place, sums) for place in places]
+    counted = torch.stack([one.samples(samples) for one in read]).amin(0)
+    return [Estimator(one, counted) for one in read]
+
+
+def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts) -> None:
+    """Evaluates metrics over all samples, then without each group.
+
+    Estimators in an order that keeps those of one layer together: sums are formed once for all of them, and dropped after the last
+    one. Groups are evaluated in parallel threads, each with sums of its own.
+    """
+    last = {key: k for k, estimator in enumerate(estimators) for key in estimator.reads()}
+    done: dict[int, list[tuple]] = {}
+    for key, k in last.items():
+        done.setdefault(k, []).append(key)
+
+    @torch.no_grad()
+    def without(group: int | None) -> None:
+        shared = SharedSums(plan, group)
+        for k, estimator in enumerate(estimators):
+            estimator.evaluate(shared, samples)
+            shared.release(done.get(k, ()))
+
+    without(None)
+    _in_threads(without, sorted({group for estimator in estimators for group in estimator.groups}))
+
+
+def _in_threads(function: Callable[[int], None], items: Sequence[int]) -> None:
+    """Calls a function on each item, in as many threads as torch has, each of which then computes on its own."""
+    threads = torch.get_num_threads()
+    if min(threads, len(items)) < 2:
+        for item in items:
+            function(item)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(function, items):
+                pass
+    finally:
+        torch.set_num_threads(threads)  # new threads take over the number that was set last

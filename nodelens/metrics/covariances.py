@@ -1,0 +1,55 @@
+"""Covariance, correlations and eigenvalues of the units of a site, each computed once for all metrics that read the same sums."""
+
+import torch
+from torch import Tensor
+
+from nodelens.statistics import Gram, Moments
+from nodelens.statistics.base import derived, is_derived
+from nodelens.statistics.linalg import constant, correlation, eigenvalues, principal_axes
+
+
+@derived
+def constant_units(y: Gram | Moments) -> Tensor:
+    """Which units are constant, (units,) bool."""
+    return constant(y.covariance.diagonal() if isinstance(y, Gram) else y.variance, y.mean)
+
+
+@derived
+def correlation_of(y: Gram) -> Tensor:
+    """Correlations from a Gram, (units, units): 0 for constant units, NaN below two rows."""
+    rho = correlation(y.covariance, constant_units(y))
+    return rho.where(y.n > 1, torch.nan)
+
+
+@derived
+def live_covariance(y: Gram) -> Tensor:
+    """The covariance, (units, units), exactly 0 for constant units; NaN below two rows."""
+    live = ~constant_units(y)
+    return y.covariance.where(live[:, None] & live, 0).where(y.n > 1, torch.nan)
+
+
+def rounding_of(y: Gram, standardized: bool) -> Tensor:
+    """The rounding error of the variances of the units, (units,), or of their correlations with themselves."""
+    error = y.variance_rounding
+    return error / y.covariance.diagonal().where(~constant_units(y), 1.0) if standardized else error
+
+
+@derived
+def eigenvalues_of(y: Gram, standardized: bool) -> Tensor:
+    """Eigenvalues of the covariance, or of the correlations, (units,), largest first; 0 for those that rounding hides."""
+    live = int((~constant_units(y)).sum())
+    singular = int(y.n) <= live or live < len(y.shift)  # then some eigenvalues are hidden, which eigenvectors tell
+    found = None
+    if not singular and not is_derived(axes_of, y, standardized):
+        found = eigenvalues(_matrix(y, standardized), rounding_of(y, standardized))
+    return axes_of(y, standardized)[0] if found is None else found
+
+
+@derived
+def axes_of(y: Gram, standardized: bool) -> tuple[Tensor, Tensor]:
+    """Those eigenvalues, and the eigenvectors as columns, (units, units)."""
+    return principal_axes(_matrix(y, standardized), rounding_of(y, standardized))
+
+
+def _matrix(y: Gram, standardized: bool) -> Tensor:
+    return correlation_of(y) if standardized else live_covariance(y)

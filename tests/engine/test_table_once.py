@@ -1,0 +1,105 @@
+"""A table forms every sum and takes every decomposition once, however many metrics read it, and drops it afterwards."""
+
+from collections import Counter
+
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import nn
+
+import nodelens as nl
+from nodelens.engine.metric_sums import SharedSums
+from nodelens.statistics import Accumulator, Gram, Moments
+from nodelens.statistics.base import derived
+
+SPECTRA = ["effective_rank", "entropy_dimension", "stable_rank", "top_share", "component_count", "alpha_req", "participation_ratio"]
+METRICS = [*SPECTRA, "total_correlation", "o_information", "multi_redundancy", "redundancy", "layer_redundancy", "synergy"]
+PAIRS = ["cca_mean", "pwcca", "linear_cka", "feature_subspace_novelty", "subspace_overlap", "energy_novelty"]
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(96, 6).double(), torch.randint(3, (96,))
+    return model, list(zip(x.split(24), y.split(24), strict=True))
+
+
+def test_no_decomposition_is_taken_twice(case, monkeypatch):
+    taken = Counter()
+
+    def counted(name):
+        solve = getattr(torch.linalg, name)
+
+        def solved(matrix, *arguments, **options):
+            if len(matrix) > 3:  # not the logits, nor the layer that gives them
+                taken[matrix.numpy().tobytes()] += 1
+            return solve(matrix, *arguments, **options)
+
+        return solved
+
+    for name in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, counted(name))
+    model, data = case
+    result = nl.analyze(model, data, metrics=[*METRICS, *PAIRS], groups=4)
+    assert result.layers["effective_rank"].notna().all()
+    assert result.edges["cca_mean"].notna().all()
+    assert len(taken) == 2 * 5 * 2  # covariances and correlations of two layers, from all samples and without each of 4 groups
+    assert set(taken.values()) == {1}
+
+
+def test_every_sum_is_formed_once_for_all_metrics(case, monkeypatch):
+    formed = Counter()
+    without = Accumulator.without
+
+    def counted(self, group):
+        formed[id(self), group] += 1
+        return without(self, group)
+
+    monkeypatch.setattr(Accumulator, "without", counted)
+    nl.analyze(case[0], case[1], metrics=METRICS, groups=4)
+    assert formed
+    assert set(formed.values()) == {1}
+
+
+def test_sums_are_dropped_after_the_last_metric_that_reads_them(case, monkeypatch):
+    held = []
+    release = SharedSums.release
+
+    def counted(self, read):
+        release(self, read)
+        held.append(len({key for key, value in self._formed.items() if isinstance(value, Gram)}))
+
+    monkeypatch.setattr(SharedSums, "release", counted)
+    nl.analyze(case[0], case[1], metrics=METRICS, groups=4)
+    assert max(held) <= 2  # all positions and whole samples of one layer
+    assert held[-1] == 0
+
+
+def test_the_table_does_not_depend_on_the_number_of_threads(case):
+    before = torch.get_num_threads()
+    tables = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            tables.append(nl.analyze(case[0], case[1], metrics=[*METRICS, *PAIRS], groups=4))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*((t.units, t.layers, t.edges) for t in tables), strict=True):
+        assert_frame_equal(one, other, rtol=1e-9)
+
+
+def test_what_is_derived_does_not_outlive_the_sums_it_was_derived_from():
+    @derived
+    def mean(statistic):
+        return statistic.mean.clone()
+
+    accumulator = Accumulator(Moments)
+    accumulator.add(Moments.of(torch.ones(4, 2)))
+    part = accumulator.parts[0]
+    assert mean(part) is mean(part)
+    assert mean(part).tolist() == [1, 1]
+    assert "_derived" not in accumulator.value.__dict__  # a copy, even of a single part
+    accumulator.add(Moments.of(torch.zeros(4, 2)))
+    assert mean(accumulator.parts[0]).tolist() == [0.5, 0.5]
