@@ -60,7 +60,9 @@ def counted(model):
 
 
 @pytest.mark.parametrize("size", [5, 40], ids=["buffered", "large"])
-@pytest.mark.parametrize("names", [list(metric_set("default")), pytest.param(NAMES_PLAIN, marks=pytest.mark.slow)], ids=["default", "every"])
+@pytest.mark.parametrize(
+    "names", [list(metric_set("default")), pytest.param(NAMES_PLAIN, marks=pytest.mark.slow)], ids=["default", "every"]
+)
 def test_metrics_continue_to_the_bit(names, size, tmp_path):
     net, data = convolutional(torch.float32), in_batches(rows(100, (3, 9, 9), torch.float32), size)
     whole = nl.analyze(net, Stream(data), names, initial=start_of(net))

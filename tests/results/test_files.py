@@ -84,12 +84,14 @@ def test_a_line_that_was_cut_off_hides_no_other(tmp_path):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "old.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"old\.parquet cannot be read \(ArrowInvalid: .*restore it from a copy, or delete it"):
-        with reading(tmp_path / "old.parquet") as path:
-            pd.read_parquet(path)
-    with pytest.raises(FileNotFoundError, match=r"gone\.parquet is missing: restore it from a copy"):
-        with reading(tmp_path / "gone.parquet"):
-            pass
+    unreadable = pytest.raises(
+        ValueError, match=r"old\.parquet cannot be read \(ArrowInvalid: .*restore it from a copy, or delete it"
+    )
+    with unreadable, reading(tmp_path / "old.parquet") as path:
+        pd.read_parquet(path)
+    missing = pytest.raises(FileNotFoundError, match=r"gone\.parquet is missing: restore it from a copy")
+    with missing, reading(tmp_path / "gone.parquet"):
+        pass
     (tmp_path / "old.json").write_bytes(b"\xff{")
     with pytest.raises(ValueError, match=r"old\.json is not valid JSON"):
         read_json(tmp_path / "old.json")
