@@ -15,6 +15,8 @@ RENAMED = {  # options of nl.analyze and nl.prune that work under their old name
     "inexact": "allow_approximate",
     "nan": "nan_policy",
 }
+# Lightning's warning wherever Slurm is installed, on login nodes too, with a regular expression's escapes
+SRUN_HINT = r"The `srun` command is available on your system but is not used"
 _T = TypeVar("_T", bound=Callable[..., Any])
 
 
