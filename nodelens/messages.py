@@ -17,6 +17,8 @@ RENAMED = {  # options of nl.analyze and nl.prune that work under their old name
     "inexact": "allow_approximate",
     "nan": "nan_policy",
 }
+# Lightning's warning wherever Slurm is installed, on login nodes too, with a regular expression's escapes
+SRUN_HINT = r"The `srun` command is available on your system but is not used"
 _CONFIG_KEYS = {  # keywords in Python that a config has under another key
     "task": "objective.task",
     "output": "objective.output",

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from real import folder
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("WANDB_SILENT", "true")
+for name in list(os.environ):  # a user who is logged in to W&B, or within a Slurm job, is no part of the tests
+    if name.startswith(("WANDB_", "SLURM_", "SUBMITIT_")) and name != "SLURM_CONF":
+        del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from nodelens.data import Digits
 from nodelens.data.batch import ImageBatch
 from nodelens.data.source import ArraySource
 from nodelens.models.classifier import Classifier
+from nodelens.training.checkpoints import write_atomically
 from nodelens.training.resume import SeededSteps
 
 BATCHES = 8  # of an epoch
@@ -71,6 +72,7 @@ class Interrupt(Callback):
 def fit(folder, step=None, resume=False, data=MovingDigits, workers=0, keep=None, more=(), scheduler=None, signum=None, **options):
     """The weights after training, or None if it was interrupted, and what was read.
 
+    resume: True for last.ckpt, or the checkpoint.
     keep: the options of a ModelCheckpoint, or a callback that saves last.ckpt. more: other callbacks.
     """
     lightning.seed_everything(0, verbose=False)
@@ -87,8 +89,9 @@ def fit(folder, step=None, resume=False, data=MovingDigits, workers=0, keep=None
         enable_model_summary=False,
         callbacks=[SeededSteps(0), *more, keep, notes],
     )
-    last = folder / "last.ckpt"
-    start = str(last) if resume and last.is_file() else None
+    write_atomically(trainer)
+    last = folder / "last.ckpt" if resume is True else resume
+    start = str(last) if last and last.is_file() else None
     try:
         trainer.fit(module, datamodule=data(batch_size=100, workers=workers), ckpt_path=start, weights_only=True)
     except (StopHereError, SystemExit):

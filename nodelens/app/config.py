@@ -205,7 +205,7 @@ def build(node: Any, path: str, **more: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, (ValueError, OSError, MemoryError)):
             raise cause from None
-        if isinstance(cause, RuntimeError) or type(cause).__name__ == "MisconfigurationException":
+        if isinstance(cause, (RuntimeError, ImportError)) or type(cause).__name__ == "MisconfigurationException":
             raise ValueError(f"{path}: {cause}") from cause
         raise
 

@@ -45,7 +45,7 @@ def distributions(result: Result) -> bytes:
     by_layer = dict(list(result.units.groupby(level="layer", sort=False)))
     for k, column in enumerate(columns):
         axis = axes.flat[k]
-        values = [by_layer[n][column].dropna().to_numpy() for n in names]
+        values = [v[np.isfinite(v)] for v in (by_layer[n][column].to_numpy(float) for n in names)]
         axis.boxplot(
             values,
             orientation="horizontal",
@@ -119,7 +119,8 @@ def _dots(table: pd.DataFrame, names: list[str]) -> bytes:
     place = np.arange(len(names))
     for axis, column in zip(axes.flat, columns, strict=False):
         error = table.get(f"{column}_se")
-        axis.errorbar(table[column], place, xerr=error, fmt="o", markersize=4, color=COLOURS[0], capsize=2)
+        value = table[column].where(np.isfinite(table[column]))
+        axis.errorbar(value, place, xerr=error, fmt="o", markersize=4, color=COLOURS[0], capsize=2)
         axis.set_title(column)
         axis.set_yticks(place, names)
     axes.flat[0].set_ylim(len(names) - 0.4, -0.6)
@@ -149,14 +150,15 @@ def curves(sweep: pd.DataFrame) -> bytes:
     for row, (allocation, mode) in enumerate((a, m) for a in ways[0] for m in ways[2]):
         for column, compensate in enumerate(ways[1]):
             axis = axes[row, column]
-            axis.axhline(dense, color="#9aa2ad", linewidth=1, linestyle=":")
+            if np.isfinite(dense):
+                axis.axhline(dense, color="#9aa2ad", linewidth=1, linestyle=":")
             for k, criterion in enumerate(best):
                 if (criterion, allocation, compensate, mode) in order.index:
                     _curve(axis, found.loc[(criterion, allocation, compensate, mode)], dense, str(criterion), k)
             axis.set_title(", ".join([f"{allocation}, compensate {compensate}", *([mode] if len(ways[2]) > 1 else [])]))
             if measure == "accuracy":
                 axis.set_ylim(0, 1.02)
-            else:
+            elif np.isfinite([dense, *found["mean"]]).any():
                 axis.set_yscale("log")
     for axis in axes[-1]:
         axis.set_xlabel("share of MACs removed" if sweep["macs_share"].notna().any() else "share of units removed")
@@ -175,7 +177,10 @@ def _curve(axis: plt.Axes, curve: pd.DataFrame, dense: float, criterion: str, k:
     chance = criterion == "random"
     style: dict[str, Any] = {"color": "#1c1f24" if chance else COLOURS[k % len(COLOURS)]}
     dash: Any = "--" if chance else ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[k // len(COLOURS) % 4]
+    known = np.isfinite(mean)
+    beyond, mean, spread = x[~known], np.where(known, mean, np.nan), np.where(known & np.isfinite(spread), spread, 0)
     axis.plot(x, mean, marker="o", markersize=2.5, linewidth=1.2, linestyle=dash, label=criterion, **style)
+    axis.plot(beyond, np.full(len(beyond), 0.98), "x", markersize=5, transform=axis.get_xaxis_transform(), **style)
     axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, linewidth=0, **style)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,9 @@ def _write(folder: Path, parts: list[str]) -> Path:
 
 _CURVES = (
     "Test accuracy (language models: perplexity) against the share of multiply-accumulates (MACs) removed. Bands are one standard "
-    "deviation over seeds; the dotted line is the dense network. In the table, area is the mean of a curve up to the share that "
-    "every curve reaches; the columns are requested amounts."
+    "deviation over seeds; the dotted line is the dense network. A cross at the upper edge stands for a perplexity that is "
+    "infinite or not a number. In the table, area is the mean of a curve up to the share that every curve reaches; the columns "
+    "are requested amounts."
 )
 _UNITS = "Distribution of each metric over the units of a layer. Boxes show the quartiles, whiskers 1.5 interquartile ranges."
 _AGREEMENT = (
@@ -143,7 +145,8 @@ def _head(result: Result) -> str:
 
 
 def _score(found: Mapping[str, Any]) -> str:
-    """An evaluation in words: accuracy or, of a task without classes, the loss, and for texts the perplexity."""
+    """An evaluation in words: accuracy or, of a task without classes, the loss, and for texts the perplexity. None is NaN."""
+    found = {name: math.nan if value is None else value for name, value in found.items()}
     on = f"on {found['samples']:,} samples of the split {found['split']}"
     if "accuracy" not in found:
         return f"loss {found['loss']:.4f} {on}"

@@ -21,6 +21,7 @@ _FAILED = ("os error", "iostream error", "inline_container", "PytorchStreamWrite
 _BEFOREHAND = {MANIFEST, ".lock", ".lock.json", ".hydra", "settings.json", "identity.json", ".log", "splits.json", "hparams.yaml"}
 _RESULTS = {"units.parquet", "layers.parquet", "metadata.json", "report.html", "result.json", "checkpoints", "epochs", "cells"}
 _RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned", "sums"}
+_INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -83,18 +84,33 @@ def reading(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, with NaN and infinities as null."""
-    text = json.dumps(plain(value), indent=1, allow_nan=False)
+    """Writes a JSON file, with NaN as null, and infinities, which JSON does not have, as the words that ``read_json`` knows."""
+    text = json.dumps(_mapped(plain(value), _in_words), indent=1, allow_nan=False)
     write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises ValueError for a file that is not JSON, or not the one that was written."""
+    """Reads a JSON file, with infinities as numbers. Raises ValueError for a file that is not JSON, or not the one that was written."""
     checked(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _mapped(json.loads(path.read_text(encoding="utf-8")), _in_numbers)
     except (ValueError, RecursionError) as error:  # other bytes than text, numbers of too many digits, lists nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value of dictionaries and lists with other leaves."""
+    if isinstance(value, dict):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return [_mapped(v, change) for v in value] if isinstance(value, list) else change(value)
+
+
+def _in_words(value: Any) -> Any:
+    return next((word for word, infinity in _INFINITIES.items() if value == infinity), value) if isinstance(value, float) else value
+
+
+def _in_numbers(value: Any) -> Any:
+    return _INFINITIES.get(value, value) if isinstance(value, str) else value
 
 
 def sweep_parts(folder: Path) -> None:
@@ -152,13 +168,13 @@ def remove_traces(folder: Path, there: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Converts a value to dictionaries, lists, numbers and strings, which JSON and a weights-only load accept."""
+    """Converts a value to dictionaries, lists, numbers and strings, which a weights-only load accepts; NaN becomes None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [plain(v) for v in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return None if math.isnan(value) else value
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return plain(value.item()) if hasattr(value, "item") else str(value)

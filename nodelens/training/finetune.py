@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
+from nodelens.messages import SRUN_HINT
 from nodelens.network.loss_scale import Loss, as_sum
 from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
@@ -55,16 +58,18 @@ class Finetune:
         module.keep_if_best(0)
         before, device = module.best_score, device_of(model)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-        trainer = Trainer(
-            max_epochs=self.epochs,
-            accelerator="cpu" if device.type == "cpu" else device.type,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=SRUN_HINT)
+            trainer = Trainer(
+                max_epochs=self.epochs,
+                accelerator="cpu" if device.type == "cpu" else device.type,
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
         training = [(m, m.training) for m in model.modules()]
         seed = torch.initial_seed() if self.seed is None else self.seed
         with seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
@@ -77,8 +82,8 @@ class Finetune:
 
 
 def _rank(score: Mapping[str, float]) -> tuple[float, float]:
-    """Sorts scores: by accuracy where there is one, then by loss."""
-    return score.get("accuracy", 0.0), -score["loss"]
+    """Sorts scores: by accuracy where there is one, then by loss; one that is not a number comes last."""
+    return score.get("accuracy", 0.0), -math.inf if math.isnan(score["loss"]) else -score["loss"]
 
 
 class _Batches:

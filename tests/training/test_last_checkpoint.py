@@ -3,13 +3,15 @@
 import os
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from interrupted import BATCHES, fit
+from interrupted import BATCHES, StopHereError, fit
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from nodelens.training.checkpoints import to_resume_from
 from nodelens.training.last_checkpoint import LastCheckpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -120,6 +122,29 @@ def test_the_handler_before_gets_the_signal_after_the_state_was_saved(tmp_path):
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert got == [(signal.SIGUSR2, 5)]
+
+
+def test_a_kill_at_any_renaming_loses_one_epoch_at_most(tmp_path, monkeypatch):
+    """Three renamings for each checkpoint: the finished file, last.ckpt to previous.ckpt, the new one to last.ckpt."""
+    whole, seen = fit(tmp_path / "whole", keep=keep(tmp_path / "whole"))
+    for at in range(2, 9):
+        folder, calls, rename = tmp_path / f"cut{at}", [], Path.replace
+
+        def replace(path, target, at=at, calls=calls, rename=rename):
+            calls.append(path)
+            if len(calls) == at:
+                raise StopHereError
+            return rename(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            assert fit(folder, keep=keep(folder))[0] is None
+        taken, damaged = to_resume_from(folder)
+        assert not damaged
+        resumed, rest = fit(folder, resume=taken or False, keep=keep(folder))
+        assert torch.equal(resumed, whole)
+        trained = BATCHES * (1 if at < 3 else 2 if at < 6 else 3)
+        assert 0 <= trained - (len(seen) - len(rest)) <= BATCHES, at
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from .common import (
     is_dry_run,
     launch,
     layers_of,
+    main_score,
     objective_of,
     print_line,
     progress_bar,
@@ -56,8 +57,7 @@ def _show_again(cfg: DictConfig, folder: Path) -> float:
     if not (folder / "report.html").is_file():  # the run was stopped between tables and page
         write_page(folder)
     _show(result)
-    score = result.metadata["evaluation"]
-    return float(score.get("accuracy", -score["loss"]))
+    return main_score(result.metadata["evaluation"])
 
 
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
@@ -82,7 +82,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
     if rank == 0:
         _finish(cfg, folder, result, found)
-    return score.get("accuracy", -score["loss"])
+    return main_score(score)
 
 
 def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -19,6 +20,7 @@ from torch.multiprocessing import ProcessRaisedException
 from nodelens.app.checks import check
 from nodelens.app.config import build, resolved, unset
 from nodelens.engine.validation import in_bytes
+from nodelens.messages import SRUN_HINT
 from nodelens.models import find_weights, load_weights
 
 
@@ -62,6 +64,7 @@ def build_all(node: Any, path: str) -> dict[str, Any]:
 
 def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
     """Runs work(device) on the trainer's accelerator, in its number of processes; returns the value of the first process."""
+    quiet_lightning()
     wanted = {k: cfg.trainer[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if cfg.trainer.get(k) is not None}
     try:
         fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
@@ -69,7 +72,6 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
         raise ValueError(
             f"{error}; trainer=cpu works everywhere, trainer=gpu needs a GPU, trainer=ddp runs several processes"
         ) from error
-    quiet_lightning()
     with plain_worker_errors():
         return fabric.launch(lambda fabric: work(fabric.device))
 
@@ -98,6 +100,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")  # to the bit
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="The number of training batches")
+    warnings.filterwarnings("ignore", message=SRUN_HINT)
 
 
 def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[str, Any] | None]:
@@ -171,7 +174,8 @@ def check_tokens(net: torch.nn.Module, classes: int) -> None:
 
 
 def format_score(score: dict[str, Any]) -> str:
-    """A score as text: accuracy, loss and, for texts, perplexity, with the number of samples or tokens."""
+    """A score as text: accuracy, loss and, for texts, perplexity, with the number of samples or tokens. In files NaN is None."""
+    score = {name: math.nan if value is None else value for name, value in score.items()}
     if "accuracy" not in score:
         return f"loss {score['loss']:.4f} on {score['samples']} samples"
     if "perplexity" not in score:
@@ -179,6 +183,13 @@ def format_score(score: dict[str, Any]) -> str:
     size = f", {score['bits_per_byte']:.3f} bits per byte" if score.get("bits_per_byte") else ""
     nats = f"perplexity {score['perplexity']:.3f} ({score['loss']:.4f} nats per token{size})"
     return f"{nats}, next-token accuracy {100 * score['accuracy']:.2f} % on {score['tokens']} tokens"
+
+
+def main_score(score: dict[str, Any]) -> float:
+    """The accuracy, or of a task without classes the loss with the opposite sign: higher is better."""
+    value = score["accuracy"] if "accuracy" in score else score["loss"]
+    sign = 1 if "accuracy" in score else -1
+    return math.nan if value is None else sign * float(value)
 
 
 def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:

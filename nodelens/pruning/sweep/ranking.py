@@ -1,5 +1,7 @@
 """Comparison of criteria: accuracy or perplexity against the share of cost saved, and the area under each curve."""
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -12,27 +14,31 @@ def measure_of(table: pd.DataFrame) -> str:
 
 
 def best_first(values: pd.Series, measure: str) -> pd.Series:
-    """Sorted, the best first; ties keep their order."""
+    """Sorted, the best first and NaN last; ties keep their order."""
     return values.sort_values(ascending=measure in ("perplexity", "loss"), kind="stable")
 
 
 def curves(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") -> pd.DataFrame:
     """Mean and standard deviation over seeds, index (criterion, allocation, compensate, mode, amount).
 
-    Columns mean, std, seeds, and saved: the mean share of ``macs``, ``params`` or ``units`` removed. Infeasible cells, which have
-    no value, do not count.
+    Columns mean, std, seeds, and saved: the mean share of ``macs``, ``params`` or ``units`` removed. Infeasible cells do not count.
+    A loss or perplexity that is infinite or NaN is a value, and so is then the mean over its seeds.
     """
     measure = measure or measure_of(table)
-    table = table.assign(saved=removed_share(table, saved)).dropna(subset=[measure])
+    counts = table[measure].notna() if measure.endswith("accuracy") else table["status"] == "done"  # a task may have no accuracy
+    table = table.assign(saved=removed_share(table, saved))[counts]
     by = table.groupby([*KEY, "amount"], sort=False)
-    return by[measure].agg(mean="mean", std="std", seeds="count").join(by["saved"].mean())
+    with np.errstate(invalid="ignore"):  # the spread of infinite values
+        found = by[measure].agg(mean=lambda seeds: seeds.mean(skipna=False), std="std", seeds="size")
+    return found.join(by["saved"].mean())
 
 
 def areas(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") -> pd.DataFrame:
     """Area under each mean curve, best first: index (criterion, allocation, compensate, mode), columns area and upto.
 
     The area from share 0 (the dense model) to ``upto``, the largest share that every curve reaches, divided by ``upto``, with
-    linear interpolation between amounts. All curves are thus compared over the same range.
+    linear interpolation between amounts. All curves are thus compared over the same range. The area is NaN or infinite if the curve
+    is so within this range.
     """
     measure = measure or measure_of(table)
     dense = table[f"dense_{measure}"].iloc[0]
@@ -44,11 +50,18 @@ def areas(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") 
     rows = {}
     for key, (x, y) in lines.items():
         inside = x[x < upto]
-        grid = np.concatenate([inside, [upto]])
-        rows[key] = float(np.trapezoid(np.interp(grid, x, y), grid) / upto) if upto > 0 else float(y.mean())
+        rows[key] = _mean_height(x, y, np.concatenate([inside, [upto]])) if upto > 0 else float(y.mean())
     area = pd.Series(rows, name="area", dtype=float)
     area.index = pd.MultiIndex.from_tuples(list(rows), names=KEY) if rows else pd.MultiIndex.from_arrays([[]] * 4, names=KEY)
     return best_first(area, measure).to_frame().assign(upto=upto)
+
+
+def _mean_height(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> float:
+    """The mean of a curve over a grid that starts at 0: infinite, or NaN, if a value up to the end of the grid is so."""
+    reached = y[: int(np.searchsorted(x, grid[-1])) + 1]
+    if not np.isfinite(reached).all():
+        return math.nan if np.isnan(reached).any() else float(reached.sum())
+    return float(np.trapezoid(np.interp(grid, x, y), grid) / grid[-1])
 
 
 def removed_share(table: pd.DataFrame, of: str = "macs") -> pd.Series:
