@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .foreign import check_size, check_tensors
+
 _SAVE = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
 # errors of torch's restricted unpickler on bytes that are not a checkpoint: they are read as instructions until one fails
 _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
@@ -27,11 +29,14 @@ def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
     file = _find(path)
     stored = _read(file)
     config = stored.get("nodelens_config")
-    state = _tensors(stored.get("state_dict", stored), file)
-    own = net.state_dict()
+    state = stored.get("state_dict", stored)
+    if isinstance(state, Mapping):
+        check_tensors(state, file)
+    state, own = _tensors(state, file), net.state_dict()
     state = _without_prefix(state, own)
     _check_names(state, own, file)
     _check_shapes(state, own, file)
+    check_tensors(state, file, own)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -55,6 +60,7 @@ def _find(path: str | Path) -> Path:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
+    check_size(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
