@@ -22,6 +22,7 @@ BESIDE = {"models", "data"}
 LEAVES = {
     "nodelens.statistics.seeding",
     "nodelens.network.expressions",
+    "nodelens.results.arrays",
     "nodelens.results.files",
     "nodelens.compat.names",
 }  # import nothing: any room may use them

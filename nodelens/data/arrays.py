@@ -1,12 +1,13 @@
 """Images in memory: the digits of scikit-learn, and .npz files."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nodelens.results.arrays import headers, read_arrays
 
 from .images import ImageData
 from .source import ArraySource, Source
@@ -61,16 +62,12 @@ def _file(path: str) -> Path:
 
 
 def _arrays(file: Path) -> _Arrays:
-    unfit = f"{file} is not an .npz file of plain arrays (pickled objects are never read); write it with numpy.savez"
     try:
-        stored = np.load(file, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError(unfit)
-        with stored:
-            names = [name for name in stored.files if name.split("_")[0] in ("x", "y")]
-            return {name: stored[name] for name in names} or dict.fromkeys(stored.files, np.empty(0))
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(unfit) from error
+        arrays = read_arrays(file, lambda name: name.split("_")[0] in ("x", "y"))
+        return arrays or dict.fromkeys(headers(file), np.empty(0))
+    except ValueError as error:
+        unfit = f"{file} is not an .npz file of plain arrays (pickled objects are never read); write it with numpy.savez"
+        raise ValueError(f"{unfit} ({str(error).removeprefix(f'{file} ')})") from error
 
 
 def _pair(arrays: _Arrays, suffix: str, file: Path) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .foreign import check_size, check_tensors
+
 _WRAPPERS = ("net", "model", "module", "_orig_mod")  # of Lightning modules, of parallel wrappers, of torch.compile
 _IN_FOLDER = ("model.safetensors", "checkpoints/best.ckpt", "best.ckpt")
 _EXTRA = "_extra_state"  # what modules store besides tensors
@@ -31,10 +33,13 @@ def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
     file = find_weights(path)
     stored = _read(file)
     config = stored.get("nodelens_config")
-    own = net.state_dict()
-    state = _named_as(_state(stored.get("state_dict", stored), file), own)
+    own, found = net.state_dict(), stored.get("state_dict", stored)
+    if isinstance(found, Mapping):
+        check_tensors(found, file)
+    state = _named_as(_state(found, file), own)
     _check_names(state, own, file)
     _check_shapes(state, own, file)
+    check_tensors(state, file, {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)})
     net.load_state_dict(state)
     return config if isinstance(config, dict) else None
 
@@ -62,6 +67,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
+    check_size(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import zipfile
 
 import pytest
 import torch
@@ -197,3 +199,61 @@ def test_different_shapes_raise_and_nothing_is_copied(tmp_path):
     with pytest.raises(ValueError, match=r"fc1.weight is \(6, 4\) in the file and \(5, 4\) in the model \(3 of 4"):
         load_weights(target, tmp_path / "w.safetensors")
     same(target, net(seed=1))
+
+
+FIRST = "fc1.weight"
+FOREIGN = {  # what is stored in place of the first weight, and what is said of it
+    "sparse": (lambda w: w.to_sparse(), f"{FIRST} is sparse (torch.sparse_coo)"),
+    "compressed": (lambda w: w.to_sparse_csr(), f"{FIRST} is sparse (torch.sparse_csr)"),
+    "meta": (lambda w: w.to("meta"), f"{FIRST} is on the meta device, without values"),
+    "quantized": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), f"{FIRST} is quantized"),
+    "nested": (lambda w: torch.nested.nested_tensor([w]), f"{FIRST} is nested"),
+    "complex": (
+        lambda w: w.to(torch.complex64),
+        f"{FIRST} has the dtype torch.complex64 in the file and torch.float32 in the model",
+    ),
+    "integers": (lambda w: w.long(), f"{FIRST} has the dtype torch.int64"),
+    "booleans": (lambda w: w.bool(), f"{FIRST} has the dtype torch.bool"),
+    "expanded": (lambda w: torch.zeros(1).expand(1 << 20, 1 << 20), f"{FIRST} is (1048576, 1048576) in the file"),
+    "no tensor": (lambda w: [1.0], f"({FIRST} are not tensors)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of prototypes of torch
+@pytest.mark.parametrize("what", FOREIGN)
+@pytest.mark.parametrize("form", ["plain", "state_dict"])
+def test_tensors_without_plain_values_are_refused_by_name(what, form, tmp_path):
+    change, words = FOREIGN[what]
+    state = net().state_dict() | {FIRST: change(net().state_dict()[FIRST])}
+    torch.save({"state_dict": state} if form == "state_dict" else state, tmp_path / "w.ckpt")
+    target = net(seed=1)
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        load_weights(target, tmp_path / "w.ckpt")
+    assert "w.ckpt" in str(refused.value)
+    same(target, net(seed=1))
+
+
+@pytest.mark.parametrize("key", [0, (1, 2), 1.5, None])
+def test_names_that_are_no_texts_are_refused(key, tmp_path):
+    for state in ({key: torch.ones(2)}, net().state_dict() | {key: torch.ones(2)}, {"state_dict": {key: torch.ones(2)}}):
+        torch.save(state, tmp_path / "w.ckpt")
+        with pytest.raises(ValueError, match=rf"w\.ckpt: a tensor is named {re.escape(repr(key))}; names are texts"):
+            load_weights(net(), tmp_path / "w.ckpt")
+
+
+def test_other_precisions_are_weights_too(tmp_path):
+    for dtype in (torch.float16, torch.float64):
+        torch.save({name: tensor.to(dtype) for name, tensor in net().state_dict().items()}, tmp_path / "w.ckpt")
+        target = net(seed=1)
+        load_weights(target, tmp_path / "w.ckpt")
+        assert_close(target.fc1.weight, net().fc1.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_that_was_compressed_is_refused_before_it_is_read(tmp_path):
+    torch.save(net().state_dict() | {"x": torch.zeros(1 << 22)}, tmp_path / "w.ckpt")
+    with zipfile.ZipFile(tmp_path / "w.ckpt") as whole, zipfile.ZipFile(tmp_path / "s.ckpt", "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in whole.infolist():
+            small.writestr(entry.filename, whole.read(entry.filename))
+    assert (tmp_path / "s.ckpt").stat().st_size < 30_000
+    with pytest.raises(ValueError, match=r"s\.ckpt declares 16\d+ bytes in a file of \d+ \(torch.save does not compress\)"):
+        load_weights(net(), tmp_path / "s.ckpt")
