@@ -203,7 +203,9 @@ def _estimate(sums: MetricSums, counted: Tensor, samples: SampleCounts) -> _Esti
     weight = plan.parameter(layer, metric)
     if metric.needs() and not resolved:
         wanted = plan.wanted(metric, sums.place)
-        return _Estimate(reason=plan.unpaired(wanted) or reason_left_out(plan, wanted) or "there is no next layer")
+        return _Estimate(
+            reason=plan.unread(wanted) or plan.unpaired(wanted) or reason_left_out(plan, wanted) or "there is no next layer"
+        )
     if metric.weighted and weight is None:
         return _Estimate(reason="no batch norm follows the layer")
     known = known_units(plan, layer, resolved)
