@@ -1,5 +1,6 @@
 """A pruned model on disk: weights as safetensors, the plan, and the config of the dense model."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nodelens.results.files import plain, read_json, write, write_json
 from .slice import replace_tensor, set_count, update_sizes
 
 FILES = ("model.safetensors", "plan.json", "config.json")
+_FLOAT = "__float__"
 _BUILDERS = ("nodelens.models.mlp", "nodelens.models.cnn")  # whose arguments are numbers only
 _COUNTS = {  # attributes that a plan may set
     *("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads"),
@@ -39,10 +41,10 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
     generation: Any = getattr(model, "generation_config", None)
     return {
         "transformers": kind.__name__,
-        "config": plain(config.to_dict()),
+        "config": plain(_tagged(config.to_dict())),
         "attention": getattr(config, "_attn_implementation", None),
         "experts": getattr(config, "_experts_implementation", None),
-        "generation": None if generation is None else plain(generation.to_dict()),
+        "generation": None if generation is None else plain(_tagged(generation.to_dict())),
     }
 
 
@@ -123,14 +125,37 @@ def _transformers_model(origin: Mapping[str, Any], folder: Path) -> nn.Module:
     kind = getattr(hf, name, None) or getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{folder}: {name!r} is no model of transformers {transformers.__version__}")
-    config = kind.config_class.from_dict(dict(origin["config"]))  # type: ignore[union-attr]
+    try:
+        config = kind.config_class.from_dict(_untagged(origin["config"]))  # type: ignore[union-attr]
+    except Exception as error:  # configs check themselves in many ways
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder}: transformers {transformers.__version__} refuses the config of {name}: {why}; "
+            f"give a dense model to load into, load_pruned(folder, model={name}(...))"
+        ) from error
     for field in ("attention", "experts"):
         if origin.get(field) is not None:
             setattr(config, {"attention": "_attn_implementation", "experts": "_experts_implementation"}[field], origin[field])
     model = kind(config)
     if origin.get("generation") is not None:
-        model.generation_config = transformers.GenerationConfig.from_dict(origin["generation"])
+        model.generation_config = transformers.GenerationConfig.from_dict(_untagged(origin["generation"]))
     return model
+
+
+def _tagged(value: Any) -> Any:
+    """A config's value with the numbers that JSON lacks as {"__float__": "inf"}, such as the upper limit of a time step."""
+    if isinstance(value, dict):
+        return {key: _tagged(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tagged(each) for each in value]
+    return {_FLOAT: repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, dict):
+        tagged = value.keys() == {_FLOAT} and value[_FLOAT] in ("inf", "-inf", "nan")
+        return float(value[_FLOAT]) if tagged else {key: _untagged(each) for key, each in value.items()}
+    return [_untagged(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_structure(model: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
