@@ -29,7 +29,7 @@ from .collect import Pass
 from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of
 from .dry_run import DryRun, with_groups
-from .lost_gradients import check_gradients, check_weights
+from .lost_gradients import check_gradients, check_weights, unread_layers
 from .members import Members
 from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
@@ -146,7 +146,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     elif asked.first is not None:
         objective = objective.settled(model, asked.first)
         batch = objective.batch(asked.first, settings.groups, settings.seed).to(device_of(model))
-        seen = objective, DryRun.of(model, observed, batch, objective), _per_token(batch)
+        seen = objective, DryRun.of(model, observed, batch, objective, optional), _per_token(batch)
     found = seen if asked.weights_only else first_of(seen)
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")
@@ -207,7 +207,7 @@ def run_pass(
             progress=progress,
         )
         if not k:
-            driver.on_first = partial(check_gradients, model, plan, capture, collected.model_sums, objective)
+            driver.on_first = partial(check_gradients, model, plan, capture, collected, objective)
             driver.on_last = partial(check_weights, model, plan, collected.model_sums, objective)
         driver.run(data if saved is None else saved.rest(data, collected), collected, capture)
         if saved is not None:
@@ -227,6 +227,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     lost = {(site.layer.name, site.port): each for site, each in zip(sites, counts["lost"], strict=True)}
     for accumulator in sums.values():
         accumulator.to(torch.device("cpu"))
+    plan = plan.without(*unread_layers(plan, collected))
     table = make_table(plan, sums, SampleCounts(samples, counts["unlabelled"], lost), bias, seed)
     rows = [{"layer": layer, "statistic": str(need), "rows": rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {

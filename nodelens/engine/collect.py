@@ -161,6 +161,7 @@ class Pass:
         self.unlabelled = torch.zeros_like(self.samples)  # of these, without a label
         self.repeats = Repeats()
         self.seen = SeenOrder()
+        self.no_gradient: dict[str, str] = {}  # why no gradient reached a layer, by name
         self.batch: Batch | None = None
         self.pairs: dict[Site, list[PairedSites]] = {site: [] for site in self.collectors}
         by_name = {Other(site.layer.name, site.port): site for site in self.collectors}
@@ -205,7 +206,9 @@ class Pass:
         if self.batch is None:
             raise RuntimeError(f"{site} was captured before a batch began")
         collector = self.collectors[site]
-        rows = collector.rows_of(captured, self.batch)
+        rows = self._rows(collector, captured)
+        if rows is None:
+            return
         for sums in self.model_sums:
             if sums.port == site.port and isinstance(site.layer, GroupLayer):
                 sums.see(site.layer, rows)
@@ -213,9 +216,26 @@ class Pass:
             return
         collector.see(rows, self.batch)
         for pair in self.pairs[site]:
-            pair.see(site, rows, self.batch)
+            if not any(self.collectors[each].unread for each in (pair.owner.site, pair.other)):
+                pair.see(site, rows, self.batch)
         if site in self.token_rows:
             self.token_rows[site].see(rows)
+
+    def _rows(self, collector: Collector, captured: Any) -> Rows | None:
+        """The rows of a site; None from the first batch on of which none can be made, if the plan can do without the layer."""
+        assert self.batch is not None
+        try:
+            return None if collector.unread else collector.rows_of(captured, self.batch)
+        except ValueError as error:
+            if not self.plan.optional:
+                raise
+            collector.unread = str(error)
+            return None
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """{layer: why no rows could be made of what it showed}."""
+        return {site.layer.name: collector.unread for site, collector in self.collectors.items() if collector.unread}
 
     def end(self, predictions: Tensor | None) -> None:
         """Ends a batch: computes targets from the predictions and adds what depends on them or on complete samples."""
@@ -242,7 +262,8 @@ class Pass:
                     known = own.mask()
                     targets[Other(site.layer.name, site.port)] = own.raw[:, :, 0].where(known, torch.nan)
             for site, collector in self.collectors.items():
-                collector.end(rows[site], batch, targets)
+                if all(target in targets for target in collector.targets):  # a site that cannot be read is no target
+                    collector.end(rows[site], batch, targets)
         self.samples += torch.bincount(batch.group, minlength=len(self.samples))
         if batch.labelled is not None:
             self.unlabelled += torch.bincount(batch.group[~batch.labelled.cpu()], minlength=len(self.samples))

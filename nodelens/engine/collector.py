@@ -61,6 +61,7 @@ class Collector:
         self.buffers: dict[str, Buffer] = {}
         self.grid: tuple[int, ...] = ()
         self.means: list[Rows] = []  # of the current batch, one entry per call of the module
+        self.unread = ""  # why no rows could be made of what the site showed
         self.left_out = 0  # rows that are not finite, of ``rows_seen``
         self.rows_seen = torch.zeros(1, dtype=torch.int64)
         self.lost = torch.zeros(plan.groups, dtype=torch.int64)  # samples of each group with rows, none of which is finite

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from nodelens.network.objective import BY_VALUE, Objective
 
 from .firing import BEHIND, Firing, FiringTracer, Place, place_of
 from .members import Members
-from .sample_axis import check_samples
+from .sample_axis import without_samples
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -51,6 +52,7 @@ class Seen:
     final: bool = False  # is the model's output
     grid: tuple[int, ...] = ()
     packed: bool = False  # its positions are only some of the tokens (an expert's)
+    unread: str = ""  # why no rows can be made of what it shows
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,14 @@ class DryRun:
         return cls({f"{name}.output": Seen(n, 1, True, 1, 4 * n) for name, n in widths}, 0, 0)
 
     @classmethod
-    def of(cls, model: nn.Module, layers: Iterable[Layer], batch: Batch, objective: Objective | None = None) -> "DryRun":
-        """Runs the first two samples of a batch. Raises ValueError, with the input's shape, if the model cannot take them."""
+    def of(
+        cls, model: nn.Module, layers: Iterable[Layer], batch: Batch, objective: Objective | None = None, optional: bool = False
+    ) -> "DryRun":
+        """Runs the first two samples of a batch.
+
+        optional: some layers with weights may show no rows of samples; the reason is then in their ``Seen``. Raises ValueError,
+        with the input's shape, if the model cannot take the samples, and for layers that cannot be read.
+        """
         check_finite(batch)
         objective = objective or Objective.of(model)
         captured: dict[Site, list[tuple[Any, int]]] = {}
@@ -102,17 +110,22 @@ class DryRun:
         except Exception:  # a forward pass may raise anything; an error of a hook is raised as it is
             check_forward(model, batch)
             raise
-        check_samples(model, batch, {site: each[0][0] for site, each in captured.items() if site.port == "output"})
+        shown = {site: each[0][0] for site, each in captured.items() if site.port == "output"}
+        unread = without_samples(model, batch, shown, optional)
         answer, aligned, refusal = _predictions(objective, output, batch)
-        seen = {str(site): _seen(site, captured[site], len(batch), answer) for site in sites if site in captured}
+        made = partial(_seen, samples=len(batch), answer=answer, unread=unread, optional=optional)
+        seen = {str(site): made(site, captured[site]) for site in sites if site in captured}
+        seen |= {str(site): _unread(site, unread[site.layer.name]) for site in sites if site.layer.name in unread}
+        if seen and all(each.unread for each in seen.values()):
+            raise ValueError(next(iter(unread.values())))
         read = {identity(captured[site][0][0]): site.layer for site in readers if site in captured}
         outputs = [site for site in sites if site in captured and site.port == "output"]
         norms = {site.layer.name: norm for site in outputs if (norm := read.get(identity(captured[site][0][0]))) is not None}
         firing = {}
         for site in outputs:
-            if found := tracer.found(site.layer.name):
+            if site.layer.name not in unread and (found := tracer.found(site.layer.name)):
                 firing[site.layer.name], behind = found
-                seen[f"{site.layer.name}.{BEHIND}"] = _seen(site, [(behind, behind._version)], len(batch), answer)
+                seen[f"{site.layer.name}.{BEHIND}"] = made(site, [(behind, behind._version)])
         flops, classes = counter.get_total_flops() // len(batch), 0 if aligned is None else aligned.shape[-1]
         tokens = aligned is not None and aligned.ndim == 3 and objective.task not in BY_VALUE
         positions = aligned.shape[1] if tokens and aligned is not None else 1
@@ -148,13 +161,22 @@ def with_groups(dry_run: DryRun, members: Members) -> DryRun:
         first = found[0] if found else Seen(group.group.n, 1, True, 1, 4 * group.group.n)
         flat = first.flat and mixture is None
         size = 4 * group.group.n * first.positions
-        seen[f"{group.name}.output"] = Seen(group.group.n, first.positions, flat, max(1, len(found)) * first.calls, size)
+        calls = max(1, len(found)) * first.calls
+        seen[f"{group.name}.output"] = Seen(group.group.n, first.positions, flat, calls, size, unread=first.unread)
     return replace(dry_run, seen=seen)
 
 
-def _seen(site: Site, captures: list[tuple[Any, int]], samples: int, answer: Tensor | None) -> Seen:
+def _seen(
+    site: Site, captures: list[tuple[Any, int]], samples: int, answer: Tensor | None, unread: dict[str, str], optional: bool
+) -> Seen:
+    """What a site shows. Where no rows can be made of it, ``unread`` gets the reason, unless the layer has to be read."""
     tensor, version = captures[0]
-    rows = site.layer.rows(tensor, samples)
+    try:
+        rows = site.layer.rows(tensor, samples)
+    except ValueError as error:
+        if not optional:
+            raise
+        return _unread(site, unread.setdefault(site.layer.name, str(error)))
     _, width, positions = rows.raw.shape
     if isinstance(tensor, Routed):
         return Seen(width, positions, False, len(captures), tensor.values.nbytes // samples, packed=True)
@@ -168,6 +190,12 @@ def _seen(site: Site, captures: list[tuple[Any, int]], samples: int, answer: Ten
         answer is not None and identity(tensor) == identity(answer),
         rows.grid,
     )
+
+
+def _unread(site: Site, reason: str) -> Seen:
+    """A site without rows, as wide as the layer's weight is there."""
+    weight = site.layer.weight
+    return Seen(0 if weight is None else weight.shape[site.port == "input"], 1, True, 1, 0, unread=reason)
 
 
 def _reads_ids(layer: Layer) -> bool:

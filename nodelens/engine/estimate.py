@@ -97,7 +97,8 @@ class Estimator:
         metric, plan, place = self.metric, self.sums.plan, self.sums.place
         if metric.needs() and not self.sums.resolved:
             wanted = plan.wanted(metric, place)
-            return plan.unpaired(wanted) or reason_left_out(plan, wanted) or "there is no next layer"
+            left_out = plan.unread(wanted) or plan.unpaired(wanted) or reason_left_out(plan, wanted)
+            return left_out or "there is no next layer"
         if metric.weighted and shared.weight(place[0], metric) is None:
             return "no batch norm follows the layer"
         return ""

@@ -54,6 +54,8 @@ class PassLayout:
     reduce: Reduce = "sum"  # combines a unit's values at several places
     cuts: Tensor | None = None  # of sample hashes, between groups of equal size
     notes: tuple[str, ...] = ()  # what is left out although nobody chose so
+    optional: bool = False  # whether a layer that cannot be read has NaN instead of stopping the pass
+    no_gradient: Mapping[str, str] = field(default_factory=dict)  # why no gradient reached a layer, by name
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)

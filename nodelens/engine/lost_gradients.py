@@ -13,23 +13,37 @@ from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Awaited, Capture, Site, edit, observed
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
+from nodelens.statistics import Accumulator
+from nodelens.statistics.processes import gathered
 
+from .collect import Pass
 from .plan import Plan
 
 _SAME = 1e-6  # relative difference of two losses that are equal but for rounding
 
 
-def check_gradients(
-    model: nn.Module, plan: Plan, capture: Capture, sums: Iterable[ModelSums], objective: Objective, batch: Batch
-) -> None:
+def check_gradients(model: nn.Module, plan: Plan, capture: Capture, collected: Pass, objective: Objective, batch: Batch) -> None:
     """Checks after a batch that each gradient that the metrics await has arrived.
 
-    Raises ValueError, with the reason, if the loss depends on a layer that no gradient has reached. Another layer without a
-    gradient is one that the loss does not depend on, and adds 0.
+    Raises ValueError, with the reason, if the loss depends on a layer that no gradient has reached; if the plan can do without the
+    layer, the pass gets the reason. Another layer without a gradient is one that the loss does not depend on, and adds 0.
     """
     lost = [awaited for awaited, arrived in capture.arrived.items() if not arrived]
-    lost += [_of_weight(group, piece.module) for each in sums for group, piece in each.lost()]
-    check_arrived(_names(plan), model, lost, batch, objective)
+    lost += [_of_weight(group, piece.module) for each in collected.model_sums for group, piece in each.lost()]
+    check_arrived(_names(plan), model, lost, batch, objective, collected.no_gradient if plan.optional else None)
+
+
+def unread_layers(plan: Plan, collected: Pass) -> tuple[dict[str, str], dict[str, str]]:
+    """The layers of which no rows could be made, and those that no gradient reached, in any process, and why. Collective."""
+    every = gathered((collected.unread, collected.no_gradient))
+    unread, lost = ({name: why for part in every for name, why in part[k].items()} for k in (0, 1))
+    sums = {(layer, "grad" in need.port): a.value for (layer, need), a in collected.sums().items() if isinstance(a, Accumulator)}
+    if plan.optional and any(value is not None for value in sums.values()):
+        empty = [key for key, value in sums.items() if value is None]
+        unread = {layer: "no rows of it were seen" for layer, of_gradients in empty if not of_gradients} | unread
+        unmoved = "no gradient reached it: the loss does not depend on it"
+        lost = {layer: unmoved for layer, of_gradients in empty if of_gradients} | lost
+    return unread, lost
 
 
 def check_weights(model: nn.Module, plan: Plan, sums: Iterable[ModelSums], objective: Objective, batch: Batch) -> None:
@@ -43,10 +57,17 @@ def check_weights(model: nn.Module, plan: Plan, sums: Iterable[ModelSums], objec
                 raise ValueError(no_gradient(_names(plan), group, "the loss does not depend on its weights"))
 
 
-def check_arrived(names: str, model: nn.Module, lost: Sequence[Awaited], batch: Batch, objective: Objective) -> bool:
+def check_arrived(
+    names: str,
+    model: nn.Module,
+    lost: Sequence[Awaited],
+    batch: Batch,
+    objective: Objective,
+    reasons: dict[str, str] | None = None,
+) -> bool:
     """Raises ValueError if the loss depends on a layer whose gradient was awaited in vain; returns whether any of them runs.
 
-    names: of the metrics, for the message.
+    names: of the metrics, for the message. reasons: gets the reason by layer, instead of an error, except for pruning groups.
     """
     if not lost:
         return False
@@ -62,7 +83,10 @@ def check_arrived(names: str, model: nn.Module, lost: Sequence[Awaited], batch: 
         raise ValueError(f"{names}: {option('loss')}= gives a number without a gradient: {way_out}")
     for site, layer in lost:
         if layer.module in recorded and _depends(model, layer, batch, objective, total.detach()):
-            raise ValueError(no_gradient(names, site.layer, _reason(site, layer, recorded[layer.module])))
+            reason = _reason(site, layer, recorded[layer.module])
+            if reasons is None or isinstance(site.layer, GroupLayer):
+                raise ValueError(no_gradient(names, site.layer, reason))
+            reasons[site.layer.name] = f"no gradient reached it: {reason}"
     return bool(recorded)
 
 

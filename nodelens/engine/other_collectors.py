@@ -40,6 +40,7 @@ class ModelCollector(Collector):
 
     def __init__(self, site: Site, plan: Plan, seed: int = 0):
         self.site, self.plan, self.seed, self.left_out, self.by_token = site, plan, seed, 0, []
+        self.unread, self.targets = "", []
         self.rows_seen, self.lost = torch.zeros(1, dtype=torch.int64), torch.zeros(plan.groups, dtype=torch.int64)
         model, groups = site.layer.module, plan.members.groups
         self.sums = {need: need.statistic(model, groups, *need.options) for need in plan.needs(site.layer)}  # type: ignore[call-arg,misc]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -72,8 +73,8 @@ class Plan(PassLayout):
         metrics, unlabelled = measurable(metrics, dry_run) if default else (metrics, ())
         settings = precision, frozenset(per_token), pairs_of(layers, pairs), covariance or CovariancePolicy()
         names = [layer.name for layer in never_called]
-        plan = cls(layers, metrics, dry_run, groups, positions, names, *settings, members=members, seed=seed, reduce=reduce)
-        plan = omit_products(replace(plan, notes=unlabelled), optional, default)
+        more: dict[str, Any] = {"members": members, "seed": seed, "reduce": reduce, "optional": optional, "notes": unlabelled}
+        plan = omit_products(cls(layers, metrics, dry_run, groups, positions, names, *settings, **more), optional, default)
         for name, metric in metrics.items():
             check_parameter(plan, name, metric, optional)
             for need in metric.needs().values() if dry_run.tokens else ():
@@ -87,10 +88,27 @@ class Plan(PassLayout):
         """What a metric needs at a place: for each argument of the metric a layer and the need there.
 
         Empty if there is no next layer but the metric needs one, if the covariance policy leaves the metric out, or if the metric
-        pairs rows with predictions and the rows of the layer are others.
+        pairs rows with predictions and the rows of the layer are others, or if no rows or gradients were seen.
         """
         needs = self.wanted(metric, place)
-        return {} if self.unpaired(needs) else restrict_needs(self, place[0], needs)
+        return {} if self.unread(needs) or self.unpaired(needs) else restrict_needs(self, place[0], needs)
+
+    def unread(self, needs: Mapping[str, tuple[Layer, Need]]) -> str:
+        """Why a site has no rows, or no gradients, that a metric needs; empty if all have."""
+        for layer, need in needs.values():
+            sites = [(layer.name, need.port), *([need.target] if isinstance(need.target, Other) else [])]
+            for name, port in sites if need.port != "model" else ():
+                if reason := self.seen_at(name, port).unread or ("grad" in port and self.no_gradient.get(name)):
+                    return str(reason)
+        return ""
+
+    def without(self, unread: Mapping[str, str], no_gradient: Mapping[str, str]) -> "Plan":
+        """The plan once the data are read: layers of which no rows could be made, or that no gradient reached, and why."""
+        if not unread and not no_gradient:
+            return self
+        found = {site: replace(seen, unread=unread.get(site.rpartition(".")[0], "")) for site, seen in self.dry_run.seen.items()}
+        seen = {site: each if each.unread else self.dry_run.seen[site] for site, each in found.items()}
+        return replace(self, dry_run=replace(self.dry_run, seen=seen), no_gradient=no_gradient)
 
     def unpaired(self, needs: Mapping[str, tuple[Layer, Need]]) -> str:
         """Why the rows of a layer cannot be paired with the target of each prediction; empty if they can."""

@@ -12,31 +12,34 @@ from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 
 
-def check_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]) -> None:
-    """Raises ValueError where the first axis of a layer is not the samples: one sample less has to show half of it.
+def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any], optional: bool = False) -> dict[str, str]:
+    """{layer: reason} where the first axis of a layer is not the samples: one sample less has to show half of it.
 
     The model runs again only where this is in doubt: samples share their axis with windows or frames, or a module takes time on
-    the first axis and samples on the second. If such a module shows samples first, the data have them on the axis of time.
+    the first axis and samples on the second. Raises ValueError for such a layer unless layers are ``optional``, and if a module
+    that takes time first shows samples first: the data then have them on the axis of time.
     """
     time_first = [Layer(name, m) for name, m in model.named_modules() if getattr(m, "batch_first", True) is False]
     shown = {site: tensor.shape for site, tensor in captured.items() if isinstance(tensor, Tensor) and tensor.ndim}
     if len(batch) < 2 or not (time_first or any(shape[0] != 2 for shape in shown.values())):
-        return
+        return {}
     again = _shapes_of_one(model, batch, [*shown, *(Site(layer, "output") for layer in time_first)])
     way_out = "give data and modules with samples first (batch_first=True)"
-    for site, shape in shown.items():
-        if site in again and shape[0] != 2 * again[site][0]:
-            one, two = tuple(again[site]), tuple(shape)
-            raise ValueError(
-                f"layer {site.layer.name!r} puts out {one} for one sample and {two} for two: its first axis is not the samples; "
-                f"{way_out}, or leave it out (layers=)"
-            )
+    found = {
+        site.layer.name: f"layer {site.layer.name!r} puts out {tuple(again[site])} for one sample and {tuple(shape)} for two: its "
+        f"first axis is not the samples; {way_out}, or leave it out (layers=)"
+        for site, shape in shown.items()
+        if site in again and shape[0] != 2 * again[site][0]
+    }
+    if found and not optional:
+        raise ValueError(next(iter(found.values())))
     for site in again.keys() - shown.keys():
         if len(again[site]) == 3 and again[site][0] == 1:
             raise ValueError(
                 f"{site.layer.name!r} takes time first and samples second (batch_first=False), "
                 f"but the first axis of the data is its time: {way_out}"
             )
+    return found
 
 
 def _shapes_of_one(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:

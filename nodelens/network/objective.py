@@ -1,7 +1,11 @@
 """What a model answers: which part of its output, for which task, and the loss of that answer."""
 
+import contextlib
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,6 +57,7 @@ class Objective:
     loss:    of (predictions, labels), as a sum over the batch; None: that of the task
     classes: the axis of classes where each position has a prediction: last, second, or "" where shapes have to tell
     shift:   makes the inputs of a decoder from the labels, where the model knows how
+    caches:  whether the model keeps a cache of past tokens unless it is told not to
     decoder: the sites with one row per token of the decoder, see ``decoder_sites``
     positions: makes the positions of texts padded on the left, for a model that needs them
     """
@@ -64,6 +69,7 @@ class Objective:
     shift: Callable[[Tensor], Tensor] | None = None
     decoder: frozenset[str] = frozenset()
     positions: Positions | None = None
+    caches: bool = False
     model: str = "the model"
 
     @classmethod
@@ -73,10 +79,13 @@ class Objective:
             raise ValueError(f"task is {task!r}; it is {', '.join(TASKS)}")
         inner = unwrapped(model)
         found = task or task_of(inner)
-        shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None) if found == "seq2seq" else None
+        shift = decoder_shift(inner) if found == "seq2seq" else None
         classes: Any = "last" if found in BY_TOKEN and is_pretrained(inner) else ""
         total, name = None if loss is None else as_sum(loss), type(inner).__name__
-        return cls(found, output, total, classes, shift, positions=Positions.of(inner), model=name)
+        on_meta = any(p.is_meta for p in model.parameters())  # without a cache transformers read the values of positions
+        caches = takes(inner, "use_cache") and not on_meta
+        own: dict[str, Any] = {"positions": Positions.of(inner), "caches": caches, "model": name}
+        return cls(found, output, total, classes, shift, **own)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -87,10 +96,12 @@ class Objective:
     def batch(self, given: Any, groups: int = 1, seed: int = 0, cuts: Tensor | None = None) -> Batch:
         """A batch whose labels and masks are read as the task says, with the positions of texts padded on the left.
 
-        Raises ValueError as ``Batch.of`` does.
+        A model that would return a cache for further tokens, which nothing reads here, is told not to. Raises ValueError as
+        ``Batch.of`` does.
         """
         batch = Batch.of(given, groups, seed, cuts, self.task, self.shift)
         kwargs = batch.kwargs if self.positions is None else self.positions.added(batch.kwargs)
+        kwargs = {**kwargs, "use_cache": kwargs.get("use_cache", False)} if self.caches else kwargs
         return replace(batch, kwargs=kwargs, decoder=self.decoder)
 
     def settled(self, model: nn.Module, given: Any) -> "Objective":
@@ -244,17 +255,37 @@ def is_pretrained(model: nn.Module) -> bool:
     return any(kind.__name__ in ("PreTrainedModel", "PeftModel") for kind in type(model).__mro__)
 
 
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a transformers model's forward has an argument of that name."""
+    with contextlib.suppress(ValueError):  # a traced module has no signature
+        return is_pretrained(model) and argument in inspect.signature(model.forward).parameters
+    return False
+
+
+def decoder_shift(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """The function from labels to the inputs of a decoder: the model's own, else that of its module, with the config's tokens."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if own is not None or shift is None:
+        return own
+    config: Any = getattr(model, "config", None)
+    tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")}
+    return partial(shift, **{name: tokens.get(name) for name in list(inspect.signature(shift).parameters)[1:]})
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model classifies whole samples: with float labels it has several labels per sample, as transformers decides."""
     return is_pretrained(model) and any(part in kind.__name__ for kind in type(model).__mro__ for part in _CLASSIFIERS)
 
 
 def unwrapped(model: Any) -> Any:
-    """The user's model inside ``torch.compile`` and parallel wrappers."""
+    """The user's model inside ``torch.compile``, parallel wrappers and adapters."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
             inner = model.module
+        elif inner is None and any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
+            inner = model.get_base_model()
         if inner is None:
             return model
         model = inner

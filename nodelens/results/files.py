@@ -90,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file, with infinities as numbers. Raises ValueError for a file that is not JSON, or not the one that was written."""
+    """Reads a JSON file, with infinities as numbers. Raises ValueError if it is not JSON, or not the file that was written."""
     checked(path)
     try:
         return _mapped(json.loads(path.read_text(encoding="utf-8")), _in_numbers)

@@ -63,7 +63,7 @@ def estimate_cost(
     start = net.state_dict() if initial else None
     found = as_layers(net, layers, start)
     members = find_members(net, found, chosen, start)
-    dry_run = with_groups(DryRun.of(net, members.observed(found), batch), members)
+    dry_run = with_groups(DryRun.of(net, members.observed(found), batch, optional=layers == "*"), members)
     plan_of = partial(
         Plan.of,
         net,

@@ -99,7 +99,14 @@ def _transformers_model(origin: Mapping[str, Any], where: str) -> nn.Module:
     kind = getattr(hf, name, None) or getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{where}: transformers is {shown(name)}, which is no model of transformers {transformers.__version__}")
-    config = kind.config_class.from_dict(dict(origin.get("config") or {}))  # type: ignore[union-attr]
+    try:
+        config = kind.config_class.from_dict(dict(origin.get("config") or {}))  # type: ignore[union-attr]
+    except Exception as error:  # configs check themselves in many ways
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{where}: transformers {transformers.__version__} refuses the config of {name}: {why}; "
+            f"give a dense model to load into, load_pruned(folder, model={name}(...))"
+        ) from error
     for field in ("attention", "experts"):
         if origin.get(field) is not None:
             setattr(config, {"attention": "_attn_implementation", "experts": "_experts_implementation"}[field], origin[field])

@@ -1,0 +1,109 @@
+"""A layer that cannot be read has NaN with the reason, and the analysis goes on; a layer that is named has to be read."""
+
+import pytest
+import torch
+from pandas.testing import assert_series_equal
+from torch import nn
+
+import nodelens as nl
+
+METRICS = ["activation_mean", "rq", "redundancy", "synergy", "taylor", "linear_cka", "magnitude"]
+
+
+class Table(nn.Module):
+    """A bias made of a table of positions, which has no axis of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.table, self.last = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)) + self.table(torch.ones(5, 2)).mean(0))
+
+
+class Routed(nn.Module):
+    """An expert that reads some of the samples, and a gate on a part whose gradient is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert, self.cut, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.spare = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h, some = torch.relu(self.first(x)), x[:, 0] > 0
+        self.spare(h)
+        h = h.index_add(0, some.nonzero()[:, 0], self.expert(h[some]))
+        return self.last(h + self.cut(h).detach())
+
+
+def built(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind()
+
+
+def data(signs):
+    """Batches of four samples, whose first entry has the signs given."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for k, own in enumerate(signs):
+        x = torch.randn(4, 3, generator=generator)
+        x[:, 0] = x[:, 0].abs() * torch.tensor(own)
+        found.append({"x": x, "labels": torch.tensor([0, 1, 2, 0]), "ids": torch.arange(4) + 4 * k})
+    return found
+
+
+def reasons(found, layer):
+    return {note["column"]: note["reason"] for note in found.metadata["missing"] if note["layer"] == layer}
+
+
+def test_a_layer_without_samples_is_nan_with_the_reason_and_keeps_what_needs_no_rows():
+    model, batches = built(Table), data([[1] * 4] * 6)
+    found = nl.analyze(model, batches, METRICS)
+    values = found.units.loc["table"]
+    assert values["magnitude"].notna().all()
+    assert values[["activation_mean", "rq", "redundancy", "synergy", "taylor"]].isna().all(axis=None)
+    assert "its first axis is not the samples" in reasons(found, "table")["activation_mean"]
+    others = nl.analyze(model, batches, METRICS, ["first", "last"])
+    for layer in ("first", "last"):
+        assert_series_equal(found.units.loc[layer, "rq"], others.units.loc[layer, "rq"])
+        assert found.units.loc[layer].notna().all(axis=None)
+    with pytest.raises(ValueError, match=r"layer 'table' puts out .* its first axis is not the samples"):
+        nl.analyze(model, batches, METRICS, ["first", "table"])
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_layer_that_some_batch_shows_no_rows_of_samples_is_nan_throughout(small, monkeypatch):
+    monkeypatch.setattr("nodelens.engine.collector.MAX_BYTES", 1 << 20 if small else 0)  # rows are buffered, or added directly
+    model, batches = built(Routed), data([[1, 1, 1, 1], [1, 1, 1, -1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    found = nl.analyze(model, batches, METRICS)
+    assert found.units.loc["expert"].drop(columns=[c for c in found.units if c.startswith("magnitude")]).isna().all(axis=None)
+    assert "shows 3 rows of shape (4,) for a batch of 4 samples" in reasons(found, "expert")["activation_mean"]
+    assert found.units.loc["first"].notna().all(axis=None)
+    assert found.edges["linear_cka"].isna().tolist() == [True, True, False, False]  # the pairs of first, expert, cut, last, spare
+    with pytest.raises(ValueError, match="layer 'expert' shows 3 rows"):
+        nl.analyze(model, batches, METRICS, ["first", "expert"])
+
+
+def test_a_layer_that_no_gradient_reaches_keeps_its_activations():
+    model, batches = built(Routed), data([[1, 1, 1, 1]] * 4)
+    found = nl.analyze(model, batches, ["activation_mean", "taylor"])
+    assert found.units["activation_mean"].notna().all()
+    assert set(found.units.index[found.units["taylor"].isna()].get_level_values("layer")) == {"cut", "spare"}
+    assert reasons(found, "cut")["taylor"] == (
+        "no gradient reached it: the loss depends on it, but .detach() or .data cuts its gradient"
+    )
+    assert reasons(found, "spare")["taylor"] == "no gradient reached it: the loss does not depend on it"
+
+
+def test_a_model_of_which_nothing_can_be_read_is_refused():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Linear(2, 4)
+
+        def forward(self, x):
+            return x + self.table(torch.ones(5, 2)).mean()
+
+    with pytest.raises(ValueError, match=r"layer 'table' puts out .* its first axis is not the samples"):
+        nl.analyze(Alone(), [torch.ones(4, 3)], ["activation_mean"])
