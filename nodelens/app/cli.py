@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -13,7 +14,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from nodelens import __version__
 from nodelens.messages import config_words, nearest
 from nodelens.results.files import remove_traces
 
@@ -61,7 +61,7 @@ def script() -> None:
     """Entry of the console script: ``nodelens analyze ...``, ``nodelens --help``, ``nodelens --version``."""
     task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if task in ("--version", "--help", "-h"):
-        print(__version__ if task == "--version" else _USAGE)
+        print(version("nodelens") if task == "--version" else _USAGE)
         return
     if task not in TASKS:
         sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}, not {task!r}.{nearest(task, TASKS)}")
@@ -76,7 +76,7 @@ def main(task: str) -> None:
     for state in (_failed, _there, taken_warnings()):
         state.clear()
     if "--version" in sys.argv[1:]:  # Hydra would print its own
-        print(__version__)
+        print(version("nodelens"))
         return
     sys.argv[1:] = _rewrite(sys.argv[1:])
     try:

@@ -102,8 +102,8 @@ def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool)
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def in_bytes(size: str | int | float | None) -> float | None:
-    """Bytes of '4GB', '512 MiB' or a number; None means no limit. Raises ValueError for anything else."""
+def in_bytes(size: str | int | float | None, key: str | None = None) -> float | None:
+    """Bytes of '4GB', '512 MiB' or a number; None means no limit. Raises ValueError, naming the key, for anything else."""
     if size is None:
         return None
     text = str(size).replace(" ", "").upper()
@@ -111,4 +111,4 @@ def in_bytes(size: str | int | float | None) -> float | None:
     try:
         return float(number) * _SIZES[text[len(number) :]]
     except (ValueError, KeyError):
-        raise ValueError(f"{option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
+        raise ValueError(f"{key or option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None

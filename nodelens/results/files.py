@@ -42,7 +42,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
         if not isinstance(error, OSError) and not any(words in str(error) for words in _FAILED):
             raise
         number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else f"{next(iter(str(error).splitlines()), '')} (is the disk full?)"
+        reason = os.strerror(number) if number else f"{next(iter(str(error).splitlines()), '')}{'' if isinstance(error, OSError) else ' (is the disk full?)'}"
         raise OSError(number or errno.EIO, reason, str(path)) from error
     finally:
         with suppress(OSError):

@@ -136,7 +136,7 @@ def test_a_network_of_outputs_only_has_nothing_to_prune(quiet_home):
     ("words", "said"),
     [
         ("seed=1", "run holds a run with seed=0, this one has seed=1: choose another folder (hydra.run.dir=)"),
-        ("ckpt_path=a/other.ckpt", "ckpt_path=null, this one has ckpt_path=a/other.ckpt"),
+        ("ckpt_path=a/other.ckpt", "ckpt_path: there is nothing at "),
         ("metrics=[rq,synergi]", "Did you mean 'synergy'?"),
         ("layers=conv*", "layers=*, this one has layers=conv*"),
     ],

@@ -53,6 +53,7 @@ def test_every_option_composes_and_fits_its_code(task, group, option):
     more += ["allocation.dict.shares={fc1:0.5}"] if option == "dict" else []
     more += ["dataset.path=somewhere"] if option in ("npz", "imagefolder") else []
     more += ["model=tiny_lm"] if option == "text" else ["model.path=somewhere"] if option == "causal_lm" else []
+    more += ["model.name=a_name"] if option in ("timm", "torchvision") else []
     cfg = nl.load_config(task, [f"{group}={option}", *more])
     for part in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
         if part in cfg:

@@ -209,5 +209,5 @@ def test_the_docstring_says_what_a_reader_needs(metric):
     ids=label,
 )
 def test_mistakes_are_named(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         call()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nodelens.results.files import write
+from nodelens.results.files import MANIFEST, checked, write
 
 
 def test_a_full_disk_leaves_the_former_file_and_names_it(tmp_path):
@@ -20,7 +20,8 @@ def test_a_full_disk_leaves_the_former_file_and_names_it(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as caught:
         write(path, fill)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"table.parquet": "former"}
+    assert {p.name for p in tmp_path.iterdir()} == {"table.parquet", MANIFEST}
+    assert checked(path).read_text() == "former"
 
 
 def test_an_error_without_a_number_keeps_its_words(tmp_path):

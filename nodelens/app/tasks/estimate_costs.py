@@ -54,11 +54,7 @@ def machine_of(cfg: DictConfig) -> Machine:
     """The machine in ``cost.*``. Raises ValueError for a memory that is not a size, and for numbers out of range."""
     given = dict(_cost_options(resolved(cfg)))
     given.pop("rows", None)
-    try:
-        memory = in_bytes(given.pop("memory", None))
-    except ValueError as error:
-        raise ValueError(str(error).replace("budget.memory", "cost.memory")) from None
-    return Machine(memory=memory, **given)
+    return Machine(memory=in_bytes(given.pop("memory", None), "cost.memory"), **given)
 
 
 def _estimates(cfg: DictConfig, net: nn.Module, batch: Any, rows: int) -> dict[str, CostEstimate]:
