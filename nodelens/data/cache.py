@@ -41,7 +41,7 @@ def cached(folder: str | Path, about: dict[str, Any], make: Callable[[], Parts])
     if stream.marks is not None:
         tensors["marks"] = stream.marks
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    write(file, lambda target: save_file(tensors, target, {"hash": _hash_of(tensors)}))
+    write(file, lambda target: save_file(tensors, target, {"hash": _hash_of(tensors)}), listed=False)
     return _opened(file)
 
 

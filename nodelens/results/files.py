@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "SHA256SUMS"
+_DATA = {".parquet", ".csv", ".json", ".safetensors", ".ckpt", ".pt", ".npz"}
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
 _PART = re.compile(r"\..+\.(?P<pid>\d+)(@(?P<host>[\w-]+))?\.part")
 _FAILED = ("os error", "iostream error", "inline_container", "PytorchStreamWriter")  # what safetensors and torch say instead
@@ -24,8 +25,10 @@ _RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned", "sums"}
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def write(path: Path, fill: Callable[[Path], object]) -> None:
+def write(path: Path, fill: Callable[[Path], object], listed: bool = True) -> None:
     """Lets ``fill`` write a temporary file next to the path, adds its SHA-256 to the folder's manifest, and renames it atomically.
+
+    listed: whether a file with data is added to the manifest; pictures and pages never are.
 
     Raises OSError with the name of the path if it cannot be written, for example because the disk is full; what was there before is
     left as it is.
@@ -36,13 +39,15 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
         fill(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # a rename may reach the disk before the content does
-        _record(path, temporary)
+        if listed and path.suffix in _DATA:
+            _record(path, temporary)
         temporary.replace(path)
     except Exception as error:
         if not isinstance(error, OSError) and not any(words in str(error) for words in _FAILED):
             raise
         number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else f"{next(iter(str(error).splitlines()), '')}{'' if isinstance(error, OSError) else ' (is the disk full?)'}"
+        words = next(iter(str(error).splitlines()), "") + ("" if isinstance(error, OSError) else " (is the disk full?)")
+        reason = os.strerror(number) if number else words
         raise OSError(number or errno.EIO, reason, str(path)) from error
     finally:
         with suppress(OSError):

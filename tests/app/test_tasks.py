@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
 def test_a_training_leaves_its_checkpoints_curves_and_epochs(trained):
     folder, ended = trained
     assert "checkpoint: " in ended.out
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "SHA256SUMS"}
     curves = pd.read_csv(folder / "csv/version_0/metrics.csv")
     assert {"val/acc", "train/loss", "units/fc1/rq", "test/accuracy"} <= set(curves.columns)
     assert bool(list(folder.rglob("events*"))) == TENSORBOARD

@@ -569,7 +569,7 @@ def test_what_is_saved_is_read_again(mixtral, tmp_path, mode):
     kind = "json" if mode == "json" else "csv"
     names = {f"{name}.{kind}" for name in ("metrics", "novelty", "router", "experts", "diagnostics/normalization_ablation")}
     files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert files == names | {"eigenvalues.npz", "metadata.json"}
+    assert files == names | {"eigenvalues.npz", "metadata.json", "SHA256SUMS", "diagnostics/SHA256SUMS"}
     again = load_bundle(tmp_path / "run")
     for name in ("metrics", "novelty", "router", "experts"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), check_dtype=False, rtol=0, atol=0)
