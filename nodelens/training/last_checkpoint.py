@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -23,6 +24,10 @@ from .checkpoints import LAST, PREVIOUS
 
 # of Slurm and the operating system, of Lightning's requeueing, and of submitit
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
+
+class StoppedBySignalError(Exception):
+    """Ends the training of a forked process at a signal, after its state was saved."""
 
 
 class LastCheckpoint(Checkpoint):
@@ -118,7 +123,9 @@ class LastCheckpoint(Checkpoint):
                 _requeue()
         elif callable(before) and signum != signal.SIGTERM:  # at SIGTERM Lightning would stop as is done here
             before(signum, None)
-        raise SIGTERMException
+        # a launcher that forked the processes waits for results of those that end without an error
+        forked = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        raise StoppedBySignalError(name) if forked else SIGTERMException
 
 
 def _is_complete(trainer: Trainer) -> bool:

@@ -135,7 +135,22 @@ def test_kills_at_random_on_a_plateau(kills, epochs, quiet_home, elsewhere):
     assert max(losses()) <= BATCHES, losses()
     assert progress()[-1][1] == BATCHES * epochs
     same_results(quiet_home / "cut", quiet_home / "whole", epochs)
-    assert not list(Path(elsewhere).iterdir())
+    assert not [path for path in Path(elsewhere).rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_several_processes_stops_all_after_the_same_step(quiet_home):
+    (quiet_home / "slow_net.py").write_text(NET)
+    words = ("trainer=ddp", "trainer.max_epochs=3")
+    trained(*words, "hydra.run.dir=whole")
+    Path("progress").unlink()
+    parent = start(*words, "hydra.run.dir=cut")
+    wait_for(lambda: len(progress()) >= 10)
+    os.kill(progress()[-1][0], signal.SIGUSR1)
+    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 1
+    assert "interrupted; the same command with hydra.run.dir=" in Path("error").read_text()
+    trained(*words, "hydra.run.dir=cut")
+    same_results(quiet_home / "cut", quiet_home / "whole", 3)
 
 
 def queue(*words):

@@ -78,12 +78,14 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
 
 @contextmanager
 def plain_worker_errors() -> Iterator[None]:
-    """Re-raises the error of a forked process with its own message, without the traceback of the process."""
+    """Re-raises the error of a forked process with its own message, without its traceback; a signal is an interruption."""
     try:
         yield
     except ProcessRaisedException as error:
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
         kind, _, message = last.partition(": ")
+        if kind.endswith("StoppedBySignalError"):
+            raise KeyboardInterrupt from None
         if kind in ("ValueError", "FileNotFoundError", "MemoryError"):
             raise ValueError(message) from None
         raise
