@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ablation"), help="a folder for tables and figures")
     options = parser.parse_args()
     net = causal_lm(options.model).eval()
-    tokenizer, text = AutoTokenizer.from_pretrained(options.model), Path(options.text).read_text()
+    tokenizer, text = AutoTokenizer.from_pretrained(options.model), Path(options.text).read_text(encoding="utf-8")
     data, held_out = (windows(tokenizer, text, chars, options.length, options.batch) for chars in (options.score, options.loss))
 
     started = time.perf_counter()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
-    from nodelens.results.result import Result, load, load_runs
+    from nodelens.results.result import Result, load
+    from nodelens.results.runs import load_runs
     from nodelens.training.finetune import Finetune
 
 __path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.cli still is
@@ -55,7 +56,8 @@ _HOMES = {  # where the names are defined
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
-    "results.result": "Result load load_runs",
+    "results.result": "Result load",
+    "results.runs": "load_runs",
     "training.finetune": "Finetune",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}

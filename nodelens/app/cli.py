@@ -1,6 +1,7 @@
 """The command line: ``python -m nodelens.app analyze ...``, and what train.py, analyze.py and prune.py call."""
 
 import errno
+import io
 import os
 import re
 import sys
@@ -79,6 +80,8 @@ def main(task: str) -> None:
         print(version("nodelens"))
         return
     sys.argv[1:] = _rewrite(sys.argv[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 stops no run
     try:
         flags = flags_of(sys.argv[1:])
         lists = flags.help or flags.hydra_help or flags.shell_completion
@@ -102,8 +105,10 @@ def _job(cfg: DictConfig) -> float | None:
         return run(cfg)
     except (ValueError, OSError, MemoryError) as error:
         return _stop(_line(error), error)
-    except KeyboardInterrupt:
-        sys.exit(f"nodelens: interrupted; the same command with hydra.run.dir={cfg.paths.output_dir} continues the run")
+    except KeyboardInterrupt as stopped:
+        sys.exit(
+            f"nodelens: {stopped or 'interrupted'}; the same command with hydra.run.dir={cfg.paths.output_dir} continues the run"
+        )
 
 
 def _stop(line: str, error: BaseException) -> float:
@@ -150,6 +155,7 @@ def _check(cfg: DictConfig, multirun: bool) -> None:
     """Raises, before anything is written, for a config that cannot run and for a folder that is taken or cannot be written to."""
     from nodelens.app.tasks.common import verify
     from nodelens.app.tasks.run_folder import check_settings
+    from nodelens.app.tasks.run_lock import check_free
 
     place = cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir
     if not place:
@@ -165,6 +171,7 @@ def _check(cfg: DictConfig, multirun: bool) -> None:
     verify(cfg)
     if not multirun:
         _check_folder(Path(cfg.paths.output_dir))
+        check_free(Path(cfg.paths.output_dir))
         check_settings(cfg)
 
 

@@ -117,6 +117,7 @@ class Analyze(MeasuringTask):
     analysis: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
+    save_minutes: float = 10.0  # how often the sums of an unfinished pass are saved
     dry_run: bool = False
     cost: CostOptions = field(default_factory=CostOptions)
 
@@ -146,6 +147,7 @@ class Prune(Common):
     budget: PruneBudget = field(default_factory=PruneBudget)
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
+    save_minutes: float = 10.0  # how often the sums of an unfinished scoring are saved
     dry_run: bool = False
 
 

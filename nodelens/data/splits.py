@@ -2,12 +2,13 @@
 
 import difflib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nodelens.results.files import write
 
 NAMES = ("train", "val", "test", "calibration", "all")
 
@@ -66,10 +67,7 @@ def shard(ids: Tensor, rank: int, world: int) -> Tensor:
 def write_splits(folder: str | Path, splits: dict[str, Tensor], about: dict[str, Any]) -> Path:
     """Write `splits.json` atomically: sizes, and the sample numbers of every split except train (the rest)."""
     file = Path(folder) / "splits.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     record = about | {"sizes": {name: len(ids) for name, ids in splits.items()}}
     record |= {name: ids.tolist() for name, ids in splits.items() if name != "train"}
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")  # a separate name for each writing process
-    temporary.write_text(json.dumps(record))
-    temporary.replace(file)
+    write(file, lambda temporary: temporary.write_text(json.dumps(record), encoding="utf-8"))
     return file

@@ -104,7 +104,7 @@ def write_pruning_page(folder: str | Path) -> Path:
 def _write(folder: Path, parts: list[str]) -> Path:
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>"
     page = f"{head}{''.join(parts)}</html>"
-    write(folder / "report.html", lambda path: path.write_text(page))
+    write(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return folder / "report.html"
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 MANIFEST = "SHA256SUMS"
 _DATA = {".parquet", ".csv", ".json", ".safetensors", ".ckpt", ".pt", ".npz"}
+SUMS = "sums"  # folder of the sums of an unfinished pass, in a run folder
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
 _PART = re.compile(r"\..+\.(?P<pid>\d+)(@(?P<host>[\w-]+))?\.part")
 _FAILED = ("os error", "iostream error", "inline_container", "PytorchStreamWriter")  # what safetensors and torch say instead
 _BEFOREHAND = {MANIFEST, ".lock", ".lock.json", ".hydra", "settings.json", "identity.json", ".log", "splits.json", "hparams.yaml"}
 _RESULTS = {"units.parquet", "layers.parquet", "metadata.json", "report.html", "result.json", "checkpoints", "epochs", "cells"}
-_RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned", "sums"}
+_RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned", SUMS}
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -60,17 +61,43 @@ def checked(path: Path) -> Path:
     ``SHA256SUMS`` in the same folder lists the SHA-256 of each file in the format of sha256sum. A file that is not listed there, as
     in a folder of an earlier version, is not checked. Raises ValueError for a file that differs.
     """
-    manifest = path.parent / MANIFEST
-    if not (manifest.is_file() and path.is_file()):
-        return path
-    lines = (line.split("  ", 1) for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines())
-    known = [line[0] for line in lines if line[1:] == [path.name]]  # several where it was written several times
+    known, manifest = _listed(path), path.parent / MANIFEST
     if known and _sha256(path) not in known:
         raise ValueError(
             f"{path} is damaged: its SHA-256 is not the one that {manifest} lists: restore the file from a copy, or delete it, so "
             f"that the run computes it again; if the change was meant, delete its lines in {MANIFEST}"
         )
     return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file that need not be written is there. Raises FileNotFoundError if it was written and is missing."""
+    if not path.is_file() and _listed(path):
+        raise FileNotFoundError(
+            f"{path} is missing, and {MANIFEST} lists it: restore it from a copy, or delete its lines in {MANIFEST}"
+        )
+    return path.is_file()
+
+
+def _listed(path: Path) -> list[str]:
+    """The hashes of a file in the manifest beside it: several where it was written several times, none where it is not listed."""
+    manifest = path.parent / MANIFEST
+    if not manifest.is_file():
+        return []
+    lines = (line.split("  ", 1) for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line[0] for line in lines if line[1:] == [path.name]]
+
+
+def remove(path: Path) -> None:
+    """Removes a file that another result replaces, and its lines in the manifest."""
+    manifest = path.parent / MANIFEST
+    if _listed(path):
+        lines = manifest.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if line.split("  ", 1)[1:] != [path.name]]
+        temporary = manifest.with_name(f".{MANIFEST}.{os.getpid()}@{_HOST}.part")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(manifest)
+    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -95,8 +122,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file, with infinities as numbers. Raises ValueError if it is not JSON, or not the file that was written."""
-    checked(path)
+    """Reads a JSON file, with infinities as numbers. Raises ValueError for a file that is not JSON."""
     try:
         return _mapped(json.loads(path.read_text(encoding="utf-8")), _in_numbers)
     except (ValueError, RecursionError) as error:  # other bytes than text, numbers of too many digits, lists nested too deeply
@@ -170,6 +196,11 @@ def remove_traces(folder: Path, there: Path) -> None:
     while folder.parent != there and not any(folder.parent.iterdir()):
         folder = folder.parent
         folder.rmdir()
+
+
+def remove_sums(folder: Path) -> None:
+    """Removes the sums of a pass from a run folder, when its result is saved."""
+    shutil.rmtree(folder / SUMS, ignore_errors=True)
 
 
 def plain(value: Any) -> Any:

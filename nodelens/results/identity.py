@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .files import holds_results, read_json, write_json
+from .files import checked, holds_results, read_json, write_json
 from .result import commit
 
 _WAYS = {
@@ -51,7 +51,7 @@ def check_identity(folder: Path, identity: Mapping[str, str], write: bool = True
             f"{folder} holds results without identity.json, the fingerprints of the model, data and code behind them: "
             "choose another folder"
         )
-    stored = read_json(file)
+    stored = read_json(checked(file))
     for key, new in identity.items():
         if key in stored and stored[key] != new:
             what, way = _WAYS[key]

@@ -1,6 +1,5 @@
 """Results: tables, matrices and provenance, saved to a folder and loaded again."""
 
-import glob
 import hashlib
 import html
 import subprocess
@@ -14,7 +13,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from .files import read_json, write, write_json
+from .files import checked, is_there, read_json, reading, remove, write, write_json
 from .notices import notices
 
 SCHEMA = 1
@@ -40,6 +39,9 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Writes the tables, then the metadata, which marks the folder complete. Raises OSError if writing fails."""
         folder = Path(folder)
+        for name, there in (("edges.parquet", len(self.edges)), ("matrices.safetensors", len(self.matrices))):
+            if not there:
+                remove(folder / name)  # of a result that was here before
         write(folder / "units.parquet", self.units.to_parquet)
         write(folder / "layers.parquet", self.layers.to_parquet)
         if len(self.edges):
@@ -105,35 +107,34 @@ def values_of(frame: pd.DataFrame) -> list[str]:
 
 
 def load(folder: str | Path) -> Result:
-    """Loads the result in a run folder. Raises FileNotFoundError if there is no complete one."""
+    """Loads the result in a run folder.
+
+    Raises FileNotFoundError if there is no complete one, and ValueError, with the name of the file, for a file that is damaged or
+    that another version wrote.
+    """
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder} has no finished run: metadata.json is missing")
+    metadata = read_json(checked(folder / "metadata.json"))
+    version = metadata.get("schema_version", SCHEMA) if isinstance(metadata, dict) else None
+    if version != SCHEMA:
+        raise ValueError(
+            f"{folder / 'metadata.json'} has schema_version {version!r}, and this version of nodelens reads {SCHEMA}: load it with "
+            "the version that wrote it, or run the analysis again"
+        )
     matrices = {}
-    if (folder / "matrices.safetensors").is_file():
-        for key, array in load_file(str(folder / "matrices.safetensors")).items():
-            layer, name = key.rsplit("::", 1)
-            matrices[layer, name] = array
-    units, layers = (pd.read_parquet(folder / f"{name}.parquet") for name in ("units", "layers"))
-    edges = pd.read_parquet(folder / "edges.parquet") if (folder / "edges.parquet").is_file() else pd.DataFrame()
-    return Result(units, layers, matrices, read_json(folder / "metadata.json"), edges)
+    if is_there(folder / "matrices.safetensors"):
+        with reading(folder / "matrices.safetensors") as path:
+            for key, array in load_file(str(path)).items():
+                layer, name = key.rsplit("::", 1)
+                matrices[layer, name] = array
+    edges = _table(folder / "edges.parquet") if is_there(folder / "edges.parquet") else pd.DataFrame()
+    return Result(_table(folder / "units.parquet"), _table(folder / "layers.parquet"), matrices, metadata, edges)
 
 
-def load_runs(pattern: str) -> pd.DataFrame:
-    """Loads the finished runs that match a pattern such as ``outputs/**`` as one frame, with columns for run and config values.
-
-    The frame has one row per unit and run. Raises FileNotFoundError if no run matches.
-    """
-    found = {Path(p).parent for p in glob.glob(f"{pattern}/metadata.json", recursive=True)}  # noqa: PTH207  absolute or not
-    folders = sorted(folder for folder in found if folder.parent not in found)  # subfolders are analyses of a run
-    if not folders:
-        raise FileNotFoundError(f"no finished run matches {pattern!r}")
-    frames = []
-    for folder in folders:
-        result = load(folder)
-        config = flatten(result.metadata.get("config") or {})
-        frames.append(result.units.reset_index().assign(run=str(folder), **config))
-    return pd.concat(frames, ignore_index=True)
+def _table(file: Path) -> pd.DataFrame:
+    with reading(file) as path:
+        return pd.read_parquet(path)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -117,6 +117,8 @@ def test_a_folder_that_it_wrote_is_loaded(model, dataloader, tmp_path, kind):
         else:
             (tmp_path / f"{name}.json").write_text(json.dumps(table.to_dict(orient="records"), default=float))
     (tmp_path / "experts.json").unlink()
+    for manifest in tmp_path.rglob("SHA256SUMS"):
+        manifest.unlink()
     theirs = {
         "artifact_schema_version": "0.1",
         "model_id": "m",

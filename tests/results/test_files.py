@@ -1,5 +1,6 @@
 """Files appear whole or not at all, are checked when they are read, and errors name them."""
 
+import ast
 import os
 import re
 import resource
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+import nodelens
 from nodelens.results.files import checked, read_json, reading, sweep_parts, write, write_json
 
 WRITERS = {
@@ -49,10 +52,10 @@ def test_a_damaged_file_is_refused_by_name(name, damage, tmp_path):
 
 def test_older_folders_without_a_manifest_are_read(tmp_path):
     (tmp_path / "old.json").write_text('{"a": 1}')
-    assert read_json(tmp_path / "old.json") == {"a": 1}
+    assert read_json(checked(tmp_path / "old.json")) == {"a": 1}
     write_json(tmp_path / "new.json", {"a": 2})
-    assert read_json(tmp_path / "old.json") == {"a": 1}
-    assert read_json(tmp_path / "new.json") == {"a": 2}
+    assert read_json(checked(tmp_path / "old.json")) == {"a": 1}
+    assert read_json(checked(tmp_path / "new.json")) == {"a": 2}
 
 
 def test_a_file_that_is_written_again_is_the_listed_one_at_every_moment(tmp_path, monkeypatch):
@@ -66,9 +69,9 @@ def test_a_file_that_is_written_again_is_the_listed_one_at_every_moment(tmp_path
         patch.setattr("pathlib.Path.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_json(path, 2)
-    assert read_json(path) == 1, "listed already, but not renamed"
+    assert read_json(checked(path)) == 1, "listed already, but not renamed"
     write_json(path, 3)
-    assert read_json(path) == 3
+    assert read_json(checked(path)) == 3
 
 
 def test_a_line_that_was_cut_off_hides_no_other(tmp_path):
@@ -76,21 +79,18 @@ def test_a_line_that_was_cut_off_hides_no_other(tmp_path):
     manifest = tmp_path / "SHA256SUMS"
     manifest.write_text(manifest.read_text() + "0123456789abc")
     write_json(tmp_path / "b.json", 2)
-    assert (read_json(tmp_path / "a.json"), read_json(tmp_path / "b.json")) == (1, 2)
+    assert [read_json(checked(tmp_path / f"{name}.json")) for name in "ab"] == [1, 2]
     (tmp_path / "b.json").write_text("3")
     with pytest.raises(ValueError, match=r"b\.json is damaged"):
-        read_json(tmp_path / "b.json")
+        checked(tmp_path / "b.json")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "old.parquet").write_bytes(b"PAR1 and no more")
-    unreadable = pytest.raises(
-        ValueError, match=r"old\.parquet cannot be read \(ArrowInvalid: .*restore it from a copy, or delete it"
-    )
-    with unreadable, reading(tmp_path / "old.parquet") as path:
+    words = r"old\.parquet cannot be read \(ArrowInvalid: .*restore it from a copy, or delete it"
+    with pytest.raises(ValueError, match=words), reading(tmp_path / "old.parquet") as path:
         pd.read_parquet(path)
-    missing = pytest.raises(FileNotFoundError, match=r"gone\.parquet is missing: restore it from a copy")
-    with missing, reading(tmp_path / "gone.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.parquet is missing: restore it"), reading(tmp_path / "gone.parquet"):
         pass
     (tmp_path / "old.json").write_bytes(b"\xff{")
     with pytest.raises(ValueError, match=r"old\.json is not valid JSON"):
@@ -159,3 +159,12 @@ def test_json_is_utf8_in_any_locale(tmp_path):
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     assert read_json(tmp_path / "a.json") == "é…"
+
+
+def test_text_files_have_an_encoding_everywhere():
+    found = []
+    for file in sorted(Path(nodelens.__file__).parent.rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        texts = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in ("read_text", "write_text")]
+        found += [f"{file}:{call.lineno}" for call in texts if "encoding" not in [keyword.arg for keyword in call.keywords]]
+    assert found == []

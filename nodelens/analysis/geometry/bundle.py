@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nodelens.results.files import read_json, write, write_json
+from nodelens.results.files import checked, read_json, reading, write, write_json
 from nodelens.results.left_out import many_left_out
 
 SCHEMA = 1  # of the folder
+READABLE = (SCHEMA, "0.1")  # the second: representation-geometry's
 MODES = ("json", "csv", "bundle")  # bundle: tables as csv
 _WORDS = dict.fromkeys(("model_key", "model_label", "hook_point", "transition", "variant", "module"), str)
 
@@ -114,7 +115,8 @@ def load_bundle(folder: str | Path) -> GeometryResult:
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished geometry: metadata.json is missing")
-    metadata = read_json(folder / "metadata.json")
+    metadata = read_json(checked(folder / "metadata.json"))
+    _check_schema(folder, metadata)
     kind = "json" if metadata["save_mode"] == "json" or not (folder / "metrics.csv").is_file() else "csv"
     listed = metadata.get("tables") or dict.fromkeys(_files(folder, kind))  # representation-geometry lists none
     tables = {name: _read(folder / f"{name}.{kind}", columns) for name, columns in listed.items()}
@@ -122,11 +124,21 @@ def load_bundle(folder: str | Path) -> GeometryResult:
     diagnostics = {name.removeprefix("diagnostics/"): table for name, table in tables.items()}
     eigenvalues: dict[str, np.ndarray] = {}
     if metadata.get("arrays", (folder / "eigenvalues.npz").is_file()):
-        with np.load(folder / "eigenvalues.npz") as arrays:
+        with reading(folder / "eigenvalues.npz") as path, np.load(path) as arrays:
             eigenvalues = dict(arrays)
     return GeometryResult(
         **found, diagnostics=diagnostics, eigenvalues=eigenvalues, metadata=metadata, artifact_dir=folder.resolve()
     )
+
+
+def _check_schema(folder: Path, metadata: Any) -> None:
+    """Raises ValueError for metadata of another kind or version."""
+    version = metadata.get("artifact_schema_version") if isinstance(metadata, dict) else None
+    if version not in READABLE or "save_mode" not in metadata:
+        raise ValueError(
+            f"{folder / 'metadata.json'} has artifact_schema_version {version!r}, and this version of nodelens reads "
+            f"{', '.join(map(repr, READABLE))}: read it with the version that wrote it, or run the analysis again"
+        )
 
 
 def folder_of(save_dir: str | Path | None, save_mode: str) -> Path:
@@ -146,8 +158,9 @@ def _files(folder: Path, kind: str) -> list[str]:
 
 
 def _read(path: Path, columns: list[str] | None) -> pd.DataFrame:
+    with reading(path):
+        table = pd.read_csv(path, dtype=_WORDS) if path.suffix == ".csv" else pd.DataFrame(read_json(path), columns=columns)
     if path.suffix == ".csv":
-        return pd.read_csv(path, dtype=_WORDS)
-    table = pd.DataFrame(read_json(path), columns=columns)
+        return table
     missing = [name for name in table if table[name].isna().all()]
     return table.astype(dict.fromkeys(missing, float))

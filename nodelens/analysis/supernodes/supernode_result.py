@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from nodelens.results.files import read_json, write, write_json
+from nodelens.results.files import checked, read_json, reading, write, write_json
 
 from .agreement import MEAN, POOLED
 from .controls import RANDOM
@@ -126,8 +126,12 @@ def load_supernodes(folder: str | Path) -> SupernodesResult:
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder} has no finished analysis of supernodes: metadata.json is missing")
-    metadata = read_json(folder / "metadata.json")
+    metadata = read_json(checked(folder / "metadata.json"))
     version = metadata.get("supernodes_schema_version")
     if version != SCHEMA:
         raise ValueError(f"{folder} has schema version {version}, but this version reads {SCHEMA}: run the analysis again")
-    return SupernodesResult(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}, metadata=metadata)
+    tables = {}
+    for name in TABLES:
+        with reading(folder / f"{name}.parquet") as path:
+            tables[name] = pd.read_parquet(path)
+    return SupernodesResult(**tables, metadata=metadata)

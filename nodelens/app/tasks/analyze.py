@@ -13,7 +13,7 @@ from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.validation import in_bytes
 from nodelens.models import find_weights
-from nodelens.results.files import plain
+from nodelens.results.files import SUMS, plain, remove_sums
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
@@ -67,7 +67,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     data, module, trained_by = open_inputs(cfg, folder)
     to_device(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
-    result = measure(cfg, module.net, data, measured)
+    result = measure(cfg, module.net, data, measured, save_to=folder / SUMS)
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
     score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader), **objective_of(cfg))
@@ -85,8 +85,15 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     return main_score(score)
 
 
-def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metrics: dict[str, Any] | None = None) -> Result:
-    """Measures the metrics of a config on one split."""
+def measure(
+    cfg: DictConfig,
+    net: torch.nn.Module,
+    data: Any,
+    split: str,
+    metrics: dict[str, Any] | None = None,
+    save_to: Path | None = None,
+) -> Result:
+    """Measures the metrics of a config on one split. save_to: a folder for the sums of an unfinished pass."""
     from nodelens.engine.analyze import analyze as measure_units
 
     rank, processes = world()
@@ -118,6 +125,8 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
             width=cfg.budget.width,
             budget=in_bytes(cfg.budget.memory),
             max_passes=cfg.budget.max_passes,
+            save_to=save_to,
+            save_minutes=cfg.get("save_minutes", 10),
             **objective_of(cfg),
         ),
         on_plan=on_plan,
@@ -173,6 +182,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, A
     from nodelens.results.loggers import close, log_result, log_tables
 
     result.save(folder)
+    remove_sums(folder)
     page = write_page(folder)
     loggers = list(build_all(cfg.logger, "logger").values())
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}

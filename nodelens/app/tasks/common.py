@@ -19,14 +19,15 @@ from torch.multiprocessing import ProcessRaisedException
 
 from nodelens.app.checks import check
 from nodelens.app.config import build, resolved, unset
+from nodelens.engine.signals import passing_on, stopping
 from nodelens.engine.validation import in_bytes
 from nodelens.messages import SRUN_HINT
 from nodelens.models import find_weights, load_weights
 
 
 def console() -> Console:
-    """The console, as wide as the terminal, or 140 columns for output to a file."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=False)
+    """The console, as wide as the terminal, or 140 columns for output to a file. Names such as x[bold] are printed as they are."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 def verify(cfg: DictConfig) -> None:
@@ -72,8 +73,13 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
         raise ValueError(
             f"{error}; trainer=cpu works everywhere, trainer=gpu needs a GPU, trainer=ddp runs several processes"
         ) from error
-    with plain_worker_errors():
-        return fabric.launch(lambda fabric: work(fabric.device))
+
+    def stoppable(fabric: Any) -> float:
+        with stopping():
+            return work(fabric.device)
+
+    with plain_worker_errors(), passing_on():
+        return fabric.launch(stoppable)
 
 
 @contextmanager
@@ -201,9 +207,9 @@ def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable
         if not (show and sys.stderr.isatty()):
             yield from items
             return
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield from progress.track(items, total=len(items) if isinstance(items, Sized) else total)
+            yield from progress.track(items, total=len(items) if isinstance(items, Sized) else total, description=what)
 
     return wrap
 

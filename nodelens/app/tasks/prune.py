@@ -24,7 +24,7 @@ from nodelens.pruning.sweep.latency import latency
 from nodelens.pruning.sweep.ranking import areas, measure_of
 from nodelens.pruning.sweep.sweep import Cell, Sweep, cells
 from nodelens.pruning.sweep.tables import groups_table, sweep_table
-from nodelens.results.files import plain, read_json, write, write_json
+from nodelens.results.files import SUMS, checked, plain, read_json, reading, remove_sums, write, write_json
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
@@ -42,7 +42,8 @@ def prune(cfg: DictConfig) -> float:
             return launch(cfg, lambda device: _work(cfg, folder, device))
         open_inputs(cfg, folder)
         print_line(f"already finished: {folder}")
-        table = pd.read_parquet(folder / "sweep.parquet")
+        with reading(folder / "sweep.parquet") as path:
+            table = pd.read_parquet(path)
         show_sweep(console(), table)
         return _best_area(table)
 
@@ -78,7 +79,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
 
     rank, _ = world()
     data, module, trained_by = open_inputs(cfg, folder)
-    context = context_of(cfg, to_device(module.net, device).eval(), data)
+    context = context_of(cfg, to_device(module.net, device).eval(), data, folder / SUMS)
     if rank == 0:
         show_groups(console(), context)
     if is_dry_run(cfg):
@@ -101,14 +102,16 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     return _best_area(found)
 
 
-def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningContext:
-    """The pruning context: the network with its groups, and the calibration data of this process."""
+def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path | None = None) -> PruningContext:
+    """The pruning context: the network with its groups, the calibration data of this process, and a folder for unfinished sums."""
     rank, processes = world()
     values = resolved(cfg)
     loader = data.loader("calibration", rank=rank, world=processes)
     given = next(iter(data.loader("calibration", batch_size=2)))
     objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
-    options = {k: values[k] for k in ("groups", "positions", "precision")}
+    options = {k: values[k] for k in ("groups", "positions", "precision", "save_minutes")}
+    if save_to is not None:
+        options["save_to"] = save_to
     if cfg.initial_path is not None:
         options["initial"] = initial_of(cfg, net)
     return PruningContext.of(
@@ -200,6 +203,7 @@ def _load_or_measure(
     }
     if world()[0] == 0:
         result.save(folder)
+        remove_sums(folder)
         data.save_splits(folder)
     return result
 
@@ -222,6 +226,7 @@ def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str,
 
     write(folder / "ranking.parquet", areas(table).reset_index().to_parquet)
     write(folder / "sweep.parquet", table.to_parquet)
+    remove_sums(folder)  # of the scorings within an iterative schedule
     loggers = list(build_all(cfg.logger, "logger").values())
     try:
         log_sweep(loggers, table, dense)
@@ -272,7 +277,10 @@ def _cached_json(path: Path, compute: Callable[[], dict[str, float]]) -> dict[st
         if world()[0] == 0:
             write_json(path, value)
         return value
-    return read_json(path)
+    found = read_json(checked(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no scores of the dense model: delete it, and the run measures them again")
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

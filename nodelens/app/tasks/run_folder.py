@@ -9,14 +9,15 @@ import torch
 from omegaconf import DictConfig
 
 from nodelens.app.config import build, resolved
-from nodelens.results.files import holds_results, plain, read_json, write_json
+from nodelens.results.files import checked, holds_results, plain, read_json, sweep_parts, write_json
 from nodelens.results.identity import check_identity, code_version
 from nodelens.results.result import fingerprint, flatten
 from nodelens.statistics.processes import world
 
 from .common import initial_of, load_module, verify
+from .run_lock import locked
 
-_DRY_RUN = ("dry_run", "plan_only")
+_FREE = ("dry_run", "plan_only", "save_minutes")  # settings that change no result
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -28,7 +29,7 @@ def check_settings(cfg: DictConfig) -> None:
                 f"{folder} holds results without settings.json, the settings behind them: choose another folder (hydra.run.dir=)"
             )
         return
-    old, new = _flat(read_json(folder / "settings.json")), _flat(_settings(cfg))
+    old, new = _flat(read_json(checked(folder / "settings.json"))), _flat(_settings(cfg))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ValueError(
@@ -38,8 +39,7 @@ def check_settings(cfg: DictConfig) -> None:
 
 
 def create_run_dir(cfg: DictConfig) -> Path:
-    """Creates the run folder and writes its settings; raises ValueError as verify and check_settings do."""
-    verify(cfg)
+    """Creates the run folder and writes its settings; raises ValueError as check_settings does."""
     check_settings(cfg)
     folder = Path(cfg.paths.output_dir)
     if not (folder / "settings.json").is_file():
@@ -51,16 +51,20 @@ def create_run_dir(cfg: DictConfig) -> Path:
 def run_folder(cfg: DictConfig) -> Iterator[Path]:
     """The run folder, as ``create_run_dir`` makes it. A run that fails without results takes its settings back.
 
-    The corrected run may then use the same folder. A run that was interrupted keeps them, to be resumed.
+    The corrected run may then use the same folder. A run that was interrupted keeps them, to be resumed. No other run may use the
+    folder at the same time, and temporary files of a run that was killed are removed.
     """
-    folder = create_run_dir(cfg)
-    try:
-        yield folder
-    except Exception:
-        if not holds_results(folder):
-            for name in ("settings.json", "identity.json"):
-                (folder / name).unlink(missing_ok=True)
-        raise
+    verify(cfg)
+    with locked(Path(cfg.paths.output_dir)):
+        folder = create_run_dir(cfg)
+        sweep_parts(folder)
+        try:
+            yield folder
+        except Exception:
+            if not holds_results(folder):
+                for name in ("settings.json", "identity.json"):
+                    (folder / name).unlink(missing_ok=True)
+            raise
 
 
 def check_same_inputs(cfg: DictConfig, folder: Path, data: Any, net: torch.nn.Module) -> None:
@@ -87,13 +91,13 @@ def open_inputs(cfg: DictConfig, folder: Path) -> tuple[Any, Any, dict[str, Any]
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
-    found = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger", *_DRY_RUN)})
+    found = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger", *_FREE)})
     return _relative(found, str(cfg.paths.output_dir))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as one level, with the current names of renamed keys, without those that change no result."""
-    return {key.replace("forecast.", "cost."): value for key, value in flatten(settings).items() if key not in _DRY_RUN}
+    return {key.replace("forecast.", "cost."): value for key, value in flatten(settings).items() if key not in _FREE}
 
 
 def _relative(value: Any, home: str) -> Any:

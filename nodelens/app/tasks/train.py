@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nodelens.app.config import build, resolved
-from nodelens.results.files import plain, read_json
+from nodelens.results.files import checked, plain, read_json
 
 from .common import build_all, check_tokens, format_score, plain_worker_errors, print_line, quiet_lightning
 from .run_folder import check_same_inputs, run_folder
@@ -25,7 +25,7 @@ def train(cfg: DictConfig) -> float:
         module = build(cfg.model, "model")
         check_same_inputs(cfg, folder, data, module.net)
         if (folder / "result.json").is_file():
-            found = read_json(folder / "result.json")
+            found = read_json(checked(folder / "result.json"))
             print_line(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
             return float(found["accuracy"])
         return _prepared(cfg, folder, module, data)

@@ -16,11 +16,12 @@ from nodelens.pruning.context import PruningContext
 from nodelens.pruning.planning import PruningOptions, plan_removal
 from nodelens.pruning.prune import Apply, FineTuning, Pruned, carry_out
 from nodelens.pruning.removal_plan import RemovalPlan
-from nodelens.results.files import read_json, write_json
+from nodelens.results.files import checked, read_json, write_json
 from nodelens.results.identity import check_identity, code_version
 from nodelens.statistics.processes import first_of
 
 Evaluate = Callable[[Pruned], Mapping[str, Any]]
+_RESULT = ("result", "removed", "about", "finetuned", "clock")  # what a finished cell has
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -85,7 +86,7 @@ class Sweep:
         """One row per cell. Raises ValueError if a finished cell had other options, or is of another model or other code."""
         context = self.context
         check_identity(self.folder, {"model": context.fingerprint, "code": code_version(context.model)}, self.write)
-        finished = first_of({cell.name: read_json(path) for cell in todo if (path := self._path(cell)).is_file()})
+        finished = first_of({cell.name: _finished(path) for cell in todo if (path := self._path(cell)).is_file()})
         for cell in todo:
             row = finished.get(cell.name)
             if row is not None:
@@ -137,7 +138,7 @@ class Sweep:
             "outcome_key": key,
             "carried_out_as": same["name"],
             **_settings(cell),
-            **{k: same[k] for k in ("result", "removed", "about", "finetuned", "clock")},
+            **{k: same[k] for k in _RESULT},
             "about": about,
             "plan": RemovalPlan(same["removed"]).key,
         }
@@ -148,6 +149,17 @@ class Sweep:
             return cell.key
         seed = cell.options.seed if self.finetune else None
         return f"{plan.key}-{cell.options.compensate}-{seed}"
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """The row of a finished cell. Raises ValueError, with its file, for one that is damaged or has no result."""
+    row = read_json(checked(path))
+    status = row.get("status") if isinstance(row, dict) else None
+    wanted = {"done": ("cell", "outcome_key", *_RESULT), "infeasible": ("cell", "outcome_key", "error")}.get(str(status))
+    if wanted is None or any(key not in row for key in wanted) or (status == "done" and not isinstance(row["result"], dict)):
+        lacks = "status" if wanted is None else next((key for key in wanted if key not in row), "result")
+        raise ValueError(f"{path} is no finished cell of a sweep, it has no {lacks}: delete it, and the sweep computes it again")
+    return row
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
