@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.app.config import resolved
+from nodelens.app.config import recorded, resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.validation import in_bytes
@@ -130,11 +130,12 @@ def measure(cfg: DictConfig, net: torch.nn.Module, data: Any, split: str, metric
 
 def run_metadata(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
     """The metadata of a run: its config, data and weights."""
+    config = plain(recorded(cfg))
     counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # texts: documents, tokens, excluded tokens
     return {
-        "config": plain(resolved(cfg)),
+        "config": config,
         "data": {"split": split, "fingerprint": data.fingerprint(), **counts},
-        "weights": {"ckpt_path": cfg.ckpt_path, "trained_by": plain(trained_by)},
+        "weights": {"ckpt_path": config["ckpt_path"], "trained_by": plain(trained_by)},
     }
 
 
