@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nodelens.analysis.geometry.analyze_model import GeometryOptions
     from nodelens.analysis.geometry.bundle import GeometryResult, load_bundle
+    from nodelens.analysis.load import load
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
     from nodelens.app.cost_estimate import Machine, estimate_cost
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
-    from nodelens.results.result import Result, load, load_runs
+    from nodelens.results.result import Result, load_runs
     from nodelens.training.finetune import Finetune
 
 __path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.cli still is
 _HOMES = {  # where the names are defined
     "analysis.geometry.analyze_model": "GeometryOptions",
     "analysis.geometry.bundle": "GeometryResult load_bundle",
+    "analysis.load": "load",
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
     "app.cost_estimate": "Machine estimate_cost",
@@ -55,7 +57,7 @@ _HOMES = {  # where the names are defined
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
-    "results.result": "Result load load_runs",
+    "results.result": "Result load_runs",
     "training.finetune": "Finetune",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
