@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nodelens.analysis.geometry.analyze_model import GeometryOptions
     from nodelens.analysis.geometry.bundle import GeometryResult, load_bundle
+    from nodelens.analysis.load import load
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
     from nodelens.app.cost_estimate import Machine, estimate_cost
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
-    from nodelens.results.result import Result, load
+    from nodelens.results.result import Result
     from nodelens.results.runs import load_runs
     from nodelens.training.finetune import Finetune
 
@@ -35,6 +36,7 @@ __path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.
 _HOMES = {  # where the names are defined
     "analysis.geometry.analyze_model": "GeometryOptions",
     "analysis.geometry.bundle": "GeometryResult load_bundle",
+    "analysis.load": "load",
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
     "app.cost_estimate": "Machine estimate_cost",
@@ -56,7 +58,7 @@ _HOMES = {  # where the names are defined
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
-    "results.result": "Result load",
+    "results.result": "Result",
     "results.runs": "load_runs",
     "training.finetune": "Finetune",
 }

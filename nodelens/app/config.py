@@ -11,8 +11,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, BooleanNode, DictConfig, FloatNode, IntegerNode, Node, OmegaConf
 from omegaconf.errors import InterpolationKeyError
+from omegaconf.resolvers import oc
 
 from .checks import check
 from .entries import store_entries
@@ -218,6 +219,24 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items()}
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """The config as a run stores it: as ``resolved``, but values of environment variables stay ``${oc.env:NAME}``.
+
+    Passwords and tokens come from there. Numbers of the schema, such as the seed, are resolved.
+    """
+    OmegaConf.register_new_resolver("oc.env", _unresolved, replace=True)
+    try:
+        return resolved(cfg)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _unresolved(name: str, *default: Any, _node_: Node) -> Any:
+    if isinstance(_node_, (IntegerNode, FloatNode, BooleanNode)):
+        return oc.env(name, *default)
+    return f"${{oc.env:{','.join([name, *('null' if d is None else str(d) for d in default)])}}}"
 
 
 def unset(cfg: DictConfig) -> list[str]:

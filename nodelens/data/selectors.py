@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .tokens import as_tokenizer, in_bytes
 
 _IGNORE = -100  # a label that does not count, as in cross_entropy
 _KINDS = "all, loss, last, positions such as 0, -1 or n//2:, phrase:<text>, regex:<pattern>; several joined by ' & '"
+_SECONDS = 10.0  # for the matches of a pattern in one document
 _LENGTHS = (4, 1_000, 100_000)  # sample lengths, in one of which a position must select something
 _WORDS = re.compile(r"[a-zA-Z_]{2,}|[a-mo-zA-Z_]")  # letters that occur in no position expression
 
@@ -29,7 +31,8 @@ class Selector:
     last, 0, n//2:, …  positions among the n real tokens of a sample, BOS included, in the syntax of ``parse_index``; the same for
                        padding on either side. A position beyond the end of a short sample selects nothing in it
     phrase:<text>      tokens that overlap an occurrence of the text; case-sensitive
-    regex:<pattern>    tokens that overlap a match of Python's ``re``; catastrophic backtracking is not detected
+    regex:<pattern>    tokens that overlap a match, in the syntax of Python's ``re``; a document that takes longer than 10 seconds,
+                       by catastrophic backtracking, is an error
 
     To use `` & `` inside a phrase or pattern, write a regex with ``\x26``. Matches are searched in whole documents, not samples.
 
@@ -93,7 +96,7 @@ class Selector:
 class _Words:
     """A pattern; for a phrase also its length, as its pattern only matches starts, so that occurrences may overlap."""
 
-    pattern: re.Pattern[str]
+    pattern: regex.Pattern[str]
     length: int | None = None
 
     @classmethod
@@ -102,15 +105,23 @@ class _Words:
         if not words:
             raise ValueError(f"selector {term!r} is empty: give a text after the colon")
         if kind == "phrase":
-            return cls(re.compile(f"(?={re.escape(words)})"), len(words))
+            return cls(regex.compile(f"(?={re.escape(words)})"), len(words))
         try:
-            return cls(re.compile(words))
-        except re.error as error:
+            re.compile(words)  # the syntax is that of re: regex has more
+            return cls(regex.compile(words))
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
             raise ValueError(f"selector {term!r} is not a regular expression: {error}") from None
 
     def spans(self, text: str) -> np.ndarray:
-        """Start and end of each occurrence in characters, (k, 2)."""
-        found = [(m.start(), m.end() if self.length is None else m.start() + self.length) for m in self.pattern.finditer(text)]
+        """Start and end of each occurrence in characters, (k, 2). Raises ValueError for a pattern that takes too long."""
+        try:
+            matches = list(self.pattern.finditer(text, timeout=_SECONDS))
+        except TimeoutError:
+            raise ValueError(
+                f"selector 'regex:{self.pattern.pattern}' takes more than {_SECONDS:g} seconds on a text of {len(text)} characters:"
+                " nested repetitions such as (a+)+ try every division of the text; write a pattern without them"
+            ) from None
+        found = [(m.start(), m.end() if self.length is None else m.start() + self.length) for m in matches]
         return np.asarray([span for span in found if span[0] < span[1]], np.int64).reshape(-1, 2)
 
 

@@ -48,13 +48,14 @@ def config_of(model: nn.Module) -> Any:
 def list_of_blocks(model: nn.Module, config: Any) -> Sequence[nn.Module]:
     """The shallowest module list of the length in the config; without a config, the longest that is not inside another.
 
-    Its items must have submodules: a list of plain layers is no list of blocks. Raises UnclearError for none or several.
+    Its items must have submodules: a list of plain layers is no list of blocks, unless it is a ModuleList in a model that has no
+    other list. Raises UnclearError for none or several.
     """
     lists: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and all(len(m._modules) for m in module)
-    }
+    } or {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1}
     depths = [depth for key in _DEPTHS if isinstance(depth := getattr(config, key, None), int)]
     if depths:
         fits = next((fit for depth in depths if (fit := [name for name, part in lists.items() if len(part) == depth])), [])

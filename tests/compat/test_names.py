@@ -1,6 +1,8 @@
 """The names of the original systems."""
 
 import pytest
+import torch
+from nets import generator
 
 from nodelens.compat.names import METRIC_ALIASES, RENAMED
 from nodelens.metrics import get_metric
@@ -50,3 +52,21 @@ def test_an_alias_that_is_taken_or_stands_for_nothing_is_refused():
         find_metrics("none", [], {"rq": ("stable_rank", {})})
     with pytest.raises(ValueError, match="the alias 'fresh' stands for 'stale', which is no metric's name"):
         find_metrics("none", [], {"fresh": ("stale", {})})
+
+
+def test_every_metric_of_the_calls_is_computed_from_tensors():
+    from nodelens.metrics import list_metrics
+
+    seed = generator()
+    weights, start = torch.randn(3, 4, generator=seed), torch.randn(3, 4, generator=seed)
+    inputs, labels = torch.randn(60, 4, generator=seed), torch.arange(60) % 2
+    inputs[:, 0] += labels
+    tensors = {"inputs": inputs, "weights": weights, "outputs": inputs @ weights.T, "gradients": torch.randn(60, 3, generator=seed)}
+    target = {"targets": inputs[:, 1] + inputs[:, 2]}
+    more = {"delta_alignment": {"initial_weights": start}, "synergy_gaussian_mmi": {"labels": labels}}
+    more |= {"mutual_information_gaussian": target, "gaussian_pid_synergy_mmi": target}
+    for name in IN_CALLS:
+        found = get_metric(name).compute(**tensors, **more.get(name, {}))
+        assert found.shape[0] == 3, name
+        assert found.isfinite().all(), name
+    assert {"rayleigh_quotient", "delta_alignment", "taylor"} <= set(list_metrics())

@@ -96,3 +96,25 @@ def test_the_package_names_are_lazy_and_listed():
     assert {"PruningConfig", "get_pruning_strategy"} <= set(dir(pruning))
     with pytest.raises(AttributeError, match=r"'nodelens\.pruning' has no attribute 'get_strategy'"):
         _ = pruning.get_strategy
+
+
+def test_wrapper_pruning_and_metrics_in_one_script(model, inputs):
+    from nodelens import ModelWrapper
+    from nodelens.metrics import get_metric
+    from nodelens.pruning import PruningConfig, get_pruning_strategy, list_pruning_strategies
+
+    w = ModelWrapper(model, tracked_layers=["layer1.0.conv1"])
+    before, activations = w.forward_with_activations(inputs)
+    layer = w.get_layer("layer1.0.conv1")
+    scores = get_metric("activation_l2_norm").compute(outputs=activations["layer1.0.conv1"])
+    assert scores.shape == (8,)
+    assert "rayleigh_quotient" in list_pruning_strategies()
+    config = PruningConfig(amount=0.25, structured=True, pruning_mode="low")
+    strategy = get_pruning_strategy("precomputed", config=config, scores=scores)
+    mask = strategy.prune(layer, amount=0.25)
+    assert sorted((~mask).nonzero()[:, 0].tolist()) == sorted(scores.topk(2, largest=False).indices.tolist())
+    assert (w.get_layer_weights(layers=["layer1.0.conv1"])["layer1.0.conv1"][~mask] == 0).all()
+    after, _ = w.forward_with_activations(inputs)
+    assert not torch.equal(before, after)
+    mask = get_pruning_strategy("rayleigh_quotient", config=PruningConfig(amount=0.5)).prune(model.fc, inputs=torch.randn(20, 8))
+    assert mask.sum() == 2

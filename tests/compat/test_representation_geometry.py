@@ -150,3 +150,125 @@ def test_a_folder_that_it_wrote_is_loaded(model, dataloader, tmp_path, kind):
 def test_what_does_not_fit_is_named(model, dataloader, options, words):
     with pytest.raises(ValueError, match=words):
         analyze_model(**({"model": model, "dataloader": dataloader} | options))
+
+
+def test_modes_in_upper_case_to_dict_and_nl_load(model, dataloader, tmp_path):
+    options = {"save_mode": "BUNDLE", "save_dir": tmp_path, "run_name": "first", "diagnostics": ["normalization_ablation"]}
+    found = analyze_model(model, dataloader, **options)
+    again = nl.load(tmp_path)
+    assert type(again) is type(found)
+    assert again.metadata["run_name"] == "first"
+    assert again.metadata["save_mode"] == "bundle"
+    plain = found.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert [row["d_pr"] for row in plain["metrics"]] == list(found.metrics.d_pr)
+    assert plain["eigenvalues"]["layer_00"] == found.eigenvalues["layer_00"].tolist()
+    assert len(plain["diagnostics"]["normalization_ablation"]) == 12
+    assert len(plain["router"]) == 3
+    assert (plain["metadata"]["run_name"], plain["artifact_dir"]) == ("first", str(tmp_path.resolve()))
+    with pytest.raises(ValueError, match="save_mode is 'zip'; it must be json, csv, bundle"):
+        analyze_model(model, dataloader, save_mode="zip", save_dir=tmp_path)
+
+
+def test_an_empty_router_table_is_a_table_without_rows(model, dataloader, tmp_path):
+    analyze_model(model, dataloader, output_router_logits=False, save_mode="bundle", save_dir=tmp_path)
+    theirs = {"artifact_schema_version": "0.1", "model_id": "m", "save_mode": "bundle"}
+    (tmp_path / "metadata.json").write_text(json.dumps(theirs))
+    (tmp_path / "router.csv").write_text("\n")
+    found = nl.load(tmp_path)
+    assert len(found.router) == 0
+    assert len(found.metrics) == 3
+
+
+class Bare(torch.nn.Module):
+    """A language model whose blocks are bare layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = torch.nn.Embedding(50, 8), torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_blocks_may_be_bare_layers(dataloader):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Bare().eval()
+    found = analyze_model(model=net, dataloader=dataloader, metrics="spectrum")
+    assert found.metadata["hook_targets"] == ["layers.0.input", "layers.1.input", "layers.2.input"]
+    rows = torch.cat([net.embed(batch["input_ids"]).flatten(0, 1) for batch in dataloader]).double()
+    values = torch.linalg.eigvalsh(torch.cov(rows.T)).flip(0)
+    np.testing.assert_allclose(found.eigenvalues["layer_00"], values.detach().numpy(), rtol=1e-5)
+
+
+def field_edits(metadata):
+    """(field, value) of metadata that were edited by rule: what is read, and what the folder holds."""
+    for field, values in {
+        "artifact_schema_version": ["0.2", 2, None, True, 1.0, [1], "missing"],
+        "save_mode": ["zip", 3, None, ["csv"], "missing"],
+        "tables": [3, "x", [], {"metrics": 3}, {"metrics": ["a", "a"]}, {"../../etc/passwd": ["a"]}, {"diagnostics/../x": []}],
+        "arrays": [
+            3,
+            "layer_00",
+            [3],
+            ["layer_00"],
+            ["layer_00", "layer_00"],
+            ["layer_00", "layer_01", "layer_02", "layer_03"],
+            [],
+        ],
+    }.items():
+        for value in values:
+            if (field, value) not in [("tables", []), ("arrays", [])]:
+                yield field, value
+    for name in ("metrics", "novelty"):
+        yield "tables", {k: v for k, v in metadata["tables"].items() if k != name}
+    yield "tables", metadata["tables"] | {"metrics": metadata["tables"]["metrics"][::-1]}
+    yield "tables", metadata["tables"] | {"metrics": [*metadata["tables"]["metrics"], "more"]}
+
+
+@pytest.mark.parametrize("mode", ["bundle", "json"])
+def test_a_bundle_that_was_damaged_is_one_line_with_file_and_field(model, dataloader, tmp_path, mode):
+    analyze_model(model, dataloader, metrics=["spectrum", "novelty"], save_mode=mode, save_dir=tmp_path)
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    every = list(field_edits(metadata))
+    last = [value for _, value in every[-2:]]
+    for field, value in every:
+        edited = {k: v for k, v in (metadata | {field: value}).items() if v != "missing"}
+        if (mode, field) == ("json", "tables") and value in last:
+            continue  # rows of a JSON table have columns in no order, and may lack some
+        (tmp_path / "metadata.json").write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=r"metadata\.json|metrics\.") as refused:
+            nl.load_bundle(tmp_path)
+        assert field in str(refused.value) or "columns" in str(refused.value), (field, value, refused.value)
+        assert len(str(refused.value).splitlines()) == 1
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    kind = "json" if mode == "json" else "csv"
+    whole = (tmp_path / f"metrics.{kind}").read_text()
+    for text in ("", "[1, 2]", "{", '"a', "a,b\n1,2,3\n4", "\x00\xff", "null", "[[[[1]]]]"):
+        (tmp_path / f"metrics.{kind}").write_text(text)
+        with pytest.raises(ValueError, match=rf"metrics\.{kind}"):
+            nl.load_bundle(tmp_path)
+    (tmp_path / f"metrics.{kind}").write_text(whole)
+    for arrays, words in (
+        (
+            {"layer_00": np.ones(16), "layer_01": np.ones(16), "layer_02": np.ones((4, 4))},
+            r"layer_02 has the shape \(4, 4\) of float64",
+        ),
+        ({"layer_00": np.ones(16), "layer_01": np.ones(16), "layer_02": np.ones(17)}, r"layer_02 has the shape \(17,\) of float64"),
+        ({"layer_00": np.ones(16), "layer_01": np.ones(16), "layer_02": np.ones(16, complex)}, "of complex128; eigenvalues are"),
+        ({"layer_00": np.ones(16)}, "has the arrays .*, metadata.json lists"),
+        ({}, "has the arrays .*, metadata.json lists"),
+    ):
+        np.savez(tmp_path / "eigenvalues.npz", **arrays)
+        with pytest.raises(ValueError, match=rf"eigenvalues\.npz.*{words}"):
+            nl.load_bundle(tmp_path)
+    (tmp_path / "eigenvalues.npz").unlink()
+    with pytest.raises(ValueError, match=r"eigenvalues\.npz is missing; metadata\.json lists"):
+        nl.load_bundle(tmp_path)
+    (tmp_path / f"novelty.{kind}").unlink()
+    with pytest.raises(ValueError, match=rf"novelty\.{kind} is missing; metadata\.json lists the table"):
+        nl.load_bundle(tmp_path)

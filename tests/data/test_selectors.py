@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -292,3 +293,31 @@ def test_the_geometry_is_that_of_the_selected_tokens(selector, side, path):
 def test_a_limit_on_tokens_counts_selected_tokens(path):
     found = nl.analyze_model(model=model(), dataloader=batches(path, side="left", select="1:"), layers=[0], max_tokens=21)
     assert found.metadata["tokens_observed"] == 21
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+$", "(.*a){25}b"])
+def test_a_pattern_that_backtracks_without_end_is_refused_in_time(pattern, monkeypatch):
+    monkeypatch.setattr("nodelens.data.selectors._SECONDS", 0.2)
+    started = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"takes more than 0.2 seconds on a text of 4001 characters: nested repetitions"
+    ) as refused:
+        Selector.parse(f"regex:{pattern}").marked("a" * 4000 + "c", np.ones(4001, np.int64))
+    assert pattern in str(refused.value)
+    assert time.monotonic() - started < 5
+
+
+LIKE_RE = ["[0-9]+", r"\bthe\b", "(?i)the", "a.c", "(a)(?P<b>b)", "[^aeiou ]{2,}", r"(\w)\1", "x*", "^a|c$", "(?m)^b", "é+"]
+
+
+@pytest.mark.parametrize("pattern", LIKE_RE)
+def test_matches_are_those_of_pythons_re(pattern):
+    text = "The abc aac 12 and 345 the\nb ééa book, then a\ud7ff letter; " * 3
+    found = Selector.parse(f"regex:{pattern}").words[0].spans(text).tolist()
+    assert found == [list(m.span()) for m in re.finditer(pattern, text) if m.end() > m.start()]
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "(?P<a", r"\p{L}", "*a"])
+def test_what_re_does_not_read_is_refused(pattern):
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        Selector.parse(f"regex:{pattern}")

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.app.config import resolved
+from nodelens.app.config import recorded, resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.validation import in_bytes
@@ -140,13 +140,21 @@ def measure(
 
 def run_metadata(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
     """The metadata of a run: its config, data and weights."""
-    file = str(find_weights(cfg.ckpt_path)) if cfg.ckpt_path else None
+    config = plain(recorded(cfg))
     counts = {"counts": dict(data.counts)} if getattr(data, "counts", None) else {}  # texts: documents, tokens, excluded tokens
     return {
-        "config": plain(resolved(cfg)),
+        "config": config,
         "data": {"split": split, "fingerprint": data.fingerprint(), **counts},
-        "weights": {"ckpt_path": cfg.ckpt_path, "file": file, "trained_by": plain(trained_by)},
+        "weights": {"ckpt_path": config["ckpt_path"], "file": _weights_file(cfg.ckpt_path), "trained_by": plain(trained_by)},
     }
+
+
+def _weights_file(given: str | None) -> str | None:
+    """The name of the file that weights were read from, within the folder if one was given."""
+    if not given:
+        return None
+    file, place = find_weights(given), Path(given).expanduser().resolve()
+    return str(file.relative_to(place)) if place.is_dir() else file.name
 
 
 def _empty_result(net: torch.nn.Module, seed: int) -> Result:

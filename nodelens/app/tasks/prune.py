@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.app.config import build, resolved
+from nodelens.app.config import build, recorded, resolved
 from nodelens.engine.request import describe
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import Metric
@@ -254,7 +254,7 @@ def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Ce
             continue
         pruned = sweep.pruned(requested[names.index(name)])
         if "transformers" not in pruned.origin:
-            pruned = replace(pruned, origin={"net": plain(resolved(cfg)["model"].get("net") or {}), **pruned.origin})
+            pruned = replace(pruned, origin={"net": plain(recorded(cfg)["model"].get("net") or {}), **pruned.origin})
         if world()[0] == 0:
             pruned.save(place)
             print_line(f"saved {name} to {place}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from nodelens.app.config import build, resolved
+from nodelens.app.config import build, recorded
 from nodelens.results.files import checked, holds_results, plain, read_json, sweep_parts, write_json
 from nodelens.results.identity import check_identity, code_version
 from nodelens.results.result import fingerprint, flatten
@@ -91,7 +91,7 @@ def open_inputs(cfg: DictConfig, folder: Path) -> tuple[Any, Any, dict[str, Any]
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
-    found = plain({k: v for k, v in resolved(cfg).items() if k not in ("paths", "logger", *_FREE)})
+    found = plain({k: v for k, v in recorded(cfg).items() if k not in ("paths", "logger", *_FREE)})
     return _relative(found, str(cfg.paths.output_dir))
 
 

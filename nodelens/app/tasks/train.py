@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nodelens.app.config import build, resolved
+from nodelens.app.config import build, recorded
 from nodelens.results.files import checked, plain, read_json
 
 from .common import build_all, check_tokens, format_score, plain_worker_errors, print_line, quiet_lightning
@@ -34,7 +34,7 @@ def train(cfg: DictConfig) -> float:
 def _prepared(cfg: DictConfig, folder: Path, module: Any, data: Any) -> float:
     from nodelens.results.loggers import close
 
-    module.config = plain(resolved(cfg))
+    module.config = plain(recorded(cfg))
     check_tokens(module.net, data.classes)
     fits(module.net, data)
     start = starting_point(cfg, folder, module.net)
@@ -54,7 +54,7 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from nodelens.training.last_checkpoint import LastCheckpoint
     from nodelens.training.resume import SeededSteps
 
-    outcome = Outcome(folder / "result.json", plain(resolved(cfg)))
+    outcome = Outcome(folder / "result.json", plain(recorded(cfg)))
     chosen = sorted(build_all(cfg.callbacks, "callbacks").values(), key=lambda callback: isinstance(callback, LastCheckpoint))
     callbacks = [SeededSteps(cfg.seed), *chosen, outcome]  # the last checkpoint also has the state of the others
     trainer = build(

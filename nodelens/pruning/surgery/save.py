@@ -25,7 +25,7 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
     generation: Any = getattr(model, "generation_config", None)
     return {
         "transformers": kind.__name__,
-        "config": plain(config.to_dict()),
+        "config": {name: value for name, value in plain(config.to_dict()).items() if name != "_name_or_path"},
         "attention": getattr(config, "_attn_implementation", None),
         "experts": getattr(config, "_experts_implementation", None),
         "generation": None if generation is None else plain(generation.to_dict()),
