@@ -106,7 +106,9 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any) -> PruningConte
     loader = data.loader("calibration", rank=rank, world=processes)
     given = next(iter(data.loader("calibration", batch_size=2)))
     objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
-    options = {k: values[k] for k in ("groups", "positions", "precision")}
+    budget = values["budget"]
+    options = {k: values[k] for k in ("groups", "positions", "precision", "covariance")}
+    options |= {"budget": budget["memory"], "width": budget["width"], "max_passes": budget["max_passes"]}
     if cfg.initial_path is not None:
         options["initial"] = initial_of(cfg, net)
     return PruningContext.of(
