@@ -98,7 +98,7 @@ class DryRun:
             try:
                 output = batch.run(model)
             except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(_cannot_run_message(model, batch, error)) from error
+                raise ValueError(batch.wrong_dtype(model, error) or _cannot_run_message(model, batch, error)) from error
         check_samples(model, batch, {site: each[0][0] for site, each in captured.items() if site.port == "output"})
         answer, aligned, refusal = _predictions(objective, output, batch)
         seen = {str(site): _seen(site, captured[site], len(batch), answer) for site in sites if site in captured}

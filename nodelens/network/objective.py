@@ -1,5 +1,6 @@
 """What a model answers: which part of its output, for which task, and the loss of that answer."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -34,6 +35,7 @@ _HEADS = {
     "ForNextSentencePrediction": "classification",
     "ForSemanticSegmentation": "classification",
 }
+_NUMBERS = "give task=regression or task=multilabel, or loss=; classes are integers (argmax(1) of one-hot rows)"
 _CLASSIFIERS = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
 _PROBLEMS = {
     "regression": "regression",
@@ -53,6 +55,7 @@ class Objective:
     shift:   makes the inputs of a decoder from the labels, where the model knows how
     decoder: the sites with one row per token of the decoder, see ``decoder_sites``
     positions: makes the positions of texts padded on the left, for a model that needs them
+    required: names of the inputs that the model cannot run without
     """
 
     task: str = ""
@@ -63,6 +66,7 @@ class Objective:
     decoder: frozenset[str] = frozenset()
     positions: Positions | None = None
     model: str = "the model"
+    required: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, output: Output = None, task: str | None = None, loss: Loss | None = None) -> "Objective":
@@ -74,7 +78,8 @@ class Objective:
         shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None) if found == "seq2seq" else None
         classes: Any = "last" if found in BY_TOKEN and is_pretrained(inner) else ""
         total, name = None if loss is None else as_sum(loss), type(inner).__name__
-        return cls(found, output, total, classes, shift, positions=Positions.of(inner), model=name)
+        known: dict[str, Any] = {"positions": Positions.of(inner), "model": name, "required": required_inputs(inner)}
+        return cls(found, output, total, classes, shift, **known)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class Objective:
 
         Raises ValueError as ``Batch.of`` does.
         """
-        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift)
+        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift, self.required)
         kwargs = batch.kwargs if self.positions is None else self.positions.added(batch.kwargs)
         return replace(batch, kwargs=kwargs, decoder=self.decoder)
 
@@ -99,7 +104,7 @@ class Objective:
         """
         if self.task == "seq2seq":
             return replace(self, decoder=decoder_sites(model, self.batch(given)))
-        batch = Batch.of(given, task=self.task)
+        batch = Batch.of(given, task=self.task, required=self.required)
         y, task = batch.labels, self.task
         if y is None or (self.loss is not None and task):
             return self
@@ -208,8 +213,9 @@ class Objective:
         if self.task in BY_VALUE:
             return f"task {self.task} has no classes; {named}: choose metrics and targets that need none"
         if y.is_floating_point():
-            way_out = "give task=regression or task=multilabel, or loss=; classes are integers (argmax(1) of one-hot rows)"
-            return f"{self.model} has {named}, which are no classes: {way_out}"
+            return f"{self.model} has {named}, which are no classes: {_NUMBERS}"
+        if y.shape == z.shape:
+            return f"{self.model} has {named}, one per output, which are no classes: {_NUMBERS}"
         return (
             f"cross-entropy needs one class label per prediction, but {self.model} predicts {tuple(z.shape)} for {named}; "
             "give task=, output= or loss=, a function of (predictions, labels) that sums over the batch"
@@ -230,6 +236,15 @@ def task_of(model: nn.Module) -> str:
         if name.endswith(("ForConditionalGeneration", "MTModel", "Seq2Seq")):
             return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
     return ""
+
+
+def required_inputs(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments of a model's forward that have no default."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a traced module has no signature
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def is_pretrained(model: nn.Module) -> bool:

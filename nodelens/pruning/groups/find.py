@@ -6,7 +6,9 @@ from typing import Any, get_args
 from torch import nn
 
 from nodelens.network.batch import Batch
+from nodelens.network.eval_mode import uncompiled
 from nodelens.network.groups import GroupSlice, PruningGroup, PruningGroups, Role, identity
+from nodelens.network.objective import Objective
 
 from .families import family_groups
 from .graph import graph_groups
@@ -19,6 +21,7 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
     first samples. Raises ValueError if the batch is needed and missing, if the model cannot be exported, or if a custom group does
     not fit the model.
     """
+    model = uncompiled(model)
     found = family_groups(model)
     if not len(found) and not (extra and batch is None):
         if batch is None:
@@ -26,7 +29,7 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
                 f"the groups of {type(model).__name__} are read from its exported graph, which needs an input: give data= or "
                 "example_inputs= to nl.prune, a batch to nl.find_groups"
             )
-        found = graph_groups(model, batch if isinstance(batch, Batch) else Batch.of(batch))
+        found = graph_groups(model, batch if isinstance(batch, Batch) else Objective.of(model).batch(batch))
     custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)
     replaced = {group.name for group in custom}
     opt_in = tuple(g for g in found.opt_in if g.name not in replaced)
