@@ -21,7 +21,7 @@ from nodelens.results.files import remove_traces
 from .config import TASKS, register, with_custom_model
 from .overrides import configs, flags_of, parsed_overrides
 from .renamed import taken_warnings, with_new_keys
-from .run import run
+from .run import run_task
 from .search_path import CONF, MistakeError, config_folders
 
 _ROLE = re.compile(r"^(layers|scope)=([A-Za-z_]\w*\[[^'\"]*)$")
@@ -102,7 +102,7 @@ def main(task: str) -> None:
 
 def _job(cfg: DictConfig) -> float | None:
     try:
-        return run(cfg)
+        return run_task(cfg)
     except (ValueError, OSError, MemoryError) as error:
         return _stop(_line(error), error)
     except KeyboardInterrupt as stopped:

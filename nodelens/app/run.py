@@ -1,11 +1,40 @@
 """Runs a task from its config, for scripts and notebooks."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
 from omegaconf import DictConfig
 
 from nodelens.messages import config_words
 
+if TYPE_CHECKING:
+    from nodelens.results.result import Result
 
-def run(cfg: DictConfig) -> float:
+
+class Run(NamedTuple):
+    """A run that has ended.
+
+    result: the tables in its folder, as ``nl.load`` reads them: of units for analyze, of scores for prune; None for train
+    folder: where everything is that it wrote, such as the checkpoints of train and the table ``sweep.parquet`` of prune
+    score:  the accuracy of train and analyze, the area under the best curve of prune
+    """
+
+    result: Result | None
+    folder: Path
+    score: float
+
+
+def run(cfg: DictConfig) -> Run:
+    """Runs the task that a config names, and returns its result and its folder."""
+    from nodelens.results.result import load
+
+    score, folder = run_task(cfg), Path(cfg.paths.output_dir)
+    return Run(load(folder) if (folder / "metadata.json").is_file() else None, folder, score)
+
+
+def run_task(cfg: DictConfig) -> float:
     """Runs the task that a config names. Returns the accuracy, or the area under the pruning curve."""
     from .tasks import TASKS  # imported late: --help does not need them
 

@@ -1,6 +1,5 @@
 """``nl.analyze``: measures a model in as few passes over the data as possible, usually one."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +13,12 @@ from nodelens.messages import keywords_of
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
+from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture
 from nodelens.network.layers import Layer
-from nodelens.network.objective import BY_TOKEN, Objective
+from nodelens.network.objective import Objective
+from nodelens.network.tasks import BY_TOKEN
 from nodelens.results.left_out import left_out_rows, warn_of_rows
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator
@@ -27,7 +28,7 @@ from nodelens.statistics.sample_hash import balanced_cuts
 
 from .collect import Pass
 from .covariance import CovariancePolicy
-from .driver import Driver, Progress, device_of
+from .driver import Driver, Progress, device_of, first_of_data, naming
 from .dry_run import DryRun, with_groups
 from .lost_gradients import check_gradients, check_weights, unread_layers
 from .members import Members
@@ -42,6 +43,7 @@ from .validation import find_members, in_bytes
 from .wide_sites import describe as describe_covariance
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def analyze(
     model: nn.Module,
@@ -66,10 +68,12 @@ def analyze(
     on_plan:  called with the plan before the data are read
     progress: wraps the batches of each pass, for a progress bar
 
+    Calls from several threads run one after the other.
+
     Returns the tables of units, layers and layer pairs. Raises ValueError for names without a match, data that do not fit the model
     and missing labels; MemoryError beyond the budget; TypeError for an unknown option.
     """
-    started = time.perf_counter()
+    started, model = time.perf_counter(), uncompiled(model)
     check_kind("nl.analyze", options, AnalyzeOptions)
     check_arguments("nl.analyze", model, data)
     settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
@@ -130,9 +134,7 @@ class _Request:
             raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
         weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
         again: Any = () if weights_only else data
-        batches = iter(again)
-        first = next(batches, None)
-        once = () if first is None else itertools.chain([first], batches)
+        first, once = first_of_data(again, Objective.of(model))
         return cls(metrics, found, find_members(model, found, metrics, start), first, once, again, weights_only)
 
 
@@ -152,7 +154,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         raise ValueError("the data are empty: not one batch to measure")
     objective, dry_run, per_token = found
     if batch is not None:
-        _check_classes(asked.metrics, batch)
+        _check_classes(asked.metrics, batch, dry_run.tokens)
     policy = CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes)
     plan = Plan.of(
         model,
@@ -170,7 +172,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.seed,
         settings.reduce,
     )
-    cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed)
+    cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed, objective)
     return replace(plan, cuts=cuts), objective
 
 
@@ -267,17 +269,22 @@ def repeats_warning(own: Repeats) -> list[str]:
     return [text] if copies else []
 
 
-def cuts_of(data: Any, groups: int, seed: int) -> Tensor | None:
+def cuts_of(data: Any, groups: int, seed: int, objective: Objective) -> Tensor | None:
     """Cuts between groups of samples of equal size, from all samples of all processes; None unless all have lists. Collective."""
     in_memory = isinstance(data, (list, tuple))
-    own = [Batch.of(given).hashes for given in data] if in_memory and groups > 1 else None
+    own = [_hashes(k, given, objective) for k, given in enumerate(data)] if in_memory and groups > 1 else None
     every = gathered(None if own is None else torch.cat([torch.empty(0, dtype=torch.int64), *own]))
     return None if any(hashes is None for hashes in every) else balanced_cuts(torch.cat(every), groups, seed)
 
 
-def _check_classes(metrics: Mapping[str, Metric], batch: Batch) -> None:
-    """Raises ValueError for a metric of classes where the labels are numbers."""
-    if batch.labels is None or not batch.labels.is_floating_point():
+def _hashes(number: int, given: Any, objective: Objective) -> Tensor:
+    with naming(number):
+        return objective.batch(given).hashes
+
+
+def _check_classes(metrics: Mapping[str, Metric], batch: Batch, tokens: bool) -> None:
+    """Raises ValueError for a metric of classes where the labels are numbers, or several per sample that are not of its tokens."""
+    if batch.labels is None or not (batch.labels.is_floating_point() or (batch.labels.ndim > 1 and not tokens)):
         return
     of_classes = [
         n for n, m in metrics.items() if "target" not in m.options and any(x.target == "label" for x in m.needs().values())

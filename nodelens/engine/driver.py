@@ -2,19 +2,22 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nodelens.network.batch import Batch
+from nodelens.network.batch_forms import read
 from nodelens.network.eval_mode import differentiable, eval_mode
 from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
 
+_UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError)  # what data sets raise
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -51,12 +54,17 @@ class Driver:
     on_first: Callable[[Batch], None] | None = None
     on_last: Callable[[Batch], None] | None = None
     progress: Progress = iter
+    number: int = 0  # of the batch that is being read
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """The batches, on the model's device."""
         device = device_of(self.model)
-        for given in self.progress(data):
-            yield self.objective.batch(given, self.groups, self.seed, self.cuts).to(device)
+        for number, given in enumerate(numbered(self.progress(data))):
+            self.number = number
+            with naming(number):
+                batch = self.objective.batch(given, self.groups, self.seed, self.cuts)
+            if len(batch):
+                yield batch.to(device)
 
     def run(self, data: Iterable[Any], watcher: Watcher, capture: Capture | None = None) -> None:
         """Runs every batch. The model's state is restored, also after an error."""
@@ -67,8 +75,9 @@ class Driver:
             last: Batch | None = None
             for batch in self.batches(data):
                 batch = _with_gradients(batch) if self.from_inputs else batch
-                watcher.begin(batch)
-                watcher.end(self._forward(batch, capture))
+                with naming(self.number, partial(batch.wrong_dtype, self.model)):
+                    watcher.begin(batch)
+                    watcher.end(self._forward(batch, capture))
                 for tensor in self.weights:
                     tensor.grad = None
                 if last is None and self.on_first is not None:
@@ -108,11 +117,58 @@ class Driver:
 
 def opened(model: nn.Module, data: Iterable[Any], objective: Objective) -> tuple[Objective, Iterable[Any]]:
     """The objective, settled by the first batch, and the data from their beginning."""
-    batches = iter(data)
-    first = next(batches, None)
-    if first is None:
-        return objective, ()
-    return objective.settled(model, first), itertools.chain([first], batches)
+    first, whole = first_of_data(data, objective)
+    return (objective, ()) if first is None else (objective.settled(model, first), whole)
+
+
+def first_of_data(data: Iterable[Any], objective: Objective) -> tuple[Any, Iterable[Any]]:
+    """The first batch with samples, and the data from their beginning; None and nothing if there is no such batch."""
+    batches = numbered(data)
+    before: list[Any] = []
+    for number, batch in enumerate(batches):
+        before.append(batch)
+        with naming(number):
+            samples = len(read(batch, objective.required).first)
+        if samples:
+            return batch, itertools.chain(before, batches)
+    return None, ()
+
+
+def numbered(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches. Raises ValueError, with the number of the batch, if one cannot be read."""
+    batches, number = iter(data), 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except _UNREADABLE as error:
+            if str(error).startswith("batch "):  # by a reading within this one
+                raise
+            raise ValueError(f"batch {number} of the data (counted from 0) cannot be read: {_last_line(error)}") from error
+        yield batch
+        number += 1
+
+
+@contextmanager
+def naming(number: int, reason: Callable[[Exception], str] = lambda error: "") -> Iterator[None]:
+    """Inside, errors of a batch but the first, and those of torch, name the number of the batch; reason: of an error of torch."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"batch {number} of the data (counted from 0): {reason(error) or _last_line(error)}") from error
+    except ValueError as error:
+        if not number or str(error).startswith("batch "):
+            raise
+        raise ValueError(f"batch {number} of the data (counted from 0): {error}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says; of one in a worker process of a loader, which shows a whole traceback, its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if "Traceback" in str(error) else lines[0]
 
 
 def device_of(model: nn.Module) -> torch.device:

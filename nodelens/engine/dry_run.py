@@ -16,7 +16,8 @@ from nodelens.network.experts import Routed
 from nodelens.network.failed_forward import check_finite, check_forward
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
-from nodelens.network.objective import BY_VALUE, Objective
+from nodelens.network.objective import Objective
+from nodelens.network.tasks import BY_VALUE
 
 from .firing import BEHIND, Firing, FiringTracer, Place, place_of
 from .members import Members

@@ -14,8 +14,8 @@ from nodelens.metrics.need import Other, Target, Units
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
-from nodelens.network.objective import BY_VALUE
 from nodelens.network.targets import is_per_token, resolve_auto
+from nodelens.network.tasks import BY_VALUE
 from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
 from nodelens.statistics.weight_sums import WeightSums
 

@@ -31,7 +31,7 @@ class AnalyzeOptions:
     reduce:     combines the values of a pruning group's unit at several places: sum, mean, max, prod, first
     covariance: for layers of more than ``width`` units of which a metric needs products: diagonal, sample:<count> or
                 sketch:<count>, as in ``nodelens.engine.covariance``. None: an error that lists the choices
-    budget:     bytes that the sums may take
+    budget:     bytes that the sums may take, such as 8GB; None: no limit
     max_passes: how often the data may be read, for a part of the layers each time, so that the sums fit
     save_to:    folder for the sums of an unfinished pass. The same call with the same folder continues the pass, and its result is
                 the same to the bit. Delete the folder when the result is saved. None: an unfinished pass starts again
@@ -52,7 +52,7 @@ class AnalyzeOptions:
     reduce: Reduce = "sum"
     covariance: str | None = None
     width: int = LIMIT
-    budget: float | str | None = None
+    budget: float | str | None = "8GB"
     max_passes: int = 1
     save_to: str | Path | None = None
     save_minutes: float = 10.0

@@ -9,16 +9,19 @@ from torch import Tensor, nn
 from nodelens.engine.driver import Driver, device_of, opened
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
+from nodelens.network.eval_mode import one_at_a_time
 from nodelens.network.loss_scale import Loss
 from nodelens.network.missing import IGNORE, which_count
-from nodelens.network.objective import BY_VALUE, Objective
+from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
+from nodelens.network.tasks import BY_VALUE
 from nodelens.statistics.processes import reduce_tensor
 
 _BINS = 15
 _CHUNK = 1 << 22  # logits in float64 at a time: 32 MB
 
 
+@one_at_a_time
 def evaluate(
     model: nn.Module,
     data: Iterable[Any],

@@ -1,6 +1,6 @@
 """The Batch: inputs, labels, row mask, sample hashes and jackknife groups of one batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from nodelens.statistics.sample_hash import content_hashes, groups_of, mix
 
+from .batch_forms import read
 from .missing import IGNORE, with_label
 from .positions import warn_of_masks
-
-_LABELS = ("labels", "label", "y")
-_IDS = ("ids", "sample_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +50,12 @@ class Batch:
         cuts: Tensor | None = None,
         task: str = "",
         shift: Callable[[Tensor], Tensor] | None = None,
+        required: Collection[str] = (),
     ) -> "Batch":
         """From a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
+
+        Arrays of NumPy will do, too. In a pair, x may be a tuple of several inputs. ``required``: names that the model cannot run
+        without, which are inputs even if they are called y, labels or ids.
 
         Token labels are aligned with the tokens. Labels of padding are ignored and, for a causal language model, also those of
         tokens right after padding, so padding takes part in no loss. ``shift`` makes the inputs of a decoder from the labels,
@@ -66,9 +68,10 @@ class Batch:
         not depend on batching or padding. ``cuts`` (of ``balanced_cuts``) divide them into groups of
         equal size. Raises ValueError for any other form of batch.
         """
-        args, kwargs, labels, ids, targets, size = _read(batch)
+        given = read(batch, required)
+        args, kwargs, labels, ids, targets, size = given
         mask, select = kwargs.pop("token_mask", kwargs.get("attention_mask")), kwargs.pop("select", None)
-        first = args[0] if args else _first_tensor(kwargs)
+        first = given.first
         if mask is None and select is None:
             warn_of_masks(kwargs, first)
         if labels is None and task == "causal_lm":
@@ -149,6 +152,22 @@ class Batch:
     def run(self, model: nn.Module) -> Any:
         """The model's output for this batch."""
         return model(*self.args, **self.kwargs)
+
+    def wrong_dtype(self, model: nn.Module, error: Exception) -> str:
+        """What is wrong with the inputs if an error of the model is about their dtype; empty for other errors."""
+        if not any(word in str(error) for word in ("type", "implemented for", "without a tensor")):
+            return ""
+        weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
+        for name, value in named.items():
+            kind = value.dtype if isinstance(value, Tensor) else weights
+            numbers = kind is not None and kind.is_floating_point
+            if weights is not None and kind != weights and (numbers or kind == torch.uint8):
+                given, own = (str(dtype).removeprefix("torch.") for dtype in (kind, weights))
+                way_out = f"to {own}" if numbers else "to what the model was trained on, such as x.float() / 255"
+                shown = f"{name} {tuple(value.shape)} is {given}, the weights of {type(model).__name__} are {own}"
+                return f"{shown}: convert the input {way_out}"
+        return ""
 
     def describe(self) -> str:
         """A description of the inputs: names, shapes and dtypes."""
@@ -233,37 +252,3 @@ def _follows_token(mask: Tensor) -> Tensor:
     """(B, T) bool: true for tokens that are not padding and, except for the first, do not follow padding."""
     before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
     return mask & before
-
-
-def _read(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Positional and keyword arguments, labels, sample ids, targets, bytes."""
-    if isinstance(batch, Tensor):
-        return (batch,), {}, None, None, None, None
-    if isinstance(batch, Mapping):
-        rest = dict(batch)
-        labels = next((rest.pop(k) for k in _LABELS if k in rest), None)
-        ids = next((rest.pop(k) for k in _IDS if k in rest), None)
-        targets, size = rest.pop("targets", None), rest.pop("bytes", None)
-        x = rest.pop("x", None)
-        return (() if x is None else (x,)), rest, labels, ids, targets, size
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        ids = getattr(batch, "ids", None)
-        if len(batch) <= 2 or ids is not None:
-            return (batch[0],), {}, batch[1] if len(batch) > 1 else None, ids, None, None
-    raise ValueError(
-        f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; "
-        "convert the batches of your loader to one of these forms"
-    )
-
-
-def _shape_of(batch: Any) -> str:
-    if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {len(batch)}: ({', '.join(type(b).__name__ for b in batch)})"
-    return f"a {type(batch).__name__}"
-
-
-def _first_tensor(kwargs: dict[str, Any]) -> Tensor:
-    found = next((v for v in kwargs.values() if isinstance(v, Tensor) and v.ndim), None)
-    if found is None:
-        raise ValueError(f"a batch has no tensor to pass to the model: its keys are {', '.join(kwargs) or 'none'}")
-    return found

@@ -2,13 +2,37 @@
 
 import random
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_LOCK = threading.RLock()  # hooks, modes of modules, torch's switches and random generators belong to the whole process
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, which waits while another thread is in one of those that are decorated so."""
+
+    @wraps(function)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return locked
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile``, with its own names of modules; any other network as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
 
 @contextmanager
@@ -16,7 +40,8 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
     """Context in which every submodule is in eval mode (unchanged if ``train``) and no parameter requires a gradient.
 
     as_written: without compiled graphs and fused kernels of ``nn.TransformerEncoder``, which hooks cannot see into; the kernels
-    also put out zeros at padding, as the layers themselves do not. On exit, every module and parameter gets its previous flag back.
+    also put out zeros at padding, as the layers themselves do not. Tensors made in inference mode, which no gradient can pass, are
+    replaced by copies. On exit, every module and parameter gets its previous flag back.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -25,13 +50,38 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
             model.eval()
         for p in trainable:
             p.requires_grad_(False)
-        with _as_written() if as_written else nullcontext():
+        with _as_written() if as_written else nullcontext(), _copies_of_inference_tensors(model):
             yield
     finally:
         for p in trainable:
-            p.requires_grad_(True)
+            with torch.inference_mode(p.is_inference()):  # where alone the flag of a tensor made there can be set
+                p.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _copies_of_inference_tensors(model: nn.Module) -> Iterator[None]:
+    """Context in which parameters and buffers made in inference mode are copies that autograd can use."""
+    copies: dict[int, Tensor] = {}  # by the original, which may have several names
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in places:
+            for name, tensor in own.items():
+                if tensor is not None and tensor.is_inference():
+                    held.append((own, name, tensor))
+                    parameter = isinstance(tensor, nn.Parameter)
+                    with torch.inference_mode(False):
+                        copy = nn.Parameter(tensor.clone(), requires_grad=False) if parameter else tensor.clone()
+                    copies.setdefault(id(tensor), copy)
+    try:
+        for own, name, tensor in held:
+            own[name] = copies[id(tensor)]
+        yield
+    finally:
+        for own, name, tensor in held:
+            own[name] = tensor
 
 
 @contextmanager

@@ -1,12 +1,8 @@
 """What a model answers: which part of its output, for which task, and the loss of that answer."""
 
-import contextlib
-import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,29 +19,18 @@ from .missing import IGNORE, which_count
 from .outputs import Output, answer_of
 from .positions import Positions
 from .streams import decoder_sites
-
-Task = Literal["classification", "multilabel", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq", "none"]
-TASKS = get_args(Task)
-BY_TOKEN = ("token_classification", "masked_lm", "causal_lm", "seq2seq")
-BY_VALUE = ("multilabel", "regression")
-# endings of transformers' class names, the first match counts
-_HEADS = {
-    "ForTokenClassification": "token_classification",
-    "ForMaskedLM": "masked_lm",
-    "WithLMHeadModel": "masked_lm",  # XLM and FlauBERT do not shift
-    "ForCausalLM": "causal_lm",
-    "LMHeadModel": "causal_lm",
-    "DoubleHeadsModel": "causal_lm",
-    "ForMultipleChoice": "classification",
-    "ForNextSentencePrediction": "classification",
-    "ForSemanticSegmentation": "classification",
-}
-_CLASSIFIERS = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
-_PROBLEMS = {
-    "regression": "regression",
-    "single_label_classification": "classification",
-    "multi_label_classification": "multilabel",
-}
+from .tasks import (
+    BY_TOKEN,
+    BY_VALUE,
+    TASKS,
+    decoder_shift,
+    is_classifier,
+    is_pretrained,
+    required_inputs,
+    takes,
+    task_of,
+    unwrapped,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +45,7 @@ class Objective:
     caches:  whether the model keeps a cache of past tokens unless it is told not to
     decoder: the sites with one row per token of the decoder, see ``decoder_sites``
     positions: makes the positions of texts padded on the left, for a model that needs them
+    required: names of the inputs that the model cannot run without
     """
 
     task: str = ""
@@ -71,6 +57,7 @@ class Objective:
     positions: Positions | None = None
     caches: bool = False
     model: str = "the model"
+    required: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, output: Output = None, task: str | None = None, loss: Loss | None = None) -> "Objective":
@@ -85,7 +72,7 @@ class Objective:
         on_meta = any(p.is_meta for p in model.parameters())  # without a cache transformers read the values of positions
         caches = takes(inner, "use_cache") and not on_meta
         own: dict[str, Any] = {"positions": Positions.of(inner), "caches": caches, "model": name}
-        return cls(found, output, total, classes, shift, **own)
+        return cls(found, output, total, classes, shift, required=required_inputs(inner), **own)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -99,7 +86,7 @@ class Objective:
         A model that would return a cache for further tokens, which nothing reads here, is told not to. Raises ValueError as
         ``Batch.of`` does.
         """
-        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift)
+        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift, self.required)
         kwargs = batch.kwargs if self.positions is None else self.positions.added(batch.kwargs)
         kwargs = {**kwargs, "use_cache": kwargs.get("use_cache", False)} if self.caches else kwargs
         return replace(batch, kwargs=kwargs, decoder=self.decoder)
@@ -112,7 +99,7 @@ class Objective:
         """
         if self.task == "seq2seq":
             return replace(self, decoder=decoder_sites(model, self.batch(given)))
-        batch = Batch.of(given, task=self.task)
+        batch = Batch.of(given, task=self.task, required=self.required)
         y, task = batch.labels, self.task
         if y is None or (self.loss is not None and task):
             return self
@@ -224,71 +211,14 @@ class Objective:
         if self.task in BY_VALUE:
             return f"task {self.task} has no classes; {named}: choose metrics and targets that need none"
         if y.is_floating_point():
-            way_out = f"give {option('task')}=regression or {option('task')}=multilabel, or {option('loss')}="
-            way_out += "; classes are integers (argmax(1) of one-hot rows)"
-            return f"{self.model} has {named}, which are no classes: {way_out}"
+            return f"{self.model} has {named}, which are no classes: {_numbers()}"
+        if y.shape == z.shape:
+            return f"{self.model} has {named}, one per output, which are no classes: {_numbers()}"
         return (
             f"cross-entropy needs one class label per prediction, but {self.model} predicts {tuple(z.shape)} for {named}; "
             f"give {option('task')}=, {option('output')}= or {option('loss')}=, a function of (predictions, labels) that sums over "
             "the batch"
         )
-
-
-def task_of(model: nn.Module) -> str:
-    """The task of a transformers model, by its class and config; "" where only labels can tell, and for any other model."""
-    if not is_pretrained(model):
-        return ""
-    config: Any = model.config
-    for name in (kind.__name__ for kind in type(model).__mro__):
-        if any(part in name for part in _CLASSIFIERS):
-            problem = getattr(config, "problem_type", None)
-            return _PROBLEMS.get(str(problem), "regression" if getattr(config, "num_labels", 2) == 1 else "")
-        if found := next((task for ending, task in _HEADS.items() if name.endswith(ending)), None):
-            return found
-        if name.endswith(("ForConditionalGeneration", "MTModel", "Seq2Seq")):
-            return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
-    return ""
-
-
-def is_pretrained(model: nn.Module) -> bool:
-    """Whether a model is one of transformers, also inside an adapter."""
-    return any(kind.__name__ in ("PreTrainedModel", "PeftModel") for kind in type(model).__mro__)
-
-
-def takes(model: nn.Module, argument: str) -> bool:
-    """Whether a transformers model's forward has an argument of that name."""
-    with contextlib.suppress(ValueError):  # a traced module has no signature
-        return is_pretrained(model) and argument in inspect.signature(model.forward).parameters
-    return False
-
-
-def decoder_shift(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """The function from labels to the inputs of a decoder: the model's own, else that of its module, with the config's tokens."""
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
-    if own is not None or shift is None:
-        return own
-    config: Any = getattr(model, "config", None)
-    tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")}
-    return partial(shift, **{name: tokens.get(name) for name in list(inspect.signature(shift).parameters)[1:]})
-
-
-def is_classifier(model: nn.Module) -> bool:
-    """Whether a model classifies whole samples: with float labels it has several labels per sample, as transformers decides."""
-    return is_pretrained(model) and any(part in kind.__name__ for kind in type(model).__mro__ for part in _CLASSIFIERS)
-
-
-def unwrapped(model: Any) -> Any:
-    """The user's model inside ``torch.compile``, parallel wrappers and adapters."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
-            inner = model.module
-        elif inner is None and any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
-            inner = model.get_base_model()
-        if inner is None:
-            return model
-        model = inner
 
 
 @torch.no_grad()
@@ -317,3 +247,9 @@ def _repeats_inputs(batch: Batch, labels: Tensor) -> bool:
         return False
     known = labels != IGNORE
     return bool(known.any()) and bool((labels == ids)[known].all())
+
+
+def _numbers() -> str:
+    """What to do with labels that are numbers and no classes."""
+    tasks = f"give {option('task')}=regression or {option('task')}=multilabel, or {option('loss')}="
+    return f"{tasks}; classes are integers (argmax(1) of one-hot rows)"

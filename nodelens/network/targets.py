@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from nodelens.messages import option
 
 from .missing import IGNORE, with_label, with_target
-from .objective import BY_VALUE, Objective
+from .objective import Objective
+from .tasks import BY_VALUE
 
 NAMES = ("label", "logit_margin", "correct_logit", "logits", "logit_pc1", "nll", "loss", "given", "auto")
 TOKEN_CLASSES = 1024  # largest vocabulary whose tokens serve as classes, or whose logits as a target, of each token

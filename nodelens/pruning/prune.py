@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import pandas as pd
 from torch import nn
 
+from nodelens.engine.driver import first_of_data
 from nodelens.engine.options import AnalyzeOptions, check_kind
 from nodelens.messages import check_names, keywords_of, with_new_names
 from nodelens.network.arguments import check_arguments
+from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
@@ -139,6 +141,7 @@ def _remove(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Ap
     return {}
 
 
+@one_at_a_time
 def prune(
     model: nn.Module,
     criterion: Spec | None = None,
@@ -152,6 +155,8 @@ def prune(
 ) -> Pruned:
     """Prunes a copy of a model: removes the units that a criterion ranks lowest. The model itself is not changed.
 
+    A compiled model is pruned as the network inside: compile the result again. Calls from several threads run one after the other.
+
     criterion:      name of a published criterion or a metric, {name: signed weight}, or the long form of ``Criterion``; taylor
     amount:         share of the budget to remove; 0.5
     data:           calibration batches as for ``nl.analyze``, a loader or a list that can be read several times; criteria of
@@ -163,6 +168,7 @@ def prune(
 
     Raises ValueError for arguments that do not fit the model or each other; TypeError for an unknown option.
     """
+    model = uncompiled(model)
     check_kind("nl.prune", options, PruningOptions)
     check_arguments("nl.prune", model, data if data is not None else criterion if isinstance(criterion, nn.Module) else None)
     of_pruning, of_measuring = ([each.name for each in fields(kind)] for kind in (PruningOptions, AnalyzeOptions))
@@ -176,8 +182,8 @@ def prune(
     with seeded(asked.seed, "prune"):
         if data is not None and iter(data) is data:
             raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
-        batch = example_inputs if example_inputs is not None else None if data is None else next(iter(data), None)
         objective = Objective.of(model, asked.output, asked.task, asked.loss)
+        batch = example_inputs if example_inputs is not None or data is None else first_of_data(data, objective)[0]
         objective = objective if batch is None else objective.settled(model, batch)
         context = PruningContext.of(
             model,

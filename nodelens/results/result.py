@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .files import checked, is_there, read_json, reading, remove, write, write_json
 from .notices import notices
@@ -155,9 +155,12 @@ def provenance() -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of all tensors in the state of a model; equal weights have equal hashes."""
+    """A hash of all that is in the state of a model; equal weights have equal hashes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a module stores with get_extra_state
+            digest.update(f"{name}{tensor!r}".encode())
+            continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(name.encode() + str((tuple(tensor.shape), tensor.dtype)).encode())
         digest.update(flat.view(dtype=_bytes()).numpy().tobytes() if flat.numel() else b"")

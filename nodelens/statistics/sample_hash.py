@@ -33,7 +33,7 @@ def balanced_cuts(hashes: Tensor, groups: int, seed: int = 0) -> Tensor:
 
 def content_hashes(x: Tensor) -> Tensor:
     """Hash of the content of each sample, (B, ...) -> (B,) int64: equal for equal samples, in any process."""
-    rows = x.detach().reshape(len(x), -1)
+    rows = x.detach().flatten(1) if x.ndim > 1 else x.detach()[:, None]
     rows = rows[:, :: max(1, rows.shape[1] // _LIMIT)]
     if rows.is_floating_point():
         rows = rows.float().contiguous().view(torch.int32)

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.messages import SRUN_HINT
+from nodelens.network.batch_forms import with_samples
+from nodelens.network.eval_mode import one_at_a_time
 from nodelens.network.loss_scale import Loss, as_sum
 from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
@@ -52,10 +54,13 @@ class Finetune:
         self.optimizer, self.seed = optimizer, seed
         self.task, self.output, self.loss = task, output, None if loss is None else as_sum(loss)
 
+    @one_at_a_time
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]:
         """Trains, and returns the validation scores before and after, and the epoch that was kept."""
+        seed = torch.initial_seed() if self.seed is None else self.seed
         module = _Tuned(model, self, zeros)
-        module.keep_if_best(0)
+        with seeded(seed, "finetune", "before"):  # a loader draws a seed whenever it is read
+            module.keep_if_best(0)
         before, device = module.best_score, device_of(model)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         with warnings.catch_warnings():
@@ -71,7 +76,6 @@ class Finetune:
                 num_sanity_val_steps=0,
             )
         training = [(m, m.training) for m in model.modules()]
-        seed = torch.initial_seed() if self.seed is None else self.seed
         with seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
             trainer.fit(module, train_dataloaders=_Batches(self.train))
         model.load_state_dict(module.best)
@@ -95,7 +99,7 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         set_epoch(self.data, self.epoch)
         self.epoch += 1
-        return iter(self.data)
+        return with_samples(self.data)
 
 
 class _Tuned(LightningModule):

@@ -172,10 +172,9 @@ def test_tensors_without_memory_are_told_apart():
 
 
 def test_bytes_lie_where_the_blocks_do():
-    found = estimate_cost(
-        large("8b"), ["activation_variance", "linear_cka"], "blocks.input", machine=Machine(devices=4, memory=24e9)
-    )
-    alone = estimate_cost(large("8b"), ["activation_variance", "linear_cka"], "blocks.input", machine=Machine(memory=24e9))
+    asked = large("8b"), ["activation_variance", "linear_cka"], "blocks.input"
+    found = estimate_cost(*asked, machine=Machine(devices=4, memory=24e9), budget=None)
+    alone = estimate_cost(*asked, machine=Machine(memory=24e9), budget=None)
     (one,) = alone.devices
     assert found.bytes == alone.bytes
     for key in ("weights", "statistics", "buffers", "total"):

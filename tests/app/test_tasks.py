@@ -147,7 +147,9 @@ def test_weights_alone_are_no_training_to_go_on_with(trained, quiet_home):
     assert ended.err == "nodelens: weights.pt has weights but no training state to resume: start from them with model.weights=\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", sys.stdout)
-        assert nl.run(nl.load_config("analyze", ["model.weights=weights.pt", *SHORT])) >= 0.95
+        run = nl.run(nl.load_config("analyze", ["model.weights=weights.pt", *SHORT]))
+        assert run.score == run.result.metadata["evaluation"]["accuracy"] >= 0.95
+        assert sorted(path.name for path in run.folder.glob("*.parquet")) == ["layers.parquet", "units.parquet"]
 
 
 def test_a_network_of_ones_own_from_a_file_beside_the_run(quiet_home):

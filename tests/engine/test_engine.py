@@ -6,6 +6,7 @@ from nets import Mixed, Tokens, batches, build, images
 from torch import nn
 
 import nodelens as nl
+from nodelens.app.config import load_config
 from nodelens.engine.analyze import run_pass
 from nodelens.engine.dry_run import DryRun
 from nodelens.engine.plan import Plan
@@ -127,6 +128,16 @@ def test_the_plan_tells_its_bytes_and_stands_by_them():
 def test_over_the_budget_nothing_starts():
     with pytest.raises(MemoryError, match=r"the plan takes .* MiB, budget is 0 MiB; the largest is .* choose fewer layers"):
         nl.analyze(build(Mixed), batches(*images(), 16), budget=1000)
+
+
+def test_the_budget_is_that_of_the_command_line_unless_it_is_given():
+    assert nl.AnalyzeOptions().budget == load_config("analyze").budget.memory == "8GB"
+    wide = nn.Linear(4, 16_000)  # a full covariance takes 2 GB per group and metric
+    data = [torch.randn(8, 4)]
+    with pytest.raises(MemoryError, match=r"budget\.memory is 1,907 MiB"):
+        nl.analyze(wide, data, ["redundancy"], width=16_000, groups=1, budget="2GB")
+    with pytest.raises(MemoryError, match=r"budget\.memory is 7,629 MiB"):
+        nl.analyze(nn.Linear(4, 40_000), data, ["redundancy"], width=40_000)
 
 
 def test_gradients_reach_a_model_that_reads_token_ids():

@@ -1,5 +1,8 @@
 """Compiled modules and fused kernels: models are measured as they are written, and the results are those of the plain model."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,11 +49,16 @@ def test_a_compiled_model_has_the_results_of_the_plain_one():
     torch._dynamo.reset()
     plain, compiled = net(), torch.compile(net(), backend="eager")
     expected, found = (nl.analyze(model, IMAGES, METRICS).units for model in (plain, compiled))
-    assert found.index.levels[0].tolist() == ["_orig_mod.0", "_orig_mod.3"]
-    assert (found.to_numpy() == expected.to_numpy()).all()
+    assert found.equals(expected)
     a, b = (nl.prune(model, "taylor", 0.5, data=IMAGES) for model in (plain, compiled))
-    assert [*a.plan.removed.values()] == [*b.plan.removed.values()]
+    assert a.plan.removed == b.plan.removed
+    assert type(b.model) is nn.Sequential
     assert torch.equal(a.model(IMAGES[0][0]), b.model(IMAGES[0][0]))
+    assert [layer.name for layer in nl.find_layers(compiled, "0")] == ["0"]
+    assert [group.name for group in nl.find_groups(compiled, IMAGES[0])] == ["0"]
+    assert nl.evaluate(compiled, IMAGES) == nl.evaluate(plain, IMAGES)
+    found, expected = (nl.Supernodes(scope="channel", draws=2)(model, IMAGES).units for model in (compiled, plain))
+    assert found.equals(expected)
 
 
 def test_a_part_that_is_compiled_in_place_is_measured():
@@ -59,6 +67,50 @@ def test_a_part_that_is_compiled_in_place_is_measured():
     part[0].compile(backend="eager")
     expected, found = (nl.analyze(model, IMAGES, METRICS).units for model in (plain, part))
     assert found.equals(expected)
+
+
+def test_a_compiled_part_is_measured_and_pruned_inside_the_network():
+    torch._dynamo.reset()
+    plain, outer = (nn.Sequential(net()[:3], net()[3]) for _ in range(2))
+    outer[0] = torch.compile(outer[0], backend="eager")
+    outer(IMAGES[0][0])
+    expected, found = (nl.analyze(model, IMAGES, METRICS).units for model in (plain, outer))
+    assert (found.to_numpy() == expected.to_numpy()).all()
+    a, b = (nl.prune(model, "taylor", 0.5, data=IMAGES) for model in (plain, outer))
+    assert [*a.plan.removed.values()] == [*b.plan.removed.values()]
+    assert_close(a.model(IMAGES[0][0]), b.model(IMAGES[0][0]))
+
+
+def test_a_model_made_in_inference_mode_is_measured_and_keeps_its_tensors():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    plain.load_state_dict(model.state_dict())
+    before = dict([*model.named_parameters(), *model.named_buffers()])
+    assert nl.analyze(model, IMAGES, METRICS).units.equals(nl.analyze(plain, IMAGES, METRICS).units)
+    assert nl.prune(model, data=IMAGES).plan.removed == nl.prune(plain, data=IMAGES).plan.removed
+    assert nl.evaluate(model, IMAGES) == nl.evaluate(plain, IMAGES)
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert all(after[name] is tensor and tensor.is_inference() for name, tensor in before.items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+
+
+def test_calls_from_two_threads_run_one_after_the_other():
+    """Without a lock, each would see the rows of the other."""
+
+    def slow():
+        for batch in IMAGES * 3:
+            time.sleep(0.02)
+            yield batch
+
+    model = net().train()
+    expected = nl.analyze(model, list(slow()), METRICS, groups=1).units
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: nl.analyze(model, slow(), METRICS, groups=1).units, range(3)))
+    assert all(each.equals(expected) for each in found)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_an_encoder_with_padding_is_measured_and_pruned(texts):

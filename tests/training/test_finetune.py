@@ -107,6 +107,20 @@ def test_global_states_and_those_of_the_loader_are_given_back(digits):
     assert torch.equal(loader.generator.get_state(), states)
 
 
+def test_called_alone_it_leaves_global_states_too():
+    """A shuffled loader draws a seed whenever it is read, for validation as well."""
+    data = TensorDataset(torch.randn(12, 64), torch.randint(10, (12,)))
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    tune, net = nl.Finetune(loader, loader, epochs=1), network(0.5)
+    before = torch.get_rng_state(), np.random.get_state()[1:3], random.getstate()
+    tune(net, lambda model: None)
+    after = torch.get_rng_state(), np.random.get_state()[1:3], random.getstate()
+    assert torch.equal(after[0], before[0])
+    assert after[1][1] == before[1][1]
+    assert (after[1][0] == before[1][0]).all()
+    assert after[2] == before[2]
+
+
 def test_a_loader_continues_its_own_order_after_a_seeded_one(digits):
     own, order = digits.train_dataloader(), []
     for k in range(2):

@@ -17,6 +17,7 @@ from nodelens.engine.request import describe
 from nodelens.engine.validation import in_bytes
 from nodelens.engine.wide_sites import describe as describe_covariance
 from nodelens.network.architecture import config_of
+from nodelens.network.eval_mode import one_at_a_time
 from nodelens.results.left_out import warn_of_rows
 from nodelens.results.result import provenance
 from nodelens.statistics.processes import world
@@ -84,6 +85,7 @@ class GeometryOptions:
                 raise ValueError(f"{name} is {value}; it takes 1 or more")
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def measure_geometry(
     model: nn.Module,

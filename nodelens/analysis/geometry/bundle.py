@@ -12,7 +12,7 @@ import pandas as pd
 
 from nodelens.messages import shown
 from nodelens.results.arrays import headers, read_arrays
-from nodelens.results.files import checked, read_json, write, write_json
+from nodelens.results.files import checked, plain, read_json, write, write_json
 from nodelens.results.left_out import many_left_out
 
 SCHEMA = 1  # of the folder

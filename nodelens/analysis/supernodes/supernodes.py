@@ -8,9 +8,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nodelens.engine.driver import device_of
+from nodelens.engine.driver import device_of, first_of_data
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
+from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.network.loss_scale import Loss
 from nodelens.network.objective import Objective
@@ -78,6 +79,7 @@ class Supernodes:
                 raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it must be a share between 0 and 1")
         sample_units((), self.ablate)
 
+    @one_at_a_time
     def __call__(
         self,
         model: nn.Module,
@@ -99,7 +101,8 @@ class Supernodes:
         """
         if isinstance(data, Iterator):
             raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
-        objective, first = Objective.of(model, output, task, loss), next(iter(data), None)
+        model, objective = uncompiled(model), Objective.of(model, output, task, loss)
+        first, _ = first_of_data(data, objective)
         objective = objective if first is None else objective.settled(model, first)
         groups, device = self._groups(model, objective, first), device_of(model)
         hidden = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)

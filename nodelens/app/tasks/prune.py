@@ -109,7 +109,9 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path |
     loader = data.loader("calibration", rank=rank, world=processes)
     given = next(iter(data.loader("calibration", batch_size=2)))
     objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
-    options = {k: values[k] for k in ("groups", "positions", "precision", "save_minutes")}
+    budget = values["budget"]
+    options = {k: values[k] for k in ("groups", "positions", "precision", "covariance", "save_minutes")}
+    options |= {"budget": budget["memory"], "width": budget["width"], "max_passes": budget["max_passes"]}
     if save_to is not None:
         options["save_to"] = save_to
     if cfg.initial_path is not None:

@@ -7,8 +7,10 @@ from torch import nn
 
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
+from nodelens.network.eval_mode import uncompiled
 from nodelens.network.failed_forward import check_forward
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, identity
+from nodelens.network.objective import Objective
 
 from .families import family_groups
 from .graph import graph_groups
@@ -22,6 +24,7 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
     a custom group does not fit the model.
     """
     check_arguments("nl.find_groups", model)
+    model = uncompiled(model)
     found = family_groups(model)
     if not len(found) and not (extra and batch is None):
         if batch is None:
@@ -29,19 +32,19 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
                 f"the groups of {type(model).__name__} are read from its exported graph, which needs an input: give data= or "
                 "example_inputs= to nl.prune, a batch to nl.find_groups"
             )
-        batch = _batch(batch)
+        batch = _batch(model, batch)
         check_forward(model, batch)
         found = graph_groups(model, batch)
     elif batch is not None and _others(model, found):
-        found = _with_the_rest(model, found, _batch(batch))
+        found = _with_the_rest(model, found, _batch(model, batch))
     custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)
     replaced = {group.name for group in custom}
     opt_in = tuple(g for g in found.opt_in if g.name not in replaced)
     return PruningGroups((*(g for g in found if g.name not in replaced), *custom), found.frozen, opt_in)
 
 
-def _batch(given: Any) -> Batch:
-    return given if isinstance(given, Batch) else Batch.of(given)
+def _batch(model: nn.Module, given: Any) -> Batch:
+    return given if isinstance(given, Batch) else Objective.of(model).batch(given)
 
 
 def _others(model: nn.Module, known: PruningGroups) -> bool:

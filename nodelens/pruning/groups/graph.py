@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -38,7 +37,6 @@ def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
     Source: Fang et al. 2023, DepGraph, arXiv:2301.12900 (which layers are coupled).
     """
     two = batch.head(2) if len(batch) > 1 else batch.map(lambda t: t.repeat_interleave(2, 0))
-    two = replace(two, kwargs={name: value for name, value in two.kwargs.items() if name not in ("labels", "label")})
     with eval_mode(model), torch.no_grad(), exact_products():
         found = settle(_traced(model, two)).groups()
         exact, approximate = ([group for group in found if group.exact == kind] for kind in (True, False))
@@ -51,6 +49,8 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
     try:
         program = torch.export.export(model, batch.args, batch.kwargs)
     except Exception as error:  # a forward pass may raise anything
+        if wrong := batch.wrong_dtype(model, error):
+            raise ValueError(wrong) from error
         raise ValueError(
             f"torch.export cannot trace the forward pass of {type(model).__name__}: {_first_line(error)}; "
             "give its groups yourself (custom_groups=), or prune a submodule that can be exported"

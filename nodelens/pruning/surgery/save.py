@@ -13,7 +13,8 @@ from nodelens.results.files import plain, write, write_json
 
 def structure(model: nn.Module) -> dict[str, Any]:
     """{name: [dtype, shape]} of the state dict; a model to load into must have the same names and shapes."""
-    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in model.state_dict().items()}
+    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
 
 
 def origin_of(model: nn.Module) -> dict[str, Any]:
@@ -35,6 +36,11 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
 def save_pruned(pruned: Any, folder: Path) -> Path:
     """Writes ``model.safetensors``, ``config.json`` and, last, ``plan.json``: a folder with a plan is complete."""
     model: nn.Module = pruned.model
+    if other := [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(
+            f"{type(model).__name__} stores more than tensors ({other[0]}), which safetensors cannot hold: keep it with "
+            "torch.save(pruned.model.state_dict(), file)"
+        )
     write(folder / "model.safetensors", lambda path: save_model(model, str(path)))
     write_json(folder / "config.json", pruned.origin)
     plan: RemovalPlan = pruned.plan

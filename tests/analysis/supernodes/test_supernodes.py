@@ -536,6 +536,8 @@ def test_what_does_not_fit_is_said():
         Supernodes()(net, iter(data))
     with pytest.raises(ValueError, match="data are empty"):
         Supernodes()(net, [])
+    with pytest.raises(ValueError, match="needs labels"):
+        Supernodes()(net, [{"inputs_embeds": net.get_input_embeddings()(data[0]["input_ids"])}])
     with pytest.raises(ValueError, match="matches no group"):
         Supernodes(scope="experts")(net, data)
     with pytest.raises(ValueError, match="evaluation data are empty"):
