@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
     Each of them refuses keywords that it does not have, and names the nearest one.
     """
     if name == "__version__":
-        return _version()
+        return import_module(".messages", __name__).version()
     if name not in _MODULES:
         near = "" if name.startswith("_") else import_module(".messages", __name__).nearest(name, __all__)
         raise AttributeError(f"module 'nodelens' has no attribute {name!r}{near and '.'}{near}")
@@ -89,16 +89,6 @@ def __getattr__(name: str) -> Any:
     found = import_module(".messages", __name__).refuse_unknown(getattr(home, name), f"nl.{name}")
     setattr(home, name, found)  # where pickle looks for it
     return found
-
-
-def _version() -> str:
-    """The version of the installed package."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("nodelens")
-    except PackageNotFoundError:  # the folder was put on the path without being installed
-        return "unknown"
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from importlib import metadata
 from typing import Any, TypeVar
 
 RENAMED = {  # options of nl.analyze and nl.prune that work under their old names for one version
@@ -55,6 +56,14 @@ def option(keyword: str) -> str:
     objective.loss budget.memory layers
     """
     return either(keyword, _CONFIG_KEYS.get(keyword, keyword))
+
+
+def version() -> str:
+    """The version of the installed package; unknown for a folder that is on the path without being installed."""
+    try:
+        return metadata.version("nodelens")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

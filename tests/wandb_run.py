@@ -39,6 +39,17 @@ def history(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row]
 
 
+def about(path: Path) -> dict[str, Any]:
+    """What the run is filed under, and its config."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = (Record.FromString(frame) for frame in frames(path))
+    run = next(record.run for record in records if record.HasField("run"))
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    filed = {"project": run.project, "group": run.run_group, "job_type": run.job_type, "name": run.display_name}
+    return filed | {"tags": list(run.tags), "config": config}
+
+
 def ended(path: Path) -> bool:
     """Whether the run's last record has been written: the service that writes it is a process of its own."""
     from wandb.proto.wandb_internal_pb2 import Record

@@ -7,7 +7,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -15,11 +14,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from nodelens.messages import config_words, nearest
+from nodelens.messages import config_words, nearest, version
 from nodelens.results.files import remove_traces
 
 from .config import TASKS, register, with_custom_model
-from .overrides import configs, flags_of, parsed_overrides
+from .explain import parsed_overrides
+from .overrides import configs, flags_of
 from .renamed import taken_warnings, with_new_keys
 from .run import run_task
 from .search_path import CONF, MistakeError, config_folders
@@ -62,7 +62,7 @@ def script() -> None:
     """Entry of the console script: ``nodelens analyze ...``, ``nodelens --help``, ``nodelens --version``."""
     task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if task in ("--version", "--help", "-h"):
-        print(version("nodelens") if task == "--version" else _USAGE)
+        print(version() if task == "--version" else _USAGE)
         return
     if task not in TASKS:
         sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}, not {task!r}.{nearest(task, TASKS)}")
@@ -77,7 +77,7 @@ def main(task: str) -> None:
     for state in (_failed, _there, taken_warnings()):
         state.clear()
     if "--version" in sys.argv[1:]:  # Hydra would print its own
-        print(version("nodelens"))
+        print(version())
         return
     sys.argv[1:] = _rewrite(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):

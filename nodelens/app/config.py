@@ -10,13 +10,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, BooleanNode, DictConfig, FloatNode, IntegerNode, Node, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 from omegaconf.resolvers import oc
 
 from .checks import check
 from .entries import store_entries
+from .explain import ERRORS, explain, parsed_overrides
 from .renamed import rename_in_files, taken_warnings, with_new_keys
 from .search_path import CONF, SEARCHPATH, config_folders
 
@@ -165,19 +165,25 @@ def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The config that a script would compose, for a notebook: ``load_config("analyze", ["model=resnet18"])``.
 
     Results go to ``outputs/<task>/<time>`` below the working folder unless ``paths.output_dir=`` says otherwise.
-    Raises ValueError for an unknown task and for a folder of ``hydra.searchpath`` that does not exist.
+    Raises ValueError, in one line, for an unknown task, key or option, and for a missing folder of ``hydra.searchpath``.
     """
     if task not in TASKS:
         raise ValueError(f"no task is called {task!r}; there are {', '.join(TASKS)}")
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides is the text {overrides!r}; give a list, as [{overrides!r}]")
     taken_warnings()  # those of an earlier composition
     overrides = with_custom_model(with_new_keys(overrides))
-    searched = [line for line in overrides if line.lstrip("+").startswith(f"{SEARCHPATH}=")]
-    register(config_folders(OverridesParser.create().parse_overrides(searched)))
+    parsed = parsed_overrides(overrides)
+    register(config_folders([override for override in parsed if override.key_or_group == SEARCHPATH]))
     if not any(o.startswith("paths.output_dir=") for o in overrides):
         now = datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
         overrides.append(f"paths.output_dir=outputs/{task}/{now}")
     with initialize_config_dir(str(CONF), version_base="1.3", job_name=task):
-        cfg = compose(task, overrides=overrides)
+        try:
+            cfg = compose(task, overrides=overrides)
+        except ERRORS as error:
+            search = [str(o.input_line) for o in parsed if o.key_or_group == SEARCHPATH]
+            explain(task, parsed, [str(o.input_line) for o in parsed if (CONF / o.key_or_group).is_dir()], search, error)
     for line in taken_warnings():
         warnings.warn(line, FutureWarning, stacklevel=2)
     return cfg

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,6 +18,17 @@ from .search_path import CONF, MistakeError
 
 ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _NAMED = ("metrics", "criterion", "allocation", "analysis", "logger", "callbacks")  # groups of which several may be chosen
+
+
+def parsed_overrides(lines: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra reads them. Raises MistakeError for one that it cannot read."""
+    try:
+        return OverridesParser.create().parse_overrides(list(lines))
+    except OverrideParseException as error:
+        raise MistakeError(
+            f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
+            "with = in it as \"ckpt_path='a=b.ckpt'\""
+        ) from None
 
 
 def explain(task: str, parsed: Sequence[Override], groups: Sequence[str], search: Sequence[str], error: Exception) -> NoReturn:

@@ -9,15 +9,13 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
-from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from nodelens.messages import nearest
 
 from .config import register
-from .explain import ERRORS, explain
+from .explain import ERRORS, explain, parsed_overrides
 from .search_path import CONF, SEARCHPATH, MistakeError, config_folders
 
 _SHOWN = 16
@@ -68,17 +66,6 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
         yield _compose(task, parsed, lines, search)
 
 
-def parsed_overrides(lines: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra reads them. Raises MistakeError for one that it cannot read."""
-    try:
-        return OverridesParser.create().parse_overrides(list(lines))
-    except OverrideParseException as error:
-        raise MistakeError(
-            f"{error.override}: cannot be read as key=value; quote it, as in 'metrics=[rq,synergy]', and a path "
-            "with = in it as \"ckpt_path='a=b.ckpt'\""
-        ) from None
-
-
 def _check_choice(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
     stored = ConfigStore.instance().repo.get(group)
@@ -107,7 +94,9 @@ def _check_weights(override: Override) -> None:
     for given in value.list if isinstance(value, ChoiceSweep) else [value]:
         path = given.text if isinstance(given, QuotedString) else given
         if isinstance(path, str) and path and "${" not in path and not Path(path).exists():
-            way_out = "give a .safetensors file, a folder that holds model.safetensors, or a checkpoint"
+            way_out = (
+                "give a .safetensors file, a checkpoint, a folder that holds model.safetensors, or the folder of a training run"
+            )
             raise MistakeError(f"{override.key_or_group}: there is nothing at {Path(path).absolute()}; {way_out}")
 
 

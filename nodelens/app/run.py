@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -38,5 +42,21 @@ def run_task(cfg: DictConfig) -> float:
     """Runs the task that a config names. Returns the accuracy, or the area under the pruning curve."""
     from .tasks import TASKS  # imported late: --help does not need them
 
-    with config_words():
+    with config_words(), _logged_warnings():
         return TASKS[cfg.task](cfg)
+
+
+@contextmanager
+def _logged_warnings() -> Iterator[None]:
+    """Within it, warnings go to the log of the run too."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+        logging.getLogger("nodelens").warning("%s: %s (%s:%d)", category.__name__, message, filename, lineno)
+        shown(message, category, filename, lineno, *more)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown

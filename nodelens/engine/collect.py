@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
 
 from .collector import TERMS, Collector
-from .other_collectors import ModelCollector, WeightCollector
-from .pass_state import collector_state, restore_collector
+from .pass_state import SeenOrder, collector_state, restore_collector
 from .plan import Plan
 
 
@@ -131,23 +130,6 @@ class TokenRows:
                     hashes = {"hashes": at.hashes[a:b]} if need.statistic.takes_hashes else {}
                     made = need.statistic.of(each, target, **hashes) if need.statistic.paired() else need.statistic.of(one)  # type: ignore[attr-defined]
                     self.owner.put(need, g, made)
-
-
-class SeenOrder(NamedTuple):
-    """The batches read so far in a round: their number, a hash of all their samples in order, and one of the last batch."""
-
-    batches: int = 0
-    all: int = 0
-    last: int = 0
-
-    def then(self, batch: Batch) -> "SeenOrder":
-        """With one more batch."""
-        samples = torch.arange(len(batch.hashes))
-        last = int(mix(batch.hashes, samples).sum())  # wraps around
-        return SeenOrder(self.batches + 1, int(mix(torch.tensor(self.all), torch.tensor(last))), last)
-
-
-_KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": ModelCollector}
 
 
 class Pass:

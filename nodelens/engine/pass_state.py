@@ -4,15 +4,36 @@ Rows that wait in a buffer are part of it: adding them early would change the or
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from nodelens.network.batch import Batch
 from nodelens.statistics.buffer import Buffer
 from nodelens.statistics.patches import MapSums
+from nodelens.statistics.sample_hash import mix
 
 from .collector import Collector
 from .other_collectors import ModelCollector
 
 State = dict[str, Any]  # dictionaries, lists, numbers and tensors, which torch.load(weights_only=True) accepts
+
+
+class SeenOrder(NamedTuple):
+    """The batches read so far in a round: their number, a hash of all their samples in order, and one of the last batch."""
+
+    batches: int = 0
+    all: int = 0
+    last: int = 0
+
+    def then(self, batch: Batch) -> "SeenOrder":
+        """With one more batch."""
+        samples = torch.arange(len(batch.hashes))
+        last = int(mix(batch.hashes, samples).sum())  # wraps around
+        return SeenOrder(self.batches + 1, int(mix(torch.tensor(self.all), torch.tensor(last))), last)
+
+
+_KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": ModelCollector}
 
 
 def collector_state(collector: Collector) -> State:

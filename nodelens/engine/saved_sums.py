@@ -18,7 +18,8 @@ from nodelens.results.files import checked, write
 from nodelens.results.result import fingerprint
 from nodelens.statistics.processes import gathered, world
 
-from .collect import Pass, SeenOrder
+from .collect import Pass
+from .pass_state import SeenOrder
 from .plan import Plan
 from .request import describe_metrics
 from .signals import Signals, noted

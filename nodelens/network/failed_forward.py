@@ -13,8 +13,8 @@ from .batch import Batch
 from .eval_mode import eval_mode
 
 _SHAPES = re.compile(
-    r"cannot be multiplied|channels, but got|size mismatch|must match|[Ee]xpected .*(input|dim|[0-9]D)|too small|Kernel size|"
-    r"kernel size|is invalid for input|normalized_shape|running_mean should|inconsistent tensor|divisible|channel dimension"
+    r"cannot be multiplied|channel|image size|size mismatch|must match|[Ee]xpected .*(input|dim|[0-9]D)|too small|Kernel size|"
+    r"kernel size|is invalid for input|normalized_shape|running_mean should|inconsistent tensor|divisible"
 )
 
 

@@ -255,3 +255,40 @@ def test_the_module_of_the_first_version_works_and_says_its_new_name(tmp_path):
     )
     assert ended.stdout == f"{importlib.metadata.version('nodelens')}\n"
     assert ended.stderr == "warning: python -m nodelens.cli is now nodelens, or python -m nodelens.app\n"
+
+
+def test_the_version_is_that_of_the_package_everywhere(monkeypatch, capsys):
+    version = importlib.metadata.version("nodelens")
+    assert nl.__version__ == version
+    assert command("train", "--version") == (0, f"{version}\n", "")
+    monkeypatch.setattr(sys, "argv", ["nodelens", "--help"])
+    cli.script()
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("usage: nodelens <task>", "train ", "analyze ", "prune ", "--version"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: (_ for _ in ()).throw(importlib.metadata.PackageNotFoundError))
+    assert nl.__version__ == "unknown"
+
+
+def test_missing_weights_are_found_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys; sys.argv = ['analyze.py', 'ckpt_path=nope.ckpt']\nimport nodelens.app.cli as c\n"
+        "try: c.analyze()\nfinally: assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"nodelens: ckpt_path: there is nothing at {tmp_path}/nope.ckpt; give a .safetensors file")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_group_may_be_chosen_with_a_plus(quiet_home):
+    ended = command("analyze", "+experiment=quick", "hydra.run.dir=run", "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    assert set(nl.load("run").metadata["metrics"]) == {"rq", "taylor"}

@@ -7,13 +7,15 @@ import wandb_run
 from command import command
 
 import nodelens as nl
+from nodelens.app.wandb_logger import wandb_logger
 
 pytest.importorskip("wandb")
 
 
 @pytest.fixture(autouse=True)
-def quiet_wandb(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def quiet_wandb(quiet_home, monkeypatch):
+    monkeypatch.delenv("WANDB_DIR")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
@@ -88,3 +90,37 @@ def test_the_tables_of_an_analysis_are_logged(quiet_home):
     saved = pd.read_csv(quiet_home / "run" / "geometry" / "metrics.csv")
     where = logged["columns"].index("d_pr")
     assert [row[where] for row in logged["data"]] == pytest.approx(list(saved.d_pr))
+
+
+@pytest.mark.parametrize("task", ["train", "analyze", "prune"])
+def test_a_run_is_filed_under_its_task_with_its_config(task, quiet_home):
+    own = {"prune": ("criterion=magnitude", "amounts=[0.5]", "latency.batches=[]")}.get(task, ("metrics=[rq]",))
+    words = ("logger=wandb", "hydra.run.dir=run", "dataset.calibration=64", "seed=3", *own)
+    ended = command(task, *words, *(("trainer.max_epochs=1",) if task == "train" else ()))
+    assert ended.code == 0, ended.err
+    path, _ = run_of(quiet_home / "run")
+    about = wandb_run.about(path)
+    assert (about["project"], about["job_type"], about["group"], about["tags"]) == ("nodelens", task, "", [])
+    assert about["config"]["seed"] == 3
+    assert about["config"]["model"]["net"]["classes"] == 10  # a reference to the data set's
+
+
+def test_the_environment_says_where_a_run_is_filed(quiet_home, monkeypatch):
+    (quiet_home / "elsewhere").mkdir()
+    filed = {"PROJECT": "mine", "RUN_GROUP": "sweep 1", "JOB_TYPE": "probe", "NAME": "first", "TAGS": "a,b"}
+    for name, value in {**filed, "DIR": str(quiet_home / "elsewhere"), "MODE": "offline"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    words = ("metrics=[rq]", "logger=wandb", "hydra.run.dir=run", "dataset.calibration=64")
+    assert command("analyze", *words).code == 0
+    about = wandb_run.about(run_of(quiet_home / "elsewhere")[0])
+    assert (about["project"], about["group"], about["job_type"], about["name"]) == ("mine", "sweep 1", "probe", "first")
+    assert about["tags"] == ["a", "b"]
+    chosen = wandb_logger("run", "analyze", project="other", group="g", tags=["c"], offline=False, save_dir="here")._wandb_init
+    assert [chosen[key] for key in ("project", "group", "tags", "mode", "dir")] == ["other", "g", ["c"], "online", "here"]
+
+
+def test_wandb_can_be_switched_off(quiet_home, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    ended = command("analyze", "metrics=[rq]", "logger=wandb", "hydra.run.dir=run", "dataset.calibration=64")
+    assert ended.code == 0, ended.err
+    assert not list(quiet_home.rglob("run-*.wandb"))

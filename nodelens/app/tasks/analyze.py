@@ -19,19 +19,18 @@ from nodelens.statistics.processes import world
 
 from .common import (
     build_all,
-    console,
     format_score,
     initial_of,
     is_dry_run,
     launch,
     layers_of,
+    loggers_of,
     main_score,
     objective_of,
-    print_line,
-    progress_bar,
     to_device,
 )
 from .estimate_costs import estimate_costs
+from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show import show_plan, show_result
 from .splits import splits
@@ -64,13 +63,16 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from nodelens.evaluation.evaluate import evaluate
 
     rank, processes = world()
-    data, module, trained_by = open_inputs(cfg, folder)
+    with step("opening data and model"):
+        data, module, trained_by = open_inputs(cfg, folder)
     to_device(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
-    result = measure(cfg, module.net, data, measured, save_to=folder / SUMS)
+    with step("measuring"):
+        result = measure(cfg, module.net, data, measured, save_to=folder / SUMS)
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
-    score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader), **objective_of(cfg))
+    with step("evaluating"):
+        score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader), **objective_of(cfg))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
     result.metadata |= run_metadata(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
     if cfg.evaluate:
@@ -81,7 +83,8 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     found = _analyses(cfg, folder, module.net, data, (measured, evaluated))
     result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
     if rank == 0:
-        _finish(cfg, folder, result, found)
+        with step("saving and drawing"):
+            _finish(cfg, folder, result, found)
     return main_score(score)
 
 
@@ -177,7 +180,8 @@ def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, pa
         measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
         progress = progress_bar(name, _batches(measured), rank == 0)
         objective = {key: value for key, value in objective_of(cfg).items() if value is not None}
-        every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
+        with step(name):
+            every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
         if rank == 0:
             found.save(folder / name)
             for line in found.summary().splitlines():
@@ -192,7 +196,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, A
     result.save(folder)
     remove_sums(folder)
     page = write_page(folder)
-    loggers = list(build_all(cfg.logger, "logger").values())
+    loggers = loggers_of(cfg, result.metadata["config"])
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
     tasks = result.metadata.get("lm_eval", {})
     score |= {f"lm_eval/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}

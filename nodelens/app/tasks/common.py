@@ -1,11 +1,11 @@
 """Shared by the tasks: the run folder, the model and its weights, processes, terminal output."""
 
 import copy
+import json
 import logging
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.multiprocessing import ProcessRaisedException
 
 from nodelens.app.checks import check
@@ -23,11 +21,9 @@ from nodelens.engine.signals import passing_on, stopping
 from nodelens.engine.validation import in_bytes
 from nodelens.messages import SRUN_HINT
 from nodelens.models import find_weights, load_weights
+from nodelens.results.files import plain
 
-
-def console() -> Console:
-    """The console, as wide as the terminal, or 140 columns for output to a file. Names such as x[bold] are printed as they are."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=False, markup=False, emoji=False)
+from .progress import print_line
 
 
 def verify(cfg: DictConfig) -> None:
@@ -61,6 +57,14 @@ def is_dry_run(cfg: DictConfig) -> bool:
 def build_all(node: Any, path: str) -> dict[str, Any]:
     """The objects of a config group by name, without those set to null."""
     return {name: built for name, built in (build(node, path) if node else {}).items() if built is not None}
+
+
+def loggers_of(cfg: DictConfig, config: Mapping[str, Any]) -> list[Any]:
+    """The loggers of a config. config: the settings of the run as plain values, which are shown by W&B."""
+    chosen = {name: node for name, node in (cfg.logger or {}).items() if node is not None}
+    as_text = json.dumps(plain(config))  # Hydra would build the objects that a dict names
+    more = {name: {"settings": as_text} for name, node in chosen.items() if str(node.get("_target_")).endswith("wandb_logger")}
+    return [build(node, f"logger.{name}", **more.get(name, {})) for name, node in chosen.items()]
 
 
 def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
@@ -198,25 +202,6 @@ def main_score(score: dict[str, Any]) -> float:
     value = score["accuracy"] if "accuracy" in score else score["loss"]
     sign = 1 if "accuracy" in score else -1
     return math.nan if value is None else sign * float(value)
-
-
-def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """Wraps an iterable in a progress bar on a terminal; elsewhere it shows nothing."""
-
-    def wrap(items: Iterable[Any]) -> Iterable[Any]:
-        if not (show and sys.stderr.isatty()):
-            yield from items
-            return
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield from progress.track(items, total=len(items) if isinstance(items, Sized) else total, description=what)
-
-    return wrap
-
-
-def print_line(line: str) -> None:
-    """Prints one line without markup."""
-    console().print(line, markup=False)
 
 
 def layers_of(cfg: DictConfig, net: torch.nn.Module, batches: Iterable[Any]) -> Any:

@@ -23,7 +23,8 @@ from nodelens.engine.validation import in_bytes
 from nodelens.network.batch import Batch
 from nodelens.results.files import write_json
 
-from .common import build_all, console, layers_of, load_module, print_line
+from .common import build_all, layers_of, load_module
+from .progress import console, print_line
 from .show_cost import show_cost
 from .splits import splits
 

@@ -29,7 +29,8 @@ from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
 from .analyze import run_metadata
-from .common import build_all, console, initial_of, is_dry_run, launch, objective_of, print_line, progress_bar, to_device
+from .common import build_all, initial_of, is_dry_run, launch, loggers_of, objective_of, to_device
+from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show_pruning import show_groups, show_sweep
 
@@ -78,24 +79,27 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from nodelens.report import write_pruning_page
 
     rank, _ = world()
-    data, module, trained_by = open_inputs(cfg, folder)
+    with step("opening data and model"):
+        data, module, trained_by = open_inputs(cfg, folder)
     context = context_of(cfg, to_device(module.net, device).eval(), data, folder / SUMS)
     if rank == 0:
         show_groups(console(), context)
     if is_dry_run(cfg):
         return math.nan
     requested = requested_cells(cfg)
-    result = _load_or_measure(cfg, folder, context, data, requested, trained_by)
+    with step("measuring scores"):
+        result = _load_or_measure(cfg, folder, context, data, requested, trained_by)
     evaluator = SweepEvaluator(cfg, context, data)
     dense = _cached_json(folder / "dense.json", lambda: evaluator.of(context.model, "dense_"))
     table = result.units.rename_axis(index=["group", "unit"])
     sweep = Sweep(folder, context, table, evaluator, cfg.apply, _finetuning(cfg, data), rank == 0, result.metadata["refused"])
-    rows = sweep.run(requested, progress_bar("sweep", len(requested), rank == 0))
+    with step("sweep"):
+        rows = sweep.run(requested, progress_bar("sweep", len(requested), rank == 0))
     found = sweep_table(rows, dense)
     if not (found["status"] == "done").any():
         raise ValueError(f"no cell of the sweep can be carried out; {found['name'].iloc[0]}: {found['error'].iloc[0]}")
     if rank == 0:
-        _finish(cfg, folder, found, dense)
+        _finish(cfg, folder, found, dense, result.metadata["config"])
     _save_models(cfg, folder, sweep, requested, found, module)
     if rank == 0:
         print_line(f"page: {write_pruning_page(folder)}")
@@ -223,13 +227,13 @@ def describe_column(term: Any) -> dict[str, Any]:
     }
 
 
-def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, float]) -> None:
+def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, float], config: Mapping[str, Any]) -> None:
     from nodelens.results.loggers import close, log_sweep
 
     write(folder / "ranking.parquet", areas(table).reset_index().to_parquet)
     write(folder / "sweep.parquet", table.to_parquet)
     remove_sums(folder)  # of the scorings within an iterative schedule
-    loggers = list(build_all(cfg.logger, "logger").values())
+    loggers = loggers_of(cfg, config)
     try:
         log_sweep(loggers, table, dense)
     finally:

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from nodelens.app.config import build, recorded
 from nodelens.results.files import checked, plain, read_json
 
-from .common import build_all, check_tokens, format_score, plain_worker_errors, print_line, quiet_lightning
+from .common import build_all, check_tokens, format_score, loggers_of, plain_worker_errors, quiet_lightning
+from .progress import ProgressLines, print_line, step
 from .run_folder import check_same_inputs, run_folder
 
 
@@ -39,7 +40,7 @@ def _prepared(cfg: DictConfig, folder: Path, module: Any, data: Any) -> float:
     fits(module.net, data)
     start = starting_point(cfg, folder, module.net)
     data.save_splits(folder)
-    loggers = list(build_all(cfg.logger, "logger").values())
+    loggers = loggers_of(cfg, module.config)
     try:
         return _fit(cfg, folder, module, data, loggers, start)
     finally:
@@ -55,14 +56,15 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from nodelens.training.resume import SeededSteps
 
     outcome = Outcome(folder / "result.json", plain(recorded(cfg)))
+    lines = [] if sys.stderr.isatty() else [ProgressLines()]
     chosen = sorted(build_all(cfg.callbacks, "callbacks").values(), key=lambda callback: isinstance(callback, LastCheckpoint))
-    callbacks = [SeededSteps(cfg.seed), *chosen, outcome]  # the last checkpoint also has the state of the others
+    callbacks = [SeededSteps(cfg.seed), *lines, *chosen, outcome]  # the last checkpoint also has the state of the others
     trainer = build(
         _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
     )
     write_atomically(trainer)
     try:
-        with plain_worker_errors():
+        with plain_worker_errors(), step("training"):
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

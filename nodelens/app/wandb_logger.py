@@ -1,0 +1,41 @@
+"""The logger of Weights & Biases, for which the environment's ``WANDB_*`` count."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+
+
+def wandb_logger(
+    folder: str,
+    task: str,
+    settings: str | None = None,
+    project: str | None = None,
+    offline: bool | None = None,
+    job_type: str | None = None,
+    save_dir: str | None = None,
+    name: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] | None = None,
+    **options: Any,
+) -> WandbLogger:
+    """Lightning's logger of W&B. What is None follows the environment, such as ``WANDB_RUN_GROUP``.
+
+    Without it, the project is nodelens, the job type the ``task``, the place ``folder``, and the mode offline. settings: the config
+    of the run as JSON, which W&B shows. options: further arguments of ``wandb.init``.
+    """
+    env = {key: os.environ.get(f"WANDB_{key}") or None for key in ("DIR", "PROJECT", "JOB_TYPE", "NAME", "RUN_GROUP", "TAGS")}
+    mode = os.environ.get("WANDB_MODE", "offline") if offline is None else "offline" if offline else "online"
+    return WandbLogger(
+        save_dir=save_dir or env["DIR"] or folder,
+        project=project or env["PROJECT"] or "nodelens",
+        job_type=job_type or env["JOB_TYPE"] or task,
+        name=name or env["NAME"],
+        group=group or env["RUN_GROUP"],
+        tags=list(tags) if tags else env["TAGS"].split(",") if env["TAGS"] else None,
+        config=None if settings is None else json.loads(settings),
+        mode=mode,
+        **options,
+    )

@@ -1,0 +1,236 @@
+"""What newcomers get wrong, in Python and on the command line: each ends in one line that names the thing and the way out."""
+
+import numpy as np
+import pytest
+import torch
+from command import command
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nodelens as nl
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.relu, self.fc2 = nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc2(self.relu(self.fc1(x)))
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+class Texts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.embedding(x).mean(1))
+
+
+NET, X, Y = Net(), torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+DATA = [(X, Y)]
+TOKENS = torch.arange(12).reshape(2, 6)
+ANALYZE = "nl.analyze takes a model, a torch.nn.Module, and not"
+PRUNE = {"data": DATA, "criterion": "magnitude"}
+IN_PYTHON = {  # a call, and parts of its message
+    "swapped arguments": (lambda: nl.analyze(DataLoader(TensorDataset(X, Y)), NET), f"{ANALYZE} DataLoader", "swap them"),
+    "swapped in prune": (lambda: nl.prune(DATA, NET), "nl.prune takes a model", "swap them"),
+    "swapped in evaluate": (lambda: nl.evaluate(DATA, NET), "nl.evaluate takes a model", "swap them"),
+    "a class": (lambda: nl.analyze(Net, DATA), f"{ANALYZE} the class Net: give an object, Net(...)"),
+    "a name": (lambda: nl.analyze("resnet18", DATA), f"{ANALYZE} the text 'resnet18': build or load it first"),
+    "a state dict": (lambda: nl.analyze(NET.state_dict(), DATA), f"{ANALYZE} OrderedDict", "load_state_dict(...)"),
+    "no network": (lambda: nl.find_layers(None), "nl.find_layers takes a model", "not None: give the network itself"),
+    "weights on meta": (lambda: nl.analyze(Net().to("meta"), DATA), "Net has weights on the meta device, without values"),
+    "a tensor as data": (lambda: nl.analyze(NET, X), "data is Tensor (20, 8)", "give a list of batches, [x]"),
+    "an array as data": (lambda: nl.analyze(NET, X.numpy()), "data is ndarray (20, 8)", "give a list of batches, [x]"),
+    "a pair as data": (lambda: nl.analyze(NET, (X, Y)), "an (x, y) pair is one batch: give a list of batches, [(x, y)]"),
+    "a dict as data": (lambda: nl.analyze(NET, {"x": X, "y": Y}), "a dict of x, y is one batch: give a list of batches, [batch]"),
+    "a dataset as data": (
+        lambda: nl.analyze(NET, TensorDataset(X, Y)),
+        "data is TensorDataset",
+        "DataLoader(dataset, batch_",
+    ),
+    "a name as data": (lambda: nl.evaluate(NET, "digits"), "data is the text 'digits'; give batches: a DataLoader"),
+    "a number as data": (lambda: nl.analyze(NET, 3), "data is int; give batches"),
+    "an empty loader": (lambda: nl.analyze(NET, []), "the data are empty: not one batch"),
+    "nothing to evaluate": (lambda: nl.evaluate(NET, []), "the data are empty: nothing to evaluate"),
+    "no data": (lambda: nl.analyze(NET, None, ["rq"]), "rq is measured on data: give data="),
+    "data in the place of the criterion": (lambda: nl.prune(NET, DATA), "criterion is list", "nl.prune(model, data=...)"),
+    "two criteria": (
+        lambda: nl.prune(NET, DATA, criterion="taylor"),
+        "nl.prune: multiple values for argument 'criterion'; the arguments in order are model, criterion, amount; give others",
+    ),
+    "a dict of other keys": (
+        lambda: nl.analyze(NET, [{"image": X, "label": Y}]),
+        "unexpected keyword argument 'image'; the batch is a dict of image, and forward takes x: give a dict",
+    ),
+    "a wrong width": (
+        lambda: nl.analyze(NET, [(torch.randn(4, 9), Y[:4])]),
+        "Net cannot take the data, input 0 (2, 9) float32: mat1 and mat2 shapes cannot be multiplied (2x9 and 8x6); give inputs of",
+    ),
+    "a wrong width in prune": (
+        lambda: nl.prune(NET, data=[torch.randn(4, 9)]),
+        "Net cannot take the data",
+        "give inputs of the shape",
+    ),
+    "a wrong width in evaluate": (
+        lambda: nl.evaluate(NET, [(torch.randn(4, 9), Y[:4])]),
+        "Net cannot take the data, input 0 (2, 9)",
+    ),
+    "a wrong width later": (lambda: nl.analyze(NET, [X, torch.randn(4, 9)], ["rq"]), "Net cannot take the data, input 0 (2, 9)"),
+    "channels last": (
+        lambda: nl.analyze(Conv(), [(torch.randn(4, 8, 8, 1), Y[:4])]),
+        "to have 1 channels, but got 8 channels instead; the channels are on the last axis: move them to the second",
+    ),
+    "another type": (
+        lambda: nl.analyze(NET, [(X.double(), Y)]),
+        "its weights are float32 and the inputs float64: convert the inputs, x.to(torch.float32), or the model",
+    ),
+    "integers": (lambda: nl.analyze(NET, [(X.long(), Y)]), "its weights are float32 and the inputs int64: convert the inputs"),
+    "ids beyond the embeddings": (
+        lambda: nl.analyze(Texts(), [(TOKENS, Y[:2])]),
+        "the largest id is 11, its embeddings have 11 rows: use the model's own tokenizer",
+    ),
+    "numbers as ids": (
+        lambda: nl.analyze(Texts(), [(TOKENS.float(), Y[:2])]),
+        "it reads token ids, which are integers: give",
+    ),
+    "only NaN": (lambda: nl.analyze(NET, [(X * float("nan"), Y)]), "input 0 of the first batch, (20, 8), has no finite number"),
+    "no labels": (lambda: nl.analyze(NET, [X], ["taylor"]), "the loss needs labels, but the data have none: give (x, y) batches"),
+    "labels of other classes": (lambda: nl.analyze(NET, [(X, Y + 5)], ["taylor"]), "has 3 classes, but labels run from 5 to 7"),
+    "fewer labels": (lambda: nl.analyze(NET, [(X, Y[:3])], ["taylor"]), "20 samples and 3 labels: give one label per sample"),
+    "a metric's typing error": (
+        lambda: nl.analyze(NET, DATA, ["synergi"]),
+        "'synergi'; did you mean 'synergy'",
+        "nl.list_metrics() has",
+    ),
+    "a metric that is no name": (lambda: nl.get_metric(["rq"]), "a metric is given by its name, such as 'rq', not as list"),
+    "a layer's typing error": (lambda: nl.analyze(NET, DATA, ["rq"], "fc9"), "no layer matches 'fc9'; did you mean 'fc2'"),
+    "a layer without weights": (
+        lambda: nl.analyze(NET, DATA, ["rq"], "relu"),
+        "'rq' needs weights, but layer 'relu' (ReLU) has none; leave the metric out, or name layers with weights (layers=)",
+    ),
+    "an option's typing error": (lambda: nl.analyze(NET, DATA, ["rq"], group=3), "no option 'group'. Did you mean 'groups'?"),
+    "words for a number": (lambda: nl.analyze(NET, DATA, ["rq"], groups="many"), "groups is 'many'; it must be 1 or more"),
+    "a size in words": (
+        lambda: nl.analyze(NET, DATA, ["rq"], budget="lots"),
+        "budget is 'lots'; it takes bytes, or a size",
+    ),
+    "a budget too small": (lambda: nl.analyze(NET, DATA, ["rq"], budget="10B"), "the plan takes 0 MiB, budget is 0 MiB", "layers="),
+    "initial weights": (lambda: nl.analyze(NET, DATA, ["delta_alignment"]), "the initial weights", "are unknown: give initial="),
+    "a loss by name": (
+        lambda: nl.analyze(NET, DATA, ["taylor"], loss="mse"),
+        "loss is 'mse'; it is a function of (predictions",
+    ),
+    "a task's typing error": (
+        lambda: nl.evaluate(NET, DATA, task="clasification"),
+        "task is 'clasification'; it is class",
+    ),
+    "amounts for amount": (lambda: nl.prune(NET, amounts=0.5, **PRUNE), "nl.prune has no option 'amounts'. Did you mean 'amount'?"),
+    "a list for an amount": (lambda: nl.prune(NET, amount=[0.5], **PRUNE), "amount is [0.5]: a share to remove, from 0 up to"),
+    "per cent": (lambda: nl.prune(NET, amount=50, **PRUNE), "amount is 50: a share to remove, from 0 up to but not including 1"),
+    "a criterion without data": (lambda: nl.prune(NET, "taylor"), "which needs an input: give data="),
+    "a scope's typing error": (lambda: nl.prune(NET, scope="fc9", **PRUNE), "scope 'fc9' matches no group; there are fc1"),
+    "units that are not there": (lambda: nl.prune(NET, protect={"fc1": [99]}, **PRUNE), "group 'fc1' has units 0 to 5, not [99]"),
+    "fine-tuning as a number": (lambda: nl.prune(NET, finetune=3, **PRUNE), "finetune is 3; it is a callable, such as nl.Finetune"),
+    "a metric without tensors": (lambda: nl.get_metric("rq").compute(), "needs inputs= and weights=; given: nothing"),
+    "tensors that do not fit": (
+        lambda: nl.get_metric("rq").compute(inputs=X, weights=torch.ones(3, 9)),
+        "the weight reads 9 inputs, the rows are 8 wide",
+    ),
+    "tensors by position": (
+        lambda: nl.get_metric("rq").compute(X, X),
+        "compute() takes its tensors by name, as compute(",
+    ),
+    "no run": (lambda: nl.load("nope"), "nope has no finished run"),
+    "a folder that is no pruned model": (lambda: nl.load_pruned("nope"), "nope holds no pruned model"),
+    "a function's typing error": (lambda: nl.analyse(NET, DATA), "no attribute 'analyse'. Did you mean 'analyze'?"),
+    "a task's name": (lambda: nl.load_config("analyse"), "no task is called 'analyse'; there are train, analyze, prune"),
+    "a config key": (
+        lambda: nl.load_config("analyze", ["modle=mlp"]),
+        "no key 'modle' in the config of analyze. Did you mean 'model'",
+    ),
+    "an option of a group": (lambda: nl.load_config("analyze", ["model=resnet19"]), "no option 'model/resnet19'; available: "),
+    "overrides as a text": (lambda: nl.load_config("analyze", "model=mlp"), "overrides is the text 'model=mlp'; give a list"),
+    "an argument too many": (lambda: nl.list_metrics("unit"), "too many positional arguments; it takes no argument without a name"),
+}
+ON_THE_COMMAND_LINE = [  # words, and a part of the line
+    (
+        "analyze metrics=[rq] metrics.synergy.target=nll",
+        "synergy is not among the chosen metrics (rq); choose it too: 'metrics=",
+    ),
+    ("analyze experiment=quick metrics.synergy.target=nll", "synergy is not among the chosen metrics (rq, taylor)"),
+    ("train experiment.trainer.max_epochs=3", "without a prefix: write trainer.max_epochs=3"),
+    ("analyze +experiment=quik", "experiment: no option 'quik'. Did you mean 'quick'?"),
+    ("prune amounts=0.5", "amounts is 0.5; it takes a list: 'amounts=[0.5]'"),
+    ("prune latency.batches=1", "latency.batches is 1; it takes a list: 'latency.batches=[1]'"),
+    ("prune amount=0.5", "no key 'amount' in the config of prune. Did you mean 'amounts'?"),
+    ("prune amounts=[-0.1]", "amount is -0.1: a share to remove, from 0 up to but not including 1"),
+    ("prune protect.fc1=[0]", "protect is empty: a new entry has a leading +, as in +protect.fc1=[0]"),
+    ("prune +protect.fc9=[0] criterion=magnitude latency.batches=[]", "protect 'fc9' matches no group; there are fc1, fc2"),
+    ("analyze model=causal_lm model.path=gpt2", "the model reads texts", "dataset=text"),
+    ("analyze model=tiny_lm", "the data are images (nodelens.data.Digits): choose texts, dataset=text, or a model of images"),
+    ("analyze dataset=text", "image models need images; for texts use model=tiny_lm"),
+    ("analyze ckpt_path=nope.ckpt", "ckpt_path: there is nothing at", "nope.ckpt; give a .safetensors file"),
+    ("analyze initial_path=nope", "initial_path: there is nothing at"),
+    ("analyze ckpt_path=empty", "no weights at", "a folder that holds model.safetensors"),
+    ("analyze model=vgg16", "model: no option 'vgg16'", "model=torchvision model.name=vgg16"),
+    ("analyze layers=relu1 metrics=[rq]", "layer 'relu1' (ReLU) has none; leave the metric out, or name layers with weights"),
+    ("analyze metrics=[delta_alignment]", "the initial weights of layer 'fc1' (Linear) are unknown: give initial_path="),
+    ("analyze metrics=[rqq]", "metrics: no option 'rqq'. Did you mean 'rq'?"),
+    ("analyze budget.memory=1KB", "budget.memory is 0 MiB"),
+    ("analyze objective.loss=torch.nope", "objective.loss=torch.nope cannot be imported"),
+    ("analyze objective.task=regression metrics=[taylor]", "give objective.output= or objective.loss="),
+    ("train model.optimizer.lr=fast", "model.optimizer.lr is 'fast'; torch.optim.AdamW takes float or Tensor"),
+    ("analyze dataset=npz dataset.channels=1 dataset.size=8 dataset.path=nan.npz", "has no finite number, only NaN or infinity"),
+    ("analyze dataset=npz dataset.path=broken.npz", "broken.npz is not an .npz file"),
+    ("analyze dataset=npz dataset.path=keys.npz", "keys.npz has no array x and y, it has a; name the arrays"),
+    ("analyze dataset=text model=tiny_lm dataset.path=nope.txt", "nope.txt; dataset.path is a text file"),
+    (
+        "analyze model=cnn model.net.channels=3",
+        "change the data's channels and size (dataset.channels=, dataset.size=)",
+    ),
+    ("analyze --cfg jobs", "invalid choice: 'jobs'", "--hydra-help"),
+    ("analyze =3", "'=3' sets nothing: settings are key=value"),
+    ("analyze hydra.run.dir=", "hydra.run.dir is empty: give a folder"),
+    ("analyze trainer=gpus", "trainer: no option 'gpus'. Did you mean 'gpu'?"),
+]
+
+
+@pytest.mark.parametrize("mistake", IN_PYTHON)
+def test_a_mistake_in_python_is_one_line(mistake, quiet_home):
+    call, *parts = IN_PYTHON[mistake]
+    with pytest.raises((TypeError, ValueError, OSError, MemoryError, AttributeError)) as raised:
+        call()
+    message = str(raised.value)
+    assert "\n" not in message.strip()
+    assert all(part in message for part in parts), message
+    assert not any(word in message for word in ("dataset.", "budget.", "objective.", "initial_path")), message
+
+
+@pytest.fixture
+def files(quiet_home):
+    (quiet_home / "empty").mkdir()
+    (quiet_home / "broken.npz").write_text("no archive")
+    np.savez("nan.npz", x=np.full((60, 8, 8), np.nan, np.float32), y=np.arange(60) % 10)
+    np.savez("keys.npz", a=np.zeros((60, 8, 8)))
+    return quiet_home
+
+
+@pytest.mark.parametrize(("words", "parts"), [(words, parts) for words, *parts in ON_THE_COMMAND_LINE])
+def test_a_mistake_on_the_command_line_is_one_line(words, parts, files):
+    ended = command(*words.split())
+    assert ended.code in (1, 2)
+    assert ended.err.startswith("nodelens: ")
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    assert all(part in ended.err for part in parts), ended.err
