@@ -132,6 +132,9 @@ class TokenRows:
                     self.owner.put(need, g, made)
 
 
+_KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": ModelCollector}
+
+
 class Pass:
     """The collectors of all sites, which see one batch after another."""
 

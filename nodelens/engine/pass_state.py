@@ -33,9 +33,6 @@ class SeenOrder(NamedTuple):
         return SeenOrder(self.batches + 1, int(mix(torch.tensor(self.all), torch.tensor(last))), last)
 
 
-_KINDS: dict[str, type[Collector]] = {"weight*grad": WeightCollector, "model": ModelCollector}
-
-
 def collector_state(collector: Collector) -> State:
     """The sums, the buffered rows, the shifts and the counts of one site, after a batch has ended."""
     counts = {name: getattr(collector, name) for name in ("left_out", "rows_seen", "lost")}
