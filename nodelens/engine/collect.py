@@ -22,6 +22,7 @@ from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
 
 from .collector import TERMS, Collector
+from .other_collectors import ModelCollector, WeightCollector
 from .pass_state import SeenOrder, collector_state, restore_collector
 from .plan import Plan
 

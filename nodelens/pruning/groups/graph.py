@@ -38,9 +38,26 @@ def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
     """
     two = batch.head(2) if len(batch) > 1 else batch.map(lambda t: t.repeat_interleave(2, 0))
     with eval_mode(model), torch.no_grad(), exact_products():
-        found = settle(_traced(model, two)).groups()
-        exact, approximate = ([group for group in found if group.exact == kind] for kind in (True, False))
-        failed = {f.what: f for f in chain(_failing(model, two, exact), _failing(model, two, approximate))}
+        ids = _traced(model, two)
+        found = _tested(model, two, settle(ids).groups())
+        failed = {f.what for f in found.frozen}
+        stuck = {piece.module for group in settle(ids).groups() if group.name in failed for piece in group.slices}
+        kinds = {
+            type(model.get_submodule(p.module))
+            for p in ids.products
+            if any(f"{path}.".startswith(f"{p.module}.") for path in stuck)
+        }
+        if kinds:
+            alike = {path for path, module in model.named_modules() if type(module) in kinds}
+            again = _tested(model, two, settle(ids, alike).groups())
+            found = max(found, again, key=lambda groups: groups.coverage(model))
+    return found
+
+
+def _tested(model: nn.Module, batch: Batch, found: PruningGroups) -> PruningGroups:
+    """The groups without which the model runs as it should; the others are frozen."""
+    exact, approximate = ([group for group in found if group.exact == kind] for kind in (True, False))
+    failed = {f.what: f for f in chain(_failing(model, batch, exact), _failing(model, batch, approximate))}
     return PruningGroups(tuple(group for group in found if group.name not in failed), (*found.frozen, *failed.values()))
 
 
@@ -92,41 +109,54 @@ def _follow(model: nn.Module, program: ExportedProgram, ids: Ids, read: set[int]
 
 
 def _failing(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> list[Frozen]:
-    """The groups whose units cannot be sliced away: all are tested at once, then in halves if that fails.
+    """The groups whose units cannot be sliced away: all are tested at once, then, if that fails, the suspects and the others.
 
-    The groups given are all exact or all not exact.
+    The groups given are all exact or all not exact. Suspects are the groups of the module that failed, or else the first half.
     """
-    why = _failure(model, batch, groups)
+    why, where = _failure(model, batch, groups)
     if not why:
         return []
     if len(groups) == 1:
         return [Frozen(groups[0].name, f"{groups[0].n} units: {why}")]
-    half = len(groups) // 2
-    failing = _failing(model, batch, groups[:half]) + _failing(model, batch, groups[half:])
+    suspects = [g for g in groups if where and any(f"{p.module}.".startswith(f"{where}.") for p in g.slices)]
+    if not 0 < len(suspects) < len(groups):
+        suspects = list(groups[: len(groups) // 2])
+    others = [group for group in groups if group not in suspects]
+    failing = _failing(model, batch, suspects) + _failing(model, batch, others)
     return failing or [Frozen(group.name, f"{group.n} units: sliced with other groups, {why}") for group in groups]
 
 
-def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> str:
-    """What fails on a copy without some units of each group; "" if nothing does.
+def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> tuple[str, str]:
+    """What fails on a copy without some units of each group, and in which module if that is known; "" if nothing does.
 
     A forward pass that runs is not enough: it may contain constants such as a width in a reshape or as a divisor.
     """
     removed = {group.name: range(1, group.n, 2 + k % 3) for k, group in enumerate(groups) if group.n > 1}
     if not removed:
-        return ""
+        return "", ""
+    copied = copy.deepcopy(model)
     try:
-        copied = slice_units(copy.deepcopy(model), groups, removed)
-        sliced = tensors_of(batch.run(copied))
+        sliced = tensors_of(batch.run(slice_units(copied, groups, removed)))
     except Exception as error:  # a forward pass may raise anything
-        return f"without some of them the model does not run: {_first_line(error)}"
+        return f"without some of them the model does not run: {_first_line(error)}", _raised_in(copied, error)
     with masked(model, groups, removed):
         expected = tensors_of(batch.run(model))
     differing = (_difference(a, b, groups[0].exact) for a, b in zip(sliced, expected, strict=True))
     if why := next((why for why in differing if why), ""):
-        return why
+        return why, ""
     if why := _untrainable(copied, batch):
-        return "" if _untrainable(copy.deepcopy(model), batch) else f"without some of them training does not run: {why}"
-    return ""
+        return ("", "") if _untrainable(copy.deepcopy(model), batch) else (f"without some of them training does not run: {why}", "")
+    return "", ""
+
+
+def _raised_in(model: nn.Module, error: BaseException) -> str:
+    """The path of the innermost module whose method raised an error; "" if it is the model itself or not known."""
+    paths, found = {id(module): path for path, module in model.named_modules()}, ""
+    trace = error.__traceback__
+    while trace is not None:
+        found = paths.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
 
 
 def _difference(sliced: Tensor, expected: Tensor, exact: bool) -> str:

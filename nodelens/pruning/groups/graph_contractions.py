@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from .graph_walk import Layout, Value, Walk, shape_of, where
+from .graph_walk import Layout, Value, Walk, shape_of, stack_of, where
 
 
 def matmul(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
@@ -68,7 +68,7 @@ def contract(walk: Walk, node: Node, operands: Sequence[Node], terms: Sequence[s
         ]  # fmt: skip
         ids = tie_all(walk, node, [(layout.ids(dim), layout.source) for layout, dim in dims])
         if ids is not None and letter not in result:
-            walk.ids.freeze(ids, f"{where(node)} sums over them")
+            walk.ids.summed.append((ids, f"{where(node)} sums over them", stack_of(node)))
             ids = None
         elif ids is not None and len(dims) > 1:
             walk.ids.heads.append(ids)

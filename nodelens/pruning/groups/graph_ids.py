@@ -1,15 +1,16 @@
 """Channel ids: which channels are tied, which are frozen, and the pruning groups that result."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, StoredCount
 
-WIDTH = re.compile(r"dim|size|width|channel|planes|feature|embed|ch_per|_ch$")  # in the names of attributes that are widths
+WIDTH = re.compile(r"dim|size|width|channel|planes|feature|embed|ch_per|_chs?$|chans")  # in the names of attributes that are widths
 Profile = list[tuple[int, int]]
 
 
@@ -61,6 +62,8 @@ class Ids:
     normalized: list[Tensor] = field(default_factory=list)  # an operation reduces over them
     heads: list[Tensor] = field(default_factory=list)  # the operands of a matrix product share them
     products: list[Product] = field(default_factory=list)
+    summed: list[tuple[Tensor, str, str]] = field(default_factory=list)  # ids, reason and module of a product of activations
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # outputs (n,) in order and inputs (m,) of each layer
     report: list[Frozen] = field(default_factory=list)  # what is frozen as a whole
     evaluated: frozenset[tuple[str, str, int]] | None = None  # places of the evaluation, while training is followed
 
@@ -68,6 +71,11 @@ class Ids:
         """New ids, (length,)."""
         self.count += length
         return torch.arange(self.count - length, self.count)
+
+    def copy(self) -> "Ids":
+        """Ids to which more can be added without changing these."""
+        mutable = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}
+        return Ids(**mutable)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Channels that are removed together: a[k] with b[k]."""
@@ -78,8 +86,10 @@ class Ids:
         """Channels that cannot be removed. The first of several reasons is reported."""
         self.frozen.append((ids, reason))
 
-    def put(self, place: Place) -> None:
+    def put(self, place: Place, computed: bool = False) -> None:
         """Records where channels lie; if a tensor is used twice, the channels of both uses are tied.
+
+        computed: a layer uses what is computed from the tensor, such as standardized weights, which was seen as data before.
 
         Layers that only training runs do not read or make units that can be measured: their inputs are tied to the units that
         they read, and their outputs are frozen.
@@ -88,7 +98,10 @@ class Ids:
             if place.role == "producer":
                 self.freeze(place.ids, f"only training runs {place.module}")
             place = replace(place, role="producer" if place.role == "producer" else "tied")
-        first = self.places.setdefault((place.module, place.tensor, place.dim), place)
+        key = (place.module, place.tensor, place.dim)
+        first = self.places.setdefault(key, place)
+        if computed and first.role == "tied":
+            first = self.places[key] = replace(first, role=place.role, groups=place.groups)
         if (first.role, first.groups, len(first.ids)) == (place.role, place.groups, len(place.ids)):
             self.tie(first.ids, place.ids)
             return

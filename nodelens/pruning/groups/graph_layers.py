@@ -1,5 +1,6 @@
 """How layers with weights map units: a consumer's columns read them, a producer's rows make new ones, norms are tied to them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ def _layer(walk: Walk, node: Node, a: dict[str, Any], dim: int, groups: int) -> 
     why = why or _unsupported(node, weight, groups, outs)
     depthwise = not why and groups > 1 and shape_of(weight)[1] == 1 and groups == len(inputs)
     role: Role = "tied" if depthwise else "producer"
+    computed = not why and weight.name not in walk.parameters
     filters = shape_of(node)[dim] // groups
     outputs = inputs.repeat_interleave(filters) if depthwise else walk.ids.fresh(shape_of(node)[dim])
     if why:
@@ -43,18 +45,37 @@ def _layer(walk: Walk, node: Node, a: dict[str, Any], dim: int, groups: int) -> 
     else:
         tie_blocks(walk, inputs, groups)
         tie_blocks(walk, outputs, groups)
-        walk.ids.put(Place(*key, ins, inputs[: shape_of(weight)[ins]], "consumer", groups))
-    walk.ids.put(Place(*key, outs, outputs, role))
+        walk.ids.layers.append((outputs, inputs))
+        walk.ids.put(Place(*key, ins, inputs[: shape_of(weight)[ins]], "consumer", groups), computed)
+    walk.ids.put(Place(*key, outs, outputs, role), computed)
+    if computed:
+        _tie_computed(walk, key, weight, {outs: outputs, ins: inputs[: shape_of(weight)[ins]]})
     if bias is not None and bias.name in walk.parameters:
         walk.ids.put(Place(*walk.parameters[bias.name], 0, outputs, role))
     return walk.layout(a["input"]).replaced(dim, outputs)
 
 
+def _tie_computed(walk: Walk, key: Key, weight: Node, units: Mapping[int, Tensor]) -> None:
+    """Ties the rows and columns of a weight that is computed from the module's own; {dimension: ids}."""
+    for dim in range(len(shape_of(weight))):
+        if dim in units:
+            walk.tied(weight, dim, units[dim])
+            continue
+        walk.freeze(weight, "a kernel keeps its size", [dim])
+        place = walk.ids.places.get((*key, dim))
+        if place is not None:
+            walk.ids.freeze(place.ids, "a kernel keeps its size")
+
+
 def _weight(walk: Walk, node: Node, weight: Node, bias: Node | None) -> tuple[Key, str]:
     """The module and name of a layer's weight, and why it cannot be sliced: "" if it can."""
     caller = stack_of(node)
-    if weight.name not in walk.parameters or (bias is not None and bias.name not in walk.parameters):
-        return (caller, "weight"), "has weights that are computed from others (a parametrization)"
+    if bias is not None and bias.name not in walk.parameters:
+        return (caller, "weight"), "has a bias that is computed from others"
+    if weight.name not in walk.parameters:
+        module, seen = walk.model.get_submodule(caller), (caller, "weight", 0) in walk.ids.places
+        plain = isinstance(module, _LAYERS) and type(module.weight) is nn.Parameter and seen and weight in walk.values
+        return (caller, "weight"), "" if plain else "has weights that are computed from others (a parametrization)"
     path, tensor = walk.parameters[weight.name]
     module = walk.model.get_submodule(path)
     if tensor != "weight" or not isinstance(module, _LAYERS):

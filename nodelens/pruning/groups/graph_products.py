@@ -1,7 +1,8 @@
 """Dimensions that a reshape splits or merges: which of their factors is pruned."""
 
 import re
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,25 @@ _ROUNDS = 16
 _NUMBER = re.compile(r"head|group|branch")  # attributes that count factors of a width
 
 
-def settle(ids: Ids) -> Ids:
-    """Chooses the factor of every product along which units are removed, ties its entries to it and freezes the other factors.
+def settle(found: Ids, by_input: Collection[str] = ()) -> Ids:
+    """The ids with a choice of the factor of every product along which units are removed; the other factors are frozen.
 
     A factor is chosen if the others cannot shrink. Among several, the heads of attention are preferred, then dimensions over
     which no operation reduces, then the last one, because a number of groups is usually a constant of the code.
+    by_input: modules that derive the width of a head from the width of their input: there each head is as wide as a share of the
+    input, so that a unit is one position of that share.
     """
+    ids = found.copy()
+    for summed, reason, module in ids.summed:
+        if module in by_input:
+            ids.normalized.append(summed)
+        else:
+            ids.freeze(summed, reason)
     undecided, ids.products = ids.products, []
+    if by_input:
+        _tie_to_input(ids, [p for p in undecided if p.module in by_input])
+        alone = [Product(summed, (), module) for summed, _, module in ids.summed if module in by_input]  # a single head
+        _tie_to_input(ids, alone)
     for round_ in range(_ROUNDS):
         if not undecided:
             break
@@ -60,6 +73,20 @@ class _Marks:
     def score(self, factor: Tensor) -> tuple[float, bool, bool]:
         own = self.label[factor]
         return self.free(factor), bool(self.heads[own].any()), not self.reduced[own].any()
+
+
+def _tie_to_input(ids: Ids, products: Iterable[Product]) -> None:
+    """Ties the entries of products to the input of the layer that makes them, if they are as many or a multiple."""
+    marks = _Marks.of(ids)
+    starts = [int(outputs[0]) for outputs, _ in ids.layers]
+    for product in products:
+        for factor in product.factors:
+            if marks.heads[marks.label[factor]].any():
+                ids.freeze(factor, "the code divides the width of its input by their number")
+        whole = product.whole.flatten()
+        outputs, inputs = ids.layers[max(0, bisect_right(starts, int(whole[0])) - 1)]
+        if whole[0] >= outputs[0] and whole[-1] <= outputs[-1] and len(whole) % len(inputs) == 0:
+            ids.tie(whole, inputs.repeat(len(whole) // len(inputs)))
 
 
 def _choose(ids: Ids, product: Product, chosen: int, heads: bool) -> None:

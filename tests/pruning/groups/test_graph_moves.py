@@ -171,6 +171,40 @@ def test_heads_whose_number_is_a_constant_are_frozen_with_the_reason():
     assert frozen["attend.qkv"].startswith("4 units: without some of them the model does not run: shape '[2, -1, 3, 4, 3]' is")
 
 
+def test_heads_that_share_the_width_of_the_input_lose_dimensions_with_it():
+    """The code divides the width of the input by the number of heads, which is a constant."""
+
+    class Divided(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            n, t, width = x.shape
+            q, k, v = self.qkv(x).reshape(n, t, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width))
+
+    model, x = seeded(Encoder(Divided(12, 4, 3, ""))), rows(3, 4, 6)
+    (group,) = graph_groups(model, Batch.of(x))
+    assert (group.name, group.kind, group.n, group.exact) == ("embed", "channel", 3, False)
+    index = {(piece.module, piece.dim): piece.index[1].tolist() for piece in group.slices if piece.tensor == "weight"}
+    assert index["embed", 0] == index["head", 1] == index["attend.proj", 0] == index["attend.proj", 1] == [1, 4, 7, 10]
+    assert index["attend.qkv", 0] == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34]
+    sliced = slice_units(copy.deepcopy(model), [group], {"embed": [1]})
+    assert output(sliced, x).shape == (3, 5)
+
+
+def test_weights_that_are_standardized_in_the_forward_pass_are_sliced():
+    class Standardized(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+            weight = rows.reshape_as(self.weight)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    layers = {"b": Standardized(6, 8, 3, padding=1), "c": conv(8, 8, groups=8)}
+    model, x = seeded(between(lambda m, x: space(m.c(x)), **layers)()), images()
+    groups = graph_groups(model, Batch.of(x))
+    assert {group.name: group.exact for group in groups} == {"a": False, "b": True}  # the statistics are over the inputs of b
+    assert_exact(model, groups.chosen(), x)
+    assert output(slice_units(model, groups, {"a": [0], "b": [1]}), x).shape == (3, 5)
+
+
 def test_query_heads_that_share_keys_are_one_unit():
     class Grouped(nn.Module):
         def __init__(self):
