@@ -19,7 +19,7 @@ from nodelens.results.files import remove_traces
 
 from .config import TASKS, register, with_custom_model
 from .explain import parsed_overrides
-from .overrides import configs, flags_of
+from .overrides import check_weights, configs, flags_of
 from .renamed import taken_warnings, with_new_keys
 from .run import run_task
 from .search_path import CONF, MistakeError, config_folders
@@ -88,6 +88,7 @@ def main(task: str) -> None:
         if lists or flags.info or flags.cfg:
             register(config_folders(parsed_overrides(flags.overrides), flags.config_dir), imports=not lists)
         else:
+            check_weights(parsed_overrides(flags.overrides))
             for cfg in configs(task, flags):
                 with config_words():
                     _check(cfg, bool(flags.multirun))

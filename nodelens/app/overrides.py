@@ -53,7 +53,6 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     register(folders, imports=False)  # names are enough to see a typing error, and importing torch takes a second
     for override in parsed:
         _check_choice(override, folders)
-        _check_weights(override)
         if override.is_sweep_override() and not flags.multirun:
             raise MistakeError(
                 f"{override.input_line} names several values: start with -m for one job per value, or write "
@@ -86,18 +85,21 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
                 raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} {available}")
 
 
-def _check_weights(override: Override) -> None:
+def check_weights(parsed: Sequence[Override]) -> None:
     """Raises MistakeError for weights that do not exist, before anything is imported that takes a while."""
-    if override.key_or_group not in _WEIGHTS or override.is_delete():
-        return
-    value: Any = override._value
-    for given in value.list if isinstance(value, ChoiceSweep) else [value]:
-        path = given.text if isinstance(given, QuotedString) else given
-        if isinstance(path, str) and path and "${" not in path and not Path(path).exists():
-            way_out = (
-                "give a .safetensors file, a checkpoint, a folder that holds model.safetensors, or the folder of a training run"
-            )
-            raise MistakeError(f"{override.key_or_group}: there is nothing at {Path(path).absolute()}; {way_out}")
+    for override in parsed:
+        if override.key_or_group in _WEIGHTS and not override.is_delete():
+            value: Any = override._value
+            for given in value.list if isinstance(value, ChoiceSweep) else [value]:
+                _check_path(override.key_or_group, given.text if isinstance(given, QuotedString) else given)
+
+
+def _check_path(key: str, path: Any) -> None:
+    if isinstance(path, str) and path and "${" not in path and not Path(path).exists():
+        raise MistakeError(
+            f"{key}: there is nothing at {Path(path).absolute()}; give a .safetensors file, a checkpoint, a folder that holds "
+            "model.safetensors, or the folder of a training run"
+        )
 
 
 def _listed(options: list[str]) -> str:
