@@ -58,7 +58,9 @@ class Finetune:
         module.keep_if_best(0)
         before, device = module.best_score, device_of(model)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-        with warnings.catch_warnings():
+        training = [(m, m.training) for m in model.modules()]
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        with warnings.catch_warnings(), seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
             warnings.filterwarnings("ignore", message=SRUN_HINT)
             trainer = Trainer(
                 max_epochs=self.epochs,
@@ -70,9 +72,6 @@ class Finetune:
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
             )
-        training = [(m, m.training) for m in model.modules()]
-        seed = torch.initial_seed() if self.seed is None else self.seed
-        with seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
             trainer.fit(module, train_dataloaders=_Batches(self.train))
         model.load_state_dict(module.best)
         model.to(device)
