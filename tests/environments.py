@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
-    "tests/app/test_cli.py",
-    "tests/app/test_tasks.py",
-    "tests/app/test_wandb.py",
-    "tests/app/test_not_finite.py",
+    "tests/app/test_environment.py",
+    "tests/app/test_wandb.py::test_an_offline_run_holds_the_curves_and_the_table",
+    "tests/app/test_tasks.py::test_a_training_leaves_its_checkpoints_curves_and_epochs",
+    "tests/app/test_tasks.py::test_what_was_trained_is_analysed",
+    "tests/app/test_tasks.py::test_a_config_of_ones_own_joins_the_group",
     "tests/report/test_report.py",
     "tests/training/test_finetune.py",
-    "tests/training/test_last_checkpoint.py",
+    "tests/training/test_checkpoints.py",
 )
 ABSENT = """
 import importlib.metadata as packages, sys
@@ -124,7 +125,8 @@ def run(name: str) -> dict[str, int]:
     lines = ended.stdout.splitlines()
     for line in [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-5:] * (ended.returncode > 0):
         print(f"  {name}: {line}", flush=True)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", " ".join(lines[-3:]))}
+    last = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error|skipped).* in [\d.]+s", line)), "")
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
     return counts | {"seconds": round(time.perf_counter() - started)}
 
 

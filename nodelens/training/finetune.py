@@ -63,7 +63,8 @@ class Finetune:
             module.keep_if_best(0)
         before, device = module.best_score, device_of(model)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-        with warnings.catch_warnings():
+        training = [(m, m.training) for m in model.modules()]
+        with warnings.catch_warnings(), seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
             warnings.filterwarnings("ignore", message=SRUN_HINT)
             trainer = Trainer(
                 max_epochs=self.epochs,
@@ -75,8 +76,6 @@ class Finetune:
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
             )
-        training = [(m, m.training) for m in model.modules()]
-        with seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
             trainer.fit(module, train_dataloaders=_Batches(self.train))
         model.load_state_dict(module.best)
         model.to(device)
