@@ -34,7 +34,7 @@ def buffer_bytes(plan: PassLayout, site: Site) -> int:
 
 def held(plan: PassLayout) -> list[Site]:
     """Sites whose rows are held within a batch, until the rows of the paired site or the logits are known."""
-    sites = [Site(la, need.port) for la in plan.every_layer for need in plan.needs(la) if plan.is_held(need)]
+    sites = [Site(la, need.port) for la in plan.read for need in plan.needs(la) if plan.is_held(need)]
     return list(dict.fromkeys(sites))
 
 

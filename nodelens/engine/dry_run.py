@@ -19,7 +19,7 @@ from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
 from nodelens.network.tasks import BY_VALUE
 
-from .firing import BEHIND, Firing, FiringTracer, Place, place_of
+from .firing import BEHIND, Firing, FiringTracer, Place, place_of, stored_tensors
 from .members import Members
 from .sample_axis import without_samples
 
@@ -136,7 +136,8 @@ class DryRun:
 
     def bound(self, model: nn.Module) -> "DryRun":
         """The same with the parameters of this process's model, which the activations' norms read."""
-        return replace(self, firing={name: firing.bound(model) for name, firing in self.firing.items()})
+        tensors = stored_tensors(model)
+        return replace(self, firing={name: firing.bound(tensors) for name, firing in self.firing.items()})
 
 
 def _predictions(objective: Objective, output: Any, batch: Batch) -> tuple[Tensor | None, Tensor | None, str]:

@@ -1,5 +1,6 @@
 """Which activation follows a layer, found in the operations of the dry run, and the layer's units behind it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,9 +63,8 @@ class Firing:
                 x = step(x, training)
         return x
 
-    def bound(self, model: nn.Module) -> "Firing":
-        """The same operations with the parameters and buffers of a model."""
-        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    def bound(self, tensors: Mapping[str, Tensor]) -> "Firing":
+        """The same operations with the ``stored_tensors`` of a model."""
 
         def value(given: Any) -> Any:
             return tensors[given.name].detach().view(given.shape) if isinstance(given, Stored) else given
@@ -155,6 +155,11 @@ class FiringTracer(TorchDispatchMode):
                 return None
             own.append(arg if stored is None else Stored(stored[0], tuple(arg.shape)))
         return Step(operation, overload, tuple(own), dict(kwargs))
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model under all their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def place_of(tensor: Tensor) -> Place:

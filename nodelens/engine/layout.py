@@ -71,7 +71,7 @@ class PassLayout:
         """The measured layers, the layers that capture units of groups, and the model if sums over the whole model are needed."""
         return [*self.layers, *self.members.layers]
 
-    @property
+    @cached_property
     def measured(self) -> list[Layer]:
         """The layers that have rows in the table of this pass."""
         return [layer for layer in self.layers if self.part is None or layer.name in self.part]
@@ -194,8 +194,20 @@ class PassLayout:
 
     def needs(self, layer: Layer) -> list[Need]:
         """The statistics computed at a layer, without those that can be derived from another one."""
-        wanted = self._wanted[layer.name]
-        return sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
+        if layer.name not in self._needs:
+            wanted = self._wanted[layer.name]
+            self._needs[layer.name] = sorted((need for need in wanted if self._provider(layer, need, wanted) == need), key=str)
+        return self._needs[layer.name]
+
+    @cached_property
+    def _needs(self) -> dict[str, list[Need]]:
+        """The needs of the layers that were asked for."""
+        return {}
+
+    @cached_property
+    def read(self) -> list[Layer]:
+        """The layers of which this pass computes statistics."""
+        return [layer for layer in self.every_layer if self._wanted[layer.name]]
 
     def lookup(self, layer: Layer, need: Need) -> Need:
         """The need whose statistic provides this one."""

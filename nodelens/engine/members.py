@@ -59,7 +59,8 @@ class Members:
         groups = [layer for layer in layers if isinstance(layer, GroupLayer)]
         around = {}
         if any(map(of_groups_only, metrics.values())):
-            around = {la.name: GroupLayer.around(model, la) for la in layers if not isinstance(la, GroupLayer)}
+            paths = {module: path for path, module in model.named_modules()}
+            around = {la.name: GroupLayer.around(model, la, paths[la.module]) for la in layers if not isinstance(la, GroupLayer)}
         known = {layer.name: layer for layer in layers if not isinstance(layer, GroupLayer)}
         found = cls([*groups, *around.values()], around, {}, {}, {}, Layer("(model)", model) if groups or around else None)
         readers, makers, mixtures = dict[str, IndexedLayers](), dict[str, IndexedLayers](), dict[str, Layer]()

@@ -125,12 +125,12 @@ class Plan(PassLayout):
 
     def sites(self) -> list[Site]:
         """Every site that is read: those of the needs, of paired targets, and of sums over the whole model."""
-        ports: dict[str, set[str]] = {layer.name: {need.port for need in self.needs(layer)} for layer in self.every_layer}
+        ports = {layer.name: {need.port for need in self.needs(layer)} for layer in self.read}
         for other in self.others:
-            ports[other.layer].add(other.port)
+            ports.setdefault(other.layer, set()).add(other.port)
         for layer, port in self.watched:
-            ports[layer.name].add(port)
-        return [Site(layer, port) for layer in self.every_layer for port in sorted(ports[layer.name])]
+            ports.setdefault(layer.name, set()).add(port)
+        return [Site(layer, port) for layer in self.every_layer if layer.name in ports for port in sorted(ports[layer.name])]
 
     @property
     def rounds(self) -> int:
@@ -148,7 +148,7 @@ class Plan(PassLayout):
     @cached_property
     def others(self) -> set[Other]:
         """Sites whose rows are the paired target of another site."""
-        return {need.target for layer in self.every_layer for need in self.needs(layer) if isinstance(need.target, Other)}
+        return {need.target for layer in self.read for need in self.needs(layer) if isinstance(need.target, Other)}
 
     @property
     def overwritten(self) -> set[str]:
@@ -158,13 +158,13 @@ class Plan(PassLayout):
     @property
     def targets(self) -> set:
         """Targets with one value per sample, computed from logits and labels."""
-        every = {need.target for layer in self.every_layer for need in self.needs(layer) if need.target and need.view != "tokens"}
+        every = {need.target for layer in self.read for need in self.needs(layer) if need.target and need.view != "tokens"}
         return {target for target in every if not isinstance(target, Other)}
 
     @property
     def reads_predictions(self) -> bool:
         """Whether anything is computed from the model's predictions."""
-        by_token = any(need.view == "tokens" for layer in self.every_layer for need in self.needs(layer))
+        by_token = any(need.view == "tokens" for layer in self.read for need in self.needs(layer))
         return by_token or self.members.model is not None or bool(self.targets - {"label", "given"})
 
     @property
@@ -174,7 +174,7 @@ class Plan(PassLayout):
     def overhead(self) -> float:
         """Estimated extra cost of the pass, as a share of a bare forward pass (and backward pass if gradients are needed)."""
         extra = 0.0
-        for layer in self.every_layer:
+        for layer in self.read:
             for need in self.needs(layer):
                 if need.port == "model":
                     continue
@@ -188,7 +188,7 @@ class Plan(PassLayout):
 
     @property
     def total_bytes(self) -> int:
-        sums = sum(self.nbytes(layer, need) for layer in self.every_layer for need in self.needs(layer))
+        sums = sum(self.nbytes(layer, need) for layer in self.read for need in self.needs(layer))
         return sums + self.buffer_bytes + self.held_bytes
 
     @property
@@ -213,6 +213,6 @@ class Plan(PassLayout):
                 "bytes": self.nbytes(layer, need),
                 "waits_for": str(getattr(need.target, "__name__", need.target)) if self.is_held(need) else None,
             }
-            for layer in self.every_layer
+            for layer in self.read
             for need in self.needs(layer)
         ]

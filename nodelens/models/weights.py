@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nodelens.results.files import checked
+
 from .foreign import check_size, check_tensors
 
 _WRAPPERS = ("net", "model", "module", "_orig_mod")  # of Lightning modules, of parallel wrappers, of torch.compile
@@ -67,7 +69,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    check_size(file)
+    check_size(checked(file))
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

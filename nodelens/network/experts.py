@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -139,10 +140,8 @@ class Call:
 
     def share(self, expert: int) -> Share:
         """The tokens routed to an expert, in order."""
-        if self.rows.is_meta:  # shapes only: assume a uniform load
-            count = self.tokens if self.ids is None else -(-self.ids.numel() // len(self.experts))
-            tokens = self.rows.new_empty(count, dtype=torch.long)
-            return Share(tokens, tokens, self.rows.new_empty(count, 1))
+        if self.rows.is_meta:
+            return self._uniform
         if self.ids is None or self.weights is None:
             block = self.rows.unflatten(0, (len(self.experts), -1))[expert]
             (tokens,) = block.any(1).nonzero(as_tuple=True)
@@ -150,8 +149,17 @@ class Call:
         tokens, slots = (self.ids == expert).nonzero(as_tuple=True)
         return Share(tokens, tokens, self.weights[tokens, slots, None])
 
+    @cached_property
+    def _uniform(self) -> Share:
+        """The share of each expert on the meta device, where the load is unknown: equal shares."""
+        count = self.tokens if self.ids is None else -(-self.ids.numel() // len(self.experts))
+        tokens = self.rows.new_empty(count, dtype=torch.long)
+        return Share(tokens, tokens, self.rows.new_empty(count, 1))
+
     def hidden(self, expert: int, share: Share) -> Tensor:
         """The hidden units u of an expert at its tokens, (r, m)."""
+        if self.rows.is_meta:  # not computed: the shapes of many experts are those of one
+            return self.rows.new_empty(len(share.tokens), self.experts.units)
         return self.experts.hidden(self.experts.raw(expert, self.rows[share.at]))
 
     def hidden_gradient(self, expert: int, share: Share, g: Tensor) -> Tensor:

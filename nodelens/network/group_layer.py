@@ -61,9 +61,9 @@ class GroupLayer(Layer):
         return self.group.name
 
     @classmethod
-    def around(cls, model: nn.Module, layer: Layer) -> "GroupLayer":
-        """A layer as a group of its own units: made by its weight, or, for a layer's input, read by it."""
-        module, path = layer.module, next(name for name, each in model.named_modules() if each is layer.module)
+    def around(cls, model: nn.Module, layer: Layer, path: str) -> "GroupLayer":
+        """A layer, whose module is at a path, as a group of its own units: made by its weight or, for an input, read by it."""
+        module = layer.module
         transposed = hasattr(module, "nf") or bool(getattr(module, "transposed", False))  # weight stored as (inputs, outputs)
         pieces: tuple[GroupSlice, ...] = ()
         if layer.side == "output" and layer.weight is not None:

@@ -2,9 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,25 @@ class _Block:
         for dim, group, places in self.sliced:
             left[dim] -= places * removed.get(group, 0)
         return self.uses * math.prod(left)
+
+
+class _Sum(NamedTuple):
+    """A sum of blocks, of which only those are computed anew that a removed group slices."""
+
+    dense: float
+    by_group: Mapping[str, list[_Block]]
+
+    @classmethod
+    def of(cls, blocks: Sequence[_Block]) -> "_Sum":
+        by_group: dict[str, list[_Block]] = defaultdict(list)
+        for block in blocks:
+            for name in dict.fromkeys(group for _, group, _ in block.sliced):
+                by_group[name].append(block)
+        return cls(math.fsum(block({}) for block in blocks), by_group)
+
+    def __call__(self, removed: Mapping[str, int]) -> int:
+        changed = {id(block): block for name in removed for block in self.by_group.get(name, ())}.values()
+        return round(math.fsum([self.dense, *(block(removed) for block in changed), *(-block({}) for block in changed)]))
 
 
 @dataclass(frozen=True)
@@ -66,11 +86,15 @@ class Cost:
 
     def params(self, kept: Mapping[str, int] | None = None) -> int:
         """Parameters with these counts; a group that is not named keeps all units."""
-        return self._sum(self.weights, kept or {})
+        return self._sliced[0](self._removed(kept))
 
     def macs(self, kept: Mapping[str, int] | None = None) -> int:
         """MACs per sample with these counts."""
-        return self._sum(self.products, kept or {})
+        return self._sliced[1](self._removed(kept))
+
+    def _removed(self, kept: Mapping[str, int] | None) -> dict[str, int]:
+        """The groups that lose units, and how many."""
+        return {name: self.units[name] - count for name, count in (kept or {}).items() if count != self.units[name]}
 
     def price(self, budget: Budget, kept: Mapping[str, int] | None = None) -> int:
         """Units, parameters or MACs with these counts."""
@@ -78,9 +102,9 @@ class Cost:
             return sum((kept or {}).get(name, n) for name, n in self.units.items())
         return self.params(kept) if budget == "params" else self.macs(kept)
 
-    def _sum(self, blocks: Iterable[_Block], kept: Mapping[str, int]) -> int:
-        removed = {name: self.units[name] - count for name, count in kept.items()}
-        return round(math.fsum(block(removed) for block in blocks))
+    @cached_property
+    def _sliced(self) -> tuple["_Sum", "_Sum"]:
+        return _Sum.of(self.weights), _Sum.of(self.products)
 
 
 def _blocks(
@@ -97,9 +121,11 @@ def _blocks(
         if all(piece.entry is None for _, piece in pairs):
             blocks.append(_Block(uses, tuple(tensor.shape), common))
             continue
+        own: dict[int | None, list[tuple[int, str, int]]] = defaultdict(list)
+        for group, piece in pairs:
+            own[piece.entry].append((piece.dim, group.name, piece.index.shape[1]))
         for expert in range(len(tensor)):  # an equal part of the tensor each, which may also lose whole experts
-            own = tuple((piece.dim, group.name, piece.index.shape[1]) for group, piece in pairs if piece.entry == expert)
-            blocks.append(_Block(uses / len(tensor), tuple(tensor.shape), (*common, *own)))
+            blocks.append(_Block(uses / len(tensor), tuple(tensor.shape), (*common, *own[expert])))
     return (*blocks, _Block(fixed, ()))
 
 

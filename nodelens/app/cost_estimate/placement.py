@@ -69,10 +69,11 @@ def _part(name: str, blocks: Collection[str]) -> str:
 def _filled(sizes: Sequence[int], limits: Sequence[float]) -> list[int | None]:
     """The device of each part, in order; None if it does not fit."""
     found: list[int | None] = []
+    largest = [*itertools.accumulate([0, *reversed(sizes)], max)][::-1]  # of the sizes from the k-th on
     device, used = 0, 0
     for k, size in enumerate(sizes):
         while device < len(limits):
-            spare = max(sizes[k + 1 :], default=0) if device == 0 else 0
+            spare = largest[k + 1] if device == 0 else 0
             if used + size + spare <= limits[device]:
                 break
             device, used = device + 1, 0

@@ -28,7 +28,7 @@ from .progress import console, print_line
 from .show_cost import show_cost
 from .splits import splits
 
-_LANGUAGE = "nodelens.models.causal_lm"
+LANGUAGE = "nodelens.models.causal_lm"
 
 
 def estimate_costs(cfg: DictConfig, folder: Path) -> dict[str, CostEstimate]:
@@ -37,7 +37,7 @@ def estimate_costs(cfg: DictConfig, folder: Path) -> dict[str, CostEstimate]:
     If the model runs on shapes alone, no weights, tokenizer or data are read; otherwise the model and the first batch are, as for
     the pass itself. Raises ValueError if there is no pass, and for what the pass itself would refuse, except for its size.
     """
-    found = _from_config(cfg) or _from_data(cfg)
+    found = from_config(cfg) or _from_data(cfg)
     try:
         estimates = _estimates(cfg, *found)
     except (ValueError, RuntimeError) as error:
@@ -97,7 +97,7 @@ def _geometry(analysis: GeometryAnalysis, net: nn.Module, batch: Any, rows: int,
     return estimate_geometry_cost(net, samples=samples, length=length, machine=machine, **options)
 
 
-def _from_config(cfg: DictConfig) -> tuple[nn.Module, Any, int] | None:
+def from_config(cfg: DictConfig) -> tuple[nn.Module, Any, int] | None:
     """The model and a batch on the meta device, and the number of rows to read; None if the config does not determine them."""
     values = resolved(cfg)
     data, net = values["dataset"], values["model"].get("net") or {}
@@ -106,7 +106,7 @@ def _from_config(cfg: DictConfig) -> tuple[nn.Module, Any, int] | None:
         return None
     batch = token_batch(*sizes) if "length" in data else image_batch(*sizes)
     rows = _requested_rows(cfg) or _default_rows(cfg, data)
-    if net["_target_"] == _LANGUAGE:
+    if net["_target_"] == LANGUAGE:
         return meta_lm(**{name: value for name, value in net.items() if name != "_target_"}), batch, rows
     try:
         return meta_model(lambda: build(net, "model.net")), batch, rows

@@ -19,6 +19,7 @@ from nodelens.network.objective import Objective
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import columns_of
+from nodelens.pruning.groups.families import family_groups
 from nodelens.pruning.prune import Pruned
 from nodelens.pruning.sweep.latency import latency
 from nodelens.pruning.sweep.ranking import areas, measure_of
@@ -30,6 +31,7 @@ from nodelens.statistics.processes import world
 
 from .analyze import run_metadata
 from .common import build_all, initial_of, is_dry_run, launch, loggers_of, objective_of, to_device
+from .estimate_costs import LANGUAGE, from_config
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show_pruning import show_groups, show_sweep
@@ -79,6 +81,9 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     from nodelens.report import write_pruning_page
 
     rank, _ = world()
+    if is_dry_run(cfg) and (shapes := context_of_shapes(cfg)) is not None:
+        show_groups(console(), shapes)
+        return math.nan
     with step("opening data and model"):
         data, module, trained_by = open_inputs(cfg, folder)
     context = context_of(cfg, to_device(module.net, device).eval(), data, folder / SUMS)
@@ -125,10 +130,7 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path |
         objective.batch(given),
         loader,
         objective=objective,
-        scope=values["scope"],
-        freeze=values["freeze"],
-        allow_approximate=values["allow_approximate"],
-        custom_groups=values["custom_groups"],
+        **_chosen_groups(cfg),
         seed=cfg.seed,
         reduce=values["reduce"],
         columns=build_all(cfg.metrics, "metrics"),
@@ -136,6 +138,24 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path |
         progress=progress_bar("measuring", None, rank == 0),
         options=options,
     )
+
+
+def context_of_shapes(cfg: DictConfig) -> PruningContext | None:
+    """The pruning context of a language model, from its config alone; None for what needs weights or data.
+
+    The groups of other models are read from their graph and tested with values.
+    """
+    net = resolved(cfg)["model"].get("net") or {}
+    found = from_config(cfg) if net.get("_target_") == LANGUAGE else None
+    if found is None or not len(family_groups(found[0])):
+        return None
+    model, batch, _ = found
+    objective = Objective.of(model, **objective_of(cfg))
+    return PruningContext.of(model, objective.batch(batch), objective=objective, **_chosen_groups(cfg))
+
+
+def _chosen_groups(cfg: DictConfig) -> dict[str, Any]:
+    return {name: resolved(cfg)[name] for name in ("scope", "freeze", "allow_approximate", "custom_groups")}
 
 
 class SweepEvaluator:

@@ -123,9 +123,9 @@ def ties(
         return {}
     rules = Rules.of(groups, mode, seed, nan_policy, protected, None, removed)
     losing = [group for group in groups if 0 < len(chosen.get(group.name, ())) < group.n]
-    found = {}
-    for name, values in by_group(losing, scores).items():
-        group = next(each for each in losing if each.name == name)
+    found, values_of = {}, by_group(losing, scores)
+    for group in losing:
+        name, values = group.name, values_of[group.name]
         classes, score, _ = rules.keys(group, values)
         last, kept = rules.order(group, values)[len(chosen[name]) - 1 :][:2]
         same = (classes == classes[last]) & ((score == score[last]) | (np.isnan(score) & np.isnan(score[last])))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 from torch import nn
 
@@ -127,7 +128,7 @@ def _unmatched(model: nn.Module, groups: Sequence[PruningGroup], frozen: Sequenc
     """Weights that match no pattern, by the module that holds them; those outside numbered blocks are embeddings or heads."""
     sliced = {piece.module for group in groups for piece in group.slices}
     experts = {group.equal_count.rpartition(".")[0] for group in groups if group.equal_count is not None}
-    reported = {f.what for f in frozen}
+    reported, left_out = {f.what for f in frozen}, set(excluded)
     outside: dict[str, None] = {}
     inside: dict[str, dict[str, None]] = {}
     for name, parameter in model.named_parameters():
@@ -137,7 +138,7 @@ def _unmatched(model: nn.Module, groups: Sequence[PruningGroup], frozen: Sequenc
             parameter.ndim < 2
             or owner in sliced
             or holder in reported
-            or any(name.startswith(f"{path}." if path else "") for path in excluded)
+            or not left_out.isdisjoint(["", *accumulate(owner.split("."), join)])
         ):
             continue
         if any(part.isdigit() for part in name.split(".")):

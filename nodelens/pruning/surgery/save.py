@@ -21,7 +21,7 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
     """What the dense model can be built from: class and config of a transformers model, else the name of the class alone."""
     kind = type(model)
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or not hasattr(kind, "from_pretrained"):
+    if not hasattr(config, "to_dict") or all(base.__name__ != "PreTrainedModel" for base in kind.__mro__):
         return {"class": f"{kind.__module__}.{kind.__qualname__}"}
     generation: Any = getattr(model, "generation_config", None)
     return {

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from nodelens.messages import shown
 from nodelens.pruning.removal_plan import RemovalPlan, check_digests
-from nodelens.results.files import read_json
+from nodelens.results.files import checked, read_json
 
 FILES = ("model.safetensors", "plan.json", "config.json")
 Shapes = dict[str, tuple[torch.dtype, list[int]]]
@@ -41,6 +41,7 @@ class SavedModel:
         for name in FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no pruned model: {name} is missing")
+            checked(folder / name)
         where, origin_file = f"{folder / 'plan.json'}", f"{folder / 'config.json'}"
         content, origin = read_json(folder / "plan.json"), read_json(folder / "config.json")
         plan = RemovalPlan.read(content, where)
