@@ -14,12 +14,14 @@ from torch import nn
 from nodelens.engine.driver import first_of_data
 from nodelens.engine.options import AnalyzeOptions, check_kind
 from nodelens.messages import check_names, keywords_of, with_new_names
+from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.criteria.criterion import Criterion, Spec
+from nodelens.pruning.criteria.given import GIVEN, Scores, given_scores, is_given
 from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
 from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
@@ -144,7 +146,7 @@ def _remove(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Ap
 @one_at_a_time
 def prune(
     model: nn.Module,
-    criterion: Spec | None = None,
+    criterion: Spec | Metric | Scores | None = None,
     amount: float | None = None,
     *,
     data: Iterable[Any] | None = None,
@@ -157,7 +159,9 @@ def prune(
 
     A compiled model is pruned as the network inside: compile the result again. Calls from several threads run one after the other.
 
-    criterion:      name of a published criterion or a metric, {name: signed weight}, or the long form of ``Criterion``; taylor
+    criterion:      name of a published criterion or a metric, a metric object, {name: signed weight}, or the long form of
+                    ``Criterion``; or scores in hand: a table of units, {layer or group: tensor (units,)}, or a function of a group,
+                    in all of which units with high scores stay; taylor
     amount:         share of the budget to remove; 0.5
     data:           calibration batches as for ``nl.analyze``, a loader or a list that can be read several times; criteria of
                     weights need none
@@ -177,7 +181,10 @@ def prune(
     finetune = named.pop("finetune", finetune)
     _check_callables(criterion, finetune)
     check_names("nl.prune", named, [*of_pruning, *of_measuring, *keywords_of(prune)])
-    given = {"criterion": criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
+    scores = criterion if is_given(criterion) else None
+    columns = {criterion.names[0]: criterion} if isinstance(criterion, Metric) else {}
+    named_criterion = GIVEN if scores is not None else next(iter(columns), criterion)
+    given = {"criterion": named_criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
     with seeded(asked.seed, "prune"):
         if data is not None and iter(data) is data:
@@ -196,8 +203,10 @@ def prune(
             seed=asked.seed,
             reduce=asked.reduce,
             objective=objective,
+            columns=columns,
             options={name: value for name, value in named.items() if name not in of_pruning},
         )
+        context.scores = None if scores is None else given_scores(scores, context.groups, asked.reduce)
         return carry_out(context, asked, None, asked.apply, finetune, asked.gate)
 
 
@@ -214,6 +223,11 @@ def _check_callables(criterion: Any, finetune: Any) -> None:
 
 def _as_objects(given: dict[str, Any]) -> dict[str, Any]:
     """Options in which a criterion, an allocation and a schedule that are named are objects."""
-    kinds: dict[str, Callable[[Any], Any]] = {"allocation": Allocation, "schedule": Schedule}
+    kinds: dict[str, Callable[[Any], Any]] = {"allocation": Allocation, "schedule": _schedule}
     named = {name: kind(given[name]) for name, kind in kinds.items() if isinstance(given.get(name), str)}
     return given | named | ({"criterion": Criterion.of(given["criterion"])} if "criterion" in given else {})
+
+
+def _schedule(name: str) -> Schedule:
+    """A schedule by name: ``iterative`` takes five steps, as ``conf/schedule/iterative.yaml`` does."""
+    return Schedule(name, 5 if name == "iterative" else 1)  # type: ignore[arg-type]

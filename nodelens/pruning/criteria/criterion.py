@@ -45,11 +45,13 @@ class Criterion:
     protect: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spec: Spec, name: str | None = None) -> "Criterion":
+    def of(cls, spec: "Spec | Criterion", name: str | None = None) -> "Criterion":
         """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalize, combine, protect}.
 
         A term of the long form is a weight or {weight, transform}. Raises ValueError for anything else.
         """
+        if isinstance(spec, Criterion):
+            return spec
         if isinstance(spec, str):
             return cls(name or spec, {spec: Term()}, "none")
         spec = renamed(spec, {"normalise": "normalize"})
