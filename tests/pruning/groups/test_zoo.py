@@ -40,7 +40,7 @@ SIZES = {"inception_v3": (96, 96), "r3d_18": (4, 32, 32), "mc3_18": (4, 32, 32),
 WITHOUT_ORACLE = words("""
 shufflenet_v2_x0_5 shufflenet_v2_x1_0 vit_b_32 swin_t swin_v2_t skresnet18 levit_128s gmlp_ti16_224 mixer_s32_224
 resmlp_12_224 poolformer_s12 swin_tiny_patch4_window7_224 visformer_tiny res2net50_26w_4s rexnet_100 cspresnet50
-botnet26t_256 ghostnet_050 pvt_v2_b0 cait_xxs24_224 nf_regnet_b0""")
+botnet26t_256 ghostnet_050 pvt_v2_b0 cait_xxs24_224 nf_regnet_b0 mobilevitv2_050""")
 
 
 def of_torchvision(name: str) -> tuple[nn.Module, Tensor]:
