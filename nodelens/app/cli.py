@@ -107,9 +107,8 @@ def _job(cfg: DictConfig) -> float | None:
     except (ValueError, OSError, MemoryError) as error:
         return _stop(_line(error), error)
     except KeyboardInterrupt as stopped:
-        sys.exit(
-            f"nodelens: {stopped or 'interrupted'}; the same command with hydra.run.dir={cfg.paths.output_dir} continues the run"
-        )
+        words = str(stopped) or "interrupted"
+        sys.exit(f"nodelens: {words}; the same command with hydra.run.dir={cfg.paths.output_dir} continues the run")
 
 
 def _stop(line: str, error: BaseException) -> float:

@@ -16,6 +16,7 @@ from nodelens.statistics.sample_hash import mix
 from .collector import Collector
 from .other_collectors import ModelCollector
 
+_COUNTS = ("left_out", "rows_seen", "lost", "unread")
 State = dict[str, Any]  # dictionaries, lists, numbers and tensors, which torch.load(weights_only=True) accepts
 
 
@@ -35,7 +36,7 @@ class SeenOrder(NamedTuple):
 
 def collector_state(collector: Collector) -> State:
     """The sums, the buffered rows, the shifts and the counts of one site, after a batch has ended."""
-    counts = {name: getattr(collector, name) for name in ("left_out", "rows_seen", "lost")}
+    counts = {name: getattr(collector, name) for name in _COUNTS}
     sums = [each.state_dict() for each in collector.sums.values()]
     if isinstance(collector, ModelCollector):
         return counts | {"sums": sums}
@@ -50,7 +51,7 @@ def collector_state(collector: Collector) -> State:
 
 def restore_collector(collector: Collector, state: Mapping[str, Any]) -> None:
     """Gives a new collector of the same plan a saved state."""
-    for name in ("left_out", "rows_seen", "lost"):
+    for name in _COUNTS:
         setattr(collector, name, state[name])
     for sums, saved in zip(collector.sums.values(), state["sums"], strict=True):
         sums.load_state_dict(saved)

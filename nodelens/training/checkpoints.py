@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from nodelens.results.files import write
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+NEW, LAST, PREVIOUS = "new.ckpt", "last.ckpt", "previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,7 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with temporary.open("wb") as file:  # given a path, torch reports a full disk as an internal error
                 torch.save(checkpoint, file)
 
-        write(Path(path), fill)
+        # a new last checkpoint changes its name; the checksums in its file, which ``damage`` compares, go with it
+        write(Path(path), fill, listed=Path(path).name != NEW)
 
 
 def write_atomically(trainer: Trainer) -> None:

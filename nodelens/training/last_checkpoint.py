@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nodelens.statistics.processes import reduce_tensor
 
-from .checkpoints import LAST, PREVIOUS
+from .checkpoints import LAST, NEW, PREVIOUS
 
 # of Slurm and the operating system, of Lightning's requeueing, and of submitit
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
@@ -99,7 +99,7 @@ class LastCheckpoint(Checkpoint):
         return self.asked or 0, due
 
     def _save(self, trainer: Trainer) -> None:
-        new, last, previous = (self.folder / name for name in ("new.ckpt", LAST, PREVIOUS))
+        new, last, previous = (self.folder / name for name in (NEW, LAST, PREVIOUS))
         if trainer.is_global_zero and last.exists():
             _remove(previous)  # first, so that there are two files at most
         trainer.save_checkpoint(new)

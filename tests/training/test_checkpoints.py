@@ -10,6 +10,7 @@ from command import command
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
+from nodelens.results.files import MANIFEST, checked
 from nodelens.training import checkpoints
 from nodelens.training.checkpoints import AtomicCheckpointIO, damage, to_resume_from, write_atomically
 
@@ -26,7 +27,7 @@ def test_the_folder_of_temporary_files_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "mkstemp", lambda *_, **__: pytest.fail("a temporary file elsewhere"))
     AtomicCheckpointIO().save_checkpoint(STATE, tmp_path / "new/last.ckpt")
     assert torch.equal(torch.load(tmp_path / "new/last.ckpt", weights_only=True)["state_dict"]["w"], STATE["state_dict"]["w"])
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["last.ckpt"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"last.ckpt", MANIFEST}
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -37,7 +38,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as caught:
         AtomicCheckpointIO().save_checkpoint(STATE, path)
     assert caught.value.filename == str(path)
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("best.ckpt", before)]
+    assert {p.name for p in tmp_path.iterdir()} == {"best.ckpt", MANIFEST}
+    assert checked(path).read_bytes() == before
 
 
 def test_object_storage_is_written_by_lightning(monkeypatch):
@@ -148,7 +150,7 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_continues(whole, q
     monkeypatch.undo()
     monkeypatch.chdir(quiet_home)
     kept = quiet_home / "run/checkpoints"
-    assert {p.name for p in kept.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    assert {p.name for p in kept.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt", MANIFEST}
     harm(kept / "last.ckpt", "flipped")
     ended = command("train", *WORDS, "hydra.run.dir=run")
     assert ended.code == 0, ended.err
