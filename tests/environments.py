@@ -106,7 +106,6 @@ def run(name: str) -> dict[str, int]:
             sys.executable,
             "-m",
             "pytest",
-            "-q",
             "-n",
             "0",
             "-m",

@@ -130,3 +130,19 @@ def test_a_run_that_cannot_be_read_is_reported_and_left_out(tmp_path):
         (tmp_path / f"run{k}/metadata.json").write_text("{")
     with pytest.warns(UserWarning, match="is left out"), pytest.raises(FileNotFoundError, match=r"no run of .* can be read"):
         nl.load_runs(f"{tmp_path}/*")
+
+
+def test_the_cells_of_sweeps_come_as_one_table(tmp_path):
+    for seed in (0, 1):
+        result(seed=seed).save(tmp_path / str(seed))
+        cells = pd.DataFrame({"criterion": ["rq", "random"], "amount": [0.5, 0.5], "accuracy": [0.9 - seed / 10, 0.4]})
+        cells.to_parquet(tmp_path / str(seed) / "sweep.parquet")
+    found = nl.load_runs(str(tmp_path / "*"), rows="sweep")
+    assert found["seed"].tolist() == [0, 0, 1, 1]
+    assert found["accuracy"].tolist() == [0.9, 0.4, 0.8, 0.4]
+    result(seed=2).save(tmp_path / "2")  # a run of analyze.py
+    with pytest.warns(UserWarning, match=r"2 is left out: .*sweep\.parquet is missing"):
+        again = nl.load_runs(str(tmp_path / "*"), rows="sweep")
+    assert len(again) == 4
+    with pytest.raises(ValueError, match="rows is 'cells'; it is units, layers, edges or sweep"):
+        nl.load_runs(str(tmp_path / "*"), rows="cells")
