@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
     from nodelens.app.cost_estimate import Machine, estimate_cost
-    from nodelens.app.run import run
+    from nodelens.app.run import Run, run
     from nodelens.compat.representation_geometry import analyze_model
     from nodelens.data.selectors import select_tokens
     from nodelens.engine.analyze import analyze
@@ -40,7 +40,7 @@ _HOMES = {  # where the names are defined
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
     "app.cost_estimate": "Machine estimate_cost",
-    "app.run": "run",
+    "app.run": "Run run",
     "compat.representation_geometry": "analyze_model",
     "data.selectors": "select_tokens",
     "engine.analyze": "analyze",
@@ -68,9 +68,9 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "Allocation", "AnalyzeOptions", "Criterion", "Finetune", "GeometryOptions", "GeometryResult", "Layer", "Machine", "Metric",
     "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy",
-    "Result", "Schedule", "Supernodes", "analyze", "analyze_model", "estimate_cost", "evaluate", "find_groups", "find_layers",
-    "get_metric", "get_pruning_strategy", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config",
-    "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model", "estimate_cost", "evaluate", "find_groups",
+    "find_layers", "get_metric", "get_pruning_strategy", "list_metrics", "list_pruning_strategies", "load", "load_bundle",
+    "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 

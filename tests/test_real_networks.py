@@ -36,6 +36,7 @@ def test_a_pretrained_network_keeps_its_accuracy_and_every_unit_is_measured(resn
     assert not result.layers.isna().any().any()
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_column_by_more_than_a_hundred_thousandth(resnet20):
     found = []
     for size in (7, 64):

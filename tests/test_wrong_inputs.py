@@ -94,7 +94,7 @@ IN_PYTHON = {  # a call, and parts of its message
     ),
     "another type": (
         lambda: nl.analyze(NET, [(X.double(), Y)]),
-        "its weights are float32 and the inputs float64: convert the inputs, x.to(torch.float32), or the model",
+        "is float64, the weights of Net are float32: convert the input to float32",
     ),
     "integers": (lambda: nl.analyze(NET, [(X.long(), Y)]), "its weights are float32 and the inputs int64: convert the inputs"),
     "ids beyond the embeddings": (

@@ -1,8 +1,7 @@
 """The logger of Weights & Biases, for which the environment's ``WANDB_*`` count."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
@@ -11,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 def wandb_logger(
     folder: str,
     task: str,
-    settings: str | None = None,
+    settings: Callable[[], Mapping[str, Any]] | None = None,
     project: str | None = None,
     offline: bool | None = None,
     job_type: str | None = None,
@@ -23,8 +22,8 @@ def wandb_logger(
 ) -> WandbLogger:
     """Lightning's logger of W&B. What is None follows the environment, such as ``WANDB_RUN_GROUP``.
 
-    Without it, the project is nodelens, the job type the ``task``, the place ``folder``, and the mode offline. settings: the config
-    of the run as JSON, which W&B shows. options: further arguments of ``wandb.init``.
+    Without it, the project is nodelens, the job type the ``task``, the place ``folder``, and the mode offline. settings: gives
+    the config of the run, which W&B shows. options: further arguments of ``wandb.init``.
     """
     env = {key: os.environ.get(f"WANDB_{key}") or None for key in ("DIR", "PROJECT", "JOB_TYPE", "NAME", "RUN_GROUP", "TAGS")}
     mode = os.environ.get("WANDB_MODE", "offline") if offline is None else "offline" if offline else "online"
@@ -35,7 +34,7 @@ def wandb_logger(
         name=name or env["NAME"],
         group=group or env["RUN_GROUP"],
         tags=list(tags) if tags else env["TAGS"].split(",") if env["TAGS"] else None,
-        config=None if settings is None else json.loads(settings),
+        config=None if settings is None else dict(settings()),
         mode=mode,
         **options,
     )

@@ -155,7 +155,7 @@ def _omitted_note(plan: PassLayout, found: Iterable[Side], metrics: list[str]) -
     need, are = ("need", "are") if len(metrics) > 1 else ("needs", "is")
     count = min(1024, plan.covariance.limit)
     return (
-        f"{widest} is {widths[widest]:,} wide{more}, budget.width is {plan.covariance.limit:,}: {_listed(metrics)}, which "
+        f"{widest} is {widths[widest]:,} wide{more}, {option('width')} is {plan.covariance.limit:,}: {_listed(metrics)}, which "
         f"{need} products of all its units, {are} left out there; "
         f"covariance=sample:{count} measures {count:,} of its units"
     )

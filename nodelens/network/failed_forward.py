@@ -89,7 +89,16 @@ def _ids(model: nn.Module, batch: Batch, cause: str) -> str:
 
 
 def _dtypes(model: nn.Module, batch: Batch, cause: str) -> str:
-    return batch.wrong_dtype(model, RuntimeError(cause))
+    if not re.search(r"dtype|scalar type|Input type|not implemented for", cause):
+        return ""
+    if wrong := batch.wrong_dtype(model, RuntimeError(cause)):
+        return wrong
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    inputs = next((v.dtype for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)), None)
+    if weights is None or inputs is None or weights == inputs:
+        return ""
+    wanted, given = (str(dtype).removeprefix("torch.") for dtype in (weights, inputs))
+    return f"its weights are {wanted} and the inputs {given}: convert the inputs, x.to(torch.{wanted}), or the model"
 
 
 def _channels_last(model: nn.Module, batch: Batch, cause: str) -> str:

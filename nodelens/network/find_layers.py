@@ -17,13 +17,13 @@ from .roles import roles_of
 def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Mapping[str, Tensor] | None = None) -> list[Layer]:
     """The layers of a model that match a name, a glob, a role, or a list of these, in the order of the model.
 
-    ``"*"`` means every layer with weights (Linear, convolutions). A name matches any module; any other glob matches those with
-    weights or, if it matches none, modules without parts such as a ReLU, but no containers. With the suffix ``.input`` both match
-    the inputs of the modules, as in ``*.mlp.down_proj.input``. ``*.experts[*].hidden`` matches the hidden units of experts that
-    share tensors, one layer per expert. A pattern that matches no name may be a role of ``roles_of``, such as
-    ``blocks[n//2:].mlp.hidden`` or ``final_norm``; its layers keep the names of their modules. A model that is a single layer is
-    named after its class. start: a state dict from before training. Raises ValueError for a pattern without a match, a glob of
-    containers alone, a role that is not found, or a start without the weights of this model.
+    ``"*"`` means every layer with weights (Linear, convolutions). A name matches any module. Any other glob matches those with
+    weights; if there are none, modules without parts such as a ReLU; else modules that hold others, as ``*.mlp`` does. With the
+    suffix ``.input`` both match the inputs of the modules, as in ``*.mlp.down_proj.input``. ``*.experts[*].hidden`` matches the
+    hidden units of experts that share tensors, one layer per expert. A pattern that matches no name may be a role of ``roles_of``,
+    such as ``blocks[n//2:].mlp.hidden`` or ``final_norm``; its layers keep the names of their modules. A model that is a single
+    layer is named after its class. start: a state dict from before training. Raises ValueError for a pattern without a match, a
+    role that is not found, or a start without the weights of this model.
     """
     check_arguments("nl.find_layers", model)
     model = uncompiled(model)
@@ -39,7 +39,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         every = layers if pattern.endswith((".input", ".hidden")) else modules
         names = weighted if pattern == "*" else [name for name in every if _matches(name, pattern)]
-        names = names if pattern in names else _without_containers(pattern, [layers[name] for name in names])
+        names = names if pattern in names else _preferred([layers[name] for name in names])
         if not names:
             roles = roles or roles_of(model)
             names = [layer.name for layer in roles.layers(pattern)]
@@ -56,17 +56,11 @@ def resolved(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, list[
     return {pattern: [layer.name for layer in find_layers(model, pattern)] for pattern in every}
 
 
-def _without_containers(pattern: str, found: Sequence[Layer]) -> list[str]:
-    """The names of the layers whose modules have weights; without any, of those whose modules have no parts."""
+def _preferred(found: Sequence[Layer]) -> list[str]:
+    """The names of the layers whose modules have weights; without any, of those whose modules have no parts; else all."""
     weighted = [la.name for la in found if isinstance(la, ExpertLayer) or Layer(la.name, la.module).weight is not None]
-    names = weighted or [layer.name for layer in found if not next(layer.module.children(), None)]
-    if found and not names:
-        shown = ", ".join(f"{layer.name} ({type(layer.module).__name__})" for layer in found[:4])
-        raise ValueError(
-            f"{pattern!r} matches only modules that hold other layers: {shown}{', ...' if len(found) > 4 else ''}; match what is "
-            f"inside, as in '{pattern}.*', or give their names without * or ?"
-        )
-    return names
+    leaves = [layer.name for layer in found if not next(layer.module.children(), None)]
+    return weighted or leaves or [layer.name for layer in found]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -76,7 +76,8 @@ class LastCheckpoint(Checkpoint):
     def close(self, *_: Any, **__: Any) -> None:
         """Gives the signals back to those who handled them before."""
         for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) == self._note:  # otherwise they are back already, as after Lightning's own teardown
+                signal.signal(signum, handler)
         self.handlers = {}
 
     on_exception = teardown = close

@@ -170,7 +170,7 @@ def test_a_file_system_without_locks_stays_usable(tmp_path, monkeypatch):
 def test_names_with_brackets_are_printed_as_they_are(capsys):
     from rich.table import Table
 
-    from nodelens.app.tasks.common import console, print_line
+    from nodelens.app.tasks.progress import console, print_line
 
     names = ["blocks[0].mlp", "x[bold]", "[/red]", "[link=a]b", ":smile:"]
     table = Table(title="of [bold] names")

@@ -10,6 +10,7 @@ import nodelens as nl
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_four_jobs_through_submitit(tmp_path):
     pytest.importorskip("submitit")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

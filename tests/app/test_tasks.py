@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.app.config import build
-from nodelens.app.tasks.common import console
+from nodelens.app.tasks.progress import console
 from nodelens.app.tasks.show import show_plan
 
 try:
@@ -92,7 +92,7 @@ def test_what_was_trained_is_analysed(trained, quiet_home):
     }
     assert all(m["reason"] for m in result.metadata["missing"])
     assert result.metadata["weights"]["trained_by"]["task"] == "train"
-    assert result.metadata["weights"]["file"] == str(best)
+    assert result.metadata["weights"]["file"] == "checkpoints/best.ckpt"
 
     before = snapshot(quiet_home / "run")
     again = command("analyze", f"ckpt_path={trained[0]}", "hydra.run.dir=run")
@@ -192,7 +192,7 @@ def test_a_plan_says_what_is_left_out(capsys):
     nl.analyze(net, [torch.randn(9, 4)], width=7, on_plan=lambda plan: show_plan(console(), plan))
     shown = " ".join(capsys.readouterr().out.split())
     assert "the data have no labels, so there is no loss: synergy, taylor are left out" in shown
-    assert "0 is 8 wide, budget.width is 7: redundancy, effective_rank, participation_ratio, which need" in shown
+    assert "0 is 8 wide, width is 7: redundancy, effective_rank, participation_ratio, which need" in shown
 
 
 def test_pruning_groups_are_measured_as_prune_scores_them(quiet_home):

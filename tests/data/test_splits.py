@@ -72,7 +72,7 @@ def test_saved_splits_list_the_samples(tmp_path):
     data = Digits()
     file = data.save_splits(tmp_path / "run")
     saved = json.loads(file.read_text())
-    assert [path.name for path in file.parent.iterdir()] == ["splits.json"]
+    assert {path.name for path in file.parent.iterdir()} == {"splits.json", "SHA256SUMS"}
     assert saved["val"] == data.indices["val"].tolist()
     assert "train" not in saved
     assert saved["sizes"] == {"test": 359, "val": 180, "calibration": 512, "train": 746}

@@ -43,7 +43,7 @@ def check(name, vocabulary):
     found = nl.analyze(net, data)
     (note,) = found.metadata["warnings"]
     head = next(layer for layer in found.layers.index if found.layers.units[layer] == vocabulary)
-    assert f"{head} is {vocabulary:,} wide, budget.width is 4,096: {', '.join(PRODUCTS)}, which need products" in note
+    assert f"{head} is {vocabulary:,} wide, width is 4,096: {', '.join(PRODUCTS)}, which need products" in note
     assert f"warning: {note}" in found.summary()
     of_units, of_layers = found.units.loc[head], found.layers.loc[head]
     assert of_units[["activation_mean", "rq", "taylor", "magnitude"]].iloc[1:].notna().all(axis=None)  # 0 may be padding: zeros
@@ -104,7 +104,7 @@ def test_metrics_chosen_by_name_leave_the_head_out_too_where_no_layer_was_chosen
     ],
 )
 def test_products_that_were_asked_for_stay_an_error(llama, metrics, layers, width):
-    with pytest.raises(ValueError, match=f"budget.width is {width}: redundancy needs products of all its units"):
+    with pytest.raises(ValueError, match=f"width is {width}: redundancy needs products of all its units"):
         nl.analyze(*llama, metrics, layers, width=width)
 
 
@@ -117,7 +117,7 @@ def test_products_that_no_other_layer_has_stay_an_error():
 def test_default_metrics_leave_products_out_at_every_wide_layer(llama):
     found = nl.analyze(*llama, width=20)
     (note,) = found.metadata["warnings"]
-    assert "lm_head is 64 wide (and 2 more sites), budget.width is 20" in note
+    assert "lm_head is 64 wide (and 2 more sites), width is 20" in note
     assert found.units.loc["model.layers.0.mlp.up_proj", "redundancy"].isna().all()
     assert found.units.loc["model.layers.0.mlp.down_proj", "redundancy"].notna().all()
 

@@ -47,7 +47,7 @@ def alone():
     return nl.analyze(build(Mixed), batches(*images(), 16)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
 
 
-@pytest.mark.parametrize("shares", [[50, 50], [60, 0, 40]], ids=label)
+@pytest.mark.parametrize("shares", [[50, 50], pytest.param([60, 0, 40], marks=pytest.mark.slow)], ids=label)
 def test_processes_add_up(tmp_path, shares, alone):
     mp.start_processes(
         _work,

@@ -309,5 +309,5 @@ def test_parts_add_up_to_the_same_value():
 
 @pytest.mark.parametrize("metric", BY_CLASS, **named)
 def test_labels_are_needed(metric):
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="needs outputs= and labels="):
         metric.compute(outputs=normal(20, 3))

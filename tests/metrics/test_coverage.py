@@ -75,6 +75,7 @@ def draws():
     return {name: torch.stack([torch.tensor(table[[name, f"{name}_se"]].to_numpy()) for table in tables]) for name in METRICS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_95_percent_intervals_cover_95_percent(draws, name):
     value, error = draws[name].unbind(2)
@@ -83,6 +84,7 @@ def test_95_percent_intervals_cover_95_percent(draws, name):
     assert 0.92 <= float(covered) <= 0.98, f"{name}: {float(covered):.3f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_the_error_is_that_of_repeated_draws(draws, name):
     """Its square is unbiased to the (1 + 2/(G - 1)) spread of a variance from 8 groups, over 300 draws."""

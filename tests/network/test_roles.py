@@ -306,7 +306,7 @@ def test_expressions_find_layers_by_the_names_of_their_modules():
     assert names(model, "final_norm.input", "head.output") == ["model.norm.input", "lm_head"]
     (layer,) = find_layers(model, "blocks[-1].input")
     assert (layer.name, layer.module, layer.side) == ("model.layers.2.input", model.model.layers[2], "input")
-    assert names(model, "blocks[0].mlp", "model.layers.0.mlp") == ["model.layers.0.mlp"]
+    assert names(model, "blocks[0].mlp", "model.layers.0.mlp", "*.0.mlp") == ["model.layers.0.mlp"]
 
 
 def test_experts_are_named_by_their_numbers():
@@ -326,9 +326,9 @@ def test_experts_are_named_by_their_numbers():
 
 
 def test_resolved_patterns_can_be_stored():
-    assert resolved(lm("gpt2"), ["blocks[1:].heads", "*.0.mlp.*", "final_norm"]) == {
+    assert resolved(lm("gpt2"), ["blocks[1:].heads", "*.0.mlp", "final_norm"]) == {
         "blocks[1:].heads": ["transformer.h.1.attn.c_proj.input", "transformer.h.2.attn.c_proj.input"],
-        "*.0.mlp.*": ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"],
+        "*.0.mlp": ["transformer.h.0.mlp"],
         "final_norm": ["transformer.ln_f"],
     }
     assert resolved(lm("gpt2"), "head") == {"head": ["lm_head"]}

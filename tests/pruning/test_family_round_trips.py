@@ -32,9 +32,11 @@ IMAGE = {"image_size": 32, "patch_size": 4, "num_labels": 5}
 FAST = {
     "bamba": ("Bamba", GROUPED | SPACE | {"attn_layer_indices": [1]}, "CausalLM"),  # its config holds an infinite number
     "m2m 100": ("M2M100", BART | {"d_model": 32, "vocab_size": 64, "max_position_embeddings": 64}, "Seq2SeqLM"),
+    "mamba": ("Mamba", BASE | {"state_size": 4}, "CausalLM"),
     "longformer": ("Longformer", BASE | {"attention_window": 4}, "MaskedLM"),  # its queries have the positions first
 }
 SLOW = {
+    "falcon mamba": ("FalconMamba", BASE | {"state_size": 4}, "CausalLM"),
     "falcon h1": ("FalconH1", GROUPED | SPACE | {"mamba_d_ssm": 64}, "CausalLM"),
     "granite hybrid": (
         "GraniteMoeHybrid",
@@ -134,9 +136,32 @@ def test_a_config_that_its_class_refuses_is_one_line_with_the_way_out(tmp_path):
     origin = json.loads((folder / "config.json").read_text())
     origin["config"]["time_step_limit"] = [0.0, None]
     (folder / "config.json").write_text(json.dumps(origin))
+    plan = json.loads((folder / "plan.json").read_text())
+    del plan["config"], plan["digests"]  # as in a folder of an earlier version
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "SHA256SUMS").unlink()
     with pytest.raises(
         ValueError, match=r"refuses the config of BambaForCausalLM: .*'time_step_limit'.*; give a dense model"
     ) as error:
         nl.load_pruned(folder)
     assert "\n" not in str(error.value)
     nl.load_pruned(folder, model)
+
+
+def test_a_pruned_state_space_generates_with_its_cache_what_it_generates_without():
+    model, data = build("mamba"), batches("mamba")
+    pruned = nl.prune(model, "taylor", 0.5, data=data)
+    assert {(group.kind, group.n) for group in pruned.groups} == {("channel", 48)}
+    assert pruned.model.backbone.layers[0].mixer.intermediate_size == 24
+    prompt = {"inputs": data[0]["input_ids"][:, :6], "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(pruned.model.generate(**prompt), pruned.model.generate(**prompt, use_cache=False))
+
+
+def test_a_state_space_whose_widths_differ_is_frozen_with_the_reason():
+    model = build("mamba")
+    mixer = model.backbone.layers[0].mixer
+    mixer.D = nn.Parameter(torch.ones(47))
+    groups = nl.find_groups(model)
+    assert [group.name for group in groups] == ["backbone.layers.1.mixer"]
+    reasons = {frozen.what: frozen.reason for frozen in groups.frozen}
+    assert reasons["backbone.layers.0.mixer"] == "D has 47 channels, out_proj reads 48"

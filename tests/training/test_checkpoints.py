@@ -158,4 +158,4 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_continues(whole, q
     assert re.search(r"warning: \S*last.ckpt is damaged: the checksum of its record \S+ is wrong; training continues from", words)
     assert "previous.ckpt" in words
     assert same(weights(quiet_home / "run"), whole)
-    assert {p.name for p in kept.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in kept.iterdir()} == {"best.ckpt", "last.ckpt", MANIFEST}

@@ -1,7 +1,6 @@
 """Shared by the tasks: the run folder, the model and its weights, processes, terminal output."""
 
 import copy
-import json
 import logging
 import math
 import warnings
@@ -61,9 +60,12 @@ def build_all(node: Any, path: str) -> dict[str, Any]:
 
 def loggers_of(cfg: DictConfig, config: Mapping[str, Any]) -> list[Any]:
     """The loggers of a config. config: the settings of the run as plain values, which are shown by W&B."""
+    # a function, because of a dict Hydra would build the objects that it names, and resolve ${oc.env:...}
     chosen = {name: node for name, node in (cfg.logger or {}).items() if node is not None}
-    as_text = json.dumps(plain(config))  # Hydra would build the objects that a dict names
-    more = {name: {"settings": as_text} for name, node in chosen.items() if str(node.get("_target_")).endswith("wandb_logger")}
+    settings = plain(config)
+    more = {
+        name: {"settings": lambda: settings} for name, node in chosen.items() if str(node.get("_target_")).endswith("wandb_logger")
+    }
     return [build(node, f"logger.{name}", **more.get(name, {})) for name, node in chosen.items()]
 
 

@@ -13,6 +13,7 @@ from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGro
 from .attention import attention_groups
 from .expert_channels import expert_channel_groups
 from .projections import Projection, has, join
+from .state_space import state_space_groups
 from .whole_experts import whole_expert_groups
 
 FFN = (  # projections that compute the hidden units; the projection that reads them
@@ -31,11 +32,12 @@ FFN = (  # projections that compute the hidden units; the projection that reads 
     (("Wi",), "Wo"),
 )
 COMMON = ((("fc1",), "fc2"), (("linear1",), "linear2"), (("lin1",), "lin2"))  # of many other networks, too
+OTHERS = (attention_groups, expert_channel_groups, state_space_groups)
 _HALVES = ("gate_up_proj", "Wi")  # fused projections whose first half gates the second
 
 
 def family_groups(model: nn.Module, rest: bool = True) -> PruningGroups:
-    """Hidden units of feed-forward blocks and experts, and attention heads, found by attribute names, shapes and stored counts.
+    """Hidden units of feed-forward blocks and experts, attention heads, and channels of state spaces, by names, shapes and counts.
 
     No forward pass is run. Empty if no module matches a pattern. Otherwise ``frozen`` lists, once per module, what is not pruned:
     modules that match no pattern or are not understood, shared weights, embeddings, output heads and the residual width.
@@ -46,7 +48,7 @@ def family_groups(model: nn.Module, rest: bool = True) -> PruningGroups:
     shared, names, excluded = _shared(model), set[str](), list[str]()
     attends = any("att" in name.lower() for name, _ in model.named_modules())
     for path, module in model.named_modules():
-        for pattern in (partial(ffn_groups, attends=attends), attention_groups, expert_channel_groups):
+        for pattern in (partial(ffn_groups, attends=attends), *OTHERS):
             try:
                 groups = pattern(path, module)
                 if tied := [piece.name for group in groups for piece in group.slices if piece.name in shared]:
@@ -55,7 +57,7 @@ def family_groups(model: nn.Module, rest: bool = True) -> PruningGroups:
             except UnclearError as reason:
                 frozen.append(Frozen(path or type(model).__name__, str(reason)))
                 # a module matched as feed-forward may be a whole block, whose other parts are still reported
-                excluded += [path] if pattern in (attention_groups, expert_channel_groups) else []
+                excluded += [path] if pattern in OTHERS else []
     if not found and not frozen:
         return PruningGroups(())
     experts, unclear = whole_expert_groups(model, shared)

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -144,6 +145,8 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     differing = (_difference(a, b, groups[0].exact) for a, b in zip(sliced, expected, strict=True))
     if why := next((why for why in differing if why), ""):
         return why, ""
+    if why := _without_cache_only(copied, batch):
+        return why, ""
     if why := _untrainable(copied, batch):
         return ("", "") if _untrainable(copy.deepcopy(model), batch) else (f"without some of them training does not run: {why}", "")
     return "", ""
@@ -168,6 +171,17 @@ def _difference(sliced: Tensor, expected: Tensor, exact: bool) -> str:
     close = sliced.allclose(expected, rtol=0, atol=share * size, equal_nan=True)
     if exact and not close:
         return f"slicing and masking differ by {float((sliced - expected).abs().max()):.2g}; the largest output is {size:.2g}"
+    return ""
+
+
+def _without_cache_only(model: nn.Module, batch: Batch) -> str:
+    """What fails in a copy that runs without a cache of past tokens, as in the batch, once it keeps one; "" if nothing does."""
+    if "use_cache" not in batch.kwargs:
+        return ""
+    try:
+        replace(batch, kwargs={name: value for name, value in batch.kwargs.items() if name != "use_cache"}).run(model)
+    except Exception as error:  # a forward pass may raise anything
+        return f"without some of them the model does not run with its cache: {_first_line(error)}"
     return ""
 
 

@@ -137,14 +137,15 @@ def _compute_buffers(net: nn.Module, saved: SavedModel, where: str) -> None:
         raise ValueError(
             f"{where}: the buffer {largest} has the shape {list(buffers[largest].shape)}: {size} bytes, at most {most}"
         )
-    owners: dict[str, nn.Module] = {}
+    initialize: dict[str, None] = {}  # the modules that hold buffers, and those around them, some of which fill them
     for name, buffer in buffers.items():
         path, _, tensor = name.rpartition(".")
-        owners[path] = net.get_submodule(path)
-        setattr(owners[path], tensor, torch.zeros_like(buffer, device="cpu"))
+        setattr(net.get_submodule(path), tensor, torch.zeros_like(buffer, device="cpu"))
+        parts = path.split(".")
+        initialize |= dict.fromkeys(".".join(parts[:k]) for k in range(len(parts), -1, -1))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for owner in owners.values():
-            net._init_weights(owner)  # type: ignore[operator]
+        for path in initialize:
+            net._init_weights(net.get_submodule(path))  # type: ignore[operator]
 
 
 def _check_structure(net: nn.Module, saved: SavedModel) -> None:

@@ -32,7 +32,5 @@ def test_another_schema_version_is_refused(version, tmp_path):
     saved(tmp_path)
     metadata = read_json(tmp_path / "metadata.json")
     write_json(tmp_path / "metadata.json", metadata | {"artifact_schema_version": version})
-    with pytest.raises(
-        ValueError, match=rf"metadata\.json has artifact_schema_version {version}, and this version of nodelens reads 1"
-    ):
+    with pytest.raises(ValueError, match=rf"metadata\.json: artifact_schema_version is {version}; this version reads 1"):
         load_bundle(tmp_path)
