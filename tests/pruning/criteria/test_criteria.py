@@ -398,7 +398,7 @@ def test_the_model_is_as_it_was():
     def broken(z, y):
         raise RuntimeError("no loss")
 
-    with pytest.raises(ValueError, match="batch 0 of the data .*: no loss"):
+    with pytest.raises(ValueError, match=r"batch 0 of the data .*: no loss"):
         table(net, conv_groups(), data, {"taylor": EVERY["taylor"], "llm_pruner": EVERY["llm_pruner"]}, loss=broken)
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["a.weight"]
     assert flags == [(m.training, len(m._forward_pre_hooks)) for m in net.modules()]
