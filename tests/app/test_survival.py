@@ -28,5 +28,6 @@ def test_an_analysis_survives(survival, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_sweep_survives(survival, tmp_path):
-    assert survival.survive(tmp_path, 9, ("prune",)).failures == []
+    assert survival.survive(tmp_path, 25, ("prune",)).failures == []
