@@ -44,6 +44,7 @@ def prune(cfg: DictConfig) -> float:
         if not ((folder / "sweep.parquet").is_file() and (folder / "report.html").is_file()):
             return launch(cfg, lambda device: _work(cfg, folder, device))
         open_inputs(cfg, folder)
+        load(folder)  # damaged scores are refused, though only the sweep is shown
         print_line(f"already finished: {folder}")
         with reading(folder / "sweep.parquet") as path:
             table = pd.read_parquet(path)
