@@ -21,7 +21,7 @@ def no_error(metric: Metric, counts: dict[str, int], samples: Tensor) -> str:
 
 
 def why_missing(metric: Metric, plan: Plan, place: Place, error: Tensor, value: Tensor, reason: str) -> str:
-    """Why a standard error or bias is NaN where the plan is the cause, or else that a value has none, for a ``reason``."""
+    """Why a standard error or bias is NaN where the plan is the cause, or else that a value is undefined, for a ``reason``."""
     resolved = [each for part in plan.parts(metric, place[0]) for each in plan.resolve(metric, (part, place[1])).values()]
     if any(need.port == "model" for _, need in resolved):
         return "sums over the whole model are kept once, not once per group of samples"
@@ -29,4 +29,4 @@ def why_missing(metric: Metric, plan: Plan, place: Place, error: Tensor, value: 
         return f"pair sums wider than {GROUPED_WIDTH} are kept once, not once per group of samples"
     if bool((error.isnan() & ~value.isnan()).any()) and plan.groups < 2:
         return "fewer than two groups of samples"
-    return f"the value, or one without a group of samples, has none: {reason}"
+    return f"the value, or one of those with a group of samples left out, is undefined: {reason}"

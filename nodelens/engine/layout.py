@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -28,6 +28,13 @@ GROUPED_WIDTH = 1024  # wider pair statistics are not kept per group of samples,
 BALANCE = 32.0  # float32 operations in the time of one byte of rows, fitted to ResNet-18 at 32, 64 and 224 pixels
 _SITES = ("next", "input")  # targets that are rows of another site
 Reduce = Literal["sum", "mean", "max", "prod", "first"]
+REDUCTIONS: dict[Reduce, Callable[[Tensor], Tensor]] = {  # over the last axis
+    "sum": lambda x: x.sum(-1),
+    "mean": lambda x: x.mean(-1),
+    "max": lambda x: x.amax(-1),
+    "prod": lambda x: x.prod(-1),
+    "first": lambda x: x[..., 0],
+}
 Place = tuple[Layer, Layer | None]  # a layer where a metric is evaluated, and the next layer for some
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from nodelens.network.objective import Objective
 from nodelens.results.files import checked, write
@@ -153,7 +153,8 @@ def _can_start_anywhere(data: Any) -> bool:
         return True
     if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
         return False
-    return isinstance(data.sampler, SequentialSampler)
+    # with a batch sampler of one's own, a loader's sampler says nothing about the order
+    return type(data.batch_sampler) is BatchSampler and isinstance(data.batch_sampler.sampler, SequentialSampler)
 
 
 def _from(data: Any, batch: int) -> Iterable[Any]:

@@ -1,7 +1,7 @@
 """The tables of a pass: one row per unit and one column per metric, followed by its standard error."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from nodelens.network.layers import Layer
 
 from .error_reasons import no_error, why_missing
 from .estimate import Estimator, estimators_at, evaluate
-from .layout import Place
+from .layout import REDUCTIONS, Place
 from .members import side_of
 from .metric_sums import SampleCounts, Sums
 from .permutation import null_of
@@ -189,15 +189,6 @@ def _measured(metric: Metric, plan: Plan, cell: _Cell, bias: bool = False, seed:
     return _scatter(Measured(columns, counts, known=known, no_error=why), plan, metric, layer)
 
 
-_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(-1),
-    "mean": lambda x: x.mean(-1),
-    "max": lambda x: x.amax(-1),
-    "prod": lambda x: x.prod(-1),
-    "first": lambda x: x[..., 0],
-}
-
-
 def _combined(
     plan: Plan, metric: Metric, layer: Layer, estimators: list[Estimator]
 ) -> tuple[Tensor, Tensor | None, dict[str, int], KnownUnits]:
@@ -205,7 +196,7 @@ def _combined(
     if not (isinstance(layer, GroupLayer) and side_of(metric) != "group"):
         only = estimators[0]
         return only.values[None], only.replicates, only.counts, only.known
-    indexed, combine = plan.members.of(layer, side_of(metric)), _REDUCE[plan.reduce]
+    indexed, combine = plan.members.of(layer, side_of(metric)), REDUCTIONS[plan.reduce]
     value, left = [], []
     for each, (part, places) in zip(estimators, indexed, strict=True):
         width = plan.seen(part, "output").width

@@ -186,20 +186,19 @@ def test_the_console_script_takes_a_task_or_says_its_version(monkeypatch, capsys
     assert capsys.readouterr() == (f"{importlib.metadata.version('nodelens')}\n", "")
 
 
+def python(code, folder):
+    """Runs code in a process of its own."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
 def test_help_needs_no_torch_and_names_the_groups(tmp_path):
     code = (
         "import sys; sys.argv = ['analyze.py', '--help']\nimport nodelens.app.cli as c\n"
         "try: c.analyze()\nfinally: assert 'torch' not in sys.modules"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = python(code, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "metrics: activation, activation_" in ended.stdout
     listed = dict(line.split(": ", 1) for line in ended.stdout.splitlines() if ", " in line)
@@ -274,15 +273,7 @@ def test_missing_weights_are_found_before_torch_is_imported(tmp_path):
         "import sys; sys.argv = ['analyze.py', 'ckpt_path=nope.ckpt']\nimport nodelens.app.cli as c\n"
         "try: c.analyze()\nfinally: assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = python(code, tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"nodelens: ckpt_path: there is nothing at {tmp_path}/nope.ckpt; give a .safetensors file")
     assert len(ended.stderr.splitlines()) == 1

@@ -17,6 +17,7 @@ from nets import Mixed, Tokens, batches, build, images
 from torch.utils.data import DataLoader, TensorDataset
 
 import nodelens as nl
+from nodelens.engine.saved_sums import _can_start_anywhere
 from nodelens.engine.signals import StoppedError
 from nodelens.metrics.sets import metric_set
 
@@ -265,3 +266,19 @@ def test_several_processes_continue_together(at, tmp_path):
                 pass
     assert list((folder / "sums").rglob("*.pt"))
     equal(nl.load(folder / "whole0"), nl.load(tmp_path / "whole/whole0"))
+
+
+class Pairs:
+    """A batch sampler of one's own: pairs of samples, from the last to the first."""
+
+    def __iter__(self):
+        return iter([[k, k - 1] for k in range(11, 0, -2)])
+
+    def __len__(self):
+        return 6
+
+
+def test_a_loader_with_a_batch_sampler_of_its_own_is_read_again_from_the_start():
+    assert not _can_start_anywhere(DataLoader(TensorDataset(torch.arange(12)), batch_sampler=Pairs()))
+    assert _can_start_anywhere(DataLoader(TensorDataset(torch.arange(12)), batch_size=2))
+    assert not _can_start_anywhere(DataLoader(TensorDataset(torch.arange(12)), batch_size=2, shuffle=True))

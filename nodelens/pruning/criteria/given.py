@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nodelens.engine.layout import Reduce
+from nodelens.engine.layout import REDUCTIONS, Reduce
 from nodelens.messages import nearest
 from nodelens.metrics import Metric
 from nodelens.network.groups import PruningGroup
@@ -18,13 +18,6 @@ from .criterion import Criterion
 
 GIVEN = "given"  # the column
 Scores: TypeAlias = pd.DataFrame | pd.Series | Mapping[str, Tensor] | Callable[[PruningGroup], Tensor]
-_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(0),
-    "mean": lambda x: x.mean(0),
-    "max": lambda x: x.amax(0),
-    "prod": lambda x: x.prod(0),
-    "first": lambda x: x[0],
-}
 
 
 def is_given(criterion: Any) -> TypeGuard[Scores]:
@@ -68,7 +61,7 @@ def _of(group: PruningGroup, scores: Mapping[str, Any], reduce: Reduce) -> Tenso
             f"criterion has no scores for group {group.name!r}{made}.{nearest(group.name, map(str, scores))} Give them by the name "
             "of the group or of a layer, or leave the group out with freeze="
         )
-    return _REDUCE[reduce](torch.stack(found))
+    return REDUCTIONS[reduce](torch.stack(found, -1))
 
 
 def _checked(values: Any, group: PruningGroup, what: str) -> Tensor:

@@ -145,8 +145,8 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     differing = (_difference(a, b, groups[0].exact) for a, b in zip(sliced, expected, strict=True))
     if why := next((why for why in differing if why), ""):
         return why, ""
-    if why := _without_cache_only(copied, batch):
-        return why, ""
+    if (why := _failure_with_cache(copied, batch)) and not _failure_with_cache(model, batch):
+        return f"without some of them the model does not run with its cache: {why}", ""
     if why := _untrainable(copied, batch):
         return ("", "") if _untrainable(copy.deepcopy(model), batch) else (f"without some of them training does not run: {why}", "")
     return "", ""
@@ -174,14 +174,14 @@ def _difference(sliced: Tensor, expected: Tensor, exact: bool) -> str:
     return ""
 
 
-def _without_cache_only(model: nn.Module, batch: Batch) -> str:
-    """What fails in a copy that runs without a cache of past tokens, as in the batch, once it keeps one; "" if nothing does."""
+def _failure_with_cache(model: nn.Module, batch: Batch) -> str:
+    """What fails if a model keeps a cache of past tokens, which the batch tells it not to; "" if nothing does."""
     if "use_cache" not in batch.kwargs:
         return ""
     try:
         replace(batch, kwargs={name: value for name, value in batch.kwargs.items() if name != "use_cache"}).run(model)
     except Exception as error:  # a forward pass may raise anything
-        return f"without some of them the model does not run with its cache: {_first_line(error)}"
+        return _first_line(error)
     return ""
 
 

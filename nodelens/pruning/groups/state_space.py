@@ -23,7 +23,7 @@ def state_space_groups(path: str, module: nn.Module) -> list[PruningGroup]:
     first, reads, steps, out = (Projection.of(path, module, name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj"))
     convolution, n = child(module, "conv1d"), out.inputs
     each, both = identity(n), offsets((identity(n), n + identity(n)))  # the input of the convolution, and the gate
-    widths = {"in_proj": first.outputs // 2, "x_proj": reads.inputs, "dt_proj": steps.outputs, "A_log": len(decay), "D": len(skip)}
+    widths = {"in_proj": first.outputs / 2, "x_proj": reads.inputs, "dt_proj": steps.outputs, "A_log": len(decay), "D": len(skip)}
     widths["conv1d"] = getattr(convolution, "groups", 0)
     if different := {name: width for name, width in widths.items() if width != n}:
         name, width = next(iter(different.items()))

@@ -144,7 +144,7 @@ def _compute_buffers(net: nn.Module, saved: SavedModel, where: str) -> None:
         parts = path.split(".")
         initialize |= dict.fromkeys(".".join(parts[:k]) for k in range(len(parts), -1, -1))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for path in initialize:
+        for path in sorted(initialize, key=lambda path: len(path.split(".")) if path else 0, reverse=True):  # outer ones last
             net._init_weights(net.get_submodule(path))  # type: ignore[operator]
 
 
