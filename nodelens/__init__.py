@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
+    from nodelens.report.runs_page import compare
     from nodelens.results.findings import Findings
     from nodelens.results.result import Result
     from nodelens.results.runs import load_runs
@@ -61,6 +62,7 @@ _HOMES = {  # where the names are defined
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
+    "report.runs_page": "compare",
     "results.findings": "Findings",
     "results.result": "Result",
     "results.runs": "load_runs",
@@ -73,9 +75,9 @@ __all__ = [
     "Allocation", "AnalyzeOptions", "Criterion", "Findings", "Finetune", "GeometryOptions", "GeometryResult", "Layer",
     "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
     "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
-    "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric", "get_pruning_strategy",
-    "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
-    "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "compare", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric",
+    "get_pruning_strategy", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle",
+    "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 
