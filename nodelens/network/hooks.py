@@ -14,7 +14,8 @@ from .batch import tensor_of
 from .changed import Edit, changed_output, changed_read
 from .experts import Call, ExpertLayer, Experts, Routed
 from .group_layer import GroupLayer, Member, UnitValues
-from .layers import Layer
+from .layers import ASSOCIATION, Layer
+from .traced import Traced
 
 
 class Site(NamedTuple):
@@ -40,9 +41,9 @@ See = Callable[[Site, Any], None]
 class Capture(AbstractContextManager["Capture"]):
     """Calls ``see(site, tensor)`` for what passes at each site while it is open and the gate is up.
 
-    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad``
-    input, output and gradient; ``change`` what the weights' change since the start puts out. ``cloned`` names the layers whose
-    output a later operation overwrites in place.
+    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad`` input,
+    output and gradient; ``change`` what the weights' change since the start puts out; ``association`` the place in the graph, as
+    ``Traced``. ``cloned`` names the layers whose output a later operation overwrites in place.
 
     A pruning group shows ``UnitValues``: ``output*grad`` where its units are read, each reader's own share of the gradient;
     ``made*grad`` where they are made; ``maps`` what its first two-dimensional convolution reads; ``load`` which tokens go to
@@ -165,6 +166,8 @@ class Capture(AbstractContextManager["Capture"]):
         if tensor is None:
             raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")
         self.fired[str(site)] += 1
+        if site.port.startswith(ASSOCIATION):
+            return self.see(site, Traced.of(tensor))
         if "grad" in site.port:
             if not self._await(Awaited(site, site.layer)):
                 return None
