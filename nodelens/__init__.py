@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nodelens.data.selectors import select_tokens
     from nodelens.engine.options import AnalyzeOptions
     from nodelens.evaluation.evaluate import evaluate
+    from nodelens.interventions.edits import Edit, edit
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
@@ -50,6 +51,7 @@ _HOMES = {  # where the names are defined
     "data.selectors": "select_tokens",
     "engine.options": "AnalyzeOptions",
     "evaluation.evaluate": "evaluate",
+    "interventions.edits": "Edit edit",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
@@ -72,10 +74,10 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 
 # fmt: off
 __all__ = [
-    "Allocation", "AnalyzeOptions", "Criterion", "Findings", "Finetune", "GeometryOptions", "GeometryResult", "Layer",
-    "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
+    "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions", "GeometryResult",
+    "Layer", "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
     "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
-    "compare", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric",
+    "compare", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric",
     "get_pruning_strategy", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle",
     "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
