@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from nodelens.results.files import write
+from nodelens.results.findings import Findings
 from nodelens.results.notices import notices
 from nodelens.results.result import Result, load, values_of
 
@@ -24,6 +26,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.words { white-space: normal; text-align: left; }
 """
+_TITLES = {"geometry": "Geometry of the residual stream"}  # where it is not the name
 
 
 def write_page(folder: str | Path) -> Path:
@@ -50,36 +53,41 @@ def write_page(folder: str | Path) -> Path:
         parts += _section("Layer pairs", [_figure(folder, "edges", figures.edges(result), _EDGES)])
     if len(result.layers):
         parts += _section("Means over units", [_table(_means(result))])
-    parts += _analyses(folder)
+    parts += _analyses(folder, result.metadata.get("analyses") or [])
     if result.metadata["metrics"]:
         parts += _section("Definitions", [_definitions(result)])
         parts += _section("Missing values and their reasons", [_missing(result)])
     return _write(folder, parts)
 
 
-def _analyses(folder: Path) -> list[str]:
-    """One section per finished analysis in the run folder."""
+def _analyses(folder: Path, names: Iterable[str]) -> list[str]:
+    """One section per analysis of the run: what it found, its figures, and what is missing."""
+    from nodelens.analysis.registry import load_analysis
+
     parts: list[str] = []
-    for name, (title, read, draw) in _drawn().items():
-        if (folder / name / "metadata.json").is_file():
-            found = read(folder / name)
-            figures = [_figure(folder, f"{name}-{which}", png, words) for which, png, words in draw(found)]
-            parts += _section(title, [*(f"<p>{html.escape(line)}</p>" for line in found.summary().splitlines()), *figures])
+    for name in names:
+        found = load_analysis(folder / name)
+        title, draw = _drawn(found)
+        words = [f"<p>{html.escape(line)}</p>" for line in found.summary().splitlines()]
+        figures = [_figure(folder, f"{name}-{which}", png, text) for which, png, text in draw(found)]
+        missing = found.metadata.get("missing") if isinstance(found, Findings) else None
+        gaps = [_table(pd.DataFrame(missing).set_index("layer"), words=True)] if missing else []
+        parts += _section(title if name in (title.lower(), _kind(found)) else f"{title}: {name}", [*words, *figures, *gaps])
     return parts
 
 
-def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iterable[tuple[str, bytes, str]]]]]:
-    """{folder of an analysis: (title, function that loads it, function that draws it)}."""
-    from nodelens.analysis.geometry.bundle import load_bundle
-    from nodelens.analysis.supernodes.supernode_result import load_supernodes
+def _kind(found: Any) -> str:
+    """The name of an analysis in the registry, by its result."""
+    return found.kind if isinstance(found, Findings) else type(found).__name__.removesuffix("Result").lower()
 
-    from . import geometry_figures as geometry
-    from . import supernode_figures as supernodes
 
-    return {
-        "geometry": ("Geometry of the residual stream", load_bundle, geometry.figures_of),
-        "supernodes": ("Supernodes", load_supernodes, supernodes.figures_of),
-    }
+def _drawn(found: Any) -> tuple[str, Callable[[Any], Iterable[tuple[str, bytes, str]]]]:
+    """The title of an analysis, and the function that draws what it found, ``figures_of`` in ``<name>_figures.py``."""
+    kind = _kind(found)
+    title = _TITLES.get(kind, kind.replace("_", " ").capitalize())
+    if importlib.util.find_spec(f"nodelens.report.{kind}_figures") is None:
+        return title, lambda found: ()
+    return title, importlib.import_module(f"nodelens.report.{kind}_figures").figures_of
 
 
 def write_pruning_page(folder: str | Path) -> Path:

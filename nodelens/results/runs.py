@@ -1,34 +1,38 @@
 """The results of many runs as one table."""
 
 import fnmatch
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from .files import reading
 from .result import Result, flatten, load
 
-Rows = Literal["units", "layers", "edges", "sweep"]
+KINDS = ("units", "layers", "edges", "sweep")
+_OF_ANALYSIS = re.compile(r"\w+\.\w+")
 _MAGIC = set("*?[")
 
 
-def load_runs(pattern: str, rows: Rows = "units") -> pd.DataFrame:
+def load_runs(pattern: str, rows: str = "units") -> pd.DataFrame:
     """Loads the finished runs in folders that match a pattern, such as ``outputs/**``, as one frame.
 
-    rows: one row per unit, layer, or pair of layers of each run, or per cell of the sweeps of ``prune.py``. Beside the values there
-    are the columns ``run`` (its folder), the scores of the evaluation (``accuracy``, ``loss``, ...), and the values of the
-    configuration that are not the same in all runs. Those that are the same are in ``frame.attrs["constant"]``. A configuration
-    value or score with the name of another column has the prefix ``config.`` or ``evaluation.``.
+    rows: ``units``, ``layers``, ``edges`` (pairs of layers), ``sweep`` (the cells of ``prune.py``), or a table of an analysis, such
+    as ``modularity.modules``. Each run has its rows of that table in the frame. Beside the values there are the columns ``run``
+    (its folder), the scores of the evaluation (``accuracy``, ``loss``, ...), and the values of the configuration that are not the
+    same in all runs, with the prefix ``trained_by.`` those of the training that made the weights. Those that are the same are in
+    ``frame.attrs["constant"]``. A configuration value or score with the name of another column has the prefix ``config.`` or
+    ``evaluation.``.
 
     ``epochs/`` of a training and the folders of analyses are no runs; a run that several links lead to is loaded once. A run
     that cannot be read is left out, with a warning that says why. Raises FileNotFoundError if no run matches, and ValueError for
     another kind of rows.
     """
-    if rows not in ("units", "layers", "edges", "sweep"):
-        raise ValueError(f"rows is {rows!r}; it is units, layers, edges or sweep")
+    if rows not in KINDS and not _OF_ANALYSIS.fullmatch(rows):
+        raise ValueError(f"rows is {rows!r}; it is {', '.join(KINDS)}, or a table of an analysis as in modularity.modules")
     folders = _runs(pattern)
     read = {folder: found for folder in folders if (found := _read(folder, rows)) is not None}
     if not read:
@@ -55,7 +59,7 @@ def _named(about: dict[tuple[str, str], Any], taken: set[str]) -> dict[str, Any]
     return found
 
 
-def _read(folder: Path, rows: Rows) -> tuple[pd.DataFrame, dict[tuple[str, str], Any]] | None:
+def _read(folder: Path, rows: str) -> tuple[pd.DataFrame, dict[tuple[str, str], Any]] | None:
     """The rows of a run, and its configuration and scores; None, with a warning, for a run that cannot be read."""
     try:
         result = load(folder)
@@ -64,14 +68,17 @@ def _read(folder: Path, rows: Rows) -> tuple[pd.DataFrame, dict[tuple[str, str],
         warnings.warn(f"{folder} is left out: {error}", stacklevel=3)
         return None
     about = {("config", k): v for k, v in flatten(result.metadata.get("config") or {}).items()}
+    trained_by = (result.metadata.get("weights") or {}).get("trained_by") or {}
+    about |= {("trained_by", f"trained_by.{k}"): v for k, v in flatten(trained_by).items() if not k.startswith("paths.")}
     about |= {("evaluation", k): v for k, v in (result.metadata.get("evaluation") or {}).items() if k != "split"}
     return table, about
 
 
-def _table(folder: Path, result: Result, rows: Rows) -> pd.DataFrame:
-    if rows != "sweep":
+def _table(folder: Path, result: Result, rows: str) -> pd.DataFrame:
+    if rows in ("units", "layers", "edges"):
         return getattr(result, rows).reset_index()
-    with reading(folder / "sweep.parquet") as path:
+    analysis, _, table = rows.rpartition(".")
+    with reading(folder / analysis / f"{table}.parquet") as path:
         return pd.read_parquet(path)
 
 
