@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import device_of, first_of_data
+from nodelens.metrics import Metric
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
@@ -17,7 +18,7 @@ from nodelens.network.loss_scale import Loss
 from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
 from nodelens.pruning.groups.find import find_groups
-from nodelens.results.result import fingerprint, provenance
+from nodelens.results.result import Result, fingerprint, provenance
 
 from .ablation import ablate, sample_units
 from .agreement import agreement, hits
@@ -79,12 +80,17 @@ class Supernodes:
                 raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it must be a share between 0 and 1")
         sample_units((), self.ablate)
 
+    def required_metrics(self) -> dict[str, Metric]:
+        """None: it measures the groups in passes of its own."""
+        return {}
+
     @one_at_a_time
     def __call__(
         self,
         model: nn.Module,
         data: Iterable[Any],
         *,
+        result: Result | None = None,
         evaluation: Iterable[Any] | None = None,
         seed: int = 0,
         progress: Progress = iter,

@@ -1,6 +1,7 @@
 """analyze.py: measures the units of a network in one pass, and runs the analyses of the config."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
+from nodelens.analysis.analyze import add_analysis
+from nodelens.analysis.registry import load_analysis, with_metrics
 from nodelens.app.config import recorded, resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
@@ -80,11 +83,10 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
 
         options = resolved(cfg)["evaluate"]
         result.metadata["lm_eval"] = harness(module.net, cfg.dataset.get("tokenizer"), **options) if rank == 0 else {}
-    found = _analyses(cfg, folder, module.net, data, (measured, evaluated))
-    result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
+    _analyses(cfg, folder, module.net, data, (measured, evaluated), result)
     if rank == 0:
         with step("saving and drawing"):
-            _finish(cfg, folder, result, found)
+            _finish(cfg, folder, result)
     return main_score(score)
 
 
@@ -106,7 +108,7 @@ def measure(
         if rank == 0:
             show_plan(console(), found)
 
-    metrics = metrics or build_all(cfg.metrics, "metrics")
+    metrics = metrics or with_metrics(build_all(cfg.metrics, "metrics"), build_all(cfg.get("analysis") or {}, "analysis"))
     if not metrics and cfg.get("analysis"):
         return _empty_result(net, cfg.seed)
     if not metrics:
@@ -169,31 +171,31 @@ def _empty_result(net: torch.nn.Module, seed: int) -> Result:
     return Result(units, layers, metadata=provenance() | about | {"model": model})
 
 
-def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str]) -> dict[str, Any]:
-    """Runs each analysis and saves it to a subfolder of its name; a finished one is not repeated."""
+def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str], result: Result) -> None:
+    """Runs each analysis, saves it to a subfolder of its name and adds it to the result; a finished one is not repeated."""
     rank, processes = world()
-    every = {}
     for name, analysis in build_all(cfg.analysis, "analysis").items():
         if (folder / name / "metadata.json").is_file():
             print_line(f"{name}: already finished")
+            add_analysis(result, name, load_analysis(folder / name))
             continue
         measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
         progress = progress_bar(name, _batches(measured), rank == 0)
         objective = {key: value for key, value in objective_of(cfg).items() if value is not None}
         with step(name):
-            every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
+            found = analysis(net, measured, result=result, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
+        add_analysis(result, name, found)
         if rank == 0:
             found.save(folder / name)
             for line in found.summary().splitlines():
                 print_line(f"{name}: {line}")
-    return every
 
 
-def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, Any]) -> None:
+def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
     from nodelens.report import write_page
     from nodelens.results.loggers import close, log_result, log_tables
 
-    result.save(folder)
+    replace(result, analyses={}).save(folder)  # each analysis was saved when it ended
     remove_sums(folder)
     page = write_page(folder)
     loggers = loggers_of(cfg, result.metadata["config"])
@@ -202,7 +204,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, A
     score |= {f"lm_eval/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
     try:
         log_result(loggers, result, score)
-        for name, found in analyses.items():
+        for name, found in result.analyses.items():
             log_tables(loggers, name, found.tables())
     finally:
         close(loggers)

@@ -483,7 +483,7 @@ def test_what_the_next_layer_reads_of_where_the_core_writes():
 
 
 def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
-    from nodelens.report.supernode_figures import write_supernodes
+    from nodelens.report.supernodes_figures import write_supernodes
 
     net, every = llama(), texts([9, 14, 11, 12, 10, 13])
     shown = []
