@@ -21,7 +21,7 @@ from nodelens.results.result import Result, fingerprint, provenance
 from .damage import Damage, Progress, damage_of
 from .lesions import Lesion
 from .replacement import How, Replacement
-from .targets import Target, Units, as_mapping, check_units, chosen_units, find_targets
+from .targets import AblationTarget, Units, as_mapping, check_units, chosen_units, find_targets
 
 
 @one_at_a_time
@@ -112,7 +112,7 @@ class Setting:
     model: nn.Module
     data: Iterable[Any]
     objective: Objective
-    targets: Sequence[Target]
+    targets: Sequence[AblationTarget]
 
     @classmethod
     def of(
@@ -185,5 +185,3 @@ class Setting:
         held = [target.name for target in self.targets if target.weights is not None and target.name in names]
         if how != "zero" and held:
             raise ValueError(f"how={how}: the units of {held[0]} are experts that share a tensor, which can only be zeroed")
-
-

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of
-from nodelens.interventions.replay import Call, Recording, largest_output
+from nodelens.interventions.replay import RecordedCall, Recording, largest_output
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.objective import Objective
@@ -19,7 +20,7 @@ from nodelens.statistics.processes import reduce_tensor, world
 from .folding import Folds
 from .lesions import Lesion
 from .losses import loss_by_sample
-from .passes import Base, Replay, Site
+from .passes import Base, LesionSite, Replay
 from .replacement import Replacement
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -128,7 +129,7 @@ class _Passes:
         if not self.replay:
             self.whole = set(range(len(self.lesions)))
         for part in self._parts(batch):
-            recording = Recording.of(self.model, lambda part=part: self.objective.run(self.model, part))
+            recording = Recording.of(self.model, partial(self.objective.run, self.model, part))
             dense, counts = loss_by_sample(self.objective, recording.output, part)
             sums.add(dense, counts)
             base = Base(self.model, self.objective, self.values, part, recording, dense, counts)
@@ -143,45 +144,45 @@ class _Passes:
             return
         if not self.rows:
             first = batch.head(1)
-            recording = Recording.of(self.model, lambda: self.objective.run(self.model, first))
+            recording = Recording.of(self.model, partial(self.objective.run, self.model, first))
             self.rows = self._fitting(recording.calls)
         for start in range(0, len(batch), self.rows):
             yield batch.map(lambda t, start=start: t[start : start + self.rows])
 
-    def _fitting(self, calls: Sequence[Call], samples: int = 1) -> int:
+    def _fitting(self, calls: Sequence[RecordedCall], samples: int = 1) -> int:
         """How many samples fit into a pass, at least one."""
         limit = _CACHE if device_of(self.model).type == "cpu" else _MEMORY
         return max(1, limit * samples // max(1, largest_output(calls)))
 
-    def _by_site(self, recording: Recording) -> Iterator[tuple[Site, list[int]]]:
+    def _by_site(self, recording: Recording) -> Iterator[tuple[LesionSite, list[int]]]:
         """Lesions with the same places, by numbers, and the site where they begin; the last site first.
 
-        In that order nothing that a lesion leaves behind in a module can pass a later replay. Lesions that no call meets are left out.
+        In that order nothing that a lesion leaves behind in a module can pass a later replay. Lesions without a call are left out.
         """
         first = {call.module: call for call in reversed(recording.calls)}
         found: dict[tuple, list[int]] = {}
-        sites: dict[tuple, Site] = {}
+        sites: dict[tuple, LesionSite] = {}
         for number, lesion in enumerate(self.lesions):
-            key = (frozenset(lesion.places), number if lesion.weights else -1)
+            key = (frozenset(lesion.places), tuple(target.name for target, _ in lesion.weights))
             met = [(first[module], side) for module, side in lesion.places if module in first]
             if met:
-                sites[key] = min((Site(call, side) for call, side in met), key=lambda site: site.time)
+                sites[key] = min((LesionSite(call, side) for call, side in met), key=lambda site: site.time)
                 found.setdefault(key, []).append(number)
         for key in sorted(found, key=lambda key: -sites[key].time):
             yield sites[key], found[key]
 
-    def _losses(self, base: Base, site: Site, numbers: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+    def _losses(self, base: Base, site: LesionSite, numbers: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Numbers of lesions and the losses of the samples under each, (lesions, B)."""
         replay, samples = Replay(base, site, self.folds, numbers[0] not in self.long), len(base.batch)
         after = [call for call in base.recording.calls if call.end > site.time]
         copies = 1 if self.lesions[numbers[0]].weights else max(1, min(_MOST_COPIES, self._fitting(after, samples) // samples))
         if numbers[0] not in self.checked:
             self.checked.add(numbers[0])
-            some = [self.lesions[number] for number in numbers[:copies]]
-            if numbers[0] not in self.whole and not replay.agrees(some):
+            tried = [self.lesions[number] for number in numbers[:copies]]
+            if numbers[0] not in self.whole and not replay.agrees(tried):
                 self.long.add(numbers[0])
                 replay = Replay(base, site, self.folds, short=False)
-                self.whole.update([] if replay.agrees(some) else numbers)
+                self.whole.update([] if replay.agrees(tried) else numbers)
         for start in range(0, len(numbers), copies):
             some = numbers[start : start + copies]
             if some[0] in self.whole:
