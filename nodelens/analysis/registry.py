@@ -17,6 +17,8 @@ from nodelens.results.result import Result
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
+    "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
+    "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
 }
 

@@ -1,7 +1,7 @@
 """Damage: the change of the loss under lesions, in one reading of the data."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,8 @@ _MOST_COPIES = 32
 class Damage:
     """The change of the loss per prediction under each lesion, its standard error, and the loss of the whole model.
 
-    Shapes: change, error (lesions,) float64. whole: numbers of the lesions for which the whole model ran.
+    Shapes: change, error (lesions,) float64; contrast, contrast_error (contrasts,) float64, sums of changes times coefficients.
+    whole: numbers of the lesions for which the whole model ran.
     """
 
     change: np.ndarray
@@ -42,6 +43,8 @@ class Damage:
     predictions: int
     samples: int
     whole: tuple[int, ...] = ()
+    contrast: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    contrast_error: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @torch.inference_mode(False)
@@ -52,6 +55,7 @@ def damage_of(
     values: Replacement,
     *,
     objective: Objective,
+    contrasts: Sequence[Mapping[int, float]] = (),
     predictions: int | None = None,
     replay: bool = True,
     seed: int = 0,
@@ -62,10 +66,11 @@ def damage_of(
     Data are read once, until there are ``predictions`` (divided over processes; None: all), in whole samples. Standard errors are
     of the paired difference over samples. With ``replay`` the part of the model before a lesion's first place runs once per batch,
     and several lesions share a pass; the first batch shows whether that gives the numbers of the whole model, and where it does
-    not, the whole model runs. Raises ValueError if there is nothing to predict.
+    not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of their own. Raises
+    ValueError if there is nothing to predict.
     """
-    sums = _Sums.of(len(lesions))
-    passes = _Passes(model, objective, lesions, values, replay)
+    sums = _Sums.of(len(lesions) + len(contrasts))
+    passes = _Passes(model, objective, lesions, values, replay, contrasts)
     left = math.inf if predictions is None else math.ceil(predictions / world()[1])
     with eval_mode(model), torch.no_grad():
         for number, batch in enumerate(Driver(model, objective, progress=progress).batches(data if left > 0 else ())):
@@ -75,7 +80,7 @@ def damage_of(
             left -= int(whole.predicted.sum())
             if left <= 0:
                 break
-    return sums.reduced(device_of(model)).damage(tuple(sorted(passes.whole)))
+    return sums.reduced(device_of(model)).damage(tuple(sorted(passes.whole)), len(lesions))
 
 
 @dataclass
@@ -92,14 +97,14 @@ class _Sums:
     def add(self, dense: Tensor, counts: Tensor) -> None:
         self.total += torch.stack([dense.sum(), counts.sum(), (counts > 0).double().sum(), counts @ counts])
 
-    def add_changes(self, numbers: Sequence[int], d: Tensor, counts: Tensor) -> None:
+    def add_changes(self, d: Tensor, counts: Tensor) -> None:
         """d: (lesions, B)."""
-        self.each[list(numbers)] += torch.stack([d.sum(1), d.square().sum(1), d @ counts], 1)
+        self.each += torch.stack([d.sum(1), d.square().sum(1), d @ counts], 1)
 
     def reduced(self, device: torch.device) -> "_Sums":
         return _Sums(*(reduce_tensor(total.to(device)).cpu() for total in (self.total, self.each)))
 
-    def damage(self, whole: tuple[int, ...]) -> Damage:
+    def damage(self, whole: tuple[int, ...], lesions: int) -> Damage:
         loss, predictions, samples, tt = self.total.tolist()
         if not predictions:
             raise ValueError("the evaluation data are empty: there is nothing to predict, so ablation cannot be measured")
@@ -107,7 +112,8 @@ class _Sums:
         change = d / predictions
         spread = (dd - 2 * change * dt + change.square() * tt).clamp_min(0) * samples / max(samples - 1, 1)
         error = spread.sqrt() / predictions if samples > 1 else torch.full_like(change, torch.nan)
-        return Damage(change.numpy(), error.numpy(), loss / predictions, int(predictions), int(samples), whole)
+        (change, contrast), (error, contrast_error) = ((t.numpy()[:lesions], t.numpy()[lesions:]) for t in (change, error))
+        return Damage(change, error, loss / predictions, int(predictions), int(samples), whole, contrast, contrast_error)
 
 
 @dataclass
@@ -119,6 +125,7 @@ class _Passes:
     lesions: Sequence[Lesion]
     values: Replacement
     replay: bool
+    contrasts: Sequence[Mapping[int, float]] = ()
     whole: set[int] = field(default_factory=set)
     checked: set[int] = field(default_factory=set)
     long: set[int] = field(default_factory=set)  # first lesions of those whose short passes do not agree with the whole model
@@ -133,9 +140,12 @@ class _Passes:
             dense, counts = loss_by_sample(self.objective, recording.output, part)
             sums.add(dense, counts)
             base = Base(self.model, self.objective, self.values, part, recording, dense, counts)
+            d = torch.zeros(len(self.lesions), len(part), dtype=torch.float64)
             for site, numbers in self._by_site(recording):
                 for some, nats in self._losses(base, site, numbers):
-                    sums.add_changes(some, nats - dense, counts)
+                    d[some] = nats - dense
+            more = [torch.stack([d[k] * c for k, c in contrast.items()]).sum(0) for contrast in self.contrasts]
+            sums.add_changes(torch.cat([d, torch.stack(more)]) if more else d, counts)
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """The batch in parts whose tensors stay in the cache; whole where samples get values from each other."""

@@ -1,6 +1,6 @@
 """What can be ablated: the units of pruning groups and layers, and the places in tensors where each unit passes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from nodelens.engine.request import Layers, as_layers
 from nodelens.network.batch import Batch, tensor_of
+from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup, listed
+from nodelens.network.hooks import observed
 from nodelens.network.layers import Layer
 from nodelens.pruning.groups.find import find_groups
 from nodelens.pruning.surgery.mask import channel_dim
@@ -42,6 +44,7 @@ class AblationTarget:
 
     name: str
     n: int
+    source: Layer | PruningGroup
     places: tuple[UnitPlace, ...] = ()
     weights: PruningGroup | None = None
 
@@ -51,11 +54,12 @@ class AblationTarget:
             paths = [group.router] if group.router is not None else [piece.module for piece in group.by_role("consumer")]
             none = torch.zeros(group.n, 0, dtype=torch.long)
             places = [UnitPlace(path, model.get_submodule(path), "input", -1, none) for path in dict.fromkeys(paths)]
-            return cls(group.name, group.n, tuple(places), group)
+            return cls(group.name, group.n, group, tuple(places), group)
         modules = [(piece, model.get_submodule(piece.module)) for piece in group.by_role("consumer")]
         return cls(
             group.name,
             group.n,
+            group,
             tuple(UnitPlace(piece.module, module, "input", channel_dim(module), piece.places) for piece, module in modules),
         )
 
@@ -74,7 +78,7 @@ class AblationTarget:
         dim = 1 if layer.channels_second(tensor) else -1
         n = tensor.shape[dim]
         side: Side = "input" if layer.side == "input" else "output"
-        return cls(layer.name, n, (UnitPlace(path, layer.module, side, dim, torch.arange(n)[:, None]),))
+        return cls(layer.name, n, layer, (UnitPlace(path, layer.module, side, dim, torch.arange(n)[:, None]),))
 
 
 def find_targets(
@@ -102,6 +106,39 @@ def find_targets(
     if not found:
         raise ValueError("none of the layers was called: there is nothing to ablate")
     return found
+
+
+def calls_of(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, tuple[Any, Any]]:
+    """What each module read and returned at its first call in a pass."""
+    shown: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        shown.setdefault(module, (args or tuple(kwargs.values()), output))
+
+    with torch.inference_mode(False), eval_mode(model), torch.no_grad(), observed(model.modules(), see):
+        run()
+    return shown
+
+
+def targets_of_table(
+    model: nn.Module, counts: Mapping[str, int], batch: Batch, shown: Mapping[nn.Module, tuple[Any, Any]]
+) -> tuple[list[AblationTarget], list[dict[str, str]]]:
+    """The pruning group of each name, where it has as many units, else the layer of that name; and what is neither, and why."""
+    try:
+        groups = {group.name: group for group in find_groups(model, batch)}
+    except ValueError:  # its graph cannot be exported: layers can be ablated without
+        groups = {}
+    targets, missing = [], []
+    for name, n in counts.items():
+        own = [groups[name]] if name in groups and groups[name].n == n else name
+        try:
+            found = find_targets(model, own, batch, shown)
+            if len(found) != 1 or found[0].n != n:
+                raise ValueError(f"{name!r} has {n} units in the table and {sum(t.n for t in found)} in the model")
+            targets += found
+        except ValueError as error:
+            missing.append({"layer": name, "what": "damage", "reason": str(error)})
+    return targets, missing
 
 
 def chosen_units(targets: Sequence[AblationTarget], units: Any, sample: int | None, seed: int) -> dict[str, list[int]]:
