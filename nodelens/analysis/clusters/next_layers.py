@@ -22,7 +22,7 @@ from nodelens.pruning.groups.find import find_groups
 _BY_ATTENTION = ("head", "kv_group")
 
 
-class Reading(NamedTuple):
+class ReadUnits(NamedTuple):
     """Which units of a layer a weight reads, and where they lie in its input."""
 
     units: Tensor  # (read units,) int64: numbers in the layer
@@ -35,7 +35,7 @@ class NextLayer:
 
     layer: str
     next: str
-    readings: tuple[Reading, ...]
+    readings: tuple[ReadUnits, ...]
 
     def influence(self, model: nn.Module, units: int, deviation: Tensor | None) -> Tensor:
         """Influence of each unit on each output of the next layer, (receivers, units) float64.
@@ -129,12 +129,14 @@ def _of_input(model: nn.Module, name: str) -> NextLayer:
     reader = name.removesuffix(".input")
     width = input_sizes(model.get_submodule(reader)).shape[1]
     every = torch.arange(width)
-    return NextLayer(name, reader, (Reading(every, every[:, None]),))
+    return NextLayer(name, reader, (ReadUnits(every, every[:, None]),))
 
 
-def _readers(model: nn.Module, groups: PruningGroups, name: str, calls: Mapping[str, tuple[int, int]]) -> dict[str, list[Reading]]:
+def _readers(
+    model: nn.Module, groups: PruningGroups, name: str, calls: Mapping[str, tuple[int, int]]
+) -> dict[str, list[ReadUnits]]:
     """{module that reads units of a layer: which it reads}."""
-    found: dict[str, list[Reading]] = {}
+    found: dict[str, list[ReadUnits]] = {}
     for group in groups:
         made = [piece for piece in group.by_role("producer", "tied") if piece.module == name and piece.tensor == "weight"]
         if not made or made[0].entry is not None or group.kind in _BY_ATTENTION:
@@ -149,7 +151,7 @@ def _readers(model: nn.Module, groups: PruningGroups, name: str, calls: Mapping[
     return {reader: readings for reader, readings in found.items() if readings}
 
 
-def _parts(made: GroupSlice, reader: GroupSlice, coupled: bool) -> list[Reading]:
+def _parts(made: GroupSlice, reader: GroupSlice, coupled: bool) -> list[ReadUnits]:
     """What a weight reads of a layer.
 
     coupled: grouped convolutions couple channels to units; each channel then has a block of the unit's places. Otherwise, several
@@ -157,11 +159,11 @@ def _parts(made: GroupSlice, reader: GroupSlice, coupled: bool) -> list[Reading]
     """
     channels, places = made.index.shape[1], reader.places.shape[1]
     if channels == 1 or places == 1:
-        return [Reading(channel, reader.places) for channel in made.index.T]
+        return [ReadUnits(channel, reader.places) for channel in made.index.T]
     if not coupled or places % channels:
         return []
     blocks = reader.places.unflatten(1, (channels, -1)).unbind(1)
-    return [Reading(channel, block) for channel, block in zip(made.index.T, blocks, strict=True)]
+    return [ReadUnits(channel, block) for channel, block in zip(made.index.T, blocks, strict=True)]
 
 
 def _reason(groups: PruningGroups, name: str) -> str:
