@@ -16,7 +16,9 @@ from nodelens.results.result import Result
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
+    "clusters": "nodelens.analysis.clusters.clusters_analysis.ClustersAnalysis",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
+    "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
 }
 
