@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nodelens.data.selectors import select_tokens
     from nodelens.engine.options import AnalyzeOptions
     from nodelens.evaluation.evaluate import evaluate
+    from nodelens.interventions.lenses.lens import lens
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
@@ -49,6 +50,7 @@ _HOMES = {  # where the names are defined
     "data.selectors": "select_tokens",
     "engine.options": "AnalyzeOptions",
     "evaluation.evaluate": "evaluate",
+    "interventions.lenses.lens": "lens",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
@@ -74,7 +76,7 @@ __all__ = [
     "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
     "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
     "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric", "get_pruning_strategy",
-    "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
+    "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
     "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
