@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nodelens.data.selectors import select_tokens
     from nodelens.engine.options import AnalyzeOptions
     from nodelens.evaluation.evaluate import evaluate
+    from nodelens.interventions.edits import Edit, edit
     from nodelens.interventions.lenses.lens import lens
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
+    from nodelens.report.runs_page import compare
     from nodelens.results.findings import Findings
     from nodelens.results.result import Result
     from nodelens.results.runs import load_runs
@@ -50,6 +52,7 @@ _HOMES = {  # where the names are defined
     "data.selectors": "select_tokens",
     "engine.options": "AnalyzeOptions",
     "evaluation.evaluate": "evaluate",
+    "interventions.edits": "Edit edit",
     "interventions.lenses.lens": "lens",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
@@ -63,6 +66,7 @@ _HOMES = {  # where the names are defined
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
+    "report.runs_page": "compare",
     "results.findings": "Findings",
     "results.result": "Result",
     "results.runs": "load_runs",
@@ -72,12 +76,12 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 
 # fmt: off
 __all__ = [
-    "Allocation", "AnalyzeOptions", "Criterion", "Findings", "Finetune", "GeometryOptions", "GeometryResult", "Layer",
-    "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
+    "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions", "GeometryResult",
+    "Layer", "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
     "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
-    "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric", "get_pruning_strategy",
-    "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
-    "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "compare", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric",
+    "get_pruning_strategy", "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle",
+    "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 

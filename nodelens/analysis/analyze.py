@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import pandas as pd
 from torch import Tensor, nn
 
 from nodelens.engine.analyze import analyze as measure_units
@@ -83,7 +82,5 @@ def add_analysis(result: Result, name: str, found: Any) -> None:
     if found.units is not None:
         if taken := [column for column in found.units if column in result.units]:
             raise ValueError(f"analysis {name!r} has the column {taken[0]!r}, which the table of units has already: name it anew")
-        labels = found.units.select_dtypes("integer").columns
-        columns = found.units.astype(dict.fromkeys(labels, pd.CategoricalDtype()))
-        result.units = result.units.join(columns)
+        result.units = result.units.join(found.units)
     result.matrices |= found.matrices

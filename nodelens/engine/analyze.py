@@ -195,6 +195,7 @@ def run_pass(
             collected.begin_round(k)
         sites = collected.sites(k)
         capture = Capture(sites, collected.see, plan.overwritten)
+        derives = bool(collected.derivatives) and not k
         driver = Driver(
             model,
             objective,
@@ -202,9 +203,10 @@ def run_pass(
             seed,
             graph,
             weights,
-            from_inputs=graph and bool(plan.overwritten),  # a graph that starts at a layer breaks at an in-place operation
+            from_inputs=(graph or derives) and bool(plan.overwritten),  # a graph from a layer breaks at an in-place operation
             runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
-            answers=graph or plan.reads_predictions,
+            answers=graph or derives or plan.reads_predictions,
+            on_graph=collected.differentiate if derives else None,
             cuts=plan.cuts,
             progress=progress,
         )

@@ -34,6 +34,7 @@ class Driver:
 
     groups, seed, cuts: of the jackknife, see ``Batch.of``
     graph:         whether the loss is differentiated, with respect to whatever the capture watches
+    on_graph:      called with the predictions while their graph is there, before the loss is differentiated
     weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
     from_inputs:   whether the graph starts at the inputs, because a later layer would break one that starts at a layer
     runs_model:    whether the model runs at all; answers: whether predictions are read from its output
@@ -50,6 +51,7 @@ class Driver:
     from_inputs: bool = False
     runs_model: bool = True
     answers: bool = True
+    on_graph: Callable[[Tensor], None] | None = None
     cuts: Tensor | None = None
     on_first: Callable[[Batch], None] | None = None
     on_last: Callable[[Batch], None] | None = None
@@ -93,10 +95,12 @@ class Driver:
         gate = Capture([], print) if capture is None else capture
         gate.gate = True
         try:
-            with torch.set_grad_enabled(self.graph):
+            with torch.set_grad_enabled(self.graph or self.on_graph is not None):
                 output = self._output(batch, gate)
                 gate.gate = False
                 predictions = self.objective.answer(output) if self.answers else None
+                if self.on_graph is not None:
+                    self.on_graph(predictions)  # type: ignore[arg-type]
                 total = self.objective.summed(predictions, batch.labels) if self.graph else None  # type: ignore[arg-type]
                 gate.recomputing = True
                 if total is not None and total.requires_grad:

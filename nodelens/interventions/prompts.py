@@ -1,6 +1,5 @@
 """Prompts: texts or token ids, as the tokens that a model reads."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodelens.data.selectors import select_tokens
 from nodelens.data.tokens import Tokenizer, as_tokenizer, open_tokenizer
 from nodelens.messages import option, shown
-from nodelens.network.expressions import parse_index
+
+from .token_positions import Positions, find_text, indices, searches_text
 
 _SPACES = ("▁", "Ġ")  # how vocabularies write a space before a word
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class TokenizedPrompt:
     """The token ids of one prompt without padding, (T,) int64; the text and the tokenizer where they are known."""
 
     ids: Tensor
@@ -32,40 +31,17 @@ class Prompt:
         """The text of each token."""
         return [token_text(int(i), self.tokenizer) for i in self.ids]
 
-    def positions(self, chosen: str | int | Sequence[int] = "all") -> list[int]:
+    def positions(self, chosen: Positions = "all") -> list[int]:
         """Positions among the T tokens of the prompt.
 
-        chosen: a number, several, ``last``, an expression such as ``all`` or ``n//2:``, or ``phrase:<text>`` and
-        ``regex:<pattern>``: the tokens that overlap its only occurrence.
+        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or ``phrase:<text>`` and ``regex:<pattern>``:
+        the tokens that overlap its only occurrence.
 
         Raises ValueError for a position out of range, a phrase that is missing or occurs more than once, and an invalid expression.
         """
-        if isinstance(chosen, str) and chosen.startswith(("phrase:", "regex:")):
-            return self._of_words(chosen)
-        items = [chosen] if isinstance(chosen, (str, int)) else list(chosen)
-        try:
-            found = [k for item in items for k in parse_index("-1" if item == "last" else str(item), len(self))]
-        except ValueError as error:
-            own = shown(" | ".join(self.tokens), 200)
-            raise ValueError(f"{option('positions')}={shown(chosen)} of the {len(self)} tokens {own}: {error}") from None
-        return list(dict.fromkeys(found))
-
-    def _of_words(self, chosen: str) -> list[int]:
-        if self.tokenizer is None or self.text is None:
-            raise ValueError(f"{option('positions')}={shown(chosen)} searches text, but the prompt is given as ids: give a text")
-        kind, _, words = chosen.partition(":")
-        if kind == "phrase" and words and self.text.count(words) != 1:
-            count = self.text.count(words)
-            how = f"occurs {count} times in" if count else "is not in"
-            raise ValueError(
-                f"{option('positions')}: the phrase {shown(words)} {how} the prompt {shown(self.text)}: give a phrase that occurs "
-                "once, or positions by number"
-            )
-        found = select_tokens(self.ids[None].cpu(), chosen, tokenizer=self.tokenizer, texts=[self.text], mask=None)[0]
-        places: list[int] = found.nonzero()[:, 0].tolist()
-        if not places:
-            raise ValueError(f"{option('positions')}={shown(chosen)} matches nothing in the prompt {shown(self.text)}")
-        return places
+        if searches_text(chosen):
+            return find_text(str(chosen), self.ids.cpu(), torch.ones(len(self), dtype=torch.bool), self.tokenizer, self.text)
+        return indices(chosen, len(self), option("positions"))
 
     def next_token(self, answer: str | int) -> int:
         """The id of the one token with which a text continues the prompt; an id as it is.
@@ -92,7 +68,7 @@ class Prompt:
         return added[0]
 
 
-def read_prompts(prompts: Any, tokenizer: Any = None) -> list[Prompt]:
+def read_prompts(prompts: Any, tokenizer: Any = None) -> list[TokenizedPrompt]:
     """Prompts of a text, ids (T,) or (B, T), a batch with input_ids and attention_mask, or a list of texts or ids.
 
     Padding is left out, on either side. Prompts may differ in length: each one runs without padding.
@@ -103,7 +79,7 @@ def read_prompts(prompts: Any, tokenizer: Any = None) -> list[Prompt]:
     known = _opened(tokenizer)
     if isinstance(prompts, str):
         return [_of_text(prompts, known)]
-    if isinstance(prompts, Prompt):
+    if isinstance(prompts, TokenizedPrompt):
         return [prompts]
     if hasattr(prompts, "keys"):
         return _of_batch(prompts, known)
@@ -151,20 +127,20 @@ def _opened(tokenizer: Any) -> Tokenizer | None:
     return as_tokenizer(tokenizer)
 
 
-def _of_text(text: str, tokenizer: Tokenizer | None) -> Prompt:
+def _of_text(text: str, tokenizer: Tokenizer | None) -> TokenizedPrompt:
     if tokenizer is None:
         raise ValueError(f"the prompt {shown(text)} is a text and there is no tokenizer: give {option('tokenizer')}=, or token ids")
-    return Prompt(_checked(torch.tensor(encode(text, tokenizer), dtype=torch.int64), text), text, tokenizer)
+    return TokenizedPrompt(_checked(torch.tensor(encode(text, tokenizer), dtype=torch.int64), text), text, tokenizer)
 
 
-def _of_ids(ids: Tensor, tokenizer: Tokenizer | None) -> Prompt:
+def _of_ids(ids: Tensor, tokenizer: Tokenizer | None) -> TokenizedPrompt:
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         kind = str(ids.dtype).removeprefix("torch.")
         raise ValueError(f"a prompt is {tuple(ids.shape)} {kind}: give a text, or token ids (T,), or several, (B, T)")
-    return Prompt(_checked(ids.long()), None, tokenizer)
+    return TokenizedPrompt(_checked(ids.long()), None, tokenizer)
 
 
-def _of_batch(batch: Any, tokenizer: Tokenizer | None) -> list[Prompt]:
+def _of_batch(batch: Any, tokenizer: Tokenizer | None) -> list[TokenizedPrompt]:
     if "input_ids" not in batch:
         raise ValueError(f"a batch of prompts has {', '.join(map(str, batch.keys()))}, and no input_ids: give token ids (B, T)")
     ids = torch.as_tensor(batch["input_ids"])

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nodelens.interventions.prompts import Prompt, read_prompts, token_text
+from nodelens.interventions.prompts import TokenizedPrompt, read_prompts, token_text
 from nodelens.interventions.token_model import TokenModel
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.results.findings import Findings
@@ -48,7 +48,7 @@ def lens(
     return read_lens(known, read_prompts(prompts, tokenizer), known.blocks(layers), k)
 
 
-def read_lens(model: TokenModel, prompts: Iterable[Prompt], blocks: Sequence[int], k: int) -> Findings:
+def read_lens(model: TokenModel, prompts: Iterable[TokenizedPrompt], blocks: Sequence[int], k: int) -> Findings:
     """The logit lens of prompts; see ``lens``."""
     layers = model.stream(sorted({*blocks, len(model.roles.blocks) - 1}))
     last = layers[len(model.roles.blocks) - 1].name
@@ -71,7 +71,7 @@ def about(model: TokenModel) -> dict[str, Any]:
     return provenance() | {"model": {"class": model.name, "fingerprint": fingerprint(model.model)}}
 
 
-def top_tokens(logits: Tensor, k: int, prompt: Prompt) -> list[dict[str, Any]]:
+def top_tokens(logits: Tensor, k: int, prompt: TokenizedPrompt) -> list[dict[str, Any]]:
     """The k tokens of largest probability of logits (V,), the first first: rank, predicted, predicted_id, probability."""
     p, ids = logits.float().softmax(0).topk(min(k, len(logits)))
     return [
@@ -80,7 +80,7 @@ def top_tokens(logits: Tensor, k: int, prompt: Prompt) -> list[dict[str, Any]]:
     ]
 
 
-def _at_layer(tail: Tail, states: Tensor, final: Tensor, prompt: Prompt, k: int) -> tuple[list[dict], list[dict]]:
+def _at_layer(tail: Tail, states: Tensor, final: Tensor, prompt: TokenizedPrompt, k: int) -> tuple[list[dict], list[dict]]:
     """Rows of the two tables for one prompt and layer. states (T, d), final (T, V)."""
     following = torch.cat([prompt.ids[1:], prompt.ids[:1]]).to(final.device)  # the last position has no next token
     predictions, positions = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -95,7 +95,7 @@ def _at_layer(tail: Tail, states: Tensor, final: Tensor, prompt: Prompt, k: int)
     return predictions, positions
 
 
-def _scores_at(scores: Mapping[str, Tensor], row: int, prompt: Prompt, position: int) -> dict[str, Any]:
+def _scores_at(scores: Mapping[str, Tensor], row: int, prompt: TokenizedPrompt, position: int) -> dict[str, Any]:
     ends = position + 1 == len(prompt)
     return {
         "next_token": None if ends else prompt.tokens[position + 1],
