@@ -3,10 +3,13 @@
 import fnmatch
 import warnings
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+
+from nodelens.messages import kind_of
 
 from .files import reading
 from .result import Result, flatten, load
@@ -27,6 +30,8 @@ def load_runs(pattern: str, rows: Rows = "units") -> pd.DataFrame:
     that cannot be read is left out, with a warning that says why. Raises FileNotFoundError if no run matches, and ValueError for
     another kind of rows.
     """
+    if not isinstance(pattern, (str, PathLike)):
+        raise TypeError(f"nl.load_runs takes a pattern of folders, such as 'outputs/**', not {kind_of(pattern)}")
     if rows not in ("units", "layers", "edges", "sweep"):
         raise ValueError(f"rows is {rows!r}; it is units, layers, edges or sweep")
     folders = _runs(pattern)
