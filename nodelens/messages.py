@@ -19,8 +19,12 @@ RENAMED = {  # options of nl.analyze and nl.prune that work under their old name
     "inexact": "allow_approximate",
     "nan": "nan_policy",
 }
-# Lightning's warning wherever Slurm is installed, on login nodes too, with a regular expression's escapes
-SRUN_HINT = r"The `srun` command is available on your system but is not used"
+LIGHTNING_HINTS = (  # of its warnings, those that nobody can act on, as regular expressions of their beginnings
+    r"The `srun` command is available on your system but is not used",  # wherever Slurm is installed, on login nodes too
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ".*does not have many workers",
+    "The number of training batches",
+)
 _CONFIG_KEYS = {  # keywords in Python that a config has under another key
     "task": "objective.task",
     "output": "objective.output",
