@@ -44,9 +44,10 @@ def test_neither_does_finetuning(login_node):
     assert hints(login_node) == []
 
 
-@pytest.mark.parametrize(
-    "words", [("train", "trainer.max_epochs=1"), ("analyze",), ("prune", "criterion=magnitude", "amounts=[0.5]")]
-)
+RUNS = [("train", "trainer.max_epochs=1"), ("analyze",), ("prune", "criterion=magnitude", "amounts=[0.5]")]
+
+
+@pytest.mark.parametrize("words", RUNS, ids=["train", "analyze", "prune"])
 def test_a_first_run_gives_no_hints_of_other_packages(words, login_node, quiet_home):
     ended = command(*words, *(word for word in SHORT if words[0] != "prune" or "metrics" not in word), "hydra.run.dir=run")
     assert ended.code == 0, ended.err
