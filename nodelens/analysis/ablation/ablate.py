@@ -185,5 +185,3 @@ class Setting:
         held = [target.name for target in self.targets if target.weights is not None and target.name in names]
         if how != "zero" and held:
             raise ValueError(f"how={how}: the units of {held[0]} are experts that share a tensor, which can only be zeroed")
-
-

@@ -127,6 +127,8 @@ class Replay:
             samples, site = len(self.base.batch), self.site.call
             once = sum(call.module is site.module for call in self.base.recording.calls) == 1  # else later calls need an edit, too
             more = [site, *([self.pairs[site]] if site in self.pairs else [])] if once and site.known else []
-            found = {call: tiled(call.output, 1 if self.short and call in self.unread else copies, samples) for call in self.skipped}
+            found = {
+                call: tiled(call.output, 1 if self.short and call in self.unread else copies, samples) for call in self.skipped
+            }
             self.tiles = {copies: found | {call: tiled(call.output, copies, samples) for call in more}}
         return self.tiles[copies]
