@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
+from nodelens.messages import kind_of
 from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
@@ -22,6 +23,7 @@ from .removal_plan import RemovalPlan, check_removal
 from .schedule import kept_shares
 
 Apply = Literal["slice", "mask", "scale"]
+_TAKES = {"protect": "a dict {group: units to keep}"}  # other options than objects with a name of their own
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class PruningOptions:
     loss: Loss | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("criterion", Criterion), ("allocation", Allocation), ("schedule", Schedule), ("protect", Mapping)):
+            if not isinstance(given := getattr(self, name), kind):
+                takes = _TAKES.get(name, f"a name or nl.{kind.__name__}(...)")
+                raise TypeError(f"{name} is {kind_of(given)}; it takes {takes}")
         if self.apply not in get_args(Apply):
             raise ValueError(f"apply is {self.apply!r}; it is slice, mask or scale")
         check_removal(self.amount, self.mode)

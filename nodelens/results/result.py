@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow.parquet import read_schema
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -141,11 +140,8 @@ def load(folder: str | Path) -> Result:
 
 
 def _table(file: Path) -> pd.DataFrame:
-    """A table, with its labels as categories: Parquet keeps those of texts only."""
     with reading(file) as path:
-        columns = (read_schema(path).pandas_metadata or {}).get("columns", ())
-        labels = [each["name"] for each in columns if each["pandas_type"] == "categorical"]
-        return pd.read_parquet(path).astype(dict.fromkeys(labels, pd.CategoricalDtype()))
+        return pd.read_parquet(path)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

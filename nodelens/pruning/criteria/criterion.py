@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nodelens.messages import nearest
+from nodelens.messages import kind_of, nearest
 from nodelens.metrics.supernode import largest, share_of
 from nodelens.results.result import values_of
 from nodelens.statistics.sample_hash import generator
@@ -52,12 +52,16 @@ class Criterion:
     def of(cls, spec: "Spec | Criterion", name: str | None = None) -> "Criterion":
         """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalize, combine, protect, types}.
 
-        A term of the long form is a weight or {weight, transform}. Raises ValueError for anything else.
+        A term of the long form is a weight or {weight, transform}. Raises ValueError for anything else,
+        and TypeError for what is no criterion at all.
         """
         if isinstance(spec, Criterion):
             return spec
         if isinstance(spec, str):
             return cls(name or spec, {spec: Term()}, "none")
+        if not isinstance(spec, Mapping):
+            way = f"give an object, {spec.__name__}()" if isinstance(spec, type) else "it is a metric's name, or weights by name"
+            raise TypeError(f"criterion is {kind_of(spec)}; {way}")
         spec = renamed(spec, {"normalise": "normalize"})
         long = "terms" in spec
         title = name or "+".join(spec["terms"] if long else spec)
