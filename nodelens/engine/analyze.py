@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.messages import keywords_of
+from nodelens.messages import keywords_of, kind_of
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
@@ -126,6 +126,8 @@ class _Request:
     def of(
         cls, model: nn.Module, data: Any, metrics: dict[str, Metric], layers: Layers, initial: Any, settings: AnalyzeOptions
     ) -> "_Request":
+        if not isinstance(initial, (nn.Module, Mapping, type(None))):
+            raise TypeError(f"initial is {kind_of(initial)}; it is the network before training, or its state dict")
         start = initial.state_dict() if isinstance(initial, nn.Module) else initial
         found = as_layers(model, layers, start)
         reads = [name for name, metric in metrics.items() if metric.needs()]

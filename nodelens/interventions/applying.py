@@ -147,6 +147,7 @@ def applied(
             gates += _of_experts(each, by_name[each.site])
         else:
             targets += [_of_layer(each, layer, own, seen) for layer in _layers(model, each, by_name)]
+    _check_decoder(model, targets)
     chains: dict[str, dict[nn.Module, list[Target]]] = {"output": {}, "input": {}}
     for target in targets:
         chains[target.port].setdefault(target.layer.module, []).append(target)
@@ -185,6 +186,20 @@ def _layers(model: nn.Module, edit: Edit, groups: Any) -> list[Layer]:
 def _of_layer(edit: Edit, layer: Layer, selection: Selection, seen: TokensSeen) -> Target:
     port = "input" if layer.side == "input" else edit.port
     return Target(edit, Layer(layer.name, layer.module), port, selection, seen)
+
+
+def _check_decoder(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raises ValueError for positions in the encoder of an encoder-decoder, whose tokens are not followed."""
+    encoder = getattr(model, "get_encoder", None)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not callable(encoder):
+        return
+    inside = set(encoder().modules())
+    for target in targets:
+        if target.layer.module in inside and (target.edit.positions is not None or target.edit.phase != "all"):
+            raise ValueError(
+                f"{target.edit} at {target.layer.name}: an encoder's tokens are not counted: leave out positions and phase, or "
+                "name a site in the decoder"
+            )
 
 
 def _of_group(model: nn.Module, edit: Edit, group: PruningGroup, selection: Selection, seen: TokensSeen) -> list[Target]:
