@@ -19,6 +19,7 @@ _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the s
     "clusters": "nodelens.analysis.clusters.clusters_analysis.ClustersAnalysis",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
     "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
+    "supernode_lesions": "nodelens.analysis.supernodes.supernode_lesions.SupernodeLesions",
     "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
     "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
