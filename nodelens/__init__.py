@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nodelens.engine.options import AnalyzeOptions
     from nodelens.evaluation.evaluate import evaluate
     from nodelens.interventions.edits import Edit, edit
+    from nodelens.interventions.representation_context import RepresentationContext
+    from nodelens.interventions.states import StateConfig, StateManager, StateMap
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
@@ -48,6 +50,8 @@ _HOMES = {  # where the names are defined
     "engine.options": "AnalyzeOptions",
     "evaluation.evaluate": "evaluate",
     "interventions.edits": "Edit edit",
+    "interventions.representation_context": "RepresentationContext",
+    "interventions.states": "StateConfig StateManager StateMap",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
@@ -70,9 +74,10 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Finetune", "GeometryOptions", "GeometryResult", "Layer", "Machine",
     "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups", "PruningOptions",
-    "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model", "edit", "estimate_cost",
-    "evaluate", "find_groups", "find_layers", "get_metric", "get_pruning_strategy", "list_metrics", "list_pruning_strategies",
-    "load", "load_bundle", "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "PruningStrategy", "RepresentationContext", "Result", "Run", "Schedule", "StateConfig", "StateManager", "StateMap",
+    "Supernodes", "analyze", "analyze_model", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_metric",
+    "get_pruning_strategy", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
+    "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 
