@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from nodelens.evaluation.evaluate import evaluate
     from nodelens.interventions.edits import Edit, edit
     from nodelens.interventions.lenses.lens import lens
+    from nodelens.interventions.representation_context import RepresentationContext
+    from nodelens.interventions.states import StateConfig, StateManager, StateMap
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
@@ -56,6 +58,8 @@ _HOMES = {  # where the names are defined
     "evaluation.evaluate": "evaluate",
     "interventions.edits": "Edit edit",
     "interventions.lenses.lens": "lens",
+    "interventions.representation_context": "RepresentationContext",
+    "interventions.states": "StateConfig StateManager StateMap",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
@@ -80,10 +84,11 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions", "GeometryResult",
     "Layer", "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
-    "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "ablate", "ablate_sets", "analyze",
-    "analyze_model", "compare", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis",
-    "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load",
-    "load_bundle", "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "PruningOptions", "PruningStrategy", "RepresentationContext", "Result", "Run", "Schedule", "StateConfig",
+    "StateManager", "StateMap", "Supernodes", "ablate", "ablate_sets", "analyze", "analyze_model", "compare", "edit",
+    "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric", "get_pruning_strategy",
+    "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config",
+    "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 
