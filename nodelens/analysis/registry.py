@@ -18,6 +18,8 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
     "clusters": "nodelens.analysis.clusters.clusters_analysis.ClustersAnalysis",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
+    "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
+    "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
     "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
