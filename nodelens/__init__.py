@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from nodelens.analysis.geometry.analyze_model import GeometryOptions
     from nodelens.analysis.geometry.bundle import GeometryResult, load_bundle
     from nodelens.analysis.load import load
+    from nodelens.analysis.modularity.compare_modules import compare_modules, match_units
+    from nodelens.analysis.modularity.find_modules import Modules, find_modules
+    from nodelens.analysis.modularity.graph import modularity
+    from nodelens.analysis.modularity.modularity_analysis import ModularityAnalysis
     from nodelens.analysis.registry import get_analysis, list_analyses
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
@@ -41,6 +45,10 @@ _HOMES = {  # where the names are defined
     "analysis.geometry.bundle": "GeometryResult load_bundle",
     "analysis.load": "load",
     "analysis.registry": "get_analysis list_analyses",
+    "analysis.modularity.compare_modules": "compare_modules match_units",
+    "analysis.modularity.find_modules": "Modules find_modules",
+    "analysis.modularity.graph": "modularity",
+    "analysis.modularity.modularity_analysis": "ModularityAnalysis",
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
     "app.cost_estimate": "Machine estimate_cost",
@@ -71,11 +79,12 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 # fmt: off
 __all__ = [
     "Allocation", "AnalyzeOptions", "Criterion", "Findings", "Finetune", "GeometryOptions", "GeometryResult", "Layer",
-    "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
-    "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
-    "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric", "get_pruning_strategy",
-    "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
-    "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned", "PruningConfig", "PruningGroup",
+    "PruningGroups", "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze",
+    "analyze_model", "compare_modules", "estimate_cost", "evaluate", "find_groups", "find_layers", "find_modules",
+    "get_analysis", "get_metric", "get_pruning_strategy", "list_analyses", "list_metrics", "list_pruning_strategies",
+    "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units", "modularity", "prune",
+    "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 

@@ -17,6 +17,7 @@ from nodelens.results.result import Result
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
+    "modularity": "nodelens.analysis.modularity.modularity_analysis.ModularityAnalysis",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
 }
 
