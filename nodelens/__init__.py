@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from nodelens.analysis.geometry.analyze_model import GeometryOptions
     from nodelens.analysis.geometry.bundle import GeometryResult, load_bundle
     from nodelens.analysis.load import load
+    from nodelens.analysis.modularity.compare_modules import compare_modules, match_units
+    from nodelens.analysis.modularity.find_modules import Modules, find_modules
+    from nodelens.analysis.modularity.graph import modularity
+    from nodelens.analysis.modularity.modularity_analysis import ModularityAnalysis
     from nodelens.analysis.registry import get_analysis, list_analyses
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
@@ -47,6 +51,10 @@ _HOMES = {  # where the names are defined
     "analysis.geometry.analyze_model": "GeometryOptions",
     "analysis.geometry.bundle": "GeometryResult load_bundle",
     "analysis.load": "load",
+    "analysis.modularity.compare_modules": "compare_modules match_units",
+    "analysis.modularity.find_modules": "Modules find_modules",
+    "analysis.modularity.graph": "modularity",
+    "analysis.modularity.modularity_analysis": "ModularityAnalysis",
     "analysis.registry": "get_analysis list_analyses",
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
@@ -83,12 +91,13 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 # fmt: off
 __all__ = [
     "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions", "GeometryResult",
-    "Layer", "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
-    "PruningOptions", "PruningStrategy", "RepresentationContext", "Result", "Run", "Schedule", "StateConfig",
-    "StateManager", "StateMap", "Supernodes", "ablate", "ablate_sets", "analyze", "analyze_model", "compare", "edit",
-    "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric", "get_pruning_strategy",
-    "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config",
-    "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "Layer", "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned", "PruningConfig",
+    "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy", "RepresentationContext", "Result", "Run",
+    "Schedule", "StateConfig", "StateManager", "StateMap", "Supernodes", "ablate", "ablate_sets", "analyze",
+    "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers",
+    "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics",
+    "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units",
+    "modularity", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 

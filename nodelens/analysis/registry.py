@@ -19,9 +19,10 @@ _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the s
     "clusters": "nodelens.analysis.clusters.clusters_analysis.ClustersAnalysis",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
     "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
-    "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
     "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
+    "modularity": "nodelens.analysis.modularity.modularity_analysis.ModularityAnalysis",
+    "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
 }
 
