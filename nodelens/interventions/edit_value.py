@@ -34,7 +34,8 @@ class Edit:
                sample; None: all. In the phase ``generated`` generated tokens are counted, from 0. Of images, the positions of
                the map, row by row
     samples:   indices or an expression among the samples of each batch; None: all
-    value:     a number, one per unit, or a tensor like the edited values, (positions, units) or (samples, positions, units)
+    value:     a number, one per unit (of the edited or of all), or a tensor like the edited values, (positions, units) or
+               (samples, positions, units)
     port:      ``output`` or ``input`` of the module
     phase:     ``prompt``, ``generated`` or ``all``: which tokens of ``generate``. With positions, ``all`` means ``prompt``
     seed:      of ``resample``
