@@ -18,7 +18,7 @@ def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
         yield (
             "types",
             types(found["types"]),
-            "Change of the loss when k units of one type are removed together, mean over sets. Grey: random units of the layer, with "
+            "Change of the loss when k units of one type are removed together, mean over sets. Grey: random units of the layer with "
             "the 95 % interval of their draws.",
         )
     if len(found["pairs"]):
@@ -38,7 +38,9 @@ def types(table: pd.DataFrame) -> bytes:
         axis.fill_between(random["count"], random["random_low"], random["random_high"], color=_GREY, alpha=0.35, linewidth=0)
         axis.plot(random["count"], random["random"], color=_GREY, label="random")
         for kind, rows in own.groupby("type", sort=False):
-            axis.plot(rows["count"], rows["damage"], "o-", markersize=3, color=COLOURS[kinds.index(kind) % len(COLOURS)], label=kind)
+            axis.plot(
+                rows["count"], rows["damage"], "o-", markersize=3, color=COLOURS[kinds.index(kind) % len(COLOURS)], label=kind
+            )
         axis.set_title(short(str(layer), 28))
     for axis in axes.flat[len(layers) :]:
         axis.axis("off")

@@ -214,15 +214,14 @@ def _lines(frames: dict[str, pd.DataFrame], most: int) -> list[str]:
     for kind, own in top.groupby("type", sort=False):
         beyond = int(((own["damage"] < own["random_low"]) | (own["damage"] > own["random_high"])).sum())
         lines.append(
-            f"{own['count'].iloc[0]} {kind} units: damage {own['damage'].mean():.4g}, random units {own['random'].mean():.4g} (mean "
-            f"of {len(own)} layers; outside of the random interval in {beyond})"
+            f"{own['count'].iloc[0]} {kind} units: damage {own['damage'].mean():.4g}, random units {own['random'].mean():.4g} "
+            f"(mean of {len(own)} layers; outside of the random interval in {beyond})"
         )
     ranked = frames["prediction"]
     if len(ranked):
         best = ranked.iloc[0]
-        lines.append(
-            f"best predictor of damage: {ranked.index[0]}, Spearman {best['spearman']:.2f} ({best['low']:.2f} to {best['high']:.2f})"
-        )
+        interval = f"({best['low']:.2f} to {best['high']:.2f})"
+        lines.append(f"best predictor of damage: {ranked.index[0]}, Spearman {best['spearman']:.2f} {interval}")
     for kind, row in frames["pair_summary"].iterrows():
         lines.append(f"{int(row['pairs'])} {kind} pairs: interaction {row['interaction']:.3g} +- {row['interaction_se']:.2g}")
     return lines
