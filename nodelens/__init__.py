@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nodelens.evaluation.evaluate import evaluate
     from nodelens.interventions.edits import Edit, edit
     from nodelens.interventions.lenses.lens import lens
+    from nodelens.interventions.patching.patch import patch
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
@@ -54,6 +55,7 @@ _HOMES = {  # where the names are defined
     "evaluation.evaluate": "evaluate",
     "interventions.edits": "Edit edit",
     "interventions.lenses.lens": "lens",
+    "interventions.patching.patch": "patch",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
@@ -81,7 +83,7 @@ __all__ = [
     "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
     "compare", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric",
     "get_pruning_strategy", "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle",
-    "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "load_config", "load_pruned", "load_runs", "patch", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 

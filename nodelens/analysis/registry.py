@@ -17,7 +17,11 @@ from nodelens.results.result import Result
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
+    "attribution_patching": "nodelens.analysis.patching.patching.AttributionPatching",
+    "logit_attribution": "nodelens.analysis.patching.patching.LogitAttribution",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
+    "patching": "nodelens.analysis.patching.patching.Patching",
+    "patchscope": "nodelens.analysis.lenses.patchscope.Patchscope",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
 }
 
