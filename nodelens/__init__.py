@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nodelens.evaluation.evaluate import evaluate
     from nodelens.interventions.edits import Edit, edit
     from nodelens.interventions.lenses.lens import lens
+    from nodelens.interventions.patching.patch import patch
     from nodelens.interventions.representation_context import RepresentationContext
     from nodelens.interventions.states import StateConfig, StateManager, StateMap
     from nodelens.interventions.wrapper import ModelWrapper
@@ -66,6 +67,7 @@ _HOMES = {  # where the names are defined
     "evaluation.evaluate": "evaluate",
     "interventions.edits": "Edit edit",
     "interventions.lenses.lens": "lens",
+    "interventions.patching.patch": "patch",
     "interventions.representation_context": "RepresentationContext",
     "interventions.states": "StateConfig StateManager StateMap",
     "interventions.wrapper": "ModelWrapper",
@@ -97,7 +99,7 @@ __all__ = [
     "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers",
     "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics",
     "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units",
-    "modularity", "prune", "register_metric", "run", "select_tokens",
+    "modularity", "patch", "prune", "register_metric", "run", "select_tokens",
 ]
 # fmt: on
 
