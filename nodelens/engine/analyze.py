@@ -36,6 +36,7 @@ from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe_metrics, names_of
+from .sample_axis import NoSampleAxisError
 from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
@@ -150,7 +151,11 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     elif asked.first is not None:
         objective = objective.settled(model, asked.first)
         batch = objective.batch(asked.first, settings.groups, settings.seed).to(device_of(model))
-        seen = objective, DryRun.of(model, observed, batch, objective, optional), _per_token(batch)
+        try:
+            dry_run = DryRun.of(model, observed, batch, objective, optional)
+        except NoSampleAxisError as error:
+            raise ValueError(asked.members.without_samples(error.shapes) or str(error)) from error
+        seen = objective, dry_run, _per_token(batch)
     found = seen if asked.weights_only else first_of(seen)
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")

@@ -17,6 +17,8 @@ from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
 
+from .overwritten import why_overwritten
+
 _UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError)  # what data sets raise
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -77,7 +79,7 @@ class Driver:
             last: Batch | None = None
             for batch in self.batches(data):
                 batch = _with_gradients(batch) if self.from_inputs else batch
-                with naming(self.number, partial(batch.wrong_dtype, self.model)):
+                with naming(self.number, partial(self._why, batch)):
                     watcher.begin(batch)
                     watcher.end(self._forward(batch, capture))
                 for tensor in self.weights:
@@ -87,6 +89,10 @@ class Driver:
                 last = batch
             if last is not None and self.on_last is not None:
                 self.on_last(last)
+
+    def _why(self, batch: Batch, error: Exception) -> str:
+        """The reason of an error of torch, with what to change, if it is known."""
+        return batch.wrong_dtype(self.model, error) or why_overwritten(self.model, batch, self.objective, error)
 
     def _forward(self, batch: Batch, capture: Capture | None) -> Tensor | None:
         """Runs one batch forward and, for a graph, backward; returns its predictions."""
