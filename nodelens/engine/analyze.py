@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.messages import keywords_of
+from nodelens.messages import keywords_of, kind_of
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
@@ -36,6 +36,7 @@ from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe_metrics, names_of
+from .sample_axis import NoSampleAxisError
 from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
@@ -126,6 +127,8 @@ class _Request:
     def of(
         cls, model: nn.Module, data: Any, metrics: dict[str, Metric], layers: Layers, initial: Any, settings: AnalyzeOptions
     ) -> "_Request":
+        if not isinstance(initial, (nn.Module, Mapping, type(None))):
+            raise TypeError(f"initial is {kind_of(initial)}; it is the network before training, or its state dict")
         start = initial.state_dict() if isinstance(initial, nn.Module) else initial
         found = as_layers(model, layers, start)
         reads = [name for name, metric in metrics.items() if metric.needs()]
@@ -148,7 +151,11 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     elif asked.first is not None:
         objective = objective.settled(model, asked.first)
         batch = objective.batch(asked.first, settings.groups, settings.seed).to(device_of(model))
-        seen = objective, DryRun.of(model, observed, batch, objective, optional), _per_token(batch)
+        try:
+            dry_run = DryRun.of(model, observed, batch, objective, optional)
+        except NoSampleAxisError as error:
+            raise ValueError(asked.members.without_samples(error.shapes) or str(error)) from error
+        seen = objective, dry_run, _per_token(batch)
     found = seen if asked.weights_only else first_of(seen)
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")
@@ -195,6 +202,7 @@ def run_pass(
             collected.begin_round(k)
         sites = collected.sites(k)
         capture = Capture(sites, collected.see, plan.overwritten)
+        derives = bool(collected.derivatives) and not k
         driver = Driver(
             model,
             objective,
@@ -202,9 +210,10 @@ def run_pass(
             seed,
             graph,
             weights,
-            from_inputs=graph and bool(plan.overwritten),  # a graph that starts at a layer breaks at an in-place operation
+            from_inputs=(graph or derives) and bool(plan.overwritten),  # a graph from a layer breaks at an in-place operation
             runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
-            answers=graph or plan.reads_predictions,
+            answers=graph or derives or plan.reads_predictions,
+            on_graph=collected.differentiate if derives else None,
             cuts=plan.cuts,
             progress=progress,
         )

@@ -17,6 +17,8 @@ from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
 
+from .overwritten import why_overwritten
+
 _UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError)  # what data sets raise
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -34,6 +36,7 @@ class Driver:
 
     groups, seed, cuts: of the jackknife, see ``Batch.of``
     graph:         whether the loss is differentiated, with respect to whatever the capture watches
+    on_graph:      called with the predictions while their graph is there, before the loss is differentiated
     weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
     from_inputs:   whether the graph starts at the inputs, because a later layer would break one that starts at a layer
     runs_model:    whether the model runs at all; answers: whether predictions are read from its output
@@ -50,6 +53,7 @@ class Driver:
     from_inputs: bool = False
     runs_model: bool = True
     answers: bool = True
+    on_graph: Callable[[Tensor], None] | None = None
     cuts: Tensor | None = None
     on_first: Callable[[Batch], None] | None = None
     on_last: Callable[[Batch], None] | None = None
@@ -75,7 +79,7 @@ class Driver:
             last: Batch | None = None
             for batch in self.batches(data):
                 batch = _with_gradients(batch) if self.from_inputs else batch
-                with naming(self.number, partial(batch.wrong_dtype, self.model)):
+                with naming(self.number, partial(self._why, batch)):
                     watcher.begin(batch)
                     watcher.end(self._forward(batch, capture))
                 for tensor in self.weights:
@@ -86,6 +90,10 @@ class Driver:
             if last is not None and self.on_last is not None:
                 self.on_last(last)
 
+    def _why(self, batch: Batch, error: Exception) -> str:
+        """The reason of an error of torch, with what to change, if it is known."""
+        return batch.wrong_dtype(self.model, error) or why_overwritten(self.model, batch, self.objective, error)
+
     def _forward(self, batch: Batch, capture: Capture | None) -> Tensor | None:
         """Runs one batch forward and, for a graph, backward; returns its predictions."""
         if not self.runs_model:
@@ -93,10 +101,12 @@ class Driver:
         gate = Capture([], print) if capture is None else capture
         gate.gate = True
         try:
-            with torch.set_grad_enabled(self.graph):
+            with torch.set_grad_enabled(self.graph or self.on_graph is not None):
                 output = self._output(batch, gate)
                 gate.gate = False
                 predictions = self.objective.answer(output) if self.answers else None
+                if self.on_graph is not None:
+                    self.on_graph(predictions)  # type: ignore[arg-type]
                 total = self.objective.summed(predictions, batch.labels) if self.graph else None  # type: ignore[arg-type]
                 gate.recomputing = True
                 if total is not None and total.requires_grad:

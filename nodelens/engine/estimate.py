@@ -39,7 +39,8 @@ class Estimator:
     @property
     def errors(self) -> bool:
         """Whether the metric has standard errors."""
-        return bool(self.sums.resolved) and self.metric.shape != "pair" and not self.metric.grouped
+        of_pairs = self.metric.shape == "pair" and not self.metric.matrix_errors
+        return bool(self.sums.resolved) and not of_pairs and not self.metric.grouped
 
     @cached_property
     def groups(self) -> list[int]:

@@ -13,7 +13,7 @@ from nodelens.metrics import Metric, Need
 from nodelens.metrics.need import Other, Target, Units
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
-from nodelens.network.layers import Layer
+from nodelens.network.layers import ASSOCIATION, Layer
 from nodelens.network.targets import is_per_token, resolve_auto
 from nodelens.network.tasks import BY_VALUE
 from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
@@ -256,7 +256,9 @@ class PassLayout:
         width, columns = self._widths(layer, need)
         repeats = getattr(layer.module, "groups", 1)
         positions = self.seen(layer, need.port).positions
-        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, columns, self.dry_run.classes, repeats, positions)
+        folds = need.options[0].folds if need.port.startswith(ASSOCIATION) else 1
+        count = folds * numbers(need.statistic, width, columns, self.dry_run.classes, repeats, positions)
+        return 8 * self.groups_of(layer, need) * count
 
     def _rows_per_sample(self, layer: Layer, need: Need) -> int:
         if need.view == "samples" or need.port == "model":

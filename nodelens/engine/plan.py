@@ -63,10 +63,11 @@ class Plan(PassLayout):
         never_called = [layer for layer in [*layers, *member_layers] if f"{layer.name}.output" not in dry_run.seen]
         if never_called and (not optional or member_layers or len(never_called) == len(layers)):
             remedy = "name another layer, such as the module that takes its output"
-            remedy = "leave its group out of the scope, or score it by weights" if never_called[0] in member_layers else remedy
+            if never_called[0] in member_layers:
+                remedy = "leave its group out (freeze=), or score it by weights (magnitude)"
             raise ValueError(
-                f"layer {never_called[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
-                f"its weight directly): {remedy}"
+                f"layer {never_called[0].name!r} is never called by {type(model).__name__}.forward (no token of the first "
+                f"samples goes to it, or its parent reads its weight directly): {remedy}"
             )
         layers = [layer for layer in layers if layer not in never_called]
         default = is_default(metrics)

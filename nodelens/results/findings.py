@@ -22,8 +22,8 @@ class Findings:
     kind:     the name of the analysis, such as modularity
     frames:   its tables by name; ``findings["modules"]`` returns one
     lines:    the main findings, one line each
-    units:    columns for the unit table of the result, index (layer, unit). Integers are labels, such as the number of a module:
-              they become categories, which are not taken for a metric
+    units:    columns for the unit table of the result, index (layer, unit). Floats are taken for metrics; labels, such as the
+              number of a module, are integers (Int64 where some are missing), words or booleans
     matrices: {(layer, name): matrix} for the matrices of the result
     metadata: options, data, and under ``missing`` what could not be computed: layer, what, reason
     """

@@ -108,8 +108,8 @@ class Result:
 
 
 def values_of(frame: pd.DataFrame) -> list[str]:
-    """The numeric columns that are metrics, without the error, bias, null and p-value columns."""
-    numeric = [str(c) for c in frame.select_dtypes("number") if c != "units"]
+    """The columns that are metrics, without errors, biases, nulls and p-values. Integers are counts and labels, no metrics."""
+    numeric = [str(c) for c in frame.select_dtypes("floating")]
     return [c for c in numeric if not any(c.endswith(s) and c.removesuffix(s) in numeric for s in BESIDE)]
 
 

@@ -7,6 +7,7 @@ from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
 from .norms import Directions, NormedGram
 from .pair import Cosines, NormedPair, Pair
 from .patches import Patches, PatchesByClass
+from .products import Products
 from .quantiles import Quantiles
 from .sample import Sample
 
@@ -24,6 +25,7 @@ STATISTICS: tuple[type[Statistic], ...] = (
     Pair,
     NormedPair,
     Cosines,
+    Products,
     ByClass,
     ClassSizes,
     ClassGram,
@@ -53,6 +55,7 @@ __all__ = [
     "Pair",
     "Patches",
     "PatchesByClass",
+    "Products",
     "Quantiles",
     "Sample",
     "Sizes",
