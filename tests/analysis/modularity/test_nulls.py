@@ -78,7 +78,9 @@ def p_values(kind, simulations, units=20, shuffles=9):
     for seed in range(simulations):
         rng = np.random.default_rng([seed, len(kind)])
         weights = random_graph(units, kind, rng)
-        search = Search(absolute=True, gamma=1.0, method="louvain", starts=1, sparsify=None, shuffles=shuffles, null="degrees")
+        search = Search(
+            absolute=True, gamma=1.0, method="louvain", starts=1, sparsify=None, shuffles=shuffles, null_model="degrees"
+        )
         found.append(search(weights, rng).null.p - rng.random() / (shuffles + 1))  # ranks are discrete: spread them evenly
     return np.array(found)
 
@@ -159,7 +161,7 @@ def test_units_without_variance_are_no_covariance():
 
 
 def test_the_modules_of_correlations_need_another_method_than_leiden():
-    with pytest.raises(ValueError, match="method=leiden finds modules of graphs, and null=correlation has none"):
+    with pytest.raises(ValueError, match="method=leiden finds modules of graphs, and null_model=correlation has none"):
         Search(False, 1.0, "leiden", 1, None, 0, "correlation").of_correlations(np.eye(4) + 0.1, 9, np.random.default_rng(0))
 
 
