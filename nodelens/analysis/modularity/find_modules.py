@@ -91,7 +91,7 @@ def modules_of(graph: Graph, method: Method, gamma: float, starts: int, rng: np.
 def modules_of_matrix(matrix: np.ndarray, live: np.ndarray, method: Method, starts: int, rng: np.random.Generator) -> Modules:
     """The modules of a modularity matrix of live units, of any null model. Raises ValueError for leiden, which reads a graph."""
     if method == "leiden":
-        raise ValueError("method=leiden finds modules of graphs, and null=correlation has none: take method=louvain")
+        raise ValueError("method=leiden finds modules of graphs, and null_model=correlation has none: take method=louvain")
     labels = compact(_searched(matrix, method, starts, rng))
     every = np.full(len(live), NONE)
     every[live] = labels

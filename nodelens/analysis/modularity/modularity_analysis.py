@@ -33,7 +33,7 @@ class ModularityAnalysis:
     starts:       seeded starts of a search, of which the best is kept
     sparsify:     share of the pairs that keep an edge, of weight 1. None: all, with their weights
     shuffles:     number of random graphs for z and p, and p is at least 1 / (shuffles + 1)
-    null:         degrees: graphs with the same weights and degrees. correlation: for covariances, what a random correlation matrix
+    null_model:   degrees: graphs with the same weights and degrees. correlation: for covariances, what a random correlation matrix
                   leaves (MacMahon & Garlaschelli 2015); it takes signed correlations, and other associations keep degrees. none
     rows:         number of independent rows of the null model of correlations. None: the number of samples
     alignments:   number of shuffles of units, for the p of an alignment
@@ -50,18 +50,18 @@ class ModularityAnalysis:
     starts: int = 5
     sparsify: float | None = None
     shuffles: int = 20
-    null: Null = "degrees"
+    null_model: Null = "degrees"
     rows: int | None = None
     alignments: int = 1000
 
     def __post_init__(self) -> None:
         check_options(self.method, self.gamma, self.starts)
-        if self.null not in get_args(Null):
-            raise ValueError(f"null is {self.null!r}; it is one of {', '.join(get_args(Null))}")
+        if self.null_model not in get_args(Null):
+            raise ValueError(f"null_model is {self.null_model!r}; it is one of {', '.join(get_args(Null))}")
         if self.sparsify is not None and not 0 < self.sparsify <= 1:
             raise ValueError(f"sparsify is {self.sparsify}; it is the share of pairs that keep an edge, above 0 and at most 1")
-        if self.null == "correlation" and (self.sparsify is not None or self.method == "leiden"):
-            raise ValueError("null=correlation reads the correlations themselves: leave sparsify and method=leiden out")
+        if self.null_model == "correlation" and (self.sparsify is not None or self.method == "leiden"):
+            raise ValueError("null_model=correlation reads the correlations themselves: leave sparsify and method=leiden out")
         for name in ("shuffles", "alignments"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a number of random draws, 0 for none")
@@ -126,9 +126,9 @@ class ModularityAnalysis:
         if matrix is None:
             gaps.add(layer, name, f"{name} was not measured: leave the layer out, or the association")
             return None
-        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null)
+        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null_model)
         try:
-            if self.null == "correlation" and name in COVARIANCES:
+            if self.null_model == "correlation" and name in COVARIANCES:
                 found = search.of_correlations(matrix, self.rows or result.metadata["samples"], rng)
             else:
                 found = search(matrix, rng)

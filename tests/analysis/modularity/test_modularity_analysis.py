@@ -188,16 +188,16 @@ def test_covariances_have_the_null_of_correlations_and_others_keep_degrees():
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((400, 3))[:, LABELS["fc1"]] + rng.standard_normal((400, 30))
     matrices = {("fc1", "forward_cov"): np.cov(rows.T), ("fc1", "known"): planted(LABELS["fc1"], rng)}
-    found = run(matrices, null="correlation", samples=400)
+    found = run(matrices, null_model="correlation", samples=400)
     assert found["modules"]["null"].tolist() == ["correlation", "degrees"]
     assert adjusted_rand_score(found.units["module_forward_cov"], LABELS["fc1"]) == 1
     assert found["modules"]["p"][0] == 1 / 6
-    few = run({("fc1", "forward_cov"): np.cov(rng.standard_normal((400, 30)).T)}, null="correlation", samples=400)
+    few = run({("fc1", "forward_cov"): np.cov(rng.standard_normal((400, 30)).T)}, null_model="correlation", samples=400)
     assert few["modules"]["p"][0] > 1 / 6
 
 
 def test_null_none_has_no_z_and_p():
-    found = run({("fc1", "up"): planted(LABELS["fc1"], np.random.default_rng(0))}, null="none")
+    found = run({("fc1", "up"): planted(LABELS["fc1"], np.random.default_rng(0))}, null_model="none")
     assert found["modules"][["z", "p", "q_null"]].isna().all(axis=None)
     assert "by chance" not in found.summary()
 
@@ -219,12 +219,12 @@ def test_modules_of_a_network_join_its_result():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"null": "er"}, "null is 'er'; it is one of degrees, correlation, none"),
+        ({"null_model": "er"}, "null_model is 'er'; it is one of degrees, correlation, none"),
         ({"method": "walktrap"}, "method is 'walktrap'; it is one of louvain"),
         ({"sparsify": 0.0}, "sparsify is 0.0; it is the share of pairs that keep an edge"),
         (
-            {"null": "correlation", "sparsify": 0.1},
-            "null=correlation reads the correlations themselves: leave sparsify and method=leid",
+            {"null_model": "correlation", "sparsify": 0.1},
+            "null_model=correlation reads the correlations themselves: leave sparsify and method=leid",
         ),
         ({"shuffles": -1}, "shuffles is -1; it is a number of random draws, 0 for none"),
         ({"associations": ()}, "associations is empty; give names of metrics of pairs of units, such as forward_cov"),

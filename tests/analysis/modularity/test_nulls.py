@@ -159,7 +159,7 @@ def test_units_without_variance_are_no_covariance():
 
 
 def test_the_modules_of_correlations_need_another_method_than_leiden():
-    with pytest.raises(ValueError, match="method=leiden finds modules of graphs, and null=correlation has none"):
+    with pytest.raises(ValueError, match="method=leiden finds modules of graphs, and null_model=correlation has none"):
         Search(False, 1.0, "leiden", 1, None, 0, "correlation").of_correlations(np.eye(4) + 0.1, 9, np.random.default_rng(0))
 
 
