@@ -186,7 +186,8 @@ def test_an_association_that_was_not_measured_is_a_gap():
 
 def test_covariances_have_the_null_of_correlations_and_others_keep_degrees():
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((400, 3))[:, LABELS["fc1"]] + rng.standard_normal((400, 30))
+    factors = rng.standard_normal((400, 3))  # of negative correlation: modules that correlate at all would merge
+    rows = (factors - factors.mean(1, keepdims=True))[:, LABELS["fc1"]] + rng.standard_normal((400, 30))
     matrices = {("fc1", "forward_cov"): np.cov(rows.T), ("fc1", "known"): planted(LABELS["fc1"], rng)}
     found = run(matrices, null_model="correlation", samples=400)
     assert found["modules"]["null"].tolist() == ["correlation", "degrees"]
