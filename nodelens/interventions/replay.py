@@ -15,7 +15,7 @@ Function = Callable[[tuple, dict], Any]
 
 
 @dataclass(eq=False)
-class Call:
+class RecordedCall:
     """One call of a module in a recorded pass.
 
     start, end: places in the order of all events of the pass. output: a copy, where the call can be replayed. written: whether a
@@ -24,13 +24,13 @@ class Call:
     """
 
     module: nn.Module
-    parent: "Call | None"
+    parent: "RecordedCall | None"
     start: int
     end: int = -1
     output: Any = None
     known: bool = False
     written: bool = False
-    source: "Call | None" = None
+    source: "RecordedCall | None" = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
@@ -43,11 +43,13 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self.output: Any = None
-        self._open: list[Call] = []
+        self._open: list[RecordedCall] = []
         self._clock = 0
-        self._made: dict[int, tuple[Tensor, int, Call]] = {}  # by id of a tensor, which is held so that the id stays its own
+        self._made: dict[
+            int, tuple[Tensor, int, RecordedCall]
+        ] = {}  # by id of a tensor, which is held so that the id stays its own
 
     @classmethod
     def of(cls, model: nn.Module, run: Callable[[], Any]) -> "Recording":
@@ -61,10 +63,10 @@ class Recording:
         found._made = {}
         return found
 
-    def before(self, time: int) -> list[Call]:
+    def before(self, time: int) -> list[RecordedCall]:
         """The outermost calls that had returned at a time, such as the start of a call, and can be replayed."""
-        found: list[Call] = []
-        skipped: set[Call] = set()
+        found: list[RecordedCall] = []
+        skipped: set[RecordedCall] = set()
         for call in self.calls:
             if call.parent in skipped:
                 skipped.add(call)
@@ -74,14 +76,14 @@ class Recording:
         return found
 
     @contextmanager
-    def replayed(self, outputs: Mapping[Call, Any], own: Mapping[Call, Function] | None = None) -> Iterator[None]:
+    def replayed(self, outputs: Mapping[RecordedCall, Any], own: Mapping[RecordedCall, Function] | None = None) -> Iterator[None]:
         """Inside, a pass skips the calls in ``outputs``, some of ``before(time)``, and returns these outputs instead.
 
         own: functions of a call's arguments that compute its output. The context is for one pass.
         """
         own = own or {}
         turns: dict[nn.Module, list[Function | None]] = {call.module: [] for call in (*outputs, *own)}
-        inside: set[Call] = set()
+        inside: set[RecordedCall] = set()
         for call in self.calls:
             if call.parent in inside or call.parent in outputs:
                 inside.add(call)
@@ -93,7 +95,9 @@ class Recording:
 
     def _recorded(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         read = [(tensor, _version(tensor)) for tensor in _tensors((args, kwargs))]
-        call = Call(module, self._open[-1] if self._open else None, self._tick(), source=self._source(read[0][0] if read else None))
+        call = RecordedCall(
+            module, self._open[-1] if self._open else None, self._tick(), source=self._source(read[0][0] if read else None)
+        )
         self.calls.append(call)
         self._open.append(call)
         try:
@@ -109,7 +113,7 @@ class Recording:
             self._made[id(output)] = (output, _version(output), call)
         return output
 
-    def _source(self, tensor: Tensor | None) -> Call | None:
+    def _source(self, tensor: Tensor | None) -> RecordedCall | None:
         """The innermost call that returned a tensor which has not changed since."""
         made, version, call = self._made.get(id(tensor), (None, -1, None))
         return call if made is not None and _version(made) == version else None
@@ -129,7 +133,7 @@ def tiled(output: Any, copies: int, samples: int) -> Any:
     return output if copies == 1 else pytree.tree_map_only(Tensor, each, output)
 
 
-def largest_output(calls: Sequence[Call]) -> int:
+def largest_output(calls: Sequence[RecordedCall]) -> int:
     """Bytes of the largest tensor that one of the calls returned."""
     return max((tensor.numel() * tensor.itemsize for call in calls for tensor in _tensors(call.output)), default=0)
 

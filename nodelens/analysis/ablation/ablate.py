@@ -1,7 +1,8 @@
 """``nl.ablate``: the change of the loss when units are removed, one by one or in sets."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -11,8 +12,10 @@ from torch import nn
 from nodelens.engine.driver import Driver, device_of, first_of_data
 from nodelens.engine.request import Layers
 from nodelens.network.arguments import check_arguments
+from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode, one_at_a_time, uncompiled
-from nodelens.network.hooks import observed
+from nodelens.network.groups import PruningGroup
+from nodelens.network.layers import Layer
 from nodelens.network.loss_scale import Loss
 from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
@@ -21,7 +24,7 @@ from nodelens.results.result import Result, fingerprint, provenance
 from .damage import Damage, Progress, damage_of
 from .lesions import Lesion
 from .replacement import How, Replacement
-from .targets import Target, Units, as_mapping, check_units, chosen_units, find_targets
+from .targets import AblationTarget, Units, as_mapping, calls_of, check_units, chosen_units, find_targets, targets_of_table
 
 
 @one_at_a_time
@@ -65,8 +68,7 @@ def ablate(
     batches of one sample.
     """
     setting = Setting.of(model, data, layers, task=task, output=output, loss=loss)
-    chosen = chosen_units(setting.targets, units, sample, seed)
-    index = pd.MultiIndex.from_tuples([(name, u) for name, ids in chosen.items() for u in ids], names=["layer", "unit"])
+    index = setting.chosen(sample, seed, units)
     if not len(index):
         raise ValueError("there are no units to ablate: units= or sample= leaves none")
     options: dict[str, Any] = {"how": how, "predictions": predictions, "seed": seed, "replay": replay}
@@ -112,7 +114,7 @@ class Setting:
     model: nn.Module
     data: Iterable[Any]
     objective: Objective
-    targets: Sequence[Target]
+    targets: Sequence[AblationTarget]
 
     @classmethod
     def of(
@@ -126,6 +128,36 @@ class Setting:
         loss: Loss | None = None,
     ) -> "Setting":
         """Raises ValueError for empty data, for a model without units, and for layers that are not there."""
+        found, batch = cls._opened(model, data, task, output, loss)
+        shown = {} if layers is None else calls_of(found.model, partial(found.objective.run, found.model, batch))
+        return replace(found, targets=find_targets(found.model, layers, batch, shown))
+
+    @classmethod
+    def of_table(
+        cls,
+        model: nn.Module,
+        data: Iterable[Any],
+        units: pd.DataFrame,
+        *,
+        task: str | None = None,
+        output: Output = None,
+        loss: Loss | None = None,
+    ) -> tuple["Setting", list[dict[str, str]]]:
+        """The units of a table with the index (layer, unit): of the pruning group of the layer's name, else of the layer's output.
+
+        Also returns the layers that cannot be ablated, with the reason. Raises ValueError for empty data.
+        """
+        found, batch = cls._opened(model, data, task, output, loss)
+        shown = calls_of(found.model, partial(found.objective.run, found.model, batch))
+        counts = units.groupby(level="layer", sort=False).size()
+        targets, missing = targets_of_table(found.model, {str(name): int(n) for name, n in counts.items()}, batch, shown)
+        return replace(found, targets=targets), missing
+
+    @classmethod
+    def _opened(
+        cls, model: nn.Module, data: Iterable[Any], task: str | None, output: Output, loss: Loss | None
+    ) -> tuple["Setting", Batch]:
+        """The setting without targets, and the first two samples."""
         model = uncompiled(model)
         check_arguments("nl.ablate", model, data)
         objective = Objective.of(model, output, task, loss)
@@ -133,28 +165,30 @@ class Setting:
         if first is None:
             raise ValueError("the data are empty: there is nothing to predict, so ablation cannot be measured")
         objective = objective.settled(model, first)
-        batch = objective.batch(first).head(2).to(device_of(model))
-        shown: dict[nn.Module, tuple[Any, Any]] = {}
+        return cls(model, data, objective, ()), objective.batch(first).head(2).to(device_of(model))
 
-        def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            shown.setdefault(module, (args or tuple(kwargs.values()), output))
+    @property
+    def layers(self) -> list[Layer | PruningGroup]:
+        """The targets as ``nl.analyze`` takes them."""
+        return [target.source for target in self.targets]
 
-        if layers is not None:
-            with torch.inference_mode(False), eval_mode(model), torch.no_grad(), observed(model.modules(), see):
-                objective.run(model, batch)
-        return cls(model, data, objective, find_targets(model, layers, batch, shown))
+    def chosen(self, sample: int | None, seed: int, units: Any = None) -> pd.MultiIndex:
+        """The index (layer, unit) of the units given, of ``sample`` units per layer drawn from the seed, or of all."""
+        ids = chosen_units(self.targets, units, sample, seed)
+        return pd.MultiIndex.from_tuples([(name, unit) for name, own in ids.items() for unit in own], names=["layer", "unit"])
 
     def damage(
         self,
         removed: Sequence[Units],
         *,
         how: str = "zero",
+        contrasts: Sequence[Mapping[int, float]] = (),
         predictions: int | None = None,
         seed: int = 0,
         replay: bool = True,
         progress: Progress = iter,
     ) -> Damage:
-        """The change of the loss when each of the sets of units is removed."""
+        """The change of the loss when each of the sets of units is removed; contrasts: see ``damage_of``."""
         by_name = {target.name: target for target in self.targets}
         for units in removed:
             for name, ids in units.items():
@@ -165,7 +199,7 @@ class Setting:
         with torch.inference_mode(False), eval_mode(self.model):
             values = Replacement.of(how, driver, self.data, self.targets)
         options: dict[str, Any] = {"predictions": predictions, "seed": seed, "replay": replay, "progress": progress}
-        return damage_of(self.model, self.data, lesions, values, objective=self.objective, **options)
+        return damage_of(self.model, self.data, lesions, values, objective=self.objective, contrasts=contrasts, **options)
 
     def about(self, found: Damage, index: pd.MultiIndex) -> dict[str, Any]:
         """The entries of the metadata."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.interventions.replay import Call, Function
+from nodelens.interventions.replay import Function, RecordedCall
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -19,7 +19,7 @@ class Folds:
 
     made: dict[tuple[nn.Module, nn.Module], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def pairs(self, calls: Iterable[Call]) -> dict[Call, Call]:
+    def pairs(self, calls: Iterable[RecordedCall]) -> dict[RecordedCall, RecordedCall]:
         """{call of a convolution: call of the norm that reads its output}, where both are plain and called once."""
         calls = list(calls)
         counts: dict[nn.Module, int] = {}
@@ -28,7 +28,7 @@ class Folds:
         found = {call.source: call for call in calls if call.source is not None and _foldable(call.source.module, call.module)}
         return {a: b for a, b in found.items() if counts.get(a.module) == counts.get(b.module) == 1}
 
-    def of(self, call: Call, behind: Call) -> tuple[Tensor, Tensor]:
+    def of(self, call: RecordedCall, behind: RecordedCall) -> tuple[Tensor, Tensor]:
         """The weight and bias of a pair of calls; y = s (W x + b - m) + c with s = weight / sqrt(variance + eps)."""
         conv: Any = call.module
         norm: Any = behind.module
@@ -41,13 +41,13 @@ class Folds:
             self.made[conv, norm] = (_laid_out(weight.to(conv.weight.dtype), call.output), shift.to(conv.weight.dtype))
         return self.made[conv, norm]
 
-    def passing(self, norm: Call | None) -> dict[Call, Function]:
+    def passing(self, norm: RecordedCall | None) -> dict[RecordedCall, Function]:
         """A norm that returns what it reads."""
         return {} if norm is None else {norm: _same}
 
-    def functions(self, pairs: dict[Call, Call]) -> dict[Call, Function]:
+    def functions(self, pairs: dict[RecordedCall, RecordedCall]) -> dict[RecordedCall, Function]:
         """What the calls of the pairs compute instead."""
-        found: dict[Call, Function] = {}
+        found: dict[RecordedCall, Function] = {}
         for conv, norm in pairs.items():
             found[conv] = _convolution(conv.module, *self.of(conv, norm))
             found[norm] = _same

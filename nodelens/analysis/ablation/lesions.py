@@ -16,7 +16,7 @@ from nodelens.network.hooks import edit
 from nodelens.pruning.surgery.mask import masked
 
 from .replacement import Key, Replacement
-from .targets import Target, Units
+from .targets import AblationTarget, Units
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,10 +27,10 @@ class Lesion:
 
     places: Mapping[Key, Tensor]
     dims: Mapping[Key, int]
-    weights: tuple[tuple[Target, tuple[int, ...]], ...] = ()  # masked in the weights
+    weights: tuple[tuple[AblationTarget, tuple[int, ...]], ...] = ()  # masked in the weights
 
     @classmethod
-    def of(cls, targets: Mapping[str, Target], removed: Units) -> "Lesion":
+    def of(cls, targets: Mapping[str, AblationTarget], removed: Units) -> "Lesion":
         places: dict[Key, list[Tensor]] = {}
         dims: dict[Key, int] = {}
         weights = []
@@ -75,7 +75,7 @@ def without_columns(
     key: Key = (module, "input")
     if lesions[0].weights or key not in lesions[0].places or not _is_linear(module, output):
         return None
-    dim, weight = lesions[0].dims[key], module.weight if weight is None else weight
+    dim, columns = lesions[0].dims[key], module.weight if weight is None else weight
 
     def without(args: tuple, kwargs: dict) -> Tensor:
         x = tensor_of(args or tuple(kwargs.values()))
@@ -85,14 +85,14 @@ def without_columns(
         for share, whole, lesion in zip(shares, clean, lesions, strict=True):
             places = lesion.places[key].to(x.device)
             d = values.new(share, key, dim, places) - share.index_select(dim, places)
-            parts.append(whole + _columns(module, weight, d, places))
+            parts.append(whole + _columns(module, columns, d, places))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     return without
 
 
 def _is_linear(module: nn.Module, output: Any) -> bool:
-    """Whether a module is a plain linear map whose columns can be taken, in a precision where the sum of two parts is exact enough."""
+    """Whether a module is a plain linear map whose columns can be taken, in a precision that allows a sum of two parts."""
     plain = type(module) in _LINEAR or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
     exact = isinstance(output, Tensor) and output.dtype in (torch.float32, torch.float64)
     return plain and exact and getattr(module, "groups", 1) == 1 and "forward" not in module.__dict__
@@ -101,7 +101,7 @@ def _is_linear(module: nn.Module, output: Any) -> bool:
 def _columns(module: Any, weight: Any, d: Tensor, places: Tensor) -> Tensor:
     """What a linear module adds to its output for a difference at some of its inputs."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        return module._conv_forward(d, weight[:, places], None)  # type: ignore[operator]
+        return module._conv_forward(d, weight[:, places], None)
     return functional.linear(d, weight[:, places] if isinstance(module, nn.Linear) else weight[places].T)
 
 

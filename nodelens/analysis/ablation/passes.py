@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.interventions.replay import Call, Function, Recording, tiled
+from nodelens.interventions.replay import Function, RecordedCall, Recording, tiled
 from nodelens.network.batch import Batch
 from nodelens.network.objective import Objective
 
@@ -22,10 +22,10 @@ _FAILS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class LesionSite:
     """Where a lesion begins: what a call reads (side input), or what it returns."""
 
-    call: Call
+    call: RecordedCall
     side: str
 
     @property
@@ -61,24 +61,24 @@ class Replay:
     """
 
     base: Base
-    site: Site
+    site: LesionSite
     folds: Folds
     short: bool = True
-    tiles: dict[int, dict[Call, Any]] = field(default_factory=dict)
+    tiles: dict[int, dict[RecordedCall, Any]] = field(default_factory=dict)
 
     @cached_property
-    def skipped(self) -> list[Call]:
+    def skipped(self) -> list[RecordedCall]:
         return self.base.recording.before(self.site.time)
 
     @cached_property
-    def pairs(self) -> dict[Call, Call]:
+    def pairs(self) -> dict[RecordedCall, RecordedCall]:
         """Convolutions that run, with the batch norm behind them; the site's own too, where it is a convolution."""
         own = self.site.call if self.site.side == "input" else None
         found = self.folds.pairs(self.base.recording.calls) if self.short else {}
         return {a: b for a, b in found.items() if b.known and (a is own or a.start > self.site.time)}
 
     @cached_property
-    def unread(self) -> set[Call]:
+    def unread(self) -> set[RecordedCall]:
         """Skipped calls with a later one beside them, outside of the module that holds the site."""
         last = {call.parent: call for call in self.skipped}
         return {call for call in self.skipped if call.parent is not self.site.call.parent and call is not last[call.parent]}
@@ -106,7 +106,7 @@ class Replay:
         ends = {0, len(lesions) - 1}
         return all(bool(((found[k] - base.whole(lesions[k])).abs() <= slack).all()) for k in ends)
 
-    def _own(self, lesions: Sequence[Lesion], tiles: dict[Call, Any]) -> tuple[list[Lesion], dict[Call, Function]]:
+    def _own(self, lesions: Sequence[Lesion], tiles: dict[RecordedCall, Any]) -> tuple[list[Lesion], dict[RecordedCall, Function]]:
         """The lesions that hooks have to make, and what calls compute instead of their modules."""
         if not lesions:
             return [], {}
@@ -121,7 +121,7 @@ class Replay:
             return list(lesions), own
         return [lesion.without(call.module) for lesion in lesions], own | self.folds.passing(norm) | {call: without}
 
-    def _tiled(self, copies: int) -> dict[Call, Any]:
+    def _tiled(self, copies: int) -> dict[RecordedCall, Any]:
         """What the skipped calls, the site's, and the norm behind it returned, once for each copy."""
         if copies not in self.tiles:
             samples, site = len(self.base.batch), self.site.call

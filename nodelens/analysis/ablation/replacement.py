@@ -15,7 +15,7 @@ from nodelens.network.layers import Layer
 from nodelens.statistics.processes import gathered
 from nodelens.statistics.sample_hash import generator
 
-from .targets import Place, Target
+from .targets import AblationTarget, UnitPlace
 
 How = Literal["zero", "mean", "resample"]
 HOW = ("zero", "mean", "resample")
@@ -33,7 +33,7 @@ class Replacement:
     tokens: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, how: str, driver: Driver, data: Iterable[Any], targets: Sequence[Target]) -> "Replacement":
+    def of(cls, how: str, driver: Driver, data: Iterable[Any], targets: Sequence[AblationTarget]) -> "Replacement":
         """For ``mean`` this reads the data. Raises ValueError for another word."""
         if how not in HOW:
             raise ValueError(f"how is {how!r}; it is {', '.join(HOW)}")
@@ -41,7 +41,7 @@ class Replacement:
         return cls(how, _means(driver, data, places) if how == "mean" else {})  # type: ignore[arg-type]
 
     def begin(self, batch: Batch, seed: int, number: int) -> None:
-        """Draws, for ``resample``, the sample from which each sample gets its values. Raises ValueError for a batch of one sample."""
+        """Draws, for ``resample``, whose values each sample gets. Raises ValueError for a batch of one sample."""
         if self.how != "resample":
             return
         n = len(batch)
@@ -86,13 +86,13 @@ def _token_donors(mask: Tensor, donors: Tensor) -> Tensor:
     return rows.flatten()
 
 
-def _means(driver: Driver, data: Iterable[Any], places: Sequence[Place]) -> dict[Key, Tensor]:
+def _means(driver: Driver, data: Iterable[Any], places: Sequence[UnitPlace]) -> dict[Key, Tensor]:
     """{(module, side): (width,)} mean of what passes there over all rows that count, of all processes."""
     sums: dict[Key, Tensor] = {}
     current: list[Batch] = []
-    reads: dict[Key, Place] = {(place.module, place.side): place for place in places}
+    reads: dict[Key, UnitPlace] = {(place.module, place.side): place for place in places}
 
-    def see(place: Place, x: Tensor) -> Tensor:
+    def see(place: UnitPlace, x: Tensor) -> Tensor:
         batch, site = current[0], f"{place.path}.{place.side}"
         rows = Layer(place.path, place.module, place.side).rows(x.detach(), len(batch), batch.mask_at(site))
         raw = rows.raw.double()

@@ -1,6 +1,6 @@
 """What can be ablated: the units of pruning groups and layers, and the places in tensors where each unit passes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from nodelens.engine.request import Layers, as_layers
 from nodelens.network.batch import Batch, tensor_of
+from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup, listed
+from nodelens.network.hooks import observed
 from nodelens.network.layers import Layer
 from nodelens.pruning.groups.find import find_groups
 from nodelens.pruning.surgery.mask import channel_dim
@@ -23,7 +25,7 @@ Units = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class UnitPlace:
     """Where units pass: the tensor that a module reads or returns, its dimension of units, and each unit's (units, places)."""
 
     path: str
@@ -34,7 +36,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class AblationTarget:
     """A pruning group, a layer's output or a layer's input, with n units.
 
     name: that of the group or layer. weights: a group whose units no hook can gate, so that it is masked in its weights.
@@ -42,25 +44,27 @@ class Target:
 
     name: str
     n: int
-    places: tuple[Place, ...] = ()
+    source: Layer | PruningGroup
+    places: tuple[UnitPlace, ...] = ()
     weights: PruningGroup | None = None
 
     @classmethod
-    def of_group(cls, model: nn.Module, group: PruningGroup) -> "Target":
+    def of_group(cls, model: nn.Module, group: PruningGroup) -> "AblationTarget":
         if not group.gated:
             paths = [group.router] if group.router is not None else [piece.module for piece in group.by_role("consumer")]
             none = torch.zeros(group.n, 0, dtype=torch.long)
-            places = [Place(path, model.get_submodule(path), "input", -1, none) for path in dict.fromkeys(paths)]
-            return cls(group.name, group.n, tuple(places), group)
+            places = [UnitPlace(path, model.get_submodule(path), "input", -1, none) for path in dict.fromkeys(paths)]
+            return cls(group.name, group.n, group, tuple(places), group)
         modules = [(piece, model.get_submodule(piece.module)) for piece in group.by_role("consumer")]
         return cls(
             group.name,
             group.n,
-            tuple(Place(piece.module, module, "input", channel_dim(module), piece.places) for piece, module in modules),
+            group,
+            tuple(UnitPlace(piece.module, module, "input", channel_dim(module), piece.places) for piece, module in modules),
         )
 
     @classmethod
-    def of_layer(cls, layer: Layer, path: str, shown: Any) -> "Target":
+    def of_layer(cls, layer: Layer, path: str, shown: Any) -> "AblationTarget":
         """``shown``: what the layer's module reads or returns. Raises ValueError where that has no units."""
         tensor = tensor_of(shown)
         if isinstance(layer, ExpertLayer):
@@ -74,10 +78,12 @@ class Target:
         dim = 1 if layer.channels_second(tensor) else -1
         n = tensor.shape[dim]
         side: Side = "input" if layer.side == "input" else "output"
-        return cls(layer.name, n, (Place(path, layer.module, side, dim, torch.arange(n)[:, None]),))
+        return cls(layer.name, n, layer, (UnitPlace(path, layer.module, side, dim, torch.arange(n)[:, None]),))
 
 
-def find_targets(model: nn.Module, layers: Layers | None, batch: Batch, shown: Mapping[nn.Module, tuple[Any, Any]]) -> list[Target]:
+def find_targets(
+    model: nn.Module, layers: Layers | None, batch: Batch, shown: Mapping[nn.Module, tuple[Any, Any]]
+) -> list[AblationTarget]:
     """The targets in ``layers``; without them, the model's pruning groups over which no norm reduces.
 
     shown: what each module read and returned in a pass. Raises ValueError for a layer that the pass did not call, as
@@ -85,15 +91,15 @@ def find_targets(model: nn.Module, layers: Layers | None, batch: Batch, shown: M
     """
     if layers is None:
         groups = find_groups(model, batch).chosen("*")
-        return [Target.of_group(model, group) for group in groups]
+        return [AblationTarget.of_group(model, group) for group in groups]
     paths = {module: path for path, module in model.named_modules()}
     found = []
     for layer in as_layers(model, layers):
         if isinstance(layer, GroupLayer):
-            found.append(Target.of_group(model, layer.group))
+            found.append(AblationTarget.of_group(model, layer.group))
         elif layer.module in shown:
             read, returned = shown[layer.module]
-            target = Target.of_layer(layer, paths[layer.module], read if layer.side == "input" else returned)
+            target = AblationTarget.of_layer(layer, paths[layer.module], read if layer.side == "input" else returned)
             found.append(replace(target, name=layer.title))
         elif not isinstance(layers, str) or layers != "*":
             raise ValueError(f"layer {layer.name!r} was not called, so its units cannot be ablated: leave it out")
@@ -102,7 +108,40 @@ def find_targets(model: nn.Module, layers: Layers | None, batch: Batch, shown: M
     return found
 
 
-def chosen_units(targets: Sequence[Target], units: Any, sample: int | None, seed: int) -> dict[str, list[int]]:
+def calls_of(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, tuple[Any, Any]]:
+    """What each module read and returned at its first call in a pass."""
+    shown: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        shown.setdefault(module, (args or tuple(kwargs.values()), output))
+
+    with torch.inference_mode(False), eval_mode(model), torch.no_grad(), observed(model.modules(), see):
+        run()
+    return shown
+
+
+def targets_of_table(
+    model: nn.Module, counts: Mapping[str, int], batch: Batch, shown: Mapping[nn.Module, tuple[Any, Any]]
+) -> tuple[list[AblationTarget], list[dict[str, str]]]:
+    """The pruning group of each name, where it has as many units, else the layer of that name; and what is neither, and why."""
+    try:
+        groups = {group.name: group for group in find_groups(model, batch)}
+    except ValueError:  # its graph cannot be exported: layers can be ablated without
+        groups = {}
+    targets, missing = [], []
+    for name, n in counts.items():
+        own = [groups[name]] if name in groups and groups[name].n == n else name
+        try:
+            found = find_targets(model, own, batch, shown)
+            if len(found) != 1 or found[0].n != n:
+                raise ValueError(f"{name!r} has {n} units in the table and {sum(t.n for t in found)} in the model")
+            targets += found
+        except ValueError as error:
+            missing.append({"layer": name, "what": "damage", "reason": str(error)})
+    return targets, missing
+
+
+def chosen_units(targets: Sequence[AblationTarget], units: Any, sample: int | None, seed: int) -> dict[str, list[int]]:
     """{target: ids}: the units given, else ``sample`` of each target drawn from the seed, else all.
 
     units: {layer: ids}, or a table or index with the levels layer and unit. Raises ValueError for a layer or unit that is not
@@ -126,16 +165,14 @@ def as_mapping(units: Any) -> dict[str, list[int]]:
         return {str(name): [int(unit) for unit in torch.as_tensor(ids).reshape(-1)] for name, ids in units.items()}
     index = units.index if isinstance(units, (pd.DataFrame, pd.Series)) else units
     if not isinstance(index, pd.MultiIndex) or index.nlevels != 2:
-        raise ValueError(
-            f"units is {type(units).__name__}; it is {{layer: [units]}}, or a table such as result.units with the index (layer, unit)"
-        )
+        raise ValueError(f"units is {type(units).__name__}; it is {{layer: [units]}}, or a table such as result.units")
     found: dict[str, list[int]] = {}
     for name, unit in index:
         found.setdefault(str(name), []).append(int(unit))
     return found
 
 
-def check_units(by_name: Mapping[str, Target], name: str, ids: Sequence[int]) -> None:
+def check_units(by_name: Mapping[str, AblationTarget], name: str, ids: Sequence[int]) -> None:
     """Raises ValueError for a layer that is not there, or units that it does not have."""
     if name not in by_name:
         raise ValueError(f"units names {name!r}; the layers are {listed(list(by_name))}")

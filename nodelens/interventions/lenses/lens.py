@@ -11,7 +11,6 @@ from nodelens.interventions.prompts import TokenizedPrompt, read_prompts, token_
 from nodelens.interventions.token_model import TokenModel
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.results.findings import Findings
-from nodelens.results.result import fingerprint, provenance
 
 from .scores import row_scores
 from .tail import Tail, tail_of
@@ -68,7 +67,7 @@ def read_lens(model: TokenModel, prompts: Iterable[TokenizedPrompt], blocks: Seq
 
 def about(model: TokenModel) -> dict[str, Any]:
     """What the findings of any lens or patch say of the model."""
-    return provenance() | {"model": {"class": model.name, "fingerprint": fingerprint(model.model)}}
+    return {"model": model.name, "model_id": str(getattr(model.model, "name_or_path", "") or "")}
 
 
 def top_tokens(logits: Tensor, k: int, prompt: TokenizedPrompt) -> list[dict[str, Any]]:
