@@ -20,6 +20,8 @@ _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the s
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
     "attribution_patching": "nodelens.analysis.patching.patching.AttributionPatching",
     "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
+    "supernode_lesions": "nodelens.analysis.supernodes.supernode_lesions.SupernodeLesions",
+    "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
     "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
     "logit_attribution": "nodelens.analysis.patching.patching.LogitAttribution",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
