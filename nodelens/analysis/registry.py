@@ -18,10 +18,12 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
     "attribution_patching": "nodelens.analysis.patching.patching.AttributionPatching",
+    "future_lens": "nodelens.analysis.lenses.future_lens.FutureLens",
     "logit_attribution": "nodelens.analysis.patching.patching.LogitAttribution",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
     "patching": "nodelens.analysis.patching.patching.Patching",
     "patchscope": "nodelens.analysis.lenses.patchscope.Patchscope",
+    "tuned_lens": "nodelens.training.tuned_lens.TunedLens",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
 }
 
