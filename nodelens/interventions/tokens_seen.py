@@ -72,12 +72,13 @@ class TokensSeen:
         )
         self.now = shown.shape[1] if shown is not None and (self.tokens or shown.ndim == 3) else 0
         self.mask = _mask(kwargs, self.samples, self.now)
+        given = {} if self.given is None or kwargs.get("decoder_input_ids") is not None else self.given
         self.before = self._cached(kwargs)
         if self.before == 0 and (self.given is None or self.prompt is None):
-            self._start(shown)
+            self._start(shown, given)
         elif self.prompt is None:  # it was read before the block was entered
             columns = self.before if self.given is None else self.before + self.now
-            self._start(None, columns)
+            self._start(None, given, columns)
 
     def _cached(self, kwargs: Mapping[str, Any]) -> int:
         """The number of columns that a cache holds. Without a cache that tells, they are counted."""
@@ -93,10 +94,9 @@ class TokensSeen:
             return int(cache[0][0].shape[-2])
         return self.before + self.now if self.given is not None and self.prompt is not None else 0
 
-    def _start(self, shown: Tensor | None, columns: int | None = None) -> None:
-        given = self.given or {}
+    def _start(self, shown: Tensor | None, given: Mapping[str, Any], columns: int | None = None) -> None:
         ids = next((given[k] for k in _INPUTS if isinstance(given.get(k), Tensor)), shown)
-        real = given.get("attention_mask", self.mask) if self.given is not None else self.mask
+        real = given.get("attention_mask", self.mask)
         width = (ids.shape[1] if ids is not None and ids.ndim > 1 else self.now) if columns is None else columns
         samples = self.samples if ids is None else len(ids)
         fits = isinstance(real, Tensor) and real.ndim == 2 and len(real) == samples and real.shape[1] >= width
@@ -134,13 +134,15 @@ class TokensSeen:
 
 
 def _tokens(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What has one row per sample and, for language models, one column per token."""
-    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
+    """What has one row per sample and, for language models, one column per token: the decoder's, where there is one."""
+    if isinstance(decoder := kwargs.get("decoder_input_ids"), Tensor):
+        return decoder
+    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
     return next((v for v in itertools.chain(args[:1], named, kwargs.values()) if isinstance(v, Tensor)), None)
 
 
 def _mask(kwargs: Mapping[str, Any], samples: int, now: int) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask" if kwargs.get("decoder_input_ids") is None else "decoder_attention_mask")
     fits = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == samples and mask.shape[1] >= now > 0
     return mask if fits else None
 
@@ -157,7 +159,7 @@ def _generating(model: nn.Module, seen: TokensSeen) -> Iterator[None]:
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         outer = seen.given
-        seen.given, seen.prompt = dict(zip(("inputs",), args, strict=False)) | kwargs, None
+        seen.given, seen.prompt, seen.samples = dict(zip(("inputs",), args, strict=False)) | kwargs, None, 0
         try:
             return original(*args, **kwargs)
         finally:

@@ -162,8 +162,8 @@ def _sweep_table(sweep: pd.DataFrame) -> str:
 
     area = areas(sweep)
     means = curves(sweep)["mean"].unstack("amount").loc[area.index]
-    table = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
-    return table(table.set_index("criterion"))
+    frame = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
+    return table(frame.set_index("criterion"))
 
 
 def _definitions(result: Result) -> str:

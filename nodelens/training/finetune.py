@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.messages import SRUN_HINT
+from nodelens.messages import LIGHTNING_HINTS
 from nodelens.network.batch_forms import with_samples
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.network.loss_scale import Loss, as_sum
@@ -65,7 +65,8 @@ class Finetune:
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         training = [(m, m.training) for m in model.modules()]
         with warnings.catch_warnings(), seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
-            warnings.filterwarnings("ignore", message=SRUN_HINT)
+            for hint in LIGHTNING_HINTS:
+                warnings.filterwarnings("ignore", message=hint)
             trainer = Trainer(
                 max_epochs=self.epochs,
                 accelerator="cpu" if device.type == "cpu" else device.type,

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -65,7 +66,7 @@ def _tested(model: nn.Module, batch: Batch, found: PruningGroups) -> PruningGrou
 def _traced(model: nn.Module, batch: Batch) -> Ids:
     """The channels in evaluation and, if it reads more parameters, in training; frozen are those that other parameters may read."""
     try:
-        program = torch.export.export(model, batch.args, batch.kwargs)
+        program = _exported(model, batch)
     except Exception as error:  # a forward pass may raise anything
         if wrong := batch.wrong_dtype(model, error):
             raise ValueError(wrong) from error
@@ -80,13 +81,19 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
         why = ""
         try:
             with training_mode(model):
-                program = torch.export.export(model, batch.args, batch.kwargs)
+                program = _exported(model, batch)
         except Exception as error:  # a forward pass may raise anything
             why = f", and training cannot be traced ({_first_line(error)})"
         else:
             _follow(model, program, ids, read)
         freeze_unread(ids, model, unread(model, read), why)
     return ids
+
+
+def _exported(model: nn.Module, batch: Batch) -> ExportedProgram:
+    with warnings.catch_warnings():  # recurrent layers keep their weights in a list, too, which the program does not read
+        warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
+        return torch.export.export(model, batch.args, batch.kwargs)
 
 
 def _follow(model: nn.Module, program: ExportedProgram, ids: Ids, read: set[int]) -> None:

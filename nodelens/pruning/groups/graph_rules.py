@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from . import graph_contractions, graph_layers, graph_moves
+from . import graph_contractions, graph_layers, graph_moves, graph_windows
+from .graph_recurrent import recurrent
 from .graph_walk import Layout, Value, Walk, op_of, shape_of, where, without_units
 
 _EACH = """alias clone contiguous copy detach divide dropout feature_dropout alpha_dropout hardswish log_sigmoid multiply subtract
@@ -145,8 +146,12 @@ _RULES: dict[str, Rule] = {
     "split_with_sizes": graph_moves.split,
     "chunk": graph_moves.split,
     "tensor_split": graph_moves.split,
-    "pixel_shuffle": graph_moves.shuffle,
-    "pixel_unshuffle": graph_moves.shuffle,
+    "pixel_shuffle": graph_windows.shuffle,
+    "pixel_unshuffle": graph_windows.shuffle,
+    "unfold": graph_windows.windows,
+    "im2col": graph_windows.patches,
+    "col2im": graph_windows.patches,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     "index": graph_moves.lookup,
     "index_select": graph_moves.lookup,
     "softmax": _softmax,

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted_types import TYPES, planted
 from real import folder
 from sklearn.metrics import adjusted_rand_score
 
@@ -16,17 +17,6 @@ from nodelens.analysis.clusters.stability import ablations, best_number, numbers
 from nodelens.analysis.clusters.unit_types import types_by_centroid, types_by_score
 
 MAPPINGS = ("greedy", "global_penalized", "global_simple", "global_prototype")
-TYPES = np.array(["critical", "redundant", "synergistic", "background"])
-MEANS = {"critical": (4.0, 0.05, 0.3), "redundant": (0.6, 0.9, 0.06), "synergistic": (1.0, 0.3, 0.8), "background": (0.2, 0.2, 0.1)}
-
-
-def planted(n=12, noise=0.05, seed=0):
-    """(rq, redundancy, synergy) of four groups of units in a random order, and the type of each."""
-    chance = np.random.default_rng(seed)
-    kinds = chance.permutation(np.repeat(TYPES, n))
-    means = np.array([MEANS[kind] for kind in kinds])
-    values = means * (1 + noise * chance.standard_normal(means.shape)) + 0.2 * noise * chance.standard_normal(means.shape)
-    return np.abs(values).T, kinds
 
 
 def document():
