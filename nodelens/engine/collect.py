@@ -1,6 +1,6 @@
 """One pass: the collectors of all sites, batch by batch, and the sites whose rows are paired."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from nodelens.metrics import Need
 from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
+from nodelens.network.derivatives import Differentiation
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION
@@ -92,6 +93,7 @@ class Pass:
         self.token_rows = {site: TokenRows(collector) for site, collector in self.collectors.items() if collector.by_token}
 
         self.derivatives = [c for c in self.collectors.values() if isinstance(c, DerivativeCollector)]
+        self.differentiation = Differentiation()
         model_collectors = [collector for site, collector in self.collectors.items() if site.port == "model"]
         self.model_sums: list[Any] = [sums for collector in model_collectors for sums in collector.sums.values()]
 
@@ -102,7 +104,7 @@ class Pass:
 
     def sites(self, round: int = 0) -> list[Site]:
         """The sites read in a round: all in the first; later only those that sums over the whole model watch."""
-        chosen = [site for site in self.collectors if site.port != "model"]
+        chosen = [site for site in self.collectors if site.port != "model" and site.layer is not self.plan.stack]
         ports = {sums.port for sums in self.model_sums if sums.rounds > round}
         return chosen if not round else [site for site in chosen if isinstance(site.layer, GroupLayer) and site.port in ports]
 
@@ -156,10 +158,10 @@ class Pass:
         """{layer: why no rows could be made of what it showed}."""
         return {site.layer.name: collector.unread for site, collector in self.collectors.items() if collector.unread}
 
-    def differentiate(self, predictions: Tensor) -> None:
+    def differentiate(self, predictions: Tensor, embedded: Sequence[Tensor]) -> None:
         """Adds what is differentiated while the graph of a batch is there."""
         assert self.batch is not None
-        differentiate(self.derivatives, predictions, self.batch, self.objective, self.seed)
+        differentiate(self.derivatives, predictions, embedded, self.batch, self.objective, self.seed, self.differentiation)
 
     def end(self, predictions: Tensor | None) -> None:
         """Ends a batch: computes targets from the predictions and adds what depends on them or on complete samples."""

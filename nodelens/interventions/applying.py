@@ -60,7 +60,7 @@ class Target:
             self.hit = True
             if self.edit.operation == "zero" and units is not None:
                 return x.index_fill(-1, units.to(x.device), 0)
-            old, value = _picked(x, units), self._value(second and _ndim(self.edit.value) == x.ndim)
+            old, value = _picked(x, units), self._value(x.shape[-1], second and _ndim(self.edit.value) == x.ndim)
             return _filled(x, units, changed(self.edit.operation, old, value) if whole is None else _picked(whole, units))
         samples = self.seen.samples or len(x)
         if x[..., 0].numel() % samples:
@@ -73,7 +73,7 @@ class Target:
         b, p = selected.b.to(x.device), selected.p.to(x.device)
         old = flat[b, p]
         if whole is None:
-            new = changed(self.edit.operation, _picked(old, units), self._value_of(selected))
+            new = changed(self.edit.operation, _picked(old, units), self._value_of(selected, x.shape[-1]))
         else:
             new = _picked(whole.reshape(flat.shape)[b, p], units)
         return flat.index_put((b, p), _filled(old, units, new)).reshape(x.shape)
@@ -93,33 +93,37 @@ class Target:
         if self.edit.operation == "resample":
             samples = self.seen.samples or len(x)
             flat = x.reshape(samples, -1, x.shape[-1])
-            return donated(flat, self.seen.rows_of(*flat.shape[:2]), self._value(False), self.edit.seed).reshape(x.shape)
+            return donated(flat, self.seen.rows_of(*flat.shape[:2]), self.edit.value, self.edit.seed).reshape(x.shape)
         return None
 
+    def _chosen(self, width: int) -> list[int] | None:
+        """The edited units, of a group its own; None for all of them."""
+        n = width if self.places is None else len(self.places)
+        return None if self.edit.units is None else indices(self.edit.units, n, "units")
+
     def _units(self, width: int) -> Tensor | None:
-        """Where the edited units lie among ``width`` entries; None for all of them."""
-        chosen = self.edit.units
+        """Where the edited units lie among ``width`` entries; None for all of these."""
+        chosen = self._chosen(width)
         if self.places is None:
-            return None if chosen is None else torch.tensor(indices(chosen, width, "units"))
-        units = range(len(self.places)) if chosen is None else indices(chosen, len(self.places), "units")
-        entries = self.places[list(units)].flatten()
+            return None if chosen is None else torch.tensor(chosen)
+        entries = (self.places if chosen is None else self.places[chosen]).flatten()
         return None if entries.equal(torch.arange(width)) else entries
 
-    def _value(self, channels_second: bool) -> Any:
-        """The value, per entry where a unit of a group spans several."""
-        value = self.edit.value
-        if not isinstance(value, Tensor):
+    def _value(self, width: int, channels_second: bool = False) -> Any:
+        """The value of the edited units: of one for all units those that are edited, of a group one per entry of a unit."""
+        value, chosen = self.edit.value, self._chosen(width)
+        if not isinstance(value, Tensor) or not value.ndim or self.edit.operation in ("project_out", "resample"):
             return value
-        if channels_second:
-            return value.movedim(1, -1)
-        span = 1 if self.places is None else self.places.shape[1]
-        chosen = None if self.places is None or self.edit.units is None else indices(self.edit.units, len(self.places), "units")
-        units = 0 if self.places is None else len(self.places) if chosen is None else len(chosen)
-        return value.repeat_interleave(span, -1) if span > 1 and value.ndim and value.shape[-1] == units else value
+        value = value.movedim(1, -1) if channels_second else value
+        n = width if self.places is None else len(self.places)
+        if chosen is not None and value.shape[-1] == n != len(chosen):
+            value = value[..., chosen]
+        per_unit = self.places is not None and value.shape[-1] == (n if chosen is None else len(chosen))
+        return value.repeat_interleave(self.places.shape[1], -1) if per_unit and self.places is not None else value
 
-    def _value_of(self, selected: Selected) -> Any:
+    def _value_of(self, selected: Selected, width: int) -> Any:
         """The value for each selected row. Raises ValueError where it has another number of samples or positions."""
-        value = self._value(False)
+        value = self._value(width)
         if not isinstance(value, Tensor) or value.ndim < 2 or self.edit.operation == "project_out":
             return value
         given = value[None] if value.ndim == 2 else value

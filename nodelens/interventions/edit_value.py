@@ -29,11 +29,13 @@ class Edit:
                ``resample``: the values of another sample of the batch, or rows drawn from the value (n, units);
                ``module``: what the value, an ``nn.Module``, makes of the whole tensor
     units:     indices or an expression of ``parse_index``; None: all. Of a pruning group its own units, such as heads
-    positions: indices or an expression among the n real tokens of a prompt, whatever its padding; ``phrase:<text>`` or
-               ``regex:<pattern>``, which must occur exactly once; one list per selected sample; None: all. In the phase
-               ``generated`` generated tokens are counted, from 0. Of images, the positions of the map, row by row
+    positions: indices or an expression among the n real tokens of a prompt, whatever its padding; a phrase (``phrase:<text>``
+               where it looks like an expression) or ``regex:<pattern>``, which must occur exactly once; one list per selected
+               sample; None: all. In the phase ``generated`` generated tokens are counted, from 0. Of images, the positions of
+               the map, row by row
     samples:   indices or an expression among the samples of each batch; None: all
-    value:     a number, one per unit, or a tensor like the edited values, (positions, units) or (samples, positions, units)
+    value:     a number, one per unit (of the edited or of all), or a tensor like the edited values, (positions, units) or
+               (samples, positions, units)
     port:      ``output`` or ``input`` of the module
     phase:     ``prompt``, ``generated`` or ``all``: which tokens of ``generate``. With positions, ``all`` means ``prompt``
     seed:      of ``resample``

@@ -1,5 +1,6 @@
 """Prompts: texts or token ids, as the tokens that a model reads."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -154,3 +155,17 @@ def _checked(ids: Tensor, text: str | None = None) -> Tensor:
     if not len(ids):
         raise ValueError(f"the prompt {'of no ids' if text is None else repr(text)} has no tokens: give at least one")
     return ids
+
+
+def first_prompts(data: Iterable[Any], count: int, tokenizer: Any = None) -> list[TokenizedPrompt]:
+    """The first samples of batches with input_ids, without padding. Raises ValueError for data without token ids."""
+    found: list[TokenizedPrompt] = []
+    for batch in data:
+        found += read_prompts(
+            batch if hasattr(batch, "keys") else batch[0] if isinstance(batch, (tuple, list)) else batch, tokenizer
+        )
+        if len(found) >= count:
+            break
+    if not found:
+        raise ValueError(f"there are no prompts and no data: give {option('prompts')}=, texts or token ids")
+    return found[:count]

@@ -8,14 +8,19 @@ from torch import Tensor
 
 from nodelens.data.selectors import Selector, select_tokens
 from nodelens.data.tokens import as_tokenizer
-from nodelens.network.expressions import parse_index
+from nodelens.network.expressions import CHARACTERS, parse_index
 
 Positions = str | int | Sequence[int]
 
 
-def searches_text(positions: Any) -> bool:
-    """Whether positions are a phrase or a pattern: a text that begins with ``phrase:`` or ``regex:``."""
-    return isinstance(positions, str) and positions.startswith(("phrase:", "regex:"))
+def sought(positions: Any) -> str | None:
+    """The selector ``phrase:...`` or ``regex:...`` of positions that are a text of the prompt; None for indices.
+
+    A text in which only characters of index expressions occur is one; any other text is a phrase.
+    """
+    if not isinstance(positions, str) or positions.startswith(("phrase:", "regex:")):
+        return positions if isinstance(positions, str) else None
+    return None if positions.strip() == "all" or CHARACTERS.fullmatch(positions) else f"phrase:{positions}"
 
 
 def indices(expression: Positions, n: int, what: str) -> list[int]:
@@ -41,19 +46,22 @@ def indices(expression: Positions, n: int, what: str) -> list[int]:
 
 
 def find_text(positions: str, ids: Tensor, real: Tensor, tokenizer: Any, text: str | None = None) -> list[int]:
-    """The tokens that overlap a phrase or a match of a pattern, as indices among the real tokens of one prompt.
+    """The tokens that overlap a phrase or a match of a pattern (``sought``), as indices among the real tokens of one prompt.
 
     Shapes: ids, real (T,). text: the prompt; by default the decoded ids. Raises ValueError for a text that is not in the prompt or
     occurs more than once, without a tokenizer, and for ids that are not the tokens of the text.
     """
+    kind, _, words = positions.partition(":")
     if tokenizer is None:
-        raise ValueError(f"positions {positions!r} search the text of the prompt: give tokenizer=, or positions as indices")
+        raise ValueError(
+            f"positions search the text of the prompt for the {kind} {words!r}: give tokenizer=, or positions as indices, made of "
+            "integers, n, + - * // %, brackets, colons and commas"
+        )
     known = as_tokenizer(tokenizer)
     plain = real & ~torch.isin(ids, torch.tensor(known.special, dtype=ids.dtype)) if known.special else real
     text = known.decode(ids[plain].tolist()) if text is None else text
     found = len(Selector.parse(positions).words[0].spans(text))
     if found != 1:
-        kind, _, words = positions.partition(":")
         times = "is not in the prompt" if found == 0 else f"occurs {found} times in the prompt"
         way_out = "give another" if found == 0 else "give a longer one, or positions as indices"
         raise ValueError(f"the {kind} {words!r} {times} {_short(text)!r}: {way_out}")

@@ -50,6 +50,14 @@ class Metric:
         """The statistics that ``__call__`` takes, by argument name."""
         return {}
 
+    def stacked_needs(self) -> dict[str, Need]:
+        """The statistics that ``__call__`` takes for the units of all layers side by side, of metrics with that option."""
+        return {}
+
+    def beside(self, weight: Any, **statistics: Any) -> dict[str, Tensor]:
+        """Further columns or matrices beside the value, by the suffix of their name."""
+        return {}
+
     def __call__(self, weight: Any, **statistics: Any) -> Tensor:
         """The value: (units,), (units, units) or ()."""
         raise TypeError(f"{type(self).__name__} has no formula")

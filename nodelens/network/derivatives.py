@@ -1,4 +1,4 @@
-"""Derivatives of a model's predictions with respect to layers, several at once."""
+"""Derivatives of a graph, several at once: vectors pulled back from outputs to layers, or pushed forward from inputs to layers."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .objective import Objective
-
 _UNFIT = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)  # what an operation without a batched form raises
+Place = Tensor | GradientEdge
+_grad: Any = torch.autograd.grad  # its stub has no list of both kinds of places
 
 
-class Pullback:
-    """Vectors pulled back from a tensor to layers: the products v'J with the Jacobian J of the tensor.
+class Differentiation:
+    """Products of vectors with Jacobians.
 
     Several vectors at once where all operations allow it (``is_grads_batched``), else one after the other.
     """
@@ -22,33 +22,35 @@ class Pullback:
     def __init__(self) -> None:
         self.together = True
 
-    def __call__(self, z: Tensor, edges: Sequence[GradientEdge], vectors: Tensor, keep_graph: bool = False) -> list[Tensor | None]:
-        """Products (k, *shape of the layer) for vectors (k, *shape of z); None for a layer on which z does not depend.
-
-        keep_graph: whether the products can be differentiated again.
-        """
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "create_graph": keep_graph}
-        if not z.requires_grad:
-            return [None] * len(edges)
-        if self.together and len(vectors) > 1:
+    def pull(self, outputs: Sequence[Place], places: Sequence[Place], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Products v'J (k, *shape of each place) for vectors (k, *shape of each output); None for a place they do not read."""
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        count = len(vectors[0])
+        if self.together and count > 1:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")  # a loop over some operation: correct but slow
-                    return list(torch.autograd.grad(z, edges, vectors, is_grads_batched=True, **options))
+                    return list(_grad(outputs, places, vectors, is_grads_batched=True, **options))
             except _UNFIT:
                 self.together = False
-        each = [torch.autograd.grad(z, edges, v, **options) for v in vectors]
+        each = [_grad(outputs, places, [v[k] for v in vectors], **options) for k in range(count)]
         return [None if any(g is None for g in own) else torch.stack(own) for own in zip(*each, strict=True)]
 
+    def push(self, forward: "Forward", vectors: Sequence[Tensor]) -> Tensor | None:
+        """Products J w (k, *shape of a layer) for vectors w (k, *shape of each input); None for a layer that does not read them."""
+        read = [(slope, w) for slope, w in zip(forward.slopes, vectors, strict=True) if slope is not None and slope.requires_grad]
+        if not read:
+            return None
+        slopes, own = zip(*read, strict=True)
+        return self.pull(slopes, [forward.dual], own)[0]
 
-def factor(objective: Objective, z: Tensor, labels: Tensor | None) -> Tensor:
-    """Rows S whose sum of s s' is the Hessian of each prediction's loss with respect to its outputs.
 
-    z: predictions (B, K) or (B, P, K), as ``counted`` returns them. Returns (K, *shape of z): row k of every prediction. For
-    cross-entropy sqrt(p_k) (e_k - p), p the softmax. Rows of predictions that do not count are 0.
+class Forward:
+    """The derivative J of a layer with respect to inputs, as J'u of a vector u, which is linear in u: its derivative is J.
+
+    This needs no forward mode, which many operations lack, only derivatives of derivatives.
     """
-    z = z.detach()
-    eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-    eye = eye.reshape(z.shape[-1], *[1] * (z.ndim - 1), z.shape[-1])
-    p = z.softmax(-1)
-    return p.movedim(-1, 0).sqrt()[..., None] * (eye - p)
+
+    def __init__(self, place: GradientEdge, like: Tensor, inputs: Sequence[Place]):
+        self.dual = torch.zeros_like(like).requires_grad_()
+        self.slopes = _grad([place], inputs, [self.dual], create_graph=True, allow_unused=True)

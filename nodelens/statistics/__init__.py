@@ -3,6 +3,7 @@
 from .base import Accumulator, Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes, ClassStatistic
 from .gram import Cross, Gram
+from .located import Located
 from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
 from .norms import Directions, NormedGram
 from .pair import Cosines, NormedPair, Pair
@@ -26,6 +27,7 @@ STATISTICS: tuple[type[Statistic], ...] = (
     NormedPair,
     Cosines,
     Products,
+    Located,
     ByClass,
     ClassSizes,
     ClassGram,
@@ -48,6 +50,7 @@ __all__ = [
     "Directions",
     "Gram",
     "Higher",
+    "Located",
     "MeanSizes",
     "Moments",
     "NormedGram",

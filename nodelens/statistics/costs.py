@@ -3,6 +3,7 @@
 from .base import Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
 from .gram import Cross, Gram
+from .located import Located
 from .map_ranks import MapIndependence, MapRanks
 from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
 from .norms import Directions, NormedGram
@@ -54,7 +55,8 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
         Pair: d * t + 2 * d + 2 * t + 1,
         NormedPair: d * t + 3 * d + 3 * t + 4,
         Cosines: 2,
-        Products: d * d + 1,
+        Products: d * d + 2,
+        Located: (d + 1) * positions + d,
         ByClass: k * (2 * d + 1) + d,
         PatchesByClass: k * (2 * d + 1) + d,
         ClassSizes: k * (d + 1),

@@ -33,9 +33,13 @@ class Vectors(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Products(Statistic):
-    """Number of rows, and the sum over rows of p p' of all vectors p (d,) of a row, in folds of the vectors."""
+    """Number of rows, and the sum over rows of p p' of all vectors p (d,) of a row, in folds of the vectors.
+
+    Vectors are scaled so that the sum over all of a row is what is averaged over rows.
+    """
 
     n: Tensor  # (1,)           int64    rows, each counted once, whatever the number of its vectors
+    vectors: Tensor  # (folds,)       int64    vectors of all rows in each fold
     outer: Tensor  # (folds, d, d)  float64
 
     @classmethod
@@ -43,17 +47,17 @@ class Products(Statistic):
         """From some vectors of each row; rows or a tensor are one vector per row, in one fold."""
         if not isinstance(x, Vectors):
             rows = Rows.of(x, weights)
-            rows = rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), shifted=False)
-            x = Vectors(rows, None, 0, 1, rows.n)
+            x = Vectors(about_zero(rows), None, 0, 1, rows.n)
         outer = x.outer
-        every = outer.new_zeros(x.folds, *outer.shape)
-        every[x.fold] = outer
-        return cls(x.n.clone(), every)
+        every, vectors = outer.new_zeros(x.folds, *outer.shape), torch.zeros(x.folds, dtype=torch.int64, device=outer.device)
+        every[x.fold], vectors[x.fold] = outer, x.x.n
+        return cls(x.n.clone(), vectors, every)
 
     def add_rows_in_place(self, rows: Any) -> bool:
         if not isinstance(rows, Vectors):
             return False
         self.n.add_(rows.n)
+        self.vectors[rows.fold].add_(rows.x.n[0])
         self.outer[rows.fold].add_(rows.outer)
         return True
 
@@ -62,10 +66,13 @@ class Products(Statistic):
         """Mean over rows, (d, d); NaN without rows."""
         return self.outer.sum(0) / self.n
 
-    def by_fold(self, vectors: Tensor) -> Tensor:
-        """The mean over rows as each fold alone estimates it, (folds, d, d), given the number of vectors in each fold, (folds,).
-
-        Vectors are scaled so that those of all folds together have the mean as their sum.
-        """
-        share = vectors.to(self.outer) / vectors.sum()
+    @property
+    def by_fold(self) -> Tensor:
+        """The mean over rows as each fold alone estimates it, (folds, d, d)."""
+        share = self.vectors.double() / self.vectors.sum()
         return self.outer / self.n / share[:, None, None]
+
+
+def about_zero(rows: Rows) -> Rows:
+    """Rows that are not shifted."""
+    return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), shifted=False)

@@ -77,6 +77,10 @@ CASES = {
     "zero units": (nl.Edit("0", "zero", units=[1, -1]), lambda h: h.index_fill(1, torch.tensor([1, 4]), 0)),
     "mean": (nl.Edit("0", "mean", value=V), lambda h: V.expand_as(h)),
     "set a unit": (nl.Edit("0", "set", units="n//2", value=7), lambda h: h.index_fill(1, torch.tensor([2]), 7)),
+    "set some of all": (
+        nl.Edit("0", "set", units=[3, 0], value=V),
+        lambda h: torch.cat([V[:1].expand(4, 1), h[:, 1:3], V[3:4].expand(4, 1), h[:, 4:]], 1),
+    ),
     "scale": (nl.Edit("0", "scale", value=0.5), lambda h: h / 2),
     "add": (nl.Edit("0", "add", value=V.numpy()), lambda h: h + V),
     "add to samples": (nl.Edit("0", "add", samples=":2", value=V), lambda h: torch.cat([h[:2] + V, h[2:]])),

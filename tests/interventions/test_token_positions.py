@@ -44,7 +44,7 @@ def batch(texts, side, first=()):
 
 @pytest.mark.parametrize("first", [(), (256,)], ids=["plain", "with BOS"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("positions", ["phrase:red", "regex:r[a-z]d", "regex:(?<= )[a-z]+(?= (fox|hen))"])
+@pytest.mark.parametrize("positions", ["red", "phrase:red", "regex:r[a-z]d", "regex:(?<= )[a-z]+(?= (fox|hen))"])
 def test_a_phrase_is_found_by_the_tokens_that_overlap_it(positions, side, first):
     net, given = Bytes().eval(), batch(TEXTS, side, first)
     for texts in (None, TEXTS):
@@ -106,7 +106,12 @@ def test_texts_that_are_not_found_or_not_unique_are_named():
         ("regex:e.", {}, "the regex 'e.' occurs 3 times in the prompt 'the red hen é!'"),
         ("regex:(", {}, "is not a regular expression"),
         ("phrase:", {}, "is empty: give a text after the colon"),
-        ("phrase:red", {"tokenizer": None}, "search the text of the prompt: give tokenizer=, or positions as indices"),
+        (
+            "phrase:red",
+            {"tokenizer": None},
+            "the text of the prompt for the phrase 'red': give tokenizer=, or positions as indices",
+        ),
+        ("m//2", {}, "the phrase 'm//2' is not in the prompt 'a red fox and a cow': give another"),
         ("phrase:red", {"texts": ["red", "red"]}, "the ids of sample 0 are not the tokens of its text: give the original texts="),
     ]
     for positions, options, words in cases:
