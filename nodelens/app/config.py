@@ -87,6 +87,7 @@ class Train(MeasuringTask):
 
     task: str = "train"
     callbacks: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

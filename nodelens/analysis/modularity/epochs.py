@@ -9,7 +9,7 @@ import pandas as pd
 from nodelens.results.findings import Findings
 
 from .comparison import matched
-from .tables import Partitioned, comparison_table
+from .tables import OF_ASSOCIATIONS, Partitioned, comparison_table
 
 PREFIX = "module_"
 
@@ -33,10 +33,14 @@ def follow_epochs(found: Mapping[int, Findings], shuffles: int = 1000, seed: int
         parts = [Partitioned({"layer": key[0], "association": key[1], "epoch": str(e)}, series[e][key].to_numpy()) for e in own]
         pairs += list(pairwise(parts))
         labels += _followed(key, own, [series[epoch][key] for epoch in own])
-    stability = comparison_table(pairs, "epoch", ["layer", "association"], shuffles=shuffles, seed=seed).dropna(axis=1, how="all")
-    for column in ("epoch_a", "epoch_b"):
-        stability[column] = stability[column].astype(int)
-    frames = {"modules": modules, "stability": stability, "labels": pd.DataFrame(labels)}
+    stability = comparison_table(pairs, "epoch", ["layer", "association"], shuffles=shuffles, seed=seed)
+    stability = stability[[column for column in stability if column not in OF_ASSOCIATIONS]]
+    stability = stability.astype({"epoch_a": int, "epoch_b": int})
+    frames = {
+        "modules": modules,
+        "stability": stability,
+        "labels": pd.DataFrame(labels, columns=["layer", "association", "epoch", "unit", "module"]),
+    }
     return Findings("modularity_epochs", frames, _lines(stability), metadata={"epochs": epochs, "seed": seed, "shuffles": shuffles})
 
 

@@ -26,7 +26,7 @@ class Search:
     starts: int
     sparsify: float | None
     shuffles: int
-    null: Null
+    null_model: Null
 
     def __call__(self, association: np.ndarray, rng: np.random.Generator) -> "LayerModules":
         """Modules by modularity, and the largest modularity of graphs with the same degrees."""
@@ -35,7 +35,7 @@ class Search:
         return LayerModules(found, Significance.of(found.q, self._of_shuffles(graph, rng)), graph, "degrees")
 
     def _of_shuffles(self, graph: Graph, rng: np.random.Generator) -> Iterator[float]:
-        for weights in shuffled(graph.weights, 0 if self.null == "none" else self.shuffles, rng):
+        for weights in shuffled(graph.weights, 0 if self.null_model == "none" else self.shuffles, rng):
             yield modules_of(Graph(weights, graph.live), self.method, self.gamma, self.starts, rng).q
 
     def of_correlations(self, covariance: np.ndarray, rows: int, rng: np.random.Generator) -> "LayerModules":
@@ -74,6 +74,6 @@ class LayerModules:
             "q_null_std": null.std,
             "z": null.z,
             "p": null.p,
-            "null": self.model,
+            "null_model": self.model,
         }
         return {"q": found.q, **counts, "components": found.components, **tested}

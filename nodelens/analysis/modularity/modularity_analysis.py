@@ -191,7 +191,7 @@ def _summary(frames: Mapping[str, pd.DataFrame]) -> list[str]:
     lines = []
     for row in frames["modules"].itertuples():
         number = f"{row.modules} module{'s' * (row.modules != 1)} of {row.units - row.dead} units"
-        tested = "" if np.isnan(row.p) else f"; {row.q_null:.3f} by chance ({row.null}), z {row.z:.1f}, p {row.p:.2g}"
+        tested = "" if np.isnan(row.p) else f"; {row.q_null:.3f} by chance ({row.null_model}), z {row.z:.1f}, p {row.p:.2g}"
         lines.append(f"{row.layer}, {row.association}: {number}, Q {row.q:.3f}{tested}")
     for row in frames["comparison"].itertuples():
         chance = "" if np.isnan(row.alignment_p) else f" ({row.alignment_null:.2f} by chance, p {row.alignment_p:.2g})"

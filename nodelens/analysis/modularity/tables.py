@@ -22,24 +22,11 @@ from .comparison import (
 )
 
 MODULES = (
-    "layer",
-    "association",
-    "q",
-    "units",
-    "dead",
-    "modules",
-    "soft_number",
-    "components",
-    "q_null",
-    "q_null_std",
-    "z",
-    "p",
-    "null",
+    *("layer", "association", "q", "units", "dead", "modules", "soft_number", "components"),
+    *("q_null", "q_null_std", "z", "p", "null_model"),
 )
-SIMILARITIES = (
-    *("alignment", "alignment_null", "alignment_z", "alignment_p", "ami", "ari", "vi", "element_sim"),
-    *("transfer", "transfer_back", "transfer_normalized", "transfer_normalized_back", "adj_spearman"),
-)
+OF_ASSOCIATIONS = ("transfer", "transfer_back", "transfer_normalized", "transfer_normalized_back", "adj_spearman")
+SIMILARITIES = ("alignment", "alignment_null", "alignment_z", "alignment_p", "ami", "ari", "vi", "element_sim", *OF_ASSOCIATIONS)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_the_table_of_modules_has_one_row_per_layer_and_association(found):
     assert (table["p"] == 1 / 6).all()
     assert (table["z"] > 2).all()
     assert (table["q"] > table["q_null"]).all()
-    assert set(table["null"]) == {"degrees"}
+    assert set(table["null_model"]) == {"degrees"}
 
 
 def test_associations_of_a_layer_are_compared(found):
@@ -190,7 +190,7 @@ def test_covariances_have_the_null_of_correlations_and_others_keep_degrees():
     rows = (factors - factors.mean(1, keepdims=True))[:, LABELS["fc1"]] + rng.standard_normal((400, 30))
     matrices = {("fc1", "forward_cov"): np.cov(rows.T), ("fc1", "known"): planted(LABELS["fc1"], rng)}
     found = run(matrices, null_model="correlation", samples=400)
-    assert found["modules"]["null"].tolist() == ["correlation", "degrees"]
+    assert found["modules"]["null_model"].tolist() == ["correlation", "degrees"]
     assert adjusted_rand_score(found.units["module_forward_cov"], LABELS["fc1"]) == 1
     assert found["modules"]["p"][0] == 1 / 6
     few = run({("fc1", "forward_cov"): np.cov(rng.standard_normal((400, 30)).T)}, null_model="correlation", samples=400)
@@ -225,7 +225,7 @@ def test_modules_of_a_network_join_its_result():
         ({"sparsify": 0.0}, "sparsify is 0.0; it is the share of pairs that keep an edge"),
         (
             {"null_model": "correlation", "sparsify": 0.1},
-            "null_model=correlation reads the correlations themselves: leave sparsify and method=leid",
+            "null_model=correlation reads the correlations themselves: leave sparsify",
         ),
         ({"shuffles": -1}, "shuffles is -1; it is a number of random draws, 0 for none"),
         ({"associations": ()}, "associations is empty; give names of metrics of pairs of units, such as forward_cov"),

@@ -78,7 +78,9 @@ def p_values(kind, simulations, units=20, shuffles=9):
     for seed in range(simulations):
         rng = np.random.default_rng([seed, len(kind)])
         weights = random_graph(units, kind, rng)
-        search = Search(absolute=True, gamma=1.0, method="louvain", starts=1, sparsify=None, shuffles=shuffles, null="degrees")
+        search = Search(
+            absolute=True, gamma=1.0, method="louvain", starts=1, sparsify=None, shuffles=shuffles, null_model="degrees"
+        )
         found.append(search(weights, rng).null.p - rng.random() / (shuffles + 1))  # ranks are discrete: spread them evenly
     return np.array(found)
 
