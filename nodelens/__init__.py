@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nodelens.results.findings import Findings
     from nodelens.results.result import Result
     from nodelens.results.runs import load_runs
+    from nodelens.results.trends import score_trends
     from nodelens.training.finetune import Finetune
 
 __path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.cli still is
@@ -86,6 +87,7 @@ _HOMES = {  # where the names are defined
     "results.findings": "Findings",
     "results.result": "Result",
     "results.runs": "load_runs",
+    "results.trends": "score_trends",
     "training.finetune": "Finetune",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -99,7 +101,7 @@ __all__ = [
     "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers",
     "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics",
     "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units",
-    "modularity", "patch", "prune", "register_metric", "run", "select_tokens",
+    "modularity", "patch", "prune", "register_metric", "run", "score_trends", "select_tokens",
 ]
 # fmt: on
 

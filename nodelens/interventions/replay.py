@@ -1,6 +1,6 @@
 """Replay: a model runs again from a site on, while every module that had returned before the site returns its recorded output."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -20,7 +20,7 @@ class RecordedCall:
 
     start, end: places in the order of all events of the pass. output: a copy, where the call can be replayed. written: whether a
     later operation changed the output in place, so that each replay needs a copy of its own. source: the call whose output this
-    one reads first, as it was returned.
+    one reads first, as it was returned. read: a copy of the first tensor that the call reads, where it is asked for.
     """
 
     module: nn.Module
@@ -31,6 +31,7 @@ class RecordedCall:
     known: bool = False
     written: bool = False
     source: "RecordedCall | None" = None
+    read: Tensor | None = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
@@ -42,7 +43,8 @@ class Recording:
     values, or changes one of its inputs in place. Operations outside of skipped modules run again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Collection[nn.Module] = ()) -> None:
+        self.inputs = inputs
         self.calls: list[RecordedCall] = []
         self.output: Any = None
         self._open: list[RecordedCall] = []
@@ -52,9 +54,12 @@ class Recording:
         ] = {}  # by id of a tensor, which is held so that the id stays its own
 
     @classmethod
-    def of(cls, model: nn.Module, run: Callable[[], Any]) -> "Recording":
-        """Records the calls of all modules inside ``model`` while ``run`` runs it. ``output`` is what it returns."""
-        found = cls()
+    def of(cls, model: nn.Module, run: Callable[[], Any], inputs: Collection[nn.Module] = ()) -> "Recording":
+        """Records the calls of all modules inside ``model`` while ``run`` runs it, and what ``inputs`` read.
+
+        ``output`` is what ``run`` returns.
+        """
+        found = cls(inputs)
         with _forwards({m: partial(found._recorded, m) for m in model.modules() if m is not model}):
             found.output = run()
         for call in found.calls:
@@ -98,6 +103,8 @@ class Recording:
         call = RecordedCall(
             module, self._open[-1] if self._open else None, self._tick(), source=self._source(read[0][0] if read else None)
         )
+        if read and module in self.inputs:
+            call.read = read[0][0].clone()
         self.calls.append(call)
         self._open.append(call)
         try:

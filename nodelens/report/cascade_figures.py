@@ -18,7 +18,7 @@ def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
         yield (
             "types",
             types(found["types"]),
-            "Change of the loss when k units of one type are removed together, mean over sets. Grey: random units of the layer with "
+            "Change of the loss when k units of one type are removed together, mean over sets. Grey: random units, with "
             "the 95 % interval of their draws.",
         )
     if len(found["pairs"]):

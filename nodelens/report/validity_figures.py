@@ -1,6 +1,7 @@
 """Figures of the analysis ``validity``, drawn from its tables."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,9 @@ def growing(table: pd.DataFrame) -> bytes:
         axis.fill_between(100 * band.index, band["min"], band["max"], color=_GREY, alpha=0.35, linewidth=0)
         axis.plot(100 * band.index, band["mean"], color=_GREY, label="random")
     for k, (order, rows) in enumerate(table[table["order"] != RANDOM].groupby("order", sort=False)):
-        style = {"color": "#1c1f24", "linestyle": "--"} if order == TRUTH else {"color": COLOURS[(k - 1) % len(COLOURS)]}
+        style: dict[str, Any] = (
+            {"color": "#1c1f24", "linestyle": "--"} if order == TRUTH else {"color": COLOURS[(k - 1) % len(COLOURS)]}
+        )
         axis.errorbar(100 * rows["share"], rows["damage"], yerr=rows["damage_se"], capsize=2, linewidth=1, label=order, **style)
     axis.set(xlabel="share of the units of each layer that are removed, %", ylabel="change of the loss")
     figure.legend(fontsize=7, frameon=False, loc="outside right upper")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -132,11 +132,16 @@ class _Passes:
     folds: Folds = field(default_factory=Folds)
     rows: int = 0  # samples in a pass of the whole model
 
+    @cached_property
+    def readers(self) -> set[nn.Module]:
+        """The modules whose inputs tell whether a lesion changes anything: those that alone read its units."""
+        return {module for lesion in self.lesions for module, side in lesion.places if side == "input" and len(lesion.places) == 1}
+
     def measure(self, batch: Batch, sums: _Sums) -> None:
         if not self.replay:
             self.whole = set(range(len(self.lesions)))
         for part in self._parts(batch):
-            recording = Recording.of(self.model, partial(self.objective.run, self.model, part))
+            recording = Recording.of(self.model, partial(self.objective.run, self.model, part), self.readers)
             dense, counts = loss_by_sample(self.objective, recording.output, part)
             sums.add(dense, counts)
             base = Base(self.model, self.objective, self.values, part, recording, dense, counts)
@@ -182,7 +187,7 @@ class _Passes:
             yield sites[key], found[key]
 
     def _losses(self, base: Base, site: LesionSite, numbers: list[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Numbers of lesions and the losses of the samples under each, (lesions, B)."""
+        """Numbers of lesions and the losses of the samples under each, (lesions, B); without lesions that change nothing."""
         replay, samples = Replay(base, site, self.folds, numbers[0] not in self.long), len(base.batch)
         after = [call for call in base.recording.calls if call.end > site.time]
         copies = 1 if self.lesions[numbers[0]].weights else max(1, min(_MOST_COPIES, self._fitting(after, samples) // samples))
@@ -193,6 +198,7 @@ class _Passes:
                 self.long.add(numbers[0])
                 replay = Replay(base, site, self.folds, short=False)
                 self.whole.update([] if replay.agrees(tried) else numbers)
+        numbers = [number for number in numbers if not replay.idle(self.lesions[number])]
         for start in range(0, len(numbers), copies):
             some = numbers[start : start + copies]
             if some[0] in self.whole:

@@ -18,10 +18,11 @@ def random_pairs(table: pd.DataFrame, count: int, seed: int = 0) -> list[tuple[s
     total = sum(sizes.values())
     order = torch.randperm(total, generator=generator(seed, "pairs"))[:count].sort().values.tolist() if total <= 1 << 22 else None
     places = order if order is not None else _distinct(total, count, seed)
-    found, start = [], 0
+    found, start = list[tuple[str, int, int]](), 0
     for layer, size in sizes.items():
         inside = [place - start for place in places if start <= place < start + size]
-        found += [(layer, *(int(ids[layer][k]) for k in _pair(place))) for place in inside]
+        pairs = [[int(ids[layer][k]) for k in _pair(place)] for place in inside]
+        found += [(layer, a, b) for a, b in pairs]
         start += size
     return found
 

@@ -65,10 +65,16 @@ class Replay:
     folds: Folds
     short: bool = True
     tiles: dict[int, dict[RecordedCall, Any]] = field(default_factory=dict)
+    several: dict[int, Batch] = field(default_factory=dict)
 
     @cached_property
     def skipped(self) -> list[RecordedCall]:
         return self.base.recording.before(self.site.time)
+
+    @cached_property
+    def once(self) -> bool:
+        """Whether the site's module is called once, so that no later call needs an edit of its own."""
+        return sum(call.module is self.site.call.module for call in self.base.recording.calls) == 1
 
     @cached_property
     def pairs(self) -> dict[RecordedCall, RecordedCall]:
@@ -87,11 +93,19 @@ class Replay:
         """One pass for all lesions, which have the same places, (lesions, B); without a lesion, (1, B)."""
         base, copies = self.base, max(1, len(lesions))
         tiles, batch = self._tiled(copies), base.batch
-        several = batch if copies == 1 else batch.map(lambda t: t.repeat(copies, *[1] * (t.ndim - 1)))
+        several = batch if copies == 1 else self.several[copies]
         edited, own = self._own(lesions, tiles)
         outputs = {call: tiles[call] for call in self.skipped}
         with base.recording.replayed(outputs, own), removed(base.model, edited or [_NONE], base.values):
             return loss_by_sample(base.objective, base.objective.run(base.model, several), several)[0].reshape(copies, -1)
+
+    def idle(self, lesion: Lesion) -> bool:
+        """Whether a lesion changes nothing that its only reader reads, as where a ReLU is zero for every sample."""
+        key, call = (self.site.call.module, "input"), self.site.call
+        if call.read is None or lesion.weights or [*lesion.places] != [key] or not self.once:
+            return False
+        places, dim = lesion.places[key].to(call.read.device), lesion.dims[key]
+        return torch.equal(self.base.values.new(call.read, key, dim, places), call.read.index_select(dim, places))
 
     def agrees(self, lesions: Sequence[Lesion]) -> bool:
         """Whether a pass without a lesion gives the same bits, and one with lesions what the whole model gives, up to rounding."""
@@ -125,10 +139,10 @@ class Replay:
         """What the skipped calls, the site's, and the norm behind it returned, once for each copy."""
         if copies not in self.tiles:
             samples, site = len(self.base.batch), self.site.call
-            once = sum(call.module is site.module for call in self.base.recording.calls) == 1  # else later calls need an edit, too
-            more = [site, *([self.pairs[site]] if site in self.pairs else [])] if once and site.known else []
+            more = [site, *([self.pairs[site]] if site in self.pairs else [])] if self.once and site.known else []
             found = {
                 call: tiled(call.output, 1 if self.short and call in self.unread else copies, samples) for call in self.skipped
             }
             self.tiles = {copies: found | {call: tiled(call.output, copies, samples) for call in more}}
+            self.several = {copies: self.base.batch.map(lambda t: t.repeat(copies, *[1] * (t.ndim - 1)))}
         return self.tiles[copies]

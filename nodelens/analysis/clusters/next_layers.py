@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nodelens.engine.analyze import analyze
 from nodelens.engine.driver import device_of, first_of_data
 from nodelens.metrics import get_metric
+from nodelens.metrics.fanout import input_sizes
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.groups import GroupSlice, PruningGroups
@@ -51,17 +52,6 @@ class NextLayer:
         for reading in self.readings:
             found[:, reading.units] += sizes[:, reading.places].sum(2)
         return found
-
-
-def input_sizes(module: nn.Module) -> Tensor:
-    """Absolute weights by receiver and input, kernels summed, (receivers, inputs) float64 on the CPU; 0 across groups."""
-    weight: Any = module.weight.detach().double().abs().cpu()  # type: ignore[operator]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        weight, groups = weight.flatten(2).sum(2), module.groups
-        blocks = weight.unflatten(0, (groups, -1))  # of a transposed convolution: inputs first
-        weight = torch.block_diag(*blocks)
-        return weight.T if module.transposed else weight
-    return weight.T if hasattr(module, "nf") else weight  # GPT-2 stores the transpose
 
 
 def next_layers(

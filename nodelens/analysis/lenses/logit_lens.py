@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 
 from nodelens.analysis.registry import Progress
 from nodelens.engine.driver import device_of
-from nodelens.interventions.lenses.lens import LENS, about, read_lens
+from nodelens.interventions.lenses.lens import LENS, about, read_lens, translated
 from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
 from nodelens.interventions.lenses.scores import TokenMeans, row_scores
+from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
 from nodelens.metrics import Metric
@@ -75,24 +77,24 @@ def lens_table(
     data: Iterable[Any],
     layers: str | int | Sequence[int] = "all",
     ks: Sequence[int] = (1, 5, 10),
-    translators: Any = None,
+    translators: Translators | None = None,
     *,
     progress: Progress = iter,
     output: Any = None,
 ) -> pd.DataFrame:
-    """Means of the scores of a lens, one row per block. translators: {block: a map of its states (n, d)}, as of a tuned lens."""
-    read, means = blocks_to_read(model, layers), TokenMeans()
+    """Means of the scores of a lens, one row per block. translators: of a tuned lens."""
+    read, means, known = blocks_to_read(model, layers), TokenMeans(), TokenModel(model)
 
     def see(rows: PredictingRows) -> None:
         for block in read:
-            change = (translators or {}).get(block)
             for part in rows.tail.parts(len(rows.sample)):
                 states = rows.states(block, part)
-                logits = rows.tail(states if change is None else change(states))
+                logits = rows.tail(states if translators is None else translated(known, translators, block, states))
                 scores = row_scores(logits, rows.final(part), rows.following[part], ks)
                 means.add(block, scores, rows.sample[part], len(rows.logits))
 
-    run_lens(model, data, read, see, output=output, progress=progress)
+    with torch.no_grad():
+        run_lens(model, data, read, see, output=output, progress=progress)
     means.reduced(device_of(model))
     return pd.DataFrame([{"layer": k, "module": layer.name} | means.row(k) for k, layer in read.items()])
 

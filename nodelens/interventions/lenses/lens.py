@@ -1,6 +1,7 @@
 """``nl.lens``: what a language model would predict after each of its blocks, for given prompts (the logit lens)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,13 +15,20 @@ from nodelens.results.findings import Findings
 
 from .scores import row_scores
 from .tail import Tail, tail_of
+from .translators import Translators
 
 LENS = "lens"  # the kind of these findings
 
 
 @one_at_a_time
 def lens(
-    model: nn.Module, prompts: Any, tokenizer: Any = None, *, layers: str | int | Sequence[int] = "all", k: int = 5
+    model: nn.Module,
+    prompts: Any,
+    tokenizer: Any = None,
+    *,
+    layers: str | int | Sequence[int] = "all",
+    k: int = 5,
+    translators: Translators | str | Path | None = None,
 ) -> Findings:
     """The logit lens: tokens that a language model would predict if it ended after each of its blocks.
 
@@ -32,6 +40,7 @@ def lens(
     tokenizer: of transformers, ``ByteTokenizer``, or the path of one; needed for texts, otherwise tokens are shown as ``#<id>``
     layers:    blocks: all, an index, several, or an expression such as ``n//2:``
     k:         how many tokens are listed at each position
+    translators: of a tuned lens, or the file that the analysis tuned_lens wrote: states pass through them before the norm
 
     Returns the tables ``predictions`` (a row for each prompt, position, layer and rank: predicted, its id, probability) and
     ``positions`` (a row for each prompt, position and layer: the next token, its surprisal, which is NaN for the last position, KL
@@ -44,11 +53,14 @@ def lens(
     known = TokenModel.checked("nl.lens", model)
     if not k >= 1:
         raise ValueError(f"k is {k}: it takes 1 or more, the number of tokens to list")
-    return read_lens(known, read_prompts(prompts, tokenizer), known.blocks(layers), k)
+    tuned = Translators.load(translators) if isinstance(translators, (str, Path)) else translators
+    return read_lens(known, read_prompts(prompts, tokenizer), known.blocks(layers), k, tuned)
 
 
-def read_lens(model: TokenModel, prompts: Iterable[TokenizedPrompt], blocks: Sequence[int], k: int) -> Findings:
-    """The logit lens of prompts; see ``lens``."""
+def read_lens(
+    model: TokenModel, prompts: Iterable[TokenizedPrompt], blocks: Sequence[int], k: int, translators: Translators | None = None
+) -> Findings:
+    """The lens of prompts; see ``lens``."""
     layers = model.stream(sorted({*blocks, len(model.roles.blocks) - 1}))
     last = layers[len(model.roles.blocks) - 1].name
     predictions, positions, tail = list[dict[str, Any]](), list[dict[str, Any]](), None
@@ -58,11 +70,19 @@ def read_lens(model: TokenModel, prompts: Iterable[TokenizedPrompt], blocks: Seq
             tail = tail or tail_of(model.model, shown[last][0], logits[0])
             for block in blocks:
                 where = {"sample": sample, "layer": block, "module": layers[block].name}
-                found = _at_layer(tail, shown[layers[block].name][0], logits[0], prompt, k)
+                states = shown[layers[block].name][0]
+                states = states if translators is None else translated(model, translators, block, states)
+                found = _at_layer(tail, states, logits[0], prompt, k)
                 predictions += [where | row for row in found[0]]
                 positions += [where | row for row in found[1]]
     frames = {"predictions": pd.DataFrame(predictions), "positions": pd.DataFrame(positions)}
     return Findings(LENS, frames, _lines(frames["positions"]), metadata=about(model) | {"k": k})
+
+
+def translated(model: TokenModel, translators: Translators, block: int, states: Tensor) -> Tensor:
+    """States (..., d) of a block in a tuned lens. Raises ValueError for translators of another model."""
+    translators.check(states.shape[-1], len(model.roles.blocks))
+    return translators.to(states.device)(block, states)
 
 
 def about(model: TokenModel) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nodelens.interventions.cells import CellPasses, GridCell
-from nodelens.interventions.prompts import TokenizedPrompt
+from nodelens.interventions.cells import TOKENS, CellPasses, GridCell, written
+from nodelens.interventions.prompts import TokenizedPrompt, token_text
 from nodelens.interventions.token_model import TokenModel
 from nodelens.interventions.token_positions import Positions
 from nodelens.messages import option
@@ -30,6 +30,7 @@ class PatchscopeOptions:
     target_layers:     where it is put: same (the layer it comes from), or one block, by index
     target_position:   which token of the target it replaces, an index, expression or ``phrase:<text>`` that selects one
     k:                 how many tokens are listed
+    generate:          how many tokens the model goes on with after the target, each the likeliest; 0: none
     """
 
     layers: str | int | Sequence[int] = "all"
@@ -38,6 +39,7 @@ class PatchscopeOptions:
     target_layers: str | int = "same"
     target_position: Positions = -1
     k: int = 5
+    generate: int = 0
 
 
 def patchscope_grid(
@@ -46,7 +48,7 @@ def patchscope_grid(
     """Every state of a grid of layers and positions put into the target prompt: what the model predicts at its end.
 
     The target stands in a pass once per state. Tables: ``predictions``, as in ``nl.lens``, and ``positions`` with agreement_at_1,
-    surprisal and kl of the model's own prediction at the source position, in nats; ``layers`` has their means.
+    surprisal and kl of the model's own prediction at the source position, in nats, and with ``generate`` the continuation.
 
     Source: Ghandeharioun et al. 2024, 2401.06102, section 3 (the framework) and 4.1 (precision and surprisal)
     """
@@ -75,6 +77,12 @@ def patchscope_grid(
                 found = _rows(logits, own, [where[k] for k in part], source, layers, sample, options.k)
                 predictions += found[0]
                 positions += found[1]
+            if options.generate:
+                texts = _continuations(model, target, cells, options.generate)
+                own = positions[-len(cells) :]
+                at = {(row["layer"], row["position"]): row for row in own}
+                for key, text in zip(where, texts, strict=True):
+                    at[key]["continuation"] = text
     order = ["sample", "layer", "position"]
     frames = {
         "predictions": pd.DataFrame(predictions).sort_values([*order, "rank"], ignore_index=True),
@@ -82,6 +90,21 @@ def patchscope_grid(
     }
     meta = about(model) | {"target": target.text or target.ids.tolist(), "target_layers": options.target_layers, "k": options.k}
     return Findings(LENS, frames, _lines(frames["positions"]), metadata=meta | {"lens": "patchscope"})
+
+
+def _continuations(model: TokenModel, target: TokenizedPrompt, cells: Sequence[GridCell], count: int) -> list[str]:
+    """What the model goes on with after the target, with each cell written."""
+    found, size = list[str](), max(1, TOKENS // (len(target) + count))
+    for start in range(0, len(cells), size):
+        part = cells[start : start + size]
+        rows = target.ids.expand(len(part), -1)
+        for _ in range(count):
+            with written(list(enumerate(part)), len(part)):
+                following = model.logits(rows, last=True).argmax(1)
+            rows = torch.cat([rows, following[:, None].to(rows)], 1)
+        for row in rows[:, len(target) :].tolist():
+            found.append("".join(token_text(i, target.tokenizer) for i in row))
+    return found
 
 
 def _target_block(model: TokenModel, chosen: str | int, source: int) -> int:

@@ -41,7 +41,7 @@ class TypeRules:
         """From a mapping of the fields. Raises ValueError, with the criterion, for unknown keys and values out of range."""
         if isinstance(given, TypeRules):
             return given
-        where = f"criterion {criterion!r}: types"
+        where = "finetune: types" if criterion == "finetune" else f"criterion {criterion!r}: types"
         if not isinstance(given, Mapping) or given.get("units") is None:
             raise ValueError(
                 f"{where} needs units, the folder of a run with analysis=[clusters], or a table of units; it is {given!r}"

@@ -10,7 +10,8 @@ from torch import nn
 import nodelens as nl
 from nodelens.analysis.clusters.clusters_analysis import ClustersAnalysis
 from nodelens.analysis.clusters.halo_analysis import HaloAnalysis
-from nodelens.analysis.clusters.next_layers import deviations, input_sizes, next_layers
+from nodelens.analysis.clusters.next_layers import deviations, next_layers
+from nodelens.metrics.fanout import input_sizes
 from nodelens.report import clusters_figures, halo_figures
 from nodelens.results.findings import load_findings
 from nodelens.results.result import Result, values_of

@@ -82,6 +82,27 @@ def test_a_trained_network_names_its_next_tokens():
     assert [name for name, png, _ in figures_of(found) if png.startswith(b"\x89PNG")] == ["tokens-0"]
 
 
+def test_continuations_are_those_of_single_runs():
+    found = Patchscope(prompts=SOURCE, target=TARGET, layers=1, positions=[2, 4], generate=3, target_position=1)(llama())
+    states = []
+    handle = llama().model.layers[1].register_forward_hook(lambda m, a, o: states.append(o.clone()))
+    with torch.no_grad():
+        llama()(SOURCE[None])
+    handle.remove()
+    for row, position in zip(found["positions"].itertuples(), (2, 4), strict=True):
+
+        def change(state, position=position):
+            state = state.clone()
+            state[0, 1] = states[0][0, position]
+            return state
+
+        text = TARGET.clone()
+        with torch.no_grad(), edit({llama().model.layers[1]: change}):
+            for _ in range(3):
+                text = torch.cat([text, llama()(text[None]).logits[0, -1].argmax()[None]])
+        assert row.continuation == "".join(f"#{i}" for i in text[len(TARGET) :].tolist())
+
+
 def test_positions_by_phrase():
     model, tokenizer = stories()
     found = Patchscope(prompts="a girl named Lily.", positions="phrase: Lily", tokenizer=tokenizer, layers=3)(model)
