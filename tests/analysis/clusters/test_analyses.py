@@ -177,6 +177,29 @@ def test_the_next_layer_is_the_one_that_reads_the_units(net, data):
     assert reasons == {"head": "no layer is known that reads its units: 5 units: the model's output"}
 
 
+class Unexportable(nn.Module):
+    """A forward pass that depends on values, which torch.export cannot trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x.relu() if float(x.detach().sum()) > 1e9 else x.tanh())
+
+
+def test_a_model_that_cannot_be_followed_has_a_reason_and_layers_named_by_their_input_go_on():
+    torch.manual_seed(0)
+    net, data = Unexportable().eval(), batches(4, classes=3)
+    result = nl.analyze(net, data, metrics=["taylor"], layers=["first", "last.input"])
+    found = HaloAnalysis(column="taylor", top=0.3, **NO_FLOW)(net, data, result=result)
+    assert set(found["pairs"]["layer"]) == {"last.input"}
+    (missing,) = found.metadata["missing"]
+    assert missing["layer"] == "first"
+    assert "the layers that read its units are not known: torch.export cannot trace the forward pass" in missing["reason"]
+
+
 def test_readers_of_a_stream_that_run_earlier_do_not_count():
     torch.manual_seed(0)
     pairs, _ = next_layers(Residual().eval(), batches(4, classes=3), ["stem", "a", "b", "out"])
