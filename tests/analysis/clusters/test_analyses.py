@@ -291,6 +291,13 @@ def test_any_column_has_a_halo(net, data):
     assert found == pytest.approx(influence[:, sorted(largest)].sum(1) / influence.sum(1))
 
 
+def test_two_variants_have_columns_of_their_own(net, data):
+    every = {name: HaloAnalysis(value=name, suffix=f"_{name}", **NO_FLOW) for name in ("critical", "redundant")}
+    every = {"clusters": ClustersAnalysis(draws=0), "two": ClustersAnalysis(5, draws=0, suffix="_5")} | every
+    result = nl.analyze(net, data, metrics=[], analysis=every, layers=["conv1", "conv2", "fc"])
+    assert {"unit_type", "unit_type_5", "cluster_5", "in_halo_critical", "halo_share_redundant"} <= set(result.units)
+
+
 def test_a_layer_without_units_of_the_cluster_is_named(net, data):
     result = nl.analyze(net, data, metrics=["rq"])
     result.units["kind"] = np.where(result.units.index.get_level_values("layer") == "conv1", "a", "b")
