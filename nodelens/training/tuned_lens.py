@@ -51,7 +51,7 @@ class TunedLens:
     save_to: str | None = None
     load_from: str | None = None
     prompts: str | Sequence[str] | None = None
-    tokenizer: Any = None
+    tokenizer: Any | None = None
     k: int = 5
 
     def __post_init__(self) -> None:
