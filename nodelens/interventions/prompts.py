@@ -11,7 +11,7 @@ from torch import Tensor
 from nodelens.data.tokens import Tokenizer, as_tokenizer, open_tokenizer
 from nodelens.messages import option, shown
 
-from .token_positions import Positions, find_text, indices, searches_text
+from .token_positions import Positions, find_text, indices, sought
 
 _SPACES = ("▁", "Ġ")  # how vocabularies write a space before a word
 
@@ -35,13 +35,14 @@ class TokenizedPrompt:
     def positions(self, chosen: Positions = "all") -> list[int]:
         """Positions among the T tokens of the prompt.
 
-        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or ``phrase:<text>`` and ``regex:<pattern>``:
-        the tokens that overlap its only occurrence.
+        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or a phrase of the prompt,
+        ``phrase:<text>`` or ``regex:<pattern>``: the tokens that overlap its only occurrence.
 
         Raises ValueError for a position out of range, a phrase that is missing or occurs more than once, and an invalid expression.
         """
-        if searches_text(chosen):
-            return find_text(str(chosen), self.ids.cpu(), torch.ones(len(self), dtype=torch.bool), self.tokenizer, self.text)
+        words = sought(chosen)
+        if words is not None:
+            return find_text(words, self.ids.cpu(), torch.ones(len(self), dtype=torch.bool), self.tokenizer, self.text)
         return indices(chosen, len(self), option("positions"))
 
     def next_token(self, answer: str | int) -> int:
