@@ -23,7 +23,7 @@ from nodelens.metrics import Metric
 from nodelens.models import causal_lm
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.pruning.groups.find import find_groups
-from nodelens.report.supernode_figures import write_supernodes
+from nodelens.report.supernodes_figures import write_supernodes
 from nodelens.results.files import read_json, write, write_json
 
 _PLACES = {"group": "pruning group", "reader": "hidden", "maker": "gate and up"}

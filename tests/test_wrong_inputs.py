@@ -146,7 +146,10 @@ IN_PYTHON = {  # a call, and parts of its message
     "a number for a run": (lambda: nl.load(3), "nl.load takes the path of a folder, such as 'outputs/run', not int"),
     "a number for a model": (lambda: nl.load_pruned(3), "nl.load_pruned takes the path of a folder"),
     "a number for a bundle": (lambda: nl.load_bundle(3), "nl.load_bundle takes the path of a folder"),
-    "a number for runs": (lambda: nl.load_runs(3), "nl.load_runs takes a pattern of folders, such as 'outputs/**', not int"),
+    "a number for runs": (
+        lambda: nl.load_runs(3),
+        "nl.load_runs takes a pattern of folders, such as 'outputs/**', or a list of them, not int",
+    ),
     "a number for a strategy": (lambda: nl.get_pruning_strategy(3), "is given by its name, such as 'magnitude', not as int"),
     "a number for a criterion": (
         lambda: nl.prune(NET, 3, data=DATA),

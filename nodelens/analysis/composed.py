@@ -1,51 +1,33 @@
-"""Analyses as a config composes them. Options are fields; a call measures and returns a result that can be saved and summarised."""
+"""The geometry of a language model as an analysis."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from nodelens.analysis.geometry.analyze_model import GeometryOptions, measure_geometry
 from nodelens.analysis.geometry.bundle import GeometryResult
+from nodelens.metrics import Metric
+from nodelens.results.result import Result
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-class AnalysisResult(Protocol):
-    """The result of an analysis."""
-
-    def save(self, folder: Any) -> Any:
-        """Writes the result to a folder, ``metadata.json`` last."""
-        ...
-
-    def summary(self) -> str:
-        """The main findings, one line each, for a terminal."""
-        ...
-
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables of the result by name, for a logger that accepts tables."""
-        ...
-
-
-class Analysis(Protocol):
-    """The call that analyze.py makes for each member of the group ``analysis``. Data and evaluation can be read several times."""
-
-    def __call__(
-        self, model: nn.Module, data: Iterable[Any], *, evaluation: Iterable[Any] | None, seed: int, progress: Progress
-    ) -> AnalysisResult: ...
+from .registry import Progress
 
 
 @dataclass(frozen=True)
 class GeometryAnalysis(GeometryOptions):
     """The geometry of a language model's residual stream, as a config composes it; the fields are those of ``GeometryOptions``."""
 
+    def required_metrics(self) -> dict[str, Metric]:
+        """None: it measures the residual stream in a pass of its own."""
+        return {}
+
     def __call__(
         self,
         model: nn.Module,
         data: Iterable[Any],
         *,
+        result: Result | None = None,
         evaluation: Iterable[Any] | None = None,
         seed: int = 0,
         progress: Progress = iter,

@@ -1,21 +1,33 @@
-"""Loads what a folder holds: the result of a run, or the geometry of a language model."""
+"""Loads what a folder holds: the result of a run with its analyses, or the result of one analysis."""
 
 from pathlib import Path
+from typing import Any
 
 from nodelens.messages import check_folder
 from nodelens.results.files import read_json
 from nodelens.results.result import Result
 from nodelens.results.result import load as load_result
 
-from .geometry.bundle import GeometryResult, load_bundle
+from .registry import load_analysis
+
+_OF_ANALYSES = ("artifact_schema_version", "supernodes_schema_version", "findings_schema_version")
 
 
-def load(folder: str | Path) -> Result | GeometryResult:
-    """Loads the result in a run folder, or the geometry that ``nl.analyze_model`` saved to a folder.
+def load(folder: str | Path) -> Any:
+    """Loads the result in a run folder, with its analyses, or what an analysis saved to a folder of its own.
 
-    Raises FileNotFoundError if there is no complete one; ValueError, with the file, for content that is damaged.
+    Returns a ``Result``, or the analysis' own result, such as ``Findings`` or ``GeometryResult``. Raises FileNotFoundError if there
+    is no complete one; ValueError, with the file, for content that is damaged.
     """
     check_folder("nl.load", folder)
-    metadata = Path(folder) / "metadata.json"
-    found = read_json(metadata) if metadata.is_file() else {}
-    return load_bundle(folder) if isinstance(found, dict) and "artifact_schema_version" in found else load_result(folder)
+    folder = Path(folder)
+    metadata = folder / "metadata.json"
+    known = read_json(metadata) if metadata.is_file() else {}
+    if isinstance(known, dict) and any(key in known for key in _OF_ANALYSES):
+        return load_analysis(folder)
+    result: Result = load_result(folder)
+    names = result.metadata.get("analyses") or []
+    if not isinstance(names, list) or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{metadata} is damaged: its analyses are {names!r}, not names of subfolders; run the analysis again")
+    result.analyses = {name: load_analysis(folder / name) for name in names}
+    return result

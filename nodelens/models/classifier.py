@@ -24,6 +24,8 @@ class Classifier(lightning.LightningModule):
     optimizer:  called with the parameters; scheduler: called with the optimizer, stepped once per epoch
     weights:    a file or folder for `load_weights`
     name:       the name of the net, so that a config names it only once
+    l1, l2:     weights of penalties in the training loss: l1 * sum |w| + l2 * sum w^2 over weight matrices and kernels, without
+                biases and norms. The logged loss is the cross-entropy alone
     config:     a plain dict that the caller may set; stored in checkpoints as "nodelens_config"
 
     A batch has `.x` and `.y`, or is an (x, y, ...) tuple. Logs {train,val,test}/loss (nats) and /acc once per epoch.
@@ -36,8 +38,11 @@ class Classifier(lightning.LightningModule):
         scheduler: Callable[..., Any] | None = None,
         weights: str | None = None,
         name: str | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
     ):
         super().__init__()
+        self.l1, self.l2 = l1, l2
         self.name = name
         self.net, self.make_optimizer, self.make_scheduler = net, optimizer, scheduler
         # micro: counts of correct predictions, which add over batches and processes and need no number of classes
@@ -49,7 +54,7 @@ class Classifier(lightning.LightningModule):
         return logits_of(self.net(x))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        return self._step(batch, "train") + self._penalty()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._step(batch, "val")
@@ -82,6 +87,16 @@ class Classifier(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.config is None:  # a config set by the caller takes precedence
             self.config = checkpoint.get(_KEY)
+
+    def _penalty(self) -> Tensor | float:
+        """l1 * sum |w| + l2 * sum w^2 over the trained weights with two dimensions or more."""
+        weights = [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
+        total: Tensor | float = 0.0
+        if self.l1:
+            total = total + self.l1 * sum(w.abs().sum() for w in weights)
+        if self.l2:
+            total = total + self.l2 * sum(w.square().sum() for w in weights)
+        return total
 
     def _step(self, batch: Any, stage: str) -> Tensor:
         x, y = _x_and_y(batch)

@@ -10,14 +10,21 @@ from nodelens.messages import setting
 class MLP(nn.Sequential):
     """Linear layers with a ReLU between them, on the flattened input: (B, ...) -> (B, classes) logits.
 
-    `features`: number of values per sample (channels * height * width).
+    `features`: number of values per sample (channels * height * width). `dropout`: probability with which a hidden unit is set to
+    zero in training; 0: no dropout modules.
+
+    Raises: ValueError for a dropout that is not in [0, 1).
     """
 
-    def __init__(self, features: int, classes: int, hidden: Sequence[int] = (64, 64)):
+    def __init__(self, features: int, classes: int, hidden: Sequence[int] = (64, 64), dropout: float = 0.0):
         super().__init__(nn.Flatten())
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it is a probability from 0 to below 1")
         for i, width in enumerate(hidden, start=1):
             self.add_module(f"fc{i}", nn.Linear(features, width))
             self.add_module(f"relu{i}", nn.ReLU())
+            if dropout:
+                self.add_module(f"dropout{i}", nn.Dropout(dropout))
             features = width
         self.add_module("head", nn.Linear(features, classes))
 
@@ -43,9 +50,9 @@ class CNN(nn.Module):
         return self.head(self.pool(self.blocks(x)).flatten(1))
 
 
-def mlp(classes: int, channels: int, size: int, hidden: Sequence[int] = (64, 64)) -> MLP:
+def mlp(classes: int, channels: int, size: int, hidden: Sequence[int] = (64, 64), dropout: float = 0.0) -> MLP:
     """An MLP for images of `channels` x `size` x `size`, with the arguments of every image model here."""
-    return MLP(channels * size * size, classes, hidden)
+    return MLP(channels * size * size, classes, hidden, dropout)
 
 
 def cnn(classes: int, channels: int, size: int, widths: Sequence[int] = (16, 32, 64)) -> CNN:

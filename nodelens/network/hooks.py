@@ -2,37 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batch import tensor_of
-from .changed import Edit, changed_output, changed_read
-from .experts import Call, ExpertLayer, Experts, Routed
+from .changed import Change, announce, before_observers, changed_output, changed_read
+from .experts import Call, ExpertLayer, Experts
 from .group_layer import GroupLayer, Member, UnitValues
-from .layers import Layer
-
-
-class Site(NamedTuple):
-    """Where rows are read: a layer's port."""
-
-    layer: Layer
-    port: str
-
-    def __str__(self) -> str:
-        return f"{self.layer.name}.{self.port}"
-
-
-class Awaited(NamedTuple):
-    """A layer whose gradient a site awaits: the site's own, or one that reads or makes the units of its group."""
-
-    site: Site
-    layer: Layer
-
+from .layers import ASSOCIATION
+from .sites import Awaited, InMixture, Site
+from .traced import Traced
 
 See = Callable[[Site, Any], None]
 
@@ -40,9 +24,9 @@ See = Callable[[Site, Any], None]
 class Capture(AbstractContextManager["Capture"]):
     """Calls ``see(site, tensor)`` for what passes at each site while it is open and the gate is up.
 
-    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad``
-    input, output and gradient; ``change`` what the weights' change since the start puts out. ``cloned`` names the layers whose
-    output a later operation overwrites in place.
+    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad`` input,
+    output and gradient; ``change`` what the weights' change since the start puts out; ``association`` the place in the graph, as
+    ``Traced``. ``cloned`` names the layers whose output a later operation overwrites in place.
 
     A pruning group shows ``UnitValues``: ``output*grad`` where its units are read, each reader's own share of the gradient;
     ``made*grad`` where they are made; ``maps`` what its first two-dimensional convolution reads; ``load`` which tokens go to
@@ -67,14 +51,14 @@ class Capture(AbstractContextManager["Capture"]):
         self.checked: set[nn.Module] = set()
 
     def open(self) -> "Capture":
-        mixed: dict[nn.Module, list[_InMixture]] = {}
+        mixed: dict[nn.Module, list[InMixture]] = {}
         for site in self.sites:
             module = site.layer.module  # an input is read before the module can change it in place
             if isinstance(site.layer, GroupLayer):
                 self._open_group(site, site.layer, mixed)
                 continue
             if isinstance(site.layer, ExpertLayer):
-                mixed.setdefault(module, []).append(_InMixture(site, site.layer))
+                mixed.setdefault(module, []).append(InMixture(site, site.layer))
                 continue
             pre = site.port.startswith(("input", "change")) or site.layer.side == "input"
             register = module.register_forward_pre_hook if pre else module.register_forward_hook
@@ -83,18 +67,18 @@ class Capture(AbstractContextManager["Capture"]):
             self.handles.append(module.register_forward_hook(partial(self._mixed, sites), with_kwargs=True))
         return self
 
-    def _open_group(self, site: Site, layer: GroupLayer, mixed: dict[nn.Module, list["_InMixture"]]) -> None:
+    def _open_group(self, site: Site, layer: GroupLayer, mixed: dict[nn.Module, list["InMixture"]]) -> None:
         """Registers what shows a pruning group."""
         if layer.group.router is not None:
             module = layer.makers[0].layer.module
-            mixed.setdefault(module, []).append(_InMixture(site, None))
+            mixed.setdefault(module, []).append(InMixture(site, None))
             return
         image = layer.image_reader if site.port == "maps" else None
         members = [image] if image else layer.makers if site.port.startswith("made") else layer.readers
         for member in members:
             module, own = member.layer.module, partial(self._member, site, member)
             if isinstance(member.layer, ExpertLayer):
-                mixed.setdefault(module, []).append(_InMixture(site, member.layer, member))
+                mixed.setdefault(module, []).append(InMixture(site, member.layer, member))
             elif member.piece.role == "consumer":
                 self.handles.append(module.register_forward_pre_hook(own, with_kwargs=True))
             else:
@@ -165,6 +149,8 @@ class Capture(AbstractContextManager["Capture"]):
         if tensor is None:
             raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")
         self.fired[str(site)] += 1
+        if site.port.startswith(ASSOCIATION):
+            return self.see(site, Traced.of(tensor))
         if "grad" in site.port:
             if not self._await(Awaited(site, site.layer)):
                 return None
@@ -194,7 +180,7 @@ class Capture(AbstractContextManager["Capture"]):
             gradient = gradient if self.scale == 1.0 else gradient * self.scale
             self.see(site, gradient if read is None else (read, value, gradient))
 
-    def _mixed(self, every: Sequence["_InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _mixed(self, every: Sequence["InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         sites = [each for each in every if self._watching(each.site)]
         if not sites:
             return
@@ -213,52 +199,11 @@ class Capture(AbstractContextManager["Capture"]):
         if awaited:
             self._on_gradient(awaited[0].awaited, output, partial(self._routed_gradient, awaited, call.copy()))
 
-    def _routed_gradient(self, sites: Sequence["_InMixture"], call: Call, gradient: Tensor) -> None:
+    def _routed_gradient(self, sites: Sequence["InMixture"], call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
             self.arrived |= {each.awaited: True for each in sites}
             for each in sites:  # the units are made again: keeping those of every layer would take more than the model's own
                 self.see(each.site, each.slopes(call, gradient * self.scale))
-
-
-class _InMixture(NamedTuple):
-    """A site inside a module of experts: an expert's units, or, without a layer, whole experts."""
-
-    site: Site
-    layer: ExpertLayer | None
-    member: Member | None = None
-
-    @property
-    def mixture(self) -> str:
-        return self.site.layer.title if self.layer is None else self.layer.mixture
-
-    @property
-    def awaited(self) -> Awaited:
-        if self.layer is None:
-            return Awaited(self.site, self.site.layer.makers[0].layer)  # type: ignore[attr-defined]
-        return Awaited(self.site, self.layer if self.member is None else self.member.layer)
-
-    def values(self, call: Call) -> Routed | UnitValues:
-        """The units, of a group times the router's weight; of whole experts which tokens they get."""
-        if self.layer is None:
-            return UnitValues(None, call.assigned())
-        share = call.share(self.layer.expert)
-        units = call.hidden(self.layer.expert, share)
-        if self.member is None:
-            return Routed(units, share.tokens, call.tokens)
-        return UnitValues(self.member, Routed(units * share.weights, share.tokens, call.tokens))
-
-    def slopes(self, call: Call, gradient: Tensor) -> Routed | UnitValues:
-        """Gradients of the units or, where the port asks for it, their products with the units."""
-        if self.layer is None:
-            return UnitValues(None, call.whole(gradient))
-        share = call.share(self.layer.expert)
-        slope = call.hidden_gradient(self.layer.expert, share, gradient) * share.weights
-        if self.site.port.startswith("made"):
-            values = call.made(self.layer.expert, share, slope)
-        else:
-            values = call.hidden(self.layer.expert, share) * slope if self.site.port.startswith("output*grad") else slope
-        routed = Routed(values, share.tokens, call.tokens)
-        return routed if self.member is None else UnitValues(self.member, routed)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -289,19 +234,32 @@ def _shown(see: Callable, module: nn.Module, args: tuple, kwargs: dict, output: 
 
 
 @contextmanager
-def edit(outputs: Mapping[nn.Module, Edit], inputs: Mapping[nn.Module, Edit] | None = None) -> Iterator[None]:
+def announced(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple, dict], None]) -> Iterator[None]:
+    """Inside, ``see(module, args, kwargs)`` is called before each call of the modules, and before their edits."""
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(partial(announce, see), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def edit(outputs: Mapping[nn.Module, Change], inputs: Mapping[nn.Module, Change] | None = None) -> Iterator[None]:
     """Inside, what each module puts out, or reads, passes through its function first, in the container it came in.
 
-    Observers see the edited value; nothing is written into the model. Functions return a new tensor.
+    Observers see the edited value; of nested contexts, the outer one changes it first. Nothing is written into the model. Functions
+    return a new tensor.
     """
-    handles = [module.register_forward_hook(partial(changed_output, change), prepend=True) for module, change in outputs.items()]
-    for module, change in (inputs or {}).items():
-        handles.append(module.register_forward_pre_hook(partial(changed_read, change), prepend=True, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for module, change in outputs.items():
+            handle = module.register_forward_hook(partial(changed_output, change))
+            stack.callback(handle.remove)
+            before_observers(module._forward_hooks)
+        for module, change in (inputs or {}).items():
+            handle = module.register_forward_pre_hook(partial(changed_read, change), with_kwargs=True)
+            stack.callback(handle.remove)
+            before_observers(module._forward_pre_hooks)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

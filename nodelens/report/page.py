@@ -1,29 +1,23 @@
 """The HTML report page of a finished run."""
 
-import base64
 import html
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from nodelens.results.files import write
+from nodelens.results.findings import Findings
 from nodelens.results.notices import notices
 from nodelens.results.result import Result, load, values_of
 
-_STYLE = """
-:root { --ink: #1c1f24; --soft: #5c6470; --line: #dfe3e8; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-p.lead { color: var(--soft); margin-top: 0; } figure { margin: 1rem 0; } img { max-width: 100%; }
-p.warning { border-left: 4px solid #c0392b; padding-left: .6rem; }
-figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.words { white-space: normal; text-align: left; }
-"""
+from .elements import figure, section, table, write_html
+
+_TITLES = {"geometry": "Geometry of the residual stream"}  # where it is not the name
 
 
 def write_page(folder: str | Path) -> Path:
@@ -37,49 +31,68 @@ def write_page(folder: str | Path) -> Path:
     result = load(folder)
     parts = [_head(result), *_warnings(result)]
     if values_of(result.units):
-        parts += _section(
+        parts += section(
             "Units",
             [
-                _figure(folder, "units", figures.distributions(result), _UNITS),
-                _figure(folder, "agreement", figures.agreement(result), _AGREEMENT),
+                figure(folder, "units", figures.distributions(result), _UNITS),
+                figure(folder, "agreement", figures.agreement(result), _AGREEMENT),
             ],
         )
     if _layer_metrics(result):
-        parts += _section("Layers", [_figure(folder, "layers", figures.layers(result), _LAYERS)])
+        parts += section("Layers", [figure(folder, "layers", figures.layers(result), _LAYERS)])
     if len(result.edges) and result.edges[values_of(result.edges)].notna().any(axis=None):
-        parts += _section("Layer pairs", [_figure(folder, "edges", figures.edges(result), _EDGES)])
+        parts += section("Layer pairs", [figure(folder, "edges", figures.edges(result), _EDGES)])
     if len(result.layers):
-        parts += _section("Means over units", [_table(_means(result))])
-    parts += _analyses(folder)
+        parts += section("Means over units", [table(_means(result))])
+    parts += _analyses(folder, result.metadata.get("analyses") or [])
     if result.metadata["metrics"]:
-        parts += _section("Definitions", [_definitions(result)])
-        parts += _section("Missing values and their reasons", [_missing(result)])
-    return _write(folder, parts)
+        parts += section("Definitions", [_definitions(result)])
+        parts += section("Missing values and their reasons", [_missing(result)])
+    return write_html(folder / "report.html", parts)
 
 
-def _analyses(folder: Path) -> list[str]:
-    """One section per finished analysis in the run folder."""
+def _analyses(folder: Path, names: Iterable[str]) -> list[str]:
+    """One section per analysis of the run: what it found, its figures, and what is missing."""
+    from nodelens.analysis.registry import load_analysis
+
     parts: list[str] = []
-    for name, (title, read, draw) in _drawn().items():
-        if (folder / name / "metadata.json").is_file():
-            found = read(folder / name)
-            figures = [_figure(folder, f"{name}-{which}", png, words) for which, png, words in draw(found)]
-            parts += _section(title, [*(f"<p>{html.escape(line)}</p>" for line in found.summary().splitlines()), *figures])
+    for name in names:
+        found = load_analysis(folder / name)
+        title, draw = _drawn(found)
+        words = [f"<p>{html.escape(line)}</p>" for line in found.summary().splitlines()]
+        figures = [figure(folder, f"{name}-{which}", png, text) for which, png, text in draw(found)]
+        missing = found.metadata.get("missing") if isinstance(found, Findings) else None
+        gaps = [table(pd.DataFrame(missing).set_index("layer"), words=True)] if missing else []
+        parts += section(title if name in (title.lower(), _kind(found)) else f"{title}: {name}", [*words, *figures, *gaps])
     return parts
 
 
-def _drawn() -> dict[str, tuple[str, Callable[[Path], Any], Callable[[Any], Iterable[tuple[str, bytes, str]]]]]:
-    """{folder of an analysis: (title, function that loads it, function that draws it)}."""
-    from nodelens.analysis.geometry.bundle import load_bundle
-    from nodelens.analysis.supernodes.supernode_result import load_supernodes
+def write_figures(folder: str | Path) -> list[Path]:
+    """Draws the figures of a saved analysis into its subfolder ``figures``; returns their paths, none where it has no figures.
 
-    from . import geometry_figures as geometry
-    from . import supernode_figures as supernodes
+    Raises FileNotFoundError for a folder without a finished analysis.
+    """
+    from nodelens.analysis.registry import load_analysis
 
-    return {
-        "geometry": ("Geometry of the residual stream", load_bundle, geometry.figures_of),
-        "supernodes": ("Supernodes", load_supernodes, supernodes.figures_of),
-    }
+    found, paths = load_analysis(folder), []
+    for name, png, _ in _drawn(found)[1](found):
+        paths.append(Path(folder) / "figures" / f"{name}.png")
+        write(paths[-1], partial(Path.write_bytes, data=png))
+    return paths
+
+
+def _kind(found: Any) -> str:
+    """The name of an analysis in the registry, by its result."""
+    return found.kind if isinstance(found, Findings) else type(found).__name__.removesuffix("Result").lower()
+
+
+def _drawn(found: Any) -> tuple[str, Callable[[Any], Iterable[tuple[str, bytes, str]]]]:
+    """The title of an analysis, and the function that draws what it found, ``figures_of`` in ``<name>_figures.py``."""
+    kind = _kind(found)
+    title = _TITLES.get(kind, kind.replace("_", " ").capitalize())
+    if importlib.util.find_spec(f"nodelens.report.{kind}_figures") is None:
+        return title, lambda found: ()
+    return title, importlib.import_module(f"nodelens.report.{kind}_figures").figures_of
 
 
 def write_pruning_page(folder: str | Path) -> Path:
@@ -90,22 +103,15 @@ def write_pruning_page(folder: str | Path) -> Path:
     result = load(folder)
     sweep = pd.read_parquet(folder / "sweep.parquet")
     parts = [_head(result), *_warnings(result)]
-    parts += _section("Pruning", [_figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
-    parts += _section("Pruning groups", [_table(result.layers)])
+    parts += section("Pruning", [figure(folder, "curves", figures.curves(sweep), _CURVES), _sweep_table(sweep)])
+    parts += section("Pruning groups", [table(result.layers)])
     frozen = result.metadata.get("frozen") or []
-    parts += _section("Frozen groups", [_table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
+    parts += section("Frozen groups", [table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
     if values_of(result.units):
-        scores = [_figure(folder, "units", figures.distributions(result), _UNITS)]
-        parts += _section("Scores", [*scores, _figure(folder, "agreement", figures.agreement(result), _AGREEMENT)])
-        parts += _section("Definitions", [_definitions(result)])
-    return _write(folder, parts)
-
-
-def _write(folder: Path, parts: list[str]) -> Path:
-    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>"
-    page = f"{head}{''.join(parts)}</html>"
-    write(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
-    return folder / "report.html"
+        scores = [figure(folder, "units", figures.distributions(result), _UNITS)]
+        parts += section("Scores", [*scores, figure(folder, "agreement", figures.agreement(result), _AGREEMENT)])
+        parts += section("Definitions", [_definitions(result)])
+    return write_html(folder / "report.html", parts)
 
 
 _CURVES = (
@@ -158,33 +164,6 @@ def _warnings(result: Result) -> list[str]:
     return [f"<p class='warning'>Warning: {html.escape(line)}</p>" for line in notices(result.metadata)]
 
 
-def _section(title: str, parts: Iterable[str]) -> list[str]:
-    return [f"<h2>{html.escape(title)}</h2>", *parts]
-
-
-def _figure(folder: Path, name: str, png: bytes, caption: str) -> str:
-    write(folder / "figures" / f"{name}.png", lambda path: path.write_bytes(png))
-    encoded = base64.b64encode(png).decode()
-    text = html.escape(caption)
-    return f"<figure><img alt='{text}' src='data:image/png;base64,{encoded}'><figcaption>{text}</figcaption></figure>"
-
-
-def _table(frame: pd.DataFrame, words: bool = False) -> str:
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in [frame.index.name or "", *frame.columns])
-    kind = " class='words'" if words else ""
-    body = "".join(
-        f"<tr><td>{html.escape(str(i))}</td>" + "".join(f"<td{kind}>{_cell(v)}</td>" for v in row) + "</tr>"
-        for i, row in zip(frame.index, frame.itertuples(index=False), strict=True)
-    )
-    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "NaN" if value != value else f"{value:.4g}"
-    return html.escape(str(value))
-
-
 def _layer_metrics(result: Result) -> list[str]:
     return [c for c in values_of(result.layers) if result.layers[c].notna().any()]
 
@@ -199,8 +178,8 @@ def _sweep_table(sweep: pd.DataFrame) -> str:
 
     area = areas(sweep)
     means = curves(sweep)["mean"].unstack("amount").loc[area.index]
-    table = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
-    return _table(table.set_index("criterion"))
+    frame = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
+    return table(frame.set_index("criterion"))
 
 
 def _definitions(result: Result) -> str:
@@ -213,7 +192,7 @@ def _definitions(result: Result) -> str:
         }
         for column, m in result.metadata["metrics"].items()
     }
-    return _table(pd.DataFrame(rows).T.rename_axis("column"), words=True)
+    return table(pd.DataFrame(rows).T.rename_axis("column"), words=True)
 
 
 def _without_activation(metric: dict[str, Any]) -> str:
@@ -226,4 +205,4 @@ def _missing(result: Result) -> str:
     entries = result.metadata.get("missing", [])
     if not entries:
         return "<p>None: every unit and layer has a value for every metric.</p>"
-    return _table(pd.DataFrame(entries).set_index("layer"), words=True)
+    return table(pd.DataFrame(entries).set_index("layer"), words=True)

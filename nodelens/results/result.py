@@ -29,7 +29,7 @@ class Result:
 
     units: index (layer, unit), one column per metric and its standard error ``<metric>_se``; layers: one row per layer; matrices:
     {(layer, name): (units, units)}, or (inputs,) for one value per input feature; metadata: definitions, rows seen, reasons for
-    NaN, versions, config; edges: index (layer, next), one row per layer pair.
+    NaN, versions, config; edges: index (layer, next), one row per layer pair; analyses: the results of further analyses by name.
     """
 
     units: pd.DataFrame
@@ -37,9 +37,13 @@ class Result:
     matrices: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     edges: pd.DataFrame = field(default_factory=pd.DataFrame)
+    analyses: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the tables, then the metadata, which marks the folder complete. Raises OSError if writing fails."""
+        """Writes the tables, each analysis to a subfolder of its name, then the metadata, which marks the folder complete.
+
+        Raises OSError if writing fails.
+        """
         folder = Path(folder)
         for name, there in (("edges.parquet", len(self.edges)), ("matrices.safetensors", len(self.matrices))):
             if not there:
@@ -51,6 +55,8 @@ class Result:
         if self.matrices:
             arrays = {f"{layer}::{name}": np.ascontiguousarray(a) for (layer, name), a in self.matrices.items()}
             write(folder / "matrices.safetensors", lambda path: save_file(arrays, str(path)))
+        for name, found in self.analyses.items():
+            found.save(folder / name)
         write_json(folder / "metadata.json", self.metadata)
         return folder
 
@@ -90,6 +96,7 @@ class Result:
         lines += [f"metrics of {kind}: {', '.join(names)}" for kind, table in tables.items() if (names := values_of(table))]
         if self.matrices:
             lines.append(f"matrices: {', '.join(sorted({name for _, name in self.matrices}))}")
+        lines += [f"{name}: {line}" for name, found in self.analyses.items() for line in found.summary().splitlines()]
         lines += [f"warning: {line}" for line in notices(self.metadata)]
         if missing:
             places = sorted({f"{m['column']} of {m['layer']}" for m in missing})
@@ -105,8 +112,8 @@ class Result:
 
 
 def values_of(frame: pd.DataFrame) -> list[str]:
-    """The numeric columns that are metrics, without the error, bias, null and p-value columns."""
-    numeric = [str(c) for c in frame.select_dtypes("number") if c != "units"]
+    """The columns that are metrics, without errors, biases, nulls and p-values. Integers are counts and labels, no metrics."""
+    numeric = [str(c) for c in frame.select_dtypes("floating")]
     return [c for c in numeric if not any(c.endswith(s) and c.removesuffix(s) in numeric for s in BESIDE)]
 
 

@@ -1,11 +1,12 @@
 """The results of many runs as one table."""
 
 import fnmatch
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -14,53 +15,61 @@ from nodelens.messages import kind_of
 from .files import reading
 from .result import Result, flatten, load
 
-Rows = Literal["units", "layers", "edges", "sweep"]
+KINDS = ("units", "layers", "edges", "sweep")
+_OF_ANALYSIS = re.compile(r"\w+\.\w+")
 _MAGIC = set("*?[")
 
 
-def load_runs(pattern: str, rows: Rows = "units") -> pd.DataFrame:
-    """Loads the finished runs in folders that match a pattern, such as ``outputs/**``, as one frame.
+def load_runs(pattern: str | Path | Sequence[str | Path], rows: str = "units") -> pd.DataFrame:
+    """Loads the finished runs in folders that match a pattern, such as ``outputs/**``, or one of several, as one frame.
 
-    rows: one row per unit, layer, or pair of layers of each run, or per cell of the sweeps of ``prune.py``. Beside the values there
-    are the columns ``run`` (its folder), the scores of the evaluation (``accuracy``, ``loss``, ...), and the values of the
-    configuration that are not the same in all runs. Those that are the same are in ``frame.attrs["constant"]``. A configuration
-    value or score with the name of another column has the prefix ``config.`` or ``evaluation.``.
+    rows: ``units``, ``layers``, ``edges`` (pairs of layers), ``sweep`` (the cells of ``prune.py``), or a table of an analysis, such
+    as ``modularity.modules``. Each run has its rows of that table in the frame. Beside the values there are the columns ``run``
+    (its folder), the scores of the evaluation (``accuracy``, ``loss``, ...), and the values of the configuration that are not the
+    same in all runs, with the prefix ``trained_by.`` those of the training that made the weights. Those that are the same are in
+    ``frame.attrs["constant"]``; ``frame.attrs["settings"]`` and ``["scores"]`` list the columns that are configuration and scores.
+    A configuration value or score with the name of another column has the prefix ``config.`` or ``evaluation.``.
 
     ``epochs/`` of a training and the folders of analyses are no runs; a run that several links lead to is loaded once. A run
     that cannot be read is left out, with a warning that says why. Raises FileNotFoundError if no run matches, and ValueError for
     another kind of rows.
     """
-    if not isinstance(pattern, (str, PathLike)):
-        raise TypeError(f"nl.load_runs takes a pattern of folders, such as 'outputs/**', not {kind_of(pattern)}")
-    if rows not in ("units", "layers", "edges", "sweep"):
-        raise ValueError(f"rows is {rows!r}; it is units, layers, edges or sweep")
-    folders = _runs(pattern)
+    every = [pattern] if isinstance(pattern, (str, PathLike)) else pattern
+    if not isinstance(every, Sequence) or not all(isinstance(each, (str, PathLike)) for each in every):
+        raise TypeError(f"nl.load_runs takes a pattern of folders, such as 'outputs/**', or a list of them, not {kind_of(pattern)}")
+    if rows not in KINDS and not _OF_ANALYSIS.fullmatch(rows):
+        raise ValueError(f"rows is {rows!r}; it is {', '.join(KINDS)}, or a table of an analysis as in modularity.modules")
+    folders = find_runs(pattern)
     read = {folder: found for folder in folders if (found := _read(folder, rows)) is not None}
     if not read:
-        raise FileNotFoundError(f"no finished run matches {pattern!r}" if not folders else f"no run of {pattern!r} can be read")
+        raise FileNotFoundError(
+            f"no finished run matches {_listed(pattern)}" if not folders else f"no run of {_listed(pattern)} can be read"
+        )
     taken = {"run", *(str(column) for table, _ in read.values() for column in table)}
-    settings = {folder: _named(about, taken) for folder, (_, about) in read.items()}
-    names = list(dict.fromkeys(name for each in settings.values() for name in each))
-    values = {name: [each.get(name) for each in settings.values()] for name in names}
+    named = {folder: _named(about, taken) for folder, (_, about) in read.items()}
+    kinds = {name: kind for each in named.values() for name, (kind, _) in each.items()}
+    values = {name: [each.get(name, ("", None))[1] for each in named.values()] for name in kinds}
     varied = {name for name, every in values.items() if len(set(map(repr, every))) > 1}
     frames = [
-        table.assign(run=str(folder), **{name: value for name, value in settings[folder].items() if name in varied})
+        table.assign(run=str(folder), **{name: value for name, (_, value) in named[folder].items() if name in varied})
         for folder, (table, _) in read.items()
     ]
     frame = pd.concat(frames, ignore_index=True)
     frame.attrs["constant"] = {name: every[0] for name, every in values.items() if name not in varied}
+    frame.attrs["scores"] = [name for name, kind in kinds.items() if kind == "evaluation" and name in varied]
+    frame.attrs["settings"] = [name for name, kind in kinds.items() if kind != "evaluation" and name in varied]
     return frame
 
 
-def _named(about: dict[tuple[str, str], Any], taken: set[str]) -> dict[str, Any]:
-    """Settings and scores by column, with a prefix where the table, or a setting, has the name already."""
-    found: dict[str, Any] = {}
+def _named(about: dict[tuple[str, str], Any], taken: set[str]) -> dict[str, tuple[str, Any]]:
+    """{column: (kind, value)} of settings and scores, with a prefix where the table, or a setting, has the name already."""
+    found: dict[str, tuple[str, Any]] = {}
     for (kind, name), value in about.items():
-        found[f"{kind}.{name}" if name in taken or name in found else name] = value
+        found[f"{kind}.{name}" if name in taken or name in found else name] = kind, value
     return found
 
 
-def _read(folder: Path, rows: Rows) -> tuple[pd.DataFrame, dict[tuple[str, str], Any]] | None:
+def _read(folder: Path, rows: str) -> tuple[pd.DataFrame, dict[tuple[str, str], Any]] | None:
     """The rows of a run, and its configuration and scores; None, with a warning, for a run that cannot be read."""
     try:
         result = load(folder)
@@ -69,28 +78,37 @@ def _read(folder: Path, rows: Rows) -> tuple[pd.DataFrame, dict[tuple[str, str],
         warnings.warn(f"{folder} is left out: {error}", stacklevel=3)
         return None
     about = {("config", k): v for k, v in flatten(result.metadata.get("config") or {}).items()}
+    trained_by = (result.metadata.get("weights") or {}).get("trained_by") or {}
+    about |= {("trained_by", f"trained_by.{k}"): v for k, v in flatten(trained_by).items() if not k.startswith("paths.")}
     about |= {("evaluation", k): v for k, v in (result.metadata.get("evaluation") or {}).items() if k != "split"}
     return table, about
 
 
-def _table(folder: Path, result: Result, rows: Rows) -> pd.DataFrame:
-    if rows != "sweep":
+def _table(folder: Path, result: Result, rows: str) -> pd.DataFrame:
+    if rows in ("units", "layers", "edges"):
         return getattr(result, rows).reset_index()
-    with reading(folder / "sweep.parquet") as path:
+    analysis, _, table = rows.rpartition(".")
+    with reading(folder / analysis / f"{table}.parquet") as path:
         return pd.read_parquet(path)
 
 
-def _runs(pattern: str) -> list[Path]:
-    """The folders of finished runs that match, each once, sorted."""
-    base, parts = Path(pattern).anchor, Path(pattern).parts
-    start, parts = (Path(base), parts[1:]) if base else (Path(), parts)
+def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The folders of finished runs that match a pattern, or one of several, each once, sorted."""
     found: dict[Path, Path] = {}
-    for folder in _matching(start, list(parts), set()):
-        if (folder / "metadata.json").is_file() and (folder / "units.parquet").is_file() and folder.name != "epochs":
-            real, known = folder.resolve(), found.get(folder.resolve())
-            if known is None or (len(folder.parts), folder) < (len(known.parts), known):
-                found[real] = folder
+    for one in [pattern] if isinstance(pattern, (str, Path)) else pattern:
+        base, parts = Path(one).anchor, Path(one).parts
+        start, parts = (Path(base), parts[1:]) if base else (Path(), parts)
+        for folder in _matching(start, list(parts), set()):
+            if (folder / "metadata.json").is_file() and (folder / "units.parquet").is_file() and folder.name != "epochs":
+                real, known = folder.resolve(), found.get(folder.resolve())
+                if known is None or (len(folder.parts), folder) < (len(known.parts), known):
+                    found[real] = folder
     return sorted(folder for real, folder in found.items() if real.parent not in found)  # subfolders are analyses of a run
+
+
+def _listed(pattern: str | Path | Sequence[str | Path]) -> str:
+    every = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
+    return ", ".join(repr(str(one)) for one in every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
 
 
 def _matching(folder: Path, parts: list[str], seen: set[tuple[Path, int]]) -> Iterator[Path]:

@@ -15,7 +15,8 @@ from nodelens.pruning.sweep.sweep import cells
 NET = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
 X = torch.rand(8, 4)
 OPEN = {  # functions that take **options: what they are called with, and one of their options
-    "analyze": (lambda **k: nl.analyze(NET, [X], ["rq"], **k), ["groups", "covariance", "progress"]),
+    "analyze": (lambda **k: nl.analyze(NET, [X], ["rq"], **k), ["groups", "covariance", "progress", "analysis"]),
+    "get_analysis": (lambda **k: nl.get_analysis("supernodes", **k), ["scope", "halo_fraction"]),
     "analyze_model": (lambda **k: nl.analyze_model(model=NET, **k), ["max_tokens"]),
     "estimate_cost": (lambda **k: nl.estimate_cost(NET, ["rq"], batch=X, **k), ["groups", "machine"]),
     "get_metric": (lambda **k: nl.get_metric("rq", **k), ["relative", "regularization"]),

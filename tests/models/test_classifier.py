@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -103,3 +104,23 @@ def test_logits_come_from_a_tensor_or_an_output():
 def test_training_without_an_optimizer_raises():
     with pytest.raises(ValueError, match=r"the model has no optimizer.*give optimizer=, as functools.partial"):
         classifier(optimizer=None).configure_optimizers()
+
+
+def test_penalties_act_on_weight_matrices_and_are_not_in_the_logged_loss():
+    module = classifier(l1=0.5, l2=0.25)
+    batch = torch.randn(6, 4), torch.randint(3, (6,))
+    module.log = lambda name, value, **options: logged.update({name: value})
+    logged = {}
+    loss = module.training_step(batch, 0)
+    weights = [module.net.fc1.weight, module.net.head.weight]
+    penalty = sum(0.5 * w.abs().sum() + 0.25 * w.square().sum() for w in weights)
+    torch.testing.assert_close(loss, logged["train/loss"] + penalty)
+    torch.testing.assert_close(logged["train/loss"], functional.cross_entropy(module(batch[0]), batch[1]).detach())
+
+
+def test_dropout_is_of_hidden_units_and_has_no_weights():
+    net = MLP(4, 3, [8, 8], dropout=0.5)
+    assert [name for name, _ in net.named_children()] == ["0", "fc1", "relu1", "dropout1", "fc2", "relu2", "dropout2", "head"]
+    assert net.state_dict().keys() == MLP(4, 3, [8, 8]).state_dict().keys()
+    with pytest.raises(ValueError, match="dropout is 1; it is a probability from 0 to below 1"):
+        MLP(4, 3, [8], dropout=1)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 import nodelens as nl
+from nodelens.results.findings import Findings
 from nodelens.results.result import Result
 
 
@@ -80,7 +81,9 @@ def test_runs_come_with_their_scores_and_what_differs(tmp_path):
     assert runs.attrs["constant"] == {"task": "analyze", "model.width": 8, "loss": 1.0}
     assert nl.load_runs(f"{tmp_path}/*", "layers")["rank"].tolist() == [0, 0.25, 0.5]
     assert nl.load_runs(f"{tmp_path}/*", rows="edges")["next"].tolist() == ["out"] * 3
-    with pytest.raises(ValueError, match="rows is 'cells'; it is units, layers, edges or sweep"):
+    with pytest.raises(
+        ValueError, match=r"rows is 'cells'; it is units, layers, edges, sweep, or a table of an analysis as in modularity\.modules"
+    ):
         nl.load_runs(f"{tmp_path}/*", rows="cells")
 
 
@@ -144,5 +147,24 @@ def test_the_cells_of_sweeps_come_as_one_table(tmp_path):
     with pytest.warns(UserWarning, match=r"2 is left out: .*sweep\.parquet is missing"):
         again = nl.load_runs(str(tmp_path / "*"), rows="sweep")
     assert len(again) == 4
-    with pytest.raises(ValueError, match="rows is 'cells'; it is units, layers, edges or sweep"):
+    with pytest.raises(
+        ValueError, match=r"rows is 'cells'; it is units, layers, edges, sweep, or a table of an analysis as in modularity\.modules"
+    ):
         nl.load_runs(str(tmp_path / "*"), rows="cells")
+
+
+def test_tables_of_analyses_and_settings_of_the_training(tmp_path):
+    for k, dropout in enumerate([0.0, 0.5]):
+        one = result(seed=0)
+        one.metadata["weights"] = {"trained_by": {"model": {"net": {"dropout": dropout}}, "paths": {"output_dir": str(k)}}}
+        one.analyses["modularity"] = Findings("modularity", {"modules": pd.DataFrame({"layer": ["a", "b"], "q": [k, 2.0]})})
+        one.save(tmp_path / str(k))
+    frame = nl.load_runs(f"{tmp_path}/*", rows="modularity.modules")
+    assert frame["q"].tolist() == [0, 2, 1, 2]
+    assert frame["trained_by.model.net.dropout"].tolist() == [0.0, 0.0, 0.5, 0.5]
+    assert set(frame) == {"layer", "q", "run", "trained_by.model.net.dropout"}
+    with (
+        pytest.raises(FileNotFoundError, match=r"no run of .* can be read"),
+        pytest.warns(UserWarning, match=r"nulls\.parquet is missing"),
+    ):
+        nl.load_runs(f"{tmp_path}/*", rows="modularity.nulls")

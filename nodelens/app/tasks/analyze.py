@@ -1,6 +1,7 @@
 """analyze.py: measures the units of a network in one pass, and runs the analyses of the config."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
+from nodelens.analysis.analyze import add_analysis, without_analyses
+from nodelens.analysis.load import load as load_with_analyses
+from nodelens.analysis.registry import load_analysis, with_metrics
 from nodelens.app.config import recorded, resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
@@ -68,7 +72,8 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     to_device(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
     with step("measuring"):
-        result = measure(cfg, module.net, data, measured, save_to=folder / SUMS)
+        known = None if cfg.results is None else _of_finished_run(cfg, module.net)
+        result = measure(cfg, module.net, data, measured, save_to=folder / SUMS) if known is None else known
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
     with step("evaluating"):
@@ -80,11 +85,10 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
 
         options = resolved(cfg)["evaluate"]
         result.metadata["lm_eval"] = harness(module.net, cfg.dataset.get("tokenizer"), **options) if rank == 0 else {}
-    found = _analyses(cfg, folder, module.net, data, (measured, evaluated))
-    result.metadata["analyses"] = list(build_all(cfg.analysis, "analysis"))
+    _analyses(cfg, folder, module.net, data, (measured, evaluated), result)
     if rank == 0:
         with step("saving and drawing"):
-            _finish(cfg, folder, result, found)
+            _finish(cfg, folder, result)
     return main_score(score)
 
 
@@ -106,7 +110,7 @@ def measure(
         if rank == 0:
             show_plan(console(), found)
 
-    metrics = metrics or build_all(cfg.metrics, "metrics")
+    metrics = metrics or with_metrics(build_all(cfg.metrics, "metrics"), build_all(cfg.get("analysis") or {}, "analysis"))
     if not metrics and cfg.get("analysis"):
         return _empty_result(net, cfg.seed)
     if not metrics:
@@ -141,6 +145,27 @@ def measure(
     return result
 
 
+def _of_finished_run(cfg: DictConfig, net: torch.nn.Module) -> Result:
+    """The result in the folder ``results``, without its analyses.
+
+    Raises ValueError if it is of another network, or lacks a metric that an analysis needs.
+    """
+    result, analyses = without_analyses(load_with_analyses(cfg.results)), build_all(cfg.analysis, "analysis")
+    if not analyses:
+        raise ValueError("results= gives the tables to analyses, but none is chosen: add one, as in 'analysis=[clusters]'")
+    known, own = result.metadata["model"]["fingerprint"], fingerprint(net)
+    if known != own:
+        raise ValueError(
+            f"results={cfg.results} is of a network with the fingerprint {known}, this one has {own}: give model= and "
+            "ckpt_path= of that run"
+        )
+    there = {*result.units, *result.layers, *result.edges, *(name for _, name in result.matrices)}
+    if lacks := [name for name in with_metrics({}, analyses) if name not in there]:
+        raise ValueError(f"results={cfg.results} lacks {', '.join(lacks)}: leave out results=, so that it is measured")
+    result.metadata |= {"results": str(cfg.results), "seconds": {}}
+    return result
+
+
 def run_metadata(cfg: DictConfig, data: Any, split: str, trained_by: dict | None) -> dict[str, Any]:
     """The metadata of a run: its config, data and weights."""
     config = plain(recorded(cfg))
@@ -169,31 +194,31 @@ def _empty_result(net: torch.nn.Module, seed: int) -> Result:
     return Result(units, layers, metadata=provenance() | about | {"model": model})
 
 
-def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str]) -> dict[str, Any]:
-    """Runs each analysis and saves it to a subfolder of its name; a finished one is not repeated."""
+def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str], result: Result) -> None:
+    """Runs each analysis, saves it to a subfolder of its name and adds it to the result; a finished one is not repeated."""
     rank, processes = world()
-    every = {}
     for name, analysis in build_all(cfg.analysis, "analysis").items():
         if (folder / name / "metadata.json").is_file():
             print_line(f"{name}: already finished")
+            add_analysis(result, name, load_analysis(folder / name))
             continue
         measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
         progress = progress_bar(name, _batches(measured), rank == 0)
         objective = {key: value for key, value in objective_of(cfg).items() if value is not None}
         with step(name):
-            every[name] = found = analysis(net, measured, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
+            found = analysis(net, measured, result=result, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
+        add_analysis(result, name, found)
         if rank == 0:
             found.save(folder / name)
             for line in found.summary().splitlines():
                 print_line(f"{name}: {line}")
-    return every
 
 
-def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, Any]) -> None:
+def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
     from nodelens.report import write_page
     from nodelens.results.loggers import close, log_result, log_tables
 
-    result.save(folder)
+    replace(result, analyses={}).save(folder)  # each analysis was saved when it ended
     remove_sums(folder)
     page = write_page(folder)
     loggers = loggers_of(cfg, result.metadata["config"])
@@ -202,7 +227,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result, analyses: dict[str, A
     score |= {f"lm_eval/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
     try:
         log_result(loggers, result, score)
-        for name, found in analyses.items():
+        for name, found in result.analyses.items():
             log_tables(loggers, name, found.tables())
     finally:
         close(loggers)

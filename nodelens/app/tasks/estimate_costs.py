@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nodelens.analysis.composed import GeometryAnalysis
+from nodelens.analysis.registry import with_metrics
 from nodelens.app.config import build, resolved
 from nodelens.app.cost_estimate import (
     CostEstimate,
@@ -60,7 +61,8 @@ def machine_of(cfg: DictConfig) -> Machine:
 
 def _estimates(cfg: DictConfig, net: nn.Module, batch: Any, rows: int) -> dict[str, CostEstimate]:
     values, machine, budget = resolved(cfg), machine_of(cfg), in_bytes(cfg.budget.memory)
-    metrics, found = build_all(cfg.metrics, "metrics"), {}
+    analyses = build_all(cfg.analysis, "analysis")
+    metrics, found = with_metrics(build_all(cfg.metrics, "metrics"), analyses), {}
     if metrics:
         found["units"] = estimate_cost(
             net,
@@ -74,10 +76,10 @@ def _estimates(cfg: DictConfig, net: nn.Module, batch: Any, rows: int) -> dict[s
             **{name: values[name] for name in ("groups", "positions", "precision", "pairs")},
             **_options(values),
         )
-    for name, analysis in build_all(values.get("analysis"), "analysis").items():
+    for name, analysis in analyses.items():
         if isinstance(analysis, GeometryAnalysis):
             found[name] = _geometry(analysis, net, batch, rows, machine)
-        else:
+        elif not analysis.required_metrics():
             print_line(f"{name}: there is no cost estimate for {type(analysis).__name__}")
     if not found:
         raise ValueError("there is no pass to estimate: choose metrics, as in 'metrics=[rq,synergy]', or analysis=geometry")

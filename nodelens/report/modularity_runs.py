@@ -1,0 +1,90 @@
+"""Modules of units over many runs: modularity against the settings, matrices sorted by module, alignment between associations."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nodelens.results.result import load
+from nodelens.results.runs import load_runs
+
+from . import runs_figures as figures
+from .elements import figure, section, table
+from .settings import settings_of, usual
+
+_MATRICES = 12  # association matrices that the page shows
+
+
+def modularity_over_runs(folder: Path, runs: Any) -> list[str]:
+    """The section of a page over runs that have ``analysis=[modularity]``."""
+    modules = load_runs(runs, rows="modularity.modules")
+    parts = _modularity(folder, modules) + _matrices(folder, modules) + _alignment(folder, runs)
+    return section("Modules", parts)
+
+
+def _modularity(folder: Path, modules: pd.DataFrame) -> list[str]:
+    """Modularity of the partitions found against each setting, a figure per layer, and the means over runs."""
+    settings = settings_of(modules)
+    parts = []
+    for layer, rows in modules.groupby("layer", sort=False):
+        if settings:
+            png = figures.against_settings(rows, "q", settings, "association", usual(rows, settings))
+            parts.append(figure(folder, f"modularity-{layer}", png, _Q.format(layer=layer)))
+    means = modules.groupby(["layer", "association", *settings[:1]], sort=False)["q"].agg(["mean", "std", "count"])
+    return [*parts, table(means.reset_index().set_index("layer"))]
+
+
+def _matrices(folder: Path, modules: pd.DataFrame) -> list[str]:
+    """The matrices of the runs with the lowest and the highest modularity, sorted by module."""
+    mean = modules.groupby("run")["q"].mean().sort_values()
+    layer = modules["layer"].iloc[0]
+    panels: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for run in dict.fromkeys([mean.index[0], mean.index[-1]]):
+        result = load(run)
+        for name in dict.fromkeys(modules["association"]):
+            column = f"module_{name}"
+            if (layer, name) in result.matrices and column in result.units:
+                q = modules.query("run == @run and layer == @layer and association == @name")["q"].iloc[0]
+                numbers = result.units.loc[layer, column].to_numpy(float)
+                numbers[numbers < 0] = np.nan  # in no module
+                panels.append((f"{name}, Q {q:.2f}\n{Path(run).name}", result.matrices[layer, name], numbers))
+    if not panels:
+        return []
+    across = max(1, modules["association"].nunique())
+    png = figures.sorted_matrices(panels[:_MATRICES], min(across, 6))
+    return [figure(folder, "modules", png, _SORTED.format(layer=layer))]
+
+
+def _alignment(folder: Path, runs: Any) -> list[str]:
+    """Alignment of the modules of two associations, means over layers and runs, with the mean of shuffled modules."""
+    try:
+        pairs = load_runs(runs, rows="modularity.comparison")
+    except FileNotFoundError:  # a single association was asked for
+        return []
+    mean, chance = (_square(pairs, value) for value in ("alignment", "alignment_null"))
+    return [figure(folder, "alignment", figures.squares(mean, chance, "alignment score"), _ALIGNED)]
+
+
+def _square(pairs: pd.DataFrame, value: str) -> pd.DataFrame:
+    sides = ["association_a", "association_b"]
+    names = list(dict.fromkeys(pairs[sides].to_numpy().T.ravel()))
+    found = pairs.groupby(sides)[value].mean()
+    full = pd.DataFrame(np.nan, index=names, columns=names)
+    for (a, b), number in found.items():
+        full.loc[a, b] = full.loc[b, a] = number
+    return full
+
+
+_Q = (
+    "Modularity Q of the modules found in {layer}, by association, against each setting. Means over runs with 95 % intervals; the "
+    "other settings have their most frequent choice."
+)
+_SORTED = (
+    "Absolute associations of the units of {layer}, sorted by module, in the run with the lowest and in that with the highest mean "
+    "modularity. White lines separate modules; units in no module come last."
+)
+_ALIGNED = (
+    "Alignment score of the modules found from two associations: the share of units in matched modules, mean over layers and runs. "
+    "In parentheses: the mean for shuffled modules."
+)

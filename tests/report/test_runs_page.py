@@ -1,0 +1,100 @@
+"""One page over many runs, made from saved results."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nodelens as nl
+from nodelens.report.__main__ import main
+from nodelens.report.runs_figures import intervals
+from nodelens.report.settings import settings_of, usual
+from nodelens.results.findings import Findings
+from nodelens.results.result import Result
+
+UNITS = pd.MultiIndex.from_product([["fc1", "fc2"], range(6)], names=["layer", "unit"])
+
+
+def run(dropout: float, l1: float, seed: int) -> Result:
+    """A run whose metric is 2 dropout + seed / 10, with two modules of three units in each layer."""
+    rng = np.random.default_rng(seed)
+    value = 2 * dropout + seed / 10
+    units = pd.DataFrame({"rq": value, "rq_se": 0.1}, index=UNITS)
+    layers = pd.DataFrame({"type": "Linear", "units": 6}, index=pd.Index(["fc1", "fc2"], name="layer"))
+    config = {"seed": seed, "model": {"net": {"dropout": dropout}, "l1": l1}, "task": "analyze"}
+    score = {"accuracy": 0.9 - dropout, "loss": 1.0, "samples": 10, "split": "test"}
+    metadata = {"schema_version": 1, "config": config, "evaluation": score}
+    blocks = np.kron(np.eye(2), np.ones((3, 3))) + 0.1 * rng.random((6, 6))
+    result = Result(units, layers, {(layer, "forward_cov"): blocks + blocks.T for layer in ("fc1", "fc2")}, metadata)
+    names = ("forward_cov", "backward_jac")
+    rows = [{"layer": layer, "association": a, "q": value / 2} for layer in ("fc1", "fc2") for a in names]
+    pairs = [
+        {"layer": layer, "association_a": names[0], "association_b": names[1], "alignment": 0.8, "alignment_null": 0.5}
+        for layer in ("fc1", "fc2")
+    ]
+    labels = pd.DataFrame({"module_forward_cov": [0, 1, 0, 1, 0, -1] * 2}, index=UNITS)
+    result.units = result.units.join(labels)
+    frames = {"modules": pd.DataFrame(rows), "comparison": pd.DataFrame(pairs)}
+    result.analyses["modularity"] = Findings("modularity", frames)
+    result.metadata["analyses"] = ["modularity"]
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A grid of two settings and two seeds."""
+    home = tmp_path_factory.mktemp("runs")
+    for k, (dropout, l1, seed) in enumerate(itertools.product([0.0, 0.5], [0.0, 1e-3], [0, 1])):
+        run(dropout, l1, seed).save(home / str(k))
+    return home
+
+
+def test_the_page_has_settings_scores_metrics_and_modules(runs, tmp_path):
+    page = nl.compare(f"{runs}/*", tmp_path)
+    text = page.read_text()
+    assert "8 runs; model.net.dropout: 0.0, 0.5; model.l1: 0.0, 0.001" in text
+    assert all(f"<h2>{title}</h2>" in text for title in ("Runs", "Scores", "Metrics", "Modules"))
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"accuracy", "metric-0", "modularity-fc1", "modularity-fc2", "modules", "alignment"}
+
+
+def test_settings_are_those_that_differ_without_seeds_and_scores(runs):
+    frame = nl.load_runs(f"{runs}/*")
+    assert settings_of(frame) == ["model.net.dropout", "model.l1"]
+    assert frame.attrs["scores"] == ["accuracy"]
+
+
+def test_the_usual_choice_is_the_most_frequent_one_then_the_smallest():
+    frame = pd.DataFrame({"run": list("abcd"), "x": [1, 2, 2, 3], "y": ["q", "p", "q", "p"]})
+    found = usual(frame, ["x", "y"])
+    assert found["x"].tolist() == [False, True, True, False]
+    assert found["y"].tolist() == [False, True, False, True]
+
+
+def test_intervals_are_those_of_student():
+    mean, reach = intervals(pd.Series([1.0, 2.0, 3.0, np.nan]))
+    assert mean == 2
+    assert reach == pytest.approx(4.302652729911275 / np.sqrt(3))  # the 97.5 % quantile for two degrees of freedom
+    assert np.isnan(intervals(pd.Series([1.0]))[1])
+    assert np.isnan(intervals(pd.Series([np.nan]))[0])
+
+
+def test_the_command_writes_the_page_and_names_it(runs, tmp_path, capsys):
+    folders = [str(path) for path in sorted(runs.iterdir())]
+    assert main([*folders[:2], "--to", str(tmp_path / "page")]) == 0
+    assert f"page: {tmp_path / 'page' / 'index.html'}" in capsys.readouterr().out
+    assert "no setting differs but the seed" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_no_run_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none*"), str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().err.startswith("error: no finished run matches '")
+
+
+def test_names_of_runs_are_text(tmp_path):
+    one = run(0.0, 0.0, 0)
+    one.metadata["config"]["model"]["name"] = "<script>alert(1)</script>"
+    one.save(tmp_path / "a")
+    run(0.5, 0.0, 0).save(tmp_path / "b")
+    assert "<script>" not in nl.compare(f"{tmp_path}/*", tmp_path / "page").read_text()
