@@ -61,12 +61,12 @@ def check_table(file: Path, table: pd.DataFrame, index: Sequence[str], metrics: 
         raise ValueError(f"{file} has the column {lost!r} without {str(lost)[:-3]!r}: {_RESTORE}")
     for level in range(len(index)):
         values = table.index.get_level_values(level)
-        whole = index[level] == "unit"
+        whole = index[level] == "unit" and len(values) > 0  # an empty level has no integers
         fits = types.is_integer_dtype(values.dtype) and (values >= 0).all() if whole else all(isinstance(v, str) for v in values)
         if not fits:
             kind = "counts from 0" if whole else "texts"
             raise ValueError(f"{file}: {index[level]} has {shown(_first(values))}; it has {kind}: {_RESTORE}")
-    for name in table.columns:
+    for name in table.columns if len(table) else ():
         number = types.is_numeric_dtype(table[name].dtype) and not types.is_complex_dtype(table[name].dtype)
         measured = str(name).removesuffix("_se") in metrics
         if not number and (measured or not _texts(table[name])):

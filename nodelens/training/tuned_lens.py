@@ -20,7 +20,7 @@ from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_re
 from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
-from nodelens.messages import SRUN_HINT
+from nodelens.messages import LIGHTNING_HINTS
 from nodelens.metrics import Metric
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.layers import Layer
@@ -111,7 +111,8 @@ def train_translators(
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     module, device = _Training(model, layers, lr, epochs * len(data) if isinstance(data, Sized) else None, output), device_of(model)
     with warnings.catch_warnings(), seeded(seed, "tuned_lens"):
-        warnings.filterwarnings("ignore", message=SRUN_HINT)
+        for hint in LIGHTNING_HINTS:
+            warnings.filterwarnings("ignore", message=hint)
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         trainer = Trainer(
             max_epochs=epochs,

@@ -101,9 +101,7 @@ def test_changed_metadata_are_refused_by_name(name, run):
 @pytest.mark.parametrize("arrays", [{"no layer": np.eye(2)}, {"0::correlation": np.ones((1, 1, 2))}], ids=["name", "axes"])
 def test_changed_matrices_are_refused_by_name(arrays, run):
     save_file(arrays, str(run / "matrices.safetensors"))
-    with pytest.raises(
-        ValueError, match=r"matrices.safetensors: .* is float64 .*; an entry is a matrix or vector named"
-    ):
+    with pytest.raises(ValueError, match=r"matrices.safetensors: .* is float64 .*; an entry is a matrix or vector named"):
         nl.load(mended(run))
 
 
@@ -135,3 +133,12 @@ def test_manifests_of_a_finished_run_list_what_is_there(tmp_path):
     tidy(tmp_path)
     assert (tmp_path / "SHA256SUMS").read_text().splitlines() == before[2:]
     assert [line.split()[1] for line in (tmp_path / "deep" / "SHA256SUMS").read_text().splitlines()] == ["b.json"]
+
+
+def test_a_result_without_units_is_one(tmp_path):
+    net, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), torch.randn(40, 8)
+    result = nl.analyze(net, [x], ["linear_cka"])
+    result.units = result.units.iloc[:0]
+    assert len(nl.load(result.save(tmp_path / "run")).units) == 0
+    result.units = pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["layer", "unit"]))
+    assert len(nl.load(result.save(tmp_path / "run")).units) == 0
