@@ -35,8 +35,8 @@ class TokenizedPrompt:
     def positions(self, chosen: Positions = "all") -> list[int]:
         """Positions among the T tokens of the prompt.
 
-        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or ``phrase:<text>`` and ``regex:<pattern>``:
-        the tokens that overlap its only occurrence.
+        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or a phrase of the prompt,
+        ``phrase:<text>`` or ``regex:<pattern>``: the tokens that overlap its only occurrence.
 
         Raises ValueError for a position out of range, a phrase that is missing or occurs more than once, and an invalid expression.
         """
