@@ -11,7 +11,7 @@ from torch import Tensor
 from nodelens.data.tokens import Tokenizer, as_tokenizer, open_tokenizer
 from nodelens.messages import option, shown
 
-from .token_positions import Positions, find_text, indices, sought
+from .token_positions import Positions, find_text, indices, searches_text
 
 _SPACES = ("▁", "Ġ")  # how vocabularies write a space before a word
 
@@ -40,9 +40,8 @@ class TokenizedPrompt:
 
         Raises ValueError for a position out of range, a phrase that is missing or occurs more than once, and an invalid expression.
         """
-        words = sought(chosen)
-        if words is not None:
-            return find_text(words, self.ids.cpu(), torch.ones(len(self), dtype=torch.bool), self.tokenizer, self.text)
+        if searches_text(chosen):
+            return find_text(str(chosen), self.ids.cpu(), torch.ones(len(self), dtype=torch.bool), self.tokenizer, self.text)
         return indices(chosen, len(self), option("positions"))
 
     def next_token(self, answer: str | int) -> int:

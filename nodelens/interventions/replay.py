@@ -131,10 +131,10 @@ class Recording:
 
 
 def tiled(output: Any, copies: int, samples: int) -> Any:
-    """An output for several copies of the batch, one after the other; tensors without an axis of samples stay."""
+    """An output for several copies of the batch, one after the other; only tensors with one row per sample are repeated."""
 
     def each(tensor: Tensor) -> Tensor:
-        rows = tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % samples == 0
+        rows = tensor.ndim > 0 and len(tensor) == samples  # of tokens that a router chose, nobody knows whose they are
         return tensor.repeat(copies, *[1] * (tensor.ndim - 1)) if rows else tensor
 
     return output if copies == 1 else pytree.tree_map_only(Tensor, each, output)

@@ -129,6 +129,7 @@ class _Passes:
     whole: set[int] = field(default_factory=set)
     checked: set[int] = field(default_factory=set)
     long: set[int] = field(default_factory=set)  # first lesions of those whose short passes do not agree with the whole model
+    alone: set[int] = field(default_factory=set)  # and of those that cannot share a pass
     folds: Folds = field(default_factory=Folds)
     rows: int = 0  # samples in a pass of the whole model
 
@@ -190,18 +191,27 @@ class _Passes:
         """Numbers of lesions and the losses of the samples under each, (lesions, B); without lesions that change nothing."""
         replay, samples = Replay(base, site, self.folds, numbers[0] not in self.long), len(base.batch)
         after = [call for call in base.recording.calls if call.end > site.time]
-        copies = 1 if self.lesions[numbers[0]].weights else max(1, min(_MOST_COPIES, self._fitting(after, samples) // samples))
+        alone = bool(self.lesions[numbers[0]].weights) or numbers[0] in self.alone
+        copies = 1 if alone else max(1, min(_MOST_COPIES, self._fitting(after, samples) // samples))
         if numbers[0] not in self.checked:
             self.checked.add(numbers[0])
-            tried = [self.lesions[number] for number in numbers[:copies]]
-            if numbers[0] not in self.whole and not replay.agrees(tried):
-                self.long.add(numbers[0])
-                replay = Replay(base, site, self.folds, short=False)
-                self.whole.update([] if replay.agrees(tried) else numbers)
+            if numbers[0] not in self.whole:
+                replay, copies = self._agreed(replay, numbers, copies)
         numbers = [number for number in numbers if not replay.idle(self.lesions[number])]
         for start in range(0, len(numbers), copies):
             some = numbers[start : start + copies]
             if some[0] in self.whole:
                 yield from (([number], base.whole(self.lesions[number])[None]) for number in some)
             else:
-                yield some, replay([self.lesions[number] for number in some])
+                yield some, replay.shared_or_alone([self.lesions[number] for number in some])
+
+    def _agreed(self, replay: Replay, numbers: list[int], copies: int) -> tuple[Replay, int]:
+        """A replay that gives the numbers of the whole model, and how many lesions share its passes; else all are in ``whole``."""
+        key, long = numbers[0], Replay(replay.base, replay.site, self.folds, short=False)
+        for each, count in ((replay, copies), (long, copies), (long, 1)):
+            if each.agrees([self.lesions[number] for number in numbers[:count]]):
+                self.long.update([key] if each is long else [])
+                self.alone.update([key] if count < copies else [])
+                return each, count
+        self.whole.update(numbers)
+        return replay, 1

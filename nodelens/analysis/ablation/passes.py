@@ -99,6 +99,15 @@ class Replay:
         with base.recording.replayed(outputs, own), removed(base.model, edited or [_NONE], base.values):
             return loss_by_sample(base.objective, base.objective.run(base.model, several), several)[0].reshape(copies, -1)
 
+    def shared_or_alone(self, lesions: Sequence[Lesion]) -> Tensor:
+        """The losses under lesions, (lesions, B), in one pass or, where copies of this batch cannot share it, in one each."""
+        try:
+            return self(lesions)
+        except _FAILS:  # shapes that do not match: a tensor without one row per sample, as of the tokens that a router chose
+            if len(lesions) == 1:
+                raise
+            return torch.cat([self([lesion]) for lesion in lesions])
+
     def idle(self, lesion: Lesion) -> bool:
         """Whether a lesion changes nothing that its only reader reads, as where a ReLU is zero for every sample."""
         key, call = (self.site.call.module, "input"), self.site.call

@@ -48,8 +48,8 @@ class SupernodeLesions:
 
     Controls: of the supernodes, random sets of other units, as many (equal size), or those nearest to each supernode in weight
     among a random half (equal weight). Of the halo, sets outside matched in loss proxy, with the supernodes in place and with them
-    removed: the change of the loss beyond that of the supernodes. Of the readers, the units of the next layer with the largest
-    share of weight on outputs to which the supernodes write, random units of that layer.
+    removed: the change of the loss beyond that of the supernodes. Of the readers, which are the units of the next layer with the
+    largest share of weight on outputs to which the supernodes write, random units of that layer.
 
     Tables: ``sets``, one row per layer, set and control: damage, that of the control with the 95 % interval of its draws, and p;
     ``dose``, damage by share of supernodes; ``dose_summary``, its slope per layer with a bootstrap interval. A layer without enough
@@ -66,8 +66,7 @@ class SupernodeLesions:
             raise ValueError(f"supernode_lesions: how is {self.how!r}; it is {', '.join(HOW)}")
         if self.draws < 2 or any(not 0 <= share <= 1 for share in self.dose):
             raise ValueError(
-                f"supernode_lesions: draws is {self.draws} and dose {list(self.dose)}; draws are from 2 on, doses shares from 0 "
-                "to 1"
+                f"supernode_lesions: draws is {self.draws} and dose {list(self.dose)}; draws are from 2 on, doses from 0 to 1"
             )
 
     def required_metrics(self) -> dict[str, Metric]:

@@ -280,6 +280,35 @@ def test_a_model_that_does_not_repeat_itself_runs_whole():
     assert found.metadata["whole_model"] == ["first"]
 
 
+class Mixture(nn.Module):
+    """Experts that are modules of their own: each is called with the tokens it is chosen for, in the order of choices."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.router = nn.Embedding(9, 6), nn.Linear(6, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 6)) for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        flat = x.flatten(0, 1)
+        weights, chosen = self.router(flat).softmax(-1).topk(2)
+        mixed = torch.zeros_like(flat)
+        for k, expert in enumerate(self.experts):
+            choice, token = torch.where(k == chosen.T)
+            mixed = mixed.index_add(0, token, expert(flat[token]) * weights[token, choice, None])
+        return self.head((x + mixed.view_as(x)).mean(1))
+
+
+def test_experts_that_see_other_numbers_of_tokens_in_each_batch():
+    net = seeded(Mixture)
+    ids = torch.randint(9, (20, 5), generator=torch.Generator().manual_seed(0))
+    data = [(part, part.sum(1) % 2) for part in ids.split(2)]
+    layers = [f"experts.{k}.{place}" for k in range(3) for place in (0, 2)] + ["router", "embed"]
+    found, plain = (nl.ablate(net, data, layers=layers, replay=replay) for replay in (True, False))
+    pd.testing.assert_frame_equal(found.units, plain.units, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("task", ["regression", "multilabel", "none"])
 def test_other_losses(task):
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)))
