@@ -62,9 +62,11 @@ class TokenizedPrompt:
             )
         if len(added) > 1:
             pieces = " | ".join(token_text(i, self.tokenizer) for i in added)
+            spaced = encode(f"{self.text} {answer}", self.tokenizer)
+            hint = f", such as {f' {answer}'!r}" if spaced[: len(own)] == own and len(spaced) == len(own) + 1 else ""
             raise ValueError(
-                f"the answer {shown(answer)} is {len(added)} tokens after the prompt, {pieces}: give one that is a single token, "
-                f"or an id, such as that of the first, {added[0]}"
+                f"the answer {shown(answer)} is {len(added)} tokens after the prompt, {pieces}: give one that is a single "
+                f"token{hint}, or an id, such as that of the first, {added[0]}"
             )
         return added[0]
 
