@@ -112,9 +112,10 @@ def tidy(folder: Path) -> None:
             known = _listed(path) if path.is_file() else []
             kept = known if len(known) < 2 or (now := _sha256(path)) not in known else [now]
             lines += [f"{each}  {path.name}\n" for each in kept]
-        temporary = manifest.with_name(f".{MANIFEST}.{os.getpid()}@{_HOST}.part")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(manifest)
+        if "".join(lines) != manifest.read_text(encoding="utf-8"):
+            temporary = manifest.with_name(f".{MANIFEST}.{os.getpid()}@{_HOST}.part")
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(manifest)
 
 
 @contextmanager

@@ -132,6 +132,9 @@ def test_manifests_of_a_finished_run_list_what_is_there(tmp_path):
     before = (tmp_path / "SHA256SUMS").read_text().splitlines()
     tidy(tmp_path)
     assert (tmp_path / "SHA256SUMS").read_text().splitlines() == before[2:]
+    written = (tmp_path / "SHA256SUMS").stat().st_mtime_ns
+    tidy(tmp_path)
+    assert (tmp_path / "SHA256SUMS").stat().st_mtime_ns == written, "nothing to change"
     assert [line.split()[1] for line in (tmp_path / "deep" / "SHA256SUMS").read_text().splitlines()] == ["b.json"]
 
 
