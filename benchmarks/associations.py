@@ -45,7 +45,8 @@ def of_an_mlp(samples: int = 10_000, size: int = 1_000) -> float:
     contestants = {"bare": bare, "associations": lambda: nl.analyze(net, data, ALL, layers=["1", "3"])}
     seconds = interleaved(contestants, rounds=5)
     ratio = seconds["associations"] / seconds["bare"]
-    print(f"MLP 784-64-64-10, {samples:,} images: forward and backward {1e3 * seconds['bare']:.0f} ms, ", end="")
+    print(f"MLP 784-64-64-10, {samples:,} images in batches of {size:,}: ", end="")
+    print(f"forward and backward {1e3 * seconds['bare']:.0f} ms, ", end="")
     print(f"all five associations of both layers {1e3 * seconds['associations']:.0f} ms: {ratio:.1f} times")
     return ratio
 
@@ -85,5 +86,6 @@ def of_a_convolution(batch: int = 32, rows: int = 12) -> float:
 
 
 if __name__ == "__main__":
-    of_an_mlp()
+    for batch_size in (100, 250, 1_000):
+        of_an_mlp(size=batch_size)
     of_a_convolution()

@@ -1,12 +1,14 @@
 """Grids of patches in shared passes against one pass per cell: python benchmarks/lenses.py --model DIR
 
-Prints the seconds of a Patchscope grid and of an activation patching grid, layers x 24 positions, in shared passes and in a loop of single
-runs, their ratio, and the largest difference of the logits, relative to the largest logit. The model is a folder of transformers.
+Prints the seconds of a Patchscope grid and of an activation patching grid, layers x 24 positions, in shared passes and in a loop
+of single runs, their ratio, and the largest difference of the logits, relative to the largest logit. The model is a folder of
+transformers.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ def main() -> None:
             ]
             together, each = shared(model, prompt, cells), looped(model, prompt, cells)
             off = float((together - each).abs().max() / each.abs().max())
-            fast, slow = (least(lambda run=run: run(model, prompt, cells), options.repeats) for run in (shared, looped))
+            fast, slow = (least(partial(run, model, prompt, cells), options.repeats) for run in (shared, looped))
             print(f"{name:<22}{len(cells):>7}{fast:>10.4f}{slow:>10.4f}{slow / fast:>8.1f}{off:>12.1e}")
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nodelens.messages import option
+from nodelens.metrics.association import PROBES
 from nodelens.metrics.derivative import Derivative
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.layers import Layer
@@ -13,7 +14,6 @@ PREDICTIONS = 128  # of a sample, up to which the derivative of each is taken
 LABELS = 64  # the same for a curvature
 INPUTS = 1024  # of a sample, up to which the derivative with respect to each is taken
 MOST = 4096  # backward passes per batch
-PROBES = 32
 FOLDS = 8
 
 
@@ -65,7 +65,7 @@ def _of_predictions(derivative: Derivative, layer: Layer, layout: Any) -> Deriva
 
 
 def _of_inputs(derivative: Derivative, layer: Layer, layout: Any) -> Derivative:
-    passes = layout.dry_run.facts.inputs
+    passes = layout.dry_run.facts.inputs if layout.dry_run.facts is not None else 0
     if layer is not layout.stack:
         passes = min(passes, 2 * _vectors(layer, layout))
     if derivative.method == "auto" and passes > INPUTS:
@@ -142,6 +142,8 @@ def _vectors(layer: Layer, layout: Any) -> int:
 
 def _smooth(layer: Layer, layout: Any) -> list[str]:
     """The operations behind a layer, or behind any of all layers, that are not piecewise linear."""
+    if layout.dry_run.facts is None:
+        return ["unknown operations"]
     smooth = layout.dry_run.facts.smooth
     layers = layout.layers if layer is layout.stack else [layer]
     return list(dict.fromkeys(name for each in layers for name in smooth.get(each.name) or ()))

@@ -95,17 +95,17 @@ class DerivativeCollector(Collector):
         y, first, sums = of.pop("y", None), of.pop("first", True), self.sums[need]
         keep = self._where_finite(x if y is None else y, keep)
         k, order = len(x) // len(keep), sorting(batch.group) if len(sums.parts) > 1 else None
-        every = None if bool(keep.all()) else keep.to(x.device)
         group, keep = (batch.group, keep) if order is None else (batch.group[order], keep[order])
+        every = None if bool(keep.all()) else keep.to(x.device)
         x = _by_sample(x, k, order)
-        y, every = (None if t is None else _by_sample(t, k, order) for t in (y, every))
+        y = None if y is None else _by_sample(y, k, order)
         with exact_products():
             for g, a, b in group_slices(group) if len(sums.parts) > 1 else [(0, 0, len(keep))]:
-                part = Rows(x[a * k : b * k], None if every is None else every[a * k : b * k])
+                part = Rows(x[:, a:b].flatten(0, 1), None if every is None else every[a:b].repeat(k, 1))
                 if need.statistic is not Products:
                     sums.add_rows(part.about(*self._shift("positions", part)), g)
                     continue
-                partner = None if y is None else about_zero(Rows(y[a * k : b * k], part.keep))
+                partner = None if y is None else about_zero(Rows(y[:, a:b].flatten(0, 1), part.keep))
                 n = keep[a:b].sum().reshape(1).to(part.raw.device) * int(first)
                 sums.add_rows(Vectors(about_zero(part), partner, n=n, **of), g)
 
@@ -121,8 +121,6 @@ class DerivativeCollector(Collector):
 
 
 def _by_sample(t: Tensor, k: int, order: Tensor | None) -> Tensor:
-    """Vectors (k x samples, ...), or flags (samples, ...), as (samples x k, ...), the samples in an order."""
-    flags = t.dtype == torch.bool
-    t = t if flags else t.unflatten(0, (k, -1)).transpose(0, 1)
-    t = t if order is None else t[order.to(t.device)]
-    return t.repeat_interleave(k, 0) if flags else t.flatten(0, 1)
+    """Vectors (k x samples, ...) as (k, samples, ...), the samples in an order."""
+    t = t.unflatten(0, (k, -1))
+    return t if order is None else t.index_select(1, order.to(t.device))

@@ -22,11 +22,11 @@ from .derivative_collector import DerivativeCollector, LayerCall
 from .graph_start import GraphStart
 from .unit_vectors import unit_vectors
 
-CHUNK = 1 << 26  # bytes of the vectors at layers and predictions that are handled at once
+CHUNK = 1 << 27  # bytes of the vectors at layers and predictions that are handled at once
 Chunk = tuple[int, list[Tensor]]  # a fold, and vectors (k, *shape of each output or input)
 
 
-class Target(NamedTuple):
+class SumTarget(NamedTuple):
     """Where vectors are added up: at one call of a layer, or at those of all layers side by side."""
 
     collector: DerivativeCollector
@@ -45,7 +45,7 @@ class Derivatives:
     seed: int
     method: Differentiation
 
-    def add(self, targets: Sequence[Target], derivative: Derivative) -> None:
+    def add(self, targets: Sequence[SumTarget], derivative: Derivative) -> None:
         """Adds one kind of derivative at all layers that ask for it."""
         calls = list({id(call): call for target in targets for call in target.calls}.values())
         calls = [call for call in calls if call.traced.edge is not None or derivative.of == "values"]
@@ -59,7 +59,7 @@ class Derivatives:
         else:
             self._hessian(targets, derivative)
 
-    def _pull(self, targets: Sequence[Target], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
+    def _pull(self, targets: Sequence[SumTarget], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
         made = Predictions.of(self.predictions, self.batch, self.objective, derivative.of == "loss")
         empirical = derivative.method == "empirical"
         outputs = [self.predictions if empirical else made.z]
@@ -101,7 +101,7 @@ class Derivatives:
                 v[each, :, index // outputs, index % outputs] = 1
             yield 0, [v.where(mask, 0)]
 
-    def _push(self, targets: Sequence[Target], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
+    def _push(self, targets: Sequence[SumTarget], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
         start = GraphStart.of([call.traced.edge for call in calls], self.embedded, self.batch)  # type: ignore[misc]
         if start is None:
             for target in targets:
@@ -125,7 +125,7 @@ class Derivatives:
             return None
         return self.method.push(forwards[id(call)], start.weighted(found))  # type: ignore[arg-type]
 
-    def _hessian(self, targets: Sequence[Target], derivative: Derivative) -> None:
+    def _hessian(self, targets: Sequence[SumTarget], derivative: Derivative) -> None:
         total = self.objective.summed(self.predictions, self.batch.labels)
         edges: Any = [target.calls[0].traced.edge for target in targets]
         slopes: Any = [None] * len(edges)
@@ -140,7 +140,7 @@ class Derivatives:
         """H v, the derivative of the slope of the loss; None where the slope is constant."""
         return self.method.pull([slope], [edge], [v])[0] if slope is not None and slope.requires_grad else None
 
-    def _over_units(self, target: Target, derivative: Derivative, times: Callable[[Tensor], Tensor | None]) -> None:
+    def _over_units(self, target: SumTarget, derivative: Derivative, times: Callable[[Tensor], Tensor | None]) -> None:
         """Adds v (A v)' for vectors v over the units of one layer, given the product with A."""
         (call,) = target.calls
         keep, first = self._kept(target, derivative), True
@@ -153,7 +153,7 @@ class Derivatives:
 
     def _distribute(
         self,
-        targets: Sequence[Target],
+        targets: Sequence[SumTarget],
         derivative: Derivative,
         calls: Sequence[LayerCall],
         found: Sequence[Tensor | None],
@@ -176,7 +176,7 @@ class Derivatives:
             options = {"fold": fold, "folds": derivative.folds, "first": first}
             target.collector.add(target.need, self.batch, x, self._kept(target, derivative), **options)
 
-    def _kept(self, target: Target, derivative: Derivative) -> Tensor:
+    def _kept(self, target: SumTarget, derivative: Derivative) -> Tensor:
         """The rows that count, (samples, positions): of a loss those of samples with a label."""
         keep = torch.stack([call.kept for call in target.calls]).all(0)
         labelled = self.batch.labelled if derivative.of in ("loss", "hessian") else None
@@ -198,11 +198,11 @@ def differentiate(
 ) -> None:
     """Adds what the needs of all collectors ask for in one batch, and releases its graph."""
     own = Derivatives(predictions, embedded, batch, objective, seed, method)
-    wanted: dict[Derivative, list[Target]] = {}
+    wanted: dict[Derivative, list[SumTarget]] = {}
     for collector in collectors:
         for need in collector.sums:
             for calls in _calls_of(collector, collectors):
-                wanted.setdefault(need.options[0], []).append(Target(collector, need, calls))
+                wanted.setdefault(need.options[0], []).append(SumTarget(collector, need, calls))
     for derivative, targets in wanted.items():
         own.add(targets, derivative)
     for collector in collectors:
@@ -212,7 +212,7 @@ def differentiate(
         collector.calls = []
 
 
-def _fewer_units(target: Target, start: GraphStart) -> bool:
+def _fewer_units(target: SumTarget, start: GraphStart) -> bool:
     """Whether a layer has so few units and positions that a basis of theirs takes fewer passes than one of the inputs."""
     if len(target.calls) > 1 or target.collector.site.layer is target.collector.plan.stack:
         return False

@@ -26,7 +26,7 @@ from .tokens_seen import TokensSeen
 
 
 @dataclass(eq=False)
-class Target:
+class EditTarget:
     """One module that an edit changes, and whether it has run (``fired``) and been changed (``hit``).
 
     places (units, span): where the units of a pruning group lie in what the module reads; None for a layer.
@@ -143,7 +143,7 @@ def applied(
     """Inside the context, the edits are applied; yields a check that each of them has changed something."""
     seen = TokensSeen()
     by_name = {group.name: group for group in groups}
-    targets, gates = list[Target](), list[tuple[GroupSlice, Tensor]]()
+    targets, gates = list[EditTarget](), list[tuple[GroupSlice, Tensor]]()
     selections = [Selection(each.samples, each.positions, each.phase, tokenizer, texts) for each in edits]
     for each, own in zip(edits, selections, strict=True):
         if each.site in by_name:
@@ -152,7 +152,7 @@ def applied(
         else:
             targets += [_of_layer(each, layer, own, seen) for layer in _layers(model, each, by_name)]
     _check_decoder(model, targets)
-    chains: dict[str, dict[nn.Module, list[Target]]] = {"output": {}, "input": {}}
+    chains: dict[str, dict[nn.Module, list[EditTarget]]] = {"output": {}, "input": {}}
     for target in targets:
         chains[target.port].setdefault(target.layer.module, []).append(target)
     outputs, inputs = ({m: partial(_through, own) for m, own in chains[port].items()} for port in ("output", "input"))
@@ -161,7 +161,7 @@ def applied(
         yield partial(_check, model, edits, targets, seen)
 
 
-def _through(targets: Sequence[Target], x: Tensor) -> Tensor:
+def _through(targets: Sequence[EditTarget], x: Tensor) -> Tensor:
     for target in targets:
         x = target(x)
     return x
@@ -187,12 +187,12 @@ def _layers(model: nn.Module, edit: Edit, groups: Any) -> list[Layer]:
     return layers
 
 
-def _of_layer(edit: Edit, layer: Layer, selection: Selection, seen: TokensSeen) -> Target:
+def _of_layer(edit: Edit, layer: Layer, selection: Selection, seen: TokensSeen) -> EditTarget:
     port = "input" if layer.side == "input" else edit.port
-    return Target(edit, Layer(layer.name, layer.module), port, selection, seen)
+    return EditTarget(edit, Layer(layer.name, layer.module), port, selection, seen)
 
 
-def _check_decoder(model: nn.Module, targets: Sequence[Target]) -> None:
+def _check_decoder(model: nn.Module, targets: Sequence[EditTarget]) -> None:
     """Raises ValueError for positions in the encoder of an encoder-decoder, whose tokens are not followed."""
     encoder = getattr(model, "get_encoder", None)
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not callable(encoder):
@@ -206,13 +206,13 @@ def _check_decoder(model: nn.Module, targets: Sequence[Target]) -> None:
             )
 
 
-def _of_group(model: nn.Module, edit: Edit, group: PruningGroup, selection: Selection, seen: TokensSeen) -> list[Target]:
+def _of_group(model: nn.Module, edit: Edit, group: PruningGroup, selection: Selection, seen: TokensSeen) -> list[EditTarget]:
     """A group is edited where its units are read."""
     if group.router is not None:
         raise ValueError(f"{edit}: its units are whole experts, which are edited by their router: name the channels of the experts")
     pieces = [piece for piece in group.by_role("consumer") if piece.entry is None]
     layers = [Layer(piece.module, model.get_submodule(piece.module)) for piece in pieces]
-    return [Target(edit, la, "input", selection, seen, piece.places) for la, piece in zip(layers, pieces, strict=True)]
+    return [EditTarget(edit, la, "input", selection, seen, piece.places) for la, piece in zip(layers, pieces, strict=True)]
 
 
 def _of_experts(edit: Edit, group: PruningGroup) -> list[tuple[GroupSlice, Tensor]]:
@@ -230,7 +230,7 @@ def _of_experts(edit: Edit, group: PruningGroup) -> list[tuple[GroupSlice, Tenso
     return [(piece, gate) for piece in pieces]
 
 
-def _check(model: nn.Module, edits: Sequence[Edit], targets: Sequence[Target], seen: TokensSeen) -> None:
+def _check(model: nn.Module, edits: Sequence[Edit], targets: Sequence[EditTarget], seen: TokensSeen) -> None:
     """Raises ValueError for an edit whose site has not run, or that has changed no row, although the model was called."""
     if not seen.calls:
         return

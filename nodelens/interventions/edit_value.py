@@ -126,7 +126,7 @@ def _as_value(value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.tensor(float(value), dtype=torch.float64)
     try:
-        array = np.asarray(value, dtype=np.float64)
+        array = np.array(value, dtype=np.float64)  # a copy: a column of a table is not writable
     except (TypeError, ValueError):
         raise ValueError(f"value is {value!r}: give a number, a tensor or an nn.Module") from None
     return torch.from_numpy(array)

@@ -35,8 +35,8 @@ class TokenizedPrompt:
     def positions(self, chosen: Positions = "all") -> list[int]:
         """Positions among the T tokens of the prompt.
 
-        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or ``phrase:<text>`` and ``regex:<pattern>``:
-        the tokens that overlap its only occurrence.
+        chosen: a number, several, an expression such as ``all``, ``-1`` or ``n//2:``, or a phrase of the prompt,
+        ``phrase:<text>`` or ``regex:<pattern>``: the tokens that overlap its only occurrence.
 
         Raises ValueError for a position out of range, a phrase that is missing or occurs more than once, and an invalid expression.
         """
@@ -62,9 +62,11 @@ class TokenizedPrompt:
             )
         if len(added) > 1:
             pieces = " | ".join(token_text(i, self.tokenizer) for i in added)
+            spaced = encode(f"{self.text} {answer}", self.tokenizer)
+            hint = f", such as {f' {answer}'!r}" if spaced[: len(own)] == own and len(spaced) == len(own) + 1 else ""
             raise ValueError(
-                f"the answer {shown(answer)} is {len(added)} tokens after the prompt, {pieces}: give one that is a single token, "
-                f"or an id, such as that of the first, {added[0]}"
+                f"the answer {shown(answer)} is {len(added)} tokens after the prompt, {pieces}: give one that is a single "
+                f"token{hint}, or an id, such as that of the first, {added[0]}"
             )
         return added[0]
 

@@ -19,7 +19,7 @@ from .edit_value import Edit
 from .edits import edit
 from .representation_context import RepresentationContext
 from .states import StateManager
-from .token_positions import find_text, indices, sought
+from .token_positions import find_text, indices, searches_text
 
 _NAMES = "embed, layer, layer_<k>, lm_head"
 _LAYER = re.compile(r"layer_(\d+)")
@@ -47,13 +47,12 @@ class Encoded:
 
     def _places(self, position: Any, k: int) -> list[int]:
         columns = self.real[k].nonzero()[:, 0].tolist()
-        text = sought(position)
-        if text is None:
+        if not searches_text(position):
             return [columns[i] for i in indices(position, len(columns), "position")]
         if self.texts is None:
             raise ValueError(f"position {position!r} is searched in a text, and the prompt is soft: give indices")
         ids = self.inputs["input_ids"][k].cpu()
-        return [columns[i] for i in find_text(text, ids, self.real[k], self.tokenizer, self.texts[k])]
+        return [columns[i] for i in find_text(position, ids, self.real[k], self.tokenizer, self.texts[k])]
 
     def among_real(self, columns: Tensor) -> Tensor:
         """Columns (B, P) as indices among the real tokens."""

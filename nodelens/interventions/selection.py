@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .token_positions import find_text, indices, sought
+from .token_positions import find_text, indices, searches_text
 from .tokens_seen import Prompt, TokensSeen
 
 PHASES = ("all", "prompt", "generated")
@@ -94,7 +94,7 @@ class Selection:
     def _generated(self) -> list[int]:
         text = self.positions if isinstance(self.positions, str) else ""
         numbers = self.positions if isinstance(self.positions, list) else [self.positions]
-        if "n" in text or "-" in text or sought(text) or any(isinstance(k, int) and k < 0 for k in numbers):
+        if "n" in text or "-" in text or searches_text(self.positions) or any(isinstance(k, int) and k < 0 for k in numbers):
             raise ValueError(
                 f"positions {self.positions!r} of generated tokens: how many there will be is not known; count from the first, as "
                 "in 0, :3 or ::2"
@@ -103,11 +103,11 @@ class Selection:
 
     def _in_prompt(self, prompt: Prompt, place: int, sample: int) -> list[int]:
         positions, places = self.positions, prompt.places(sample)
-        if (text := sought(positions)) is not None:
+        if searches_text(positions):
             if prompt.ids is None:
                 raise ValueError(f"positions {positions!r} search the text of the prompt, but its token ids are not known")
             known = None if self.texts is None else self.texts[sample]
-            chosen = find_text(text, prompt.ids[sample], prompt.real[sample], self.tokenizer, known)
+            chosen = find_text(positions, prompt.ids[sample], prompt.real[sample], self.tokenizer, known)
         else:
             each = isinstance(positions, list) and bool(positions) and not isinstance(positions[0], int)
             chosen = indices(positions[place] if each else positions, len(places), "positions")

@@ -1,5 +1,6 @@
 """Positions of tokens by index expression, or by a phrase or pattern of the prompt."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,14 @@ from nodelens.data.tokens import as_tokenizer
 from nodelens.network.expressions import CHARACTERS, parse_index
 
 Positions = str | int | Sequence[int]
+_KINDS = ("phrase:", "regex:")
 
 
-def sought(positions: Any) -> str | None:
-    """The selector ``phrase:...`` or ``regex:...`` of positions that are a text of the prompt; None for indices.
-
-    A text in which only characters of index expressions occur is one; any other text is a phrase.
-    """
-    if not isinstance(positions, str) or positions.startswith(("phrase:", "regex:")):
-        return positions if isinstance(positions, str) else None
-    return None if positions.strip() == "all" or CHARACTERS.fullmatch(positions) else f"phrase:{positions}"
+def searches_text(positions: Any) -> bool:
+    """Whether positions are a text of the prompt: ``phrase:...``, ``regex:...``, or one that cannot be an index expression."""
+    if not isinstance(positions, str) or positions.strip() == "all":
+        return False
+    return positions.startswith(_KINDS) or not CHARACTERS.fullmatch(positions)
 
 
 def indices(expression: Positions, n: int, what: str) -> list[int]:
@@ -46,17 +45,21 @@ def indices(expression: Positions, n: int, what: str) -> list[int]:
 
 
 def find_text(positions: str, ids: Tensor, real: Tensor, tokenizer: Any, text: str | None = None) -> list[int]:
-    """The tokens that overlap a phrase or a match of a pattern (``sought``), as indices among the real tokens of one prompt.
+    """The tokens that overlap a phrase or a match of a pattern, as indices among the real tokens of one prompt.
 
-    Shapes: ids, real (T,). text: the prompt; by default the decoded ids. Raises ValueError for a text that is not in the prompt or
-    occurs more than once, without a tokenizer, and for ids that are not the tokens of the text.
+    positions: a phrase, ``phrase:<text>`` or ``regex:<pattern>``. Shapes: ids, real (T,). text: the prompt; by default the decoded
+    ids. Raises ValueError for a text that is not in the prompt or occurs more than once, without a tokenizer, and for ids that are
+    not the tokens of the text.
     """
-    kind, _, words = positions.partition(":")
     if tokenizer is None:
         raise ValueError(
-            f"positions search the text of the prompt for the {kind} {words!r}: give tokenizer=, or positions as indices, made of "
-            "integers, n, + - * // %, brackets, colons and commas"
+            f"positions {positions!r} search the text of the prompt: give tokenizer=, or positions as indices, made of integers, "
+            "n, + - * // %, brackets, colons and commas"
         )
+    positions = positions if positions.startswith(_KINDS) else f"phrase:{positions}"
+    kind, _, words = positions.partition(":")
+    if " & " in words and kind == "phrase":  # between the terms of a selector
+        positions = "regex:" + re.escape(words).replace(r"\&", r"\x26")
     known = as_tokenizer(tokenizer)
     plain = real & ~torch.isin(ids, torch.tensor(known.special, dtype=ids.dtype)) if known.special else real
     text = known.decode(ids[plain].tolist()) if text is None else text

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +57,11 @@ class TokensSeen:
 
     @contextmanager
     def following(self, model: nn.Module, generation: bool = True) -> Iterator[None]:
-        """Inside, calls of the model are followed, and, with ``generation``, those of its method ``generate``."""
-        with announced([model], self.see), _generating(model, self) if generation else nullcontext():
+        """Inside, calls of the model are followed; with ``generation``, also of ``generate``, its own or an inner model's."""
+        inside = [module for module in model.modules() if generation and callable(getattr(module, "generate", None))]
+        with announced(dict.fromkeys([model, *inside]), self.see), ExitStack() as stack:
+            for module in inside:
+                stack.enter_context(_generating(module, self))
             yield
         self.prompt = self.mask = None
 
@@ -117,6 +120,8 @@ class TokensSeen:
         """
         if self.prompt is not None and (self.samples, self.now) == (samples, positions):
             return self
+        if self.prompt is None:
+            raise ValueError("positions count the tokens of a call: call the model that nl.edit was given, or its generate")
         if self.tokens:
             raise ValueError(
                 f"it shows {samples} x {positions} rows, the call has {self.samples} samples of {self.now} tokens: leave out "
@@ -149,11 +154,8 @@ def _mask(kwargs: Mapping[str, Any], samples: int, now: int) -> Tensor | None:
 
 @contextmanager
 def _generating(model: nn.Module, seen: TokensSeen) -> Iterator[None]:
-    """Inside, ``model.generate`` tells what it was given, so that the prompt and generated tokens can be told apart."""
-    original: Callable | None = getattr(model, "generate", None)
-    if not callable(original):
-        yield
-        return
+    """Inside, ``model.generate`` tells what it was given, so that prompt and generated tokens can be told apart."""
+    original: Callable = getattr(model, "generate")  # noqa: B009  an attribute that modules need not have
     own = model.__dict__.get("generate")
 
     @functools.wraps(original)

@@ -1,6 +1,7 @@
 """A wrapper that returns the activations and weights of chosen layers of a model."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.roles import roles_of
 
+from .applying import applied
+from .edit_value import Edit
 from .representation_context import RepresentationContext
 from .running import run_context
 from .states import StateManager
@@ -36,7 +39,7 @@ class ModelWrapper:
         tokenizer: of transformers, for ``run`` on texts. Raises ValueError for a name without a match.
         """
         check_arguments("nl.ModelWrapper", model)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._dropout = model, tokenizer, ExitStack()
         self.layers = [layer.name for layer in find_layers(model, tracked_layers)]
         self._found = {layer.name: layer for layer in find_layers(model, [*self.layers, *sites])}
 
@@ -72,15 +75,52 @@ class ModelWrapper:
             )
         return outputs, {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in shown.items()}
 
-    def get_layer_weights(self, layers: str | Sequence[str] | None = None) -> dict[str, Tensor]:
-        """{layer: its stored weight, detached}. Raises ValueError for a layer that is not tracked or has no weight."""
+    def capture_activations_safe(
+        self, inputs: Tensor | Mapping[str, Any], layers: str | Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The activations of ``forward_with_activations``, without the model's output."""
+        return self.forward_with_activations(inputs, layers)[1]
+
+    @staticmethod
+    def preprocess_activations(
+        activations: Mapping[str, Tensor], mode: Literal["flatten", "none"] = "flatten"
+    ) -> dict[str, Tensor]:
+        """Activations as (samples, features), or as they are. Raises ValueError for another mode."""
+        if mode not in ("flatten", "none"):
+            raise ValueError(f"mode is {mode!r}; it must be 'flatten' or 'none'")
+        return {name: a.flatten(1) if mode == "flatten" and a.ndim > 2 else a for name, a in activations.items()}
+
+    def get_layer_weights(
+        self, layers: str | Sequence[str] | None = None, flatten: bool = False, include_bias: bool = False
+    ) -> dict[str, Tensor]:
+        """{layer: its stored weight, detached}. Raises ValueError for a layer that is not tracked or has no weight.
+
+        flatten: one row per unit, (units, fan_in). include_bias: with the biases, (units,), under ``<layer>_bias``.
+        """
         weights = {}
         for layer in self._chosen(layers):
             tensor = layer.tensor
             if tensor is None:
                 raise ValueError(f"layer {layer.name!r} ({type(layer.module).__name__}) has no weights of its units: leave it out")
-            weights[layer.name] = tensor
+            weights[layer.name] = layer.weight if flatten and layer.weight is not None else tensor
+            bias = getattr(layer.module, "bias", None)
+            if include_bias and isinstance(bias, Tensor):
+                weights[f"{layer.name}_bias"] = bias.detach()
         return weights
+
+    def apply_structured_dropout(self, dropout_masks: Mapping[str, Tensor]) -> None:
+        """Multiplies the outputs of units by masks, {layer: (units,)}, in every call of the model until ``restore_weights``.
+
+        The weights themselves are not changed, and a unit whose mask is 0 puts out 0, whatever its bias. A second call adds to the
+        first. Raises ValueError for an unknown layer, and when the model runs for a mask of another length.
+        """
+        self._dropout.enter_context(
+            applied(self.model, [Edit(name, "scale", value=mask.float()) for name, mask in dropout_masks.items()])
+        )
+
+    def restore_weights(self) -> None:
+        """Ends ``apply_structured_dropout``."""
+        self._dropout.close()
 
     def run(self, context: RepresentationContext, state_manager: StateManager | None = None) -> Any:
         """The model's output for the prompt of a context; the manager loads and saves states as its config says.

@@ -13,6 +13,7 @@ from . import runs_figures as figures
 from .elements import figure, section, table
 from .settings import settings_of, usual
 
+_SIDES = {"forward": "upstream", "backward": "downstream"}
 _MATRICES = 12  # association matrices that the page shows
 
 
@@ -63,7 +64,21 @@ def _alignment(folder: Path, runs: Any) -> list[str]:
     except FileNotFoundError:  # a single association was asked for
         return []
     mean, chance = (_square(pairs, value) for value in ("alignment", "alignment_null"))
-    return [figure(folder, "alignment", figures.squares(mean, chance, "alignment score"), _ALIGNED)]
+    return [figure(folder, "alignment", figures.squares(mean, chance, "alignment score"), _ALIGNED), *_sides(pairs)]
+
+
+def _sides(pairs: pd.DataFrame) -> list[str]:
+    """Alignment within and across associations upstream and downstream of the units: means over runs, of means over layers."""
+    side = pairs[["association_a", "association_b"]].map(lambda name: _SIDES.get(str(name).partition("_")[0]))
+    known = pairs[side.notna().all(axis=1)]
+    a, b = (side.loc[known.index, column] for column in side)
+    if not len(known):
+        return []
+    kind = ("within " + a).where(a == b, "across")
+    runs = known.groupby([kind.rename("associations"), known["run"]], sort=False)[["alignment", "alignment_null"]].mean()
+    found = runs.groupby(level="associations", sort=False).agg(["mean", "std"])
+    found.columns = [f"{'by chance' if name.endswith('null') else name}, {how}" for name, how in found.columns]
+    return ["<p>Upstream: forward_cov, forward_jac. Downstream: backward_jac, backward_hess, backward_ggn.</p>", table(found)]
 
 
 def _square(pairs: pd.DataFrame, value: str) -> pd.DataFrame:

@@ -100,6 +100,24 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def tidy(folder: Path) -> None:
+    """Leaves one line in the manifests of a finished run for each file that is there: old lines are of contents that are gone.
+
+    A file that differs from all its lines keeps them, so that it is still refused.
+    """
+    for manifest in folder.rglob(MANIFEST):
+        names = dict.fromkeys(line.split("  ", 1)[-1] for line in manifest.read_text(encoding="utf-8").splitlines())
+        lines = []
+        for path in (manifest.parent / name for name in names):
+            known = _listed(path) if path.is_file() else []
+            kept = known if len(known) < 2 or (now := _sha256(path)) not in known else [now]
+            lines += [f"{each}  {path.name}\n" for each in kept]
+        if "".join(lines) != manifest.read_text(encoding="utf-8"):
+            temporary = manifest.with_name(f".{MANIFEST}.{os.getpid()}@{_HOST}.part")
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(manifest)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[Path]:
     """Checks a file before a block reads it. Raises ValueError with its name, also where the block fails to read it."""

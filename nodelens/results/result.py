@@ -3,6 +3,7 @@
 import hashlib
 import html
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .files import checked, is_there, read_json, reading, remove, write, write_json
 from .notices import notices
+from .validate import check_matrices, check_metadata, check_sizes, check_table
 
 SCHEMA = 1
 BESIDE = ("_se", "_bias", "_null", "_p")  # suffixes of columns that accompany a metric
@@ -76,9 +78,11 @@ class Result:
         if table is None:
             known = [c for each in (self.units, self.layers, self.edges) for c in values_of(each) if f"{c}_se" in each]
             raise ValueError(f"{name!r} has no standard error in this result; those that have one: {', '.join(known) or 'none'}")
-        groups = self.metadata["filled_groups"]
+        groups = self.metadata.get("filled_groups")
+        if groups is None:
+            raise ValueError("the metadata do not say how many groups of samples are filled (filled_groups): there is no interval")
         value, reach = table[name], float(t.ppf(0.5 + level / 2, max(1, groups - 1))) * table[f"{name}_se"]
-        if self.metadata["metrics"].get(name, {}).get("log_interval"):
+        if (self.metadata.get("metrics") or {}).get(name, {}).get("log_interval"):
             factor = np.exp(reach / value.where(value > 0))
             return pd.DataFrame({"low": value / factor, "high": value * factor})
         return pd.DataFrame({"low": value - reach, "high": value + reach})
@@ -129,19 +133,29 @@ def load(folder: str | Path) -> Result:
             f"{folder / 'metadata.json'} has schema_version {version!r}, and this version of nodelens reads {SCHEMA}: load it with "
             "the version that wrote it, or run the analysis again"
         )
-    matrices = {}
+    check_metadata(folder / "metadata.json", metadata)
+    matrices: dict[tuple[str, str], np.ndarray] = {}
     if is_there(folder / "matrices.safetensors"):
         with reading(folder / "matrices.safetensors") as path:
-            for key, array in load_file(str(path)).items():
-                layer, name = key.rsplit("::", 1)
-                matrices[layer, name] = array
-    edges = _table(folder / "edges.parquet") if is_there(folder / "edges.parquet") else pd.DataFrame()
-    return Result(_table(folder / "units.parquet"), _table(folder / "layers.parquet"), matrices, metadata, edges)
+            arrays = load_file(str(path))
+        check_matrices(folder / "matrices.safetensors", arrays)
+        for key, array in arrays.items():
+            layer, name = key.rsplit("::", 1)
+            matrices[layer, name] = array
+    names = metadata.get("metrics") or {}
+    units = _table(folder / "units.parquet", ("layer", "unit"), names)
+    layers = _table(folder / "layers.parquet", ("layer",), names)
+    check_sizes(folder / "units.parquet", units, layers)
+    there = is_there(folder / "edges.parquet")
+    edges = _table(folder / "edges.parquet", ("layer", "next"), names) if there else pd.DataFrame()
+    return Result(units, layers, matrices, metadata, edges)
 
 
-def _table(file: Path) -> pd.DataFrame:
+def _table(file: Path, index: Sequence[str], metrics: Mapping[str, Any]) -> pd.DataFrame:
     with reading(file) as path:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
+    check_table(file, table, index, metrics)
+    return table
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nodelens.analysis.registry import Analyses, with_metrics
 from nodelens.engine.analyze import analyze, finish
+from nodelens.engine.associations import differentiates
 from nodelens.engine.collect import Pass
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.dry_run import DryRun
@@ -179,7 +180,7 @@ class Measure(Callback):
 
     def _open(self, module: LightningModule, batch: Batch, objective: Objective) -> None:
         net: Any = module.net
-        if alone := [name for name, metric in self.metrics.items() if of_groups_only(metric)]:
+        if alone := [name for name, metric in self.metrics.items() if of_groups_only(metric) or differentiates([metric])]:
             raise ValueError(f"metric {alone[0]!r} is measured in a pass of its own: take on=probe, or leave it out")
         layers = find_layers(net, self.layers, self.start)
         self.plan = Plan.of(

@@ -20,7 +20,7 @@ from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_re
 from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
-from nodelens.messages import SRUN_HINT
+from nodelens.messages import LIGHTNING_HINTS
 from nodelens.metrics import Metric
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.layers import Layer
@@ -51,7 +51,7 @@ class TunedLens:
     save_to: str | None = None
     load_from: str | None = None
     prompts: str | Sequence[str] | None = None
-    tokenizer: Any = None
+    tokenizer: Any | None = None
     k: int = 5
 
     def __post_init__(self) -> None:
@@ -97,21 +97,21 @@ class TunedLens:
         self, model: nn.Module, data: Iterable[Any], layers: Mapping[int, Layer], seed: int, output: Any
     ) -> Translators:
         if self.load_from is not None:
-            found = Translators.load(Path(self.load_from)).to(device_of(model))
-            return found
+            return Translators.load(Path(self.load_from)).to(device_of(model))
         return train_translators(model, data, layers, self.epochs, self.lr, seed, output)
 
 
 def train_translators(
     model: nn.Module, data: Iterable[Any], layers: Mapping[int, Layer], epochs: int, lr: float, seed: int = 0, output: Any = None
 ) -> Translators:
-    """Translators of the states after some blocks, trained to the model's own logits. Raises ValueError for no block to translate."""
+    """Translators of the states after some blocks, trained to the model's own logits. Raises ValueError without blocks."""
     if not layers:
         raise ValueError("a tuned lens translates the blocks before the last one: choose others with layers=")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     module, device = _Training(model, layers, lr, epochs * len(data) if isinstance(data, Sized) else None, output), device_of(model)
     with warnings.catch_warnings(), seeded(seed, "tuned_lens"):
-        warnings.filterwarnings("ignore", message=SRUN_HINT)
+        for hint in LIGHTNING_HINTS:
+            warnings.filterwarnings("ignore", message=hint)
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         trainer = Trainer(
             max_epochs=epochs,
@@ -196,6 +196,5 @@ def _lines(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
     inner = slice(None, -1) if len(before) > 1 else slice(None)
     mean = {name: table["kl"][inner].mean() for name, table in (("logit", before), ("tuned", after))}
     first = f"layer {before['layer'].iloc[0]}: {before['kl'].iloc[0]:.3g} to {after['kl'].iloc[0]:.3g}"
-    return [
-        f"KL to the model's logits, mean over layers: {mean['logit']:.3g} nats with the logit lens, {mean['tuned']:.3g} tuned ({first})"
-    ]
+    shown = f"{mean['logit']:.3g} nats with the logit lens, {mean['tuned']:.3g} tuned"
+    return [f"KL to the model's logits, mean over layers: {shown} ({first})"]

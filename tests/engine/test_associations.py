@@ -207,3 +207,208 @@ def test_a_sampled_curvature_of_a_language_model_has_the_exact_one_as_its_mean()
     layer = "model.layers.0.mlp.down_proj.input"
     exact, drawn = found[layer, "exact"], found[layer, "drawn"]
     assert np.linalg.norm(drawn - exact) < 0.15 * np.linalg.norm(exact)
+
+
+class Cut(nn.Module):
+    """A network of which some layer has no derivative."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b, self.c = how, nn.Linear(9, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.b(torch.relu(self.a(x).detach() if self.how == "detach" else self.a(x)))
+        if self.how == "argmax":
+            return nn.functional.one_hot(self.c(h).argmax(1), 4).to(h)
+        if self.how == "unused":
+            return self.c(torch.ones_like(h)) + 0 * x[:, :4]
+        return self.c(h)
+
+
+def cut(how):
+    torch.manual_seed(0)
+    return Cut(how).double()
+
+
+def test_a_layer_without_a_derivative_is_a_gap_with_its_reason_and_the_others_go_on():
+    found = nl.analyze(cut("detach"), batches(), ["backward_jac", "backward_ggn", "forward_cov"], layers=["a", "b"])
+    assert ("b", "backward_jac") in found.matrices
+    assert ("a", "backward_jac") not in found.matrices
+    assert ("a", "forward_cov") in found.matrices
+    for name in ("backward_jac", "backward_ggn"):
+        (gap,) = [m for m in found.metadata["missing"] if m["layer"] == "a" and m["column"] == name]
+        assert (
+            "the predictions depend on it, but have no derivative there: .detach(), .data or torch.no_grad() cuts it"
+            in gap["reason"]
+        )
+        assert "leave the layer out (layers=)" in gap["reason"]
+
+
+def test_a_layer_without_the_inputs_derivative_is_a_gap():
+    found = nl.analyze(cut("detach"), batches(), ["forward_jac"], layers=["a", "b"])
+    assert ("a", "forward_jac") in found.matrices
+    (gap,) = found.metadata["missing"]
+    assert gap["layer"] == "b"
+    assert "its derivative with respect to the inputs does not exist" in gap["reason"]
+
+
+@pytest.mark.parametrize("name", ["backward_jac", "backward_ggn", "backward_hess"])
+def test_predictions_without_a_derivative_are_an_error_in_one_line(name):
+    with pytest.raises(
+        ValueError, match=f"{name} of layer 'a': the predictions depend on it, but have no derivative there"
+    ) as error:
+        nl.analyze(cut("argmax"), batches(), [name], layers=["a", "b"])
+    assert "\n" not in str(error.value)
+
+
+def test_an_association_that_is_zero_is_said_to_be():
+    found = nl.analyze(cut("unused"), batches(), ["backward_jac", "backward_jac_norm"], layers=["a", "b"])
+    assert not found.matrices["b", "backward_jac"].any()
+    assert "backward_jac of layer 'b' is zero for all units: they do not vary, or nothing depends on them" in "".join(
+        found.metadata["warnings"]
+    )
+    assert any(m["layer"] == "b" and m["column"] == "backward_jac_norm" for m in found.metadata["missing"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "words"),
+    [
+        (nl.get_metric("backward_ggn", curvature="empirical"), {}, "backward_ggn of layer '1': curvature=empirical needs labels"),
+        (nl.get_metric("backward_hess"), {}, "backward_hess of layer '1': the loss needs labels, but the data have none"),
+        (nl.get_metric("backward_ggn"), {"task": "none"}, "known for the losses of tasks, but the task is none: use backward_jac"),
+    ],
+)
+def test_a_curvature_without_labels_says_what_to_do(metric, options, words):
+    with pytest.raises(ValueError, match=words):
+        nl.analyze(network(), [x for x, _ in batches()], [metric], layers="1", **options)
+
+
+def test_a_curvature_of_the_models_own_labels_needs_none():
+    labelled = nl.analyze(network(), batches(), ["backward_ggn"], layers="1").matrices["1", "backward_ggn"]
+    bare = nl.analyze(network(), [x for x, _ in batches()], ["backward_ggn"], layers="1").matrices["1", "backward_ggn"]
+    np.testing.assert_allclose(bare, labelled, rtol=1e-12)
+
+
+def test_a_loss_of_the_users_has_a_hessian_and_an_empirical_curvature_but_no_gauss_newton():
+    def loss(z, y):
+        return (z.square().sum(1) * (1 + y)).sum()
+
+    empirical = nl.get_metric("backward_ggn", curvature="empirical")
+    found = nl.analyze(network(), batches(), {"hess": nl.get_metric("backward_hess"), "fisher": empirical}, layers="3", loss=loss)
+    w, (x, y) = network()[4].weight.detach(), rows()
+    z = network()(x).detach()
+    slope = 2 * z * (1 + y)[:, None] @ w
+    np.testing.assert_allclose(found.matrices["3", "hess"], 2 * (w.T @ w) * (1 + y).double().mean(), rtol=1e-9)
+    np.testing.assert_allclose(found.matrices["3", "fisher"], slope.T @ slope / len(x), rtol=1e-9)
+    with pytest.raises(ValueError, match="known for the losses of tasks, but loss= is given: use backward_jac, backward_hess"):
+        nl.analyze(network(), batches(), ["backward_ggn"], layers="3", loss=loss)
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+def test_the_curvature_of_other_tasks_is_the_hessian_behind_a_linear_layer(task, curvature):
+    g, (x, _) = torch.Generator().manual_seed(2), rows()
+    y = torch.randn(60, 4, generator=g, dtype=torch.float64)
+    y = (y > 0).double() if task == "multilabel" else y
+    y[::5, 2] = torch.nan
+    metrics = {"ggn": nl.get_metric("backward_ggn", curvature=curvature, draws=400), "hess": nl.get_metric("backward_hess")}
+    found = nl.analyze(network(), list(zip(x.split(16), y.split(16), strict=True)), metrics, layers="3", task=task)
+    ggn, hess = found.matrices["3", "ggn"], found.matrices["3", "hess"]
+    assert np.linalg.norm(ggn - hess) <= (1e-9 if curvature == "exact" else 0.1) * np.linalg.norm(hess)
+    assert found.metadata["associations"][1]["computed"] == "Hessian"
+
+
+def test_rows_that_are_not_finite_and_samples_without_a_label_do_not_count():
+    x, y = rows()
+    x[3, 2], y[7] = torch.nan, -100
+    good = torch.tensor([k for k in range(60) if k != 3])
+    labelled = torch.tensor([k for k in range(60) if k not in (3, 7)])
+    with pytest.warns(UserWarning, match="not finite"):
+        found = nl.analyze(network(), [(x, y)], ALL, layers="1")
+    for name in ALL:
+        own = labelled if name in ("backward_ggn", "backward_hess") else good
+        expected = nl.analyze(network(), [(x[own], y[own])], [name], layers="1").matrices["1", name]
+        np.testing.assert_allclose(found.matrices["1", name], expected, rtol=1e-10, atol=1e-14, err_msg=name)
+
+
+def pixels(n=24):
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(n, 2, 6, 6, generator=g, dtype=torch.float64), torch.randint(4, (n,), generator=g)
+
+
+def maps(smooth=False):
+    torch.manual_seed(1)
+    act = nn.SiLU() if smooth else nn.ReLU()
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), act, nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).double()
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_drawn_positions_are_the_same_in_any_batch_and_all_of_them_are_no_draw(smooth):
+    x, y = pixels()
+    taken = [
+        nl.analyze(maps(smooth), list(zip(x.split(size), y.split(size), strict=True)), ALL, layers="0", positions=5)
+        for size in (24, 7)
+    ]
+    near(*taken)
+    every = nl.analyze(maps(smooth), [(x, y)], ALL, layers="0", positions=36)
+    near(every, nl.analyze(maps(smooth), [(x, y)], ALL, layers="0"), rtol=1e-12)
+    for name in ALL:
+        a, b = taken[0].matrices["0", name], every.matrices["0", name]
+        assert 0 < np.linalg.norm(a - b) < 0.6 * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_drawn_units_of_a_wide_layer_have_the_entries_of_all(smooth):
+    whole = nl.analyze(network(smooth), batches(), ALL, layers="1")
+    drawn = nl.analyze(network(smooth), batches(), ALL, layers="1", width=4, covariance="sample:4")
+    (site,) = [entry for entry in drawn.metadata["covariance"] if entry["site"] == "1"]
+    ids = site["channels"]
+    for name in ALL:
+        np.testing.assert_allclose(drawn.matrices["1", name], whole.matrices["1", name][np.ix_(ids, ids)], rtol=1e-9, err_msg=name)
+
+
+def test_a_wide_layer_is_refused_before_the_pass_like_any_pair_statistic():
+    with pytest.raises(ValueError, match="site '1' is 6 wide, width is 4: backward_jac needs products of all its units"):
+        nl.analyze(network(), batches(), ["backward_jac"], layers="1", width=4)
+    with pytest.raises(MemoryError, match=r"the largest is Products\(association, positions, predictions, exact\) at 1"):
+        nl.analyze(network(), batches(), ["backward_jac"], layers="1", budget=100)
+
+
+def test_layers_of_different_sizes_are_not_stacked():
+    x, y = pixels()
+    found = nl.analyze(maps(), [(x, y)], {"jac": nl.get_metric("backward_jac", stacked=True)}, layers=["0", "2"])
+    assert ("all", "jac") not in found.matrices
+    (gap,) = found.metadata["missing"]
+    assert gap["layer"] == "all"
+    assert "layers have different numbers of rows per sample (0 36, 2 16): name layers of one size" in gap["reason"]
+
+
+def test_a_hessian_that_costs_too_much_is_left_out_with_the_way_out():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 64, 1), nn.GELU(), nn.Flatten(), nn.Linear(64 * 100, 3))
+    data = [(torch.randn(2, 1, 10, 10), torch.tensor([0, 1]))]
+    words = "it takes 6,400 products with the Hessian per batch, more than 4,096, because of Gelu behind it: use backward_ggn"
+    with pytest.raises(ValueError, match=words):
+        nl.analyze(net, data, ["backward_hess"], layers="0")
+    assert nl.analyze(net, data, ["backward_hess"], layers="0", positions=4).matrices["0", "backward_hess"].shape == (64, 64)
+
+
+def test_many_predictions_are_estimated_or_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 200))
+    data = [(torch.randn(20, 9), torch.randint(200, (20,)))]
+    found = nl.analyze(net, data, ["backward_jac", "backward_ggn"], layers="1")
+    methods = {entry["metric"]: entry for entry in found.metadata["associations"]}
+    assert methods["backward_jac"]["method"] == "probes"
+    assert methods["backward_jac"]["vectors"] == 32
+    assert methods["backward_ggn"] | {"why": ""} == {
+        "metric": "backward_ggn",
+        "layer": "1",
+        "computed": "Gauss-Newton",
+        "method": "sampled",
+        "vectors": 4,
+        "why": "",
+    }
+    net = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 5000))
+    with pytest.raises(ValueError, match="5,000 predictions per sample take as many backward passes per batch, more than 4,096"):
+        nl.analyze(net, data, {"ggn": nl.get_metric("backward_ggn", curvature="exact")}, layers="1")

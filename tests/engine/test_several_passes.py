@@ -275,6 +275,9 @@ def every_metric():
         "classes": get_metric("class_mi", method="gaussian"),
         "class pairs": get_metric("class_synergy", method="gaussian"),
         "pair": get_metric("linear_cka", view="samples"),
+        "backward_hess": get_metric("backward_hess", probes=2),  # exact, it takes minutes
+        "forward_jac": get_metric("forward_jac", probes=2),
+        "backward_jac": get_metric("backward_jac", probes=2),
     }
     return {metric.names[0]: metric() for metric in METRICS if not of_groups_only(metric())} | more
 

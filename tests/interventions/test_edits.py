@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 
+import pandas as pd
 import pytest
 import torch
 from families import build as family
@@ -83,6 +84,7 @@ CASES = {
     ),
     "scale": (nl.Edit("0", "scale", value=0.5), lambda h: h / 2),
     "add": (nl.Edit("0", "add", value=V.numpy()), lambda h: h + V),
+    "add a column of a table": (nl.Edit("0", "add", value=pd.Series(V.numpy()).sort_index()), lambda h: h + V),
     "add to samples": (nl.Edit("0", "add", samples=":2", value=V), lambda h: torch.cat([h[:2] + V, h[2:]])),
     "one value per sample": (
         nl.Edit("0", "set", samples=[3, 0], value=torch.stack([V, 2 * V])[:, None]),
@@ -108,6 +110,14 @@ def test_an_edit_is_the_change_written_by_hand(mlp, x, case):
     assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert not torch.equal(found, mlp(x))
     assert hooks(mlp) == 0
+
+
+def test_a_value_of_numpy_is_a_copy():
+    column = V.numpy().copy()
+    column.flags.writeable = False
+    edit = nl.Edit("0", "add", value=column)
+    edit.value[0] = 9
+    assert column[0] == 1
 
 
 def test_several_directions_are_projected_out_together(mlp, x):
@@ -174,9 +184,8 @@ def test_clean_into_clean_patching_changes_no_bit(texts):
 
 def test_maps_are_edited_by_channel_and_position():
     net, images = build(Mixed), torch.randn(2, 3, 9, 9, generator=generator())
-    with torch.no_grad(), nl.edit(net, nl.Edit("stem", "set", units=[5], positions="n//2", samples=[1], value=9)):
-        edited = net.stem(images)
-        net(images)
+    with nl.edit(net, nl.Edit("stem", "set", units=[5], positions="n//2", samples=[1], value=9)):
+        edited = nl.ModelWrapper(net, "stem").forward_with_activations(images)[1]["stem"]
     expected = net.stem(images).detach().clone()
     expected[1, 5, 4, 4] = 9
     assert_close(edited, expected, rtol=0, atol=0)

@@ -203,6 +203,36 @@ def test_a_prompt_of_embeddings_is_a_prompt():
         model(inputs_embeds=embedded)
 
 
+class Adapter(torch.nn.Module):
+    """Holds a model that generates, as adapters of peft do: ``generate`` calls the model inside, not the adapter."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        return self.base.generate(*args, **kwargs)
+
+
+def test_a_model_inside_an_adapter_is_followed():
+    model, _ = family("llama 8/4")
+    ids, mask = padded([6, 4], "left")
+    holder, site = Adapter(model).eval(), block(model)
+    for options in ({"positions": -1}, {"phase": "generated", "positions": ":2"}):
+        edit = nl.Edit(f"base.{site}", "add", value=vector(model), **options)
+        expected = generate(model, ids, mask, nl.Edit(site, "add", value=vector(model), **options))[0]
+        for cache in (True, False):
+            assert torch.equal(generate(holder, ids, mask, edit, cache)[0], expected)
+    assert "generate" not in model.__dict__
+    assert "generate" not in holder.__dict__
+    words = "positions count the tokens of a call: call the model that nl.edit was given, or its generate"
+    with pytest.raises(ValueError, match=words), nl.edit(holder, nl.Edit("base.model.norm", "zero", positions=-1)):
+        model.model.norm(torch.ones(1, 3, 48))
+
+
 @pytest.mark.parametrize("positions", [-1, "n//2", [-2], "phrase:a", "regex:a"], ids=str)
 def test_generated_tokens_are_counted_from_the_first(positions):
     model, _ = family("llama 8/4")

@@ -55,6 +55,12 @@ def test_a_phrase_is_found_by_the_tokens_that_overlap_it(positions, side, first)
         assert text == [b"red", b"red"]
 
 
+def test_a_phrase_may_have_an_ampersand():
+    text = "salt & pepper, salt"
+    ids = torch.tensor(list(text.encode()))
+    assert find_text("salt & pep", ids, torch.ones_like(ids, dtype=torch.bool), ByteTokenizer()) == list(range(10))
+
+
 def test_a_phrase_of_stories_is_found_and_its_edit_stays_with_the_prompt(stories):
     model, tokenizer = stories
     prompt = "Once upon a time, there was a little girl named Lily."
@@ -109,7 +115,7 @@ def test_texts_that_are_not_found_or_not_unique_are_named():
         (
             "phrase:red",
             {"tokenizer": None},
-            "the text of the prompt for the phrase 'red': give tokenizer=, or positions as indices",
+            "positions 'phrase:red' search the text of the prompt: give tokenizer=, or positions as indices",
         ),
         ("m//2", {}, "the phrase 'm//2' is not in the prompt 'a red fox and a cow': give another"),
         ("phrase:red", {"texts": ["red", "red"]}, "the ids of sample 0 are not the tokens of its text: give the original texts="),

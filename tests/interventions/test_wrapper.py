@@ -84,6 +84,42 @@ def test_weights_come_as_they_are_stored():
     assert list(ModelWrapper(net, "*").get_layer_weights("head")) == ["head"]
 
 
+def test_weights_come_by_unit_and_with_biases():
+    net = build(Mixed)
+    weights = ModelWrapper(net, ["grouped", "up", "point"]).get_layer_weights(flatten=True, include_bias=True)
+    shapes = {"grouped": (12, 18), "grouped_bias": (12,), "up": (6, 54), "up_bias": (6,), "point": (5, 6)}
+    assert {name: tuple(w.shape) for name, w in weights.items()} == shapes
+    assert_close(weights["grouped"], net.grouped.weight.detach().flatten(1), rtol=0, atol=0)
+    assert not any(w.requires_grad for w in weights.values())
+
+
+def test_activations_are_flattened_where_they_have_positions():
+    net, x = build(Mixed), torch.randn(2, 3, 9, 9, generator=generator())
+    wrapper = ModelWrapper(net, ["stem", "head"])
+    shown = wrapper.capture_activations_safe(x)
+    flat = wrapper.preprocess_activations(shown)
+    assert_close(flat["stem"], wrapper.forward_with_activations(x)[1]["stem"].reshape(2, -1), rtol=0, atol=0)
+    assert flat["head"] is shown["head"]
+    assert wrapper.preprocess_activations(shown, mode="none") == shown
+
+
+def test_masked_units_put_out_zero_until_the_weights_are_restored(mlp, x):
+    wrapper, before = ModelWrapper(mlp, ["fc1", "fc2"]), {k: v.clone() for k, v in mlp.state_dict().items()}
+    clean, mask = mlp(x), torch.tensor([True, False, True, True, False])
+    wrapper.apply_structured_dropout({"fc1": mask})
+    wrapper.apply_structured_dropout({"fc2": torch.tensor([1.0, 0.5, 0.0])})
+    outputs, shown = wrapper.forward_with_activations(x)
+    assert (shown["fc1"][:, ~mask] == 0).all()
+    assert_close(shown["fc1"][:, mask], mlp.fc1.weight[mask].mm(x.T).T.add(mlp.fc1.bias[mask]).detach())
+    assert_close(outputs, mlp.fc2(shown["fc1"].relu()))
+    assert (outputs[:, 2] == 0).all()
+    wrapper.restore_weights()
+    wrapper.restore_weights()
+    assert_close(mlp(x), clean, rtol=0, atol=0)
+    assert hooks(mlp) == 0
+    assert all(torch.equal(v, before[k]) for k, v in mlp.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["fc1", "fc2"])
 def test_a_metric_takes_what_the_wrapper_gives(mlp, x, name):
     wrapper = ModelWrapper(mlp, tracked_layers=["fc1", "fc2"])
@@ -161,6 +197,8 @@ def test_keyword_tensors_and_outputs_with_fields():
             "port is 'grad'; it must be 'output' or 'input'",
         ),
         (lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations([x]), "a tensor or a mapping .* not a list"),
+        (lambda m, x: ModelWrapper(m).preprocess_activations({}, mode="mean"), "mode is 'mean'; it must be 'flatten' or 'none'"),
+        (lambda m, x: ModelWrapper(m).apply_structured_dropout({"fc8": torch.ones(5)}), "no layer matches 'fc8'"),
     ],
     ids=label,
 )

@@ -55,6 +55,7 @@ def test_the_page_has_settings_scores_metrics_and_modules(runs, tmp_path):
     text = page.read_text()
     assert "8 runs; model.net.dropout: 0.0, 0.5; model.l1: 0.0, 0.001" in text
     assert all(f"<h2>{title}</h2>" in text for title in ("Runs", "Scores", "Metrics", "Modules"))
+    assert "<td>across</td><td>0.8</td><td>0</td><td>0.5</td>" in text  # forward_cov and backward_jac
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert names == {"accuracy", "metric-0", "modularity-fc1", "modularity-fc2", "modules", "alignment"}
 

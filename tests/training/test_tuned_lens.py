@@ -64,15 +64,15 @@ def test_a_trained_network_is_read_better():
 
 
 def test_bad_input_is_named(tmp_path, found):
-    with pytest.raises(ValueError, match="tuned_lens: epochs is 0 and lr is 0.001; both are positive"):
+    with pytest.raises(ValueError, match=r"tuned_lens: epochs is 0 and lr is 0.001; both are positive"):
         TunedLens(epochs=0)
-    with pytest.raises(ValueError, match="a tuned lens translates the blocks before the last one: choose others with layers="):
+    with pytest.raises(ValueError, match=r"a tuned lens translates the blocks before the last one: choose others with layers="):
         TunedLens(layers=-1)(llama(), DATA)
-    with pytest.raises(FileNotFoundError, match="no tuned lens at '.*none': give a file that analysis tuned_lens wrote"):
+    with pytest.raises(FileNotFoundError, match=r"no tuned lens at '.*none': give a file that analysis tuned_lens wrote"):
         TunedLens(load_from=str(tmp_path / "none"))(llama(), DATA)
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors' holds no translators of a tuned lens, maps"):
         nl.lens(llama(), [3, 4], translators=str(tmp_path / "other.safetensors"))
     Translators([5], 8).save(tmp_path / "wide.safetensors")
-    with pytest.raises(ValueError, match="is for states of width 8 and block 5; the model has width 48 and 3 blocks: train one"):
+    with pytest.raises(ValueError, match=r"is for states of width 8 and block 5; the model has width 48 and 3 blocks: train one"):
         nl.lens(llama(), [3, 4], translators=str(tmp_path / "wide.safetensors"))

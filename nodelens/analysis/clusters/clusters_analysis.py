@@ -31,7 +31,8 @@ class ClustersAnalysis:
     2, to ``most``. columns: columns of the table of units; those that are names of metrics are measured. The types read three, in
     the order relevance, redundancy, synergy. log: columns of which the logarithm is taken. clustering_mode, score: ``geometric``,
     or a mode of ``MetricSpaceClustering.fit`` that reads the column of scores. draws: resamples for the stability; 0: none.
-    ablations: whether clusters are found again with fewer columns.
+    ablations: whether clusters are found again with fewer columns. suffix: appended to the names of the columns of units, for a
+    second analysis of this kind.
 
     Tables: ``clusters`` (one row per layer and cluster), ``layers``, ``ablations``, ``numbers`` (silhouette by number of clusters)
     and ``points`` (one row per unit). Columns of units: ``cluster`` (-1 without a value) and ``unit_type``. A layer that cannot be
@@ -47,6 +48,7 @@ class ClustersAnalysis:
     draws: int = DRAWS
     ablations: bool = True
     most: int = 8
+    suffix: str = ""
 
     def __post_init__(self) -> None:
         mapping_of(self.type_mapping_mode)
@@ -91,7 +93,7 @@ class ClustersAnalysis:
             frames["points"].append(_points(found, features, units.index))
         tables = {name: pd.concat(parts) if parts else pd.DataFrame() for name, parts in frames.items()}
         about = {"options": plain(vars(self)), "seed": seed, "missing": missing}
-        return Findings("clusters", tables, _lines(tables, missing), labels, metadata=about)
+        return Findings("clusters", tables, _lines(tables, missing), labels.add_suffix(self.suffix), metadata=about)
 
     def _of_layer(self, features: Features, units: pd.DataFrame, seed: int, frames: Frames) -> UnitClusters:
         """The clusters of a layer; adds its rows to the tables."""

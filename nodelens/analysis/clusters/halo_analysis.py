@@ -33,7 +33,8 @@ class HaloAnalysis:
     column, value: the cluster, the units with this value in a column of the table of units. top: instead of a value, the share of
     a layer's units with the largest values of the column, such as column=taylor, top=0.1. If the table has no column ``unit_type``,
     the types are found as the analysis ``clusters`` does, with the options ``clusters``. percentile, use_activation_weight: as in
-    ``CrossLayerHaloAnalysis``. permutations: of the baselines.
+    ``CrossLayerHaloAnalysis``. permutations: of the baselines. suffix: appended to the names of the columns of units, for a second
+    analysis of this kind.
 
     The next layer is the one that reads the units (see ``next_layers``); a layer whose units several layers read has a row for
     each. Tables: ``pairs`` (one row per layer and next layer), ``receivers`` (one row per unit of a next layer), ``flow`` (one row
@@ -47,6 +48,7 @@ class HaloAnalysis:
     percentile: float = 90.0
     use_activation_weight: bool = True
     permutations: int = 1000
+    suffix: str = ""
     clusters: ClustersAnalysis = field(default_factory=lambda: ClustersAnalysis(draws=0, ablations=False))
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class HaloAnalysis:
                 missing.append({"layer": pair.layer, "what": f"halo in {pair.next}", "reason": str(error)})
         tables = {name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for name, parts in frames.items()}
         about = {"options": plain(vars(self)), "seed": seed, "missing": missing}
-        columns = _unit_columns(tables["receivers"], result.units.index)
+        columns = _unit_columns(tables["receivers"], result.units.index).add_suffix(self.suffix)
         return Findings("halo", tables, self._lines(tables, missing), columns, metadata=about)
 
     def _labels(self, model: nn.Module, data: Iterable[Any], result: Result, seed: int, missing: list[dict]) -> pd.Series:

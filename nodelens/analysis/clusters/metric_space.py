@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .features import Features, as_column
-from .partition import NearestCentroid, Partition, ScoreQuantiles, means_by_cluster, silhouette
+from .partition import ClusterRule, NearestCentroid, ScoreQuantiles, means_by_cluster, silhouette
 from .unit_types import NONE, TYPES, mapping_of, types_by_centroid, types_by_score
 
 Mode = Literal["geometric", "score_augmented", "importance_reassign", "quantile"]
@@ -195,7 +195,7 @@ class MetricSpaceClustering:
         features.check(self.n_clusters)
         return features, scores
 
-    def partition(self, features: Features, mode: Mode = "geometric") -> Partition:
+    def partition(self, features: Features, mode: Mode = "geometric") -> ClusterRule:
         """The rule that divides the units; the features are those of ``inputs``."""
         rule = ScoreQuantiles if mode == "quantile" else NearestCentroid
         return rule.of(features.values[features.live], self.n_clusters, self.seed)

@@ -61,7 +61,8 @@ def next_layers(
 
     A layer that is named by its input, such as ``fc2.input``, is read by that module. Others are followed through activations,
     norms, pooling, additions, concatenations and flattening, as pruning groups are; a reader that runs before the layer does not
-    count. Depthwise convolutions are passed through like norms. Raises ValueError as ``find_groups`` does.
+    count. Depthwise convolutions are passed through like norms. If ``find_groups`` cannot follow the model, its message is the
+    reason. Raises ValueError for empty data.
     """
     settings = Objective.of(model, objective.get("output"), objective.get("task"), objective.get("loss"))
     first, _ = first_of_data(data, settings)
@@ -74,7 +75,11 @@ def next_layers(
     others = [name for name in layers if name in modules]
     reasons = {name: "it is no module whose readers can be followed" for name in layers if name not in own and name not in others}
     if others:
-        groups, calls = find_groups(model, batch), call_order(model, batch)
+        try:
+            groups, calls = find_groups(model, batch), call_order(model, batch)
+        except ValueError as error:  # a model that cannot be exported; layers named by their input need no groups
+            reasons |= dict.fromkeys(others, f"the layers that read its units are not known: {error}")
+            others = []
         for name in others:
             readers = _readers(model, groups, name, calls)
             found += [NextLayer(name, reader, tuple(readings)) for reader, readings in readers.items()]

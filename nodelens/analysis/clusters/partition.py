@@ -13,7 +13,7 @@ STARTS = 10  # of k-means; the best is kept
 WIDEST = 4096  # units: the silhouette of a wider layer is that of a seeded sample, because it compares all pairs
 
 
-class Partition(Protocol):
+class ClusterRule(Protocol):
     """Says which cluster each row of values belongs to."""
 
     def __call__(self, values: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class LogitLens:
     layers: str | int | Sequence[int] = "all"
     ks: Sequence[int] = (1, 5, 10)
     prompts: str | Sequence[str] | None = None
-    tokenizer: Any = None
+    tokenizer: Any | None = None
     k: int = 5
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class Patchscope(PatchscopeOptions):
     """
 
     prompts: str | Sequence[Any] | None = None
-    tokenizer: Any = None
+    tokenizer: Any | None = None
     samples: int = 8
 
     def required_metrics(self) -> dict[str, Metric]:

@@ -38,11 +38,11 @@ class Patching(_OfPrompts, GridOptions):
     tokenizer: of the prompts, or its path. The other fields are those of ``GridOptions``.
     """
 
-    clean: Any = None
-    corrupt: Any = None
-    answer: Any = None
-    wrong: Any = None
-    tokenizer: Any = None
+    clean: Any | None = None
+    corrupt: Any | None = None
+    answer: Any | None = None
+    wrong: Any | None = None
+    tokenizer: Any | None = None
 
     @one_at_a_time
     def __call__(
@@ -67,11 +67,11 @@ class AttributionPatching(_OfPrompts, AttributionOptions):
     The fields are those of ``Patching``, and metric and exact of ``AttributionOptions``.
     """
 
-    clean: Any = None
-    corrupt: Any = None
-    answer: Any = None
-    wrong: Any = None
-    tokenizer: Any = None
+    clean: Any | None = None
+    corrupt: Any | None = None
+    answer: Any | None = None
+    wrong: Any | None = None
+    tokenizer: Any | None = None
 
     @one_at_a_time
     def __call__(
@@ -98,12 +98,12 @@ class LogitAttribution(_OfPrompts):
     position: where it is predicted, by default at the last token; heads: whether attentions are divided into heads
     """
 
-    prompts: Any = None
-    answer: Any = None
-    wrong: Any = None
+    prompts: Any | None = None
+    answer: Any | None = None
+    wrong: Any | None = None
     position: Positions = -1
     heads: bool = True
-    tokenizer: Any = None
+    tokenizer: Any | None = None
     samples: int = 8
 
     @one_at_a_time

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from nodelens.app.config import build, recorded
-from nodelens.results.files import checked, holds_results, plain, read_json, sweep_parts, write_json
+from nodelens.results.files import checked, holds_results, plain, read_json, sweep_parts, tidy, write_json
 from nodelens.results.identity import check_identity, code_version
 from nodelens.results.result import fingerprint, flatten
 from nodelens.statistics.processes import world
@@ -52,7 +52,7 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
     """The run folder, as ``create_run_dir`` makes it. A run that fails without results takes its settings back.
 
     The corrected run may then use the same folder. A run that was interrupted keeps them, to be resumed. No other run may use the
-    folder at the same time, and temporary files of a run that was killed are removed.
+    folder at the same time, and temporary files of a run that was killed are removed. At the end the manifests list what is there.
     """
     verify(cfg)
     with locked(Path(cfg.paths.output_dir)):
@@ -65,6 +65,7 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
                 for name in ("settings.json", "identity.json"):
                     (folder / name).unlink(missing_ok=True)
             raise
+        tidy(folder)
 
 
 def check_same_inputs(cfg: DictConfig, folder: Path, data: Any, net: torch.nn.Module) -> None:

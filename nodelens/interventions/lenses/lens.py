@@ -28,7 +28,7 @@ def lens(
     *,
     layers: str | int | Sequence[int] = "all",
     k: int = 5,
-    translators: Translators | str | Path | None = None,
+    translators: str | Path | None = None,
 ) -> Findings:
     """The logit lens: tokens that a language model would predict if it ended after each of its blocks.
 
@@ -40,7 +40,7 @@ def lens(
     tokenizer: of transformers, ``ByteTokenizer``, or the path of one; needed for texts, otherwise tokens are shown as ``#<id>``
     layers:    blocks: all, an index, several, or an expression such as ``n//2:``
     k:         how many tokens are listed at each position
-    translators: of a tuned lens, or the file that the analysis tuned_lens wrote: states pass through them before the norm
+    translators: the file of a tuned lens, which the analysis tuned_lens wrote: states pass through its maps before the norm
 
     Returns the tables ``predictions`` (a row for each prompt, position, layer and rank: predicted, its id, probability) and
     ``positions`` (a row for each prompt, position and layer: the next token, its surprisal, which is NaN for the last position, KL
@@ -53,7 +53,7 @@ def lens(
     known = TokenModel.checked("nl.lens", model)
     if not k >= 1:
         raise ValueError(f"k is {k}: it takes 1 or more, the number of tokens to list")
-    tuned = Translators.load(translators) if isinstance(translators, (str, Path)) else translators
+    tuned = None if translators is None else Translators.load(translators)
     return read_lens(known, read_prompts(prompts, tokenizer), known.blocks(layers), k, tuned)
 
 

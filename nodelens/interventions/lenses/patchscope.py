@@ -78,11 +78,9 @@ def patchscope_grid(
                 predictions += found[0]
                 positions += found[1]
             if options.generate:
-                texts = _continuations(model, target, cells, options.generate)
-                own = positions[-len(cells) :]
-                at = {(row["layer"], row["position"]): row for row in own}
-                for key, text in zip(where, texts, strict=True):
-                    at[key]["continuation"] = text
+                texts = dict(zip(where, _continuations(model, target, cells, options.generate), strict=True))
+                for at in positions[-len(cells) :]:
+                    at["continuation"] = texts[at["layer"], at["position"]]
     order = ["sample", "layer", "position"]
     frames = {
         "predictions": pd.DataFrame(predictions).sort_values([*order, "rank"], ignore_index=True),

@@ -177,6 +177,29 @@ def test_the_next_layer_is_the_one_that_reads_the_units(net, data):
     assert reasons == {"head": "no layer is known that reads its units: 5 units: the model's output"}
 
 
+class Unexportable(nn.Module):
+    """A forward pass that depends on values, which torch.export cannot trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x.relu() if float(x.detach().sum()) > 1e9 else x.tanh())
+
+
+def test_a_model_that_cannot_be_followed_has_a_reason_and_layers_named_by_their_input_go_on():
+    torch.manual_seed(0)
+    net, data = Unexportable().eval(), batches(4, classes=3)
+    result = nl.analyze(net, data, metrics=["taylor"], layers=["first", "last.input"])
+    found = HaloAnalysis(column="taylor", top=0.3, **NO_FLOW)(net, data, result=result)
+    assert set(found["pairs"]["layer"]) == {"last.input"}
+    (missing,) = found.metadata["missing"]
+    assert missing["layer"] == "first"
+    assert "the layers that read its units are not known: torch.export cannot trace the forward pass" in missing["reason"]
+
+
 def test_readers_of_a_stream_that_run_earlier_do_not_count():
     torch.manual_seed(0)
     pairs, _ = next_layers(Residual().eval(), batches(4, classes=3), ["stem", "a", "b", "out"])
@@ -266,6 +289,13 @@ def test_any_column_has_a_halo(net, data):
     spread = deviations(net, data, ["conv2"])["conv2"]
     influence = next_layers(net, data, ["conv1"])[0][0].influence(net, 8, spread).numpy()
     assert found == pytest.approx(influence[:, sorted(largest)].sum(1) / influence.sum(1))
+
+
+def test_two_variants_have_columns_of_their_own(net, data):
+    every = {name: HaloAnalysis(value=name, suffix=f"_{name}", **NO_FLOW) for name in ("critical", "redundant")}
+    every = {"clusters": ClustersAnalysis(draws=0), "two": ClustersAnalysis(5, draws=0, suffix="_5")} | every
+    result = nl.analyze(net, data, metrics=[], analysis=every, layers=["conv1", "conv2", "fc"])
+    assert {"unit_type", "unit_type_5", "cluster_5", "in_halo_critical", "halo_share_redundant"} <= set(result.units)
 
 
 def test_a_layer_without_units_of_the_cluster_is_named(net, data):

@@ -265,9 +265,7 @@ def test_leiden_finds_what_louvain_does():
 
 def test_leiden_without_its_package_names_the_way_out(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "leidenalg", None)
-    with pytest.raises(
-        ValueError, match="method=leiden needs the package leidenalg: pip install leidenalg, or take method=louvain"
-    ):
+    with pytest.raises(ValueError, match=r"method=leiden needs the package leidenalg: pip install .*, or take method=louvain"):
         find_modules(np.ones((4, 4)), "leiden")
 
 

@@ -196,6 +196,14 @@ def test_a_trained_network_finds_who_she_is():
     assert found["residual"] > 0.5  # larger steps, of which the first order is a worse guess
 
 
+def test_an_answer_without_its_space_is_told_so():
+    model, tokenizer = stories()
+    with pytest.raises(
+        ValueError, match=r"'She' is 2 tokens after the prompt, S \| he: give one that is a single token, such as ' She'"
+    ):
+        nl.patch(model, "The girl was sad.", "The girl was sad.", tokenizer, answer="She")
+
+
 def test_figures_are_drawn_and_findings_load_again(tmp_path):
     every = ["residual", "heads"]
     patched = Patching(every, clean=CLEAN, corrupt=CORRUPT, answer=5, wrong=9)(llama())
