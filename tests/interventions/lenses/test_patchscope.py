@@ -125,7 +125,7 @@ def test_positions_by_phrase():
         ),
         "a phrase of ids": (
             {"target": TARGET, "positions": "phrase:a"},
-            "positions search the text of the prompt for the phrase 'a': give tokenizer=",
+            "give tokenizer=",
         ),
     }.values(),
 )
