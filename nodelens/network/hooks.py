@@ -5,34 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batch import tensor_of
 from .changed import Edit, changed_output, changed_read
-from .experts import Call, ExpertLayer, Experts, Routed
+from .experts import Call, ExpertLayer, Experts
 from .group_layer import GroupLayer, Member, UnitValues
-from .layers import Layer
-
-
-class Site(NamedTuple):
-    """Where rows are read: a layer's port."""
-
-    layer: Layer
-    port: str
-
-    def __str__(self) -> str:
-        return f"{self.layer.name}.{self.port}"
-
-
-class Awaited(NamedTuple):
-    """A layer whose gradient a site awaits: the site's own, or one that reads or makes the units of its group."""
-
-    site: Site
-    layer: Layer
-
+from .sites import Awaited, InMixture, Site
 
 See = Callable[[Site, Any], None]
 
@@ -67,14 +49,14 @@ class Capture(AbstractContextManager["Capture"]):
         self.checked: set[nn.Module] = set()
 
     def open(self) -> "Capture":
-        mixed: dict[nn.Module, list[_InMixture]] = {}
+        mixed: dict[nn.Module, list[InMixture]] = {}
         for site in self.sites:
             module = site.layer.module  # an input is read before the module can change it in place
             if isinstance(site.layer, GroupLayer):
                 self._open_group(site, site.layer, mixed)
                 continue
             if isinstance(site.layer, ExpertLayer):
-                mixed.setdefault(module, []).append(_InMixture(site, site.layer))
+                mixed.setdefault(module, []).append(InMixture(site, site.layer))
                 continue
             pre = site.port.startswith(("input", "change")) or site.layer.side == "input"
             register = module.register_forward_pre_hook if pre else module.register_forward_hook
@@ -83,18 +65,18 @@ class Capture(AbstractContextManager["Capture"]):
             self.handles.append(module.register_forward_hook(partial(self._mixed, sites), with_kwargs=True))
         return self
 
-    def _open_group(self, site: Site, layer: GroupLayer, mixed: dict[nn.Module, list["_InMixture"]]) -> None:
+    def _open_group(self, site: Site, layer: GroupLayer, mixed: dict[nn.Module, list["InMixture"]]) -> None:
         """Registers what shows a pruning group."""
         if layer.group.router is not None:
             module = layer.makers[0].layer.module
-            mixed.setdefault(module, []).append(_InMixture(site, None))
+            mixed.setdefault(module, []).append(InMixture(site, None))
             return
         image = layer.image_reader if site.port == "maps" else None
         members = [image] if image else layer.makers if site.port.startswith("made") else layer.readers
         for member in members:
             module, own = member.layer.module, partial(self._member, site, member)
             if isinstance(member.layer, ExpertLayer):
-                mixed.setdefault(module, []).append(_InMixture(site, member.layer, member))
+                mixed.setdefault(module, []).append(InMixture(site, member.layer, member))
             elif member.piece.role == "consumer":
                 self.handles.append(module.register_forward_pre_hook(own, with_kwargs=True))
             else:
@@ -194,7 +176,7 @@ class Capture(AbstractContextManager["Capture"]):
             gradient = gradient if self.scale == 1.0 else gradient * self.scale
             self.see(site, gradient if read is None else (read, value, gradient))
 
-    def _mixed(self, every: Sequence["_InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _mixed(self, every: Sequence["InMixture"], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         sites = [each for each in every if self._watching(each.site)]
         if not sites:
             return
@@ -213,52 +195,11 @@ class Capture(AbstractContextManager["Capture"]):
         if awaited:
             self._on_gradient(awaited[0].awaited, output, partial(self._routed_gradient, awaited, call.copy()))
 
-    def _routed_gradient(self, sites: Sequence["_InMixture"], call: Call, gradient: Tensor) -> None:
+    def _routed_gradient(self, sites: Sequence["InMixture"], call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
             self.arrived |= {each.awaited: True for each in sites}
             for each in sites:  # the units are made again: keeping those of every layer would take more than the model's own
                 self.see(each.site, each.slopes(call, gradient * self.scale))
-
-
-class _InMixture(NamedTuple):
-    """A site inside a module of experts: an expert's units, or, without a layer, whole experts."""
-
-    site: Site
-    layer: ExpertLayer | None
-    member: Member | None = None
-
-    @property
-    def mixture(self) -> str:
-        return self.site.layer.title if self.layer is None else self.layer.mixture
-
-    @property
-    def awaited(self) -> Awaited:
-        if self.layer is None:
-            return Awaited(self.site, self.site.layer.makers[0].layer)  # type: ignore[attr-defined]
-        return Awaited(self.site, self.layer if self.member is None else self.member.layer)
-
-    def values(self, call: Call) -> Routed | UnitValues:
-        """The units, of a group times the router's weight; of whole experts which tokens they get."""
-        if self.layer is None:
-            return UnitValues(None, call.assigned())
-        share = call.share(self.layer.expert)
-        units = call.hidden(self.layer.expert, share)
-        if self.member is None:
-            return Routed(units, share.tokens, call.tokens)
-        return UnitValues(self.member, Routed(units * share.weights, share.tokens, call.tokens))
-
-    def slopes(self, call: Call, gradient: Tensor) -> Routed | UnitValues:
-        """Gradients of the units or, where the port asks for it, their products with the units."""
-        if self.layer is None:
-            return UnitValues(None, call.whole(gradient))
-        share = call.share(self.layer.expert)
-        slope = call.hidden_gradient(self.layer.expert, share, gradient) * share.weights
-        if self.site.port.startswith("made"):
-            values = call.made(self.layer.expert, share, slope)
-        else:
-            values = call.hidden(self.layer.expert, share) * slope if self.site.port.startswith("output*grad") else slope
-        routed = Routed(values, share.tokens, call.tokens)
-        return routed if self.member is None else UnitValues(self.member, routed)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -286,6 +227,23 @@ def observed(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple, dict
 
 def _shown(see: Callable, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     see(module, args, kwargs, output)
+
+
+@contextmanager
+def entered(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Inside, the last entry of ``stack`` is the path of the module that runs, and those before it are of the modules around."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        stack.pop()
+
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    with before, after:
+        yield
 
 
 @contextmanager
