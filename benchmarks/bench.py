@@ -1,7 +1,7 @@
 """One table of ratios, with goals and peers: python benchmarks/bench.py [--minutes 10] [--rounds 7] [--keep]
 
-Each ratio is of medians of interleaved runs in processor time. The table is compared with benchmarks/results.json, the last one that
-was kept; --keep writes the new one there. Rows that would begin after the time limit are left out, and named.
+Each ratio is of medians of interleaved runs in processor time. The table is compared with benchmarks/results.json, the last one
+that was kept; --keep writes the new one there. Rows that would begin after the time limit are left out, and named.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def whole_call() -> Iterator[Row]:
 
     contestants = {"bare": bare, "call": lambda: nl.analyze(model, data, metrics=EVERY)}
     seconds = interleaved(contestants, 1, processor=True)
-    yield Row("ResNet-18, 128 images, the whole call with all forward metrics", seconds["call"] / seconds["bare"], "x the bare passes", 5)
+    ratio = seconds["call"] / seconds["bare"]
+    yield Row("ResNet-18, 128 images, the whole call with all forward metrics", ratio, "x the bare passes", 5)
 
 
 def pruning(rounds: int) -> Iterator[Row]:

@@ -7,6 +7,7 @@ CIFAR ResNet-56; random weights, two images. Torch-Pruning is given the layer of
 import argparse
 import copy
 import warnings
+from itertools import pairwise
 
 import torch
 from timing import cells, interleaved
@@ -14,8 +15,18 @@ from torch import Tensor, nn
 
 import nodelens as nl
 
-NETWORKS = """resnet56 resnet18 resnet50 vgg16_bn densenet121 mobilenet_v2 efficientnet_b0 regnet_x_400mf googlenet
-fcn_resnet50""".split()
+NETWORKS = [
+    "resnet56",
+    "resnet18",
+    "resnet50",
+    "vgg16_bn",
+    "densenet121",
+    "mobilenet_v2",
+    "efficientnet_b0",
+    "regnet_x_400mf",
+    "googlenet",
+    "fcn_resnet50",
+]
 
 
 class Block(nn.Module):
@@ -38,7 +49,7 @@ class CifarResNet(nn.Sequential):
 
     def __init__(self, blocks: int = 9):
         widths = [16] * (blocks + 1) + [32] * blocks + [64] * blocks
-        body = [Block(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:], strict=False)]
+        body = [Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
         stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
         super().__init__(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 

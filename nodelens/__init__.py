@@ -4,10 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nodelens.analysis.ablation.ablate import ablate, ablate_sets
     from nodelens.analysis.analyze import analyze
     from nodelens.analysis.geometry.analyze_model import GeometryOptions
     from nodelens.analysis.geometry.bundle import GeometryResult, load_bundle
     from nodelens.analysis.load import load
+    from nodelens.analysis.modularity.compare_modules import compare_modules, match_units
+    from nodelens.analysis.modularity.find_modules import Modules, find_modules
+    from nodelens.analysis.modularity.graph import modularity
+    from nodelens.analysis.modularity.modularity_analysis import ModularityAnalysis
     from nodelens.analysis.registry import get_analysis, list_analyses
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
@@ -17,6 +22,11 @@ if TYPE_CHECKING:
     from nodelens.data.selectors import select_tokens
     from nodelens.engine.options import AnalyzeOptions
     from nodelens.evaluation.evaluate import evaluate
+    from nodelens.interventions.edits import Edit, edit
+    from nodelens.interventions.lenses.lens import lens
+    from nodelens.interventions.patching.patch import patch
+    from nodelens.interventions.representation_context import RepresentationContext
+    from nodelens.interventions.states import StateConfig, StateManager, StateMap
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
@@ -33,14 +43,20 @@ if TYPE_CHECKING:
     from nodelens.results.findings import Findings
     from nodelens.results.result import Result
     from nodelens.results.runs import load_runs
+    from nodelens.results.trends import score_trends
     from nodelens.training.finetune import Finetune
 
 __path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.cli still is
 _HOMES = {  # where the names are defined
+    "analysis.ablation.ablate": "ablate ablate_sets",
     "analysis.analyze": "analyze",
     "analysis.geometry.analyze_model": "GeometryOptions",
     "analysis.geometry.bundle": "GeometryResult load_bundle",
     "analysis.load": "load",
+    "analysis.modularity.compare_modules": "compare_modules match_units",
+    "analysis.modularity.find_modules": "Modules find_modules",
+    "analysis.modularity.graph": "modularity",
+    "analysis.modularity.modularity_analysis": "ModularityAnalysis",
     "analysis.registry": "get_analysis list_analyses",
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
@@ -50,6 +66,11 @@ _HOMES = {  # where the names are defined
     "data.selectors": "select_tokens",
     "engine.options": "AnalyzeOptions",
     "evaluation.evaluate": "evaluate",
+    "interventions.edits": "Edit edit",
+    "interventions.lenses.lens": "lens",
+    "interventions.patching.patch": "patch",
+    "interventions.representation_context": "RepresentationContext",
+    "interventions.states": "StateConfig StateManager StateMap",
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
@@ -66,18 +87,21 @@ _HOMES = {  # where the names are defined
     "results.findings": "Findings",
     "results.result": "Result",
     "results.runs": "load_runs",
+    "results.trends": "score_trends",
     "training.finetune": "Finetune",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 # fmt: off
 __all__ = [
-    "Allocation", "AnalyzeOptions", "Criterion", "Findings", "Finetune", "GeometryOptions", "GeometryResult", "Layer",
-    "Machine", "Metric", "ModelWrapper", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
-    "PruningOptions", "PruningStrategy", "Result", "Run", "Schedule", "Supernodes", "analyze", "analyze_model",
-    "compare", "estimate_cost", "evaluate", "find_groups", "find_layers", "get_analysis", "get_metric",
-    "get_pruning_strategy", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle",
-    "load_config", "load_pruned", "load_runs", "prune", "register_metric", "run", "select_tokens",
+    "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions", "GeometryResult",
+    "Layer", "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned", "PruningConfig",
+    "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy", "RepresentationContext", "Result", "Run",
+    "Schedule", "StateConfig", "StateManager", "StateMap", "Supernodes", "ablate", "ablate_sets", "analyze",
+    "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers",
+    "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics",
+    "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units",
+    "modularity", "patch", "prune", "register_metric", "run", "score_trends", "select_tokens",
 ]
 # fmt: on
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from importlib import metadata
+from os import PathLike
 from typing import Any, TypeVar
 
 RENAMED = {  # options of nl.analyze and nl.prune that work under their old names for one version
@@ -18,8 +19,12 @@ RENAMED = {  # options of nl.analyze and nl.prune that work under their old name
     "inexact": "allow_approximate",
     "nan": "nan_policy",
 }
-# Lightning's warning wherever Slurm is installed, on login nodes too, with a regular expression's escapes
-SRUN_HINT = r"The `srun` command is available on your system but is not used"
+LIGHTNING_HINTS = (  # of its warnings, those that nobody can act on, as regular expressions of their beginnings
+    r"The `srun` command is available on your system but is not used",  # wherever Slurm is installed, on login nodes too
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ".*does not have many workers",
+    "The number of training batches",
+)
 _CONFIG_KEYS = {  # keywords in Python that a config has under another key
     "task": "objective.task",
     "output": "objective.output",
@@ -58,6 +63,22 @@ def option(keyword: str) -> str:
     return either(keyword, _CONFIG_KEYS.get(keyword, keyword))
 
 
+def setting(key: str, *value: Any) -> str:
+    """An argument of a data set or model in the words of the interface in use: its key in a config, or its name in Python.
+
+    >>> with config_words():
+    ...     print(setting("dataset.length"), setting("dataset.streaming", False), setting("model.net.path", None))
+    dataset.length dataset.streaming=false model.net.path=null
+    >>> print(setting("dataset.length"), setting("dataset.streaming", False), setting("model.net.path", None))
+    length streaming=False path=None
+    """
+    name = either(key.rpartition(".")[2], key)
+    if not value:
+        return name
+    words = {"None": "null", "True": "true", "False": "false"}
+    return f"{name}={either(repr(value[0]), words.get(str(value[0]), str(value[0])))}"
+
+
 def version() -> str:
     """The version of the installed package; unknown for a folder that is on the path without being installed."""
     try:
@@ -78,6 +99,36 @@ def shown(value: Any, most: int = 60) -> str:
         return f"an integer of more than {most} digits"
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of an error message.
+
+    >>> kind_of(None), kind_of(3), kind_of(int), kind_of("fc1")
+    ('None', 'int', 'the class int', "the text 'fc1'")
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    shape = getattr(value, "shape", None)
+    sized = f" {tuple(shape)}" if isinstance(shape, tuple) else ""
+    return "None" if value is None else f"{type(value).__name__}{sized}"
+
+
+def check_texts(name: str, given: Any, example: str) -> None:
+    """Raises TypeError for an option that is neither a text nor a list of texts."""
+    listed = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
+    wrong = next((item for item in given if not isinstance(item, str)), None) if listed else given
+    if not isinstance(given, str) and (wrong is not None or not listed):
+        within = f"has {kind_of(wrong)} in it" if listed else f"is {kind_of(given)}"
+        raise TypeError(f"{name} {within}; it is a name or a list of names, such as {example}")
+
+
+def check_folder(call: str, folder: Any) -> None:
+    """Raises TypeError for a folder that is no path."""
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(f"{call} takes the path of a folder, such as 'outputs/run', not {kind_of(folder)}")
 
 
 def check_names(call: str, named: Mapping[str, Any], known: Collection[str]) -> None:

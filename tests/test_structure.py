@@ -1,6 +1,7 @@
 """The order of the rooms, and what holds in all of them. Each rule is a function of a tree, so that it can be shown to fail."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -145,7 +146,38 @@ def outside_walls(files):
     ]
 
 
-RULES = {"upward": upward, "cycles": cycles, "classes_twice": classes_twice, "outside_walls": outside_walls}
+CONFIG_KEY = re.compile(r"\b(dataset|model\.net|budget|objective)\.[a-z_]+|\bmodel\.path\b|=(true|false|null)\b")
+IN_BOTH_WORDS = {"either", "option", "setting"}
+
+
+def config_words(files):
+    """Errors and notes outside of the app that use a key of the config, whatever the interface in use."""
+
+    def texts(node):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in IN_BOTH_WORDS:
+            return
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        for child in ast.iter_child_nodes(node):
+            if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):  # a docstring
+                yield from texts(child)
+
+    return [
+        f"{f.name}: {text}"
+        for f in files.values()
+        if f.room not in ("app", SHARED) and f.name != "nodelens.metrics.catalogue"  # which explains both
+        for text in texts(f.tree)
+        if CONFIG_KEY.search(text)
+    ]
+
+
+RULES = {
+    "upward": upward,
+    "cycles": cycles,
+    "classes_twice": classes_twice,
+    "outside_walls": outside_walls,
+    "config_words": config_words,
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -160,6 +192,7 @@ def test_the_package_keeps_the_rule(rule):
         "cycles": {"nodelens.network.layers": "if TYPE_CHECKING:\n    from .roles import Roles\n"},
         "classes_twice": {"nodelens.network.targets": "class Layer: ...\n"},
         "outside_walls": {"nodelens.engine.table": "import matplotlib.pyplot\n"},
+        "config_words": {"nodelens.data.text": "def f(x):\n    raise ValueError(f'set dataset.length={x}')\n"},
     }.items(),
 )
 def test_each_rule_can_fail(rule, added):

@@ -39,6 +39,7 @@ class Texts(nn.Module):
 
 NET, X, Y = Net(), torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
 DATA = [(X, Y)]
+RQ = type(nl.get_metric("rq"))
 TOKENS = torch.arange(12).reshape(2, 6)
 ANALYZE = "nl.analyze takes a model, a torch.nn.Module, and not"
 PRUNE = {"data": DATA, "criterion": "magnitude"}
@@ -115,6 +116,51 @@ IN_PYTHON = {  # a call, and parts of its message
         "nl.list_metrics() has",
     ),
     "a metric that is no name": (lambda: nl.get_metric(["rq"]), "a metric is given by its name, such as 'rq', not as list"),
+    "a number for metrics": (lambda: nl.analyze(NET, DATA, 3), "metrics is int; it takes names such as 'rq', metric objects"),
+    "no metrics": (lambda: nl.analyze(NET, DATA, None), "metrics is None; it takes names"),
+    "a metric's class": (lambda: nl.analyze(NET, DATA, [RQ]), "has the class RayleighQuotient in it: give an object, Rayle"),
+    "a metric's class alone": (lambda: nl.analyze(NET, DATA, RQ), "metrics is the class RayleighQuotient; it takes names"),
+    "a metric's class in a dict": (lambda: nl.analyze(NET, DATA, {"a": RQ}), "give an object, RayleighQuotient()"),
+    "a name in a dict": (lambda: nl.analyze(NET, DATA, {"a": "rq"}), "metrics has the text 'rq' in it", "{column: metric object}"),
+    "a function among metrics": (lambda: nl.analyze(NET, DATA, ["rq", len]), "metrics has builtin_function_or_method in it"),
+    "a number for layers": (lambda: nl.analyze(NET, DATA, ["rq"], 3), "layers is int; it takes names, patterns or roles"),
+    "no layers": (lambda: nl.analyze(NET, DATA, ["rq"], None), "layers is None; it takes names"),
+    "a dict for layers": (lambda: nl.analyze(NET, DATA, ["rq"], {"fc1": 1}), "layers is dict; it takes names"),
+    "numbers among layers": (lambda: nl.analyze(NET, DATA, ["rq"], ["fc1", 3]), "layers has int in it; it takes names"),
+    "a module for layers": (lambda: nl.analyze(NET, DATA, ["rq"], NET.fc1), "layers is Linear; name it: layers='fc1'"),
+    "modules among layers": (lambda: nl.analyze(NET, DATA, ["rq"], [NET.fc2]), "layers has Linear in it; name it: layers='fc2'"),
+    "a number as a pattern": (lambda: nl.find_layers(NET, [3]), "patterns has int in it; it is a name or a list of names"),
+    "costs with data": (lambda: nl.estimate_cost(NET, DATA), "nl.estimate_cost reads no data: give one batch", "rows="),
+    "costs of a loader": (lambda: nl.estimate_cost(NET, DataLoader(TensorDataset(X, Y))), "nl.estimate_cost reads no data"),
+    "costs, swapped": (
+        lambda: nl.estimate_cost(DATA, NET),
+        "takes a network or a config of transformers, not list: the model comes",
+    ),
+    "costs of a name": (lambda: nl.estimate_cost("analyze"), "not the text 'analyze': such as one of from_pretrained"),
+    "costs without a batch": (lambda: nl.estimate_cost(NET), "Net takes no token ids: give one batch of the size to come, batch="),
+    "costs without a model": (lambda: nl.estimate_cost(), "missing a required argument: 'model'"),
+    "a seed in words": (lambda: nl.analyze(NET, DATA, ["rq"], seed="a"), "seed is 'a'; it is an integer"),
+    "a number for a folder": (lambda: nl.analyze(NET, DATA, ["rq"], save_to=3), "save_to takes the path of a folder"),
+    "a number for weights": (lambda: nl.analyze(NET, DATA, ["rq"], initial=3), "initial is int; it is the network before training"),
+    "a number for a config": (lambda: nl.run(3), "nl.run takes the config of a task, as nl.load_config(", "not int"),
+    "a number for a run": (lambda: nl.load(3), "nl.load takes the path of a folder, such as 'outputs/run', not int"),
+    "a number for a model": (lambda: nl.load_pruned(3), "nl.load_pruned takes the path of a folder"),
+    "a number for a bundle": (lambda: nl.load_bundle(3), "nl.load_bundle takes the path of a folder"),
+    "a number for runs": (
+        lambda: nl.load_runs(3),
+        "nl.load_runs takes a pattern of folders, such as 'outputs/**', or a list of them, not int",
+    ),
+    "a number for a strategy": (lambda: nl.get_pruning_strategy(3), "is given by its name, such as 'magnitude', not as int"),
+    "a number for a criterion": (
+        lambda: nl.prune(NET, 3, data=DATA),
+        "criterion is int; it is a metric's name, or weights by name",
+    ),
+    "a class for a criterion": (lambda: nl.prune(NET, RQ, data=DATA), "criterion is the class RayleighQuotient; give an object"),
+    "a number for a scope": (lambda: nl.prune(NET, scope=3, **PRUNE), "scope is int; it is a name or a list of names, such as"),
+    "a number for freeze": (lambda: nl.prune(NET, freeze=[3], **PRUNE), "freeze has int in it; it is a name or a list of names"),
+    "a list for protect": (lambda: nl.prune(NET, protect=["fc1"], **PRUNE), "protect is list; it takes a dict {group: units to"),
+    "a number for a schedule": (lambda: nl.prune(NET, schedule=3, **PRUNE), "schedule is int; it takes a name or nl.Schedule(...)"),
+    "a number for an allocation": (lambda: nl.prune(NET, allocation=3, **PRUNE), "allocation is int; it takes a name or nl.Alloc"),
     "a layer's typing error": (lambda: nl.analyze(NET, DATA, ["rq"], "fc9"), "no layer matches 'fc9'; did you mean 'fc2'"),
     "a layer without weights": (
         lambda: nl.analyze(NET, DATA, ["rq"], "relu"),

@@ -1,6 +1,7 @@
 """``nl.analyze``: measures the units of a model, and runs analyses of what was measured."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,3 +85,17 @@ def add_analysis(result: Result, name: str, found: Any) -> None:
             raise ValueError(f"analysis {name!r} has the column {taken[0]!r}, which the table of units has already: name it anew")
         result.units = result.units.join(found.units)
     result.matrices |= found.matrices
+
+
+def without_analyses(result: Result) -> Result:
+    """A result as it was before ``add_analysis``: without analyses, their columns and their matrices."""
+    every = [found for found in result.analyses.values() if isinstance(found, Findings)]
+    columns = [column for found in every if found.units is not None for column in found.units]
+    taken = {key for found in every for key in found.matrices}
+    return replace(
+        result,
+        units=result.units.drop(columns=columns),
+        matrices={key: matrix for key, matrix in result.matrices.items() if key not in taken},
+        metadata=result.metadata | {"analyses": []},
+        analyses={},
+    )

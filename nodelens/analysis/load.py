@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nodelens.messages import check_folder
 from nodelens.results.files import read_json
 from nodelens.results.result import Result
 from nodelens.results.result import load as load_result
@@ -18,6 +19,7 @@ def load(folder: str | Path) -> Any:
     Returns a ``Result``, or the analysis' own result, such as ``Findings`` or ``GeometryResult``. Raises FileNotFoundError if there
     is no complete one; ValueError, with the file, for content that is damaged.
     """
+    check_folder("nl.load", folder)
     folder = Path(folder)
     metadata = folder / "metadata.json"
     known = read_json(metadata) if metadata.is_file() else {}

@@ -16,8 +16,21 @@ from nodelens.results.result import Result
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
+    "attribution_patching": "nodelens.analysis.patching.patching.AttributionPatching",
+    "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
+    "clusters": "nodelens.analysis.clusters.clusters_analysis.ClustersAnalysis",
+    "future_lens": "nodelens.analysis.lenses.future_lens.FutureLens",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
+    "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
+    "logit_attribution": "nodelens.analysis.patching.patching.LogitAttribution",
+    "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
+    "modularity": "nodelens.analysis.modularity.modularity_analysis.ModularityAnalysis",
+    "patching": "nodelens.analysis.patching.patching.Patching",
+    "patchscope": "nodelens.analysis.lenses.patchscope.Patchscope",
+    "supernode_lesions": "nodelens.analysis.supernodes.supernode_lesions.SupernodeLesions",
     "supernodes": "nodelens.analysis.supernodes.supernodes.Supernodes",
+    "tuned_lens": "nodelens.training.tuned_lens.TunedLens",
+    "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
 }
 
 

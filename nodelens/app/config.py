@@ -87,6 +87,7 @@ class Train(MeasuringTask):
 
     task: str = "train"
     callbacks: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,6 +119,7 @@ class Analyze(MeasuringTask):
     analysis: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
+    results: str | None = None
     save_minutes: float = 10.0  # how often the sums of an unfinished pass are saved
     dry_run: bool = False
     cost: CostOptions = field(default_factory=CostOptions)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from nodelens.messages import config_words
+from nodelens.messages import config_words, kind_of
 
 if TYPE_CHECKING:
     from nodelens.results.result import Result
@@ -34,6 +34,8 @@ def run(cfg: DictConfig) -> Run:
     """Runs the task that a config names, and returns its result and its folder."""
     from nodelens.results.result import load
 
+    if not isinstance(cfg, DictConfig):
+        raise TypeError(f"nl.run takes the config of a task, as nl.load_config('analyze', ['model=mlp']), not {kind_of(cfg)}")
     score, folder = run_task(cfg), Path(cfg.paths.output_dir)
     return Run(load(folder) if (folder / "metadata.json").is_file() else None, folder, score)
 

@@ -50,6 +50,8 @@ METRIC_ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {alias: (name, {}) fo
     "mutual_information": ("mutual_information_gaussian", {}),
     "ixy": ("relative_channel_information", {}),
     "pairwise_redundancy_gaussian": ("redundancy", {}),
+    "backward_fisher": ("backward_ggn", {}),
+    "backward_fisher_norm": ("backward_ggn", {"normalize": True}),
     "redundancy_gaussian": ("input_side_redundancy", {}),
     "input_redundancy": ("input_feature_redundancy", {}),
     "cross_layer_redundancy": ("downstream_importance", {}),

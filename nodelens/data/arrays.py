@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nodelens.messages import setting
 from nodelens.results.arrays import headers, read_arrays
 
 from .images import ImageData
@@ -57,7 +58,7 @@ class Npz(ImageData):
 def _file(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"no file at {file.resolve()}; set dataset.path to an .npz file with arrays x and y")
+        raise FileNotFoundError(f"no file at {file.resolve()}; set {setting('dataset.path')} to an .npz file with arrays x and y")
     return file
 
 

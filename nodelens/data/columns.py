@@ -8,6 +8,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from nodelens.messages import setting
+
 _IMAGE_NAMES = ("image", "img", "pixel_values", "x")
 _LABEL_NAMES = ("label", "labels", "target", "class", "y")
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
@@ -29,7 +31,7 @@ def label_column(features: datasets.Features, key: str | None, what: str) -> str
     if not isinstance(feature, datasets.ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
         raise ValueError(
             f"{what}: column '{name}' is {getattr(feature, 'dtype', feature)}; labels are integers: store "
-            f"it as a ClassLabel (Dataset.class_encode_column), or set dataset.label_key"
+            f"it as a ClassLabel (Dataset.class_encode_column), or set {setting('dataset.label_key')}"
         )
     return name
 
@@ -58,8 +60,8 @@ def _is_encoded(feature: Any) -> bool:
 
 def _chosen(found: list[str], key: str | None, features: datasets.Features, kind: str, what: str) -> str:
     if key is not None and key not in features:
-        raise ValueError(f"{what} has no column '{key}', it has {', '.join(features)}; set dataset.{kind}_key")
+        raise ValueError(f"{what} has no column '{key}', it has {', '.join(features)}; set {setting(f'dataset.{kind}_key')}")
     if key is None and len(found) != 1:
         which = f"several {kind} columns ({', '.join(found)})" if found else f"no {kind} column"
-        raise ValueError(f"{what} has {which}, its columns are {', '.join(features)}; set dataset.{kind}_key")
+        raise ValueError(f"{what} has {which}, its columns are {', '.join(features)}; set {setting(f'dataset.{kind}_key')}")
     return key or found[0]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nodelens.messages import setting
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow for RGB to L
 
 
@@ -43,9 +45,9 @@ class Convert:
             return self(torch.stack(list(images)))
         channels, sizes = {shape[0] for shape in shapes}, {shape[1:] for shape in shapes}
         if len(sizes) > 1 and self.size is None:
-            raise ValueError(f"images differ in size ({_few(sizes)}); set dataset.size to resize all")
+            raise ValueError(f"images differ in size ({_few(sizes)}); set {setting('dataset.size')} to resize all")
         if len(channels) > 1 and self.channels is None:
-            raise ValueError(f"images differ in channels ({_few(channels)}); set dataset.channels to 1 or 3")
+            raise ValueError(f"images differ in channels ({_few(channels)}); set {setting('dataset.channels')} to 1 or 3")
         return torch.cat([self(image[None]) for image in images])
 
     def _coloured(self, x: Tensor) -> Tensor:
@@ -57,8 +59,8 @@ class Convert:
         if (have, want) == (3, 1):
             return (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         raise ValueError(
-            f"images have {have} channels, dataset.channels is {want}; only 1 to 3 and 3 to 1 are "
-            f"converted: set dataset.channels={have}"
+            f"images have {have} channels, {setting('dataset.channels')} is {want}; only 1 to 3 and 3 to 1 are "
+            f"converted: set {setting('dataset.channels', have)}"
         )
 
     def _resized(self, x: Tensor) -> Tensor:
@@ -69,11 +71,10 @@ class Convert:
     def _per_channel(self, name: str, value: float | Sequence[float], x: Tensor) -> Tensor:
         values = x.new_tensor([value] if isinstance(value, (int, float)) else list(value))
         if len(values) not in (1, x.shape[1]):
-            raise ValueError(
-                f"dataset.{name} has {len(values)} values, the images have {x.shape[1]} channels; give one, or one per channel"
-            )
+            fix = "give one, or one per channel"
+            raise ValueError(f"{setting(f'dataset.{name}')} has {len(values)} values, the images have {x.shape[1]} channels; {fix}")
         if name == "std" and not (values > 0).all():
-            raise ValueError(f"dataset.std is {values.tolist()}; every value must be above 0")
+            raise ValueError(f"{setting('dataset.std')} is {values.tolist()}; every value must be above 0")
         return values.view(1, -1, 1, 1)
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nodelens.messages import setting
+
 from .cache import file_hash
 
 _CHUNK = 1 << 20  # characters read at once
@@ -52,7 +54,7 @@ class Corpus:
         if place.is_dir() and (files := sorted(place.rglob("*.txt"))):
             return [self._files(files)]
         if not place.exists() and (place.suffix in (".txt", ".jsonl", ".parquet") or place.is_absolute()):
-            raise FileNotFoundError(f"no text at {place.resolve()}; dataset.path is {_KINDS}")
+            raise FileNotFoundError(f"no text at {place.resolve()}; {setting('dataset.path')} is {_KINDS}")
         return self._tables()
 
     def fingerprint(self) -> str:
@@ -77,7 +79,7 @@ class Corpus:
                 else:
                     yield from _between(file, self.separator.replace("\\n", "\n"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); dataset.path is {_KINDS}") from error
+                raise ValueError(f"{file} is not UTF-8 text (byte {error.start}); {setting('dataset.path')} is {_KINDS}") from error
 
     def _lines(self, file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8") as lines:
@@ -93,7 +95,9 @@ class Corpus:
             sets = open_sets(self.path, self.name, self.streaming)
         except FileNotFoundError as error:
             what = str(error).partition(";")[0]
-            raise FileNotFoundError(f"{what}; dataset.path is {_KINDS}, or null for the embedded text") from error
+            raise FileNotFoundError(
+                f"{what}; {setting('dataset.path')} is {_KINDS}; {setting('dataset.path', None)} is the embedded text"
+            ) from error
         parts = [self._split(sets, self.train_split, "train")]
         if self.test_split is not None or "test" in sets:
             parts.append(self._split(sets, self.test_split or "test", "test"))
@@ -102,10 +106,10 @@ class Corpus:
     def _split(self, sets: dict[str, Any], name: str, role: str) -> Any:
         what = f"dataset '{self.path}'"
         if name not in sets:
-            raise ValueError(f"{what} has no split '{name}', it has {', '.join(sets)}; set dataset.{role}_split")
+            raise ValueError(f"{what} has no split '{name}', it has {', '.join(sets)}; set {setting(f'dataset.{role}_split')}")
         columns = sets[name].column_names
         if columns is not None and self.key not in columns:
-            raise ValueError(f"{what} has no column '{self.key}', it has {', '.join(columns)}; set dataset.text_key")
+            raise ValueError(f"{what} has no column '{self.key}', it has {', '.join(columns)}; set {setting('dataset.text_key')}")
         return sets[name]
 
     def _rows(self, rows: Any) -> Iterator[str]:
@@ -114,10 +118,12 @@ class Corpus:
 
     def _text(self, row: dict[str, Any], where: str) -> str:
         if self.key not in row:
-            raise ValueError(f"{where} has no '{self.key}', it has {', '.join(row)}; set dataset.text_key")
+            raise ValueError(f"{where} has no '{self.key}', it has {', '.join(row)}; set {setting('dataset.text_key')}")
         text = row[self.key]
         if not isinstance(text, str | None):
-            raise ValueError(f"{where}: '{self.key}' is {type(text).__name__}, texts are strings; set dataset.text_key")
+            raise ValueError(
+                f"{where}: '{self.key}' is {type(text).__name__}, texts are strings; set {setting('dataset.text_key')}"
+            )
         return text or ""
 
 

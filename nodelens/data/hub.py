@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nodelens.messages import setting
+
 from .batch import ImageBatch
 from .columns import image_column, label_column
 from .images import ImageData
@@ -55,7 +57,7 @@ class Hub(ImageData):
         if test is train:
             raise ValueError(
                 f"{what}: train and test are the same split '{self.train_split}'; "
-                f"set dataset.test_split=null to hold out a share of it"
+                f"set {setting('dataset.test_split', None)} to hold out a share of it"
             )
         self.unsplit = test is None
         parts = [train] if test is None else [train, test]
@@ -107,5 +109,5 @@ class Hub(ImageData):
 
 def _split(sets: dict[str, Any], name: str, role: str, what: str) -> Any:
     if name not in sets:
-        raise ValueError(f"{what} has no split '{name}', it has {', '.join(sets)}; set dataset.{role}_split")
+        raise ValueError(f"{what} has no split '{name}', it has {', '.join(sets)}; set {setting(f'dataset.{role}_split')}")
     return sets[name]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nodelens.messages import setting
+
 from .batch import ImageBatch
 from .convert import Convert
 from .order import SeededDraws, TrainingOrder, current_epoch
@@ -112,7 +114,7 @@ class ImageData(lightning.LightningDataModule):
     def _found_classes(self, source: Source) -> int:
         classes = self.classes or source.classes
         if classes is None:
-            raise ValueError("the number of classes of the source is unknown; set dataset.classes")
+            raise ValueError(f"the number of classes of the source is unknown; set {setting('dataset.classes')}")
         if source.labels is not None:
             check_labels(source.labels, classes)
         return classes

@@ -12,6 +12,8 @@ from datasets import config
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import constants
 
+from nodelens.messages import either, setting
+
 
 def open_sets(path: str, name: str | None = None, streaming: bool = False) -> dict[str, Any]:
     """The splits of a hub id, or of a local folder or file, by name.
@@ -28,7 +30,7 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
         return _local(place, name, streaming)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(
-            f"no folder at {place.resolve()}; set dataset.path to a folder with images or parquet, or to a hub id"
+            f"no folder at {place.resolve()}; set {setting('dataset.path')} to a folder with images or parquet, or to a hub id"
         )
     try:
         with _without_retries():
@@ -37,8 +39,11 @@ def open_sets(path: str, name: str | None = None, streaming: bool = False) -> di
         reached = isinstance(error, DatasetNotFoundError)
         why = "the hub does not have it or requires a login" if reached else "the hub cannot be reached"
         raise FileNotFoundError(
-            f"dataset '{path}' is not on this machine and {why}; use dataset=digits, or "
-            f"dataset.path=<folder with images or parquet>"
+            f"dataset '{path}' is not on this machine and {why}; "
+            + either(
+                "give the path of a folder with images or parquet",
+                "use dataset=digits, or dataset.path=<folder with images or parquet>",
+            )
         ) from error
     except RuntimeError as error:
         raise _script(path, error) from error
@@ -57,7 +62,7 @@ def _local(place: Path, name: str | None, streaming: bool) -> dict[str, Any]:
         return _by_name(datasets.load_dataset(str(place), name, streaming=streaming))
     except (FileNotFoundError, DatasetGenerationError) as error:
         raise FileNotFoundError(
-            f"no data set at {place.resolve()}; dataset.path is a folder with one folder of "
+            f"no data set at {place.resolve()}; {setting('dataset.path')} is a folder with one folder of "
             f"images per class, with parquet files, or from save_to_disk"
         ) from error
     except RuntimeError as error:

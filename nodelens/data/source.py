@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nodelens.messages import setting
+
 from .batch import ImageBatch
 from .convert import Convert
 
@@ -88,5 +90,5 @@ def check_labels(labels: Tensor, classes: int) -> None:
     """Raises: ValueError when a label is outside 0 .. classes - 1."""
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         low, high = int(labels.min()), int(labels.max())
-        fix = f"set dataset.classes={high + 1}" if low >= 0 else "remove the samples without a label"
-        raise ValueError(f"labels run from {low} to {high}, dataset.classes is {classes}; {fix}")
+        fix = f"set {setting('dataset.classes', high + 1)}" if low >= 0 else "remove the samples without a label"
+        raise ValueError(f"labels run from {low} to {high}, {setting('dataset.classes')} is {classes}; {fix}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nodelens.messages import setting
 from nodelens.results.files import write
 
 NAMES = ("train", "val", "test", "calibration", "all")
@@ -23,15 +24,15 @@ def make_splits(rows: int, own_test: int, val: float, test: float, calibration: 
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share < 1:
-            raise ValueError(f"dataset.{name} is {share}; give a share of the samples in [0, 1)")
+            raise ValueError(f"{setting(f'dataset.{name}')} is {share}; give a share of the samples in [0, 1)")
     if calibration < 0 or int(calibration) != calibration:
-        raise ValueError(f"dataset.calibration is {calibration}; give a count of samples, 0 or more")
+        raise ValueError(f"{setting('dataset.calibration')} is {calibration}; give a count of samples, 0 or more")
     held = {"test": 0 if own_test else round(test * rows), "val": round(val * rows)}
     free = rows - held["test"] - held["val"]
     if free < 1:
         raise ValueError(
             f"no sample is left to train on: {rows} samples, of which {held['val']} go to val and "
-            f"{held['test']} to test; lower dataset.val and dataset.test"
+            f"{held['test']} to test; lower {setting('dataset.val')} and {setting('dataset.test')}"
         )
     held["calibration"] = min(int(calibration), free // 2)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from nodelens.messages import setting
 from nodelens.statistics.seeding import seed_of
 
 from .batch import ImageBatch
@@ -58,7 +59,8 @@ class StreamSource:
                 seen += 1
             if seen <= last:
                 raise ValueError(
-                    f"dataset {self.name} declares {count} samples, but its stream ended after {seen}; set dataset.streaming=false"
+                    f"dataset {self.name} declares {count} samples, but its stream ended after {seen}; set "
+                    f"{setting('dataset.streaming', False)}"
                 )
             start += count
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nodelens.messages import either, setting
+
 from .blocks import Reader, Samples, TokenStream, packed, separate, unused
 from .cache import Parts, cached
 from .corpus import Corpus
@@ -167,8 +169,8 @@ class Text(lightning.LightningDataModule):
         self.setup()
         if self.blocks is not None:
             raise ValueError(
-                f"there is no split '{split}': with dataset.streaming=true and mode=pack the only split is 'all'; "
-                "set dataset.streaming=false"
+                f"there is no split '{split}': with {setting('dataset.streaming', True)} and "
+                f"{setting('dataset.mode', 'pack')} the only split is 'all'; set {setting('dataset.streaming', False)}"
             )
         return pick(self.indices, split)
 
@@ -221,14 +223,15 @@ class Text(lightning.LightningDataModule):
         """The samples of one part."""
         stream, tokenizer = whole.between(begin, end), reader.tokenizer
         if not len(stream):
-            raise ValueError(f"{self._name} contains no text; set dataset.path")
+            raise ValueError(f"{self._name} contains no text; set {setting('dataset.path')}")
         prefix = tokenizer.bos if self.bos == "block" else None
         if self.mode == "pad":
             samples = separate(stream, self.length, prefix)
         else:
             samples = packed(stream, self.length, self.stride, self.remainder == "keep", prefix)
         if not len(samples):
-            raise ValueError(f"{self._name} has {len(stream)} tokens, fewer than one block of {self.length}; lower dataset.length")
+            fix = f"lower {setting('dataset.length')}"
+            raise ValueError(f"{self._name} has {len(stream)} tokens, fewer than one block of {self.length}; {fix}")
         special = tokenizer.special if self.special == "drop" else ()
         samples = replace(samples, pad=tokenizer.pad, side=self.side, selector=reader.selector, special=special)
         self._count(stream, samples)
@@ -245,28 +248,31 @@ class Text(lightning.LightningDataModule):
     def _check(self) -> None:
         """Raises ValueError for numbers out of range."""
         if self.length < 2:
-            raise ValueError(f"dataset.length is {self.length}; a token is predicted from an earlier one: give 2 or more")
+            why = "a token is predicted from an earlier one: give 2 or more"
+            raise ValueError(f"{setting('dataset.length')} is {self.length}; {why}")
         most = self.length - (self.bos == "block")
         if self.stride is not None and not (self.mode == "pack" and 1 <= self.stride <= most):
-            raise ValueError(f"dataset.stride is {self.stride}; it is 1 to {most} tokens, and for mode=pack only")
+            mode = setting("dataset.mode", "pack")
+            raise ValueError(f"{setting('dataset.stride')} is {self.stride}; it is 1 to {most} tokens, and for {mode} only")
         for name in ("documents", "max_tokens"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
-                raise ValueError(f"dataset.{name} is {limit}; it is 1 or more, or null for all")
+                raise ValueError(f"{setting(f'dataset.{name}')} is {limit}; it is 1 or more, or {either('None', 'null')} for all")
         if self.cache is not None and self.corpus.streaming:
-            raise ValueError("dataset.cache stores tokens and dataset.streaming=true stores nothing; set only one of the two")
+            both = f"{setting('dataset.cache')} stores tokens and {setting('dataset.streaming', True)} stores nothing"
+            raise ValueError(f"{both}; set only one of the two")
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError if a requested special token is missing, or the vocabulary exceeds that of the model."""
         for name, wanted, token in (("bos", self.bos, tokenizer.bos), ("eos", self.eos, tokenizer.eos)):
             if wanted and token is None:
-                off = "null" if name == "bos" else "false"
-                raise ValueError(f"the tokenizer '{self.tokenizer}' has no {name.upper()} token; set dataset.{name}={off}")
+                off = setting(f"dataset.{name}", None if name == "bos" else False)
+                raise ValueError(f"the tokenizer '{self.tokenizer}' has no {name.upper()} token; set {off}")
         if self.classes is not None and tokenizer.size > self.classes:
             which = f"the tokenizer '{self.tokenizer}'" if self.tokenizer else "the byte-level tokenizer"
             raise ValueError(
-                f"{which} has {tokenizer.size} ids, more than dataset.classes={self.classes}; "
-                "set dataset.tokenizer to the model's own"
+                f"{which} has {tokenizer.size} ids, more than {setting('dataset.classes', self.classes)}; "
+                f"set {setting('dataset.tokenizer')} to the model's own"
             )
 
     @property

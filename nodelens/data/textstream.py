@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from nodelens.messages import setting
+
 from .blocks import Reader, Samples, TokenStream, packed
 
 _BUFFER = 1 << 16  # smallest number of tokens buffered before blocks are cut
@@ -72,7 +74,8 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
                 yield batch
             total += len(numbers)
         if not total:
-            raise ValueError(f"{self.blocks.name} has less than one block of {self.blocks.length} tokens; lower dataset.length")
+            fix = f"lower {setting('dataset.length')}"
+            raise ValueError(f"{self.blocks.name} has less than one block of {self.blocks.length} tokens; {fix}")
         if own and not selected and self.world == 1:
             raise ValueError(nothing_selected(self.blocks.reader.selector.text, self.blocks.name))
 
@@ -92,7 +95,8 @@ class TextStream(IterableDataset[dict[str, Tensor]]):
 
 def nothing_selected(selector: str, name: str) -> str:
     """The error message if no token counts as a row."""
-    return f"dataset.select={selector!r} selects no token of {name}; give another selector, or dataset.special=keep"
+    fix = f"give another selector, or {setting('dataset.special', 'keep')}"
+    return f"{setting('dataset.select')}={selector!r} selects no token of {name}; {fix}"
 
 
 def _append(samples: Samples, other: Samples) -> Samples:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nodelens.messages import either, setting
+
 
 class Tokens(NamedTuple):
     """The tokens of a document."""
@@ -164,7 +166,8 @@ def _opened(path: str) -> Any:
     except ValueError as error:
         raise ValueError(
             f"the tokenizer at '{path}' cannot be built: a folder needs tokenizer.json, or sentencepiece or tiktoken installed, "
-            "and no code of its own, which is never run; set dataset.tokenizer to such a folder, or to null for bytes"
+            f"and no code of its own, which is never run; set {setting('dataset.tokenizer')} to such a folder, or "
+            f"{setting('dataset.tokenizer', None)} for bytes"
         ) from error
     except OSError as error:
         if folder.is_dir() or constants.HF_HUB_OFFLINE or not hub_answers():
@@ -177,9 +180,9 @@ def _opened(path: str) -> Any:
 
 
 def _not_here(path: str, why: str) -> FileNotFoundError:
+    key = either("tokenizer", "dataset.tokenizer (which is model.path, unless set)")
     return FileNotFoundError(
-        f"no tokenizer at '{path}': {why}; dataset.tokenizer (which is model.path, unless set) is a folder with tokenizer.json, "
-        "a hub id, or null for bytes"
+        f"no tokenizer at '{path}': {why}; {key} is a folder with tokenizer.json, a hub id, or {either('None', 'null')} for bytes"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.messages import keywords_of
+from nodelens.messages import keywords_of, kind_of
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
@@ -26,16 +26,19 @@ from nodelens.statistics.processes import first_of, gathered, reduce_sums, reduc
 from nodelens.statistics.repeats import Repeats
 from nodelens.statistics.sample_hash import balanced_cuts
 
+from .association_facts import facts_of
+from .associations import differentiates, methods_of, zero_associations
 from .collect import Pass
 from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of, first_of_data, naming
 from .dry_run import DryRun, with_groups
-from .lost_gradients import check_gradients, check_weights, unread_layers
+from .lost_gradients import check_gradients, check_weights, underived, unread_layers
 from .members import Members
 from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
 from .request import Layers, Metrics, as_layers, as_metrics, describe_metrics, names_of
+from .sample_axis import NoSampleAxisError
 from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
@@ -126,6 +129,8 @@ class _Request:
     def of(
         cls, model: nn.Module, data: Any, metrics: dict[str, Metric], layers: Layers, initial: Any, settings: AnalyzeOptions
     ) -> "_Request":
+        if not isinstance(initial, (nn.Module, Mapping, type(None))):
+            raise TypeError(f"initial is {kind_of(initial)}; it is the network before training, or its state dict")
         start = initial.state_dict() if isinstance(initial, nn.Module) else initial
         found = as_layers(model, layers, start)
         reads = [name for name, metric in metrics.items() if metric.needs()]
@@ -148,7 +153,13 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     elif asked.first is not None:
         objective = objective.settled(model, asked.first)
         batch = objective.batch(asked.first, settings.groups, settings.seed).to(device_of(model))
-        seen = objective, DryRun.of(model, observed, batch, objective, optional), _per_token(batch)
+        try:
+            dry_run = DryRun.of(model, observed, batch, objective, optional)
+        except NoSampleAxisError as error:
+            raise ValueError(asked.members.without_samples(error.shapes) or str(error)) from error
+        if differentiates(asked.metrics.values()):
+            dry_run = replace(dry_run, facts=facts_of(model, asked.layers, batch, objective))
+        seen = objective, dry_run, _per_token(batch)
     found = seen if asked.weights_only else first_of(seen)
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")
@@ -195,6 +206,7 @@ def run_pass(
             collected.begin_round(k)
         sites = collected.sites(k)
         capture = Capture(sites, collected.see, plan.overwritten)
+        derives = bool(collected.derivatives) and not k
         driver = Driver(
             model,
             objective,
@@ -202,9 +214,10 @@ def run_pass(
             seed,
             graph,
             weights,
-            from_inputs=graph and bool(plan.overwritten),  # a graph that starts at a layer breaks at an in-place operation
+            from_inputs=plan.from_inputs or (graph and bool(plan.overwritten)),
             runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
-            answers=graph or plan.reads_predictions,
+            answers=graph or derives or plan.reads_predictions,
+            on_graph=collected.differentiate if derives else None,
             cuts=plan.cuts,
             progress=progress,
         )
@@ -229,7 +242,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     lost = {(site.layer.name, site.port): each for site, each in zip(sites, counts["lost"], strict=True)}
     for accumulator in sums.values():
         accumulator.to(torch.device("cpu"))
-    plan = plan.without(*unread_layers(plan, collected))
+    plan = plan.without(*unread_layers(plan, collected), underived(collected))
     table = make_table(plan, sums, SampleCounts(samples, counts["unlabelled"], lost), bias, seed)
     rows = [{"layer": layer, "statistic": str(need), "rows": rows_of(a.value)} for (layer, need), a in sums.items()]
     metadata = provenance() | {
@@ -243,7 +256,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "processes": world()[1],
         "rows": rows,
         "missing": table.missing,
-        "warnings": [*plan.notes, *repeats_warning(collected.repeats)],
+        "warnings": [*plan.notes, *repeats_warning(collected.repeats), *zero_associations(plan, table.matrices)],
         "counts": table.counts,
         "model_values": table.model,
         "left_out": left_out_rows(map(str, sites), counts["left_out"].tolist(), counts["rows_seen"].tolist()),
@@ -252,6 +265,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
         "passes": [{"layers": [la.title for la in plan.measured], "bytes": plan.total_bytes}],
         "covariance": describe_covariance(plan),
+        **({"associations": methods} if (methods := methods_of(plan)) else {}),
     }
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 

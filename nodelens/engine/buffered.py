@@ -2,6 +2,7 @@
 
 from nodelens.metrics.need import Other
 from nodelens.network.hooks import Site
+from nodelens.network.layers import ASSOCIATION
 
 from .layout import PassLayout
 
@@ -16,7 +17,7 @@ def buffer_rows(kind: str, nbytes: int, positions: int = 1) -> int:
 
 def buffer_bytes(plan: PassLayout, site: Site) -> int:
     """Upper bound on the bytes of a site's buffers, unless a single batch is larger."""
-    if site.port == "model":
+    if site.port == "model" or site.port.startswith(ASSOCIATION):
         return 0
     width, number_bytes = plan.seen(*site).width, 8 if plan.precision == "float64" else 4
     here = [need for need in plan.needs(site.layer) if need.port == site.port]

@@ -1,9 +1,9 @@
 """The driver: reads data batch by batch and runs the model on them for whoever measures."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ from nodelens.network.eval_mode import differentiable, eval_mode
 from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
+
+from .overwritten import why_overwritten
 
 _UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError)  # what data sets raise
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -34,8 +36,10 @@ class Driver:
 
     groups, seed, cuts: of the jackknife, see ``Batch.of``
     graph:         whether the loss is differentiated, with respect to whatever the capture watches
+    on_graph:      called with the predictions, and the outputs of embeddings at which the graph starts, while the graph is there
     weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
-    from_inputs:   whether the graph starts at the inputs, because a later layer would break one that starts at a layer
+    from_inputs:   whether the graph starts at the inputs: they are differentiated, or an in-place operation would break one that
+                   starts at a layer
     runs_model:    whether the model runs at all; answers: whether predictions are read from its output
     on_first, on_last: checks after the first and the last batch, while the model is as it was for them
     progress:      wraps the batches, for a progress bar
@@ -50,11 +54,13 @@ class Driver:
     from_inputs: bool = False
     runs_model: bool = True
     answers: bool = True
+    on_graph: Callable[[Tensor, Sequence[Tensor]], None] | None = None
     cuts: Tensor | None = None
     on_first: Callable[[Batch], None] | None = None
     on_last: Callable[[Batch], None] | None = None
     progress: Progress = iter
     number: int = 0  # of the batch that is being read
+    embedded: list[Tensor] = field(default_factory=list)  # the outputs of embeddings in this batch
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """The batches, on the model's device."""
@@ -69,13 +75,14 @@ class Driver:
     def run(self, data: Iterable[Any], watcher: Watcher, capture: Capture | None = None) -> None:
         """Runs every batch. The model's state is restored, also after an error."""
         opened: AbstractContextManager[Any] = nullcontext() if capture is None else capture
-        embeddings = [m for m in self.model.modules() if self.from_inputs and isinstance(m, nn.Embedding)]
-        starts = edit(dict.fromkeys(embeddings, _start_graph))
-        with torch.inference_mode(False), eval_mode(self.model), differentiable(self.weights), starts, opened:
+        starts = graph_starts(self.model, self.embedded) if self.from_inputs else nullcontext()
+        plain = nullcontext() if self.on_graph is None else twice_differentiable()
+        with torch.inference_mode(False), eval_mode(self.model), differentiable(self.weights), starts, opened, plain:
             last: Batch | None = None
             for batch in self.batches(data):
-                batch = _with_gradients(batch) if self.from_inputs else batch
-                with naming(self.number, partial(batch.wrong_dtype, self.model)):
+                self.embedded.clear()
+                batch = with_gradients(batch) if self.from_inputs else batch
+                with naming(self.number, partial(self._why, batch)):
                     watcher.begin(batch)
                     watcher.end(self._forward(batch, capture))
                 for tensor in self.weights:
@@ -86,6 +93,10 @@ class Driver:
             if last is not None and self.on_last is not None:
                 self.on_last(last)
 
+    def _why(self, batch: Batch, error: Exception) -> str:
+        """The reason of an error of torch, with what to change, if it is known."""
+        return batch.wrong_dtype(self.model, error) or why_overwritten(self.model, batch, self.objective, error)
+
     def _forward(self, batch: Batch, capture: Capture | None) -> Tensor | None:
         """Runs one batch forward and, for a graph, backward; returns its predictions."""
         if not self.runs_model:
@@ -93,10 +104,12 @@ class Driver:
         gate = Capture([], print) if capture is None else capture
         gate.gate = True
         try:
-            with torch.set_grad_enabled(self.graph):
+            with torch.set_grad_enabled(self.graph or self.on_graph is not None):
                 output = self._output(batch, gate)
                 gate.gate = False
                 predictions = self.objective.answer(output) if self.answers else None
+                if self.on_graph is not None and predictions is not None:
+                    self.on_graph(predictions, self.embedded)
                 total = self.objective.summed(predictions, batch.labels) if self.graph else None  # type: ignore[arg-type]
                 gate.recomputing = True
                 if total is not None and total.requires_grad:
@@ -177,15 +190,34 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _with_gradients(batch: Batch) -> Batch:
+def with_gradients(batch: Batch) -> Batch:
     """The batch with inputs that take a gradient."""
     named = {name: _require_grad(value) for name, value in batch.kwargs.items()}
     return replace(batch, args=tuple(map(_require_grad, batch.args)), kwargs=named)
 
 
-def _start_graph(embedded: Tensor) -> Tensor:
-    """An embedding's output as a leaf of the graph, copied because later operations may write into it in place."""
-    return embedded.detach().requires_grad_().clone() if torch.is_grad_enabled() else embedded
+@contextmanager
+def graph_starts(model: nn.Module, embedded: list[Tensor]) -> Iterator[None]:
+    """Context in which the graph starts at the outputs of embeddings, which are listed in ``embedded``."""
+
+    def start(output: Tensor) -> Tensor:
+        """A leaf, copied because later operations may write into it in place."""
+        if not torch.is_grad_enabled():
+            return output
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()
+
+    with edit(dict.fromkeys([m for m in model.modules() if isinstance(m, nn.Embedding)], start)):
+        yield
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Context in which attention runs without fused kernels, whose derivatives have no derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _require_grad(value: Any) -> Any:

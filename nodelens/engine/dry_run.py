@@ -19,6 +19,7 @@ from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
 from nodelens.network.tasks import BY_VALUE
 
+from .association_methods import Facts
 from .firing import BEHIND, Firing, FiringTracer, Place, place_of, stored_tensors
 from .members import Members
 from .sample_axis import without_samples
@@ -72,6 +73,8 @@ class DryRun:
     task: str = ""
     refusal: str = ""  # why the predictions cannot be read from the output
     labelled: bool = True  # whether the data have what the loss needs
+    own_loss: bool = False  # whether the loss is one of the user's
+    facts: Facts | None = None  # of derivatives, where associations need them
 
     @classmethod
     def of_weights(cls, layers: Iterable[Layer]) -> "DryRun":
@@ -131,7 +134,7 @@ class DryRun:
         tokens = aligned is not None and aligned.ndim == 3 and objective.task not in BY_VALUE
         positions = aligned.shape[1] if tokens and aligned is not None else 1
         known: dict[str, Any] = {"norms": norms, "firing": firing, "task": objective.task, "refusal": refusal}
-        known["labelled"] = batch.labels is not None or objective.loss is not None
+        known |= {"labelled": batch.labels is not None or objective.loss is not None, "own_loss": objective.loss is not None}
         return cls(seen, flops, classes, tokens, positions, objective.decoder, samples, **known)
 
     def bound(self, model: nn.Module) -> "DryRun":

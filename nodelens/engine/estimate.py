@@ -26,6 +26,7 @@ class Estimator:
     counted: Tensor  # (groups,) int64, how many samples of each group have rows
     values: dict[int | None, Tensor] = field(default_factory=dict)  # by the group that is left out; None for the whole
     counts: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)  # further columns, by suffix
     reason: str = ""  # why there is no value
 
     @property
@@ -39,7 +40,8 @@ class Estimator:
     @property
     def errors(self) -> bool:
         """Whether the metric has standard errors."""
-        return bool(self.sums.resolved) and self.metric.shape != "pair" and not self.metric.grouped
+        of_pairs = self.metric.shape == "pair" and not self.metric.matrix_errors
+        return bool(self.sums.resolved) and not of_pairs and not self.metric.grouped
 
     @cached_property
     def groups(self) -> list[int]:
@@ -80,6 +82,7 @@ class Estimator:
         statistics = self.sums.read(shared)
         self.values[shared.without] = self.metric(weight, **statistics)
         if shared.without is None:
+            self.beside = self.metric.beside(weight, **statistics)
             self.counts = self.metric.counts(weight, **statistics) | self.sums.without_target(samples)
 
     def at(self, value: Tensor, places: Tensor, width: int) -> Tensor:

@@ -13,12 +13,13 @@ from nodelens.metrics import Metric, Need
 from nodelens.metrics.need import Other, Target, Units
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
-from nodelens.network.layers import Layer
+from nodelens.network.layers import ASSOCIATION, Layer
 from nodelens.network.targets import is_per_token, resolve_auto
 from nodelens.network.tasks import BY_VALUE
 from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
 from nodelens.statistics.weight_sums import WeightSums
 
+from .association_methods import settled
 from .covariance import KINDS, CovariancePolicy, base_port
 from .dry_run import DryRun, Seen
 from .firing import BEHIND
@@ -63,6 +64,8 @@ class PassLayout:
     notes: tuple[str, ...] = ()  # what is left out although nobody chose so
     optional: bool = False  # whether a layer that cannot be read has NaN instead of stopping the pass
     no_gradient: Mapping[str, str] = field(default_factory=dict)  # why no gradient reached a layer, by name
+    stack: Layer | None = None  # all layers side by side, where a metric asks for one matrix of them
+    no_derivative: Mapping[tuple[str, Need], str] = field(default_factory=dict)  # why a derivative does not exist, by layer
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)
@@ -76,7 +79,7 @@ class PassLayout:
     @cached_property
     def every_layer(self) -> list[Layer]:
         """The measured layers, the layers that capture units of groups, and the model if sums over the whole model are needed."""
-        return [*self.layers, *self.members.layers]
+        return [*self.layers, *self.members.layers, *([] if self.stack is None else [self.stack])]
 
     @cached_property
     def measured(self) -> list[Layer]:
@@ -110,7 +113,12 @@ class PassLayout:
         if metric.kind == "edge":
             return [pair for pair in self.pairs if self.part is None or pair[0].name in self.part]
         found = dict.fromkeys(part for layer in self.measured for part in self.parts(metric, layer))
-        return [(layer, self.behind(metric, layer)) for layer in found]
+        places: list[Place] = [(layer, self.behind(metric, layer)) for layer in found]
+        return [*places, (self.stack, None)] if self.stacks(metric) else places  # type: ignore[list-item]
+
+    def stacks(self, metric: Metric) -> bool:
+        """Whether this pass has a matrix of all layers of a metric."""
+        return self.stack is not None and self.part is None and bool(metric.options.get("stacked"))
 
     def parts(self, metric: Metric, layer: Layer) -> list[Layer]:
         """The layers that a metric's value is combined from: the layer itself, or those that capture a group's units."""
@@ -140,6 +148,8 @@ class PassLayout:
         of whole samples; where there is a target, those that have one.
         """
         layer, other = place
+        if layer is self.stack:
+            return {name: self._resolve_need(need, layer) for name, need in metric.stacked_needs().items()}
         needs = metric.needs()
         if other is None and any(need.port == "next" or need.target == "next" for need in needs.values()):
             return {}
@@ -170,7 +180,13 @@ class PassLayout:
             target = resolve_auto(target, tokens=False, classes=self.dry_run.task not in BY_VALUE)  # type: ignore[arg-type]
         is_output = need.port in ("next", "projection") or (need.port == BEHIND and owner.name not in self.dry_run.firing)
         port = "output" if is_output else need.port
+        if port == ASSOCIATION:
+            return self._resolve_need(need, owner)
         return owner, self._merge_views(owner, need._replace(port=port, view=view, target=target))
+
+    def _resolve_need(self, need: Need, layer: Layer) -> tuple[Layer, Need]:
+        """A need of derivatives with the method that is used at a layer."""
+        return layer, need._replace(options=(settled(need.options[0], layer, self),))
 
     def _at_members(self, needs: dict[str, tuple[Layer, Need]]) -> dict[str, tuple[Layer, Need]]:
         """Moves needs of groups to where they are computed: ``consumed`` to each reader, ``model`` to the model."""
@@ -262,7 +278,9 @@ class PassLayout:
         width, columns = self._widths(layer, need)
         repeats = getattr(layer.module, "groups", 1)
         positions = self.seen(layer, need.port).positions
-        return 8 * self.groups_of(layer, need) * numbers(need.statistic, width, columns, self.dry_run.classes, repeats, positions)
+        folds = need.options[0].folds if need.port.startswith(ASSOCIATION) else 1
+        count = folds * numbers(need.statistic, width, columns, self.dry_run.classes, repeats, positions)
+        return 8 * self.groups_of(layer, need) * (count - folds + 1)
 
     def _rows_per_sample(self, layer: Layer, need: Need) -> int:
         if need.view == "samples" or need.port == "model":

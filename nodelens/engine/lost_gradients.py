@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.messages import option
+from nodelens.metrics import Need
 from nodelens.metrics.model_sums import ModelSums
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
@@ -28,6 +29,7 @@ def check_gradients(model: nn.Module, plan: Plan, capture: Capture, collected: P
     Raises ValueError, with the reason, if the loss depends on a layer that no gradient has reached; if the plan can do without the
     layer, the pass gets the reason. Another layer without a gradient is one that the loss does not depend on, and adds 0.
     """
+    check_derivatives(model, collected, objective, batch)
     lost = [awaited for awaited, arrived in capture.arrived.items() if not arrived]
     lost += [_of_weight(group, piece.module) for each in collected.model_sums for group, piece in each.lost()]
     check_arrived(_names(plan), model, lost, batch, objective, collected.no_gradient if plan.optional else None)
@@ -44,6 +46,27 @@ def unread_layers(plan: Plan, collected: Pass) -> tuple[dict[str, str], dict[str
         unmoved = "no gradient reached it: the loss does not depend on it"
         lost = {layer: unmoved for layer, of_gradients in empty if of_gradients} | lost
     return unread, lost
+
+
+def check_derivatives(model: nn.Module, collected: Pass, objective: Objective, batch: Batch) -> None:
+    """Notes, after a batch, why a layer has no derivative although the predictions depend on it; without that, it is zero."""
+    for collector in collected.derivatives:
+        for need in collector.unreached:
+            layer = collector.site.layer
+            if need.options[0].of == "inputs":
+                reason = (
+                    "its derivative with respect to the inputs does not exist: it does not depend on them, or .detach() cuts it"
+                )
+                collector.failed[need] = f"{reason}; leave the layer out (layers=)"
+            elif layer is not collected.plan.stack and _moves(model, layer, batch, objective):
+                reason = "the predictions depend on it, but have no derivative there: .detach(), .data or torch.no_grad() cuts it"
+                collector.failed[need] = f"{reason}, or an operation such as argmax; leave the layer out (layers=)"
+
+
+def underived(collected: Pass) -> dict[tuple[str, Need], str]:
+    """Why derivatives do not exist, by layer and need, in any process. Collective."""
+    own = {(c.site.layer.name, need): reason for c in collected.derivatives for need, reason in c.failed.items()}
+    return {key: reason for part in gathered(own) for key, reason in part.items()}
 
 
 def check_weights(model: nn.Module, plan: Plan, sums: Iterable[ModelSums], objective: Objective, batch: Batch) -> None:
@@ -108,14 +131,26 @@ def _reason(site: Site, layer: Layer, recorded: bool) -> str:
 
 def _depends(model: nn.Module, layer: Layer, batch: Batch, objective: Objective, expected: Tensor) -> bool:
     """Whether the loss changes with what the layer reads or puts out."""
+    found = objective.summed(_moved(model, layer, batch, objective), batch.labels)
+    return not torch.isclose(found, expected, rtol=_SAME, atol=0, equal_nan=True).all()
+
+
+def _moves(model: nn.Module, layer: Layer, batch: Batch, objective: Objective) -> bool:
+    """Whether the predictions change with what the layer reads or puts out."""
+    with torch.no_grad():
+        plain = objective.run(model, batch)
+    return not torch.allclose(_moved(model, layer, batch, objective), plain, rtol=_SAME, equal_nan=True)
+
+
+def _moved(model: nn.Module, layer: Layer, batch: Batch, objective: Objective) -> Tensor:
+    """The predictions where what the layer reads or puts out is another."""
 
     def moved(x: Tensor) -> Tensor:
         return x + torch.linspace(-1, 2, x.numel(), device=x.device).reshape(x.shape).to(x) if x.is_floating_point() else x
 
     reads = layer.side == "input"
     with torch.no_grad(), edit({} if reads else {layer.module: moved}, {layer.module: moved} if reads else {}):
-        found = objective.summed(objective.run(model, batch), batch.labels)
-    return not torch.isclose(found, expected, rtol=_SAME, atol=0, equal_nan=True).all()
+        return objective.run(model, batch)
 
 
 def _of_weight(group: GroupLayer, path: str) -> Awaited:

@@ -93,6 +93,19 @@ class Members:
         """The layers that capture a group's units on one side."""
         return (self.readers if side == "reader" else self.makers)[group.name]
 
+    def without_samples(self, shapes: Mapping[str, str]) -> str:
+        """The message for groups whose units are captured where the first axis is not the samples; empty if there are none."""
+        sides = (*self.readers.items(), *self.makers.items())
+        places = {name: layer.name for name, every in sides for layer, _ in every if layer.name in shapes}
+        groups = {group.name: group.title for group in self.groups if group.name in places}
+        if not groups:
+            return ""
+        name, title = next(iter(groups.items()))
+        titles = list(groups.values())
+        out = ", ".join(map(repr, titles[:8])) + (f", and {len(titles) - 8} more" if len(titles) > 8 else "")
+        way_out = f"score by weights (magnitude), or leave out what is read so: freeze=[{out}] in a pruning"
+        return f"group {title!r} is read by {places[name]!r}, which {shapes[places[name]]}; {way_out}"
+
     @property
     def chain(self) -> list[Layer]:
         """The layers that make the units, in order."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
-from nodelens.network.layers import Layer
+from nodelens.network.layers import ASSOCIATION, Layer
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.costs import adapt
 
@@ -35,7 +35,7 @@ class SampleCounts:
         """The samples of each group that have a row in some sums, (groups,)."""
         if need.port == "model" or len(sums.parts) != len(self.read):
             return self.read
-        if need.view == "samples" and need.port != "weight*grad":
+        if need.port.startswith(ASSOCIATION) or (need.view == "samples" and need.port != "weight*grad"):
             return torch.tensor([rows_of(part) for part in sums.parts])
         labelled = need.view == "tokens" or "grad" in need.port or need.target == "label"
         found = self.finite(layer, need) - self.unlabelled * labelled

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from nodelens.messages import check_names, with_new_names
+from nodelens.messages import check_folder, check_names, shown, with_new_names
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 
@@ -60,6 +60,10 @@ class AnalyzeOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"groups is {self.groups!r}; it must be 1 or more: groups of samples, for the jackknife")
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed is {shown(self.seed)}; it is an integer")
+        if self.save_to is not None:
+            check_folder("save_to", self.save_to)
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
         if not self.save_minutes >= 0:

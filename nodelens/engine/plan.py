@@ -12,11 +12,12 @@ from nodelens.metrics.need import Other
 from nodelens.metrics.sets import is_default
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
-from nodelens.network.layers import Layer, pairs_of
+from nodelens.network.layers import ASSOCIATION, Layer, pairs_of
 from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
 from nodelens.statistics.costs import PAIRS
 
+from .associations import check_associations, with_stack
 from .buffered import buffer_bytes, held, held_bytes
 from .covariance import CovariancePolicy
 from .dry_run import DryRun
@@ -63,10 +64,11 @@ class Plan(PassLayout):
         never_called = [layer for layer in [*layers, *member_layers] if f"{layer.name}.output" not in dry_run.seen]
         if never_called and (not optional or member_layers or len(never_called) == len(layers)):
             remedy = "name another layer, such as the module that takes its output"
-            remedy = "leave its group out of the scope, or score it by weights" if never_called[0] in member_layers else remedy
+            if never_called[0] in member_layers:
+                remedy = "leave its group out (freeze=), or score it by weights (magnitude)"
             raise ValueError(
-                f"layer {never_called[0].name!r} is never called by {type(model).__name__}.forward (its parent may read "
-                f"its weight directly): {remedy}"
+                f"layer {never_called[0].name!r} is never called by {type(model).__name__}.forward (no token of the first "
+                f"samples goes to it, or its parent reads its weight directly): {remedy}"
             )
         layers = [layer for layer in layers if layer not in never_called]
         default = is_default(metrics)
@@ -75,6 +77,8 @@ class Plan(PassLayout):
         names = [layer.name for layer in never_called]
         more: dict[str, Any] = {"members": members, "seed": seed, "reduce": reduce, "optional": optional, "notes": unlabelled}
         plan = omit_products(cls(layers, metrics, dry_run, groups, positions, names, *settings, **more), optional, default)
+        plan = with_stack(plan)
+        check_associations(plan)
         for name, metric in metrics.items():
             check_parameter(plan, name, metric, optional)
             for need in metric.needs().values() if dry_run.tokens else ():
@@ -100,15 +104,28 @@ class Plan(PassLayout):
             for name, port in sites if need.port != "model" else ():
                 if reason := self.seen_at(name, port).unread or ("grad" in port and self.no_gradient.get(name)):
                     return str(reason)
+            if need.port.startswith(ASSOCIATION):
+                plain = need._replace(port=ASSOCIATION)
+                if reason := need.options[0].refused or self.no_derivative.get((layer.name, plain)):
+                    return str(reason)
         return ""
 
-    def without(self, unread: Mapping[str, str], no_gradient: Mapping[str, str]) -> "Plan":
-        """The plan once the data are read: layers of which no rows could be made, or that no gradient reached, and why."""
-        if not unread and not no_gradient:
+    def without(
+        self, unread: Mapping[str, str], no_gradient: Mapping[str, str], no_derivative: Mapping[tuple[str, Need], str]
+    ) -> "Plan":
+        """The plan once the data are read: layers of which no rows could be made, or that no gradient reached, and why.
+
+        Raises ValueError for an association that exists at no layer.
+        """
+        if not unread and not no_gradient and not no_derivative:
             return self
         found = {site: replace(seen, unread=unread.get(site.rpartition(".")[0], "")) for site, seen in self.dry_run.seen.items()}
         seen = {site: each if each.unread else self.dry_run.seen[site] for site, each in found.items()}
-        return replace(self, dry_run=replace(self.dry_run, seen=seen), no_gradient=no_gradient)
+        dry_run = replace(self.dry_run, seen=seen)
+        plan = replace(self, dry_run=dry_run, no_gradient=no_gradient, no_derivative=no_derivative)
+        if no_derivative:
+            check_associations(plan)
+        return plan
 
     def unpaired(self, needs: Mapping[str, tuple[Layer, Need]]) -> str:
         """Why the rows of a layer cannot be paired with the target of each prediction; empty if they can."""
@@ -128,6 +145,8 @@ class Plan(PassLayout):
         ports = {layer.name: {need.port for need in self.needs(layer)} for layer in self.read}
         for other in self.others:
             ports.setdefault(other.layer, set()).add(other.port)
+        for layer in self.layers if self.stack is not None and self.stack.name in ports else ():
+            ports.setdefault(layer.name, set()).add(ASSOCIATION)
         for layer, port in self.watched:
             ports.setdefault(layer.name, set()).add(port)
         return [Site(layer, port) for layer in self.every_layer if layer.name in ports for port in sorted(ports[layer.name])]
@@ -152,7 +171,7 @@ class Plan(PassLayout):
 
     @property
     def overwritten(self) -> set[str]:
-        there = (layer for layer in self.every_layer if layer is not self.members.model)
+        there = (layer for layer in self.every_layer if layer not in (self.members.model, self.stack))
         return {layer.name for layer in there if self.seen(layer, "output").overwritten}
 
     @property
@@ -166,6 +185,17 @@ class Plan(PassLayout):
         """Whether anything is computed from the model's predictions."""
         by_token = any(need.view == "tokens" for layer in self.read for need in self.needs(layer))
         return by_token or self.members.model is not None or bool(self.targets - {"label", "given"})
+
+    @cached_property
+    def derivatives(self) -> set[str]:
+        """What is differentiated besides the loss: predictions, loss, hessian, inputs; and values, which are not."""
+        every = (need for layer in self.read for need in self.needs(layer) if need.port.startswith(ASSOCIATION))
+        return {need.options[0].of for need in every}
+
+    @property
+    def from_inputs(self) -> bool:
+        """Whether the graph of derivatives starts at the inputs: a graph that starts at a layer breaks at in-place operations."""
+        return "inputs" in self.derivatives or (bool(self.derivatives) and bool(self.overwritten))
 
     @property
     def gradients(self) -> bool:

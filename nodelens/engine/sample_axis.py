@@ -11,6 +11,17 @@ from nodelens.network.eval_mode import eval_mode
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 
+_WAY_OUT = "give data and modules with samples first (batch_first=True)"
+
+
+class NoSampleAxisError(ValueError):
+    """The first axis of some layers is not the samples. shapes: {layer: what it puts out}."""
+
+    def __init__(self, shapes: Mapping[str, str]):
+        self.shapes = shapes
+        layer, shown = next(iter(shapes.items()))
+        super().__init__(f"layer {layer!r} {shown}; {_WAY_OUT}, or leave it out (layers=)")
+
 
 def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any], optional: bool = False) -> dict[str, str]:
     """{layer: reason} where the first axis of a layer is not the samples: one sample less has to show half of it.
@@ -24,22 +35,21 @@ def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]
     if len(batch) < 2 or not (time_first or any(shape[0] != 2 for shape in shown.values())):
         return {}
     again = _shapes_of_one(model, batch, [*shown, *(Site(layer, "output") for layer in time_first)])
-    way_out = "give data and modules with samples first (batch_first=True)"
+    why = "its first axis is not the samples"
     found = {
-        site.layer.name: f"layer {site.layer.name!r} puts out {tuple(again[site])} for one sample and {tuple(shape)} for two: its "
-        f"first axis is not the samples; {way_out}, or leave it out (layers=)"
+        site.layer.name: f"puts out {tuple(again[site])} for one sample and {tuple(shape)} for two: {why}"
         for site, shape in shown.items()
         if site in again and shape[0] != 2 * again[site][0]
     }
     if found and not optional:
-        raise ValueError(next(iter(found.values())))
+        raise NoSampleAxisError(found)
     for site in again.keys() - shown.keys():
         if len(again[site]) == 3 and again[site][0] == 1:
             raise ValueError(
                 f"{site.layer.name!r} takes time first and samples second (batch_first=False), "
-                f"but the first axis of the data is its time: {way_out}"
+                f"but the first axis of the data is its time: {_WAY_OUT}"
             )
-    return found
+    return {layer: str(NoSampleAxisError({layer: shown})) for layer, shown in found.items()}
 
 
 def _shapes_of_one(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:

@@ -80,6 +80,11 @@ def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False
             _store(table, columns, row, cell.name, metric, found)
         frames.append(pd.DataFrame(columns, index=index))
         rows.append(row)
+    for cell in of_layers.get(plan.stack.name, ()) if plan.stack is not None else ():
+        metric = plan.metrics[cell.name]
+        found = _measured(metric, plan, cell, bias, seed)
+        _note(table, plan.stack.title, cell.name, metric, found, plan, cell.place)  # type: ignore[union-attr]
+        _store(table, {}, {"layer": plan.stack.title}, cell.name, metric, found)  # type: ignore[union-attr]
     table.units = pd.concat(frames)
     table.layers = pd.DataFrame(rows).set_index("layer")
     table.edges = _edges(table, plan, of_pairs, bias, seed)
@@ -92,10 +97,11 @@ def _cells(plan: Plan, sums: Sums, samples: SampleCounts) -> tuple[dict[str, lis
     of_layers: dict[str, list[_Cell]] = {layer.name: [] for layer in plan.measured}
     of_pairs: dict[Place, list[_Cell]] = {pair: [] for pair in plan.pairs if pair[0] in plan.measured}
     for name, metric in plan.metrics.items():
-        places = of_pairs if metric.kind == "edge" else [(layer, plan.behind(metric, layer)) for layer in plan.measured]
+        places: Any = of_pairs if metric.kind == "edge" else [(layer, plan.behind(metric, layer)) for layer in plan.measured]
+        places = [*places, (plan.stack, None)] if plan.stacks(metric) else places
         for place in places:
             cell = _Cell(name, place, estimators_at(metric, plan, _places(metric, plan, place), sums, samples))
-            (of_pairs[place] if metric.kind == "edge" else of_layers[place[0].name]).append(cell)
+            (of_pairs[place] if metric.kind == "edge" else of_layers.setdefault(place[0].name, [])).append(cell)
     return of_layers, of_pairs
 
 
@@ -184,6 +190,7 @@ def _measured(metric: Metric, plan: Plan, cell: _Cell, bias: bool = False, seed:
         columns["_se"], bias_estimate = jackknife(value, replicates, counted[counted > 0])
         columns["_se"] = columns["_se"].where(torch.tensor(not why), math.nan)
         columns |= {"_bias": bias_estimate} if bias else {}
+    columns |= estimators[0].beside
     if metric.options.get("permutations"):
         columns |= null_of(metric, *estimators[0].for_null(), seed)
     return _scatter(Measured(columns, counts, known=known, no_error=why), plan, metric, layer)

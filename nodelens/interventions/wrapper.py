@@ -10,6 +10,11 @@ from nodelens.network.arguments import check_arguments
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
+from nodelens.network.roles import roles_of
+
+from .representation_context import RepresentationContext
+from .running import run_context
+from .states import StateManager
 
 _SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
 
@@ -23,13 +28,15 @@ class ModelWrapper:
     (torch.Size([4, 2]), torch.Size([2, 3]))
     """
 
-    def __init__(self, model: nn.Module, tracked_layers: str | Sequence[str] = "*", sites: Sequence[str] = ()):
+    def __init__(
+        self, model: nn.Module, tracked_layers: str | Sequence[str] = "*", sites: Sequence[str] = (), tokenizer: Any = None
+    ):
         """tracked_layers, sites: as in ``find_layers``. Extra sites are captured only if a call names them.
 
-        Raises ValueError for a name without a match.
+        tokenizer: of transformers, for ``run`` on texts. Raises ValueError for a name without a match.
         """
         check_arguments("nl.ModelWrapper", model)
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.layers = [layer.name for layer in find_layers(model, tracked_layers)]
         self._found = {layer.name: layer for layer in find_layers(model, [*self.layers, *sites])}
 
@@ -74,6 +81,22 @@ class ModelWrapper:
                 raise ValueError(f"layer {layer.name!r} ({type(layer.module).__name__}) has no weights of its units: leave it out")
             weights[layer.name] = tensor
         return weights
+
+    def run(self, context: RepresentationContext, state_manager: StateManager | None = None) -> Any:
+        """The model's output for the prompt of a context; the manager loads and saves states as its config says.
+
+        Text prompts are padded on the left; their special tokens are those of the tokenizer. The model runs without gradients.
+
+        Raises ValueError for a model in training mode or without blocks, a text without a tokenizer, prompts of different lengths
+        without a padding token, names, layers or positions that are not there, and states of another width, dtype or number of
+        positions. Nothing is saved then.
+        """
+        return run_context(self.model, self.tokenizer, context, StateManager() if state_manager is None else state_manager)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(roles_of(self.model).blocks)
 
     @property
     def tracked_layers(self) -> list[str]:

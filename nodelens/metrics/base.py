@@ -33,6 +33,7 @@ class Metric:
     reads_consumers: ClassVar[bool] = False  # whether it reads the consumers of the units
     whole_experts: ClassVar[bool] = False  # whether it can score whole experts of a mixture
     grouped: ClassVar[bool] = False  # whether it takes a list of one statistic per group of samples
+    matrix_errors: ClassVar[bool] = False  # whether a matrix of pairs comes with a matrix of standard errors
     nan: ClassVar[str] = "never"
     no_error: ClassVar[str] = ""  # why the jackknife is not the error of this metric, whose standard errors are then NaN
     log_interval: ClassVar[bool] = False  # whether intervals are symmetric about the logarithm of the value
@@ -47,6 +48,14 @@ class Metric:
 
     def needs(self) -> dict[str, Need]:
         """The statistics that ``__call__`` takes, by argument name."""
+        return {}
+
+    def stacked_needs(self) -> dict[str, Need]:
+        """The statistics that ``__call__`` takes for the units of all layers side by side, of metrics with that option."""
+        return {}
+
+    def beside(self, weight: Any, **statistics: Any) -> dict[str, Tensor]:
+        """Further columns or matrices beside the value, by the suffix of their name."""
         return {}
 
     def __call__(self, weight: Any, **statistics: Any) -> Tensor:

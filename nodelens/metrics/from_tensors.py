@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.messages import nearest
-from nodelens.network.layers import Layer
+from nodelens.network.layers import ASSOCIATION, Layer
 from nodelens.network.missing import with_target
 from nodelens.network.targets import target_of
 from nodelens.statistics import Gram, Moments, Patches, Statistic
@@ -181,6 +181,10 @@ def _known(metric: Any, name: str, needs: dict[str, Need], tensors: dict[str, An
 
 
 def _statistic(metric: Any, need: Need, tensors: dict[str, Any], known: Tensor | None = None) -> Statistic:
+    if need.port == ASSOCIATION:
+        raise ValueError(
+            f"{metric.names[0]} differentiates the model, which tensors do not contain: use nl.analyze(model, data, ...)"
+        )
     if need.port.partition("/")[0] not in _PORTS:
         raise ValueError(_of_groups(metric))
     if issubclass(need.statistic, WeightSums):

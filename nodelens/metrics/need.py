@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from nodelens.network.layers import ASSOCIATION
 from nodelens.statistics import Statistic
 
 View = Literal["positions", "samples"]
@@ -38,7 +39,7 @@ class Need(NamedTuple):
     ``/tokens`` divides gradients by the predicted tokens of the sample. For pruning groups: ``output*grad`` where the units are
     read, summed over places and consumers first; ``made*grad`` where they are produced; ``consumed``, the input of each consumer, a
     list of statistics; ``maps``, the input of the first two-dimensional convolution that reads them; ``load``, 1 where a token
-    is routed to an expert; ``model``, sums over the whole model, built with ``options``.
+    is routed to an expert; ``association``, a ``Derivative``; ``model``, sums over the whole model, built with ``options``.
     view: ``positions``, ``samples``, or ``whole``: one row per sample for images, per token for language models. A plan replaces
     it by ``tokens`` where there is one target per token: the tokens that have one, also for needs without a target.
     target: a name or function of ``targets.py``, several names joined by +, or another port with paired rows.
@@ -48,8 +49,9 @@ class Need(NamedTuple):
     port: str
     view: str = "positions"
     target: Target | Other | None = None
-    options: tuple[Any, ...] = ()  # for sums over the whole model
+    options: tuple[Any, ...] = ()  # for sums over the whole model, or the Derivative of an association
 
     def __str__(self) -> str:
         paired = f" with {getattr(self.target, '__name__', self.target)}" if self.target else ""
-        return f"{self.statistic.__name__}({self.port}, {self.view}{paired})"
+        options = "".join(f", {option}" for option in self.options) if self.port.startswith(ASSOCIATION) else ""
+        return f"{self.statistic.__name__}({self.port}, {self.view}{paired}{options})"

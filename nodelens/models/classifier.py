@@ -9,6 +9,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
+from nodelens.messages import either
+
 from .weights import load_weights
 
 _KEY = "nodelens_config"
@@ -67,7 +69,10 @@ class Classifier(lightning.LightningModule):
         if self.make_optimizer is None:
             raise ValueError(
                 "the model has no optimizer, so it cannot be trained; "
-                "set model.optimizer, as {_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}"
+                + either(
+                    "give optimizer=, as functools.partial(torch.optim.AdamW, lr=0.001)",
+                    "set model.optimizer, as {_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}",
+                )
             )
         optimizer = self.make_optimizer(p for p in self.net.parameters() if p.requires_grad)
         if self.make_scheduler is None:

@@ -12,6 +12,8 @@ from transformers import (
 )
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
+from nodelens.messages import setting
+
 from .stored import load_stored, stored_config
 
 _RESNETS = {18: ("basic", [2, 2, 2, 2]), 34: ("basic", [3, 4, 6, 3]), 50: ("bottleneck", [3, 4, 6, 3])}
@@ -93,10 +95,14 @@ def vit(
     patch = patch or min(divisors, key=lambda d: (abs(d - size / 8), d))
     if patch not in divisors:
         raise ValueError(
-            f"vit: patch {patch} does not divide size {size}; set model.net.patch to one of {', '.join(map(str, divisors))}"
+            f"vit: patch {patch} does not divide size {size}; set {setting('model.net.patch')} to one of "
+            f"{', '.join(map(str, divisors))}"
         )
     if hidden % heads:
-        raise ValueError(f"vit: {heads} heads do not divide hidden {hidden}; change model.net.heads or .hidden")
+        raise ValueError(
+            f"vit: {heads} heads do not divide hidden {hidden}; change {setting('model.net.heads')} or "
+            f"{setting('model.net.hidden')}"
+        )
     more: dict[str, Any] = {"num_labels": classes}
     return ViTForImageClassification(
         ViTConfig(

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from nodelens.messages import either, setting
+
 from .classifier import Classifier, logits_of
 from .stored import hub_is_reachable, quiet, why_missing
 from .trusted import check_implementations, refuse_code, without_code
@@ -134,7 +136,7 @@ def language_config(
     """The config of ``causal_lm``, without reading weights. Raises the same errors."""
     changes = without_code(config or {}, f"'{path or model_type}'")
     if (path is None) == (model_type is None):
-        raise ValueError("give model.path, or model.net.model_type for random weights: one of the two")
+        raise ValueError(f"give {setting('model.path')}, or {setting('model.net.model_type')} for random weights: one of the two")
     try:
         if model_type is not None:
             found = AutoConfig.for_model(model_type, **changes)
@@ -169,7 +171,7 @@ def tiny_lm(
     if width % heads or heads % kv_heads or (width // heads) % 2:
         raise ValueError(
             f"tiny_lm: width {width}, {heads} heads, {kv_heads} kv_heads; heads must divide the width into parts of even "
-            "size, and kv_heads must divide the heads: change model.net"
+            "size, and kv_heads must divide the heads"
         )
     no_tokens: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return LlamaForCausalLM(
@@ -189,12 +191,14 @@ def tiny_lm(
 def _quantized(bits: str, path: str | None) -> BitsAndBytesConfig:
     """The quantization config. Raises ValueError for other bits, random weights, or a missing library."""
     if bits not in ("8bit", "4bit"):
-        raise ValueError(f"model.net.quantization is {bits!r}; it is 8bit, 4bit or null")
+        raise ValueError(f"{setting('model.net.quantization')} is {bits!r}; it is 8bit, 4bit or {either('None', 'null')}")
     if path is None:
-        raise ValueError(f"model.net.quantization={bits} is for stored weights: give model.path")
+        raise ValueError(f"{setting('model.net.quantization', bits)} is for stored weights: give {setting('model.path')}")
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"model.net.quantization={bits} needs {' and '.join(missing)}: pip install nodelens[quantized]")
+        raise ValueError(
+            f"{setting('model.net.quantization', bits)} needs {' and '.join(missing)}: pip install nodelens[quantized]"
+        )
     return BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
 
 
@@ -207,8 +211,8 @@ def check_vocabulary(net: nn.Module, classes: int) -> None:
     size = getattr(table, "num_embeddings", None)
     if isinstance(size, int) and size < classes:
         raise ValueError(
-            f"the data's tokenizer has {classes} ids, but {type(net).__name__} has {size}; set dataset.tokenizer to the model's "
-            "own, or the model's classes"
+            f"the data's tokenizer has {classes} ids, but {type(net).__name__} has {size}; set {setting('dataset.tokenizer')} to "
+            "the model's own, or the model's classes"
         )
 
 
@@ -240,8 +244,8 @@ def _stored(path: str, config: PretrainedConfig, options: dict[str, Any]) -> Pre
 
 def _not_here(path: str, why: str) -> OSError:
     return OSError(
-        f"no model to load at '{path}': {why}; give a folder written by save_pretrained, or a hub id, as model.path, "
-        "or take model=tiny_lm"
+        f"no model to load at '{path}': {why}; give a folder written by save_pretrained, or a hub id, as {setting('model.path')}, "
+        f"or take {either('nodelens.models.tiny_lm', 'model=tiny_lm')}"
     )
 
 

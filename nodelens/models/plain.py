@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from nodelens.messages import setting
+
 
 class MLP(nn.Sequential):
     """Linear layers with a ReLU between them, on the flattened input: (B, ...) -> (B, classes) logits.
@@ -62,7 +64,7 @@ def cnn(classes: int, channels: int, size: int, widths: Sequence[int] = (16, 32,
     if size < least:
         raise ValueError(
             f"cnn: {len(widths)} widths need images of at least {least} pixels, size is {size}; "
-            f"give fewer model.net.widths or set a larger dataset.size"
+            f"give fewer {setting('model.net.widths')} or set a larger {setting('dataset.size')}"
         )
     return CNN(channels, classes, widths)
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from nodelens.messages import either, setting
+
 from .trusted import check_implementations, refuse_code
 
 _log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def stored_config(path: str, kind: type[PretrainedConfig]) -> PretrainedConfig:
     if config.model_type != kind.model_type:
         raise ValueError(
             f"'{path}' holds a model of type {config.model_type}, but {kind.model_type} is needed; "
-            f"choose another model, or another model.net.path"
+            f"choose another model, or another {setting('model.net.path')}"
         )
     check_implementations(config, f"'{path}'")
     return config
@@ -59,7 +61,7 @@ def load_stored(
             what = _NAMES.get(name, name)
             raise ValueError(
                 f"'{path}' was stored with {what} {found}, but {what} {value} is needed; change the "
-                f"model or dataset config to the stored value, or leave model.net.path null to start from scratch"
+                f"{either('argument', 'model or dataset config')} to the stored value, or {_from_scratch()}"
             )
     if config.num_labels != classes:
         _log.info("'%s' has a head of %d classes; it is replaced by a new one of %d", path, config.num_labels, classes)
@@ -101,8 +103,12 @@ def _from_pretrained(
 def _not_here(path: str, why: str) -> OSError:
     return OSError(
         f"no model to load at '{path}': {why}; give a local folder written by save_pretrained as "
-        f"model.net.path, or leave it null to start from scratch"
+        f"{setting('model.net.path')}, or {_from_scratch()}"
     )
+
+
+def _from_scratch() -> str:
+    return f"{setting('model.net.path', None)} to start from scratch"
 
 
 def why_missing(path: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nodelens.messages import nearest
+from nodelens.messages import nearest, setting
 
 
 def torchvision_model(name: str, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -19,7 +19,7 @@ def torchvision_model(name: str, classes: int, channels: int = 3, pretrained: bo
     models = _imported("torchvision").models
     _check_name("torchvision", name, models.list_models(module=models))
     if channels != 3:
-        raise ValueError(f"torchvision's {name} reads 3 channels, the data have {channels}: set dataset.channels=3")
+        raise ValueError(f"torchvision's {name} reads 3 channels, the data have {channels}: set {setting('dataset.channels', 3)}")
     if not pretrained:
         options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return models.get_model(name, weights=None, num_classes=classes, **options)
@@ -27,7 +27,8 @@ def torchvision_model(name: str, classes: int, channels: int = 3, pretrained: bo
     own = len(weights.meta["categories"])
     if own != classes:
         raise ValueError(
-            f"the weights of torchvision's {name} are for {own} classes, the data have {classes}: set pretrained=false"
+            f"the weights of torchvision's {name} are for {own} classes, the data have {classes}: set "
+            f"{setting('model.net.pretrained', False)}"
         )
     return models.get_model(name, weights=weights)
 

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from nodelens.messages import kind_of
+
 _BATCHES = "give batches: a DataLoader, or a list such as [(x, y)]"
 
 
@@ -15,7 +17,7 @@ def check_arguments(call: str, model: Any, data: Any = None) -> None:
     None is allowed as data.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{call} takes a model, a torch.nn.Module, and not {_kind(model)}: {_way_to_a_model(model, data)}")
+        raise TypeError(f"{call} takes a model, a torch.nn.Module, and not {kind_of(model)}: {_way_to_a_model(model, data)}")
     if data is not None:
         check_data(call, data)
         if any(p.is_meta for p in model.parameters()):
@@ -36,7 +38,7 @@ def check_data(call: str, data: Any) -> None:
     elif isinstance(data, (str, nn.Module)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         way_out = _BATCHES
     if way_out:
-        raise TypeError(f"{call}: data is {_kind(data)}; {way_out}")
+        raise TypeError(f"{call}: data is {kind_of(data)}; {way_out}")
 
 
 def _way_to_a_model(model: Any, data: Any) -> str:
@@ -55,13 +57,3 @@ def _is_pair(data: Any) -> bool:
     """Whether data are inputs with their labels, which have fewer axes, and not two batches."""
     pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
     return pair and len(data[0].shape) > len(data[1].shape)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    shape = getattr(value, "shape", None)
-    sized = f" {tuple(shape)}" if isinstance(shape, tuple) else ""
-    return "None" if value is None else f"{type(value).__name__}{sized}"

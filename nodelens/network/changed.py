@@ -1,5 +1,6 @@
 """Changing the tensor that a module reads or puts out, in the container it came in."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,26 +8,43 @@ from torch import Tensor, nn
 
 from .batch import tensor_of
 
-Edit = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
-def changed_read(change: Edit, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def changed_read(change: Change, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A module's arguments with the tensor that it reads changed."""
     if args:
         return changed_output(change, module, (), args), kwargs
     return args, changed_output(change, module, (), dict(kwargs))
 
 
-def changed_output(change: Edit, module: nn.Module, args: tuple, output: Any) -> Any:
-    """An output with its tensor changed. Raises ValueError where there is none."""
+def changed_output(change: Change, module: nn.Module, args: tuple, output: Any) -> Any:
+    """An output with its tensor changed; the container is a copy. Raises ValueError where there is no tensor."""
     if isinstance(output, Tensor):
         return change(output)
     old = tensor_of(output)
     if old is None:
         raise ValueError(f"{type(module).__name__} shows {type(output).__name__} without a tensor: nothing to edit")
-    if isinstance(output, tuple) and not hasattr(output, "_fields"):
-        return tuple(change(v) if v is old else v for v in output)
-    for key, v in output.items():
-        if v is old:
-            output[key] = change(v)
-    return output
+    new = change(old)
+    if isinstance(output, (tuple, list)):
+        items = [new if v is old else v for v in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    changed = copy.copy(output)
+    if not hasattr(output, "items"):  # an object with a field of logits
+        changed.logits = new
+        return changed
+    for key in [key for key, v in output.items() if v is old]:
+        changed[key] = new
+    return changed
+
+
+def announce(see: Callable[[nn.Module, tuple, dict], None], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Shows a module's arguments before they are changed."""
+    see(module, args, kwargs)
+
+
+def before_observers(hooks: dict[int, Any]) -> None:
+    """Moves the hooks of this file before all others; within both, those registered first stay first."""
+    first = (announce, changed_read, changed_output)
+    for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) not in first]:
+        hooks[key] = hooks.pop(key)

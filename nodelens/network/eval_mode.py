@@ -36,6 +36,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Context in which a model that ``torch.compile`` has made runs uncompiled: its graph would not call new hooks."""
+    with torch.compiler.set_stance("force_eager") if uncompiled(model) is not model else nullcontext():
+        yield
+
+
+@contextmanager
 def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) -> Iterator[None]:
     """Context in which every submodule is in eval mode (unchanged if ``train``) and no parameter requires a gradient.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 LENGTH = 100  # largest number of characters of an expression
 LARGEST = 10**6  # largest absolute value of any intermediate result
-_CHARACTERS = re.compile(r"[0-9n()+\-*/%:, ]*")
+CHARACTERS = re.compile(r"[0-9n()+\-*/%:, ]*")
 _TWO: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -43,7 +43,7 @@ def _indices(text: str, n: int) -> list[int]:
         raise ValueError(f"it has {len(text)} characters, at most {LENGTH} are allowed")
     if text.strip() == "all":
         return list(range(n))
-    if not _CHARACTERS.fullmatch(text):
+    if not CHARACTERS.fullmatch(text):
         raise ValueError("allowed are all, or integers, n, + - * // %, brackets, colons and commas")
     return list(dict.fromkeys(index for item in text.split(",") for index in _item(item, n)))
 

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from nodelens.messages import check_texts
+
 from .arguments import check_arguments
 from .eval_mode import uncompiled
 from .experts import ExpertLayer, expert_layers
@@ -26,6 +28,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
     role that is not found, or a start without the weights of this model.
     """
     check_arguments("nl.find_layers", model)
+    check_texts("patterns", patterns, "'fc1', 'layer1.*' or '*'")
     model = uncompiled(model)
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import check_texts, setting
+
 Role = Literal["producer", "consumer", "tied"]
 KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn", "expert")
 
@@ -50,7 +52,7 @@ class GroupSlice:
         tensor = self.of(model)
         moved = tensor.movedim(self.dim - (self.entry is not None), 0)
         if self.index.shape == (len(moved), 1) and self.index.equal(identity(len(moved))):
-            return moved.flatten(1)
+            return moved.reshape(len(moved), -1)
         return moved[self.index.to(tensor.device)].flatten(1)
 
 
@@ -175,7 +177,8 @@ class PruningGroups(Sequence[PruningGroup]):
             if group.name in excluded:
                 report.append(Frozen(group.name, "named by freeze"))
             elif not group.exact and not allow_approximate:
-                report.append(Frozen(group.name, "a norm reduces over its units; allow_approximate=true includes it"))
+                way = setting("allow_approximate", True)
+                report.append(Frozen(group.name, f"a norm reduces over its units; {way} includes it"))
             else:
                 kept.append(group)
         if not kept:
@@ -195,6 +198,7 @@ class PruningGroups(Sequence[PruningGroup]):
 
     def matching(self, patterns: str | Sequence[str], option: str, with_opt_in: bool = False) -> set[str]:
         """Names of the groups that match, by name, pattern or kind. Raises ValueError, naming the option, if none does."""
+        check_texts(option, patterns, "'fc1', 'layer1.*' or 'head'")
         matched: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             names = {g.name for g in self.groups if pattern in (g.name, g.kind) or fnmatchcase(g.name, pattern)}

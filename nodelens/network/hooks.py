@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import count
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .batch import tensor_of
-from .changed import Edit, changed_output, changed_read
+from .changed import Change, announce, before_observers, changed_output, changed_read
 from .experts import Call, ExpertLayer, Experts
 from .group_layer import GroupLayer, Member, UnitValues
+from .layers import ASSOCIATION
 from .sites import Awaited, InMixture, Site
+from .traced import Traced
 
 See = Callable[[Site, Any], None]
 
@@ -22,9 +24,9 @@ See = Callable[[Site, Any], None]
 class Capture(AbstractContextManager["Capture"]):
     """Calls ``see(site, tensor)`` for what passes at each site while it is open and the gate is up.
 
-    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad``
-    input, output and gradient; ``change`` what the weights' change since the start puts out. ``cloned`` names the layers whose
-    output a later operation overwrites in place.
+    ``grad`` shows the gradient of the units during the backward pass, ``output*grad`` its product with them, ``weight*grad`` input,
+    output and gradient; ``change`` what the weights' change since the start puts out; ``association`` the place in the graph, as
+    ``Traced``. ``cloned`` names the layers whose output a later operation overwrites in place.
 
     A pruning group shows ``UnitValues``: ``output*grad`` where its units are read, each reader's own share of the gradient;
     ``made*grad`` where they are made; ``maps`` what its first two-dimensional convolution reads; ``load`` which tokens go to
@@ -147,6 +149,8 @@ class Capture(AbstractContextManager["Capture"]):
         if tensor is None:
             raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")
         self.fired[str(site)] += 1
+        if site.port.startswith(ASSOCIATION):
+            return self.see(site, Traced.of(tensor))
         if "grad" in site.port:
             if not self._await(Awaited(site, site.layer)):
                 return None
@@ -247,19 +251,32 @@ def entered(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def edit(outputs: Mapping[nn.Module, Edit], inputs: Mapping[nn.Module, Edit] | None = None) -> Iterator[None]:
+def announced(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple, dict], None]) -> Iterator[None]:
+    """Inside, ``see(module, args, kwargs)`` is called before each call of the modules, and before their edits."""
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(partial(announce, see), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def edit(outputs: Mapping[nn.Module, Change], inputs: Mapping[nn.Module, Change] | None = None) -> Iterator[None]:
     """Inside, what each module puts out, or reads, passes through its function first, in the container it came in.
 
-    Observers see the edited value; nothing is written into the model. Functions return a new tensor.
+    Observers see the edited value; of nested contexts, the outer one changes it first. Nothing is written into the model. Functions
+    return a new tensor.
     """
-    handles = [module.register_forward_hook(partial(changed_output, change), prepend=True) for module, change in outputs.items()]
-    for module, change in (inputs or {}).items():
-        handles.append(module.register_forward_pre_hook(partial(changed_read, change), prepend=True, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for module, change in outputs.items():
+            handle = module.register_forward_hook(partial(changed_output, change))
+            stack.callback(handle.remove)
+            before_observers(module._forward_hooks)
+        for module, change in (inputs or {}).items():
+            handle = module.register_forward_pre_hook(partial(changed_read, change), with_kwargs=True)
+            stack.callback(handle.remove)
+            before_observers(module._forward_pre_hooks)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

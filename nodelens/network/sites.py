@@ -1,4 +1,4 @@
-"""Sites: where rows and gradients are read."""
+"""Sites: where rows are read, and inside a mixture of experts."""
 
 from typing import NamedTuple
 

@@ -58,9 +58,10 @@ class Cost:
     """Parameters and MACs as functions of kept counts, {group: units}.
 
     Parameters: distinct tensors; tied ones count once. MACs: positions times weights (two FLOPs each) of Linear layers,
-    convolutions, routers and experts, and the products of queries with keys and of scores with values in attention modules that
-    form a group; causal attention counts in full. Biases, norms, embeddings and activations do not count. MACs are 0 without a
-    batch. Removing whole experts does not change the MACs of experts, because their tokens are routed to others.
+    convolutions, recurrent layers, routers and experts, and the products of queries with keys and of scores with values in
+    attention modules that form a group; causal attention counts in full. Biases, norms, embeddings and activations do not count.
+    MACs are 0 without a batch. Removing whole experts does not change the MACs of experts, because their tokens are routed to
+    others.
     """
 
     units: Mapping[str, int]
@@ -158,6 +159,8 @@ def _multiplied(module: nn.Module, inputs: tuple, output: Any) -> dict[str, floa
         tokens = choices[0].numel() if choices else x.numel() // x.shape[-1] if x is not None else 0
         return {name: tokens / len(getattr(module, name)) for name in experts if name != "bias" and "bias" not in name}
     weight = getattr(module, "weight", None)
+    if x is not None and isinstance(module, nn.RNNBase):
+        return {name: x.numel() / x.shape[-1] for name, p in module.named_parameters(recurse=False) if p.ndim == 2}
     if x is None or not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
         return {}
     if isinstance(module, nn.modules.conv._ConvNd):

@@ -6,13 +6,14 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
+from nodelens.messages import kind_of
 from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 from nodelens.pruning.allocation.allocate import Allocation, allocate
 from nodelens.pruning.allocation.densities import shapes_of_groups
 from nodelens.pruning.allocation.selection import Mode, NanPolicy, select, ties
-from nodelens.pruning.criteria.criterion import Criterion
+from nodelens.pruning.criteria.criterion import Criterion, random_scores
 from nodelens.pruning.criteria.scoring import Reduce
 from nodelens.pruning.surgery.compensate import Compensate, check_compensate
 
@@ -22,6 +23,7 @@ from .removal_plan import RemovalPlan, check_removal
 from .schedule import kept_shares
 
 Apply = Literal["slice", "mask", "scale"]
+_TAKES = {"protect": "a dict {group: units to keep}"}  # other options than objects with a name of their own
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class PruningOptions:
     loss: Loss | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("criterion", Criterion), ("allocation", Allocation), ("schedule", Schedule), ("protect", Mapping)):
+            if not isinstance(given := getattr(self, name), kind):
+                takes = _TAKES.get(name, f"a name or nl.{kind.__name__}(...)")
+                raise TypeError(f"{name} is {kind_of(given)}; it takes {takes}")
         if self.apply not in get_args(Apply):
             raise ValueError(f"apply is {self.apply!r}; it is slice, mask or scale")
         check_removal(self.amount, self.mode)
@@ -131,11 +137,18 @@ def plan_removal(
     removed, amount = removed or {}, options.amount if share is None else share
     scores = options.criterion.score(table, options.seed)
     protect = _protected(context.groups, options.protect)
-    for name, units in options.criterion.protected(table).items():
-        protect[name] = sorted({*protect.get(name, ()), *units} - {*removed.get(name, ())})
+    protect = _with(protect, options.criterion.protected(table), removed)
     budget, cost = options.budget, context.cost
+    without = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
+    mode, first, types = options.mode, dict[str, Sequence[int]](), options.criterion.types
+    if types is not None:
+        labels = types.labels(context.groups)
+        protect = _with(protect, types.protected(scores, labels), removed)
+        first = _without(types.removed_first(labels), protect)
+        scores = types.paced(random_scores(scores.index, options.seed) if mode == "random" else scores, labels, mode == "high")
+        mode = "low"  # the order of removal is in the scores now
     rules: dict[str, Any] = {
-        "mode": options.mode,
+        "mode": mode,
         "seed": options.seed,
         "protected": protect,
         "removed": removed,
@@ -150,11 +163,11 @@ def plan_removal(
         price=lambda kept: cost.price(budget, kept),
         unit_price=lambda kept: cost.price(options.allocation.per_cost or budget, kept),
         shapes=shapes_of_groups(context.model, context.groups),
+        first=first,
         **rules,
     )
-    chosen = select(context.groups, scores, keep, **rules)
+    chosen = select(context.groups, scores, keep, first=first, **rules)
     tied = ties(context.groups, scores, chosen, **rules)
-    without = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
     return RemovalPlan(
         chosen, {**options.about, "without_score": without, "ties": tied, **achieved(context, chosen, amount, budget)}
     )
@@ -183,3 +196,14 @@ def _protected(groups: PruningGroups, protect: Mapping[str, Sequence[int]]) -> d
                 raise ValueError(f"protect.{pattern}: group {name!r} has units 0 to {n - 1}, not {list(units)}")
             protected[name] = sorted({*protected.get(name, ()), *units})
     return protected
+
+
+def _with(protect: dict[str, Sequence[int]], more: Mapping[str, Sequence[int]], removed: Mapping[str, Sequence[int]]) -> dict:
+    """Protected units and more of them, except those that an earlier plan removed."""
+    names = [*protect, *(name for name in more if name not in protect)]
+    gone = {name: {*removed.get(name, ())} if name in more else set() for name in names}
+    return {name: sorted({*protect.get(name, ()), *more.get(name, ())} - gone[name]) for name in names}
+
+
+def _without(units: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    return {name: sorted({*ids} - {*others.get(name, ())}) for name, ids in units.items()}

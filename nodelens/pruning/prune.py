@@ -38,7 +38,8 @@ _SIZES = {"params": "parameters", "macs": "multiply-accumulate operations per sa
 class FineTuning(Protocol):
     """Trains a pruned model in place; calls ``zeros`` so that removed units stay zero. Returns what it reports.
 
-    Called with the global generators seeded by the seed of the pruning.
+    Called with the global generators seeded by the seed of the pruning. If it has a method ``of_pruned(model, groups, removed,
+    sliced)``, what this returns is called instead: it may depend on the units that are left.
     """
 
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]: ...
@@ -113,7 +114,9 @@ def carry_out(
             if options.compensate == "batch_norm":
                 reestimate_batch_norm(model, context.all_batches)
             if finetune is not None:
-                finetuned = finetune(model, partial(zero, groups=current.groups, removed=removed if how == "mask" else {}))
+                of_units = getattr(finetune, "of_pruned", None)  # rates of learning by unit
+                tuned = finetune if of_units is None else of_units(model, current.groups, removed, how == "slice")
+                finetuned = tuned(model, partial(zero, groups=current.groups, removed=removed if how == "mask" else {}))
             current = replace(current, _moments={})
     about = {**plan.about, "added_bias": sorted(added_bias), "dense_fingerprint": context.fingerprint}
     plan = RemovalPlan(removed, about)

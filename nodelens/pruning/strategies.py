@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.members import of_groups_only
-from nodelens.messages import nearest
+from nodelens.messages import kind_of, nearest
 from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.metrics.need import Units
 from nodelens.network.find_layers import find_layers
@@ -181,6 +181,8 @@ def get_pruning_strategy(name: str, config: PruningConfig | None = None, **optio
 
     scores: (units,), or of the weight's shape; high means keep. Raises ValueError for an unknown name or option.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a pruning strategy is given by its name, such as 'magnitude', not as {kind_of(name)}")
     known = list_pruning_strategies()
     if name not in known and name not in list_metrics():
         raise ValueError(f"no pruning strategy is called {name!r}.{nearest(name, known)} list_pruning_strategies() names all")

@@ -46,7 +46,8 @@ def _matrices(folder: Path, modules: pd.DataFrame) -> list[str]:
             column = f"module_{name}"
             if (layer, name) in result.matrices and column in result.units:
                 q = modules.query("run == @run and layer == @layer and association == @name")["q"].iloc[0]
-                numbers = pd.to_numeric(result.units.loc[layer, column].astype(object)).to_numpy(float)
+                numbers = result.units.loc[layer, column].to_numpy(float)
+                numbers[numbers < 0] = np.nan  # in no module
                 panels.append((f"{name}, Q {q:.2f}\n{Path(run).name}", result.matrices[layer, name], numbers))
     if not panels:
         return []
@@ -66,8 +67,9 @@ def _alignment(folder: Path, runs: Any) -> list[str]:
 
 
 def _square(pairs: pd.DataFrame, value: str) -> pd.DataFrame:
-    names = list(dict.fromkeys([*pairs["a"], *pairs["b"]]))
-    found = pairs.groupby(["a", "b"])[value].mean()
+    sides = ["association_a", "association_b"]
+    names = list(dict.fromkeys(pairs[sides].to_numpy().T.ravel()))
+    found = pairs.groupby(sides)[value].mean()
     full = pd.DataFrame(np.nan, index=names, columns=names)
     for (a, b), number in found.items():
         full.loc[a, b] = full.loc[b, a] = number

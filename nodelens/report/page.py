@@ -4,11 +4,13 @@ import html
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from nodelens.results.files import write
 from nodelens.results.findings import Findings
 from nodelens.results.notices import notices
 from nodelens.results.result import Result, load, values_of
@@ -63,6 +65,20 @@ def _analyses(folder: Path, names: Iterable[str]) -> list[str]:
         gaps = [table(pd.DataFrame(missing).set_index("layer"), words=True)] if missing else []
         parts += section(title if name in (title.lower(), _kind(found)) else f"{title}: {name}", [*words, *figures, *gaps])
     return parts
+
+
+def write_figures(folder: str | Path) -> list[Path]:
+    """Draws the figures of a saved analysis into its subfolder ``figures``; returns their paths, none where it has no figures.
+
+    Raises FileNotFoundError for a folder without a finished analysis.
+    """
+    from nodelens.analysis.registry import load_analysis
+
+    found, paths = load_analysis(folder), []
+    for name, png, _ in _drawn(found)[1](found):
+        paths.append(Path(folder) / "figures" / f"{name}.png")
+        write(paths[-1], partial(Path.write_bytes, data=png))
+    return paths
 
 
 def _kind(found: Any) -> str:
@@ -162,8 +178,8 @@ def _sweep_table(sweep: pd.DataFrame) -> str:
 
     area = areas(sweep)
     means = curves(sweep)["mean"].unstack("amount").loc[area.index]
-    table = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
-    return table(table.set_index("criterion"))
+    frame = area[["area"]].join(means.rename(columns=lambda a: f"{a:g}")).reset_index()
+    return table(frame.set_index("criterion"))
 
 
 def _definitions(result: Result) -> str:

@@ -13,7 +13,7 @@ from nodelens.results.runs import load_runs
 
 from . import runs_figures as figures
 from .elements import figure, section, table, write_html
-from .settings import SEEDS, settings_of, usual
+from .settings import is_seed, settings_of, usual
 
 ROWS = 200  # of a table that a page shows
 
@@ -60,7 +60,7 @@ def _head(frame: pd.DataFrame, settings: Sequence[str]) -> list[str]:
 
 
 def _runs(frame: pd.DataFrame, settings: Sequence[str]) -> str:
-    shown = [*settings, *(c for c in SEEDS if c in frame), *frame.attrs["scores"]]
+    shown = [*settings, *filter(is_seed, frame.attrs["settings"]), *frame.attrs["scores"]]
     rows = frame.drop_duplicates("run").set_index("run")[shown]
     more = f"<p>The first {ROWS} of {len(rows):,} runs.</p>" if len(rows) > ROWS else ""
     return more + table(rows.head(ROWS))

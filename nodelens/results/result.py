@@ -175,7 +175,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(name.encode() + str((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(flat.view(dtype=_bytes()).numpy() if flat.numel() else b"")
+        digest.update(flat.view(dtype=_bytes()).numpy().data if flat.numel() else b"")
     return digest.hexdigest()[:16]
 
 

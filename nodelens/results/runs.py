@@ -4,10 +4,13 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from nodelens.messages import kind_of
 
 from .files import reading
 from .result import Result, flatten, load
@@ -31,6 +34,9 @@ def load_runs(pattern: str | Path | Sequence[str | Path], rows: str = "units") -
     that cannot be read is left out, with a warning that says why. Raises FileNotFoundError if no run matches, and ValueError for
     another kind of rows.
     """
+    every = [pattern] if isinstance(pattern, (str, PathLike)) else pattern
+    if not isinstance(every, Sequence) or not all(isinstance(each, (str, PathLike)) for each in every):
+        raise TypeError(f"nl.load_runs takes a pattern of folders, such as 'outputs/**', or a list of them, not {kind_of(pattern)}")
     if rows not in KINDS and not _OF_ANALYSIS.fullmatch(rows):
         raise ValueError(f"rows is {rows!r}; it is {', '.join(KINDS)}, or a table of an analysis as in modularity.modules")
     folders = find_runs(pattern)

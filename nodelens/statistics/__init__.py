@@ -3,10 +3,12 @@
 from .base import Accumulator, Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes, ClassStatistic
 from .gram import Cross, Gram
+from .located import Located
 from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
 from .norms import Directions, NormedGram
 from .pair import Cosines, NormedPair, Pair
 from .patches import Patches, PatchesByClass
+from .products import Products
 from .quantiles import Quantiles
 from .sample import Sample
 
@@ -24,6 +26,8 @@ STATISTICS: tuple[type[Statistic], ...] = (
     Pair,
     NormedPair,
     Cosines,
+    Products,
+    Located,
     ByClass,
     ClassSizes,
     ClassGram,
@@ -46,6 +50,7 @@ __all__ = [
     "Directions",
     "Gram",
     "Higher",
+    "Located",
     "MeanSizes",
     "Moments",
     "NormedGram",
@@ -53,6 +58,7 @@ __all__ = [
     "Pair",
     "Patches",
     "PatchesByClass",
+    "Products",
     "Quantiles",
     "Sample",
     "Sizes",

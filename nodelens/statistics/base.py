@@ -9,8 +9,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from .rows import Rows
-
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
@@ -65,7 +63,7 @@ class Statistic:
                 t.add_(theirs[k])
         return True
 
-    def add_rows_in_place(self, rows: Rows) -> bool:
+    def add_rows_in_place(self, rows: Any) -> bool:
         """Add rows in place if that is cheaper than computing their statistic first; returns whether it did."""
         return False
 
@@ -113,7 +111,7 @@ class Accumulator:
         elif not held.add_in_place(value):
             self.parts[group] = held + value
 
-    def add_rows(self, rows: Rows, group: int = 0) -> None:
+    def add_rows(self, rows: Any, group: int = 0) -> None:
         """Add the statistic of rows."""
         held = self._writable(group)
         if held is None or not held.add_rows_in_place(rows):

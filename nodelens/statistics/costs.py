@@ -3,17 +3,19 @@
 from .base import Statistic
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
 from .gram import Cross, Gram
+from .located import Located
 from .map_ranks import MapIndependence, MapRanks
 from .moments import Higher, MeanSizes, Moments, Sizes, Zeros
 from .norms import Directions, NormedGram
 from .pair import Cosines, NormedPair, Pair
 from .patches import PatchesByClass
 from .position_power import PositionPower
+from .products import Products
 from .quantiles import BINS, Quantiles
 from .sample import ROWS, Sample
 from .weight_sums import WeightSums
 
-PAIRS = (Gram, NormedGram, Directions, Pair, NormedPair)  # products of units: quadratic in the width
+PAIRS = (Gram, NormedGram, Directions, Pair, NormedPair, Products)  # products of units: quadratic in the width
 SQUARE = (*PAIRS, ClassGram)  # all statistics whose memory is quadratic in the width
 SAMPLED = (*PAIRS, Quantiles, Cosines)  # computed from sampled positions of each map if the plan asks for it
 _SUPERSETS: dict[type[Statistic], tuple[type[Statistic], ...]] = {
@@ -53,6 +55,8 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
         Pair: d * t + 2 * d + 2 * t + 1,
         NormedPair: d * t + 3 * d + 3 * t + 4,
         Cosines: 2,
+        Products: d * d + 2,
+        Located: (d + 1) * positions + d,
         ByClass: k * (2 * d + 1) + d,
         PatchesByClass: k * (2 * d + 1) + d,
         ClassSizes: k * (d + 1),

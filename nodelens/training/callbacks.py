@@ -1,6 +1,8 @@
 """Lightning callbacks that measure units during training and record the test score."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from nodelens.analysis.registry import Analyses, with_metrics
 from nodelens.engine.analyze import analyze, finish
 from nodelens.engine.collect import Pass
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
@@ -30,6 +33,8 @@ from nodelens.results.loggers import close, log_result, scalars
 from nodelens.results.result import Result
 from nodelens.statistics.processes import world
 
+from .epoch_analyses import EpochAnalyses
+
 
 class Measure(Callback):
     """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
@@ -37,6 +42,8 @@ class Measure(Callback):
     on: ``probe`` measures the calibration samples in eval mode after each epoch, the same rows every time; ``train`` measures the
     training batches while the weights change. A checkpoint within an epoch has the sums so far, except for several processes: an
     epoch within which their training was resumed is left out, with a warning. The measured module is ``module.net``.
+
+    analysis: further analyses of each epoch, such as modularity, in ``<folder>/<name>/<epoch>``, and of all in ``<folder>/<name>``.
     """
 
     def __init__(
@@ -56,7 +63,10 @@ class Measure(Callback):
         covariance: str | None = None,
         width: int = LIMIT,
         max_passes: int = 1,
+        analysis: Analyses = (),
     ):
+        self.analyses = EpochAnalyses.of(analysis)
+        metrics = with_metrics(metrics, self.analyses.analyses)
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
         self.pairs, self.bias, self.covariance, self.width, self.passes = pairs, bias, covariance, width, max_passes
@@ -123,10 +133,9 @@ class Measure(Callback):
             )
             return
         if self.on == "probe":
-            data = trainer.datamodule.loader("calibration", rank=trainer.global_rank, world=trainer.world_size)  # type: ignore[attr-defined]
             self.result = analyze(
                 pl_module.net,  # type: ignore[arg-type]
-                _on(data, pl_module),
+                iter(_Batches(trainer, pl_module)),
                 self.metrics,
                 self.layers,
                 seed=self.seed,
@@ -146,11 +155,14 @@ class Measure(Callback):
             self.result = finish(self.plan, self.taken, pl_module.device, self.bias, self.seed)
             warn_of_rows(self.result.metadata["left_out"])
         self.close()
+        if self.result is not None:
+            self.analyses.run(pl_module.net, _Batches(trainer, pl_module), self.result, self.seed)  # type: ignore[arg-type]
         if trainer.is_global_zero and self.result is not None:
             self._write(trainer, self.result, time.perf_counter() - started)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.result is not None:
+            self.analyses.finish(self.folder)
             log_result(trainer.loggers, self.result)
 
     def close(self, *_: Any, **__: Any) -> None:
@@ -200,6 +212,7 @@ class Measure(Callback):
         name = f"{trainer.current_epoch:03d}.parquet"
         write(self.folder / f"units_{name}", result.units.to_parquet)
         write(self.folder / f"layers_{name}", result.layers.to_parquet)
+        self.analyses.write(self.folder, trainer.current_epoch)
         keep = ("samples", "groups", "positions", "metrics", "missing", "counts", "left_out", "never_called", "warnings")
         write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
         for logger in trainer.loggers:
@@ -243,8 +256,16 @@ class Outcome(Callback):
         return score
 
 
-def _on(data: Any, module: LightningModule) -> Any:
-    return (module.transfer_batch_to_device(batch, module.device, 0) for batch in data)
+@dataclass(frozen=True)
+class _Batches:
+    """The calibration samples of this process, on its device; they can be read several times."""
+
+    trainer: Any
+    module: LightningModule
+
+    def __iter__(self) -> Iterator[Any]:
+        data = self.trainer.datamodule.loader("calibration", rank=self.trainer.global_rank, world=self.trainer.world_size)
+        return (self.module.transfer_batch_to_device(batch, self.module.device, 0) for batch in data)
 
 
 def _undo_scaling(trainer: Trainer, terms: int) -> float:

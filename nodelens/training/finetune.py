@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,18 @@ from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.messages import SRUN_HINT
+from nodelens.messages import LIGHTNING_HINTS
 from nodelens.network.batch_forms import with_samples
 from nodelens.network.eval_mode import one_at_a_time
+from nodelens.network.groups import PruningGroup
 from nodelens.network.loss_scale import Loss, as_sum
 from nodelens.network.objective import Objective
 from nodelens.network.outputs import Output
+from nodelens.pruning.criteria.type_rules import TypeRules
 from nodelens.statistics.seeding import seed_of, seeded
 
 from .loader_order import seeded_order, set_epoch
+from .unit_rates import Factors, scaled_updates, update_factors
 
 
 class Finetune:
@@ -34,6 +37,8 @@ class Finetune:
     evaluated on ``val``; the best weights are kept, which may be those before training. seed: of the order in which a shuffled
     loader reads ``train``, of dropout and of random transforms. None: that of the pruning; outside of it, torch's. Global random
     states and those of the loader are restored afterwards. task, output, loss: as in ``AnalyzeOptions``.
+    types: learning rates by the type of a unit, {units: a run with analysis=[clusters] or a table, column: unit_type, rates: {type:
+    factor}}: the updates of the parameters that make a unit, and of its norms, are multiplied by the factor of its type.
     """
 
     def __init__(
@@ -47,16 +52,37 @@ class Finetune:
         task: str | None = None,
         output: Output = None,
         loss: Loss | None = None,
+        types: TypeRules | Mapping[str, Any] | None = None,
     ):
         if epochs < 1 or lr <= 0:
             raise ValueError(f"fine-tuning takes at least 1 epoch and a positive lr, not {epochs} and {lr}")
         self.train, self.val, self.epochs, self.lr = train, val, epochs, lr
         self.optimizer, self.seed = optimizer, seed
         self.task, self.output, self.loss = task, output, None if loss is None else as_sum(loss)
+        self.types = None if types is None else TypeRules.of("finetune", types)
+        if self.types is not None and (self.types.protect or self.types.first or not self.types.rates):
+            raise ValueError(
+                "fine-tuning reads units, column and rates of types: give rates, such as {critical: 0.1}, and no others"
+            )
+        self.factors: Factors = {}
+
+    def of_pruned(
+        self, model: nn.Module, groups: Sequence[PruningGroup], removed: Mapping[str, Sequence[int]], sliced: bool
+    ) -> "Finetune":
+        """The same for a pruned model: with the learning rates of its units. Raises ValueError for units without a type."""
+        found = copy.copy(self)
+        if self.types is not None:
+            found.factors = update_factors(model, groups, self.types, removed, sliced)
+        return found
 
     @one_at_a_time
     def __call__(self, model: nn.Module, zeros: Callable[[nn.Module], None]) -> Mapping[str, Any]:
-        """Trains, and returns the validation scores before and after, and the epoch that was kept."""
+        """Trains, and returns the validation scores before and after, and the epoch that was kept.
+
+        Raises ValueError for learning rates by type outside of a pruning, which knows the units.
+        """
+        if self.types is not None and not self.factors:
+            raise ValueError("types= needs the units of a pruning: give Finetune(...) to nl.prune as finetune=")
         seed = torch.initial_seed() if self.seed is None else self.seed
         module = _Tuned(model, self, zeros)
         with seeded(seed, "finetune", "before"):  # a loader draws a seed whenever it is read
@@ -65,7 +91,8 @@ class Finetune:
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         training = [(m, m.training) for m in model.modules()]
         with warnings.catch_warnings(), seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
-            warnings.filterwarnings("ignore", message=SRUN_HINT)
+            for hint in LIGHTNING_HINTS:
+                warnings.filterwarnings("ignore", message=hint)
             trainer = Trainer(
                 max_epochs=self.epochs,
                 accelerator="cpu" if device.type == "cpu" else device.type,
@@ -123,7 +150,8 @@ class _Tuned(LightningModule):
         return total / batch.predicted.sum().clamp_min(1).to(self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+        with scaled_updates(self.net, self.how.factors):
+            super().optimizer_step(*args, **kwargs)
         self.zeros(self.net)
 
     def on_train_epoch_end(self) -> None:

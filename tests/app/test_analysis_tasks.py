@@ -140,3 +140,25 @@ def test_the_geometry_takes_the_budget_and_the_width_of_the_run(tmp_path, monkey
     ended = command("analyze", *SMALL, *words, "budget.width=16", "dry_run=true", "hydra.run.dir=plan")
     assert ended.code == 0, ended.err
     assert "the pass would be refused: site" in ended.out
+
+
+def test_a_finished_run_is_analysed_again_without_measuring(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("logger=none", "model.net.hidden=[12]", "metrics=[rq,activation_mean]")
+    ended = command("analyze", *words, "analysis=clusters", "hydra.run.dir=first")
+    assert ended.code == 0, ended.err
+    again = ("logger=none", "model.net.hidden=[12]", "results=first")
+    ended = command("analyze", *again, "analysis=clusters", "analysis.clusters.seed=1", "hydra.run.dir=second")
+    assert ended.code == 0, ended.err
+    first, second = nl.load("first"), nl.load("second")
+    pd.testing.assert_series_equal(first.units["activation_mean"], second.units["activation_mean"])
+    assert second.metadata["results"] == "first"
+    assert list(second.analyses) == ["clusters"]
+    for words, line in {
+        ("analysis=none",): "results= gives the tables to analyses, but none is chosen",
+        ("analysis=clusters", "seed=1"): "results=first is of a network with the fingerprint",
+        ("analysis=modularity",): "results=first lacks forward_cov",
+    }.items():
+        ended = command("analyze", *again, *words, "hydra.run.dir=third")
+        assert ended.code == 1
+        assert line in ended.err

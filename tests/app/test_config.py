@@ -44,6 +44,7 @@ def tasks_with(group):
 
 SETS = {"none", "default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
 WRITTEN = {"composite", "random", "scar_prot", "scar_conn", "supernode_protection_score", "supernode_connectivity_score"}
+WRITTEN |= {"cluster_aware"}
 EVERY = [(task, group, option) for group in GROUPS for option in options(group) for task in tasks_with(group)]
 
 
@@ -146,12 +147,12 @@ def test_every_metric_can_be_chosen_at_once():
 def test_a_criterion_reads_its_metric_and_says_which_way(name):
     ((key, terms),) = resolved(nl.load_config("prune", [f"criterion={name}"]))["criterion"].items()
     assert key == name
-    if name not in ("random", "composite"):
+    if name not in ("random", "composite", "cluster_aware"):
         terms = terms.get("terms", terms)
         assert set(terms) == {name}
         assert abs(terms[name]) == 1
         metric = get_metric(name).names[0]
-        alike = "similarity" in metric or "redundancy" in metric
+        alike = any(word in metric for word in ("similarity", "redundancy", "node_correlation", "dot_product"))
         assert terms[name] == (-1 if alike or "zero_fraction" in name else 1)
 
 

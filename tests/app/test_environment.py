@@ -44,6 +44,19 @@ def test_neither_does_finetuning(login_node):
     assert hints(login_node) == []
 
 
+RUNS = [("train", "trainer.max_epochs=1"), ("analyze",), ("prune", "criterion=magnitude", "amounts=[0.5]")]
+
+
+@pytest.mark.parametrize("words", RUNS, ids=["train", "analyze", "prune"])
+def test_a_first_run_gives_no_hints_of_other_packages(words, login_node, quiet_home):
+    ended = command(*words, *(word for word in SHORT if words[0] != "prune" or "metrics" not in word), "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert [str(warning.message) for warning in login_node] == []
+    log = (quiet_home / f"run/{words[0]}.log").read_text()
+    assert "Tip:" not in log
+    assert "weights_only" not in log
+
+
 def test_lightning_gives_the_hint_otherwise(login_node):
     """What the tests above can see."""
     from lightning.pytorch import Trainer

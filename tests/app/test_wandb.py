@@ -119,6 +119,22 @@ def test_the_environment_says_where_a_run_is_filed(quiet_home, monkeypatch):
     assert [chosen[key] for key in ("project", "group", "tags", "mode", "dir")] == ["other", "g", ["c"], "online", "here"]
 
 
+def test_the_runs_of_a_multirun_form_a_group(quiet_home, monkeypatch):
+    words = ("-m", "seed=1,2", "metrics=[rq]", "logger=wandb", "dataset.calibration=64", "hydra.sweep.dir=deep/sweeps/lr")
+    ended = command("analyze", *words)
+    assert ended.code == 0, ended.err
+    runs = [wandb_run.about(run_of(quiet_home / f"deep/sweeps/lr/{job}")[0]) for job in (0, 1)]
+    assert [(run["group"], run["config"]["seed"]) for run in runs] == [("sweeps/lr", 1), ("sweeps/lr", 2)]
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    words = (*words[:-1], "hydra.sweep.dir=again")
+    assert command("analyze", *words).code == 0
+    assert wandb_run.about(run_of(quiet_home / "again/0")[0])["group"] == "mine"
+
+
+def test_nothing_is_passed_that_wandb_warns_of(quiet_home):
+    assert "anonymous" not in wandb_logger("run", "train")._wandb_init
+
+
 def test_wandb_can_be_switched_off(quiet_home, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     ended = command("analyze", "metrics=[rq]", "logger=wandb", "hydra.run.dir=run", "dataset.calibration=64")

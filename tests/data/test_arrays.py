@@ -129,7 +129,7 @@ def test_unsuitable_arrays_raise(stored, words, tmp_path):
 
 
 def test_labels_beyond_the_classes_raise(tmp_path):
-    with pytest.raises(ValueError, match=r"labels run from 0 to 3, dataset.classes is 3; set dataset.classes=4"):
+    with pytest.raises(ValueError, match=r"labels run from 0 to 3, classes is 3; set classes=4"):
         Npz(npz(tmp_path), classes=3).setup()
 
 
@@ -162,7 +162,7 @@ def test_pickles_raise_and_are_not_run(tmp_path):
 
 def test_a_missing_file_raises_with_its_full_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"no file at {tmp_path.resolve()}/no.npz; set dataset.path"):
+    with pytest.raises(FileNotFoundError, match=rf"no file at {tmp_path.resolve()}/no.npz; set path"):
         Npz("no.npz").setup()
 
 

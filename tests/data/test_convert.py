@@ -41,18 +41,18 @@ def test_images_of_several_sizes_become_one_batch():
     one, two = images(3, 6)[0], images(1, 8)[0]
     convert = Convert(size=5, channels=3, mean=0.5)
     assert_close(convert.every([one, two]), torch.cat([convert(one[None]), convert(two[None])]))
-    with pytest.raises(ValueError, match=r"images differ in size \(\(6, 6\), \(8, 8\)\); set dataset.size"):
+    with pytest.raises(ValueError, match=r"images differ in size \(\(6, 6\), \(8, 8\)\); set size"):
         Convert(channels=3).every([one, two])
-    with pytest.raises(ValueError, match=r"images differ in channels \(1, 3\); set dataset.channels to 1 or 3"):
+    with pytest.raises(ValueError, match=r"images differ in channels \(1, 3\); set channels to 1 or 3"):
         Convert(size=5).every([one, two])
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"channels": 2}, "images have 3 channels, dataset.channels is 2; only 1 to 3 and 3 to 1 .*dataset.channels=3"),
-        ({"mean": [0.1, 0.2]}, "dataset.mean has 2 values, the images have 3 channels"),
-        ({"std": [1, 0, 1]}, r"dataset.std is \[1.0, 0.0, 1.0\]; every value must be above 0"),
+        ({"channels": 2}, "images have 3 channels, channels is 2; only 1 to 3 and 3 to 1 .*channels=3"),
+        ({"mean": [0.1, 0.2]}, "mean has 2 values, the images have 3 channels"),
+        ({"std": [1, 0, 1]}, r"std is \[1.0, 0.0, 1.0\]; every value must be above 0"),
     ],
     ids=["channels", "mean", "std"],
 )

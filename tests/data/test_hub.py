@@ -87,7 +87,7 @@ def test_a_stream_that_ends_early_raises(stored):
     data = Hub(stored["parquet"], streaming=True)
     data.setup()
     data.source.counts[0] = 50
-    with pytest.raises(ValueError, match=r"declares 50 samples, but its stream ended after 41; set dataset.streaming"):
+    with pytest.raises(ValueError, match=r"declares 50 samples, but its stream ended after 41; set streaming"):
         list(Stream(data.source, torch.tensor([49]), data._convert(), 4, 3))
 
 
@@ -124,8 +124,8 @@ def test_an_unavailable_dataset_raises_one_line_quickly(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     start = time.monotonic()
     words = (
-        r"^dataset 'nobody/nothing' is not on this machine and the hub cannot be reached; use dataset=digits, or "
-        r"dataset.path=<folder with images or parquet>$"
+        r"^dataset 'nobody/nothing' is not on this machine and the hub cannot be reached; give the path of "
+        r"a folder with images or parquet$"
     )
     for streaming in (False, True):
         with pytest.raises(FileNotFoundError, match=words):
@@ -135,21 +135,21 @@ def test_an_unavailable_dataset_raises_one_line_quickly(monkeypatch):
 
 
 def test_a_missing_or_empty_folder_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"no folder at {tmp_path.resolve()}/no; set dataset.path"):
+    with pytest.raises(FileNotFoundError, match=rf"no folder at {tmp_path.resolve()}/no; set path"):
         Hub(str(tmp_path / "no")).setup()
-    with pytest.raises(FileNotFoundError, match=rf"no data set at {tmp_path.resolve()}; dataset.path is a folder"):
+    with pytest.raises(FileNotFoundError, match=rf"no data set at {tmp_path.resolve()}; path is a folder"):
         Hub(str(tmp_path)).setup()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"train_split": "all"}, "has no split 'all', it has train; set dataset.train_split"),
-        ({"test_split": "valid"}, "has no split 'valid', it has train; set dataset.test_split"),
+        ({"train_split": "all"}, "has no split 'all', it has train; set train_split"),
+        ({"test_split": "valid"}, "has no split 'valid', it has train; set test_split"),
         ({"test_split": "train"}, "train and test are the same split 'train'"),
-        ({"image_key": "img"}, "has no column 'img', it has image, label; set dataset.image_key"),
-        ({"label_key": "fine"}, "has no column 'fine', it has image, label; set dataset.label_key"),
-        ({"classes": 2}, "labels run from 0 to 2, dataset.classes is 2; set dataset.classes=3"),
+        ({"image_key": "img"}, "has no column 'img', it has image, label; set image_key"),
+        ({"label_key": "fine"}, "has no column 'fine', it has image, label; set label_key"),
+        ({"classes": 2}, "labels run from 0 to 2, classes is 2; set classes=3"),
     ],
 )
 def test_missing_splits_and_columns_raise(options, words, stored):
@@ -159,18 +159,18 @@ def test_missing_splits_and_columns_raise(options, words, stored):
 
 def test_labels_beyond_the_classes_raise_in_a_stream(stored):
     data = Hub(stored["saved"], classes=2, streaming=True)
-    with pytest.raises(ValueError, match=r"labels run from 0 to 2, dataset.classes is 2"):
+    with pytest.raises(ValueError, match=r"labels run from 0 to 2, classes is 2"):
         list(data.loader("all"))
 
 
 def test_several_or_no_label_columns_raise(table, tmp_path):
     two = table.add_column("coarse", [0] * 41).cast_column("coarse", datasets.ClassLabel(names=["animal"]))
     two.save_to_disk(str(tmp_path / "two"))
-    with pytest.raises(ValueError, match=r"has several label columns \(label, coarse\).*set dataset.label_key"):
+    with pytest.raises(ValueError, match=r"has several label columns \(label, coarse\).*set label_key"):
         Hub(str(tmp_path / "two")).setup()
     assert gathered(Hub(str(tmp_path / "two"), label_key="coarse").loader("all")).y.sum() == 0
     table.remove_columns("label").save_to_disk(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"has no label column, its columns are image; set dataset.label_key"):
+    with pytest.raises(ValueError, match=r"has no label column, its columns are image; set label_key"):
         Hub(str(tmp_path / "none")).setup()
     table.remove_columns("label").add_column("label", ["a"] * 41).save_to_disk(str(tmp_path / "words"))
     with pytest.raises(ValueError, match=r"column 'label' is (large_)?string; labels are integers"):
@@ -186,7 +186,7 @@ def test_plain_bytes_and_integers_are_read(table, tmp_path):
         data = Hub(str(tmp_path / "plain"), streaming=streaming, classes=3 if streaming else None)
         assert gathered(data.loader("all")).x.shape == (41, 3, 10, 10)
         assert data.classes == 3
-    with pytest.raises(ValueError, match=r"the number of classes of the source is unknown; set dataset.classes"):
+    with pytest.raises(ValueError, match=r"the number of classes of the source is unknown; set classes"):
         Hub(str(tmp_path / "plain"), streaming=True).setup()
 
 

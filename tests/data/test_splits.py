@@ -40,10 +40,10 @@ def test_a_seed_gives_the_same_splits_and_leaves_the_global_state_alone():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"val": 1.0}, r"dataset.val is 1.0; give a share of the samples in \[0, 1\)"),
-        ({"test": -0.1}, "dataset.test is -0.1"),
-        ({"calibration": -1}, "dataset.calibration is -1; give a count"),
-        ({"calibration": 0.5}, "dataset.calibration is 0.5; give a count"),
+        ({"val": 1.0}, r"val is 1.0; give a share of the samples in \[0, 1\)"),
+        ({"test": -0.1}, "test is -0.1"),
+        ({"calibration": -1}, "calibration is -1; give a count"),
+        ({"calibration": 0.5}, "calibration is 0.5; give a count"),
         ({"val": 0.5, "test": 0.5}, "no sample is left to train on: 100 samples, of which 50 go to val and 50 to test"),
         ({"rows": 0}, "no sample is left to train on: 0 samples"),
     ],

@@ -294,16 +294,16 @@ def test_an_unavailable_tokenizer_raises_one_line_quickly(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"length": 1}, "dataset.length is 1; a token is predicted from an earlier one: give 2 or more"),
-        ({"stride": 0}, "dataset.stride is 0; it is 1 to 16 tokens"),
-        ({"stride": 16, "bos": "block"}, "dataset.stride is 16; it is 1 to 15 tokens"),
-        ({"stride": 4, "mode": "pad"}, "dataset.stride is 4; .* for mode=pack only"),
-        ({"documents": 0}, "dataset.documents is 0; it is 1 or more, or null for all"),
-        ({"max_tokens": 0}, "dataset.max_tokens is 0"),
-        ({"classes": 258}, "the byte-level tokenizer has 259 ids, more than dataset.classes=258"),
-        ({"length": 500, "remainder": "drop"}, r"has 100 tokens, fewer than one block of 500; lower dataset.length"),
-        ({"text_key": "body"}, r"texts.jsonl, line 1 has no 'body', it has text; set dataset.text_key"),
-        ({"val": 1.0}, "dataset.val is 1.0"),
+        ({"length": 1}, "length is 1; a token is predicted from an earlier one: give 2 or more"),
+        ({"stride": 0}, "stride is 0; it is 1 to 16 tokens"),
+        ({"stride": 16, "bos": "block"}, "stride is 16; it is 1 to 15 tokens"),
+        ({"stride": 4, "mode": "pad"}, "stride is 4; .* for mode='pack' only"),
+        ({"documents": 0}, "documents is 0; it is 1 or more, or None for all"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"classes": 258}, "the byte-level tokenizer has 259 ids, more than classes=258"),
+        ({"length": 500, "remainder": "drop"}, r"has 100 tokens, fewer than one block of 500; lower length"),
+        ({"text_key": "body"}, r"texts.jsonl, line 1 has no 'body', it has text; set text_key"),
+        ({"val": 1.0}, "val is 1.0"),
     ],
     ids=label,
 )
@@ -313,9 +313,9 @@ def test_unsuitable_options_raise(options, words, write):
 
 
 def test_a_missing_special_token_raises(bpe, write):
-    with pytest.raises(ValueError, match=r"the tokenizer '.*' has no EOS token; set dataset.eos=false"):
+    with pytest.raises(ValueError, match=r"the tokenizer '.*' has no EOS token; set eos=False"):
         small(write(TEXTS), tokenizer=bpe, eos=True).setup()
-    with pytest.raises(ValueError, match=r"the tokenizer '.*' has 300 ids, more than dataset.classes=299"):
+    with pytest.raises(ValueError, match=r"the tokenizer '.*' has 300 ids, more than classes=299"):
         small(write(TEXTS), tokenizer=bpe, classes=299).setup()
 
 
@@ -330,16 +330,16 @@ def test_unreadable_text_raises(forms, tmp_path, write):
     (tmp_path / "wrong.jsonl").write_text('{"text": "a"}\n{"text": ')
     (tmp_path / "list.jsonl").write_text("[1]")
     (tmp_path / "number.jsonl").write_text('{"text": 1}')
-    kinds = "dataset.path is a text file, a folder of .txt files"
+    kinds = "path is a text file, a folder of .txt files"
     check(FileNotFoundError, rf"^no text at {tmp_path.resolve()}/no; {kinds}", tmp_path / "no")
     check(FileNotFoundError, rf"/no.jsonl; {kinds}", "no.jsonl")
     check(FileNotFoundError, rf"^no data set at .*/empty; {kinds}", tmp_path / "empty")
     check(FileNotFoundError, rf"^dataset 'no/body' is not on this machine and the hub cannot be reached; {kinds}", "no/body")
-    check(ValueError, r"bare.txt' contains no text; set dataset.path", tmp_path / "bare.txt")
+    check(ValueError, r"bare.txt' contains no text; set path", tmp_path / "bare.txt")
     check(ValueError, r"latin.txt is not UTF-8 text \(byte 1\)", tmp_path / "latin.txt")
     check(ValueError, "wrong.jsonl, line 2 is not JSON", tmp_path / "wrong.jsonl")
     check(ValueError, "list.jsonl, line 1 is a list; each line must be an object with a text", tmp_path / "list.jsonl")
     check(ValueError, "number.jsonl, line 1: 'text' is int, texts are strings", tmp_path / "number.jsonl")
-    check(ValueError, "has no split 'tests', it has train, test; set dataset.test_split", forms["both"], test_split="tests")
-    check(ValueError, "has no column 'body', it has text, n; set dataset.text_key", forms["saved"], text_key="body")
+    check(ValueError, "has no split 'tests', it has train, test; set test_split", forms["both"], test_split="tests")
+    check(ValueError, "has no column 'body', it has text, n; set text_key", forms["saved"], text_key="body")
     check(ValueError, "'n' is int, texts are strings", forms["saved"], text_key="n")

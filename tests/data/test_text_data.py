@@ -74,7 +74,7 @@ def test_a_phrase_does_not_match_across_documents(tmp_path):
     (tmp_path / "a.txt").write_text("ab|cd")
     path = str(tmp_path / "a.txt")
     assert small(path, separator="|", bos=None, select="phrase:c").loader("all")
-    with pytest.raises(ValueError, match=r"dataset.select='phrase:bc' selects no token of '.*a.txt'; give another selector"):
+    with pytest.raises(ValueError, match=r"select='phrase:bc' selects no token of '.*a.txt'; give another selector"):
         small(path, separator="|", bos=None, select="phrase:bc").setup()
 
 
@@ -177,7 +177,7 @@ def test_an_endless_text_stops_at_the_limit():
 def test_a_stream_has_one_split(path, tmp_path):
     data = small(path, streaming=True)
     for read in (lambda: data.loader("val"), lambda: data.loader("calibration"), data.train_dataloader, data.test_dataloader):
-        with pytest.raises(ValueError, match=r"^there is no split '\w+': with dataset.streaming=true and mode=pack .* 'all'"):
+        with pytest.raises(ValueError, match=r"^there is no split '\w+': with streaming=True and mode='pack' .* 'all'"):
             read()
     with pytest.raises(ValueError, match="rank 2 of world 2"):
         data.loader("all", 2, 2)
@@ -185,8 +185,8 @@ def test_a_stream_has_one_split(path, tmp_path):
     assert small(path, streaming=True, length=9).fingerprint() != data.fingerprint() == small(path, streaming=True).fingerprint()
     same(every(small(path, streaming=True, workers=2)), every(data))
     for options, words in (
-        ({"select": "phrase:nothing"}, "dataset.select='phrase:nothing' selects no token of '.*'; give another"),
-        ({"length": 500, "remainder": "drop"}, "has less than one block of 500 tokens; lower dataset.length"),
+        ({"select": "phrase:nothing"}, "select='phrase:nothing' selects no token of '.*'; give another"),
+        ({"length": 500, "remainder": "drop"}, "has less than one block of 500 tokens; lower length"),
         ({"cache": str(tmp_path)}, "dataset.cache stores tokens and dataset.streaming=true stores nothing"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import command
+from real import folder
 from torch.nn import functional
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,15 @@ def tiny_llama():
     return {"llm": model, "texts": batches, "held_out": batches[:2]}
 
 
-SETUPS = {"trained_cnn": trained_cnn, "tiny_llama": tiny_llama}
+def stories():
+    """A small language model trained on stories, and its tokenizer. Its page is skipped where NODELENS_DATA is not set."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home = folder("NODELENS_DATA") / "models/stories260K"
+    return {"llm": AutoModelForCausalLM.from_pretrained(home).eval(), "tokenizer": AutoTokenizer.from_pretrained(home)}
+
+
+SETUPS = {"trained_cnn": trained_cnn, "tiny_llama": tiny_llama, "stories": stories}
 
 
 def words_of(code):

@@ -107,3 +107,53 @@ def test_a_model_of_which_nothing_can_be_read_is_refused():
 
     with pytest.raises(ValueError, match=r"layer 'table' puts out .* its first axis is not the samples"):
         nl.analyze(Alone(), [torch.ones(4, 3)], ["activation_mean"])
+
+
+class Windows(nn.Module):
+    """A block that runs with time first, which is what its hidden layer shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.up, self.down, self.out = nn.Linear(3, 4), nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        turned = self.enter(x).transpose(0, 1)
+        return self.out(self.down(self.up(turned).relu()).mean(0))
+
+
+def test_a_pruning_names_the_groups_that_cannot_be_read_and_freeze():
+    model, x = built(Windows), torch.randn(4, 5, 3)
+    batches = [(x, torch.tensor([0, 1, 2, 0]))]
+    words = (
+        r"group 'up' is read by 'down.input', which puts out \(5, 1, 6\) for one sample and \(5, 2, 6\) for two: its first axis is "
+        r"not the samples; score by weights \(magnitude\), or leave out what is read so: freeze=\['up'\] in a pruning"
+    )
+    with pytest.raises(ValueError, match="group 'enter' is read by 'up.input'|" + words):
+        nl.prune(model, "taylor", data=batches)
+    with pytest.raises(ValueError, match=words):
+        nl.prune(model, "taylor", data=batches, freeze=["enter"])
+    assert nl.prune(model, "magnitude", 0.5, data=batches).plan.removed
+
+
+class InPlace(nn.Module):
+    """Writes into what exp has saved for its gradient."""
+
+    def forward(self, x):
+        y = x.exp()
+        y.add_(1)
+        return y
+
+
+def test_a_network_that_overwrites_what_its_gradient_needs_is_named():
+    model = built(lambda: nn.Sequential(nn.Linear(3, 4), InPlace(), nn.Linear(4, 3)))
+    batches = [(batch["x"], batch["labels"]) for batch in data([[1] * 4] * 2)]
+    words = r"^batch 0 of the data \(counted from 0\): 1 \(InPlace\) writes in place into a tensor that the gradient of the loss"
+    with pytest.raises(ValueError, match=words) as raised:
+        nl.analyze(model, batches, ["taylor"])
+    assert str(raised.value).endswith("write that operation as x = x * 2 instead of x.mul_(2), or choose metrics without gradients")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert nl.analyze(model, batches, ["rq"]).units["rq"].notna().all()
+    loose = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    loose.forward = lambda x: loose[1](InPlace().forward(loose[0](x)))
+    with pytest.raises(ValueError, match="Sequential writes in place into a tensor"):
+        nl.analyze(loose, batches, ["taylor"])

@@ -102,7 +102,7 @@ def test_logits_come_from_a_tensor_or_an_output():
 
 
 def test_training_without_an_optimizer_raises():
-    with pytest.raises(ValueError, match=r"the model has no optimizer.*set model.optimizer"):
+    with pytest.raises(ValueError, match=r"the model has no optimizer.*give optimizer=, as functools.partial"):
         classifier(optimizer=None).configure_optimizers()
 
 

@@ -103,7 +103,7 @@ def test_an_unavailable_model_raises_one_line_quickly(tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     start = time.monotonic()
-    words = r"^no model to load at 'no/body': it is not a local folder, .*; give a folder .* or take model=tiny_lm$"
+    words = r"^no model to load at 'no/body': it is not a local folder, .*; give a folder .* or take nodelens.models.tiny_lm$"
     with pytest.raises(OSError, match=words):
         causal_lm("no/body")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
@@ -118,7 +118,7 @@ def test_an_unavailable_model_raises_one_line_quickly(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "give model.path, or model.net.model_type for random weights: one of the two"),
+        ({}, "give path, or model_type for random weights: one of the two"),
         ({"path": "stored", "model_type": "llama"}, "one of the two"),
         ({"model_type": "lama"}, "^'lama' cannot be built: Unrecognized model identifier: lama$"),
         ({"model_type": "t5"}, "has the model type t5, which is not a causal language model$"),
@@ -146,12 +146,12 @@ def test_a_device_map_requires_accelerate(stored):
 
 
 def test_quantization_requires_libraries_and_stored_weights(stored, monkeypatch):
-    with pytest.raises(ValueError, match=r"^model.net.quantization is '3bit'; it is 8bit, 4bit or null$"):
+    with pytest.raises(ValueError, match=r"^quantization is '3bit'; it is 8bit, 4bit or None$"):
         causal_lm(stored, quantization="3bit")
-    with pytest.raises(ValueError, match=r"^model.net.quantization=8bit is for stored weights: give model.path$"):
+    with pytest.raises(ValueError, match=r"^quantization='8bit' is for stored weights: give path$"):
         causal_lm(model_type="llama", quantization="8bit")
     monkeypatch.setattr("nodelens.models.language.importlib.util.find_spec", lambda name: None)
-    words = r"^model.net.quantization=4bit needs bitsandbytes and accelerate: pip install nodelens\[quantized\]$"
+    words = r"^quantization='4bit' needs bitsandbytes and accelerate: pip install nodelens\[quantized\]$"
     with pytest.raises(ValueError, match=words):
         causal_lm(stored, quantization="4bit")
 
@@ -231,5 +231,5 @@ def test_a_batch_without_a_token_to_predict_has_zero_loss():
 def test_a_vocabulary_larger_than_the_embeddings_raises():
     check_vocabulary(small(), 259)
     check_vocabulary(nn.Linear(2, 2), 10**6)
-    with pytest.raises(ValueError, match=r"the data's tokenizer has 512 ids, but LlamaForCausalLM has 259; set dataset.tokenizer"):
+    with pytest.raises(ValueError, match=r"the data's tokenizer has 512 ids, but LlamaForCausalLM has 259; set tokenizer"):
         check_vocabulary(small(), 512)

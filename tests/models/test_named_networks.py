@@ -58,8 +58,8 @@ def test_a_network_without_a_size_takes_any(stand_ins):
     [
         (lambda: torchvision_model("vgg61", 10), r"torchvision has no model 'vgg61'\. Did you mean 'vgg16'\? It has 2 models"),
         (lambda: timm_model("convnxt_tiny", 10), r"timm has no model 'convnxt_tiny'\. Did you mean 'convnext_tiny'\?"),
-        (lambda: torchvision_model("vgg16", 10, 1), "vgg16 reads 3 channels, the data have 1: set dataset.channels=3"),
-        (lambda: torchvision_model("vgg16", 10, pretrained=True), "for 1000 classes, the data have 10: set pretrained=false"),
+        (lambda: torchvision_model("vgg16", 10, 1), "vgg16 reads 3 channels, the data have 1: set channels=3"),
+        (lambda: torchvision_model("vgg16", 10, pretrained=True), "for 1000 classes, the data have 10: set pretrained=False"),
         (lambda: timm_model("vit_tiny", 10, 1, 30), "vit_tiny cannot be built for 1 channels of size 30: the size is no multiple"),
     ],
 )

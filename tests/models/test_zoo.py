@@ -56,7 +56,7 @@ def test_mlp_and_cnn_have_the_documented_layers():
     [
         (lambda: resnet(19, 10, 3, 32), "depth 19 is not available; choose from 18, 34, 50"),
         (lambda: resnet(18, 10, 3, 32, stem="big"), "stem 'big' is not available; choose from auto, small, imagenet"),
-        (lambda: vit(10, 3, 28, patch=8), "patch 8 does not divide size 28; set model.net.patch to one of 1, 2, 4, 7"),
+        (lambda: vit(10, 3, 28, patch=8), "patch 8 does not divide size 28; set patch to one of 1, 2, 4, 7"),
         (lambda: vit(10, 3, 8, hidden=10, heads=4), "4 heads do not divide hidden 10"),
         (lambda: cnn(10, 1, 3), "3 widths need images of at least 4 pixels, size is 3"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 
 import pytest
 
@@ -77,6 +78,27 @@ def test_any_string_gives_indices_or_a_value_error(characters):
         text, n = "".join(dice.choices(characters, k=dice.randrange(30))), dice.randrange(12)
         found = parsed(text, n)
         assert found is None or (set(found) <= set(range(n)) and len(set(found)) == len(found) > 0)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_strings_give_indices_or_a_value_error_in_bounded_time():
+    dice, longest, answers = random.Random(2), 0.0, 0
+    alphabets = ("0123n()+-*/%:, ", "n:,-/02", "".join(map(chr, range(32, 127))), "n0-():\u0663\u00b2\uff4e\U0001d7d9\ud800\x00")
+    for k in range(100_000):
+        text, n = (
+            "".join(dice.choices(alphabets[k % 4], k=dice.randrange(2 ** dice.randrange(8)))),
+            dice.choice((0, 1, 5, 48, 2048)),
+        )
+        start = time.process_time()
+        found = parsed(text, n) if len(text) <= LENGTH else None
+        if len(text) > LENGTH:
+            with pytest.raises(ValueError, match=f"at most {LENGTH} are allowed"):
+                parse_index(text, n)
+        longest = max(longest, time.process_time() - start)
+        assert found is None or (set(found) <= set(range(n)) and len(set(found)) == len(found) > 0)
+        answers += found is not None
+    assert longest < 0.5
+    assert answers > 1000
 
 
 def test_indices_keep_their_order_without_duplicates():

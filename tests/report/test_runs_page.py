@@ -29,9 +29,12 @@ def run(dropout: float, l1: float, seed: int) -> Result:
     result = Result(units, layers, {(layer, "forward_cov"): blocks + blocks.T for layer in ("fc1", "fc2")}, metadata)
     names = ("forward_cov", "backward_jac")
     rows = [{"layer": layer, "association": a, "q": value / 2} for layer in ("fc1", "fc2") for a in names]
-    pairs = [{"layer": layer, "a": names[0], "b": names[1], "alignment": 0.8, "alignment_null": 0.5} for layer in ("fc1", "fc2")]
-    labels = pd.DataFrame({"module_forward_cov": [0, 1, 0, 1, 0, 1] * 2}, index=UNITS)
-    result.units = result.units.join(labels.astype("Int64"))
+    pairs = [
+        {"layer": layer, "association_a": names[0], "association_b": names[1], "alignment": 0.8, "alignment_null": 0.5}
+        for layer in ("fc1", "fc2")
+    ]
+    labels = pd.DataFrame({"module_forward_cov": [0, 1, 0, 1, 0, -1] * 2}, index=UNITS)
+    result.units = result.units.join(labels)
     frames = {"modules": pd.DataFrame(rows), "comparison": pd.DataFrame(pairs)}
     result.analyses["modularity"] = Findings("modularity", frames)
     result.metadata["analyses"] = ["modularity"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nodelens.messages import shown
+from nodelens.messages import check_folder, shown
 from nodelens.results.arrays import headers, read_arrays
 from nodelens.results.files import checked, plain, read_json, write, write_json
 from nodelens.results.left_out import many_left_out
@@ -126,6 +126,7 @@ def load_bundle(folder: str | Path) -> GeometryResult:
 
     Raises FileNotFoundError where no folder is complete; ValueError, with file and field, for content that is damaged.
     """
+    check_folder("nl.load_bundle", folder)
     folder = Path(folder)
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder} holds no finished geometry: metadata.json is missing")

@@ -1,13 +1,15 @@
 """Supernodes: the few hidden units with most of the loss proxy, their halo, and checks of the scores (2604.23475)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from nodelens.analysis.ablation.ablate import Setting
+from nodelens.analysis.ablation.targets import AblationTarget, sample_units
 from nodelens.engine.driver import device_of, first_of_data
 from nodelens.metrics import Metric
 from nodelens.metrics.gradient import LossReduction
@@ -20,7 +22,6 @@ from nodelens.network.outputs import Output
 from nodelens.pruning.groups.find import find_groups
 from nodelens.results.result import Result, fingerprint, provenance
 
-from .ablation import ablate, sample_units
 from .agreement import agreement, hits
 from .controls import COLUMNS, ControlSets, control_rows
 from .hidden import HiddenPass, ProductSums, Progress, Unit, UnitSums
@@ -78,7 +79,8 @@ class Supernodes:
         for name in ("supernode_fraction", "halo_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it must be a share between 0 and 1")
-        sample_units((), self.ablate)
+        if self.ablate != "all" and (isinstance(self.ablate, (bool, str)) or self.ablate < 0):
+            raise ValueError(f"ablate is {self.ablate!r}; it must be 0 (no ablation), a number of units per group, or all")
 
     def required_metrics(self) -> dict[str, Metric]:
         """None: it measures the groups in passes of its own."""
@@ -207,11 +209,16 @@ class Supernodes:
         seed: int,
         progress: Progress,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        units = sample_units(groups, self.ablate, seed)
-        if any(units.values()):
-            return ablate(model, groups, data, units, objective=objective, tokens=self.ablate_tokens, progress=progress)
-        empty = pd.MultiIndex.from_tuples([], names=["layer", "unit"])
-        return pd.DataFrame(columns=["change", "change_se"], index=empty, dtype=float), {}
+        drawn = sample_units([(group.name, group.n) for group in groups], self.ablate, seed)
+        units = [(name, unit) for name, ids in drawn.items() for unit in ids]
+        index = pd.MultiIndex.from_tuples(units, names=["layer", "unit"])
+        if not units:
+            return pd.DataFrame(columns=["change", "change_se"], index=index, dtype=float), {}
+        setting = Setting(model, data, replace(objective, loss=None), [AblationTarget.of_group(model, group) for group in groups])
+        removed = [{name: [unit]} for name, unit in units]
+        found = setting.damage(removed, predictions=self.ablate_tokens, seed=seed, progress=progress)
+        about = {"loss": found.loss, "predictions": found.predictions, "samples": found.samples}
+        return pd.DataFrame({"change": found.change, "change_se": found.error}, index=index), about
 
     def _agreement(self, units: pd.DataFrame, ablated: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
         scores = [name for name in SCORES if name in units]

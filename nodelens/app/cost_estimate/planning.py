@@ -1,11 +1,13 @@
 """Cost estimates of the pass over units and of the geometry of a language model."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from nodelens.analysis.geometry.analyze_model import forward_options
 from nodelens.analysis.geometry.columns import MetricSelection, columns_of
@@ -17,7 +19,7 @@ from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import Layers, Metrics, as_layers, as_metrics
 from nodelens.engine.validation import find_members, in_bytes
-from nodelens.messages import keywords_of
+from nodelens.messages import keywords_of, kind_of
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.objective import Objective
@@ -54,6 +56,7 @@ def estimate_cost(
     an unknown option.
     """
     settings = AnalyzeOptions().with_named(options, "nl.estimate_cost", keywords_of(estimate_cost))
+    _check_arguments(model, metrics, batch)
     chosen = as_metrics(metrics)
     net = model if isinstance(model, nn.Module) else model_from_config(model)
     objective = Objective.of(net, settings.output, settings.task, settings.loss)
@@ -81,6 +84,18 @@ def estimate_cost(
     plan, refused = _planned(plan_of, settings.covariance, settings.width, settings.max_passes)
     limits = in_bytes(settings.budget), settings.max_passes
     return estimate_plan(net, plan, rows, _tokens(batch, dry_run), machine or Machine(), *limits, refused=refused)
+
+
+def _check_arguments(model: Any, metrics: Any, batch: Any) -> None:
+    """Raises TypeError for a model that is none, and for data in the place of the metrics; ValueError without a batch."""
+    if not isinstance(model, nn.Module) and not hasattr(model, "_attn_implementation"):
+        way = "the model comes first" if isinstance(metrics, nn.Module) else "such as one of from_pretrained(...)"
+        raise TypeError(f"nl.estimate_cost takes a network or a config of transformers, not {kind_of(model)}: {way}")
+    items = metrics if isinstance(metrics, (list, tuple)) else []
+    if isinstance(metrics, (Tensor, Dataset, DataLoader)) or any(isinstance(item, (Tensor, tuple, dict)) for item in items):
+        raise TypeError("nl.estimate_cost reads no data: give one batch of the size to come, batch=, and their number, rows=")
+    if batch is None and isinstance(model, nn.Module) and "input_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes no token ids: give one batch of the size to come, batch=")
 
 
 @torch.inference_mode(False)

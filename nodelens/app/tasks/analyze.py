@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.analysis.analyze import add_analysis
+from nodelens.analysis.analyze import add_analysis, without_analyses
+from nodelens.analysis.load import load as load_with_analyses
 from nodelens.analysis.registry import load_analysis, with_metrics
 from nodelens.app.config import recorded, resolved
 from nodelens.engine.options import AnalyzeOptions
@@ -71,7 +72,8 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     to_device(module.net, device)
     measured, evaluated = splits(cfg, data, trained_by)
     with step("measuring"):
-        result = measure(cfg, module.net, data, measured, save_to=folder / SUMS)
+        known = None if cfg.results is None else _of_finished_run(cfg, module.net)
+        result = measure(cfg, module.net, data, measured, save_to=folder / SUMS) if known is None else known
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
     with step("evaluating"):
@@ -140,6 +142,27 @@ def measure(
     passes = result.metadata["passes"]
     if rank == 0 and len(passes) > 1:
         print_line(f"the data were read {len(passes)} times, because budget.memory does not fit the sums of all layers at once")
+    return result
+
+
+def _of_finished_run(cfg: DictConfig, net: torch.nn.Module) -> Result:
+    """The result in the folder ``results``, without its analyses.
+
+    Raises ValueError if it is of another network, or lacks a metric that an analysis needs.
+    """
+    result, analyses = without_analyses(load_with_analyses(cfg.results)), build_all(cfg.analysis, "analysis")
+    if not analyses:
+        raise ValueError("results= gives the tables to analyses, but none is chosen: add one, as in 'analysis=[clusters]'")
+    known, own = result.metadata["model"]["fingerprint"], fingerprint(net)
+    if known != own:
+        raise ValueError(
+            f"results={cfg.results} is of a network with the fingerprint {known}, this one has {own}: give model= and "
+            "ckpt_path= of that run"
+        )
+    there = {*result.units, *result.layers, *result.edges, *(name for _, name in result.matrices)}
+    if lacks := [name for name in with_metrics({}, analyses) if name not in there]:
+        raise ValueError(f"results={cfg.results} lacks {', '.join(lacks)}: leave out results=, so that it is measured")
+    result.metadata |= {"results": str(cfg.results), "seconds": {}}
     return result
 
 

@@ -18,7 +18,7 @@ from nodelens.app.checks import check
 from nodelens.app.config import build, resolved, unset
 from nodelens.engine.signals import passing_on, stopping
 from nodelens.engine.validation import in_bytes
-from nodelens.messages import SRUN_HINT
+from nodelens.messages import LIGHTNING_HINTS
 from nodelens.models import find_weights, load_weights
 from nodelens.results.files import plain
 
@@ -109,12 +109,18 @@ def quiet_lightning() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(_no_advice)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # expected when a run resumes
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")  # to the bit
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message="The number of training batches")
-    warnings.filterwarnings("ignore", message=SRUN_HINT)
+    for hint in LIGHTNING_HINTS:
+        warnings.filterwarnings("ignore", message=hint)
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    """Whether a notice is more than a product's name, or an option of Lightning that is not ours to set."""
+    text = record.getMessage()
+    return "Tip:" not in text and "`weights_only` was not set" not in text
 
 
 def load_module(cfg: DictConfig, classes: int | None = None) -> tuple[Any, dict[str, Any] | None]:

@@ -50,7 +50,7 @@ def _prepared(cfg: DictConfig, folder: Path, module: Any, data: Any) -> float:
 def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[Any], start: str | None) -> float:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from nodelens.training.callbacks import Outcome
+    from nodelens.training.callbacks import Measure, Outcome
     from nodelens.training.checkpoints import write_atomically
     from nodelens.training.last_checkpoint import LastCheckpoint
     from nodelens.training.resume import SeededSteps
@@ -58,6 +58,11 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     outcome = Outcome(folder / "result.json", plain(recorded(cfg)))
     lines = [] if sys.stderr.isatty() else [ProgressLines()]
     chosen = sorted(build_all(cfg.callbacks, "callbacks").values(), key=lambda callback: isinstance(callback, LastCheckpoint))
+    if cfg.analysis and not any(isinstance(callback, Measure) for callback in chosen):
+        raise ValueError(
+            f"analysis=[{','.join(cfg.analysis)}] runs after each epoch that callbacks=measure measures: add callbacks=measure, or "
+            "analyse the trained network with analyze.py"
+        )
     callbacks = [SeededSteps(cfg.seed), *lines, *chosen, outcome]  # the last checkpoint also has the state of the others
     trainer = build(
         _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
@@ -73,10 +78,23 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     if not outcome.path.is_file():  # training had finished before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
+    _draw(folder / "epochs", list(cfg.analysis))
     print_line(f"test {format_score(found)}")
     if found["checkpoint"]:
         print_line(f"checkpoint: {found['checkpoint']}")
     return float(found["accuracy"])
+
+
+def _draw(folder: Path, analyses: list[str]) -> None:
+    """Draws and prints what analyses say about the epochs of a training."""
+    for name in analyses:
+        if (folder / name / "metadata.json").is_file():
+            from nodelens.analysis.registry import load_analysis
+            from nodelens.report.page import write_figures
+
+            write_figures(folder / name)
+            for line in load_analysis(folder / name).summary().splitlines():
+                print_line(f"{name}: {line}")
 
 
 def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:

@@ -9,16 +9,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nodelens.messages import nearest
+from nodelens.messages import kind_of, nearest
 from nodelens.metrics.supernode import largest, share_of
 from nodelens.results.result import values_of
 from nodelens.statistics.sample_hash import generator
+
+from .type_rules import TypeRules
 
 RANDOM = "random"
 Normalize = Literal["none", "rank", "minmax", "z", "robust_z", "mean", "l2", "sum"]
 Transform = Literal["none", "log", "sqrt", "abs", "rank"]
 Spec = str | Mapping[str, Any]
-_LONG = ("terms", "normalize", "combine", "protect")
+_LONG = ("terms", "normalize", "combine", "protect", "types")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Criterion:
     T is a column of the score table, N a normalisation within each group. The default is ``rank``, from 0 (smallest) to 1 with ties
     averaged, because a sum of quantities in different units would follow the one with the widest range; it is ``none`` for a single
     term. protect: {column: share}: units with the largest values of a column are never removed, at least one per group.
+    types: how many units of each type are removed, by the labels in a table of units.
     """
 
     name: str
@@ -43,17 +46,22 @@ class Criterion:
     normalize: Normalize = "rank"
     combine: Literal["sum", "product"] = "sum"
     protect: Mapping[str, float] = field(default_factory=dict)
+    types: TypeRules | None = None
 
     @classmethod
     def of(cls, spec: "Spec | Criterion", name: str | None = None) -> "Criterion":
-        """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalize, combine, protect}.
+        """A criterion from a column's name, ``{column: weight}``, or the long form {terms, normalize, combine, protect, types}.
 
-        A term of the long form is a weight or {weight, transform}. Raises ValueError for anything else.
+        A term of the long form is a weight or {weight, transform}. Raises ValueError for anything else,
+        and TypeError for what is no criterion at all.
         """
         if isinstance(spec, Criterion):
             return spec
         if isinstance(spec, str):
             return cls(name or spec, {spec: Term()}, "none")
+        if not isinstance(spec, Mapping):
+            way = f"give an object, {spec.__name__}()" if isinstance(spec, type) else "it is a metric's name, or weights by name"
+            raise TypeError(f"criterion is {kind_of(spec)}; {way}")
         spec = renamed(spec, {"normalise": "normalize"})
         long = "terms" in spec
         title = name or "+".join(spec["terms"] if long else spec)
@@ -73,7 +81,8 @@ class Criterion:
         for column, share in protect.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
                 raise ValueError(f"criterion {title!r}: protect.{column} is {share!r}; it is a share of a group, between 0 and 1")
-        return cls(title, terms, **options, protect=protect)
+        types = TypeRules.of(title, spec["types"]) if long and spec.get("types") is not None else None
+        return cls(title, terms, **options, protect=protect, types=types)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -82,7 +91,8 @@ class Criterion:
             k: t.weight if t.transform == "none" else {"weight": t.weight, "transform": t.transform} for k, t in self.terms.items()
         }
         protect = {"protect": dict(self.protect)} if self.protect else {}
-        return {"terms": terms, "normalize": self.normalize, "combine": self.combine, **protect}
+        types = {"types": self.types.spec} if self.types else {}
+        return {"terms": terms, "normalize": self.normalize, "combine": self.combine, **protect, **types}
 
     @property
     def columns(self) -> list[str]:

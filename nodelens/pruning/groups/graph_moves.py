@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .graph_contractions import tie_all
-from .graph_ids import Product
+from .graph_ids import Place, Product
 from .graph_layers import tie_blocks
 from .graph_walk import Layout, Value, Walk, op_of, shape_of, stack_of, where
 from .recorded import Node
@@ -202,8 +202,24 @@ def split(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
         if "split" in str(node.target):
             walk.widths(node, (ids[: sizes[0]], ids))
     else:
-        walk.ids.freeze(ids, f"{where(node)} takes blocks of {', '.join(map(str, sizes))} units")
+        _unequal(walk, node, ids, sizes)
     return tuple(layout.replaced(dim, block) for block in ids.split(sizes))
+
+
+def _unequal(walk: Walk, node: Node, ids: Tensor, sizes: Sequence[int]) -> None:
+    """Blocks of different sizes: one that is an attribute of the module can shrink; another is a constant of the code."""
+    owner, by_size = vars(walk.owner(node)), dict[int, list[Tensor]]()
+    for block in ids.split(list(sizes)):
+        by_size.setdefault(len(block), []).append(block)
+    for size, blocks in by_size.items():
+        names = [name for name, value in owner.items() if type(value) is int and value == size > 1]
+        if names:
+            tie_blocks(walk, torch.cat(blocks), len(blocks))
+        else:
+            every = ", ".join(map(str, sizes))
+            walk.ids.freeze(torch.cat(blocks), f"{where(node)} takes blocks of {every} units, which are constants of the code")
+        for name in names:
+            walk.ids.put(Place(stack_of(node), name, 0, blocks[0], "tied", is_count=True))
 
 
 def gate(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
@@ -254,20 +270,6 @@ def pad(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
             walk.freeze(a["self"], f"{where(node)} changes the number of channels", [dim])
             layout = layout.replaced(dim, None)
     return layout
-
-
-def shuffle(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
-    """Channels and blocks of pixels are exchanged: each unit has as many channels as the block has pixels."""
-    layout, old, new = walk.layout(a["self"]), shape_of(a["self"])[-3], shape_of(node)[-3]
-    walk.freeze(a["self"], f"{where(node)} moves entries along them", [len(layout.dims) - 2, len(layout.dims) - 1])
-    ids = layout.ids(-3)
-    if ids is None:
-        return layout
-    if new > old:
-        return layout.replaced(-3, ids.repeat_interleave(new // old))
-    by_block = ids.reshape(new, -1)
-    walk.ids.tie(by_block[:, :1].expand_as(by_block).flatten(), ids)
-    return layout.replaced(-3, by_block[:, 0])
 
 
 def lookup(walk: Walk, node: Node, a: dict[str, Any]) -> Value:

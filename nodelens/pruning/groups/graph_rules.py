@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph_contractions, graph_layers, graph_moves
+from . import graph_contractions, graph_layers, graph_moves, graph_windows
+from .graph_recurrent import recurrent
 from .graph_walk import Layout, Value, Walk, name_of, op_of, shape_of, where, without_units
 from .recorded import Node
 
@@ -151,8 +152,12 @@ _RULES: dict[str, Rule] = {
     "split_with_sizes": graph_moves.split,
     "chunk": graph_moves.split,
     "tensor_split": graph_moves.split,
-    "pixel_shuffle": graph_moves.shuffle,
-    "pixel_unshuffle": graph_moves.shuffle,
+    "pixel_shuffle": graph_windows.shuffle,
+    "pixel_unshuffle": graph_windows.shuffle,
+    "unfold": graph_windows.windows,
+    "im2col": graph_windows.patches,
+    "col2im": graph_windows.patches,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     "index": graph_moves.lookup,
     "index_select": graph_moves.lookup,
     "softmax": _softmax,

@@ -1,5 +1,6 @@
 """The operations of a forward pass: recorded while it runs or, where values decide what runs, exported."""
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,9 @@ def _recorded(model: nn.Module, batch: Batch) -> Operations:
 
 
 def _exported(model: nn.Module, batch: Batch) -> Operations:
-    program = torch.export.export(model, batch.args, batch.kwargs)
+    with warnings.catch_warnings():  # recurrent layers keep their weights in a list, too, which the program does not read
+        warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
+        program = torch.export.export(model, batch.args, batch.kwargs)
     signature = program.graph_signature
     inputs = [name for name in signature.user_inputs if isinstance(name, str)]
     return Operations(list(program.graph.nodes), {**signature.inputs_to_parameters, **signature.inputs_to_buffers}, inputs)

@@ -62,6 +62,11 @@ def compensate_units(
         for piece in group.by_role("consumer"):
             if piece.entry is not None:
                 raise ValueError(f"{group.name!r}: the inputs of its experts are not measured; use compensate=none or freeze= it")
+            if piece.tensor != "weight":
+                raise ValueError(
+                    f"{group.name!r} is read by {piece.module}, a {type(model.get_submodule(piece.module)).__name__}, which is not "
+                    "compensated; use compensate=none or freeze= it"
+                )
             by_consumer.setdefault(piece.module, []).append((piece, units))
     added = []
     for path, slices in by_consumer.items():

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from nodelens.messages import shown
+from nodelens.messages import check_folder, shown
 from nodelens.network.hooks import parameter_limit
 from nodelens.pruning.groups.whole_experts import COUNTS
 
@@ -42,6 +42,7 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     Raises FileNotFoundError for a missing file; ValueError, with file and field, for a different model than the one that was pruned
     and for files that are damaged, were changed, or do not fit each other. A given model is then as it was.
     """
+    check_folder("nl.load_pruned", folder)
     saved = SavedModel.read(Path(folder))
     net = _dense_model(saved) if model is None else model
     _check_structure(net, saved)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from nodelens.network.groups import GroupSlice, PruningGroup
-from nodelens.network.hooks import edit
+from nodelens.interventions.applying import applied
+from nodelens.interventions.edit_value import Edit
+from nodelens.interventions.expert_gates import multiply
+from nodelens.network.groups import PruningGroup
 from nodelens.pruning.groups.whole_experts import unrouted
 
 Removed = Mapping[str, Sequence[int]]
@@ -22,12 +23,15 @@ def masked(model: nn.Module, groups: Iterable[PruningGroup], removed: Removed) -
     Whole experts are never chosen by their router. Raises ValueError for an unknown group or unit, or if too few experts stay.
     """
     groups = list(groups)
-    gates = gates_of(groups, removed)
+    by_name = {group.name: group for group in groups}
+    for name, units in removed.items():
+        check_group(by_name, name, None, units)
     whole = [group for group in groups if group.router is not None and group.name in removed]
     for group in whole:
         check_min_keep(group, removed[group.name])
-        del gates[group.name]
-    with scaled(model, groups, gates), unrouted(model, whole, removed):
+    routed = {group.name for group in whole}
+    edits = [Edit(name, "zero", units=units) for name, units in removed.items() if len(units) and name not in routed]
+    with applied(model, edits, groups), unrouted(model, whole, removed):
         yield
 
 
@@ -38,21 +42,12 @@ def scaled(model: nn.Module, groups: Iterable[PruningGroup], gates: Mapping[str,
     Gates may require gradients, except for experts in one tensor. Raises ValueError for an unknown group, a number of gates that
     differs from its number of units, or whole experts.
     """
+    groups = list(groups)
     by_name = {group.name: group for group in groups}
     for name, gate in gates.items():
         check_group(by_name, name, len(gate))
         _check_weights(by_name[name])
-    reads: dict[str, list[tuple[GroupSlice, Tensor]]] = {}
-    for name, gate in gates.items():
-        for piece in by_name[name].by_role("consumer"):
-            reads.setdefault(piece.module, []).append((piece, gate))
-    in_experts = [(piece, gate) for pairs in reads.values() for piece, gate in pairs if piece.entry is not None]
-    edits: dict[nn.Module, list[tuple[GroupSlice, Tensor]]] = {}
-    for path, pairs in reads.items():
-        hooked = [(piece, gate) for piece, gate in pairs if piece.entry is None]
-        if hooked:
-            edits.setdefault(model.get_submodule(path), []).extend(hooked)
-    with _multiplied(model, in_experts), edit({}, {m: partial(_gated, channel_dim(m), pairs) for m, pairs in edits.items()}):
+    with applied(model, [Edit(name, "scale", value=gate) for name, gate in gates.items()], groups):
         yield
 
 
@@ -80,7 +75,7 @@ def scale(model: nn.Module, groups: Iterable[PruningGroup], gates: Mapping[str, 
             check_group(by_name, name, len(gate))
             _check_weights(by_name[name])
             for piece in by_name[name].by_role("consumer"):
-                _multiply(piece, piece.of(model), torch.as_tensor(gate))
+                multiply(piece, piece.of(model), torch.as_tensor(gate))
 
 
 def gates_of(groups: Iterable[PruningGroup], removed: Removed) -> dict[str, Tensor]:
@@ -125,33 +120,3 @@ def _check_weights(group: PruningGroup) -> None:
             f"group {group.name!r}: zeros or gates in the weights of a whole expert do not change the router, which would still "
             "send it tokens: use apply=slice with schedule=one_shot, or masked() to measure without it"
         )
-
-
-def _gated(dim: int, pairs: list[tuple[GroupSlice, Tensor]], x: Tensor) -> Tensor:
-    gate = x.new_ones(x.shape[dim])
-    for piece, values in pairs:
-        places = piece.places.to(x.device)
-        gate = gate.index_put((places.flatten(),), values.to(x)[:, None].expand(places.shape).flatten())
-    return x * gate.reshape([-1] + [1] * (x.ndim - 1 - dim % x.ndim))
-
-
-@contextmanager
-def _multiplied(model: nn.Module, pairs: list[tuple[GroupSlice, Tensor]]) -> Iterator[None]:
-    """Inside the context, an expert's columns are multiplied by gates; on exit they are restored exactly."""
-    before = [(piece, piece.of(model).clone()) for piece, _ in pairs]
-    try:
-        with torch.no_grad():
-            for piece, gate in pairs:
-                _multiply(piece, piece.of(model), gate.detach())
-        yield
-    finally:
-        with torch.no_grad():
-            for piece, old in before:
-                piece.of(model).copy_(old)
-
-
-def _multiply(piece: GroupSlice, tensor: Tensor, gate: Tensor) -> None:
-    dim = piece.dim - (piece.entry is not None)
-    factors = tensor.new_ones(tensor.shape[dim])
-    factors[piece.index.flatten()] = gate.to(tensor)[:, None].expand(piece.index.shape).flatten()
-    tensor.mul_(factors.reshape([-1] + [1] * (tensor.ndim - 1 - dim)))

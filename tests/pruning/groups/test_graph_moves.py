@@ -47,11 +47,21 @@ def selected(m: Net, x: Tensor) -> Tensor:
     return space((branches * weights).sum(1))
 
 
+TWO = {"one": nn.Linear(5, 5), "two": nn.Linear(3, 5)}
 MOVES = {  # what happens between two convolutions of 6 and 8 channels and the head: the units of each group
     "concat": (between(lambda m, x: space(torch.concat([x, 2 * x], 1)), 16), "a 6, b 8"),
     "hstack": (between(lambda m, x: torch.hstack([space(x), space(x).relu()]), 16), "a 6, b 8"),
     "chunk": (between(lambda m, x: space(x.chunk(2, 1)[0]), 4), "a 6, b 4"),
     "split": (between(lambda m, x: space(torch.cat(x.split(x.shape[1] // 2, 1)[::-1], 1).relu())), "a 6, b 4"),
+    "a split by attributes": (between(lambda m, x: space(x.split([m.narrow, m.wide], 1)[1]), 6, narrow=2, wide=6), "a 6, b 6"),
+    "a split by attributes, all read": (
+        between(lambda m, x: m.one(space(x.split([3, m.wide], 1)[1])) + m.two(space(x[:, :3])), 5, wide=5, **TWO),
+        "a 6, b 5, one 5",
+    ),
+    "a split by constants": (between(lambda m, x: space(x.split([2, 6], 1)[1]), 6), "a 6"),
+    "unfold": (between(lambda m, x: F.unfold(x, 2, stride=2).mean(2), 32), "a 6, b 8"),
+    "unfold and fold": (between(lambda m, x: space(F.fold(F.unfold(x, 3, padding=1).relu(), 8, 3, padding=1))), "a 6, b 8"),
+    "windows of positions": (between(lambda m, x: space(x.unfold(2, 4, 2).amax(-1))), "a 6, b 8"),
     "glu": (between(lambda m, x: space(F.glu(x, 1)), 4), "a 6, b 4"),
     "gated by hand": (between(lambda m, x: space(halves(x)[0] * halves(x)[1].sigmoid()), 4), "a 6, b 4"),
     "stack": (between(lambda m, x: space(torch.stack([x, 2 * x]).sum(0))), "a 6, b 8"),

@@ -121,7 +121,7 @@ def test_scopes_choose_by_name_pattern_and_kind_and_report_what_they_leave_out()
     assert [a.name for a in groups.chosen(["a.*"], freeze="head")] == ["a.ffn"]
     assert {(f.what, f.reason.split(":")[0]) for f in groups.chosen(freeze=["head"]).frozen} == {
         ("a.attn", "named by freeze"),
-        ("b.ffn", "a norm reduces over its units; allow_approximate=true includes it"),
+        ("b.ffn", "a norm reduces over its units; allow_approximate=True includes it"),
     }
     with pytest.raises(ValueError, match=r"scope 'c\.\*' matches no group; there are a.ffn, a.attn, b.ffn, of the kinds ffn, head"):
         groups.chosen("c.*")

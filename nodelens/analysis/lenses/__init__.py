@@ -1,0 +1,1 @@
+"""Lenses as analyses: how early a language model knows what it predicts."""

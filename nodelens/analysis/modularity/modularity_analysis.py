@@ -1,0 +1,206 @@
+"""``analysis=[modularity]``: the modules of every layer, beside those of a null model, by one or several associations."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from nodelens.analysis.registry import Progress
+from nodelens.metrics import Metric, get_metric
+from nodelens.results.findings import Findings
+from nodelens.results.result import Result
+from nodelens.statistics.seeding import seed_of
+
+from .epochs import follow_epochs
+from .find_modules import Method, check_options
+from .graph import as_matrix
+from .layer_modules import COVARIANCES, LayerModules, Null, Search
+from .pictures import sorted_matrix
+from .tables import MODULES, Partitioned, comparison_table, within
+
+
+@dataclass(frozen=True)
+class ModularityAnalysis:
+    """Finds the modules of the units of each layer, by one or several associations, and compares them.
+
+    associations: names of metrics of pairs of units, or {column: metric}
+    absolute:     edge weights are absolute values of the associations
+    gamma:        resolution; above 1, more and smaller modules
+    method:       louvain, spectral, monte_carlo or leiden (which needs the package leidenalg)
+    starts:       seeded starts of a search, of which the best is kept
+    sparsify:     share of the pairs that keep an edge, of weight 1. None: all, with their weights
+    shuffles:     number of random graphs for z and p, and p is at least 1 / (shuffles + 1)
+    null_model:   degrees: graphs with the same weights and degrees. correlation: for covariances, what a random correlation matrix
+                  leaves (MacMahon & Garlaschelli 2015); it takes signed correlations, and other associations keep degrees. none
+    rows:         number of independent rows of the null model of correlations. None: the number of samples
+    alignments:   number of shuffles of units, for the p of an alignment
+
+    Source: Lange, Rolnick & Kording 2022, Clustering units in neural networks: upstream vs downstream information, TMLR.
+
+    Raises ValueError for values out of range, and for metrics that are not of pairs of units.
+    """
+
+    associations: str | Sequence[str] | Mapping[str, Metric] = ("forward_cov", "backward_ggn")
+    absolute: bool = True
+    gamma: float = 1.0
+    method: Method = "louvain"
+    starts: int = 5
+    sparsify: float | None = None
+    shuffles: int = 20
+    null_model: Null = "degrees"
+    rows: int | None = None
+    alignments: int = 1000
+
+    def __post_init__(self) -> None:
+        check_options(self.method, self.gamma, self.starts)
+        if self.null_model not in get_args(Null):
+            raise ValueError(f"null_model is {self.null_model!r}; it is one of {', '.join(get_args(Null))}")
+        if self.sparsify is not None and not 0 < self.sparsify <= 1:
+            raise ValueError(f"sparsify is {self.sparsify}; it is the share of pairs that keep an edge, above 0 and at most 1")
+        if self.null_model == "correlation" and (self.sparsify is not None or self.method == "leiden"):
+            raise ValueError("null_model=correlation reads the correlations themselves: leave sparsify and method=leiden out")
+        for name in ("shuffles", "alignments"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a number of random draws, 0 for none")
+        if self.rows is not None and self.rows < 2:
+            raise ValueError(f"rows is {self.rows}; it is a number of independent rows, at least 2")
+        self.required_metrics()
+
+    def required_metrics(self) -> dict[str, Metric]:
+        """The associations, as matrices."""
+        if isinstance(self.associations, Mapping):
+            found = dict(self.associations)
+        else:
+            names = [self.associations] if isinstance(self.associations, str) else self.associations
+            found = {str(name): _as_matrix(str(name)) for name in names}
+        if not found:
+            raise ValueError("associations is empty; give names of metrics of pairs of units, such as forward_cov")
+        for name, metric in found.items():
+            if metric.shape != "pair":
+                raise ValueError(f"{name} has one value per {metric.shape}, and modules are found in a metric of pairs of units")
+        return found
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        result: Result,
+        evaluation: Iterable[Any] | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
+        **objective: Any,
+    ) -> Findings:
+        """Reads the matrices of the result, and no data."""
+        names, gaps = list(self.required_metrics()), _Gaps()
+        found = {
+            (layer, name): modules
+            for layer in result.layers.index
+            for name in names
+            if (modules := self._modules(result, layer, name, seed, gaps)) is not None
+        }
+        parts = [
+            Partitioned({"layer": layer, "association": name}, each.modules.labels, result.matrices[layer, name])
+            for (layer, name), each in found.items()
+        ]
+        options = {"absolute": self.absolute, "gamma": self.gamma, "shuffles": self.alignments, "seed": seed}
+        rows = [{"layer": layer, "association": name} | each.row() for (layer, name), each in found.items()]
+        frames = {
+            "modules": pd.DataFrame(rows, columns=list(MODULES)),
+            "comparison": comparison_table(within(parts, "association"), "association", ["layer"], **options),
+        }
+        about = {"options": _plain_options(self), "seed": seed, "missing": gaps.rows, "notes": gaps.notes}
+        pictures = {(layer, f"sorted_{name}"): sorted_matrix(each) for (layer, name), each in found.items()}
+        lines = [*_summary(frames), *gaps.lines()]
+        return Findings("modularity", frames, lines, _columns(result, found, names), pictures, about)
+
+    def over_epochs(self, found: Mapping[int, Findings], seed: int = 0) -> Findings:
+        """How the modules change during training, from what was found after each epoch."""
+        return follow_epochs(found, self.alignments, seed)
+
+    def _modules(self, result: Result, layer: str, name: str, seed: int, gaps: "_Gaps") -> LayerModules | None:
+        matrix, rng = result.matrices.get((layer, name)), np.random.default_rng(seed_of(seed, layer, name))
+        if matrix is None:
+            gaps.add(layer, name, f"{name} was not measured: leave the layer out, or the association")
+            return None
+        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null_model)
+        try:
+            if self.null_model == "correlation" and name in COVARIANCES:
+                found = search.of_correlations(matrix, self.rows or result.metadata["samples"], rng)
+            else:
+                found = search(matrix, rng)
+        except ValueError as error:
+            gaps.add(layer, name, str(error))
+            return None
+        gaps.about(layer, name, found, matrix)
+        return found
+
+
+@dataclass
+class _Gaps:
+    """What could not be computed, and what a reader has to know about what was."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, layer: str, name: str, reason: str) -> None:
+        self.rows.append({"layer": layer, "what": f"module_{name}", "reason": reason})
+
+    def about(self, layer: str, name: str, found: LayerModules, matrix: np.ndarray) -> None:
+        undefined = int(np.isnan(as_matrix(matrix)).all(1).sum())
+        if undefined:
+            reason = (
+                f"{undefined} of {len(matrix)} units have no association with any unit (NaN), as units that do not vary: they "
+                "are in no module; remove them, or measure more rows"
+            )
+            self.add(layer, name, reason)
+        if found.modules.components > 1:
+            self.notes.append(
+                f"{layer}, {name}: the graph has {found.modules.components} components without links between them, and each is at "
+                "least one module, so part of Q is theirs: compare z and p, or leave sparsify out"
+            )
+
+    def lines(self) -> list[str]:
+        return [f"{row['layer']}, {row['what'].removeprefix('module_')}: {row['reason']}" for row in self.rows] + self.notes
+
+
+def _as_matrix(name: str) -> Metric:
+    """A metric of pairs that returns the matrix, where it would return the mean over partners."""
+    metric = get_metric(name)
+    return get_metric(name, reduce="none") if metric.kind == "pair" and "reduce" in metric.options else metric
+
+
+def _columns(result: Result, found: Mapping[tuple[str, str], LayerModules], names: Sequence[str]) -> pd.DataFrame | None:
+    """The label of every unit by every association: -1 for a unit in no module, and in a layer without modules."""
+    columns = {}
+    for name in names:
+        if not any(name == other for _, other in found):
+            continue
+        labels = pd.Series(-1, index=result.units.index)
+        for layer in result.layers.index:
+            if (layer, name) in found:
+                labels.loc[[layer]] = found[layer, name].modules.labels
+        columns[f"module_{name}"] = labels
+    return pd.DataFrame(columns, index=result.units.index) if columns else None
+
+
+def _summary(frames: Mapping[str, pd.DataFrame]) -> list[str]:
+    lines = []
+    for row in frames["modules"].itertuples():
+        number = f"{row.modules} module{'s' * (row.modules != 1)} of {row.units - row.dead} units"
+        tested = "" if np.isnan(row.p) else f"; {row.q_null:.3f} by chance ({row.null_model}), z {row.z:.1f}, p {row.p:.2g}"
+        lines.append(f"{row.layer}, {row.association}: {number}, Q {row.q:.3f}{tested}")
+    for row in frames["comparison"].itertuples():
+        chance = "" if np.isnan(row.alignment_p) else f" ({row.alignment_null:.2f} by chance, p {row.alignment_p:.2g})"
+        pair = f"{row.association_a} and {row.association_b}"
+        lines.append(f"{row.layer}, {pair}: alignment {row.alignment:.2f}{chance}, AMI {row.ami:.2f}")
+    return lines
+
+
+def _plain_options(analysis: ModularityAnalysis) -> dict[str, Any]:
+    metrics = {name: metric.options for name, metric in analysis.required_metrics().items()}
+    options = {name: value for name, value in vars(analysis).items() if name != "associations"}
+    return options | {"associations": metrics}

@@ -1,0 +1,1 @@
+"""Patching as analyses: which states a prediction depends on."""

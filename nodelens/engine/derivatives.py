@@ -1,0 +1,228 @@
+"""What is differentiated in one batch, while its graph is there: one kind of derivative after the other."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from nodelens.metrics import Need
+from nodelens.metrics.derivative import Derivative
+from nodelens.network.batch import Batch
+from nodelens.network.curvature import Predictions, drawn, factor
+from nodelens.network.derivatives import Differentiation, Forward
+from nodelens.network.layers import ASSOCIATION
+from nodelens.network.objective import Objective
+from nodelens.network.random_vectors import signs
+
+from .derivative_collector import DerivativeCollector, LayerCall
+from .graph_start import GraphStart
+from .unit_vectors import unit_vectors
+
+CHUNK = 1 << 26  # bytes of the vectors at layers and predictions that are handled at once
+Chunk = tuple[int, list[Tensor]]  # a fold, and vectors (k, *shape of each output or input)
+
+
+class Target(NamedTuple):
+    """Where vectors are added up: at one call of a layer, or at those of all layers side by side."""
+
+    collector: DerivativeCollector
+    need: Need
+    calls: Sequence[LayerCall]
+
+
+@dataclass
+class Derivatives:
+    """The derivatives of one batch."""
+
+    predictions: Tensor
+    embedded: Sequence[Tensor]
+    batch: Batch
+    objective: Objective
+    seed: int
+    method: Differentiation
+
+    def add(self, targets: Sequence[Target], derivative: Derivative) -> None:
+        """Adds one kind of derivative at all layers that ask for it."""
+        calls = list({id(call): call for target in targets for call in target.calls}.values())
+        calls = [call for call in calls if call.traced.edge is not None or derivative.of == "values"]
+        size = self._size(calls)
+        if derivative.of == "values":
+            self._distribute(targets, derivative, calls, [call.traced.value[None] for call in calls], 0, True)
+        elif derivative.of in ("predictions", "loss"):
+            self._pull(targets, derivative, calls, size)
+        elif derivative.of == "inputs":
+            self._push(targets, derivative, calls, size)
+        else:
+            self._hessian(targets, derivative)
+
+    def _pull(self, targets: Sequence[Target], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
+        made = Predictions.of(self.predictions, self.batch, self.objective, derivative.of == "loss")
+        empirical = derivative.method == "empirical"
+        outputs = [self.predictions if empirical else made.z]
+        chunks = iter([(0, [self._slope()[None]])]) if empirical else self._of_predictions(derivative, made, size)
+        edges, first = [call.traced.edge for call in calls], True
+        for fold, vectors in chunks:
+            found = self.method.pull(outputs, edges, vectors) if outputs[0].requires_grad else [None] * len(edges)  # type: ignore[arg-type]
+            self._distribute(targets, derivative, calls, found, fold, first)
+            first = False
+
+    def _slope(self) -> Tensor:
+        """The derivative of the loss with respect to the predictions."""
+        z = self.predictions.detach().requires_grad_()
+        return torch.autograd.grad(self.objective.summed(z, self.batch.labels), z)[0]
+
+    def _of_predictions(self, derivative: Derivative, made: Predictions, size: int) -> Iterator[Chunk]:
+        z, task = made.z, self.objective.task
+        mask = made.counted.to(z.device)[..., None]
+        places, outputs = z.shape[1:]
+        if derivative.method in ("probes", "sampled"):
+            m = derivative.vectors
+            for fold in range(derivative.folds):
+                numbers = range(fold, m, derivative.folds)
+                for a in range(0, len(numbers), size):
+                    own = numbers[a : a + size]
+                    if derivative.of == "loss":
+                        v = torch.stack([drawn(made, task, self.batch, k, self.seed) for k in own])
+                    else:
+                        v = signs(self.batch.hashes, made.rows, outputs, own, self.seed, "predictions", z.detach())
+                    yield fold, [(v / m**0.5).where(mask, 0)]
+            return
+        rows = factor(made, task) if derivative.of == "loss" else None
+        for a in range(0, places * outputs, size):
+            index = torch.arange(a, min(a + size, places * outputs), device=z.device)
+            each = torch.arange(len(index), device=z.device)
+            v = torch.zeros(len(index), *z.shape, dtype=z.dtype, device=z.device)
+            v[each, :, index // outputs] = 0 if rows is None else rows[index % outputs, :, index // outputs]
+            if rows is None:
+                v[each, :, index // outputs, index % outputs] = 1
+            yield 0, [v.where(mask, 0)]
+
+    def _push(self, targets: Sequence[Target], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
+        start = GraphStart.of([call.traced.edge for call in calls], self.embedded, self.batch)  # type: ignore[misc]
+        if start is None:
+            for target in targets:
+                target.collector.failed[target.need] = "the model reads no floating-point inputs and has no embedding"
+            return
+        forwards = {id(c): Forward(c.traced.edge, c.traced.value, start.places) for c in calls}  # type: ignore[arg-type]
+        few = [target for target in targets if derivative.method == "exact" and _fewer_units(target, start)]
+        for target in few:
+            self._over_units(target, derivative, partial(self._there_and_back, target.calls[0], start, forwards))
+        rest, first = [target for target in targets if target not in few], True
+        own = [call for call in calls if any(call in target.calls for target in rest)]
+        for fold, vectors in start.vectors(derivative, self.batch, self.seed, max(1, size // 2)) if rest else ():
+            found = [self.method.push(forwards[id(call)], vectors) for call in own]
+            self._distribute(rest, derivative, own, found, fold, first)
+            first = False
+
+    def _there_and_back(self, call: LayerCall, start: GraphStart, forwards: dict[int, Forward], v: Tensor) -> Tensor | None:
+        """J J'v of a layer, J its derivative with respect to the inputs."""
+        found = self.method.pull([call.traced.edge], start.places, [v])  # type: ignore[list-item]
+        if any(each is None for each in found):
+            return None
+        return self.method.push(forwards[id(call)], start.weighted(found))  # type: ignore[arg-type]
+
+    def _hessian(self, targets: Sequence[Target], derivative: Derivative) -> None:
+        total = self.objective.summed(self.predictions, self.batch.labels)
+        edges: Any = [target.calls[0].traced.edge for target in targets]
+        slopes: Any = [None] * len(edges)
+        if total.requires_grad:
+            slopes = torch.autograd.grad(total, edges, create_graph=True, allow_unused=True)
+        for target, slope, edge in zip(targets, slopes, edges, strict=True):
+            if slope is None:
+                target.collector.unreached.add(target.need)
+            self._over_units(target, derivative, partial(self._curved, slope, edge))
+
+    def _curved(self, slope: Tensor | None, edge: GradientEdge, v: Tensor) -> Tensor | None:
+        """H v, the derivative of the slope of the loss; None where the slope is constant."""
+        return self.method.pull([slope], [edge], [v])[0] if slope is not None and slope.requires_grad else None
+
+    def _over_units(self, target: Target, derivative: Derivative, times: Callable[[Tensor], Tensor | None]) -> None:
+        """Adds v (A v)' for vectors v over the units of one layer, given the product with A."""
+        (call,) = target.calls
+        keep, first = self._kept(target, derivative), True
+        for fold, v in unit_vectors(call, derivative, keep, self.batch, self.seed, self._size([call])):
+            product = times(v)
+            y = call.rows(torch.zeros_like(v) if product is None else product)
+            options = {"fold": fold, "folds": derivative.folds, "first": first}
+            target.collector.add(target.need, self.batch, call.rows(v), keep, y=y, **options)
+            first = False
+
+    def _distribute(
+        self,
+        targets: Sequence[Target],
+        derivative: Derivative,
+        calls: Sequence[LayerCall],
+        found: Sequence[Tensor | None],
+        fold: int,
+        first: bool,
+    ) -> None:
+        """Adds the vectors found at each call to the targets that read it."""
+        by_call = {id(call): vectors for call, vectors in zip(calls, found, strict=True)}
+        k = next((len(vectors) for vectors in found if vectors is not None), 1)
+        for target in targets:
+            parts = []
+            for call in target.calls:
+                vectors, value = by_call.get(id(call)), call.traced.value
+                if vectors is None:
+                    target.collector.unreached.add(target.need)
+                parts.append(call.rows(value.new_zeros(k, *value.shape) if vectors is None else vectors))
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if len(target.calls) > 1 or target.collector is not target.calls[0].collector:
+                x = target.collector.chosen_units(x)
+            options = {"fold": fold, "folds": derivative.folds, "first": first}
+            target.collector.add(target.need, self.batch, x, self._kept(target, derivative), **options)
+
+    def _kept(self, target: Target, derivative: Derivative) -> Tensor:
+        """The rows that count, (samples, positions): of a loss those of samples with a label."""
+        keep = torch.stack([call.kept for call in target.calls]).all(0)
+        labelled = self.batch.labelled if derivative.of in ("loss", "hessian") else None
+        return keep if labelled is None else keep & labelled.cpu()[:, None]
+
+    def _size(self, calls: Sequence[LayerCall]) -> int:
+        held = self.predictions.nbytes + sum(call.traced.value.nbytes for call in calls)
+        return max(1, CHUNK // max(1, held))
+
+
+def differentiate(
+    collectors: Sequence[DerivativeCollector],
+    predictions: Tensor,
+    embedded: Sequence[Tensor],
+    batch: Batch,
+    objective: Objective,
+    seed: int,
+    method: Differentiation,
+) -> None:
+    """Adds what the needs of all collectors ask for in one batch, and releases its graph."""
+    own = Derivatives(predictions, embedded, batch, objective, seed, method)
+    wanted: dict[Derivative, list[Target]] = {}
+    for collector in collectors:
+        for need in collector.sums:
+            for calls in _calls_of(collector, collectors):
+                wanted.setdefault(need.options[0], []).append(Target(collector, need, calls))
+    for derivative, targets in wanted.items():
+        own.add(targets, derivative)
+    for collector in collectors:
+        for call in collector.calls:
+            if call.traced.leaf is not None:
+                call.traced.leaf.requires_grad_(False)
+        collector.calls = []
+
+
+def _fewer_units(target: Target, start: GraphStart) -> bool:
+    """Whether a layer has so few units and positions that a basis of theirs takes fewer passes than one of the inputs."""
+    if len(target.calls) > 1 or target.collector.site.layer is target.collector.plan.stack:
+        return False
+    _, units, positions = target.calls[0].index.shape
+    return 2 * units * positions < start.count
+
+
+def _calls_of(collector: DerivativeCollector, every: Sequence[DerivativeCollector]) -> list[list[LayerCall]]:
+    """The calls whose units are side by side: each by itself for a layer, those of all layers together for the stack."""
+    if collector.site.layer is not collector.plan.stack:
+        return [[call] for call in collector.calls]
+    by_layer = {other.site.layer: other.calls for other in every if other.site.port == ASSOCIATION}
+    return [[call for layer in collector.plan.layers for call in by_layer[layer]]]

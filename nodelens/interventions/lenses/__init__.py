@@ -1,0 +1,1 @@
+"""Lenses: hidden states of a language model read as predictions of tokens."""

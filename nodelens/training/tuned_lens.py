@@ -1,0 +1,201 @@
+"""The tuned lens: affine translators of each block's states, trained by Lightning to give the model's own predictions."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from nodelens.analysis.lenses.logit_lens import lens_table
+from nodelens.analysis.registry import Progress
+from nodelens.engine.driver import device_of
+from nodelens.interventions.lenses.lens import LENS, about, read_lens
+from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
+from nodelens.interventions.lenses.translators import Translators
+from nodelens.interventions.prompts import read_prompts
+from nodelens.interventions.token_model import TokenModel
+from nodelens.messages import SRUN_HINT
+from nodelens.metrics import Metric
+from nodelens.network.eval_mode import one_at_a_time, uncompiled
+from nodelens.network.layers import Layer
+from nodelens.results.findings import Findings
+from nodelens.results.result import Result
+from nodelens.statistics.seeding import seeded
+
+
+@dataclass(frozen=True)
+class TunedLens:
+    """Trains an affine translator per block, and compares the lens with and without it.
+
+    layers:    blocks to translate: all, indices, or an expression; the last block needs none
+    epochs, lr: passes over the data, and Adam's learning rate, which falls linearly to 0
+    ks:        precision and agreement are measured at each of these numbers of tokens
+    save_to:   a safetensors file for the translators; load_from: one to use instead of training
+    prompts, tokenizer, k: as in ``LogitLens``; the tables are of the tuned lens
+
+    The table ``layers`` has a row per lens (logit, tuned) and block, measured on the evaluation split, with standard errors. The
+    loss is the mean KL(model || lens) over tokens.
+    Source: Belrose et al. 2023, Eliciting Latent Predictions from Transformers with the Tuned Lens, 2303.08112
+    """
+
+    layers: str | int | Sequence[int] = "all"
+    epochs: int = 1
+    lr: float = 1e-3
+    ks: Sequence[int] = (1, 5, 10)
+    save_to: str | None = None
+    load_from: str | None = None
+    prompts: str | Sequence[str] | None = None
+    tokenizer: Any = None
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.lr <= 0:
+            raise ValueError(f"tuned_lens: epochs is {self.epochs} and lr is {self.lr}; both are positive")
+
+    def required_metrics(self) -> dict[str, Metric]:
+        """None: the lens reads the residual stream in passes of its own."""
+        return {}
+
+    @one_at_a_time
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        result: Result | None = None,
+        evaluation: Iterable[Any] | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
+        **objective: Any,
+    ) -> Findings:
+        """Trains on data and measures on evaluation (default: data). The model itself does not change."""
+        model, output = uncompiled(model), objective.get("output")
+        known, layers = TokenModel(model), blocks_to_read(model, self.layers)
+        last = len(known.roles.blocks) - 1
+        trained = self._translators(model, data, {k: v for k, v in layers.items() if k != last}, seed, output)
+        held_out = data if evaluation is None else evaluation
+        tables = {
+            name: lens_table(model, held_out, self.layers, self.ks, maps, output=output)
+            for name, maps in (("logit", None), ("tuned", trained))
+        }
+        table = pd.concat([found.assign(lens=name) for name, found in tables.items()], ignore_index=True)
+        frames = {"layers": table}
+        if self.prompts is not None:
+            frames |= read_lens(known, read_prompts(self.prompts, self.tokenizer), list(layers), self.k, trained).frames
+        if self.save_to is not None:
+            trained.save(self.save_to)
+        metadata = about(known) | {"lens": "tuned", "epochs": self.epochs, "lr": self.lr, "seed": seed, "translators": self.save_to}
+        return Findings(LENS, frames, _lines(tables["logit"], tables["tuned"]), metadata=metadata)
+
+    def _translators(
+        self, model: nn.Module, data: Iterable[Any], layers: Mapping[int, Layer], seed: int, output: Any
+    ) -> Translators:
+        if self.load_from is not None:
+            found = Translators.load(Path(self.load_from)).to(device_of(model))
+            return found
+        return train_translators(model, data, layers, self.epochs, self.lr, seed, output)
+
+
+def train_translators(
+    model: nn.Module, data: Iterable[Any], layers: Mapping[int, Layer], epochs: int, lr: float, seed: int = 0, output: Any = None
+) -> Translators:
+    """Translators of the states after some blocks, trained to the model's own logits. Raises ValueError for no block to translate."""
+    if not layers:
+        raise ValueError("a tuned lens translates the blocks before the last one: choose others with layers=")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    module, device = _Training(model, layers, lr, epochs * len(data) if isinstance(data, Sized) else None, output), device_of(model)
+    with warnings.catch_warnings(), seeded(seed, "tuned_lens"):
+        warnings.filterwarnings("ignore", message=SRUN_HINT)
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator="cpu" if device.type == "cpu" else device.type,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, train_dataloaders=_Batches(data))
+    return module.translators.requires_grad_(False).to(device)
+
+
+class _Batches:
+    """Data as Lightning reads them: any iterable that can be read again."""
+
+    def __init__(self, data: Iterable[Any]):
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter(self.data)
+
+
+class _Training(LightningModule):
+    """Minimises KL(model || lens) of each block. The model is not part of the module: it does not move and is not trained."""
+
+    automatic_optimization = False  # the gradient of a block's part of the tokens is added at once, which bounds the memory
+
+    def __init__(self, model: nn.Module, layers: Mapping[int, Layer], lr: float, steps: int | None, output: Any):
+        super().__init__()
+        self.read: dict[str, Any] = {"model": model, "layers": layers}
+        self.lr, self.steps, self.output = lr, steps, output
+        width = _width(model, layers)
+        self.translators = Translators(list(layers), width)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.translators.parameters(), self.lr)
+        steps = self.steps
+        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if not steps else max(0.0, 1 - k / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        optimizer.zero_grad()
+        run_lens(self.read["model"], [batch], self.read["layers"], self._backward, output=self.output)
+        optimizer.step()
+        schedule.step()
+
+    def _backward(self, rows: PredictingRows) -> None:
+        for block in self.read["layers"]:
+            for part in rows.tail.parts(len(rows.sample)):
+                states = rows.states(block, part)
+                with torch.enable_grad():
+                    logs = rows.tail(self.translators(block, states)).float().log_softmax(1)
+                    loss = _kl(rows.final(part), logs) / len(rows.sample)
+                    self.manual_backward(loss)
+
+
+def _kl(final: Tensor, logs: Tensor) -> Tensor:
+    """The sum of KL(model || lens) over rows: final logits (n, V), log probabilities of the lens (n, V)."""
+    own = final.float().log_softmax(1)
+    p = own.exp()
+    return torch.where(p > 0, p * (own - logs), 0).sum()
+
+
+def _width(model: nn.Module, layers: Mapping[int, Layer]) -> int:
+    """The width of the residual stream, from the head or the config."""
+    head = TokenModel(model).roles.single.get("final_norm")
+    weight = getattr(getattr(head, "module", None), "weight", None)
+    config = getattr(model, "config", None)
+    found = getattr(config, "hidden_size", None) or (weight.numel() if isinstance(weight, Tensor) else None)
+    if not isinstance(found, int):
+        raise ValueError(
+            f"the width of the residual stream of {type(model).__name__} is not known: give it a config with hidden_size"
+        )
+    return found
+
+
+def _lines(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
+    inner = slice(None, -1) if len(before) > 1 else slice(None)
+    mean = {name: table["kl"][inner].mean() for name, table in (("logit", before), ("tuned", after))}
+    first = f"layer {before['layer'].iloc[0]}: {before['kl'].iloc[0]:.3g} to {after['kl'].iloc[0]:.3g}"
+    return [
+        f"KL to the model's logits, mean over layers: {mean['logit']:.3g} nats with the logit lens, {mean['tuned']:.3g} tuned ({first})"
+    ]

@@ -1,0 +1,378 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from real import cifar_images, folder, resnet20
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
+
+import nodelens as nl
+from nodelens.analysis.ablation import damage
+from nodelens.evaluation.evaluate import evaluate
+from nodelens.network.hooks import edit
+from nodelens.pruning.surgery.mask import channel_dim, masked
+
+SIZE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+MIXTRAL = MixtralConfig(**SIZE | {"num_hidden_layers": 1, "intermediate_size": 6}, num_local_experts=4, num_experts_per_tok=2)
+
+
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double().eval()
+
+
+def llama():
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZE)))
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=64, n_inner=24, initializer_range=0.3)
+    return seeded(lambda: GPT2LMHeadModel(config))
+
+
+def mixtral():
+    return seeded(lambda: AutoModelForCausalLM.from_config(MIXTRAL, experts_implementation="eager"))
+
+
+def texts(lengths, size):
+    generator = torch.Generator().manual_seed(1)
+    every = [torch.randint(1, 32, (length,), generator=generator) for length in lengths]
+    found = []
+    for k in range(0, len(every), size):
+        ids = nn.utils.rnn.pad_sequence(every[k : k + size], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in every[k : k + size]], batch_first=True)
+        found.append({"input_ids": ids, "labels": ids, "attention_mask": mask})
+    return found
+
+
+class Branches(nn.Module):
+    """One ReLU for all, which writes in place; a block inside, functional operations, and a skip from the stem to the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5))
+        self.relu = nn.ReLU(inplace=True)
+        self.a, self.norm = nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6)
+        self.b, self.behind = nn.Conv2d(6, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x):
+        stem = self.relu(self.stem(x))
+        y = self.relu(self.norm(self.a(stem)))
+        y = nn.functional.gelu(self.behind(self.b(y)))
+        return self.head(torch.cat([y.mean((2, 3)), stem.amax((2, 3))], 1))
+
+
+def branches():
+    net = seeded(Branches)
+    generator = torch.Generator().manual_seed(2)
+    for norm in (net.stem[1], net.norm, net.behind):
+        norm.running_mean.normal_(generator=generator)
+        norm.running_var.uniform_(0.5, 2, generator=generator)
+        nn.init.uniform_(norm.weight, 0.5, 2, generator=generator)
+    return net
+
+
+def images(n=13, size=5):
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(n, 2, 7, 7, generator=generator, dtype=torch.float64), torch.randint(3, (n,), generator=generator)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def by_masks(net, data, groups, index, **options):
+    """The slow and obvious way: the whole model under a pruning mask, once per unit."""
+    dense = evaluate(net, data, **options)["loss"]
+    found = []
+    for layer, unit in index:
+        with masked(net, groups, {layer: [unit]}):
+            found.append(evaluate(net, data, **options)["loss"] - dense)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mixtral, branches], ids=lambda f: f.__name__)
+def test_the_damage_is_that_of_a_pruning_mask(make):
+    net, data = make(), images() if make is branches else texts([9, 12, 10, 5, 7], 2)
+    groups = nl.find_groups(net, data[0])
+    found = nl.ablate(net, data)
+    assert {name for name, _ in found.units.index} == {group.name for group in groups}
+    assert len(found.units) == sum(group.n for group in groups)
+    np.testing.assert_allclose(found.units["damage"], by_masks(net, data, groups, found.units.index), rtol=0, atol=1e-9)
+    assert found.metadata["loss"] == pytest.approx(evaluate(net, data)["loss"], abs=1e-12)
+    assert found.metadata["whole_model"] == [], "every site could be replayed"
+    plain = nl.ablate(net, data, replay=False)
+    pd.testing.assert_frame_equal(found.units, plain.units, rtol=0, atol=1e-9)
+    assert set(plain.metadata["whole_model"]) == {group.name for group in groups}
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in net.modules())
+
+
+def test_whole_experts_are_ablated_as_their_router_never_chooses_them():
+    net, data = mixtral(), texts([9, 12], 2)
+    groups = list(nl.find_groups(net).chosen("expert"))
+    found = nl.ablate(net, data, layers=groups)
+    np.testing.assert_allclose(found.units["damage"], by_masks(net, data, groups, found.units.index), rtol=0, atol=1e-9)
+
+
+def test_units_in_a_table_a_mapping_or_a_sample():
+    net, data = branches(), images()
+    every = nl.ablate(net, data).units
+    some = nl.ablate(net, data, {"a": [4, 1]}).units
+    assert list(some.index) == [("a", 4), ("a", 1)]
+    pd.testing.assert_frame_equal(some, every.loc[some.index], rtol=1e-9)
+    pd.testing.assert_frame_equal(nl.ablate(net, data, some).units, some)
+    drawn = nl.ablate(net, data, sample=2, seed=1)
+    assert drawn.layers["units"].tolist() == [2] * len(every.index.unique("layer"))
+    pd.testing.assert_frame_equal(drawn.units, every.loc[drawn.units.index], rtol=1e-9)
+    assert list(drawn.units.index) == list(nl.ablate(net, data, sample=2, seed=1).units.index)
+    assert list(drawn.units.index) != list(nl.ablate(net, data, sample=2, seed=2).units.index)
+
+
+def test_the_table_joins_that_of_the_metrics():
+    net, data = branches(), images()
+    measured = nl.analyze(net, data, ["rq"], list(nl.find_groups(net, data[0])))
+    joined = measured.units.join(nl.ablate(net, data).units)
+    assert joined["damage"].notna().all()
+
+
+def test_units_of_a_layer_are_removed_from_its_output():
+    net, data = branches(), images()
+    found = nl.ablate(net, data, layers=["b", "stem.1", "head"])
+    dense = evaluate(net, data)["loss"]
+    for (layer, unit), change in found.units["damage"].items():
+        keep = torch.ones(found.units.loc[layer].shape[0], dtype=torch.float64)
+        keep[unit] = 0
+        gate = keep if layer == "head" else keep[:, None, None]
+        with edit({net.get_submodule(layer): lambda out, gate=gate: out * gate}):
+            assert change == pytest.approx(evaluate(net, data)["loss"] - dense, abs=1e-9)
+    assert found.metadata["whole_model"] == []
+
+
+def test_heads_and_hidden_units_by_role():
+    net, data = llama(), texts([9, 12], 2)
+    roles = nl.ablate(net, data, layers="blocks[0].mlp.hidden").units
+    groups = nl.ablate(net, data, {"model.layers.0.mlp": range(24)}).units
+    np.testing.assert_allclose(roles["damage"], groups["damage"], atol=1e-12)
+
+
+def replaced(net, group, unit, values):
+    """The loss when a unit is replaced by values at what reads it: a function of a consumer's input and the unit's places."""
+
+    def change(module, piece):
+        def put(x):
+            x = x.clone().movedim(channel_dim(module), 0)
+            places = piece.places[unit]
+            x[places] = values(x, places)
+            return x.movedim(0, channel_dim(module))
+
+        return put
+
+    pieces = [(net.get_submodule(piece.module), piece) for piece in group.by_role("consumer")]
+    return edit({}, {module: change(module, piece) for module, piece in pieces})
+
+
+def test_mean_and_resample():
+    net, data = branches(), images(12, 12)
+    group = nl.find_groups(net, data[0]).named("a")
+    dense = evaluate(net, data)["loss"]
+    mean = nl.ablate(net, data, how="mean", layers=[group]).units["damage"]
+    other = nl.ablate(net, data, how="resample", layers=[group], seed=4).units["damage"]
+    order = torch.randperm(12, generator=nl_generator(4))
+    donors = torch.empty(12, dtype=torch.long).index_put_((order,), order.roll(1))
+    assert (donors != torch.arange(12)).all()
+    for unit in range(group.n):
+        with replaced(net, group, unit, lambda x, places: x[places].mean((1, 2, 3), keepdim=True)):
+            assert mean["a", unit] == pytest.approx(evaluate(net, data)["loss"] - dense, abs=1e-9)
+        with replaced(net, group, unit, lambda x, places: x[places][:, donors]):
+            assert other["a", unit] == pytest.approx(evaluate(net, data)["loss"] - dense, abs=1e-9)
+    parts = nl.ablate(net, images(12, 5), how="mean", layers=[group]).units["damage"]
+    np.testing.assert_allclose(parts, mean, atol=1e-9)
+
+
+def nl_generator(seed):
+    from nodelens.statistics.sample_hash import generator
+
+    return generator(seed, "resample", "0")
+
+
+def test_padding_has_no_part_in_means_and_donors():
+    """Two texts of one length, padded or not, have the same damage under each replacement."""
+    net = llama()
+    ids = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(5))
+    bare = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}]
+    pad = nn.functional.pad
+    padded = [{name: pad(t, (0, 3)) for name, t in bare[0].items()}]
+    for how in ("mean", "resample"):
+        found = [nl.ablate(net, data, sample=3, how=how).units for data in (bare, padded)]
+        pd.testing.assert_frame_equal(*found, rtol=0, atol=1e-9)
+
+
+def test_the_error_is_over_samples_and_a_limit_counts_predictions():
+    net = llama()
+    ids = torch.randint(1, 20, (12, 16), generator=torch.Generator().manual_seed(3))
+    units, found = {"model.layers.1.mlp": [0, 3]}, []
+    for size in (1, 5, 12):
+        data = [{"input_ids": part, "labels": part} for part in ids.split(size)]
+        result = nl.ablate(net, data, units, predictions=100)
+        assert result.metadata["predictions"] == 105  # whole samples of 15: the seventh meets the number
+        assert result.metadata["samples"] == 7
+        found.append(result.units)
+    for table in found[1:]:
+        pd.testing.assert_frame_equal(table, found[0], rtol=1e-6, atol=1e-9)
+    groups = list(nl.find_groups(net))
+    singles = [[{"input_ids": row[None], "labels": row[None]}] for row in ids[:7]]
+    d = np.array([by_masks(net, single, groups, [("model.layers.1.mlp", 0)])[0] for single in singles])
+    assert found[0]["damage_se"].iloc[0] == pytest.approx(d.std(ddof=1) / math.sqrt(7), rel=1e-6)
+
+
+def test_sets_interact():
+    net, data = branches(), images()
+    found = nl.ablate_sets(net, data, {"both": {"a": [0, 1]}, "across": {"a": [0], "b": [1, 2]}, "none": {}})
+    assert found["units"].tolist() == [2, 3, 0]
+    groups = nl.find_groups(net, data[0])
+    dense = evaluate(net, data)["loss"]
+    for name, units in {"both": {"a": [0, 1]}, "across": {"a": [0], "b": [1, 2]}}.items():
+        with masked(net, groups, units):
+            assert found.loc[name, "damage"] == pytest.approx(evaluate(net, data)["loss"] - dense, abs=1e-9)
+    assert found.loc["none", "damage"] == 0
+
+
+class Around(LlamaForCausalLM):
+    """What the first block's FFN puts out goes to the head on a way of its own."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + self.lm_head(self.model.layers[0].mlp.kept)
+        return out
+
+
+def keeps(mlp, args, output):
+    mlp.kept = output
+
+
+def test_a_model_that_goes_around_its_modules():
+    net = seeded(lambda: Around(LlamaConfig(**SIZE)))
+    net.model.layers[0].mlp.register_forward_hook(keeps)
+    data = texts([9, 9, 9], 1)
+    groups = list(nl.find_groups(net))
+    found = nl.ablate(net, data, sample=2)
+    np.testing.assert_allclose(found.units["damage"], by_masks(net, data, groups, found.units.index), rtol=0, atol=1e-9)
+
+
+class Counts(nn.Module):
+    """A block that behaves otherwise at every second call, as no replay can know."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.calls = nn.Linear(3, 4), nn.Linear(4, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.last(torch.relu(self.first(x)) * (1 + self.calls % 2))
+
+
+def test_a_model_that_does_not_repeat_itself_runs_whole():
+    net = seeded(Counts)
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = nl.ablate(net, [(x, torch.tensor([0, 1, 2, 0, 1, 2]))], layers=["first"])
+    assert found.metadata["whole_model"] == ["first"]
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel", "none"])
+def test_other_losses(task):
+    net = seeded(lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)))
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 3, generator=generator, dtype=torch.float64), torch.rand(9, 2, generator=generator, dtype=torch.float64)
+    y = y.round() if task == "multilabel" else y
+    given = {"loss": lambda z, target: (z - target).abs().sum()} if task == "none" else {}
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    found = nl.ablate(net, data, task=task, **given)
+    groups = nl.find_groups(net, data[0])
+    wanted = by_masks(net, data, groups, found.units.index, task=task, **given)
+    np.testing.assert_allclose(found.units["damage"], wanted, atol=1e-9)
+
+
+def test_what_does_not_fit_is_said():
+    net, data = branches(), images()
+    (x, y), tokens = data[0], texts([6], 1)
+    cases = [
+        (lambda: nl.ablate(net, data, {"c": [0]}), "units names 'c'; the layers are"),
+        (lambda: nl.ablate(net, data, {"a": [6]}), "'a' has 6 units, 0 to 5; units names unit 6"),
+        (lambda: nl.ablate(net, data, {"a": [0]}, sample=2), "both units= and sample= are given"),
+        (lambda: nl.ablate(net, data, sample=-1), "the sample of units is -1"),
+        (lambda: nl.ablate(net, data, sample=0), "there are no units to ablate"),
+        (lambda: nl.ablate(net, data, ["a"]), "units is list; it is {layer: "),
+        (lambda: nl.ablate(net, data, how="median"), "how is 'median'; it is zero, mean, resample"),
+        (lambda: nl.ablate(net, iter(data), how="mean"), "how=mean reads the data twice"),
+        (lambda: nl.ablate(net, [(x[:1], y[:1])], how="resample"), "a batch has 1 sample: give batches of several"),
+        (lambda: nl.ablate(net, []), "the data are empty"),
+        (lambda: nl.ablate(net, [x]), "the loss needs labels"),
+        (lambda: nl.ablate(net, data, predictions=0), "the evaluation data are empty"),
+        (lambda: nl.ablate(mixtral(), tokens, how="mean"), "experts that share a tensor, which can only be zeroed"),
+        (lambda: nl.ablate(mixtral(), tokens, layers="blocks[0].mlp.hidden"), "ablate their pruning groups"),
+        (lambda: nl.ablate_sets(net, data, {"s": {"a": [9]}}), "units names unit 9"),
+    ]
+    for call, words in cases:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert words in str(error.value)
+        assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in net.modules())
+
+
+class Idle(nn.Module):
+    """A module that is never called, and one that returns a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.never, self.total = nn.Linear(3, 2), nn.Linear(3, 2), Total()
+
+    def forward(self, x):
+        return self.used(x) + self.total(x)
+
+
+class Total(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+def test_layers_without_units_are_named():
+    data = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.tensor([0, 1, 0, 1]))]
+    net = seeded(Idle)
+    with pytest.raises(ValueError, match="layer 'never' was not called"):
+        nl.ablate(net, data, layers=["never"])
+    with pytest.raises(ValueError, match=r"layer 'total' shows a tensor of shape \(\)"):
+        nl.ablate(net, data, layers=["total"])
+
+
+def test_training_mode_and_gradients_stay():
+    net, data = branches(), images()
+    net.train()
+    net.a.weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    nl.ablate(net, data, sample=1)
+    assert net.training
+    assert not net.a.weight.requires_grad
+    assert net.b.weight.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("cache", [1, 1 << 14, 1 << 22])
+def test_the_size_of_a_pass_does_not_matter(cache, monkeypatch):
+    net, data = branches(), images()
+    wanted = nl.ablate(net, data).units
+    monkeypatch.setattr(damage, "_CACHE", cache)
+    pd.testing.assert_frame_equal(nl.ablate(net, data).units, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_trained_network_gives_the_numbers_of_the_loop():
+    net, x = resnet20(), cifar_images(12)
+    with np.load(folder("NODELENS_DATA") / "images/cifar10_test_first500.npz") as file:
+        y = torch.from_numpy(file["y"][:12]).long()
+    groups = nl.find_groups(net, x[:2])
+    found = nl.ablate(net, [(x, y)], sample=3)
+    assert len(found.units) == 27
+    wanted = by_masks(net, [(x, y)], groups, found.units.index)
+    np.testing.assert_allclose(found.units["damage"], wanted, rtol=0, atol=1e-6)
+    assert found.metadata["whole_model"] == []

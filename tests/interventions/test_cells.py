@@ -1,0 +1,151 @@
+"""Cells of a grid: many in one pass, each as if the model had run for it alone."""
+
+import pytest
+import torch
+from lens_models import CAUSAL, family, hooks, ids, llama, stories
+from torch import nn
+from torch.testing import assert_close
+
+from nodelens.interventions.cells import CellPasses, GridCell, repeated_logits
+from nodelens.interventions.patching.grid import COMPONENTS, GridOptions, grid_sites
+from nodelens.interventions.token_model import TokenModel
+
+FAST = ["gpt2", "falcon alibi", "bloom", "mixtral", "gemma2"]
+TOKENS = ids(1, 7)[0]
+
+
+def all_cells(model, components=tuple(COMPONENTS), other=None):
+    """Every cell of a model with the states of another prompt."""
+    sites, _ = grid_sites(model, GridOptions(components))
+    states, _ = model.read((ids(1, 7, seed=1) if other is None else other)[:, :7], [site.layer for site in sites])
+    return [cell for site in sites for _, cell in site.cells(states[site.layer.name][0], range(7))]
+
+
+def gathered(passes, cells):
+    found = {}
+    for part, logits in passes(cells):
+        found |= dict(zip(part, logits, strict=True))
+    assert sorted(found) == list(range(len(cells)))
+    return torch.stack([found[k] for k in range(len(cells))])
+
+
+def check(net, **options):
+    model = TokenModel(net)
+    with model.running():
+        cells = all_cells(model, **options)
+        looped = torch.cat([repeated_logits(model, TOKENS, [cell]) for cell in cells])
+        assert (looped - looped[0]).abs().max() > 1e-3  # cells differ
+        assert_close(gathered(CellPasses(model, TOKENS), cells), looped, rtol=1e-5, atol=1e-5 * float(looped.abs().max()))
+        few = cells[:: max(1, len(cells) // 9)]
+        again = gathered(CellPasses(model, TOKENS, shared=False), few)
+    assert_close(again, looped[:: max(1, len(cells) // 9)], rtol=1e-5, atol=1e-5 * float(looped.abs().max()))
+
+
+def present(name):
+    """The components that a family has."""
+    model = TokenModel(family(name))
+    found = []
+    for component in COMPONENTS:
+        try:
+            grid_sites(model, GridOptions(component))
+        except ValueError:
+            continue
+        found.append(component)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_grid_is_the_loop_of_single_runs(name):
+    assert present(name) == tuple(COMPONENTS)
+    check(family(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in FAST])
+def test_a_grid_is_the_loop_of_single_runs_in_every_family(name):
+    assert {"residual", "mlp"} <= set(present(name))
+    check(family(name), components=present(name))
+
+
+def test_shared_ways_are_used_where_the_model_takes_them():
+    model = TokenModel(llama())
+    with model.running():
+        passes = CellPasses(model, TOKENS)
+        gathered(passes, all_cells(model))
+        assert len(passes._ways) == 2  # with the cache, and without
+
+
+def test_a_model_that_takes_no_more_rows_runs_whole():
+    class Stubborn(nn.Module):
+        """Its blocks refuse a batch of another size than the ids'."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = llama(), llama().config
+
+        def forward(self, input_ids):
+            seen = []
+            handle = self.inner.model.layers[1].register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+            try:
+                out = self.inner(input_ids, use_cache=False).logits
+            finally:
+                handle.remove()
+            if seen != [len(input_ids)]:
+                raise RuntimeError("another batch")
+            return out
+
+    check(Stubborn().eval())
+    passes = CellPasses(TokenModel(Stubborn().eval()), TOKENS)
+    with passes.model.running():
+        gathered(passes, all_cells(passes.model))
+    assert passes._ways == []
+
+
+def test_a_model_that_gives_other_logits_then_runs_whole():
+    class Averaging(nn.Module):
+        """Mixes the rows of its batch after the first block, so that rows that join later differ."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = llama(), llama().config
+
+        def forward(self, input_ids):
+            out = self.inner(input_ids, use_cache=False).logits
+            return out + len(input_ids)  # depends on how many rows the model was given
+
+    model = TokenModel(Averaging().eval())
+    with model.running():
+        passes = CellPasses(model, TOKENS)
+        cells = all_cells(model)[:6]
+        gathered(passes, cells)
+        assert passes._ways == []
+
+
+def test_a_state_into_itself_changes_nothing():
+    model = TokenModel(llama())
+    with model.running():
+        cells = all_cells(model, other=TOKENS[None])
+        base = model.logits(TOKENS[None], last=True)
+        assert_close(gathered(CellPasses(model, TOKENS), cells), base.expand(len(cells), -1), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_are_gone_after_an_error():
+    model, before = TokenModel(llama()), hooks(llama())
+    cell = GridCell(model.part(1, "output"), 1, "output", 3, torch.zeros(5))  # of another width
+    with model.running(), pytest.raises(RuntimeError):
+        repeated_logits(model, TOKENS, [cell])
+    assert hooks(llama()) == before
+
+
+def test_the_batches_of_a_trained_network_are_the_loop():
+    net, tokenizer = stories()
+    model = TokenModel(net)
+    text = "Once upon a time, there was a little girl named Lily. She loved to play with her mom"
+    prompt = torch.tensor(tokenizer(text)["input_ids"][:24])
+    sites, _ = grid_sites(model, GridOptions("residual"))
+    with model.running():
+        states, _ = model.read(prompt.flip(0)[None], [site.layer for site in sites])
+        cells = [cell for site in sites for _, cell in site.cells(states[site.layer.name][0], range(24))]
+        assert len(cells) == 5 * 24
+        looped = torch.cat([repeated_logits(model, prompt, [cell]) for cell in cells])
+        assert_close(gathered(CellPasses(model, prompt), cells), looped, rtol=1e-5, atol=1e-4)
