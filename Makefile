@@ -41,10 +41,8 @@ lint: $(VENV)/.stamp  ## style, docstrings, types
 docs: $(VENV)/.stamp  ## the documentation, in site/; a broken link is an error
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.stamp  ## what measuring costs, beside the bare forward pass
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/synergy.py
+bench: $(VENV)/.stamp  ## what measuring and pruning cost, beside the bare pass, goals and peers, in at most 10 minutes
+	$(BIN)/python benchmarks/bench.py
 
 clean:  ## remove the virtual environment and caches; results stay
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache

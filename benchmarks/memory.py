@@ -27,6 +27,14 @@ def peak(samples: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def peaks(counts: list[int]) -> list[float]:
+    """The peak of each number of samples, MiB, measured in a process of its own."""
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}  # one heap: what other threads keep is the allocator's
+    commands = [[sys.executable, __file__, "--one", str(count)] for count in counts]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for command in commands]
+    return [float(run.stdout) for run in runs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, nargs="*", default=[1000, 10_000, 100_000])
@@ -35,18 +43,11 @@ def main() -> None:
     if options.one:
         print(peak(options.one))
         return
-    found = {}
+    first = 0.0
     for count in options.samples:
-        run = subprocess.run(
-            [sys.executable, __file__, "--one", str(count)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"MALLOC_ARENA_MAX": "1"},
-        )  # one heap: what other threads keep is the allocator's
-        found[count] = float(run.stdout)
-        growth = 100 * (found[count] / found[options.samples[0]] - 1)
-        print(f"{count:>8,} samples: {found[count]:8.1f} MiB peak ({growth:+.1f} %)", flush=True)
+        (found,) = peaks([count])
+        first = first or found
+        print(f"{count:>8,} samples: {found:8.1f} MiB peak ({100 * (found / first - 1):+.1f} %)", flush=True)
 
 
 if __name__ == "__main__":

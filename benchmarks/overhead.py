@@ -31,7 +31,7 @@ FORWARD = [name for name in metric_set("default") if name not in ("taylor", "mag
 def overhead(
     model: nn.Module, batch: tuple, metrics: list[str], rounds: int, positions: int | None = None, groups: int = 8
 ) -> tuple[float, float]:
-    """(seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
+    """(processor seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
     layers = find_layers(model)
     objective = Objective.of(model).settled(model, batch)
     prepared = objective.batch(batch, groups)
@@ -55,7 +55,7 @@ def overhead(
     with eval_mode(model):
         for _ in range(3):
             measured()
-        seconds = interleaved({"bare": bare, "measured": measured}, rounds)
+        seconds = interleaved({"bare": bare, "measured": measured}, rounds, processor=True)
     return seconds["bare"], seconds["measured"] / seconds["bare"]
 
 

@@ -97,6 +97,12 @@ class PassLayout:
             return getattr(norm.module, "weight", None) if norm else None
         return getattr(layer, metric.parameter)
 
+    def lacks(self, layer: Layer, metric: Metric) -> bool:
+        """Whether a layer has nothing that the metric could read besides its sums."""
+        if isinstance(layer, GroupLayer) and metric.parameter in ("weight", "norm"):
+            return not layer.has(metric.parameter)  # without gathering the weights
+        return self.stored(layer, metric) is None
+
     def parameter(self, layer: Layer, metric: Metric) -> Any:
         """The same on the CPU."""
         found = self.stored(layer, metric)

@@ -85,7 +85,7 @@ def check_parameter(plan: PassLayout, name: str, metric: Metric, optional: bool)
     if not metric.weighted:
         return
     layers = list(dict.fromkeys(part for layer in plan.layers for part in plan.parts(metric, layer)))
-    lacking = [layer for layer in layers if plan.stored(layer, metric) is None]
+    lacking = [layer for layer in layers if plan.lacks(layer, metric)]
     some = optional and metric.parameter == "norm" and len(lacking) < len(layers)
     if lacking and not some:
         where = f"layer {lacking[0].name!r} ({type(lacking[0].module).__name__})"

@@ -36,7 +36,7 @@ class Magnitude(Metric):
     p: Literal[1, 2] = 1
 
     def __call__(self, weight: Tensor) -> Tensor:
-        return weight.double().abs().pow(self.p).sum(1) ** (1 / self.p)
+        return torch.linalg.vector_norm(weight.double(), self.p, 1)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,13 @@ class GroupLayer(Layer):
     def weight(self) -> Tensor | None:
         """The weights that make each unit, of all producers, (units, numbers) float64 on the first one's device."""
         rows = [piece.by_unit(self.module).double() for piece in self.pieces("producer")]
-        return torch.cat([part.to(rows[0].device) for part in rows], 1) if rows else None
+        if len(rows) < 2:
+            return rows[0] if rows else None
+        return torch.cat([part.to(rows[0].device) for part in rows], 1)
+
+    def has(self, parameter: str) -> bool:
+        """Whether a property such as ``weight`` or ``norm`` is not None."""
+        return bool(self.pieces("producer")) if parameter == "weight" else getattr(self, parameter) is not None
 
     @property
     def norm(self) -> Tensor | None:

@@ -48,9 +48,11 @@ class GroupSlice:
         return tensor if self.entry is None else tensor[self.entry]
 
     def by_unit(self, model: nn.Module) -> Tensor:
-        """The entries of each unit, flattened, (units, entries)."""
+        """The entries of each unit, flattened, (units, entries): a view of the tensor where that is possible."""
         tensor = self.of(model)
         moved = tensor.movedim(self.dim - (self.entry is not None), 0)
+        if self.index.shape == (len(moved), 1) and self.index.equal(identity(len(moved))):
+            return moved.reshape(len(moved), -1)
         return moved[self.index.to(tensor.device)].flatten(1)
 
 

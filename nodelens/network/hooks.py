@@ -234,6 +234,23 @@ def _shown(see: Callable, module: nn.Module, args: tuple, kwargs: dict, output: 
 
 
 @contextmanager
+def entered(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Inside, the last entry of ``stack`` is the path of the module that runs, and those before it are of the modules around."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        stack.pop()
+
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    with before, after:
+        yield
+
+
+@contextmanager
 def announced(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple, dict], None]) -> Iterator[None]:
     """Inside, ``see(module, args, kwargs)`` is called before each call of the modules, and before their edits."""
     with ExitStack() as stack:

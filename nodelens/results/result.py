@@ -5,6 +5,7 @@ import html
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,12 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Versions of the packages, and the commit of the code if it is in a checkout."""
-    versions = {name: packages.version(name) for name in _PACKAGES if _installed(name)}
-    return {"schema_version": SCHEMA, "versions": versions, "commit": commit()}
+    return {"schema_version": SCHEMA, "versions": dict(_versions()), "commit": commit()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: packages.version(name) for name in _PACKAGES if _installed(name)}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -184,7 +189,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(name.encode() + str((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(flat.view(dtype=_bytes()).numpy().tobytes() if flat.numel() else b"")
+        digest.update(flat.view(dtype=_bytes()).numpy().data if flat.numel() else b"")
     return digest.hexdigest()[:16]
 
 

@@ -33,11 +33,12 @@ class Quantiles(Statistic):
         return cls(rows.n, counts, _largest(rows))
 
     def add_rows_in_place(self, rows: Rows) -> bool:
-        """Add in place if there are fewer values than bins, because a separate histogram would then cost more."""
-        places = _bin_places(rows)
-        if len(places) >= self.counts.numel():
-            return False
-        self.counts.view(-1).scatter_add_(0, places.long(), torch.ones_like(self.n).expand(len(places)))
+        """Adds the counts in place, value by value if there are fewer values than bins."""
+        places, counts = _bin_places(rows), self.counts.view(-1)
+        if len(places) < len(counts):
+            counts.scatter_add_(0, places.long(), torch.ones_like(self.n).expand(len(places)))
+        else:
+            counts.add_(torch.bincount(places, minlength=len(counts)))
         self.counts[:, 0] -= rows.mask().numel() - rows.n
         self.n.add_(rows.n)
         torch.maximum(self.largest, _largest(rows), out=self.largest)
@@ -90,13 +91,13 @@ def _bin_places(rows: Rows) -> Tensor:
     """The flat index of the bin that counts each value, in a (units, BINS) table, int32."""
     width = rows.raw.shape[1]
     first = torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=rows.raw.device)[:, None]
-    return (_bin(rows.magnitude) + first).flatten()
+    return _bin(rows.magnitude).add_(first).flatten()
 
 
 def _bin(size: Tensor) -> Tensor:
     """The bin of |x|, int32: the leading bits of a float32 are a piecewise linear logarithm."""
     bits = size.float().contiguous().view(torch.int32)
-    return ((bits >> DROPPED) - (LOW - 1)).clamp_(0, BINS - 1)
+    return (bits >> DROPPED).sub_(LOW - 1).clamp_(0, BINS - 1)  # the shift is a copy
 
 
 def _edges(device: torch.device) -> Tensor:

@@ -71,7 +71,7 @@ def ffn_groups(path: str, module: nn.Module, attends: bool = True) -> list[Pruni
     Names that are common in other networks, such as ``fc1``, match only in models with attention and where the block's input and
     output have the same width. Raises UnclearError if a matching block is not understood.
     """
-    for names, down in (*FFN, *(COMMON if attends else ())):
+    for names, down in (*FFN, *(COMMON if attends else ())) if module._modules else ():
         if has(module, *names, down):
             return _ffn(path, module, names, down)
     return []

@@ -8,7 +8,6 @@ from torch import nn
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import uncompiled
-from nodelens.network.failed_forward import check_forward
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, identity
 from nodelens.network.objective import Objective
 
@@ -32,9 +31,7 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
                 f"the groups of {type(model).__name__} are read from its exported graph, which needs an input: give data= or "
                 "example_inputs= to nl.prune, a batch to nl.find_groups"
             )
-        batch = _batch(model, batch)
-        check_forward(model, batch)
-        found = graph_groups(model, batch)
+        found = graph_groups(model, _batch(model, batch))
     elif batch is not None and _others(model, found):
         found = _with_the_rest(model, found, _batch(model, batch))
     custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)

@@ -2,17 +2,16 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode, training_mode
+from nodelens.network.failed_forward import check_forward
 from nodelens.network.groups import Frozen, PruningGroup, PruningGroups
 from nodelens.network.outputs import tensors_of
 from nodelens.pruning.surgery.mask import masked
@@ -24,6 +23,7 @@ from .graph_products import settle
 from .graph_rules import follow
 from .graph_walk import Walk
 from .off_path import freeze_unread, unread
+from .recorded import Operations, operations
 
 _CLOSE = 0.01  # of the largest output: a wrong slice changes far more, rounding on a GPU about a thousandth
 
@@ -41,9 +41,10 @@ def graph_groups(model: nn.Module, batch: Batch) -> PruningGroups:
     two = batch.head(2) if len(batch) > 1 else batch.map(lambda t: t.repeat_interleave(2, 0))
     with eval_mode(model), torch.no_grad(), exact_products():
         ids = _traced(model, two)
-        found = _tested(model, two, settle(ids).groups())
+        settled = settle(ids).groups()
+        found = _tested(model, two, settled)
         failed = {f.what for f in found.frozen}
-        stuck = {piece.module for group in settle(ids).groups() if group.name in failed for piece in group.slices}
+        stuck = {piece.module for group in settled if group.name in failed for piece in group.slices}
         kinds = {
             type(model.get_submodule(p.module))
             for p in ids.products
@@ -66,8 +67,9 @@ def _tested(model: nn.Module, batch: Batch, found: PruningGroups) -> PruningGrou
 def _traced(model: nn.Module, batch: Batch) -> Ids:
     """The channels in evaluation and, if it reads more parameters, in training; frozen are those that other parameters may read."""
     try:
-        program = _exported(model, batch)
+        found = operations(model, batch)
     except Exception as error:  # a forward pass may raise anything
+        check_forward(model, batch)
         if wrong := batch.wrong_dtype(model, error):
             raise ValueError(wrong) from error
         raise ValueError(
@@ -75,45 +77,38 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
             "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
         ) from error
     ids, read = Ids(), set[int]()
-    _follow(model, program, ids, read)
+    _follow(model, found, ids, read)
     if unread(model, read):
         ids.evaluated = frozenset(ids.places)
         why = ""
+        copied = copy.deepcopy(model)  # norms change their statistics
         try:
-            with training_mode(model):
-                program = _exported(model, batch)
+            with training_mode(copied):
+                found = operations(copied, batch)
         except Exception as error:  # a forward pass may raise anything
             why = f", and training cannot be traced ({_first_line(error)})"
         else:
-            _follow(model, program, ids, read)
+            _follow(model, found, ids, read)
         freeze_unread(ids, model, unread(model, read), why)
     return ids
 
 
-def _exported(model: nn.Module, batch: Batch) -> ExportedProgram:
-    with warnings.catch_warnings():  # recurrent layers keep their weights in a list, too, which the program does not read
-        warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
-        return torch.export.export(model, batch.args, batch.kwargs)
-
-
-def _follow(model: nn.Module, program: ExportedProgram, ids: Ids, read: set[int]) -> None:
-    """Adds an exported program to the ids, and the parameters that it reads."""
-    holders: dict[int, list[tuple[str, str]]] = {}
+def _follow(model: nn.Module, found: Operations, ids: Ids, read: set[int]) -> None:
+    """Adds operations to the ids, and the parameters that they read."""
+    holders, modules = dict[int, list[tuple[str, str]]](), dict(model.named_modules(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append((path, name))
-    signature = program.graph_signature
-    used = {node.name for node in program.graph.nodes if node.users}
+    used = {node.name for node in found.nodes if node.users}
     parameters = {}
-    for placeholder, full in chain(signature.inputs_to_parameters.items(), signature.inputs_to_buffers.items()):
+    for placeholder, full in found.stored.items():
         path, _, name = full.rpartition(".")
-        tensor = getattr(model.get_submodule(path), name)
+        tensor = getattr(modules[path], name)
         parameters[placeholder] = holders[id(tensor)][0]
         read |= {id(tensor)} if placeholder in used else set()
     shared = {names[0] for names in holders.values() if len(names) > 1}
-    inputs = [name for name in signature.user_inputs if isinstance(name, str)]
-    follow(Walk(model, parameters, shared, inputs, ids), program.graph.nodes).close()
+    follow(Walk(model, parameters, shared, found.inputs, ids), found.nodes).close()
 
 
 def _failing(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> list[Frozen]:
@@ -142,7 +137,7 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     removed = {group.name: range(1, group.n, 2 + k % 3) for k, group in enumerate(groups) if group.n > 1}
     if not removed:
         return "", ""
-    copied = copy.deepcopy(model)
+    copied = _copy(model)
     try:
         sliced = tensors_of(batch.run(slice_units(copied, groups, removed)))
     except Exception as error:  # a forward pass may raise anything
@@ -155,8 +150,13 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     if (why := _failure_with_cache(copied, batch)) and not _failure_with_cache(model, batch):
         return f"without some of them the model does not run with its cache: {why}", ""
     if why := _untrainable(copied, batch):
-        return ("", "") if _untrainable(copy.deepcopy(model), batch) else (f"without some of them training does not run: {why}", "")
+        return ("", "") if _untrainable(_copy(model), batch) else (f"without some of them training does not run: {why}", "")
     return "", ""
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters, which slicing replaces, and with buffers of its own, which training changes."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _raised_in(model: nn.Module, error: BaseException) -> str:

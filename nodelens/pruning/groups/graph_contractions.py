@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Node
 
 from .graph_walk import Layout, Value, Walk, shape_of, stack_of, where
+from .recorded import Node
 
 
 def matmul(walk: Walk, node: Node, a: dict[str, Any]) -> Value:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, StoredCount
 
 WIDTH = re.compile(r"dim|size|width|channel|planes|feature|embed|ch_per|_chs?$|chans")  # in the names of attributes that are widths
-Profile = list[tuple[int, int]]
+Profile = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,24 +113,25 @@ class Ids:
     def groups(self) -> PruningGroups:
         """Tied channels form one unit; units with equally many places in the same tensors form one group."""
         label, places = joined(self.count, self.ties), list(self.places.values())
-        profiles, reasons = _profiles(places, label), self._reasons(label)
-        alike: dict[tuple, list[int]] = {}
-        for unit, profile in profiles.items():
-            roles = {places[k].role for k, _ in profile}
+        units, reasons = _Units.of(places, label), self._reasons(label)
+        alike: dict[Profile, list[int]] = {}
+        for k, (unit, profile) in enumerate(zip(units.ids, units.profiles, strict=True)):
+            roles = {places[place].role for place, _ in profile} if profile not in alike else ("producer", "consumer")
             if unit not in reasons and "producer" in roles:
                 if "consumer" in roles:
-                    alike.setdefault(tuple(profile), []).append(unit)
+                    alike.setdefault(profile, []).append(k)
                 else:
                     reasons[unit] = "no layer reads them"
         normalized, heads = (set(label[torch.cat(marks)].tolist()) if marks else set() for marks in (self.normalized, self.heads))
         groups = []
-        for key, units in alike.items():
-            group = _group([places[k] for k, _ in key], units, label, normalized.isdisjoint(units))
+        for profile, members in alike.items():
+            own = {units.ids[k] for k in members}
+            group = _group(places, profile, units.starts[members], units.positions, normalized.isdisjoint(own))
             several = any(piece.index.shape[1] > 1 for piece in group.by_role("producer"))
-            groups.append(group if heads.isdisjoint(units) or not several else replace(group, kind="head"))
+            groups.append(group if heads.isdisjoint(own) or not several else replace(group, kind="head"))
         order = {name: k for k, name in enumerate(dict.fromkeys(p.module for p in places if p.role == "producer"))}
         groups.sort(key=lambda group: (order[group.name], int(group.slices[0].index.min())))
-        return PruningGroups(tuple(_named(groups)), (*_report(places, profiles, reasons), *self.report))
+        return PruningGroups(tuple(_named(groups)), (*_report(places, units, reasons), *self.report))
 
     def _reasons(self, label: Tensor) -> dict[int, str]:
         reasons: dict[int, str] = {}
@@ -158,39 +159,55 @@ def joined(count: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         label = new
 
 
-def _profiles(places: list[Place], label: Tensor) -> dict[int, Profile]:
-    """{unit: [(place, number of the unit's channels there), ...]}, in the order of the places."""
-    profiles: dict[int, Profile] = {}
-    for k, place in enumerate(places):
-        units, counts = label[place.ids].unique(return_counts=True)
-        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
-            profiles.setdefault(unit, []).append((k, count))
-    return profiles
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """Where the channels of each unit lie, units in the order of their first place.
+
+    ids: labels of the units; profiles: of each, ((place, number of its channels there), ...) in the order of the places;
+    positions: those of all channels in their places, sorted by unit and place; starts (units,): the first one of each unit
+    """
+
+    ids: list[int]
+    profiles: list[Profile]
+    starts: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, places: list[Place], label: Tensor) -> "_Units":
+        lengths = torch.tensor([len(place.ids) for place in places])
+        if not lengths.sum():
+            return cls([], [], lengths.new_empty(0), lengths.new_empty(0))
+        labels = label[torch.cat([place.ids for place in places])]
+        at = torch.arange(len(places)).repeat_interleave(lengths)
+        positions = torch.arange(len(labels)) - (lengths.cumsum(0) - lengths)[at]
+        pairs, order = (labels * len(places) + at).sort(stable=True)
+        pairs, counts = pairs.unique_consecutive(return_counts=True)
+        units, parts = (pairs // len(places)).unique_consecutive(return_counts=True)
+        first = parts.cumsum(0) - parts  # the first pair of each unit
+        starts = (counts.cumsum(0) - counts)[first]
+        rank = (pairs % len(places))[first].argsort(stable=True)
+        held = list(zip((pairs % len(places)).tolist(), counts.tolist(), strict=True))
+        bounds = zip(first[rank].tolist(), (first + parts)[rank].tolist(), strict=True)
+        return cls(units[rank].tolist(), [tuple(held[a:b]) for a, b in bounds], starts[rank], positions[order])
 
 
-def _group(places: list[Place], units: list[int], label: Tensor, exact: bool) -> PruningGroup:
-    producers = [place for place in places if place.role == "producer"]
-    members = torch.tensor(sorted(units))
-    labels = label[producers[0].ids]
-    order = torch.tensor(list(dict.fromkeys(labels[torch.isin(labels, members)].tolist())))
+def _group(places: list[Place], profile: Profile, starts: Tensor, positions: Tensor, exact: bool) -> PruningGroup:
+    """The group of units with a profile, whose channels begin at ``starts``, (units,), among the positions."""
+    first, found = 0, list[tuple[Place, Tensor]]()
+    for k, count in profile:
+        found.append((places[k], positions[starts[:, None] + torch.arange(first, first + count)]))
+        first += count
+    found = sorted(found, key=lambda pair: pair[0].role != "producer")
+    order = found[0][1][:, 0].argsort()
     slices, stored = [], []
-    for place in [*producers, *(p for p in places if p.role != "producer")]:
-        labels = label[place.ids]
-        index = _index(labels, order)
-        reads = _index(labels.repeat(place.groups), order) if place.groups > 1 else None
+    for place, unordered in found:
+        index, width = unordered[order], len(place.ids)
+        reads = torch.cat([index + g * width for g in range(place.groups)], 1) if place.groups > 1 else None
         if place.is_count:
             stored.append(StoredCount(place.module, place.tensor, index.shape[1]))
         else:
             slices.append(GroupSlice(place.module, place.tensor, place.dim, index, place.role, reads))
-    return PruningGroup(producers[0].module, "channel", len(order), tuple(slices), tuple(stored), exact)
-
-
-def _index(labels: Tensor, units: Tensor) -> Tensor:
-    """The positions of each unit among the labels, (units, span)."""
-    places = torch.isin(labels, units).nonzero()[:, 0]
-    rank = torch.argsort(units)
-    unit = rank[torch.searchsorted(units[rank], labels[places])]
-    return places[torch.argsort(unit, stable=True)].reshape(len(units), -1)
+    return PruningGroup(found[0][0].module, "channel", len(order), tuple(slices), tuple(stored), exact)
 
 
 def _named(groups: list[PruningGroup]) -> Iterable[PruningGroup]:
@@ -202,10 +219,10 @@ def _named(groups: list[PruningGroup]) -> Iterable[PruningGroup]:
         yield replace(group, name=name)
 
 
-def _report(places: list[Place], profiles: dict[int, Profile], reasons: dict[int, str]) -> Iterable[Frozen]:
+def _report(places: list[Place], units: _Units, reasons: dict[int, str]) -> Iterable[Frozen]:
     """The frozen channels, by producer (or by consumer if no layer produces them) and reason."""
     counts: dict[tuple[str, str], int] = {}
-    for unit, profile in profiles.items():
+    for unit, profile in zip(units.ids, units.profiles, strict=True):
         if unit not in reasons:
             continue
         for role in ("producer", "consumer"):

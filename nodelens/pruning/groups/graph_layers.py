@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Node
 
 from nodelens.network.groups import Role
 
 from .graph_ids import Place
 from .graph_walk import Key, Layout, Value, Walk, shape_of, stack_of, where
+from .recorded import Node
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from .graph_contractions import tie_all
 from .graph_ids import Place, Product
 from .graph_layers import tie_blocks
 from .graph_walk import Layout, Value, Walk, op_of, shape_of, stack_of, where
+from .recorded import Node
 
 _JOINS = {"hstack": 1, "vstack": 0, "dstack": 2}
 

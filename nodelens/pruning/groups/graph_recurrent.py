@@ -3,10 +3,10 @@
 from typing import Any
 
 from torch import nn
-from torch.fx import Node
 
 from .graph_ids import Place
 from .graph_walk import Value, Walk, shape_of, stack_of, where, without_units
+from .recorded import Node
 
 
 def recurrent(walk: Walk, node: Node, a: dict[str, Any]) -> Value:

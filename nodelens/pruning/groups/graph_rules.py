@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from . import graph_contractions, graph_layers, graph_moves, graph_windows
 from .graph_recurrent import recurrent
-from .graph_walk import Layout, Value, Walk, op_of, shape_of, where, without_units
+from .graph_walk import Layout, Value, Walk, name_of, op_of, shape_of, where, without_units
+from .recorded import Node
 
 _EACH = """alias clone contiguous copy detach divide dropout feature_dropout alpha_dropout hardswish log_sigmoid multiply subtract
 to to_copy zeros_like ones_like full_like empty_like rand_like randn_like lift_fresh_copy type_as bernoulli fake_quantize"""
@@ -44,19 +45,24 @@ def _step(walk: Walk, node: Node) -> Value:
         return value[node.args[1]] if isinstance(value, tuple) else value  # type: ignore[index]
     if schema is None or not schema.name.startswith("aten::"):
         return walk.unknown(node)
-    a = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    a |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
-    rule = _elementwise if _pointwise(node) else _RULES.get(re.sub(r"[123]d(_with_indices)?$", "", op_of(node).strip("_")))
+    names, defaults, pointwise, rule = _known(node.target)
+    a = defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    rule = _elementwise if pointwise and isinstance(node.meta["val"], Tensor) else rule
     return rule(walk, node, a) if rule else walk.unknown(node)
 
 
-def _pointwise(node: Node) -> bool:
-    """Whether torch tags the operation, or its variant that is not in place, as pointwise; the latter has more tags."""
-    if not isinstance(node.meta["val"], Tensor):
-        return False
-    target: Any = node.target
-    functional = getattr(getattr(torch.ops.aten, op_of(node).removesuffix("_"), None), target._overloadname, target)
-    return torch.Tag.pointwise in {*target.tags, *functional.tags}
+@cache
+def _known(target: Any) -> tuple[list[str], dict[str, Any], bool, "Rule | None"]:
+    """Of an ATen operation: its arguments, their defaults, whether it is pointwise, and the rule of its family.
+
+    Torch tags operations as pointwise, or their variants that are not in place, which have more tags.
+    """
+    name, arguments = name_of(target), target._schema.arguments
+    functional = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), target._overloadname, target)
+    pointwise = torch.Tag.pointwise in {*target.tags, *functional.tags}
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    rule = _RULES.get(re.sub(r"[123]d(_with_indices)?$", "", name.strip("_")))
+    return [argument.name for argument in arguments], defaults, pointwise, rule
 
 
 def _new(walk: Walk, node: Node, a: dict[str, Any]) -> Value:

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from .graph_ids import WIDTH, Ids, Place
+from .recorded import Node
 
 Key = tuple[str, str]
 
@@ -121,8 +122,14 @@ def without_units(node: Node, source: str | None = None) -> Value:
 
 def op_of(node: Node) -> str:
     """The operation's name: ``conv2d`` of aten.conv2d.default."""
-    parts = str(node.target).split(".")
-    return parts[1] if len(parts) == 3 else getattr(node.target, "__name__", str(node.target))
+    return name_of(node.target)
+
+
+@cache
+def name_of(target: Any) -> str:
+    """The name of an operation of an exported program."""
+    parts = str(target).split(".")
+    return parts[1] if len(parts) == 3 else getattr(target, "__name__", str(target))
 
 
 def stack_of(node: Node) -> str:

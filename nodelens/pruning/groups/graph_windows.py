@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-from torch.fx import Node
-
 from .graph_walk import Layout, Value, Walk, op_of, shape_of, where
+from .recorded import Node
 
 
 def windows(walk: Walk, node: Node, a: dict[str, Any]) -> Value:

@@ -136,8 +136,10 @@ def _drop(tensor: Tensor, removed: Iterable[tuple[int, Tensor]]) -> Tensor:
     by_dim: dict[int, list[Tensor]] = {}
     for dim, positions in removed:
         by_dim.setdefault(dim, []).append(positions)
+    if not by_dim:
+        return tensor.contiguous().clone()
     for dim, lists in by_dim.items():
         kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
         kept[torch.cat(lists)] = False
         tensor = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
-    return tensor.contiguous().clone()
+    return tensor
