@@ -148,7 +148,7 @@ def test_a_finished_run_is_analysed_again_without_measuring(tmp_path, monkeypatc
     ended = command("analyze", *words, "analysis=clusters", "hydra.run.dir=first")
     assert ended.code == 0, ended.err
     again = ("logger=none", "model.net.hidden=[12]", "results=first")
-    ended = command("analyze", *again, "analysis=clusters", "analysis.clusters.seed=1", "hydra.run.dir=second")
+    ended = command("analyze", *again, "analysis=clusters", "analysis.clusters.n_clusters=5", "hydra.run.dir=second")
     assert ended.code == 0, ended.err
     first, second = nl.load("first"), nl.load("second")
     pd.testing.assert_series_equal(first.units["activation_mean"], second.units["activation_mean"])
