@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nodelens.messages import check_names
+
 
 @dataclass(frozen=True, eq=False)
 class RepresentationContext:
@@ -34,9 +36,6 @@ class RepresentationContext:
                 object.__setattr__(self, name, [value] if isinstance(value, int) else list(value))
 
     def clone_with_overrides(self, **overrides: Any) -> "RepresentationContext":
-        """A copy with other values of some fields. Raises ValueError for a name that is no field."""
-        names = [f.name for f in fields(self)]
-        unknown = next((name for name in overrides if name not in names), None)
-        if unknown is not None:
-            raise ValueError(f"a context has no field {unknown!r}; it has {', '.join(names)}")
+        """A copy with other values of some fields. Raises TypeError for a name that is no field."""
+        check_names("nl.RepresentationContext.clone_with_overrides", overrides, [field.name for field in fields(self)])
         return replace(self, **overrides)

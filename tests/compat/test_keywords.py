@@ -25,6 +25,11 @@ OPEN = {  # functions that take **options: what they are called with, and one of
     "Metric.compute": (lambda **k: nl.get_metric("rq").compute(inputs=X, weights=NET[0].weight, **k), ["targets", "padding_mode"]),
     "PruningStrategy.scores": (lambda **k: nl.get_pruning_strategy("l1").scores(NET[0], **k), ["gradients"]),
     "PruningStrategy.prune": (lambda **k: nl.get_pruning_strategy("l1").prune(NET[0], **k), ["inputs"]),
+    "RepresentationContext.clone_with_overrides": (
+        lambda **k: nl.RepresentationContext("a prompt").clone_with_overrides(**k),
+        ["prompt", "layer", "position"],
+    ),
+    "Metric.beside": (None, []),
     "Metric.__call__": (None, []),  # its keywords are the statistics that it needs
     "Metric.counts": (None, []),
 }

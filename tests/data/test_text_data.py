@@ -187,7 +187,7 @@ def test_a_stream_has_one_split(path, tmp_path):
     for options, words in (
         ({"select": "phrase:nothing"}, "select='phrase:nothing' selects no token of '.*'; give another"),
         ({"length": 500, "remainder": "drop"}, "has less than one block of 500 tokens; lower length"),
-        ({"cache": str(tmp_path)}, "dataset.cache stores tokens and dataset.streaming=true stores nothing"),
+        ({"cache": str(tmp_path)}, "cache stores tokens and streaming=True stores nothing; set only one"),
     ):
         with pytest.raises(ValueError, match=words):
             every(small(path, streaming=True, **options))

@@ -45,7 +45,9 @@ def conv(name):
     return conv_net(), groups[:1] if name in OF_MAPS else groups, batches(*conv_data(60), 25)
 
 
-CASES = [(kind, name) for kind in (ffn, conv) for name in UNITS if name != "router_load" and not (kind is ffn and name in OF_MAPS)]
+OF_LINEAR = {"spectral_alignment", "weight_activation_alignment"}  # NaN for the kernels of a convolution
+LEFT_OUT = {ffn: OF_MAPS, conv: OF_LINEAR}
+CASES = [(kind, name) for kind in (ffn, conv) for name in UNITS if name != "router_load" and name not in LEFT_OUT[kind]]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=lambda v: getattr(v, "__name__", v))
