@@ -23,8 +23,8 @@ class CrossLayerHaloAnalysis:
     >>> halo = CrossLayerHaloAnalysis(percentile=50, use_activation_weight=False)
     >>> influence = halo.compute_influence([[3.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
     >>> indices, share = halo.find_halo(influence, [0])
-    >>> print(indices, share)
-    [0 1] [0.75 0.5  0.  ]
+    >>> indices.tolist(), share.tolist()
+    ([0, 1], [0.75, 0.5, 0.0])
     """
 
     percentile: float = 90.0
