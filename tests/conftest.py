@@ -1,6 +1,7 @@
 """What tests share: where real data lie, an environment that reaches no network."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from real import folder
 for name in list(os.environ):  # a user who is logged in to W&B, or within a Slurm job, is no part of the tests
     if name.startswith(("WANDB_", "SLURM_", "SUBMITIT_")) and name != "SLURM_CONF":
         del os.environ[name]
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start would ignore it, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
