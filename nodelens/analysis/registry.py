@@ -99,6 +99,8 @@ def as_analyses(given: Analyses) -> dict[str, Analysis]:
         return dict(given)
     found: dict[str, Analysis] = {}
     for each in [given] if isinstance(given, str) or not isinstance(given, Sequence) else given:
+        if isinstance(each, type):
+            raise ValueError(f"analysis takes analysis objects, and {each.__name__} is a class: give {each.__name__}()")
         if not isinstance(each, str) and not hasattr(each, "required_metrics"):
             raise ValueError(f"analysis takes names ({', '.join(list_analyses())}) and analysis objects, not {each!r}")
         name = each if isinstance(each, str) else name_of(each)

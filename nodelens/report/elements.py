@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ def section(title: str, parts: Iterable[str]) -> list[str]:
 
 
 def figure(folder: Path, name: str, png: bytes, caption: str) -> str:
-    """A picture in the page, with its caption; the picture is written to ``figures/`` as well."""
-    write(folder / "figures" / f"{name}.png", lambda path: path.write_bytes(png))
+    """A picture in the page, with its caption; the picture is written to ``figures/`` as well.
+
+    Names come from layers, which may have any characters: those that could lead out of the folder become underscores.
+    """
+    safe = re.sub(r"[^\w.-]", "_", name)
+    write(folder / "figures" / f"{safe}.png", lambda path: path.write_bytes(png))
     encoded = base64.b64encode(png).decode()
     text = html.escape(caption)
     return f"<figure><img alt='{text}' src='data:image/png;base64,{encoded}'><figcaption>{text}</figcaption></figure>"

@@ -1,7 +1,6 @@
 """One page over many runs: their settings and scores, metrics against the settings, and what analyses say over all of them."""
 
 import html
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def compare(runs: str | Path | Sequence[str | Path], to: str | Path = "compariso
     parts += _scores(folder, layers, settings)
     parts += _metrics(folder, layers, settings)
     for name, draw in _sections().items():
-        if any(name in _analyses(run) for run in layers["run"].unique()):
+        if any((Path(run) / name / "metadata.json").is_file() for run in layers["run"].unique()):
             parts += draw(folder, runs)
     return write_html(folder / "index.html", parts)
 
@@ -90,11 +89,6 @@ def _metrics(folder: Path, frame: pd.DataFrame, settings: Sequence[str]) -> list
 
 
 _MEANS = "Means over runs with 95 % intervals; the other settings have their most frequent choice."
-
-
-def _analyses(run: str) -> list[str]:
-    about = json.loads((Path(run) / "metadata.json").read_text(encoding="utf-8"))
-    return about.get("analyses") or []
 
 
 def _sections() -> dict[str, Callable[[Path, Any], list[str]]]:

@@ -38,6 +38,9 @@ def check_metadata(file: Path, metadata: Mapping[str, Any]) -> None:
     warnings = metadata.get("warnings") or []
     if not isinstance(warnings, list) or not all(isinstance(line, str) for line in warnings):
         refuse("warnings", warnings, "a list of texts")
+    names = metadata.get("analyses") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        refuse("analyses", names, "a list of names of subfolders")
     for key, needed in _LISTS.items():
         entries = metadata.get(key) or []
         if not isinstance(entries, list):

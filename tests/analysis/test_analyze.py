@@ -1,5 +1,6 @@
 """Analyses beside the metrics of a pass: nl.analyze(analysis=...), their columns, matrices and tables."""
 
+import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 import nodelens as nl
 from nodelens.analysis.registry import as_analyses, with_metrics
 from nodelens.metrics import get_metric
+from nodelens.report import write_page
 from nodelens.results.findings import Findings
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -95,6 +97,22 @@ def test_unknown_analyses_name_the_nearest():
 def test_an_analysis_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"analysis takes names \(.*\) and analysis objects, not 3"):
         as_analyses([3])
+
+
+def test_a_class_in_place_of_an_object_is_named():
+    with pytest.raises(ValueError, match=r"analysis takes analysis objects, and Supernodes is a class: give Supernodes\(\)"):
+        as_analyses([nl.Supernodes])
+
+
+@pytest.mark.parametrize("names", [["../run"], "largest", [3]])
+def test_names_of_analyses_are_no_paths(result, tmp_path, names):
+    result.save(tmp_path)
+    file = tmp_path / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"analyses": names}))
+    (tmp_path / "SHA256SUMS").unlink()
+    for read in (nl.load, write_page):
+        with pytest.raises(ValueError, match=r"metadata\.json: analyses is .*; it is a list of names of subfolders"):
+            read(tmp_path)
 
 
 def test_an_analysis_twice_is_refused():

@@ -8,6 +8,7 @@ import pytest
 
 import nodelens as nl
 from nodelens.report.__main__ import main
+from nodelens.report.elements import figure
 from nodelens.report.runs_figures import intervals
 from nodelens.report.settings import settings_of, usual
 from nodelens.results.findings import Findings
@@ -99,3 +100,10 @@ def test_names_of_runs_are_text(tmp_path):
     one.save(tmp_path / "a")
     run(0.5, 0.0, 0).save(tmp_path / "b")
     assert "<script>" not in nl.compare(f"{tmp_path}/*", tmp_path / "page").read_text()
+
+
+def test_no_name_of_a_layer_leads_out_of_the_folder(tmp_path):
+    figure(tmp_path / "page", "modularity-../../fc1/<b>", b"png", "a caption")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")] == [
+        "page/figures/modularity-.._.._fc1__b_.png"
+    ]
