@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,18 +31,23 @@ class _OfPrompts:
 
 
 @dataclass(frozen=True)
-class Patching(_OfPrompts, GridOptions):
-    """Activation patching of pairs of prompts; see ``nl.patch``.
+class _OfPairs(_OfPrompts):
+    """An analysis of a grid of states for pairs of prompts.
 
     clean, corrupt: prompts of the same number of tokens, one or as many of both; answer, wrong: tokens, one or one per pair;
-    tokenizer: of the prompts, or its path. The other fields are those of ``GridOptions``.
+    tokenizer: of the prompts, or its path.
     """
 
+    title: ClassVar[str]  # of the analysis, for messages
     clean: Any | None = None
     corrupt: Any | None = None
     answer: Any | None = None
     wrong: Any | None = None
     tokenizer: Any | None = None
+
+    def grid(self, model: TokenModel, pairs: Iterable[PromptPair]) -> Findings:
+        """The grid of all pairs."""
+        raise NotImplementedError
 
     @one_at_a_time
     def __call__(
@@ -57,36 +62,35 @@ class Patching(_OfPrompts, GridOptions):
         **objective: Any,
     ) -> Findings:
         """Raises ValueError as ``nl.patch`` does, and without prompts."""
-        return patch_grid(TokenModel(model), progress(_pairs("patching", self)), self)
+        if self.clean is None or self.corrupt is None:
+            raise ValueError(f"{self.title} compares pairs of prompts: give {option('clean')}= and {option('corrupt')}=")
+        pairs = read_pairs(self.clean, self.corrupt, self.tokenizer, self.answer, self.wrong)
+        return self.grid(TokenModel(model), progress(pairs))
 
 
 @dataclass(frozen=True)
-class AttributionPatching(_OfPrompts, AttributionOptions):
-    """Attribution patching of pairs of prompts; see ``attribution_grid``.
+class Patching(_OfPairs, GridOptions):
+    """Activation patching of pairs of prompts; see ``nl.patch``. Fields: the prompts, and those of ``GridOptions``."""
 
-    The fields are those of ``Patching``, and metric and exact of ``AttributionOptions``.
+    title: ClassVar = "patching"
+
+    def grid(self, model: TokenModel, pairs: Iterable[PromptPair]) -> Findings:
+        """The grid of all pairs."""
+        return patch_grid(model, pairs, self)
+
+
+@dataclass(frozen=True)
+class AttributionPatching(_OfPairs, AttributionOptions):
+    """Attribution patching of pairs of prompts; see ``attribution_grid``. Fields: the prompts, and those of ``AttributionOptions``.
+
+    A call raises ValueError, too, for runs whose first choices are the same token.
     """
 
-    clean: Any | None = None
-    corrupt: Any | None = None
-    answer: Any | None = None
-    wrong: Any | None = None
-    tokenizer: Any | None = None
+    title: ClassVar = "attribution_patching"
 
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any] = (),
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
-        """Raises ValueError as ``nl.patch`` does, without prompts, and for runs whose first choices are the same token."""
-        return attribution_grid(TokenModel(model), progress(_pairs("attribution_patching", self)), self)
+    def grid(self, model: TokenModel, pairs: Iterable[PromptPair]) -> Findings:
+        """The grid of all pairs."""
+        return attribution_grid(model, pairs, self)
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,3 @@ class LogitAttribution(_OfPrompts):
         given = self.prompts
         prompts = first_prompts(data, self.samples, self.tokenizer) if given is None else read_prompts(given, self.tokenizer)
         return attribute_logits(TokenModel(model), prompts, self.answer, self.wrong, self.position, self.heads)
-
-
-def _pairs(name: str, given: Any) -> list[PromptPair]:
-    if given.clean is None or given.corrupt is None:
-        raise ValueError(f"{name} compares pairs of prompts: give {option('clean')}= and {option('corrupt')}=")
-    return read_pairs(given.clean, given.corrupt, given.tokenizer, given.answer, given.wrong)
