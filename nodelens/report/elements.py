@@ -37,13 +37,14 @@ def section(title: str, parts: Iterable[str]) -> list[str]:
     return [f"<h2>{html.escape(title)}</h2>", *parts]
 
 
-def figure(folder: Path, name: str, png: bytes, caption: str) -> str:
-    """A picture in the page, with its caption; the picture is written to ``figures/`` as well.
+def figure_file(folder: Path, name: str) -> Path:
+    """The file of a figure. Names come from layers, which may have any characters: those of paths become underscores."""
+    return folder / "figures" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
 
-    Names come from layers, which may have any characters: those that could lead out of the folder become underscores.
-    """
-    safe = re.sub(r"[^\w.-]", "_", name)
-    write(folder / "figures" / f"{safe}.png", lambda path: path.write_bytes(png))
+
+def figure(folder: Path, name: str, png: bytes, caption: str) -> str:
+    """A picture in the page, with its caption; the picture is written to ``figures/`` as well."""
+    write(figure_file(folder, name), lambda path: path.write_bytes(png))
     encoded = base64.b64encode(png).decode()
     text = html.escape(caption)
     return f"<figure><img alt='{text}' src='data:image/png;base64,{encoded}'><figcaption>{text}</figcaption></figure>"

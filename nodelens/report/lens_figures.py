@@ -79,6 +79,8 @@ def curves(table: pd.DataFrame) -> bytes:
                 axis.errorbar(
                     rows["layer"], rows[name], rows[f"{name}_se"], color=colour, linestyle=style, label=label, linewidth=1
                 )
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set(xlabel="layer", ylabel="share of the tokens", ylim=(0, 1.02))
     axes[1].set(xlabel="layer", ylabel="nats")
     for axis in axes:

@@ -15,7 +15,7 @@ from nodelens.results.findings import Findings
 from nodelens.results.notices import notices
 from nodelens.results.result import Result, load, values_of
 
-from .elements import figure, section, table, write_html
+from .elements import figure, figure_file, section, table, write_html
 
 _TITLES = {"geometry": "Geometry of the residual stream"}  # where it is not the name
 
@@ -53,7 +53,7 @@ def write_page(folder: str | Path) -> Path:
 
 def _analyses(folder: Path, names: Iterable[str]) -> list[str]:
     """One section per analysis of the run: what it found, its figures, and what is missing."""
-    from nodelens.analysis.registry import load_analysis
+    from nodelens.analysis.registry import list_analyses, load_analysis
 
     parts: list[str] = []
     for name in names:
@@ -63,7 +63,8 @@ def _analyses(folder: Path, names: Iterable[str]) -> list[str]:
         figures = [figure(folder, f"{name}-{which}", png, text) for which, png, text in draw(found)]
         missing = found.metadata.get("missing") if isinstance(found, Findings) else None
         gaps = [table(pd.DataFrame(missing).set_index("layer"), words=True)] if missing else []
-        parts += section(title if name in (title.lower(), _kind(found)) else f"{title}: {name}", [*words, *figures, *gaps])
+        own = _TITLES.get(name, name.replace("_", " ").capitalize()) if name in list_analyses() else f"{title}: {name}"
+        parts += section(own, [*words, *figures, *gaps])
     return parts
 
 
@@ -76,7 +77,7 @@ def write_figures(folder: str | Path) -> list[Path]:
 
     found, paths = load_analysis(folder), []
     for name, png, _ in _drawn(found)[1](found):
-        paths.append(Path(folder) / "figures" / f"{name}.png")
+        paths.append(figure_file(Path(folder), name))
         write(paths[-1], partial(Path.write_bytes, data=png))
     return paths
 
@@ -145,7 +146,9 @@ def _head(result: Result) -> str:
     lead.append(f"seed {m.get('seed')}")
     if found:
         lead.append(_score(found))
-    if not (m.get("weights") or {}).get("ckpt_path") and not (config.get("model") or {}).get("weights"):
+    model = config.get("model") or {}
+    stored = [model.get("weights"), *((model.get("net") or {}).get(key) for key in ("path", "pretrained"))]
+    if not (m.get("weights") or {}).get("ckpt_path") and not any(stored):
         lead.append("no checkpoint was given")
     return f"<h1>nodelens {html.escape(str(config.get('task', '')))}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"
 

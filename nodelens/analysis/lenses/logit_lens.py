@@ -105,9 +105,10 @@ def _lines(table: pd.DataFrame) -> list[str]:
     half = table.loc[table[agreement] >= 0.5, "layer"]
     k = agreement.rpartition("_")[2]
     known = f"from layer {half.min()} of {table['layer'].max()} on" if len(half) else "in no layer"
+    choice = "the first choice" if k == "1" else f"among the first {k} choices"
     first, last = table.iloc[0], table.iloc[-1]
     return [
-        f"{first['tokens']:,.0f} tokens: half of the model's first choices are among the {k} likeliest tokens of the lens {known}",
+        f"{first['tokens']:,.0f} tokens: for half of them or more, the model's first choice is {choice} of the lens {known}",
         f"KL to the model's logits {first['kl']:.3g} nats after layer {first['layer']}, "
         f"{last['kl']:.3g} after layer {last['layer']}",
     ]
