@@ -61,12 +61,12 @@ def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int) -> list[di
     mean = np.where(np.isfinite(mean), mean, np.nan)
     known = np.isfinite(mean)
     shade = GREY if criterion == "random" else colour(k)
-    style = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
+    style: dict[str, Any] = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
     amounts = [
         "dense",
         *(f"amount {amount:g}, {seeds:.0f} seeds" for amount, seeds in zip(curve.index, curve["seeds"], strict=True)),
     ]
-    hover = {"text": amounts, "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.3f}<extra>%{fullData.name}</extra>"}
+    hover: dict[str, Any] = {"text": amounts, "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.3f}<extra>%{fullData.name}</extra>"}
     group = {"legendgroup": text(criterion)}
     filled = band(x[known], (mean - spread)[known], (mean + spread)[known], shade=shade, showlegend=False, **group)
     return [filled, line(x, mean, criterion, k, line=style, marker={"color": shade, "size": 5}, **hover, **group)]
@@ -89,16 +89,16 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
         cells = dots(cost, done[measure], "cells", marker={"color": shade, "size": 6, "opacity": 0.6}, text=hover, customdata=hover)
         cells["hovertemplate"] = f"%{{text}}<br>%{{x:.4g}}, {measure} %{{y:.4g}}<extra></extra>"
         cells["type"] = "scattergl" if len(done) > 2000 else "scatter"
-        style = {"color": COLOURS[1], "width": 2, "shape": "hv"}
+        style: dict[str, Any] = {"color": COLOURS[1], "width": 2, "shape": "hv"}
         best = line(cost[front], done[measure].to_numpy(float)[front], "Pareto front", line=style, text=[hover[i] for i in front])
         best |= {"customdata": [hover[i] for i in front], "hovertemplate": cells["hovertemplate"]}
         dense = dots([float(done[f"dense_{name}"].iloc[0])], [float(done[f"dense_{measure}"].iloc[0])], "dense model", marker=_STAR)
         traces += [{**trace, "visible": k == 0} for trace in (cells, best, dense)]
         shown.append([k * 3 <= each < k * 3 + 3 for each in range(3 * len(costs))])
         fronts.append(done.loc[front, ["name", name, measure]].rename(columns={name: "cost"}).assign(of=name))
-    words = list(costs.values())
-    menus = [menu(words, shown, [{"xaxis.title.text": each} for each in words]) | {"name": "cost"}] if len(costs) > 1 else []
-    axes = {"xaxis": {"title": {"text": words[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
+    labels = list(costs.values())
+    menus = [menu(labels, shown, [{"xaxis.title.text": each} for each in labels]) | {"name": "cost"}] if len(costs) > 1 else []
+    axes = {"xaxis": {"title": {"text": labels[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
     table = pd.concat(fronts, ignore_index=True)
     return Plot("pareto", f"The best {measure} for each cost", _PARETO, figure_of(traces, 460, **axes, updatemenus=menus), table)
 
@@ -143,7 +143,10 @@ def recovery(sweep: pd.DataFrame) -> Iterator[Plot]:
         return
     traces = []
     for k, (criterion, rows) in enumerate(known.groupby("criterion", sort=False)):
-        hover = {"text": [text(name) for name in rows["name"]], "hovertemplate": "%{text}<br>%{x:.4g} to %{y:.4g}<extra></extra>"}
+        hover: dict[str, Any] = {
+            "text": [text(name) for name in rows["name"]],
+            "hovertemplate": "%{text}<br>%{x:.4g} to %{y:.4g}<extra></extra>",
+        }
         traces.append(dots(rows[before], rows[after], str(criterion), k, **hover))
     low, high = (float(known[[before, after]].to_numpy(float).min()), float(known[[before, after]].to_numpy(float).max()))
     equal = {

@@ -17,6 +17,7 @@ from .headline import command_of, definitions, definitions_of, head
 from .pruning_figures import latencies, plots_of_sweep
 from .unit_data import explorer
 
+_OF_CELL = {"criterion", "allocation", "compensate", "mode", "amounts", "seeds", "save", "hydra.run.dir", "report.plotly"}
 _MOST = 4_000_000  # shares of cells and groups that the page offers
 _SHOWN = [
     "criterion",
@@ -68,7 +69,7 @@ def _cells(document: Document, folder: Path, sweep: pd.DataFrame, result: Result
     """The cells as a table, in which one is chosen: its command, and the share of units that it keeps in each group."""
     shown = [c for c in (*_SHOWN, *latencies(sweep), "error") if c in sweep and sweep[c].notna().any()]
     kept = kept_shares(folder, sweep, result.layers["units"]) if len(sweep) * len(result.layers) <= _MOST else None
-    document.embed("cells", {"table": block(sweep.set_index("name")[shown]), "command": command_of(folder, "prune")})
+    document.embed("cells", {"table": block(sweep.set_index("name")[shown]), "command": command_of(folder, "prune", _OF_CELL)})
     if kept is not None and len(kept.columns):
         document.embed("kept", block(kept.rename_axis("name")))
     having = " data-kept" if kept is not None and len(kept.columns) else ""

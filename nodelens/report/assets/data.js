@@ -69,6 +69,7 @@ window.nodelens = (() => {
     const box = element("select");
     for (const [value, text, title] of options) box.append(element("option", { value, textContent: text, title: title || "" }));
     box.value = chosen;
+    box.ariaLabel = label;
     box.addEventListener("change", () => change(box.value));
     return element("label", {}, label, box);
   }
