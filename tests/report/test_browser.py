@@ -170,6 +170,8 @@ def test_the_table_is_filtered_sorted_and_saved(show):
     page = show("run").page
     page.locator("[data-widget=units]").scroll_into_view_if_needed()
     page.wait_for_selector(".units .rows td")
+    page.get_by_label("layer", exact=True).select_option(label="all layers")
+    page.wait_for_selector("[data-widget=units][data-drawn$=' ']")
     rows = page.locator(".units .rows")
     rows.get_by_role("searchbox").fill("=cmd() rq>0.5")
     units = hostile_result().units.loc["=cmd()"]
@@ -249,8 +251,8 @@ def test_dark_pages_have_bright_letters(show):
     page = show("run").page
     page.wait_for_selector("figure[data-name=overview][data-drawn]")
     page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.querySelector('figure[data-name=overview] .canvas')._fullLayout.font.color === '#e6e8eb'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
-    assert page.evaluate("document.querySelector('figure[data-name=overview] .canvas')._fullLayout.font.color") == "#e6e8eb"
     page.emulate_media(color_scheme="light")
 
 
