@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.metrics import Metric, get_metric
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
@@ -23,7 +23,7 @@ from .tables import MODULES, Partitioned, comparison_table, within
 
 
 @dataclass(frozen=True)
-class ModularityAnalysis:
+class ModularityAnalysis(Analysis):
     """Finds the modules of the units of each layer, by one or several associations, and compares them.
 
     associations: names of metrics of pairs of units, or {column: metric}
@@ -83,18 +83,9 @@ class ModularityAnalysis:
                 raise ValueError(f"{name} has one value per {metric.shape}, and modules are found in a metric of pairs of units")
         return found
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Reads the matrices of the result, and no data."""
+        result, seed = call.measured, call.seed
         names, gaps = list(self.required_metrics()), _Gaps()
         found = {
             (layer, name): modules
