@@ -25,8 +25,8 @@ _PRODUCTS = ("Mul", "Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Dot", "Con
 # of one argument, where each entry of the result depends on the same entry of the argument alone
 _ENTRYWISE = (
     "Relu", "LeakyRelu", "RreluWithNoise", "Threshold", "Hardtanh", "Hardshrink", "Softshrink", "Abs", "Neg", "Clone", "Alias",
-    "Tanh", "Sigmoid", "LogSigmoid", "Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Hardsigmoid", "Erf", "Exp", "Sin",
-    "Cos",
+    "Tanh", "Sigmoid", "LogSigmoid", "Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Hardsigmoid", "Erf",
+    "Exp", "Sin", "Cos",
 )  # fmt: skip
 _DIVIDED = ("Div",)  # linear in the first argument
 _NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")  # linear with running statistics
