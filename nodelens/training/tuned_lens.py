@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.analysis.lenses.logit_lens import lens_table
-from nodelens.analysis.registry import Progress
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.lens import LENS, about, read_lens
 from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
@@ -21,16 +21,13 @@ from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
 from nodelens.messages import LIGHTNING_HINTS
-from nodelens.metrics import Metric
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
 from nodelens.statistics.seeding import seeded
 
 
 @dataclass(frozen=True)
-class TunedLens:
+class TunedLens(Analysis):
     """Trains an affine translator per block, and compares the lens with and without it.
 
     layers:    blocks to translate: all, indices, or an expression; the last block needs none
@@ -58,30 +55,14 @@ class TunedLens:
         if self.epochs < 1 or self.lr <= 0:
             raise ValueError(f"tuned_lens: epochs is {self.epochs} and lr is {self.lr}; both are positive")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: the lens reads the residual stream in passes of its own."""
-        return {}
-
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Trains on data and measures on evaluation (default: data). The model itself does not change."""
-        model, output = uncompiled(model), objective.get("output")
+        output, seed = call.objective.get("output"), call.seed
         known, layers = TokenModel(model), blocks_to_read(model, self.layers)
         last = len(known.roles.blocks) - 1
         trained = self._translators(model, data, {k: v for k, v in layers.items() if k != last}, seed, output)
-        held_out = data if evaluation is None else evaluation
         tables = {
-            name: lens_table(model, held_out, self.layers, self.ks, maps, output=output)
+            name: lens_table(model, call.evaluation, self.layers, self.ks, maps, output=output)
             for name, maps in (("logit", None), ("tuned", trained))
         }
         table = pd.concat([found.assign(lens=name) for name, found in tables.items()], ignore_index=True)

@@ -7,20 +7,17 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.future import fit_maps, score_maps
 from nodelens.interventions.lenses.lens import LENS, about
 from nodelens.interventions.lenses.lens_pass import blocks_to_read
 from nodelens.interventions.token_model import TokenModel
-from nodelens.metrics import Metric
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
 
 
 @dataclass(frozen=True)
-class FutureLens:
+class FutureLens(Analysis):
     """A linear map from each state to the last block's state some positions later, read by the model's own norm and head.
 
     layers: blocks whose states are read. ahead: how many positions after the next token; 0 is the next token itself
@@ -40,27 +37,12 @@ class FutureLens:
         if not self.ahead or min(self.ahead) < 0 or not self.ks or min(self.ks) < 1:
             raise ValueError(f"future_lens: ahead is {list(self.ahead)} and ks is {list(self.ks)}; positions from 0, tokens from 1")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: the lens reads the residual stream in passes of its own."""
-        return {}
-
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Reads data once and evaluation (default: data) once. Memory: (2 d)^2 numbers per block and position ahead."""
-        model, output = uncompiled(model), objective.get("output")
+        output = call.objective.get("output")
         known, layers = TokenModel(model), blocks_to_read(model, self.layers)
-        maps = fit_maps(model, progress(data), layers, len(known.roles.blocks) - 1, list(self.ahead), output)
-        means = score_maps(model, data if evaluation is None else evaluation, layers, maps, list(self.ks), output)
+        maps = fit_maps(model, call.progress(data), layers, len(known.roles.blocks) - 1, list(self.ahead), output)
+        means = score_maps(model, call.evaluation, layers, maps, list(self.ks), output)
         rows = []
         for n in self.ahead:
             means[n].reduced(device_of(model))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.engine.associations import ALL_LAYERS
 from nodelens.metrics import Metric, get_metric
 from nodelens.results.findings import Findings
@@ -25,7 +25,7 @@ from .tables import MODULES, Partitioned, comparison_table, within
 
 
 @dataclass(frozen=True)
-class ModularityAnalysis:
+class ModularityAnalysis(Analysis):
     """Finds the modules of the units of each layer, by one or several associations, and compares them.
 
     associations: names of metrics of pairs of units, or {column: metric}
@@ -92,18 +92,9 @@ class ModularityAnalysis:
             )
         return found
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Reads the matrices of the result, and no data."""
+        result, seed = call.measured, call.seed
         metrics, gaps = self.required_metrics(), _Gaps()
         places = [(str(layer), name) for layer in result.layers.index for name in metrics]
         places += [(ALL_LAYERS, name) for name, metric in metrics.items() if metric.options.get("stacked")]
