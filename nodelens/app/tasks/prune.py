@@ -108,7 +108,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
         _finish(cfg, folder, found, dense, result.metadata["config"])
     _save_models(cfg, folder, sweep, requested, found, getattr(data, "stored_tokenizer", None))
     if rank == 0:
-        print_line(f"page: {write_pruning_page(folder)}")
+        print_line(f"page: {write_pruning_page(folder, **resolved(cfg)['report'])}")
     return _best_area(found)
 
 
