@@ -1,5 +1,6 @@
 """A pruned model on disk: weights as safetensors, the plan, and the config of the dense model."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from nodelens.pruning.removal_plan import RemovalPlan, digests
 from nodelens.results.files import plain, write, write_json
 
 
-def structure(model: nn.Module) -> dict[str, Any]:
-    """{name: [dtype, shape]} of the state dict; a model to load into must have the same names and shapes."""
+def structure(model: nn.Module, stored: Collection[str] = ()) -> dict[str, Any]:
+    """{name: [dtype, shape]} of the state dict; a model to load into must have the same names and shapes.
+
+    stored: names of tensors that are listed, too, if they are buffers outside the state dict; slicing moves those into it.
+    """
     tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    tensors |= {name: t for name, t in unsaved_buffers(model).items() if name in stored}
     return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
 
 
