@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from nodelens.results.files import checked, read_json, write_json
 
 FILE = "wandb.json"  # in a run folder: id and project of its run, and the name of its checkpoint
+_LARGEST = 5_000_000  # characters of a figure
 _ID = re.compile(r"[\w-]{1,64}")
 _DOWNLOADED = re.compile(r"[\w.-]+:v\d+")  # the folder that `wandb artifact get` makes
 _STEPS = {  # which value is the horizontal axis of a group of curves
@@ -61,12 +62,13 @@ class WandbRun(WandbLogger):
             media: dict[str, Any] = {name: wandb.Histogram(np_histogram=each) for name, each in histograms.items()}
             self.log_metrics(media | dict(step))
 
-    def log_figures(self, figures: Mapping[str, Path]) -> None:
-        """Logs images as media."""
+    def log_figures(self, figures: Mapping[str, Any]) -> None:
+        """Logs plotly figures as media, without those that a browser would take long to show."""
         import wandb
 
-        if not self.is_off and figures:
-            media: dict[str, Any] = {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+        small = {} if self.is_off else {name: figure for name, figure in figures.items() if len(figure.to_json()) <= _LARGEST}
+        media: dict[str, Any] = {f"figures/{name}": wandb.Plotly(figure) for name, figure in small.items()}
+        if media:
             self.log_metrics(media)
 
     def log_summary(self, values: Mapping[str, Any]) -> None:

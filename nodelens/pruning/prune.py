@@ -145,7 +145,7 @@ def carry_out(
             current = replace(current, _moments={})
     about = {**plan.about, "added_bias": sorted(added_bias), "dense_fingerprint": context.fingerprint}
     plan = RemovalPlan(removed, about)
-    dense = structure(context.model)
+    dense = structure(context.model, structure(model))
     return Pruned(model, plan, table, current.groups, apply, origin_of(context.model), dense, numbers, finetuned)
 
 

@@ -1,6 +1,6 @@
 """Logging of results to experiment loggers: scalars and tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,24 @@ def log_result(loggers: Iterable[Any], result: Result, summary: Mapping[str, flo
 
 
 def log_run(
-    loggers: Iterable[Any], folder: Path, checkpoint: str | None, config: Mapping[str, Any], summary: Mapping[str, Any]
+    loggers: Iterable[Any],
+    folder: Path,
+    checkpoint: str | None,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    figures: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Logs the rest of a finished run: its config, and to W&B where its weights are from, its figures, files and summary."""
-    figures = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.glob("**/figures/*.png"))}
+    """Logs the rest of a finished run: its config, and to W&B where its weights are from, its figures, files and summary.
+
+    figures: gives {name: plotly figure}; called only if a logger shows them.
+    """
     for logger in loggers:
         logger.log_hyperparams(dict(config))
         if hasattr(logger, "log_files"):
             logger.use_checkpoint(checkpoint)
-            logger.log_figures({name.replace("figures/", "", 1): path for name, path in figures.items()})
-            logger.log_files(
-                "results", [*sorted(folder.glob("*.parquet")), folder / "metadata.json", folder / "epochs"], ["latest"]
-            )
+            logger.log_figures(figures())
+            results = [*sorted(folder.glob("*.parquet")), folder / "metadata.json", folder / "epochs"]
+            logger.log_files("results", results, ["latest"])
             logger.log_files("pruned", [folder / "pruned"], ["pruned", "latest"])
             logger.log_summary(summary)
 

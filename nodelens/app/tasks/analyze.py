@@ -34,6 +34,7 @@ from .common import (
     to_device,
 )
 from .estimate_costs import estimate_costs
+from .media import result_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show import show_plan, show_result
@@ -59,7 +60,7 @@ def _show_again(cfg: DictConfig, folder: Path) -> float:
     print_line(f"already finished: {folder}")
     result = load(folder)
     if not (folder / "report.html").is_file():  # the run was stopped between tables and page
-        write_page(folder)
+        write_page(folder, **resolved(cfg)["report"])
     _show(result)
     return main_score(result.metadata["evaluation"])
 
@@ -224,7 +225,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
 
     replace(result, analyses={}).save(folder)  # each analysis was saved when it ended
     remove_sums(folder)
-    page = write_page(folder)
+    page = write_page(folder, **resolved(cfg)["report"])
     loggers = loggers_of(cfg, result.metadata["config"])
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
     tasks = result.metadata.get("lm_eval", {})
@@ -235,7 +236,8 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
             log_tables(loggers, name, found.tables())
         sizes = {"units": len(result.units), "layers": len(result.layers), "samples": result.metadata["samples"]}
         seconds = {f"seconds/{step}": value for step, value in result.metadata["seconds"].items()}
-        log_run(loggers, folder, cfg.ckpt_path, result.metadata["config"], score | sizes | seconds)
+        summary = score | sizes | seconds
+        log_run(loggers, folder, cfg.ckpt_path, result.metadata["config"], summary, lambda: result_figures(result))
     finally:
         close(loggers)
     _show(result)

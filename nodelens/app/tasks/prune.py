@@ -29,6 +29,7 @@ from nodelens.statistics.processes import world
 from .analyze import run_metadata
 from .common import build_all, initial_of, is_dry_run, launch, loggers_of, objective_of, to_device
 from .estimate_costs import LANGUAGE, from_config
+from .media import sweep_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show_pruning import show_groups, show_sweep
@@ -103,7 +104,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> Any:
         _finish(folder, found)
     _save_models(cfg, folder, sweep, requested, found, getattr(data, "stored_tokenizer", None))
     if rank == 0:
-        print_line(f"page: {write_pruning_page(folder)}")
+        print_line(f"page: {write_pruning_page(folder, **resolved(cfg)['report'])}")
         _log(cfg, folder, found, dense, result)
     return score_of(found, resolved(cfg)["score"])
 
@@ -216,7 +217,7 @@ def _log(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, fl
     try:
         log_sweep(loggers, table, dense)
         log_result(loggers, scores)
-        log_run(loggers, folder, cfg.ckpt_path, scores.metadata["config"], summary)
+        log_run(loggers, folder, cfg.ckpt_path, scores.metadata["config"], summary, lambda: sweep_figures(table, scores))
     finally:
         close(loggers)
 
