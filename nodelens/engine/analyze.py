@@ -234,7 +234,7 @@ def run_pass(
 def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False, seed: int = 0) -> Result:
     """The result of one pass, summed over all processes under a process group. Every process must call it."""
     sums = collected.sums()
-    reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
+    traffic = reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
     for total in collected.model_sums:
         total.reduce()
     counts = {name: reduce_tensor(count.to(device)).cpu() for name, count in collected.counts().items()}
@@ -254,6 +254,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "positions": plan.positions,
         "precision": plan.precision,
         "processes": world()[1],
+        "traffic": {"sums": traffic.sums, "sent": traffic.sent},
         "rows": rows,
         "missing": table.missing,
         "warnings": [*plan.notes, *repeats_warning(collected.repeats), *zero_associations(plan, table.matrices)],
