@@ -19,6 +19,7 @@ _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the s
     "future_lens": "nodelens.analysis.lenses.future_lens.FutureLens",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
     "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
+    "learned_prompt": "nodelens.training.learned_prompt.LearnedPrompt",
     "logit_attribution": "nodelens.analysis.patching.patching.LogitAttribution",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
     "modularity": "nodelens.analysis.modularity.modularity_analysis.ModularityAnalysis",

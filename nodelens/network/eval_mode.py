@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .open_attention import opened
+
 _LOCK = threading.RLock()  # hooks, modes of modules, torch's switches and random generators belong to the whole process
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -47,8 +49,9 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
     """Context in which every submodule is in eval mode (unchanged if ``train``) and no parameter requires a gradient.
 
     as_written: without compiled graphs and fused kernels of ``nn.TransformerEncoder``, which hooks cannot see into; the kernels
-    also put out zeros at padding, as the layers themselves do not. Tensors made in inference mode, which no gradient can pass, are
-    replaced by copies. On exit, every module and parameter gets its previous flag back.
+    also put out zeros at padding, as the layers themselves do not. Attention modules call their output projection. Tensors made in
+    inference mode, which no gradient can pass, are replaced by copies. On exit, every module and parameter gets its previous flag
+    back.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +60,7 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
             model.eval()
         for p in trainable:
             p.requires_grad_(False)
-        with _as_written() if as_written else nullcontext(), _copies_of_inference_tensors(model):
+        with _as_written(model) if as_written else nullcontext(), _copies_of_inference_tensors(model):
             yield
     finally:
         for p in trainable:
@@ -92,13 +95,14 @@ def _copies_of_inference_tensors(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
-    """Context in which modules run neither compiled nor fused."""
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Context in which modules run neither compiled nor fused, and attention modules show their heads."""
     fused = torch.backends.mha.get_fastpath_enabled()
     compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, and nothing is compiled before
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), warnings.catch_warnings():
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with opened(model), stance, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile")  # hooks of the FLOP counter, which would fire twice
             yield
     finally:

@@ -167,6 +167,51 @@ def test_three_processes_say_the_same(size, tmp_path):
                 assert_close(value, expected(case, k)[name], rtol=1e-7, atol=1e-9, msg=lambda m, at=at: f"{at}: {m}")
 
 
+def test_a_linear_layer_that_reads_several_tokens_of_a_sample_has_the_jacobian_of_each():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = rows(20, (3, 9))
+    found = nl.analyze(net, in_batches(x, y, 8), ["forward_jac"], layers="1").matrices["1", "forward_jac"]
+    w, open_gates = net[0].weight.detach(), (net[0](x).flatten(0, 1) > 0).double()
+    assert_close(torch.tensor(found), w @ w.T * (open_gates.T @ open_gates) / 60, rtol=1e-10, atol=0)
+
+
+class Relu(torch.autograd.Function):
+    """A function of a user's, with the name of one of torch's: it adds neighbours."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x + x.roll(1, 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g + g.roll(-1, 1)
+
+
+class Neighbours(nn.Module):
+    def forward(self, x):
+        return Relu.apply(x)
+
+
+def test_a_function_of_a_user_is_not_taken_for_one_of_torch_by_its_name():
+    torch.manual_seed(0)
+    net, (x, y) = nn.Sequential(nn.Linear(7, 6), Neighbours(), nn.Linear(6, 3)).double().eval(), rows(12)
+    found = nl.analyze(net, [(x, y)], ["forward_jac", "backward_hess"], layers=["0", "1"])
+    assert_close(torch.tensor(found.matrices["1", "forward_jac"]), slow(net, 1, x, y)["forward_jac"], rtol=1e-9, atol=0)
+    why = next(each["why"] for each in found.metadata["associations"] if (each["layer"], each["metric"]) == ("0", "backward_hess"))
+    assert why == "ReluBackward behind it"
+
+
+def test_a_hessian_that_is_the_gauss_newton_matrix_is_computed_once_with_it():
+    calls = []
+    found = nl.analyze(mlp(), in_batches(*rows(), 40), ALL[3:], layers="1", on_plan=lambda plan: calls.append(plan.rows()))
+    assert len([each for each in calls[0] if each["statistic"].startswith("Products")]) == 1
+    assert found.matrices["1", "backward_hess"].tolist() == found.matrices["1", "backward_ggn"].tolist()
+    whys = {each["metric"]: each.get("why", "") for each in found.metadata["associations"]}
+    assert whys["backward_ggn"] == ""
+    assert "piecewise linear" in whys["backward_hess"]
+
+
 def test_a_normalized_association_has_ones_on_its_diagonal_and_nan_where_a_unit_has_none():
     net, (x, y) = mlp(), rows()
     net[2].weight.data[:, 2] = 0
