@@ -195,9 +195,10 @@ def run_pass(
     seed: int = 0,
     progress: Progress = iter,
     saved: SavedPass | None = None,
+    collected: Pass | None = None,
 ) -> Pass:
-    """Runs the plan's collectors over every batch and returns them. saved: where sums of a part of the batches may be stored."""
-    collected = Pass(plan, objective, seed)
+    """Runs the plan's collectors, or those given, over every batch and returns them. saved: where sums may be stored."""
+    collected = Pass(plan, objective, seed) if collected is None else collected
     begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
