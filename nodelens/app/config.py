@@ -52,6 +52,14 @@ class Latency:
 
 
 @dataclass
+class Report:
+    """The page: where plotly's script is (shared: a file beside the page; inline; cdn), and the formats of figure files."""
+
+    plotly: str = "shared"
+    figures: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Common:
     """Keys of every task. The values of a config group come from its file."""
 
@@ -70,6 +78,7 @@ class Common:
     initial_path: str | None = None
     covariance: str | None = None  # diagonal, sample:1024, sketch:1024
     budget: Budget = field(default_factory=Budget)
+    report: Report = field(default_factory=Report)
 
 
 @dataclass

@@ -276,6 +276,11 @@ class Text(lightning.LightningDataModule):
             )
 
     @property
+    def stored_tokenizer(self) -> Any:
+        """The tokenizer of transformers, which can be saved with a model; None for bytes."""
+        return getattr(open_tokenizer(self.tokenizer), "tokenizer", None)
+
+    @property
     def _name(self) -> str:
         return "the embedded text" if self.corpus.path is None else f"'{self.corpus.path}'"
 

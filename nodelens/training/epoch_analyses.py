@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from nodelens.analysis.analyze import add_analysis
-from nodelens.analysis.registry import Analyses, Analysis, AnalysisResult, as_analyses, load_analysis
+from nodelens.analysis.base import Analysis, AnalysisResult
+from nodelens.analysis.registry import Analyses, as_analyses, load_analysis
 from nodelens.results.result import Result
 
 

@@ -45,8 +45,8 @@ def test_the_terminal_and_the_page_say_what_was_found(run):
     assert "geometry: residual_input: participation ratio" in out
     page = (folder / "report.html").read_text()
     assert "Geometry of the residual stream" in page
-    names = {p.name for p in (folder / "figures").iterdir()}
-    assert names == {"geometry-dimensions.png", "geometry-spectra.png", "geometry-novelty.png"}
+    for name in ("geometry-dimensions", "geometry-spectra", "geometry-novelty"):
+        assert f"data-name='{name}'" in page
     assert nl.load(folder).metadata["analyses"] == ["geometry"]
 
 

@@ -18,7 +18,7 @@ def alone(tmp_path_factory):
     return nl.load(folder)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_find_what_one_finds(devices, alone, quiet_home):
     ended = command("analyze", *WORDS, "trainer=ddp", f"trainer.devices={devices}", "hydra.run.dir=run", "dataset.batch_size=32")
     assert ended.code == 0, ended.err

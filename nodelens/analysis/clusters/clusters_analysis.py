@@ -7,11 +7,10 @@ from typing import Any, Literal, get_args
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.results.files import plain
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
 
 from .features import Features, distinct
 from .metric_space import LOGARITHMS, ROLES, MetricSpaceClustering, Mode, UnitClusters, features_of, score_of
@@ -24,7 +23,7 @@ Frames = dict[str, list[pd.DataFrame]]
 
 
 @dataclass(frozen=True)
-class ClustersAnalysis:
+class ClustersAnalysis(Analysis):
     """Divides the units of each layer into clusters in the space of their metrics, and names the type of each cluster.
 
     n_clusters: number of clusters, or ``auto``: the number with the largest silhouette, from 4 where clusters are typed, else from
@@ -67,21 +66,13 @@ class ClustersAnalysis:
         names = [*_names(self.columns), *([self.score] if self.score else [])]
         return {name: get_metric(name) for name in names if name in list_metrics()}
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
+        """Reads the columns of the result, and no data. A layer that cannot be divided is listed as missing."""
+        table, seed = call.measured.units, call.seed
         frames: Frames = {name: [] for name in ("clusters", "layers", "ablations", "numbers", "points")}
         missing = []
-        labels = pd.DataFrame({"cluster": -1, "unit_type": NONE}, index=result.units.index)
-        for layer, units in result.units.groupby(level="layer", sort=False):
+        labels = pd.DataFrame({"cluster": -1, "unit_type": NONE}, index=table.index)
+        for layer, units in table.groupby(level="layer", sort=False):
             try:
                 features = features_of(units, _names(self.columns), str(layer), self.log)
                 found = self._of_layer(features, units, seed, frames)

@@ -10,17 +10,14 @@ from torch import Tensor, nn
 
 from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.targets import AblationTarget, sample_units
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.engine.driver import device_of, first_of_data
-from nodelens.metrics import Metric
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.groups import PruningGroup, PruningGroups
-from nodelens.network.loss_scale import Loss
 from nodelens.network.objective import Objective
-from nodelens.network.outputs import Output
 from nodelens.pruning.groups.find import find_groups
-from nodelens.results.result import Result, fingerprint, provenance
+from nodelens.results.result import fingerprint, provenance
 
 from .agreement import agreement, hits
 from .controls import COLUMNS, ControlSets, control_rows
@@ -35,7 +32,7 @@ Score = Literal["loss_proxy", "loss_proxy_factored", "taylor", "curvature", "pow
 
 
 @dataclass(frozen=True)
-class Supernodes:
+class Supernodes(Analysis):
     """Scores hidden units, finds the few with most of the loss proxy (supernodes) and the halo that repeats them, with controls.
 
     scope: groups by kind (ffn, heads, channels), name or pattern. unit: one row per ``token`` that a linear layer reads, or per
@@ -82,24 +79,7 @@ class Supernodes:
         if self.ablate != "all" and (isinstance(self.ablate, (bool, str)) or self.ablate < 0):
             raise ValueError(f"ablate is {self.ablate!r}; it must be 0 (no ablation), a number of units per group, or all")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: it measures the groups in passes of its own."""
-        return {}
-
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        task: str | None = None,
-        output: Output = None,
-        loss: Loss | None = None,
-    ) -> SupernodesResult:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> SupernodesResult:
         """Reads data twice, with a backward pass each, and ``evaluation`` (default: data) once for ablation.
 
         task, output, loss: as in ``AnalyzeOptions``; ablation measures the cross-entropy of the task.
@@ -109,7 +89,7 @@ class Supernodes:
         """
         if isinstance(data, Iterator):
             raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
-        model, objective = uncompiled(model), Objective.of(model, output, task, loss)
+        objective, seed, progress = Objective.of(model, **call.objective), call.seed, call.progress
         first, _ = first_of_data(data, objective)
         objective = objective if first is None else objective.settled(model, first)
         groups, device = self._groups(model, objective, first), device_of(model)
@@ -123,7 +103,7 @@ class Supernodes:
         hidden.run(progress(data), products, objective)
         products.reduce()
         tables = self._tables(model, layouts, sums.found, products.found, seed)
-        ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, objective, seed, progress)
+        ablated, about = self._ablated(model, groups, call.evaluation, objective, seed, progress)
         tables |= self._agreement(tables["units"], ablated, seed)
         about = {"ablation": about, "samples": samples, "rows": int(sums.found[groups[0].name, "rows"].sum())}
         return SupernodesResult(**tables, ablation=ablated, metadata=about | self._about(model, groups, seed))

@@ -58,7 +58,7 @@ def _show_again(cfg: DictConfig, folder: Path) -> float:
     print_line(f"already finished: {folder}")
     result = load(folder)
     if not (folder / "report.html").is_file():  # the run was stopped between tables and page
-        write_page(folder)
+        write_page(folder, **resolved(cfg)["report"])
     _show(result)
     return main_score(result.metadata["evaluation"])
 
@@ -220,7 +220,7 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
 
     replace(result, analyses={}).save(folder)  # each analysis was saved when it ended
     remove_sums(folder)
-    page = write_page(folder)
+    page = write_page(folder, **resolved(cfg)["report"])
     loggers = loggers_of(cfg, result.metadata["config"])
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
     tasks = result.metadata.get("lm_eval", {})

@@ -106,9 +106,9 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
         raise ValueError(f"no cell of the sweep can be carried out; {found['name'].iloc[0]}: {found['error'].iloc[0]}")
     if rank == 0:
         _finish(cfg, folder, found, dense, result.metadata["config"])
-    _save_models(cfg, folder, sweep, requested, found, module)
+    _save_models(cfg, folder, sweep, requested, found, getattr(data, "stored_tokenizer", None))
     if rank == 0:
-        print_line(f"page: {write_pruning_page(folder)}")
+        print_line(f"page: {write_pruning_page(folder, **resolved(cfg)['report'])}")
     return _best_area(found)
 
 
@@ -262,7 +262,7 @@ def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str,
     show_sweep(console(), table)
 
 
-def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Cell], table: pd.DataFrame, module: Any) -> None:
+def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Cell], table: pd.DataFrame, tokenizer: Any) -> None:
     """Saves the pruned models of ``cfg.save``: the best cell on validation data at the largest amount, one cell, or all."""
     names = [cell.name for cell in requested]
     if cfg.save == "best":
@@ -283,7 +283,7 @@ def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Ce
         if "transformers" not in pruned.origin:
             pruned = replace(pruned, origin={"net": plain(recorded(cfg)["model"].get("net") or {}), **pruned.origin})
         if world()[0] == 0:
-            pruned.save(place)
+            pruned.save(place, tokenizer, table)
             print_line(f"saved {name} to {place}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")
 
 

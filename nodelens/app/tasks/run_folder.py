@@ -92,7 +92,7 @@ def open_inputs(cfg: DictConfig, folder: Path) -> tuple[Any, Any, dict[str, Any]
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
-    found = plain({k: v for k, v in recorded(cfg).items() if k not in ("paths", "logger", *_FREE)})
+    found = plain({k: v for k, v in recorded(cfg).items() if k not in ("paths", "logger", "report", *_FREE)})
     return _relative(found, str(cfg.paths.output_dir))
 
 

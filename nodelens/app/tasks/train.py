@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nodelens.app.config import build, recorded
+from nodelens.app.config import build, recorded, resolved
 from nodelens.results.files import checked, plain, read_json
 
 from .common import build_all, check_tokens, format_score, loggers_of, plain_worker_errors, quiet_lightning
@@ -78,23 +78,23 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     if not outcome.path.is_file():  # training had finished before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
-    _draw(folder / "epochs", list(cfg.analysis))
+    _draw(cfg, folder)
     print_line(f"test {format_score(found)}")
     if found["checkpoint"]:
         print_line(f"checkpoint: {found['checkpoint']}")
     return float(found["accuracy"])
 
 
-def _draw(folder: Path, analyses: list[str]) -> None:
-    """Draws and prints what analyses say about the epochs of a training."""
-    for name in analyses:
-        if (folder / name / "metadata.json").is_file():
-            from nodelens.analysis.registry import load_analysis
-            from nodelens.report.page import write_figures
+def _draw(cfg: DictConfig, folder: Path) -> None:
+    """Writes the page, and prints what analyses say about the epochs."""
+    from nodelens.analysis.registry import load_analysis
+    from nodelens.report import write_training_page
 
-            write_figures(folder / name)
-            for line in load_analysis(folder / name).summary().splitlines():
+    for name in cfg.analysis:
+        if (folder / "epochs" / name / "metadata.json").is_file():
+            for line in load_analysis(folder / "epochs" / name).summary().splitlines():
                 print_line(f"{name}: {line}")
+    print_line(f"page: {write_training_page(folder, **resolved(cfg)['report'])}")
 
 
 def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:

@@ -74,7 +74,7 @@ def patchscope_grid(
             ]
             for part, logits in CellPasses(model, target.ids)(cells):
                 own = final[0, torch.tensor([where[k][1] for k in part])].float()
-                found = _rows(logits, own, [where[k] for k in part], source, layers, sample, options.k)
+                found = grid_rows(logits, own, [where[k] for k in part], source, layers, sample, options.k)
                 predictions += found[0]
                 positions += found[1]
             if options.generate:
@@ -114,7 +114,7 @@ def _target_block(model: TokenModel, chosen: str | int, source: int) -> int:
     return found[0]
 
 
-def _rows(
+def grid_rows(
     logits: Tensor, final: Tensor, where: Sequence[tuple[int, int]], source: TokenizedPrompt, layers: Any, sample: int, k: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the two tables for cells with logits (n, V); final (n, V): the model's own at the source positions."""

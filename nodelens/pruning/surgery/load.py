@@ -14,9 +14,9 @@ from nodelens.network.hooks import parameter_limit
 from nodelens.network.open_attention import keep_open
 from nodelens.pruning.groups.whole_experts import COUNTS
 
-from .save import structure, unsaved_buffers
 from .saved import SavedModel
 from .slice import replace_tensor, set_count, update_sizes
+from .structure import structure, unsaved_buffers
 
 _BUILDERS = (  # whose arguments are numbers, and names of registered networks
     *("nodelens.models.mlp", "nodelens.models.cnn"),
@@ -69,7 +69,7 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
 
 def _dense_model(saved: SavedModel) -> nn.Module:
     """The dense model on the meta device, with real values in the buffers that are not stored."""
-    where, origin = f"{saved.folder / 'config.json'}", saved.origin
+    where, origin = str(saved.origin_file), saved.origin
     for field, kind in _ORIGIN.items():
         if not isinstance(origin.get(field), kind) and origin.get(field) is not None:
             raise ValueError(f"{where}: {field} is {shown(origin[field])}; it must be a {_KINDS[kind]}")
