@@ -12,7 +12,7 @@ from nodelens.network.hooks import Site
 from nodelens.network.random_vectors import rows_of_tokens
 from nodelens.network.streams import side_of
 from nodelens.network.traced import Traced
-from nodelens.statistics.group_slices import draw, group_slices, sorting
+from nodelens.statistics.group_slices import draw, members_of
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.products import Products, Vectors, about_zero
 from nodelens.statistics.rows import Rows
@@ -94,19 +94,16 @@ class DerivativeCollector(Collector):
         x = x.double() if self.plan.precision == "float64" else x
         y, first, sums = of.pop("y", None), of.pop("first", True), self.sums[need]
         keep = self._where_finite(x if y is None else y, keep)
-        k, order = len(x) // len(keep), sorting(batch.group) if len(sums.parts) > 1 else None
-        group, keep = (batch.group, keep) if order is None else (batch.group[order], keep[order])
-        every = None if bool(keep.all()) else keep.to(x.device)
-        x = _by_sample(x, k, order)
-        y = None if y is None else _by_sample(y, k, order)
+        masked, k = not bool(keep.all()), len(x) // len(keep)
         with exact_products():
-            for g, a, b in group_slices(group) if len(sums.parts) > 1 else [(0, 0, len(keep))]:
-                part = Rows(x[:, a:b].flatten(0, 1), None if every is None else every[a:b].repeat(k, 1))
+            for g, samples in members_of(batch.group) if len(sums.parts) > 1 else [(0, None)]:
+                kept = keep if samples is None else keep[samples]
+                part = Rows(_of_samples(x, k, samples), kept.to(x.device).repeat(k, 1) if masked else None)
                 if need.statistic is not Products:
                     sums.add_rows(part.about(*self._shift("positions", part)), g)
                     continue
-                partner = None if y is None else about_zero(Rows(y[:, a:b].flatten(0, 1), part.keep))
-                n = keep[a:b].sum().reshape(1).to(part.raw.device) * int(first)
+                partner = None if y is None else about_zero(Rows(_of_samples(y, k, samples), part.keep))
+                n = kept.sum().reshape(1).to(part.raw.device) * int(first)
                 sums.add_rows(Vectors(about_zero(part), partner, n=n, **of), g)
 
     def chosen_units(self, x: Tensor) -> Tensor:
@@ -120,7 +117,6 @@ class DerivativeCollector(Collector):
         return keep & x.isfinite().all(1).unflatten(0, (-1, len(keep))).all(0).cpu()
 
 
-def _by_sample(t: Tensor, k: int, order: Tensor | None) -> Tensor:
-    """Vectors (k x samples, ...) as (k, samples, ...), the samples in an order."""
-    t = t.unflatten(0, (k, -1))
-    return t if order is None else t.index_select(1, order.to(t.device))
+def _of_samples(t: Tensor, k: int, samples: Tensor | None) -> Tensor:
+    """The vectors of some samples, of vectors (k x all samples, ...); those of all for None."""
+    return t if samples is None else t.unflatten(0, (k, -1)).index_select(1, samples.to(t.device)).flatten(0, 1)

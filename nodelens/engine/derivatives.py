@@ -17,12 +17,13 @@ from nodelens.network.derivatives import Differentiation, Forward
 from nodelens.network.layers import ASSOCIATION
 from nodelens.network.objective import Objective
 from nodelens.network.random_vectors import signs
+from nodelens.network.tail import is_entrywise
 
 from .derivative_collector import DerivativeCollector, LayerCall
 from .graph_start import GraphStart
 from .unit_vectors import unit_vectors
 
-CHUNK = 1 << 27  # bytes of the vectors at layers and predictions that are handled at once
+CHUNK = 1 << 25  # bytes of the vectors at layers and predictions that are handled at once
 Chunk = tuple[int, list[Tensor]]  # a fold, and vectors (k, *shape of each output or input)
 
 
@@ -108,15 +109,27 @@ class Derivatives:
                 target.collector.failed[target.need] = "the model reads no floating-point inputs and has no embedding"
             return
         forwards = {id(c): Forward(c.traced.edge, c.traced.value, start.places) for c in calls}  # type: ignore[arg-type]
-        few = [target for target in targets if derivative.method == "exact" and _fewer_units(target, start)]
+        exact = derivative.method == "exact"
+        direct = [target for target in targets if exact and _is_entrywise(target, start)]
+        for target in direct:
+            self._of_entries(target, derivative, start)
+        few = [target for target in targets if exact and target not in direct and _fewer_units(target, start)]
         for target in few:
             self._over_units(target, derivative, partial(self._there_and_back, target.calls[0], start, forwards))
-        rest, first = [target for target in targets if target not in few], True
+        rest, first = [target for target in targets if target not in (*direct, *few)], True
         own = [call for call in calls if any(call in target.calls for target in rest)]
         for fold, vectors in start.vectors(derivative, self.batch, self.seed, max(1, size // 2)) if rest else ():
             found = [self.method.push(forwards[id(call)], vectors) for call in own]
             self._distribute(rest, derivative, own, found, fold, first)
             first = False
+
+    def _of_entries(self, target: SumTarget, derivative: Derivative, start: GraphStart) -> None:
+        """Adds J J' where each unit is a function of the same output of a Linear W: it is dd' times WW', d the slopes."""
+        (call,) = target.calls
+        ones = torch.ones_like(call.traced.value)[None]
+        slopes = self.method.pull([call.traced.edge], start.places, [ones])  # type: ignore[list-item]
+        options = {"fold": 0, "folds": 1, "first": True, "gram": start.gram}
+        target.collector.add(target.need, self.batch, call.rows(slopes[0]), self._kept(target, derivative), **options)  # type: ignore[arg-type]
 
     def _there_and_back(self, call: LayerCall, start: GraphStart, forwards: dict[int, Forward], v: Tensor) -> Tensor | None:
         """J J'v of a layer, J its derivative with respect to the inputs."""
@@ -218,6 +231,15 @@ def _fewer_units(target: SumTarget, start: GraphStart) -> bool:
         return False
     _, units, positions = target.calls[0].index.shape
     return 2 * units * positions < start.count
+
+
+def _is_entrywise(target: SumTarget, start: GraphStart) -> bool:
+    """Whether all units of a layer are read, one per row, and each is a function of one output of the Linear at the start."""
+    if start.basis is None or len(target.calls) > 1 or target.collector.site.layer is target.collector.plan.stack:
+        return False
+    (call,) = target.calls
+    flat = call.traced.value.shape == (len(call.keep), start.basis.shape[1])
+    return flat and target.collector.site.port == ASSOCIATION and is_entrywise(call.traced.edge, start.places[0])  # type: ignore[arg-type]
 
 
 def _calls_of(collector: DerivativeCollector, every: Sequence[DerivativeCollector]) -> list[list[LayerCall]]:

@@ -36,7 +36,7 @@ class GraphStart:
         if not leaves:
             return None
         entry = linear_entry(edges, leaves[0]) if len(leaves) == 1 and leaves[0].is_leaf else None
-        if entry is not None and entry[1].shape[0] > entry[1].shape[1]:
+        if entry is not None and leaves[0][0].numel() == entry[1].shape[0] > entry[1].shape[1]:  # it reads a sample whole
             r = torch.linalg.qr(entry[1].detach().double(), mode="r").R
             return cls([entry[0]], [r.shape[1:]], leaves[0].detach(), r.to(leaves[0]))
         return cls(list(leaves), [leaf.shape[1:] for leaf in leaves], leaves[0].detach())
@@ -45,6 +45,11 @@ class GraphStart:
     def count(self) -> int:
         """Number of vectors of a basis."""
         return sum(shape.numel() for shape in self.shapes) if self.basis is None else len(self.basis)
+
+    @property
+    def gram(self) -> Tensor | None:
+        """WW', (units, units) float64, where the place is the output of a Linear."""
+        return None if self.basis is None else self.basis.double().T @ self.basis.double()
 
     def vectors(self, derivative: Derivative, batch: Batch, seed: int, size: int) -> Iterator[tuple[int, list[Tensor]]]:
         """Vectors (k, B, *shape) for each place, at most ``size`` at once, with the fold that they belong to."""

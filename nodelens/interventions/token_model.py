@@ -61,6 +61,21 @@ class TokenModel:
             )
         return logits[:, -1] if last else logits
 
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The embedding of tokens. Raises ValueError for a model that takes no embeddings in place of ids."""
+        found = getattr(self.model, "get_input_embeddings", lambda: None)()
+        if not isinstance(found, nn.Embedding) or "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(
+                f"{self.name} takes no inputs_embeds: a soft prompt needs a model that does, as language models of transformers do"
+            )
+        return found
+
+    def logits_of(self, embedded: Tensor, last: int) -> Tensor:
+        """The logits (B, T, V) of embeddings (B, T, d); at least those of the last positions."""
+        options = self._options | ({"logits_to_keep": last} if self.keeps_last else {})
+        return answer_of(self.model(inputs_embeds=embedded, **options), None, self.name)
+
     def cache(self, ids: Tensor) -> Any:
         """The model's key-value cache after token ids (B, T). Raises AttributeError for a model that makes none."""
         return self._run(ids, {"use_cache": True} | ({"logits_to_keep": 1} if self.keeps_last else {})).past_key_values

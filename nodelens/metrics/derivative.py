@@ -1,6 +1,6 @@
 """Which derivatives an association adds up: the option of a Need at the port ``association``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Of = Literal["predictions", "loss", "hessian", "inputs", "values"]
@@ -25,7 +25,7 @@ class Derivative:
     vectors: int = 0
     folds: int = 1  # in which the random vectors are kept apart: their spread is the error of the estimate
     refused: str = ""  # why it is not computed at a layer
-    why: str = ""  # the reason for the method
+    why: str = field(default="", compare=False)  # the reason for the method: what is computed does not depend on it
 
     def __str__(self) -> str:
         return f"{self.of}, {self.method}" + (f" {self.vectors}" if self.vectors else "")

@@ -22,6 +22,12 @@ _PIECES = (
 )  # fmt: skip
 # linear in each argument: piecewise linear if only one of them depends on the layer
 _PRODUCTS = ("Mul", "Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Dot", "Convolution", "MaskedFill", "Masked", "Addmv")
+# of one argument, where each entry of the result depends on the same entry of the argument alone
+_ENTRYWISE = (
+    "Relu", "LeakyRelu", "RreluWithNoise", "Threshold", "Hardtanh", "Hardshrink", "Softshrink", "Abs", "Neg", "Clone", "Alias",
+    "Tanh", "Sigmoid", "LogSigmoid", "Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Hardsigmoid", "Erf",
+    "Exp", "Sin", "Cos",
+)  # fmt: skip
 _DIVIDED = ("Div",)  # linear in the first argument
 _NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")  # linear with running statistics
 Node = Any
@@ -85,9 +91,20 @@ def linear_entry(edges: Sequence[GradientEdge], leaf: Tensor) -> tuple[GradientE
     return None
 
 
+def is_entrywise(edge: GradientEdge, start: GradientEdge) -> bool:
+    """Whether each entry of an edge is known to be a function of the same entry of a start alone."""
+    at: Node = edge.node
+    while at is not start.node:
+        children = [child for child, _ in at.next_functions if child is not None]
+        if len(children) != 1 or name_of(at) not in _ENTRYWISE:
+            return False
+        at = children[0]
+    return True
+
+
 def name_of(node: Node) -> str:
-    """The operation of a node: ``Relu`` for a ReluBackward0."""
-    return re.sub(r"Backwards?\d*$", "", node.name().rpartition("::")[2])
+    """The operation of a node: ``Relu`` for a ReluBackward0. A function that a user defines has no number, and keeps its name."""
+    return re.sub(r"(Backward\d+|Backwards)$", "", node.name().rpartition("::")[2])
 
 
 def _piecewise_linear(node: Node, arguments: list[int]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nodelens.analysis.modularity.columns import labels_of
 from nodelens.results.result import load
 from nodelens.results.runs import load_runs
 
@@ -49,12 +50,12 @@ def _matrices(document: Document, modules: pd.DataFrame) -> list[str]:
     for run in dict.fromkeys([mean.index[0], mean.index[-1]]):
         result = load(run)
         for name in dict.fromkeys(modules["association"]):
-            column = f"module_{name}"
-            if (layer, name) in result.matrices and column in result.units:
+            labels, matrix = labels_of(result.units, layer, name), result.matrices.get((layer, name))
+            if labels is not None and matrix is not None and len(matrix) == len(labels):
                 q = modules.query("run == @run and layer == @layer and association == @name")["q"].iloc[0]
-                numbers = result.units.loc[layer, column].to_numpy(float)
+                numbers = labels.to_numpy(float)
                 numbers[numbers < 0] = np.nan  # in no module
-                panels[f"{name}, Q {q:.2f}, {Path(run).name}"] = sorted_by(result.matrices[layer, name], numbers)
+                panels[f"{name}, Q {q:.2f}, {Path(run).name}"] = sorted_by(matrix, numbers)
     if not panels:
         return []
     shown = dict(list(panels.items())[:_MATRICES])

@@ -14,6 +14,7 @@ class Vectors(NamedTuple):
     """Some of the vectors of each row: ``x`` of as many samples as there are vectors times samples; ``y`` their partners, or None.
 
     fold: which of the ``folds`` of the vectors they belong to; n: the rows that they are the first vectors of, (1,) int64
+    gram: (d, d) float64 or None. Each p then stands for vectors p * u, with any u of which u u' adds up to ``gram``
     """
 
     x: Rows
@@ -21,12 +22,13 @@ class Vectors(NamedTuple):
     fold: int
     folds: int
     n: Tensor
+    gram: Tensor | None = None
 
     @property
     def outer(self) -> Tensor:
         """Sum of p p', or of (p q' + q p') / 2 for partners q, (d, d) float64."""
         if self.y is None:
-            return self.x.outer
+            return self.x.outer if self.gram is None else self.x.outer * self.gram
         mixed = self.x.products(self.y)
         return (mixed + mixed.T) / 2
 

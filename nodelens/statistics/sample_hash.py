@@ -1,9 +1,11 @@
 """Sample hashes, which decide the jackknife group and the drawn positions of a sample in any batch, order or process."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _LIMIT = 4096  # entries of a sample that its content hash reads
+_CHUNK = 1 << 15  # entries that are hashed at once, so that they stay in the cache
 
 
 def mix(*parts: Tensor | int) -> Tensor:
@@ -37,14 +39,28 @@ def content_hashes(x: Tensor) -> Tensor:
     rows = rows[:, :: max(1, rows.shape[1] // _LIMIT)]
     if rows.is_floating_point():
         rows = rows.float().contiguous().view(torch.int32)
-    place = torch.arange(rows.shape[1], device=rows.device)
-    return mix(_scramble(rows.long() + mix(place).to(rows.device)).sum(1))
+    place = mix(torch.arange(rows.shape[1])).to(rows.device)
+    step = max(1, _CHUNK // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    return mix(torch.cat([_scramble(part.long() + place).sum(1) for part in rows.split(step)]))
 
 
 def _scramble(z: Tensor) -> Tensor:
+    """The scrambled integers; on a CPU they replace those in ``z``, without a copy for each step."""
+    if z.device.type == "cpu":
+        z = z.contiguous()
+        for part in np.array_split(z.numpy().view(np.uint64).reshape(-1), -(-z.numel() // _CHUNK) or 1):
+            _scramble_array(part)
+        return z
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift(z, 31)
+
+
+def _scramble_array(z: np.ndarray) -> None:
+    """The same in place, of uint64, whose shift needs no mask."""
+    for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z ^= z >> np.uint64(by)
+        z *= np.uint64(factor)
 
 
 def _shift(z: Tensor, by: int) -> Tensor:

@@ -35,12 +35,11 @@ class Graph:
         """
         matrix = as_matrix(association)
         known = ~_undefined(matrix)
-        inner = matrix[np.ix_(known, known)]
+        inner = _among(matrix, known)
         _check_finite(inner, np.flatnonzero(known))
-        _check_symmetric(inner)
-        inner = (inner + inner.T) / 2
+        inner = _symmetrized(inner)
         np.fill_diagonal(inner, 0)
-        inner = np.abs(inner) if absolute else inner
+        inner = np.abs(inner, out=inner) if absolute else inner
         if not signed and (inner < 0).any():
             share = f"{int((inner < 0).sum()) // 2:,} of {len(inner) * (len(inner) - 1) // 2:,}"
             raise ValueError(f"{share} associations are negative, and modularity is defined for weights >= 0: take absolute=True")
@@ -49,7 +48,7 @@ class Graph:
         live = known.copy()
         live[known] = linked
         check_live(int(live.sum()), len(matrix))
-        return cls(inner[np.ix_(linked, linked)], live)
+        return cls(_among(inner, linked), live)
 
     def labels(self, of_live: np.ndarray) -> np.ndarray:
         """Labels of live units as labels of all units, -1 for dead ones, (units,) int64."""
@@ -93,15 +92,27 @@ def _check_finite(matrix: np.ndarray, units: np.ndarray) -> None:
         )
 
 
-def _check_symmetric(matrix: np.ndarray) -> None:
-    apart = np.abs(matrix - matrix.T)
+def _among(matrix: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """The entries of pairs of some units, (units,) bool; the matrix itself where these are all."""
+    return matrix if units.all() else matrix[np.ix_(units, units)]
+
+
+def _symmetrized(matrix: np.ndarray) -> np.ndarray:
+    """The mean of a matrix and its transpose. Raises ValueError where they differ by more than rounding."""
+    mean = matrix + matrix.T
+    mean /= 2
+    apart = matrix - mean  # half of the difference to the transpose
     np.fill_diagonal(apart, 0)
-    scale = np.abs(matrix[~np.eye(len(matrix), dtype=bool)]).max(initial=0)
-    if apart.max(initial=0) > 1e-4 * scale:
+    most = 2 * np.abs(apart, out=apart).max(initial=0)
+    np.copyto(apart, matrix)
+    np.fill_diagonal(apart, 0)
+    scale = np.abs(apart, out=apart).max(initial=0)
+    if most > 1e-4 * scale:
         raise ValueError(
-            f"the association is not symmetric: entries and their transposes differ by up to {apart.max():.3g}, the largest entry "
+            f"the association is not symmetric: entries and their transposes differ by up to {most:.3g}, the largest entry "
             f"is {scale:.3g}: symmetrize it, as in (A + A.T) / 2"
         )
+    return mean
 
 
 def sparsify(association: Any, fraction: float) -> np.ndarray:
@@ -129,14 +140,16 @@ def modularity_matrix(weights: np.ndarray, gamma: float = 1.0) -> np.ndarray:
     """A/2m - gamma k k'/(2m)^2 with degrees k and total weight 2m, (units, units): Q is its sum over pairs in the same module."""
     degrees = weights.sum(1)
     total = degrees.sum()
-    return weights / total - np.outer(degrees * (gamma / total), degrees / total)
+    matrix = weights / total
+    matrix -= np.outer(degrees * (gamma / total), degrees / total)
+    return matrix
 
 
 def quality(matrix: np.ndarray, labels: np.ndarray) -> float:
     """Sum of a modularity matrix over pairs of units in the same module; a unit of label -1 is in none."""
     inside = labels >= 0
     chosen = one_hot(labels[inside])
-    return float(np.einsum("ic,ic->", matrix[np.ix_(inside, inside)] @ chosen, chosen))
+    return float(np.einsum("ic,ic->", _among(matrix, inside) @ chosen, chosen))
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:
@@ -173,7 +186,7 @@ def modularity(association: Any, labels: Any, gamma: float = 1.0) -> float:
     dead = _undefined(matrix)
     matrix[dead], matrix[:, dead] = 0, 0
     _check_finite(matrix, np.arange(len(matrix)))
-    _check_symmetric(matrix)
+    _symmetrized(matrix)
     np.fill_diagonal(matrix, 0)
     if (matrix < 0).any():
         raise ValueError(
@@ -192,6 +205,22 @@ def as_labels(labels: Any) -> np.ndarray:
     if (found != np.round(found)).any():
         raise ValueError(f"labels are integers, and {found[found != np.round(found)][0]:g} is none")
     return np.where(found < 0, NONE, found).astype(np.int64)
+
+
+def connected_parts(weights: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    """The connected component of each unit, (units,), numbered by their first unit; with labels, components inside modules."""
+    found, open_units = np.full(len(weights), NONE), np.ones(len(weights), bool)
+    for part in range(len(weights)):
+        if not open_units.any():
+            break
+        first = int(open_units.argmax())
+        reachable = open_units if labels is None else open_units & (labels == labels[first])
+        fresh = np.array([first])
+        while len(fresh):  # each unit's row is read once
+            found[fresh], open_units[fresh] = part, False
+            reachable = reachable & open_units
+            fresh = np.flatnonzero((weights[fresh] != 0).any(0) & reachable)
+    return found
 
 
 def soft_num_clusters(labels: Any) -> float:

@@ -28,7 +28,7 @@ def monte_carlo_matrix(
             continue
         score += 2 * float(sums[module] - sums[label])
         state.move(unit, module)
-        if len(state.sums) > 2 * state.labels.max() + 8:
+        if state.options > 2 * state.labels.max() + 8:
             state.drop_empty()
         if score > best_score:
             best, best_score = state.labels.copy(), score

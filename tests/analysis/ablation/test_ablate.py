@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from real import cifar_images, folder, resnet20
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
@@ -405,3 +407,27 @@ def test_a_trained_network_gives_the_numbers_of_the_loop():
     wanted = by_masks(net, [(x, y)], groups, found.units.index)
     np.testing.assert_allclose(found.units["damage"], wanted, rtol=0, atol=1e-6)
     assert found.metadata["whole_model"] == []
+
+
+def _share(rank, home, how):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+    every = texts([9, 14, 11, 12, 7], 1)
+    found = nl.ablate(llama(), every[:3] if rank else every[3:], how=how, sample=5)
+    sets = nl.ablate_sets(llama(), every[:3] if rank else every[3:], {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
+    if rank:
+        found.save(f"{home}/found")
+        sets.to_csv(f"{home}/sets.csv")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["zero", "mean"])
+def test_two_processes_equal_one(tmp_path, how):
+    mp.start_processes(_share, (str(tmp_path), how), 2, start_method="spawn" if torch.cuda.is_initialized() else "fork")
+    every = texts([9, 14, 11, 12, 7], 1)
+    alone, found = nl.ablate(llama(), every, how=how, sample=5), nl.load(tmp_path / "found")
+    pd.testing.assert_frame_equal(found.units, alone.units, rtol=1e-9, atol=1e-12)
+    for name in ("loss", "predictions", "samples"):
+        assert found.metadata[name] == pytest.approx(alone.metadata[name], rel=1e-12)
+    sets = nl.ablate_sets(llama(), every, {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sets.csv", index_col="set"), sets, rtol=1e-9, atol=1e-12)

@@ -11,7 +11,16 @@ from real import folder
 from sklearn.metrics import adjusted_rand_score
 
 from nodelens.analysis.modularity.find_modules import find_modules
-from nodelens.analysis.modularity.graph import Graph, modularity, modularity_matrix, quality, soft_num_clusters, sparsify
+from nodelens.analysis.modularity.graph import (
+    Graph,
+    connected_parts,
+    modularity,
+    modularity_matrix,
+    quality,
+    soft_num_clusters,
+    sparsify,
+)
+from nodelens.analysis.modularity.louvain import _split
 from nodelens.analysis.modularity.monte_carlo import choice
 from nodelens.analysis.modularity.moves import Partition, move_locally, refine
 from nodelens.analysis.modularity.spectral import spectral_matrix
@@ -212,6 +221,26 @@ def test_the_choice_of_a_monte_carlo_step_has_the_target_entropy(target):
         assert -(shares * np.log(shares)).sum() == pytest.approx(target, abs=0.01)
         assert shares.sum() == pytest.approx(1)
     assert choice(np.array([1.0, 1.0, 0.0]), 0.15) == pytest.approx([0.5, 0.5, 0], abs=1e-6)
+
+
+def test_connected_parts_are_those_of_networkx():
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.02, 0.05, 0.2):
+        weights = np.triu(rng.random((40, 40)) < density, 1).astype(float)
+        weights += weights.T
+        labels = rng.integers(0, 3, 40)
+        for own in (None, labels):
+            linked = weights if own is None else weights * (own[:, None] == own)
+            parts = sorted(sorted(nodes) for nodes in nx.connected_components(nx.from_numpy_array(linked)))
+            assert sorted(map(sorted, sets_of(connected_parts(weights, own)))) == parts
+
+
+def test_two_modules_that_were_merged_are_split_again():
+    planted = np.repeat(np.arange(4), 12)
+    weights = np.where(planted[:, None] == planted, 1.0, 0.1) - 1.0 * np.eye(48)
+    matrix = modularity_matrix(weights)
+    found = _split(matrix, np.array([0, 0, 1, 2])[planted], np.random.default_rng(0))
+    assert [set(found[planted == k]) for k in range(4)] in ([{0}, {3}, {1}, {2}], [{3}, {0}, {1}, {2}])
 
 
 def test_modules_are_connected():
