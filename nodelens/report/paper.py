@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from nodelens.results.csv_text import csv_text
 from nodelens.results.files import write
+from nodelens.results.spreadsheets import csv_text
 
 from .plot import FORMATS, GREY, Plot
 

@@ -44,7 +44,8 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
     with reading(folder / "sweep.parquet") as path:
         sweep = pd.read_parquet(path)
     document = Document(folder / "report.html", plotly, figures)
-    parts = section("Sweep", [*map(document.plot, plots_of_sweep(sweep)), _means(document, sweep)])
+    means = f"<h3>Means over seeds by amount</h3>{document.table(means_by_amount(sweep), 'means')}"
+    parts = section("Sweep", [*map(document.plot, plots_of_sweep(sweep)), means])
     parts += section("Cells", [_cells(document, folder, sweep, result)])
     parts += section("Pruning groups", [document.table(result.layers, "groups")])
     frozen = result.metadata.get("frozen") or []
@@ -57,12 +58,11 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
     return document.write([*head(folder, result), contents(parts), *parts], f"nodelens: {folder.name}")
 
 
-def _means(document: Document, sweep: pd.DataFrame) -> str:
-    """Means over seeds by combination (rows) and requested amount."""
+def means_by_amount(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds by combination (rows) and requested amount, with the area under the curve."""
     area = areas(sweep)
     means = curves(sweep)["mean"].unstack("amount").loc[area.index]
-    frame = area[["area"]].join(means.rename(columns=lambda amount: f"{amount:g}"))
-    return f"<h3>Means over seeds by amount</h3>{document.table(frame, 'means')}"
+    return area[["area"]].join(means.rename(columns=lambda amount: f"{amount:g}"))
 
 
 def _cells(document: Document, folder: Path, sweep: pd.DataFrame, result: Result) -> str:
