@@ -152,7 +152,7 @@ class Prune(Common):
     allocation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] | None = None
-    amounts: list[float] = field(default_factory=list)
+    amounts: Any = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     mode: Any = "low"
     compensate: Any = "none"
@@ -167,6 +167,7 @@ class Prune(Common):
     budget: PruneBudget = field(default_factory=PruneBudget)
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
+    score: Any = "area"
     save_minutes: float = 10.0  # how often the sums of an unfinished scoring are saved
     dry_run: bool = False
 

@@ -208,7 +208,7 @@ def as_labels(labels: Any) -> np.ndarray:
 
 
 def connected_parts(weights: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
-    """The connected component of each unit, (units,) numbers in the order of their first unit; with labels, those inside modules."""
+    """The connected component of each unit, (units,), numbered by their first unit; with labels, components inside modules."""
     found, open_units = np.full(len(weights), NONE), np.ones(len(weights), bool)
     for part in range(len(weights)):
         if not open_units.any():

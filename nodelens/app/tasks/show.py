@@ -1,6 +1,7 @@
 """Plans and results on the terminal."""
 
 import math
+from collections.abc import Mapping
 
 import pandas as pd
 from rich.console import Console
@@ -85,7 +86,8 @@ def _missing_lines(missing: list[dict], most: int = 12) -> list[str]:
 
 def _show_table(console: Console, values: pd.DataFrame, labels: list[str], what: str) -> None:
     """Prints a frame as one table, or as several if it is too wide for the terminal."""
-    for names in _split_columns(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
+    widths = {str(name): max(len(str(name)), 9) for name in values}
+    for names in split_columns(widths, console.width - min(console.width // 2, max(map(len, labels), default=0)) - 5):
         table = Table()
         table.add_column(what, overflow="fold")
         for name in names:
@@ -105,12 +107,12 @@ def _labels(names: list[str], width: int) -> list[str]:
     return names
 
 
-def _split_columns(columns: list[str], width: int) -> list[list[str]]:
-    """Splits columns into as many tables as are needed to fit a width."""
+def split_columns(widths: Mapping[str, int], width: int) -> list[list[str]]:
+    """Splits columns, {name: characters}, into as many tables as are needed to fit a width."""
     tables: list[list[str]] = [[]]
     used = 0
-    for name in columns:
-        size = max(len(name), 9) + 3
+    for name in widths:
+        size = widths[name] + 3
         if tables[-1] and used + size > width:
             tables, used = [*tables, []], 0
         tables[-1].append(name)

@@ -1,5 +1,6 @@
 """What a model is built from, and the names, dtypes and shapes of its tensors, as they are stored with a pruned model."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,9 +9,13 @@ from torch import nn
 from nodelens.results.files import plain
 
 
-def structure(model: nn.Module) -> dict[str, Any]:
-    """{name: [dtype, shape]} of the state dict; a model to load into must have the same names and shapes."""
+def structure(model: nn.Module, stored: Collection[str] = ()) -> dict[str, Any]:
+    """{name: [dtype, shape]} of the state dict; a model to load into must have the same names and shapes.
+
+    stored: names of tensors that are listed, too, if they are buffers outside the state dict; slicing moves those into it.
+    """
     tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    tensors |= {name: t for name, t in unsaved_buffers(model).items() if name in stored}
     return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
 
 
