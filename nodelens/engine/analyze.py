@@ -33,7 +33,7 @@ from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of, first_of_data, naming
 from .dry_run import DryRun, with_groups
 from .lost_gradients import check_gradients, check_weights, underived, unread_layers
-from .members import Members
+from .members import Members, UnreadableGroupsError
 from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
@@ -156,7 +156,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         try:
             dry_run = DryRun.of(model, observed, batch, objective, optional)
         except NoSampleAxisError as error:
-            raise ValueError(asked.members.without_samples(error.shapes) or str(error)) from error
+            text = asked.members.without_samples(error.shapes) or str(error)
+            raise UnreadableGroupsError(text, asked.members.unread(error.shapes)) from error
         if differentiates(asked.metrics.values()):
             dry_run = replace(dry_run, facts=facts_of(model, asked.layers, batch, objective))
         seen = objective, dry_run, _per_token(batch)
@@ -195,9 +196,10 @@ def run_pass(
     seed: int = 0,
     progress: Progress = iter,
     saved: SavedPass | None = None,
+    collected: Pass | None = None,
 ) -> Pass:
-    """Runs the plan's collectors over every batch and returns them. saved: where sums of a part of the batches may be stored."""
-    collected = Pass(plan, objective, seed)
+    """Runs the plan's collectors, or those given, over every batch and returns them. saved: where sums may be stored."""
+    collected = Pass(plan, objective, seed) if collected is None else collected
     begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
