@@ -32,6 +32,7 @@ from .collect import Pass
 from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of, first_of_data, naming
 from .dry_run import DryRun, with_groups
+from .kernels import backend_of, samples_of, with_kernels
 from .lost_gradients import check_gradients, check_weights, underived, unread_layers
 from .members import Members, UnreadableGroupsError
 from .metric_sums import SampleCounts, rows_of
@@ -86,9 +87,7 @@ def analyze(
     check_again(data is not None and iter(data) is data, len(parts) + plan.rounds - 1, device_of(model))
     if on_plan:
         on_plan(plan)
-    planned = time.perf_counter()
-    seconds = {"plan": planned - started, "pass": 0.0, "table": 0.0}
-    results: list[Result] = []
+    results, seconds = list[Result](), {"plan": time.perf_counter() - started, "pass": 0.0, "table": 0.0}
     key = partial(key_of, model, parts, objective, asked.first, settings.seed)
     with saved_sums(settings.save_to, settings.save_minutes, key, asked.again) as saved:
         for k, part in enumerate(parts):
@@ -139,8 +138,8 @@ class _Request:
             raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
         weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
         again: Any = () if weights_only else data
-        first, once = first_of_data(again, Objective.of(model))
-        return cls(metrics, found, find_members(model, found, metrics, start), first, once, again, weights_only)
+        members = find_members(model, found, metrics, start)
+        return cls(metrics, found, members, *first_of_data(again, Objective.of(model)), again, weights_only)
 
 
 def _planned(model: nn.Module, asked: _Request, optional: bool, settings: AnalyzeOptions) -> tuple[Plan, Objective]:
@@ -167,7 +166,6 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     objective, dry_run, per_token = found
     if batch is not None:
         _check_classes(asked.metrics, batch, dry_run.tokens)
-    policy = CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes)
     plan = Plan.of(
         model,
         asked.layers,
@@ -179,15 +177,17 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.precision,
         settings.pairs,
         per_token,
-        policy,
+        CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes),
         asked.members,
         settings.seed,
         settings.reduce,
     )
     cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed, objective)
-    return replace(plan, cuts=cuts), objective
+    samples = samples_of(asked.again, plan, bool(settings.save_to))
+    return replace(plan, cuts=cuts, kernels=backend_of(model, plan, samples, settings.kernels)), objective
 
 
+@with_kernels
 def run_pass(
     model: nn.Module,
     plan: Plan,
@@ -255,6 +255,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "filled_groups": int((samples > 0).sum()),
         "positions": plan.positions,
         "precision": plan.precision,
+        "kernels": str(plan.kernels),
         "processes": world()[1],
         "traffic": {"sums": traffic.sums, "sent": traffic.sent},
         "rows": rows,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .bins import BINS, DROPPED, LOW
-from .jit import compiled
+from .jit import compiled, set_compiled
 
 BLOCK = 512  # values that are summed in the dtype of the rows, before these parts are added in float64
 ROWS = 64  # rows of tokens that are summed in their dtype
@@ -63,6 +63,14 @@ def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
     steps = np.array([samples, positions, raw.stride(0), raw.stride(1) if maps else raw.stride(2)])
     loop, masked = _bins_of_maps if maps else _bins_of_tokens, keep is not None
     _divided(loop, width, samples * positions, _line(raw).numpy(), _mask(keep).numpy(), masked, steps, counts.numpy())
+
+
+def compile_loops(dtype: torch.dtype) -> None:
+    """Compiles the loops for rows of a dtype, or reads their machine code, so that the first batch does not have to."""
+    for raw in (torch.ones(2, 3, 4, dtype=dtype), torch.ones(2, 4, 3, dtype=dtype).transpose(1, 2)):
+        reduce(raw, None, None, (*_TABLES, "largest", "norms"), None, copied=True)
+        add_bins(torch.zeros(3, BINS, dtype=torch.int64), raw, None)
+    set_compiled(str(dtype))
 
 
 def _line(raw: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ def measure(
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
+            kernels=cfg.engine.kernels,
             pairs=resolved(cfg)["pairs"],
             bias=cfg.bias,
             covariance=cfg.covariance,
