@@ -140,7 +140,7 @@ def test_bad_input_is_named(tmp_path, found):
         ValueError, match=r"learned_prompt: ahead is \[-1\] and ks is \[1, 5, 10\]; positions from 0, tokens from 1"
     ):
         LearnedPrompt(ahead=[-1])
-    with pytest.raises(ValueError, match=r"learned_prompt: length is 0; it is 1 or more"):
+    with pytest.raises(ValueError, match=r"learned_prompt: length is 0; it is a number, 1 or more"):
         LearnedPrompt(length=0)
     with pytest.raises(ValueError, match=r"learned_prompt: lr is -1; it is positive"):
         LearnedPrompt(lr=-1)

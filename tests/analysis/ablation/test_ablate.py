@@ -431,3 +431,10 @@ def test_two_processes_equal_one(tmp_path, how):
         assert found.metadata[name] == pytest.approx(alone.metadata[name], rel=1e-12)
     sets = nl.ablate_sets(llama(), every, {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sets.csv", index_col="set"), sets, rtol=1e-9, atol=1e-12)
+
+
+def test_numbers_of_predictions_and_sets_are_checked():
+    with pytest.raises(ValueError, match=r"predictions is 0; it is a number of predictions, 1 or more, or None for all data"):
+        nl.ablate(llama(), texts([9, 7], 2), sample=1, predictions=0)
+    with pytest.raises(ValueError, match=r"sets is list; it is \{name: units\}, such as"):
+        nl.ablate_sets(llama(), texts([9, 7], 2), [1])

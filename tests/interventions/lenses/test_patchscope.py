@@ -135,3 +135,10 @@ def test_bad_input_is_named(options, message):
         Patchscope(**{"prompts": SOURCE} | options)(llama())
     assert "\n" not in str(error.value)
     assert hooks(llama()) == before
+
+
+def test_numbers_of_tokens_are_checked():
+    with pytest.raises(ValueError, match=r"patchscope: k is 0 and generate is 0; k is 1 or more, generate 0 or more"):
+        Patchscope(k=0)
+    with pytest.raises(ValueError, match=r"patchscope: k is 5 and generate is -1; k is 1 or more, generate 0 or more"):
+        Patchscope(generate=-1)
