@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 from torch import nn
 
+from nodelens.engine.saved_work import SavedWork
 from nodelens.metrics import Metric
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.results.result import Result
@@ -40,6 +42,7 @@ class AnalysisCall:
     seed:       of everything that is drawn
     progress:   wraps the batches of each pass, for a progress bar
     objective:  task, output and loss, where they are given; see ``AnalyzeOptions``
+    saved:      where work that is done is kept, so that an analysis that was stopped continues; see ``SavedWork``
     """
 
     analysis: str
@@ -48,6 +51,7 @@ class AnalysisCall:
     seed: int = 0
     progress: Progress = iter
     objective: dict[str, Any] = field(default_factory=dict)
+    saved: SavedWork | None = None
 
     @property
     def measured(self) -> Result:
@@ -85,12 +89,17 @@ class Analysis:
         evaluation: Iterable[Any] | None = None,
         seed: int = 0,
         progress: Progress = iter,
+        save_to: str | Path | None = None,
+        save_minutes: float = 10.0,
         **objective: Any,
     ) -> Any:
         """Runs the analysis; see its class for what it returns and raises.
 
         data, evaluation: batches that can be read again; evaluation: those on which losses are measured, by default data.
-        result: of a pass over the data, for analyses of measured units. objective: task, output and loss, as in ``nl.analyze``.
+        result: of a pass over the data, for analyses of measured units. save_to: folder for what is done, from which the same call
+        continues; save_minutes: how often sums are saved. objective: task, output and loss, as in ``nl.analyze``.
         """
-        own = data if evaluation is None else evaluation
-        return self.run(uncompiled(model), data, AnalysisCall(type(self).__name__, own, result, seed, progress, objective))
+        name, model, own = type(self).__name__, uncompiled(model), data if evaluation is None else evaluation
+        about = name, vars(self), seed, {key: getattr(value, "__qualname__", value) for key, value in objective.items()}
+        saved = SavedWork.of(save_to, save_minutes, model, *about)
+        return self.run(model, data, AnalysisCall(name, own, result, seed, progress, objective, saved))

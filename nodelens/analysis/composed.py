@@ -18,7 +18,7 @@ class GeometryAnalysis(Analysis, GeometryOptions):
 
     def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> GeometryResult:
         options = {name: _plain(value) for name, value in vars(self).items()}
-        return measure_geometry(model, _Shown(data, call.progress), GeometryOptions(**options))
+        return measure_geometry(model, _Shown(data, call.progress), GeometryOptions(**options), saved=call.saved)
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,54 @@
-"""Figures of the analysis ``supernode_lesions``, drawn from its tables."""
+"""Plots of the analysis ``supernode_lesions``, made from its tables."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .figures import COLOURS, plt, png, short
+from .charts import dots, line, panels
+from .plot import GREY, Plot, figure_of, rows_axis
 
-_GREY = "#9aa2ad"
 
-
-def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of each figure."""
+def figures_of(found: Findings) -> Iterator[Plot]:
+    """The plots of an analysis."""
     if len(found["sets"]):
-        yield (
-            "sets",
-            sets(found["sets"]),
-            "Change of the loss when a set of units is removed (dot), and of its random controls: mean, with the 95 % interval of "
-            "their draws (grey).",
-        )
+        yield Plot("sets", "Does removing a set hurt more than chance?", _SETS, sets(found["sets"]), found["sets"])
     if len(found["dose"]):
-        yield (
-            "dose",
-            dose(found["dose"]),
-            "Change of the loss against the share of supernodes in sets of as many units, mean over draws.",
-        )
+        yield Plot("dose", "Does the damage grow with the share of supernodes?", _DOSE, dose(found["dose"]), found["dose"])
 
 
-def sets(table: pd.DataFrame) -> bytes:
+def sets(table: pd.DataFrame) -> Any:
     """Damage of each set and of its control, one panel per kind of set and one row per layer."""
-    groups = list(table.groupby(["set", "control", "given"], sort=False))
+    groups = {
+        f"{name}{f', {given} removed' if given else ''} vs {control}": own
+        for (name, control, given), own in table.groupby(["set", "control", "given"], sort=False)
+    }
     layers = list(dict.fromkeys(table["layer"]))
-    figure, axes = plt.subplots(
-        1,
-        len(groups),
-        figsize=(1.6 + 2.1 * len(groups), 1.3 + 0.24 * len(layers)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    for axis, ((name, control, given), own) in zip(axes.flat, groups, strict=True):
-        rows = [layers.index(layer) for layer in own["layer"]]
-        axis.hlines(rows, own["low"], own["high"], color=_GREY, linewidth=3)
-        axis.plot(own["control_damage"], rows, "|", color=_GREY, markersize=8)
-        axis.plot(own["damage"], rows, "o", color=COLOURS[0], markersize=4)
-        beyond = f", {given} removed" if given else ""
-        axis.set_title(f"{name}{beyond}\nvs {control}", fontsize=8)
-    axes[0, 0].set_yticks(range(len(layers)), [short(str(layer), 28) for layer in layers], fontsize=7)
-    axes[0, 0].set_ylim(len(layers) - 0.5, -0.5)
-    figure.supxlabel("change of the loss", fontsize=9)
-    return png(figure)
+
+    def draw(title: Any) -> list[dict[str, Any]]:
+        own = groups[title]
+        rows = own["layer"].map(layers.index)
+        mark: dict[str, Any] = {"symbol": "line-ns", "size": 9, "color": GREY, "line": {"width": 2, "color": GREY}}
+        control = dots(own["control_damage"], rows, "random, 95 %", marker=mark)
+        reach = (own["high"] - own["control_damage"], own["control_damage"] - own["low"])
+        control["error_x"] = {"array": reach[0], "arrayminus": reach[1], "symmetric": False, "thickness": 3, "color": GREY, "width": 0}
+        return [control, dots(own["damage"], rows, "set", marker={"size": 8})]
+
+    height = max(230, 60 + 20 * len(layers))
+    return panels(list(groups), draw, "change of the loss", "", 3, height, axes={"y": rows_axis(layers)})
 
 
-def dose(table: pd.DataFrame) -> bytes:
+def dose(table: pd.DataFrame) -> Any:
     """Mean damage of the draws against the share of supernodes, one line per layer."""
-    figure, axis = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
+    traces = []
     for k, (layer, own) in enumerate(table.groupby("layer", sort=False)):
         means = own.groupby("hit_rate")["damage"].mean()
-        axis.plot(means.index, means, "o-", markersize=3, color=COLOURS[k % len(COLOURS)], label=short(str(layer), 28))
-    axis.set(xlabel="share of supernodes", ylabel="change of the loss")
-    if table["layer"].nunique() <= 12:
-        axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return png(figure)
+        traces.append(line(means.index, means, str(layer), k))
+    axes = {"xaxis": {"title": {"text": "share of supernodes"}}, "yaxis": {"title": {"text": "change of the loss"}}}
+    return figure_of(traces, 400, **axes)
+
+
+_SETS = "Change of the loss when a set of units is removed (dot), and of its random controls: mean, with the 95 % interval (grey)."
+_DOSE = "Change of the loss against the share of supernodes in sets of as many units, mean over draws."

@@ -63,7 +63,7 @@ class CascadeAnalysis(Analysis):
         """Raises ValueError for a column or matrix that the run does not have, or without a layer that can be ablated."""
         result, seed = call.measured, call.seed
         kinds = self._kinds(result)
-        setting, missing = Setting.of_table(model, call.evaluation, result.units, **call.objective)
+        setting, missing = Setting.of_table(model, call.evaluation, result.units, saved=call.saved, **call.objective)
         if not setting.targets:
             raise ValueError(f"cascade: no layer of the table can be ablated: {missing[0]['layer']}: {missing[0]['reason']}")
         kinds = kinds[kinds.index.get_level_values("layer").isin([target.name for target in setting.targets])]

@@ -71,7 +71,8 @@ class HaloAnalysis(Analysis):
         missing += [{"layer": k, "what": "halo", "reason": reason} for k, reason in reasons.items() if k not in outputs]
         readers = list(dict.fromkeys(pair.next for pair in pairs))
         weighted = self.use_activation_weight and bool(readers)
-        spread = deviations(model, data, readers, seed, call.progress, **call.objective) if weighted else {}
+        kept = {} if call.saved is None else {"save_to": call.saved.folder, "save_minutes": call.saved.minutes}
+        spread = deviations(model, data, readers, seed, call.progress, **kept, **call.objective) if weighted else {}
         frames: dict[str, list[pd.DataFrame]] = {"pairs": [], "receivers": [], "flow": []}
         for pair in pairs:
             try:

@@ -1,5 +1,6 @@
 """``analysis=[modularity]``: the modules of every layer, beside those of a null model, by one or several associations."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -10,12 +11,14 @@ from torch import nn
 
 from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.engine.associations import ALL_LAYERS
+from nodelens.engine.saved_work import part
 from nodelens.metrics import Metric, get_metric
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
 from nodelens.statistics.seeding import seed_of
 
 from .columns import drawn_units, is_stack, label_columns, units_of
+from .connectivity import connectivity_table
 from .epochs import follow_epochs
 from .find_modules import Method, check_options
 from .graph import NONE, as_matrix
@@ -98,7 +101,7 @@ class ModularityAnalysis(Analysis):
         metrics, gaps = self.required_metrics(), _Gaps()
         places = [(str(layer), name) for layer in result.layers.index for name in metrics]
         places += [(ALL_LAYERS, name) for name, metric in metrics.items() if metric.options.get("stacked")]
-        found = {place: modules for place in places if (modules := self._modules(result, *place, seed, gaps)) is not None}
+        found = {place: modules for place in places if (modules := self._modules(call, *place, gaps)) is not None}
         parts = [
             Partitioned({"layer": layer, "association": name}, each.modules.labels, result.matrices[layer, name])
             for (layer, name), each in found.items()
@@ -108,6 +111,7 @@ class ModularityAnalysis(Analysis):
         frames = {
             "modules": pd.DataFrame(rows, columns=list(MODULES)),
             "comparison": comparison_table(within(parts, "association"), "association", ["layer"], **options),
+            "connectivity": _connectivity(result, found),
         }
         about = {"options": _plain_options(self), "seed": seed, "missing": gaps.rows, "notes": gaps.notes}
         pictures = {(layer, f"sorted_{name}"): sorted_matrix(each) for (layer, name), each in found.items()}
@@ -120,20 +124,29 @@ class ModularityAnalysis(Analysis):
         """How the modules change during training, from what was found after each epoch."""
         return follow_epochs(found, self.alignments, seed)
 
-    def _modules(self, result: Result, layer: str, name: str, seed: int, gaps: "_Gaps") -> LayerModules | None:
-        matrix, rng = result.matrices.get((layer, name)), np.random.default_rng(seed_of(seed, layer, name))
+    def _modules(self, call: AnalysisCall, layer: str, name: str, gaps: "_Gaps") -> LayerModules | None:
+        result = call.measured
+        matrix = result.matrices.get((layer, name))
         if matrix is None:
             gaps.add(layer, name, _why_not_measured(result, layer, name))
             return None
-        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null_model)
+        own = f"{layer}, {name}, {hashlib.sha256(matrix.tobytes()).hexdigest()}"
         try:
-            if self.null_model == "correlation" and name in COVARIANCES:
-                found = search.of_correlations(matrix, self.rows or result.metadata["samples"], rng)
-            else:
-                found = search(matrix, rng)
+            found = part(call.saved, own, lambda: self._searched(result, matrix, layer, name, call.seed).state_dict())
         except ValueError as error:
             gaps.add(layer, name, str(error))
             return None
+        return self._noted(LayerModules.of_state(found), result, layer, name, gaps)
+
+    def _searched(self, result: Result, matrix: np.ndarray, layer: str, name: str, seed: int) -> LayerModules:
+        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null_model)
+        rng = np.random.default_rng(seed_of(seed, layer, name))
+        if self.null_model == "correlation" and name in COVARIANCES:
+            return search.of_correlations(matrix, self.rows or result.metadata["samples"], rng)
+        return search(matrix, rng)
+
+    def _noted(self, found: LayerModules, result: Result, layer: str, name: str, gaps: "_Gaps") -> LayerModules:
+        matrix = result.matrices[layer, name]
         gaps.about(layer, name, found, matrix)
         if drawn_units(result, layer, len(matrix)) is not None:
             gaps.notes.append(f"{layer}, {name}: modules of the {len(matrix)} units that were drawn; the others are in none")
@@ -195,6 +208,17 @@ def _of_every_unit(result: Result, layer: str, labels: np.ndarray) -> np.ndarray
     every = np.full(units_of(result, layer), NONE)
     every[drawn] = labels
     return every
+
+
+def _connectivity(result: Result, found: Mapping[tuple[str, str], LayerModules]) -> pd.DataFrame:
+    """One row per live unit of each layer and association."""
+    tables = []
+    for (layer, name), each in found.items():
+        drawn, count = drawn_units(result, layer, len(each.modules.labels)), len(each.modules.labels)
+        tables.append(connectivity_table(each, np.arange(count) if drawn is None else drawn))
+        tables[-1].insert(0, "layer", layer)
+        tables[-1].insert(1, "association", name)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["layer", "association", "unit"])
 
 
 def _summary(frames: Mapping[str, pd.DataFrame]) -> list[str]:

@@ -73,7 +73,7 @@ class SupernodeLesions(Analysis):
         if own is None:
             raise ValueError("supernode_lesions reads what supernodes found: run it first, analysis=[supernodes,supernode_lesions]")
         seed = call.seed
-        setting, missing = Setting.of_table(model, call.evaluation, own.units, **call.objective)
+        setting, missing = Setting.of_table(model, call.evaluation, own.units, saved=call.saved, **call.objective)
         names = [target.name for target in setting.targets]
         parts: list[_Part] = []
         for name, after in zip(names, [*names[1:], None], strict=True):

@@ -67,7 +67,7 @@ class ValidityAnalysis(Analysis):
         result, seed = call.measured, call.seed
         if not len(result.units):
             raise ValueError("validity compares metrics with the damage, but none is measured: give some, as metrics=[taylor]")
-        setting, missing = Setting.of_table(model, call.evaluation, result.units, **call.objective)
+        setting, missing = Setting.of_table(model, call.evaluation, result.units, saved=call.saved, **call.objective)
         if not setting.targets:
             raise ValueError(f"validity: no layer of the table can be ablated: {missing[0]['layer']}: {missing[0]['reason']}")
         table, refused = self._scored(model, data, result, setting, seed, call.objective)
