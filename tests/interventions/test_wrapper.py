@@ -214,7 +214,5 @@ def test_contexts_of_another_width_or_none_are_named():
     with pytest.raises(TypeError, match=r"run takes a RepresentationContext, which says what to run, and not NoneType"):
         wrapper.run(None)
     for prompt in (torch.zeros(1, 4, 40), torch.zeros(1, 4, 48, dtype=torch.float64)):
-        with pytest.raises(
-            ValueError, match=r"a soft prompt has width \d+ and float\d+, the embeddings of"
-        ):
+        with pytest.raises(ValueError, match=r"a soft prompt has width \d+ and float\d+, the embeddings of"):
             wrapper.run(nl.RepresentationContext(prompt, "tiny", "all", "all"))

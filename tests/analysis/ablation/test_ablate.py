@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_said():
         (lambda: nl.ablate(net, [(x[:1], y[:1])], how="resample"), "a batch has 1 sample: give batches of several"),
         (lambda: nl.ablate(net, []), "the data are empty"),
         (lambda: nl.ablate(net, [x]), "the loss needs labels"),
-        (lambda: nl.ablate(net, data, predictions=0), "the evaluation data are empty"),
+        (lambda: nl.ablate(net, data, predictions=0), "predictions is 0; it is a number of predictions"),
         (lambda: nl.ablate(mixtral(), tokens, how="mean"), "experts that share a tensor, which can only be zeroed"),
         (lambda: nl.ablate(mixtral(), tokens, layers="blocks[0].mlp.hidden"), "ablate their pruning groups"),
         (lambda: nl.ablate_sets(net, data, {"s": {"a": [9]}}), "units names unit 9"),
