@@ -34,7 +34,7 @@ WALLS = {  # which rooms, or files, may import a library
     "lightning": {"models", "data", "training", "app"},
     "matplotlib": {"report"},
     "plotly": {"report"},
-    "wandb": set(),
+    "wandb": {"app"},
     "rich": {"app"},
 }
 

@@ -1,5 +1,6 @@
 """Eval mode without parameter gradients, training mode, and gradients of chosen tensors: restored on exit."""
 
+import copy
 import random
 import sys
 import threading
@@ -83,8 +84,8 @@ def _copies_of_inference_tensors(model: nn.Module) -> Iterator[None]:
                     held.append((own, name, tensor))
                     parameter = isinstance(tensor, nn.Parameter)
                     with torch.inference_mode(False):
-                        copy = nn.Parameter(tensor.clone(), requires_grad=False) if parameter else tensor.clone()
-                    copies.setdefault(id(tensor), copy)
+                        own_copy = nn.Parameter(tensor.clone(), requires_grad=False) if parameter else tensor.clone()
+                    copies.setdefault(id(tensor), own_copy)
     try:
         for own, name, tensor in held:
             own[name] = copies[id(tensor)]
@@ -127,6 +128,16 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
         for module, training in modes:
             module.training = training
+
+
+def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy, also of a model whose modules keep tensors of an earlier pass with their graph, such as recurrent states.
+
+    shared: tensors that are not copied.
+    """
+    held = [value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values())]
+    states = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    return copy.deepcopy(model, states | {id(tensor): tensor for tensor in shared})
 
 
 @contextmanager

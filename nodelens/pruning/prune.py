@@ -1,6 +1,5 @@
 """Prune a network: score its units, allocate a budget, select and remove units, compensate, fine-tune."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +16,7 @@ from nodelens.engine.options import AnalyzeOptions, check_kind
 from nodelens.messages import check_names, keywords_of, with_new_names
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
+from nodelens.network.eval_mode import copy_of, one_at_a_time, uncompiled
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
@@ -121,7 +120,7 @@ def carry_out(
 
     Whatever is drawn on the way, in fine-tuning too, follows ``options.seed``; global random states are restored.
     """
-    model = copy.deepcopy(context.model)
+    model = copy_of(context.model)
     current = replace(context, model=model)
     removed: Removed = {}
     finetuned: Mapping[str, Any] = {}

@@ -136,7 +136,7 @@ def panels(
             {"text": text(name), "xref": f"x{tail} domain", "yref": f"y{tail} domain", "x": 0.5, "y": 1.0, "yanchor": "bottom"}
         )
     layout["annotations"] = [{**note, "showarrow": False, "font": {"size": 11}} for note in notes]
-    return figure_of(traces, 90 + height * down, **layout)
+    return figure_of(traces, 90 + height * down, margin={"t": 34}, **layout)
 
 
 def spread(names: Sequence[Any], most: int) -> list[Any]:

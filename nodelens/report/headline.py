@@ -4,7 +4,7 @@ import html
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ def head(folder: Path, result: Result) -> list[str]:
     return [*parts, command(words)] if words else parts
 
 
-def command_of(folder: Path, task: str) -> str:
-    """The command line of a run, from the overrides that Hydra stored in its folder; empty for other results."""
+def command_of(folder: Path, task: str, without: Collection[str] = ()) -> str:
+    """The command line of a run, from the overrides that Hydra stored in its folder; empty for other results.
+
+    without: keys that are left out
+    """
     file = folder / ".hydra" / "overrides.yaml"
     if not task or not file.is_file():
         return ""
@@ -42,7 +45,8 @@ def command_of(folder: Path, task: str) -> str:
         overrides = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return ""
-    return shlex.join(["python", f"{task}.py", *map(str, overrides if isinstance(overrides, list) else [])])
+    words = [str(word) for word in overrides] if isinstance(overrides, list) else []
+    return shlex.join(["python", f"{task}.py", *(word for word in words if word.split("=")[0].lstrip("+~") not in without)])
 
 
 def _cards(result: Result) -> dict[str, str]:
@@ -104,7 +108,7 @@ def _definition(about: Mapping[str, Any]) -> str:
         described = type(get_metric(about["metric"])).__doc__ or ""
     except (ValueError, TypeError):  # a metric of one's own, or one with required options
         described = ""
-    first = " ".join(re.split(r"\n\s*\n|\n\s*\w+:", described)[0].split())
+    first = " ".join(re.split(r"\n\s*\n|\n\s*\w+:", described)[0].split()).replace("``", "")
     options = ", ".join(f"{k}={v}" for k, v in about["options"].items())
     unit, source = section_of(described, "Unit"), about.get("source", "")
     words = [

@@ -69,9 +69,9 @@ _SECTIONS = {
 
 def _measured(document: Document, result: Result) -> list[str]:
     """The sections of what a pass measured."""
-    by: dict[str, list[str]] = {"Overview": [], "Units": [], "Layers": [], "Layer pairs": [], "Spectra": []}
+    by: dict[str, list[str]] = {"Overview": [], "Units": [], "Layers": [], "Layer pairs": [], "Input features": []}
     for plot in plots_of_result(result):
-        by[_SECTIONS.get(plot.name, "Spectra")].append(document.plot(plot))
+        by[_SECTIONS.get(plot.name, "Input features")].append(document.plot(plot))
     known = definitions_of(result)
     if len(result.layers):
         kept = result.layers.columns.intersection(["type", "units"])

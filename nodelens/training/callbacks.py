@@ -31,7 +31,7 @@ from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
 from nodelens.results.files import SUMS, write, write_json
 from nodelens.results.left_out import warn_of_rows
-from nodelens.results.loggers import close, log_result, scalars
+from nodelens.results.loggers import close, histograms, log_result, scalars
 from nodelens.results.result import Result
 from nodelens.statistics.processes import world
 
@@ -231,6 +231,8 @@ class Measure(Callback):
         write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
         for logger in trainer.loggers:
             logger.log_metrics(scalars(result) | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+            if hasattr(logger, "log_histograms"):
+                logger.log_histograms(histograms(result), {"epoch": trainer.current_epoch})
 
 
 class Outcome(Callback):
@@ -267,6 +269,8 @@ class Outcome(Callback):
             write_json(self.path, score | {"checkpoint": best, "epochs": trainer.current_epoch})
             for logger in trainer.loggers:
                 logger.log_metrics({f"test/{k}": v for k, v in score.items()})
+                if best and hasattr(logger, "log_files"):
+                    logger.log_files("checkpoint", [Path(best)], ["best", "latest"], **score)
         return score
 
 

@@ -24,6 +24,7 @@ def test_several_processes_find_what_one_finds(devices, alone, quiet_home):
     assert ended.code == 0, ended.err
     found = nl.load("run")
     assert found.metadata["processes"] == devices
+    assert f"{devices} processes: sums of " in (quiet_home / "run/analyze.log").read_text()
     assert found.metadata["model"]["fingerprint"] == alone.metadata["model"]["fingerprint"]
     assert_frame_equal(found.units, alone.units, rtol=1e-5, atol=1e-12, check_exact=False)
     assert_frame_equal(found.layers, alone.layers, rtol=1e-5, atol=1e-12, check_exact=False)

@@ -122,7 +122,8 @@ class TokenReader:
 
     def __init__(self, data: Iterable[Any], takes: Mapping[str, Any], limit: int | None = None):
         self.tokens = self.batches = 0  # read so far
-        self._remaining = _up_to(data, takes, math.inf if limit is None else limit)
+        self.limit = math.inf if limit is None else limit
+        self._remaining = _up_to(data, takes, self.limit)
 
     def head(self) -> TokenBatch | None:
         """The first batch, without consuming it; None if there are no tokens."""

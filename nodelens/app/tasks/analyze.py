@@ -34,9 +34,11 @@ from .common import (
     to_device,
 )
 from .estimate_costs import estimate_costs
+from .media import result_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show import show_plan, show_result
+from .show_cost import size
 from .splits import splits
 
 
@@ -141,6 +143,7 @@ def measure(
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
+            kernels=cfg.engine.kernels,
             pairs=resolved(cfg)["pairs"],
             bias=cfg.bias,
             covariance=cfg.covariance,
@@ -154,7 +157,10 @@ def measure(
         on_plan=on_plan,
         progress=progress_bar("measuring", _batches(loader), rank == 0),
     )
-    passes = result.metadata["passes"]
+    passes, traffic = result.metadata["passes"], result.metadata["traffic"]
+    if rank == 0 and processes > 1:
+        own, sent = size(traffic["sums"]), size(traffic["sent"])
+        print_line(f"{processes} processes: sums of {own} each; each sends {sent} to add them up")
     if rank == 0 and len(passes) > 1:
         print_line(f"the data were read {len(passes)} times, because budget.memory does not fit the sums of all layers at once")
     return result
@@ -232,7 +238,7 @@ def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, pa
 
 def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
     from nodelens.report import write_page
-    from nodelens.results.loggers import close, log_result, log_tables
+    from nodelens.results.loggers import close, log_result, log_run, log_tables
 
     replace(result, analyses={}).save(folder)  # each analysis was saved when it ended
     remove_sums(folder)
@@ -245,6 +251,10 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
         log_result(loggers, result, score)
         for name, found in result.analyses.items():
             log_tables(loggers, name, found.tables())
+        sizes = {"units": len(result.units), "layers": len(result.layers), "samples": result.metadata["samples"]}
+        seconds = {f"seconds/{step}": value for step, value in result.metadata["seconds"].items()}
+        summary = score | sizes | seconds
+        log_run(loggers, folder, cfg.ckpt_path, result.metadata["config"], summary, lambda: result_figures(result))
     finally:
         close(loggers)
     _show(result)

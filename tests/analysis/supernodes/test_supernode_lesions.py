@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nodelens as nl
 from nodelens.analysis.supernodes.supernode_lesions import CORE, HALO, OUTSIDE, SIZE, SupernodeLesions, _nearest
 from nodelens.analysis.supernodes.supernodes import Supernodes
+from nodelens.report.supernode_lesions_figures import figures_of
 from nodelens.results.findings import load_findings
 
 QUICK = SupernodeLesions(draws=5, predictions=None)
@@ -93,3 +94,13 @@ def test_the_config_holds_the_defaults():
     options = dict(OmegaConf.load(CONF / "analysis/supernode_lesions.yaml").supernode_lesions)
     assert options.pop("_target_") == f"{SupernodeLesions.__module__}.SupernodeLesions"
     assert {**options, "dose": tuple(options["dose"])} == vars(SupernodeLesions())
+
+
+def test_figures_are_drawn(run, tmp_path):
+    found = run[2].analyses["sets"]
+    pictures = list(figures_of(found))
+    assert [name for name, _, _ in pictures] == ["sets", "dose"]
+    for name, picture, caption in pictures:
+        (tmp_path / f"{name}.png").write_bytes(picture)
+        assert picture.startswith(b"\x89PNG")
+        assert caption.endswith(".")

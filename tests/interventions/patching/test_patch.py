@@ -269,6 +269,21 @@ def test_blocks_without_a_part_are_left_out():
     assert set(found["cells"]["component"]) == {"residual", "heads"}
 
 
+def test_it_says_whether_cells_share_passes(monkeypatch):
+    rows, options = ids(2, 5), {"answer": 5, "wrong": 6}
+    found = nl.patch(llama(), rows[0], rows[1], **options)
+    assert found.metadata["shares"] == ["cache and blocks"]
+    assert "whole" not in found.summary()
+
+    def refuse(*given, **named):
+        raise NotImplementedError
+
+    monkeypatch.setattr("nodelens.interventions.cells._joined", refuse)
+    alone = nl.patch(llama(), rows[0], rows[1], **options)
+    assert alone.metadata["shares"] == ["nothing"]
+    assert "the model ran whole for each cell of 1 of 1 prompts: it does not take shared passes" in alone.summary()
+
+
 def test_training_mode_is_refused():
     model = family("llama 8/4")
     model.train()
