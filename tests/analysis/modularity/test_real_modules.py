@@ -43,7 +43,7 @@ def activations(net, data):
 
 @pytest.mark.slow
 def test_two_networks_for_mnist_are_alike_and_their_modules_agree_in_part():
-    """Linear CKA of fc1 is 0.86 behind the ReLU, 0.84 before it. Modules of forward_cov are aligned above chance, others are not."""
+    """Linear CKA of fc1 is 0.86 behind the ReLU, 0.84 before it. Modules of forward_cov agree above chance, others do not."""
     nets, data = networks(), batches()
     before = {name: activations(net, data) for name, net in nets.items()}
     one, other = (before[name] for name in NAMES)
