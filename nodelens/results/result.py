@@ -147,7 +147,7 @@ def load(folder: str | Path) -> Result:
             layer, name = key.rsplit("::", 1)
             matrices[layer, name] = array
     units, layers, edges = (read_table(folder, kind, metadata) for kind in _INDEX)
-    check_sizes(folder / "units.parquet", units, layers)
+    check_sizes(folder, units, layers)
     return Result(units, layers, matrices, metadata, edges)
 
 

@@ -77,15 +77,27 @@ def check_table(file: Path, table: pd.DataFrame, index: Sequence[str], metrics: 
             raise ValueError(f"{file}: column {name!r} has {shown(_first(table[name]))}; it has {takes}: {_RESTORE}")
 
 
-def check_sizes(file: Path, units: pd.DataFrame, layers: pd.DataFrame) -> None:
-    """Raises ValueError, with the file and the layer, where a layer has another number of units in the two tables."""
-    if "units" not in layers or not types.is_integer_dtype(layers["units"].dtype):
+def check_sizes(folder: Path, units: pd.DataFrame, layers: pd.DataFrame) -> None:
+    """Raises ValueError, with the file and the layer, where a layer has another number of units in the two tables.
+
+    The columns ``units`` and ``type`` of the layers are counts and texts.
+    """
+    for name, fits, kind in (("units", _counts, "counts from 0"), ("type", _texts, "texts")):
+        if name in layers and len(layers) and not fits(layers[name]):
+            raise ValueError(f"{folder / 'layers.parquet'}: {name} has {shown(_first(layers[name]))}; it has {kind}: {_RESTORE}")
+    if "units" not in layers:
         return
-    counted = units.groupby(level="layer").size()
-    for layer, n in counted.items():
-        if layer not in layers.index or layers["units"][layer] != n:
-            there = f"{layers['units'][layer]}" if layer in layers.index else "none"
-            raise ValueError(f"{file} has {n} units of {layer!r}, and layers.parquet {there}: {_RESTORE}")
+    rows, said = units.groupby(level="layer").size().to_dict(), layers["units"].to_dict()
+    for layer in {**said, **rows}:
+        if rows.get(layer, 0) != said.get(layer):
+            raise ValueError(
+                f"{folder / 'units.parquet'} has {rows.get(layer, 0)} units of {layer!r}, and layers.parquet "
+                f"{said.get(layer, 'none')}: {_RESTORE}"
+            )
+
+
+def _counts(column: pd.Series) -> bool:
+    return types.is_integer_dtype(column.dtype) and bool(column.notna().all() and (column >= 0).all())
 
 
 def check_matrices(file: Path, matrices: Mapping[str, np.ndarray]) -> None:

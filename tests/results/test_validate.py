@@ -58,7 +58,18 @@ TABLES = {  # a change of units.parquet, and what the error says
     "negative units": (by_index(LAYER, lambda t: -1 - UNIT(t)), "unit has -1; it has counts from 0"),
     "layers of numbers": (by_index(lambda t: [0] * len(t), lambda t: range(len(t))), "layer has 0; it has texts"),
     "a row less": (lambda t: t.iloc[1:], "has 5 units of '0', and layers.parquet 6"),
-    "a layer that is not there": (lambda t: t.rename(index={"0": "zz"}), "has 6 units of 'zz', and layers.parquet none"),
+    "no row": (lambda t: t.iloc[:0], "has 0 units of '0', and layers.parquet 6"),
+    "no row of a layer": (lambda t: t.drop(index="2", level="layer"), "has 0 units of '2', and layers.parquet 3"),
+    "a layer that is not there": (lambda t: t.rename(index={"2": "zz"}), "has 0 units of '2', and layers.parquet 3"),
+}
+LAYERS = {  # changes of the table of layers, and what the error says
+    "units": (lambda t: t.assign(units=[6, 4]), "units.parquet has 3 units of '2', and layers.parquet 4"),
+    "units of texts": (lambda t: t.assign(units="6"), "layers.parquet: units has '6'; it has counts from 0"),
+    "units with fractions": (lambda t: t.assign(units=[6.5, 3]), "layers.parquet: units has 6.5; it has counts from 0"),
+    "negative units": (lambda t: t.assign(units=-t["units"]), "layers.parquet: units has -6; it has counts from 0"),
+    "lost units": (lambda t: t.assign(units=pd.array([None, 3], "Int64")), "layers.parquet: units has <NA>; it has counts from 0"),
+    "types of numbers": (lambda t: t.assign(type=3), "layers.parquet: type has 3; it has texts"),
+    "a layer less": (lambda t: t.iloc[1:], "units.parquet has 6 units of '0', and layers.parquet none"),
 }
 METADATA = {  # a key, its new value, and what the error says
     "metrics": ([1], "metrics is [1]; it is a dictionary"),
@@ -85,6 +96,16 @@ def test_a_changed_table_is_refused_by_name(name, run):
         nl.load(mended(run))
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_changed_table_of_layers_is_refused_by_name(name, run):
+    change, says = LAYERS[name]
+    change(pd.read_parquet(run / "layers.parquet")).to_parquet(run / "layers.parquet")
+    with pytest.raises(ValueError, match=r"layers\.parquet") as raised:
+        nl.load(mended(run))
+    assert says in str(raised.value)
+    assert str(raised.value).endswith("restore it from a copy, or run the analysis again")
 
 
 @pytest.mark.parametrize("name", METADATA)
@@ -141,7 +162,7 @@ def test_manifests_of_a_finished_run_list_what_is_there(tmp_path):
 def test_a_result_without_units_is_one(tmp_path):
     net, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), torch.randn(40, 8)
     result = nl.analyze(net, [x], ["linear_cka"])
-    result.units = result.units.iloc[:0]
+    result.units, result.layers = result.units.iloc[:0], result.layers.iloc[:0]
     assert len(nl.load(result.save(tmp_path / "run")).units) == 0
     result.units = pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["layer", "unit"]))
     assert len(nl.load(result.save(tmp_path / "run")).units) == 0
