@@ -78,8 +78,8 @@ class Members:
                     mixtures[group.name] = known.setdefault(group.makers[0].layer.name, group.makers[0].layer)
                 for side in _sides_read(metric):
                     every = group.readers if side == "reader" else group.makers
-                    if side_of(metric) == "maker":  # no module outputs the units of experts that share a tensor
-                        every = [member for member in every if member.piece.tensor == "weight"]
+                    if side != "reader":
+                        every = [member for member in every if _output(member, of_layers=side_of(metric) == "maker")]
                     (readers if side == "reader" else makers).setdefault(group.name, _indexed_layers(name, group, every, known))
         if start is not None:
             makers = {name: [(with_start(layer, start), places) for layer, places in every] for name, every in makers.items()}
@@ -141,10 +141,23 @@ def _sides_read(metric: Metric) -> Iterator[Side]:
         yield "maker"
 
 
+def _output(maker: GroupMember, of_layers: bool) -> bool:
+    """Whether a module outputs the units that one makes; of_layers: without those inside experts that share a tensor."""
+    if of_layers:
+        return maker.piece.tensor == "weight"
+    return not isinstance(maker.layer.module, nn.MultiheadAttention)  # its heads are inside, and it outputs other features
+
+
 def _indexed_layers(metric: str, group: GroupLayer, members: Sequence[GroupMember], known: dict[str, Layer]) -> IndexedLayers:
     if group.group.router is not None:
         return []
     if not members or any(reader.piece.tensor != "down_proj" for reader in group.readers if reader.piece.entry is not None):
+        if inside := next((m.layer.name for m in group.makers if isinstance(m.layer.module, nn.MultiheadAttention)), ""):
+            raise ValueError(
+                f"{metric} reads units where they are made, but no module outputs those of group {group.title!r}: {inside!r} is a "
+                "MultiheadAttention, which makes its heads inside; score it where its units are read (taylor), by weights "
+                "(magnitude, group_l2) or by their gradients (llm_pruner), or leave it out with freeze="
+            )
         raise ValueError(
             f"{metric} reads activations, but no hook captures the units of group {group.title!r}: its experts share one tensor; "
             "score it by weights (magnitude, group_l2) or by their gradients (llm_pruner), or leave it out with freeze="

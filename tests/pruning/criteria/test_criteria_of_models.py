@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import nodelens as nl
 from nodelens.metrics import get_metric, model_sums
 from nodelens.metrics.feature_maps import HRank
 from nodelens.network.groups import GroupSlice, PruningGroup, identity, offsets, span
@@ -292,6 +293,21 @@ def test_fused_experts_are_scored_by_weights_and_their_gradients_alone():
         assert_close(torch.from_numpy(found.loc[f"[{e}]", "llm_pruner"].to_numpy().copy()), (expected + read).detach())
         size = net.gate_up[e].abs().sum(1).detach()
         assert_close(torch.from_numpy(found.loc[f"[{e}]", "magnitude"].to_numpy().copy()), size[:4] + size[4:])
+
+
+@pytest.mark.parametrize("name", ["rq", "redundancy_gaussian", "taylor_producer"])
+def test_heads_inside_torch_attention_are_refused_where_units_are_made(name):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).eval()
+    data = [(torch.randn(8, 3, 8, generator=generator()), torch.arange(8) % 3)]
+    says = (
+        rf"{name} reads units where they are made, but no module outputs those of group '0.self_attn': '0.self_attn' is a "
+        r"MultiheadAttention, which makes its heads inside; score it where its units are read \(taylor\), by weights"
+    )
+    with pytest.raises(ValueError, match=says):
+        nl.prune(net, name, data=data)
+    assert nl.prune(net, "taylor", data=data, allocation="uniform").plan.removed["0.self_attn"]
+    assert nl.prune(net, name, data=data, freeze="*self_attn").plan.removed
 
 
 def test_half_precision_is_close_and_adds_up_in_more():
