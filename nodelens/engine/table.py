@@ -69,7 +69,6 @@ def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False
     table, frames, rows = Table(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), {}), [], []
     for layer in plan.measured:
         width = plan.seen(layer, "output").width
-        index = pd.MultiIndex.from_product([[layer.title], range(width)], names=["layer", "unit"])
         columns: dict[str, np.ndarray] = {}
         kind = layer.group.kind if isinstance(layer, GroupLayer) else type(layer.module).__name__
         row: dict[str, Any] = {"layer": layer.title, "type": kind, "units": width}
@@ -78,15 +77,16 @@ def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False
             found = _measured(metric, plan, cell, bias, seed)
             _note(table, layer.title, cell.name, metric, found, plan, cell.place)
             _store(table, columns, row, cell.name, metric, found)
-        frames.append(pd.DataFrame(columns, index=index))
+        frames.append(pd.DataFrame(columns, index=range(width)))
         rows.append(row)
     for cell in of_layers.get(plan.stack.name, ()) if plan.stack is not None else ():
         metric = plan.metrics[cell.name]
         found = _measured(metric, plan, cell, bias, seed)
         _note(table, plan.stack.title, cell.name, metric, found, plan, cell.place)  # type: ignore[union-attr]
         _store(table, {}, {"layer": plan.stack.title}, cell.name, metric, found)  # type: ignore[union-attr]
-    table.units = pd.concat(frames)
-    table.layers = pd.DataFrame(rows).set_index("layer")
+    table.units, table.layers = pd.concat(frames), pd.DataFrame(rows).set_index("layer")
+    titles = table.layers.index.repeat(table.layers["units"].to_numpy())
+    table.units.index = pd.MultiIndex.from_arrays([titles, table.units.index], names=["layer", "unit"])
     table.edges = _edges(table, plan, of_pairs, bias, seed)
     table.model = of_model(plan, table.layers)
     return table

@@ -92,10 +92,14 @@ class GroupLayer(Layer):
     @property
     def weight(self) -> Tensor | None:
         """The weights that make each unit, of all producers, (units, numbers) float64 on the first one's device."""
-        rows = [piece.by_unit(self.module).double() for piece in self.pieces("producer")]
+        rows = [piece.by_unit(self.module) for piece in self.pieces("producer")]
         if len(rows) < 2:
-            return rows[0] if rows else None
-        return torch.cat([part.to(rows[0].device) for part in rows], 1)
+            return rows[0].double() if rows else None
+        widths = [part.shape[1] for part in rows]
+        found = rows[0].new_empty((len(rows[0]), sum(widths)), dtype=torch.float64)
+        for to, part in zip(found.split(widths, 1), rows, strict=True):
+            to.copy_(part)  # without a copy of each part in float64
+        return found
 
     def has(self, parameter: str) -> bool:
         """Whether a property such as ``weight`` or ``norm`` is not None."""
