@@ -23,7 +23,7 @@ from nodelens.results.left_out import left_out_rows, warn_of_rows
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator
 from nodelens.statistics.processes import first_of, gathered, reduce_sums, reduce_tensor, world
-from nodelens.statistics.repeats import Repeats
+from nodelens.statistics.repeats import repeats_warning
 from nodelens.statistics.sample_hash import balanced_cuts
 
 from .association_facts import facts_of
@@ -43,7 +43,7 @@ from .sample_axis import NoSampleAxisError
 from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
-from .validation import find_members, in_bytes
+from .validation import check_classes, find_members, in_bytes
 from .wide_sites import describe as describe_covariance
 
 
@@ -77,6 +77,27 @@ def analyze(
     Returns the tables of units, layers and layer pairs. Raises ValueError for names without a match, data that do not fit the model
     and missing labels; MemoryError beyond the budget; TypeError for an unknown option.
     """
+    model = uncompiled(model)
+    result = measure(model, data, metrics, layers, initial=initial, options=options, on_plan=on_plan, progress=progress, **named)
+    result.metadata["model"] = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    return result
+
+
+@one_at_a_time
+@torch.inference_mode(False)
+def measure(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    metrics: Metrics,
+    layers: Layers,
+    *,
+    initial: nn.Module | Mapping[str, Tensor] | None = None,
+    options: AnalyzeOptions | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    **named: Any,
+) -> Result:
+    """The result of ``analyze`` without the model's fingerprint, for which all weights are read."""
     started, model = time.perf_counter(), uncompiled(model)
     check_kind("nl.analyze", options, AnalyzeOptions)
     check_arguments("nl.analyze", model, data)
@@ -106,7 +127,6 @@ def analyze(
         "seed": settings.seed,
         "layers": names_of(model, layers, asked.layers),
         "seconds": seconds,
-        "model": {"class": type(model).__name__, "fingerprint": fingerprint(model)},
         "objective": objective.about,
     }
     return result
@@ -165,7 +185,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         raise ValueError("the data are empty: not one batch to measure")
     objective, dry_run, per_token = found
     if batch is not None:
-        _check_classes(asked.metrics, batch, dry_run.tokens)
+        check_classes(asked.metrics, batch, dry_run.tokens)
     plan = Plan.of(
         model,
         asked.layers,
@@ -270,19 +290,6 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 
 
-def repeats_warning(own: Repeats) -> list[str]:
-    """A warning about samples with the same content under different ids, in any process; empty if there are none. Collective."""
-    whole = Repeats()
-    for pairs in gathered(own.kept()):
-        whole.add(*pairs.unbind(1))
-    copies, among = whole.share()
-    text = (
-        f"{copies:,} of {among:,} samples ({copies / max(1, among):.1%}) have the content of another one under another id: they "
-        "count as independent, so standard errors are too small; leave them out, or give copies the same id"
-    )
-    return [text] if copies else []
-
-
 def cuts_of(data: Any, groups: int, seed: int, objective: Objective) -> Tensor | None:
     """Cuts between groups of samples of equal size, from all samples of all processes; None unless all have lists. Collective."""
     in_memory = isinstance(data, (list, tuple))
@@ -294,20 +301,6 @@ def cuts_of(data: Any, groups: int, seed: int, objective: Objective) -> Tensor |
 def _hashes(number: int, given: Any, objective: Objective) -> Tensor:
     with naming(number):
         return objective.batch(given).hashes
-
-
-def _check_classes(metrics: Mapping[str, Metric], batch: Batch, tokens: bool) -> None:
-    """Raises ValueError for a metric of classes where the labels are numbers, or several per sample that are not of its tokens."""
-    if batch.labels is None or not (batch.labels.is_floating_point() or (batch.labels.ndim > 1 and not tokens)):
-        return
-    of_classes = [
-        n for n, m in metrics.items() if "target" not in m.options and any(x.target == "label" for x in m.needs().values())
-    ]
-    if of_classes:
-        raise ValueError(
-            f"{', '.join(of_classes)} needs one class per sample, but the labels are {tuple(batch.labels.shape)} numbers: give "
-            "integers (labels.long(), or labels.argmax(1) of one-hot rows), or leave the metric out"
-        )
 
 
 def _per_token(batch: Batch) -> list[str]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from nodelens.messages import option
 from nodelens.metrics import Metric
+from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
 
@@ -112,3 +113,17 @@ def in_bytes(size: str | int | float | None, key: str | None = None) -> float | 
         return float(number) * _SIZES[text[len(number) :]]
     except (ValueError, KeyError):
         raise ValueError(f"{key or option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
+
+
+def check_classes(metrics: Mapping[str, Metric], batch: Batch, tokens: bool) -> None:
+    """Raises ValueError for a metric of classes where the labels are numbers, or several per sample that are not of its tokens."""
+    if batch.labels is None or not (batch.labels.is_floating_point() or (batch.labels.ndim > 1 and not tokens)):
+        return
+    of_classes = [
+        n for n, m in metrics.items() if "target" not in m.options and any(x.target == "label" for x in m.needs().values())
+    ]
+    if of_classes:
+        raise ValueError(
+            f"{', '.join(of_classes)} needs one class per sample, but the labels are {tuple(batch.labels.shape)} numbers: give "
+            "integers (labels.long(), or labels.argmax(1) of one-hot rows), or leave the metric out"
+        )

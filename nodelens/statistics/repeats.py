@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .processes import gathered
+
 LIMIT = 1 << 16  # pairs of content and id that are kept
 
 
@@ -34,3 +36,16 @@ class Repeats:
         pairs = self.kept()
         each = pairs[:, 0].unique_consecutive(return_counts=True)[1] if len(pairs) else pairs[:, 0]
         return int((each - 1).sum()), len(pairs)
+
+
+def repeats_warning(own: Repeats) -> list[str]:
+    """A warning about samples with the same content under different ids, in any process; empty if there are none. Collective."""
+    whole = Repeats()
+    for pairs in gathered(own.kept()):
+        whole.add(*pairs.unbind(1))
+    copies, among = whole.share()
+    text = (
+        f"{copies:,} of {among:,} samples ({copies / max(1, among):.1%}) have the content of another one under another id: they "
+        "count as independent, so standard errors are too small; leave them out, or give copies the same id"
+    )
+    return [text] if copies else []

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from nodelens.engine.analyze import analyze
+from nodelens.engine.analyze import measure
 from nodelens.engine.layout import Reduce
 from nodelens.metrics import Metric, get_metric
 from nodelens.network.groups import PruningGroup
@@ -52,5 +52,5 @@ def score_table(
         index = pd.MultiIndex.from_tuples([(g.name, u) for g in groups for u in range(g.n)], names=["group", "unit"])
         return pd.DataFrame(index=index)
     keywords = {"reduce": reduce, "seed": seed, "progress": progress, **options}
-    units = analyze(model, data, columns, list(groups), **keywords).units
+    units = measure(model, data, columns, list(groups), **keywords).units
     return units[list(columns)].rename_axis(index=["group", "unit"])
