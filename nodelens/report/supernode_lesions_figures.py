@@ -33,7 +33,14 @@ def sets(table: pd.DataFrame) -> Any:
         mark: dict[str, Any] = {"symbol": "line-ns", "size": 9, "color": GREY, "line": {"width": 2, "color": GREY}}
         control = dots(own["control_damage"], rows, "random, 95 %", marker=mark)
         reach = (own["high"] - own["control_damage"], own["control_damage"] - own["low"])
-        control["error_x"] = {"array": reach[0], "arrayminus": reach[1], "symmetric": False, "thickness": 3, "color": GREY, "width": 0}
+        control["error_x"] = {
+            "array": reach[0],
+            "arrayminus": reach[1],
+            "symmetric": False,
+            "thickness": 3,
+            "color": GREY,
+            "width": 0,
+        }
         return [control, dots(own["damage"], rows, "set", marker={"size": 8})]
 
     height = max(230, 60 + 20 * len(layers))
