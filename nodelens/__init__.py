@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nodelens.pruning.prune import Pruned, prune
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
+    from nodelens.report.paper import export
     from nodelens.report.runs_page import compare
     from nodelens.results.findings import Findings
     from nodelens.results.result import Result
@@ -83,6 +84,7 @@ _HOMES = {  # where the names are defined
     "pruning.prune": "Pruned prune",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
+    "report.paper": "export",
     "report.runs_page": "compare",
     "results.findings": "Findings",
     "results.result": "Result",
@@ -98,7 +100,7 @@ __all__ = [
     "Layer", "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned", "PruningConfig",
     "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy", "RepresentationContext", "Result", "Run",
     "Schedule", "StateConfig", "StateManager", "StateMap", "Supernodes", "ablate", "ablate_sets", "analyze",
-    "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "find_groups", "find_layers",
+    "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "export", "find_groups", "find_layers",
     "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics",
     "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units",
     "modularity", "patch", "prune", "register_metric", "run", "score_trends", "select_tokens",

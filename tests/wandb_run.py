@@ -46,8 +46,45 @@ def about(path: Path) -> dict[str, Any]:
     records = (Record.FromString(frame) for frame in frames(path))
     run = next(record.run for record in records if record.HasField("run"))
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    filed = {"project": run.project, "group": run.run_group, "job_type": run.job_type, "name": run.display_name}
+    filed = {"id": run.run_id, "project": run.project, "group": run.run_group, "job_type": run.job_type, "name": run.display_name}
     return filed | {"tags": list(run.tags), "config": config}
+
+
+def artifacts(path: Path) -> dict[str, dict[str, Any]]:
+    """{name: kind, aliases, paths of its files} of what the run declared as its output, without tables."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = [record.artifact for record in map(Record.FromString, frames(path)) if record.HasField("artifact")]
+    found += [
+        record.request.log_artifact.artifact
+        for record in map(Record.FromString, frames(path))
+        if record.HasField("request") and record.request.HasField("log_artifact")
+    ]
+    return {
+        each.name: {
+            "type": each.type,
+            "aliases": sorted(each.aliases),
+            "files": sorted(entry.path for entry in each.manifest.contents),
+        }
+        for each in found
+        if each.type != "run_table"
+    }
+
+
+def later(path: Path, field: str) -> dict[str, Any]:
+    """What was set in the run's summary, or in its config after it had begun."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    parts = [getattr(record, field) for record in map(Record.FromString, frames(path)) if record.HasField(field)]
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for part in parts for item in part.update}
+
+
+def steps(path: Path) -> dict[str, str]:
+    """{pattern of curves: the value that is their horizontal axis}."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = [record.metric for record in map(Record.FromString, frames(path)) if record.HasField("metric")]
+    return {metric.glob_name: metric.step_metric for metric in found if metric.glob_name}
 
 
 def ended(path: Path) -> bool:

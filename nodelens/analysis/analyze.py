@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from nodelens.network.eval_mode import uncompiled
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
 
+from .base import Analysis
 from .registry import Analyses, as_analyses, with_metrics
 
 
@@ -63,12 +65,20 @@ def analyze(
     every = with_metrics(as_metrics(metrics), analyses)
     result = measure_units(model, data, every, layers, initial=initial, options=settings, on_plan=on_plan, progress=progress)
     given = {"task": settings.task, "output": settings.output, "loss": settings.loss}
-    objective = {name: value for name, value in given.items() if value is not None}
+    objective: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     again = () if data is None else data
     for name, each in analyses.items():
-        found = each(model, again, result=result, evaluation=evaluation, seed=settings.seed, progress=progress, **objective)
+        kept = kept_in(each, settings.save_to, name, settings.save_minutes)
+        found = each(model, again, result=result, evaluation=evaluation, seed=settings.seed, progress=progress, **kept, **objective)
         add_analysis(result, name, found)
     return result
+
+
+def kept_in(analysis: Any, folder: str | Path | None, name: str, minutes: float) -> dict[str, Any]:
+    """Keywords that let an analysis keep what it has done in a subfolder of its name; none for an object of another class."""
+    if folder is None or not isinstance(analysis, Analysis):
+        return {}
+    return {"save_to": Path(folder) / name, "save_minutes": minutes}
 
 
 def add_analysis(result: Result, name: str, found: Any) -> None:

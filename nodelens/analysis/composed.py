@@ -8,32 +8,17 @@ from torch import nn
 
 from nodelens.analysis.geometry.analyze_model import GeometryOptions, measure_geometry
 from nodelens.analysis.geometry.bundle import GeometryResult
-from nodelens.metrics import Metric
-from nodelens.results.result import Result
 
-from .registry import Progress
+from .base import Analysis, AnalysisCall, Progress
 
 
 @dataclass(frozen=True)
-class GeometryAnalysis(GeometryOptions):
+class GeometryAnalysis(Analysis, GeometryOptions):
     """The geometry of a language model's residual stream, as a config composes it; the fields are those of ``GeometryOptions``."""
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: it measures the residual stream in a pass of its own."""
-        return {}
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-    ) -> GeometryResult:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> GeometryResult:
         options = {name: _plain(value) for name, value in vars(self).items()}
-        return measure_geometry(model, _Shown(data, progress), GeometryOptions(**options))
+        return measure_geometry(model, _Shown(data, call.progress), GeometryOptions(**options), saved=call.saved)
 
 
 @dataclass(frozen=True)

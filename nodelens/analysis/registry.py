@@ -1,20 +1,17 @@
 """Analyses by name, and the folders they are loaded from."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
-
-import pandas as pd
-from torch import nn
+from typing import Any
 
 from nodelens.messages import check_names, keywords_of, nearest
 from nodelens.metrics import Metric
 from nodelens.results.files import checked, read_json
 from nodelens.results.findings import load_findings
-from nodelens.results.result import Result
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
+from .base import Analysis, AnalysisResult
+
 _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the same
     "attribution_patching": "nodelens.analysis.patching.patching.AttributionPatching",
     "cascade": "nodelens.analysis.cascade.cascade_analysis.CascadeAnalysis",
@@ -22,6 +19,7 @@ _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the s
     "future_lens": "nodelens.analysis.lenses.future_lens.FutureLens",
     "geometry": "nodelens.analysis.composed.GeometryAnalysis",
     "halo": "nodelens.analysis.clusters.halo_analysis.HaloAnalysis",
+    "learned_prompt": "nodelens.training.learned_prompt.LearnedPrompt",
     "logit_attribution": "nodelens.analysis.patching.patching.LogitAttribution",
     "logit_lens": "nodelens.analysis.lenses.logit_lens.LogitLens",
     "modularity": "nodelens.analysis.modularity.modularity_analysis.ModularityAnalysis",
@@ -32,44 +30,6 @@ _HOMES = {  # where the classes are defined; conf/analysis/<name>.yaml has the s
     "tuned_lens": "nodelens.training.tuned_lens.TunedLens",
     "validity": "nodelens.analysis.validity.validity_analysis.ValidityAnalysis",
 }
-
-
-class AnalysisResult(Protocol):
-    """The result of an analysis."""
-
-    def save(self, folder: Any) -> Any:
-        """Writes the result to a folder, ``metadata.json`` last."""
-        ...
-
-    def summary(self) -> str:
-        """The main findings, one line each, for a terminal."""
-        ...
-
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables of the result by name, for a logger that accepts tables."""
-        ...
-
-
-class Analysis(Protocol):
-    """An analysis: its options are fields, and a call measures and returns a result that can be saved and summarised."""
-
-    def required_metrics(self) -> dict[str, Metric]:
-        """The metrics that the pass over the data has to measure for it, by column."""
-        ...
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None,
-        seed: int,
-        progress: Progress,
-        **objective: Any,
-    ) -> AnalysisResult:
-        """result: of the pass. data, evaluation: can be read again. objective: task, output and loss, where they are given."""
-        ...
 
 
 Analyses = str | Analysis | Sequence[str | Analysis] | Mapping[str, Analysis]

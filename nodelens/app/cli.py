@@ -36,6 +36,7 @@ tasks, each also a script of the repository (python train.py ...):
 
 nodelens <task> --help       the groups of settings, their options, and all keys
 nodelens <task> --cfg job    the settings that a command line gives, without running it
+nodelens <task> --quiet      warnings and errors only; <task>.log in the run folder has all lines
 nodelens --version           the version
 
 nodelens analyze model=resnet18 dataset=cifar10 ckpt_path=best.ckpt 'metrics=[rq,synergy]'"""
@@ -60,7 +61,9 @@ def prune() -> None:
 
 def script() -> None:
     """Entry of the console script: ``nodelens analyze ...``, ``nodelens --help``, ``nodelens --version``."""
-    task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    task = next((word for word in sys.argv[1:] if word != "--quiet"), "")
+    if task:
+        sys.argv.remove(task)
     if task in ("--version", "--help", "-h"):
         print(version() if task == "--version" else _USAGE)
         return
@@ -79,6 +82,10 @@ def main(task: str) -> None:
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         print(version())
         return
+    quiet = "--quiet" in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--quiet"] + ["hydra/hydra_logging=none"] * quiet
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read by huggingface_hub when it is imported
     sys.argv[1:] = _rewrite(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 stops no run
@@ -96,6 +103,10 @@ def main(task: str) -> None:
         sys.exit(_line(error))
     for line in taken_warnings():
         print(f"nodelens: {line}", file=sys.stderr)
+    if not (lists or flags.info or flags.cfg):
+        from .tasks.progress import be_quiet  # slow imports, which --help does without
+
+        be_quiet(quiet)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=task)(_job)()
     if _failed:
         sys.exit(1)

@@ -52,6 +52,21 @@ class Latency:
 
 
 @dataclass
+class Report:
+    """The page: where plotly's script is (shared: a file beside the page; inline; cdn), and the formats of figure files."""
+
+    plotly: str = "shared"
+    figures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EngineOptions:
+    """How rows are added up; kernels: auto, torch, numba."""
+
+    kernels: str = "auto"
+
+
+@dataclass
 class Common:
     """Keys of every task. The values of a config group come from its file."""
 
@@ -67,9 +82,11 @@ class Common:
     groups: int = 8
     positions: int | None = None
     precision: str = "float32"
+    engine: EngineOptions = field(default_factory=EngineOptions)
     initial_path: str | None = None
     covariance: str | None = None  # diagonal, sample:1024, sketch:1024
     budget: Budget = field(default_factory=Budget)
+    report: Report = field(default_factory=Report)
 
 
 @dataclass
@@ -135,7 +152,7 @@ class Prune(Common):
     allocation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] | None = None
-    amounts: list[float] = field(default_factory=list)
+    amounts: Any = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     mode: Any = "low"
     compensate: Any = "none"
@@ -150,6 +167,7 @@ class Prune(Common):
     budget: PruneBudget = field(default_factory=PruneBudget)
     latency: Latency = field(default_factory=Latency)
     save: str | None = "best"
+    score: Any = "area"
     save_minutes: float = 10.0  # how often the sums of an unfinished scoring are saved
     dry_run: bool = False
 

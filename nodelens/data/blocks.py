@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .selectors import Selector, without
+from .sharing import shared
 from .tokens import Tokenizer
 
 _IGNORE = -100  # a label that does not count, as in cross_entropy
@@ -77,15 +78,20 @@ class Reader:
     eos: bool = False
     selector: Selector = field(default_factory=Selector)
 
-    def read(self, documents: Iterator[str], most: int | None = None) -> Iterator[TokenStream]:
-        """Streams of some documents each, until there are ``most`` tokens (the last may be cut); skips empty documents."""
-        left = most
-        while (left is None or left > 0) and (group := list(islice(documents, _GROUP))):
-            part = self._piece(group)
+    def read(self, documents: Iterator[str], most: int | None = None, share: bool = False) -> Iterator[TokenStream]:
+        """Streams of some documents each, until there are ``most`` tokens (the last may be cut); skips empty documents.
+
+        share: every process of a group reads the same documents, tokenises a share of them, and gets the tokens of the others.
+        """
+        left, groups = most, iter(lambda: list(islice(documents, _GROUP)), [])
+        for part in shared(self._piece, groups) if share else map(self._piece, groups):
+            whole = len(part)
             if left is not None:
-                part, left = part if len(part) <= left else part.between(0, left), left - len(part)
+                part, left = part if whole <= left else part.between(0, left), left - whole
             if len(part):
                 yield part
+            if left is not None and left <= 0:
+                return
 
     def _piece(self, texts: list[str]) -> TokenStream:
         first, last = (np.asarray([i] if asked else [], np.int32) for i, asked in self._special_ids())

@@ -193,7 +193,9 @@ class Text(lightning.LightningDataModule):
 
     def _read(self, reader: Reader) -> Parts:
         """All tokens, and the edges of the parts."""
-        parts = [TokenStream.join(reader.read(islice(part, self.documents), self.max_tokens)) for part in self.corpus.open()]
+        texts = [islice(part, self.documents) for part in self.corpus.open()]
+        share = self.cache is None  # with a cache one process tokenises, and the others wait
+        parts = [TokenStream.join(reader.read(part, self.max_tokens, share)) for part in texts]
         return TokenStream.join(parts), [0, *accumulate(map(len, parts))]
 
     def _stream(self, reader: Reader) -> Blocks:
@@ -274,6 +276,11 @@ class Text(lightning.LightningDataModule):
                 f"{which} has {tokenizer.size} ids, more than {setting('dataset.classes', self.classes)}; "
                 f"set {setting('dataset.tokenizer')} to the model's own"
             )
+
+    @property
+    def stored_tokenizer(self) -> Any:
+        """The tokenizer of transformers, which can be saved with a model; None for bytes."""
+        return getattr(open_tokenizer(self.tokenizer), "tokenizer", None)
 
     @property
     def _name(self) -> str:

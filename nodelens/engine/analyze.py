@@ -32,8 +32,9 @@ from .collect import Pass
 from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of, first_of_data, naming
 from .dry_run import DryRun, with_groups
+from .kernels import backend_of, samples_of, with_kernels
 from .lost_gradients import check_gradients, check_weights, underived, unread_layers
-from .members import Members
+from .members import Members, UnreadableGroupsError
 from .metric_sums import SampleCounts, rows_of
 from .options import AnalyzeOptions, check_kind
 from .plan import Plan
@@ -86,9 +87,7 @@ def analyze(
     check_again(data is not None and iter(data) is data, len(parts) + plan.rounds - 1, device_of(model))
     if on_plan:
         on_plan(plan)
-    planned = time.perf_counter()
-    seconds = {"plan": planned - started, "pass": 0.0, "table": 0.0}
-    results: list[Result] = []
+    results, seconds = list[Result](), {"plan": time.perf_counter() - started, "pass": 0.0, "table": 0.0}
     key = partial(key_of, model, parts, objective, asked.first, settings.seed)
     with saved_sums(settings.save_to, settings.save_minutes, key, asked.again) as saved:
         for k, part in enumerate(parts):
@@ -139,8 +138,8 @@ class _Request:
             raise ValueError(f"{', '.join(reads)} {are} measured on data: give data=, or a criterion of weights such as magnitude")
         weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
         again: Any = () if weights_only else data
-        first, once = first_of_data(again, Objective.of(model))
-        return cls(metrics, found, find_members(model, found, metrics, start), first, once, again, weights_only)
+        members = find_members(model, found, metrics, start)
+        return cls(metrics, found, members, *first_of_data(again, Objective.of(model)), again, weights_only)
 
 
 def _planned(model: nn.Module, asked: _Request, optional: bool, settings: AnalyzeOptions) -> tuple[Plan, Objective]:
@@ -156,7 +155,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         try:
             dry_run = DryRun.of(model, observed, batch, objective, optional)
         except NoSampleAxisError as error:
-            raise ValueError(asked.members.without_samples(error.shapes) or str(error)) from error
+            text = asked.members.without_samples(error.shapes) or str(error)
+            raise UnreadableGroupsError(text, asked.members.unread(error.shapes)) from error
         if differentiates(asked.metrics.values()):
             dry_run = replace(dry_run, facts=facts_of(model, asked.layers, batch, objective))
         seen = objective, dry_run, _per_token(batch)
@@ -166,7 +166,6 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     objective, dry_run, per_token = found
     if batch is not None:
         _check_classes(asked.metrics, batch, dry_run.tokens)
-    policy = CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes)
     plan = Plan.of(
         model,
         asked.layers,
@@ -178,15 +177,17 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.precision,
         settings.pairs,
         per_token,
-        policy,
+        CovariancePolicy.of(settings.covariance, settings.width, settings.seed, settings.max_passes),
         asked.members,
         settings.seed,
         settings.reduce,
     )
     cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed, objective)
-    return replace(plan, cuts=cuts), objective
+    samples = samples_of(asked.again, plan, bool(settings.save_to))
+    return replace(plan, cuts=cuts, kernels=backend_of(model, plan, samples, settings.kernels)), objective
 
 
+@with_kernels
 def run_pass(
     model: nn.Module,
     plan: Plan,
@@ -195,12 +196,14 @@ def run_pass(
     seed: int = 0,
     progress: Progress = iter,
     saved: SavedPass | None = None,
+    collected: Pass | None = None,
 ) -> Pass:
-    """Runs the plan's collectors over every batch and returns them. saved: where sums of a part of the batches may be stored."""
-    collected = Pass(plan, objective, seed)
+    """Runs the plan's collectors, or those given, over every batch and returns them. saved: where sums may be stored."""
+    collected = Pass(plan, objective, seed) if collected is None else collected
     begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
+    reads = (model, objective, plan.groups, seed, graph, weights)
     for k in range(begun or 0, collected.rounds):
         if k != begun:
             collected.begin_round(k)
@@ -208,12 +211,7 @@ def run_pass(
         capture = Capture(sites, collected.see, plan.overwritten)
         derives = bool(collected.derivatives) and not k
         driver = Driver(
-            model,
-            objective,
-            plan.groups,
-            seed,
-            graph,
-            weights,
+            *reads,
             from_inputs=plan.from_inputs or (graph and bool(plan.overwritten)),
             runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
             answers=graph or derives or plan.reads_predictions,
@@ -234,7 +232,7 @@ def run_pass(
 def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False, seed: int = 0) -> Result:
     """The result of one pass, summed over all processes under a process group. Every process must call it."""
     sums = collected.sums()
-    reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
+    traffic = reduce_sums({key: a for key, a in sums.items() if isinstance(a, Accumulator)}, device)
     for total in collected.model_sums:
         total.reduce()
     counts = {name: reduce_tensor(count.to(device)).cpu() for name, count in collected.counts().items()}
@@ -253,7 +251,9 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "filled_groups": int((samples > 0).sum()),
         "positions": plan.positions,
         "precision": plan.precision,
+        "kernels": str(plan.kernels),
         "processes": world()[1],
+        "traffic": {"sums": traffic.sums, "sent": traffic.sent},
         "rows": rows,
         "missing": table.missing,
         "warnings": [*plan.notes, *repeats_warning(collected.repeats), *zero_associations(plan, table.matrices)],

@@ -12,6 +12,7 @@ from nodelens.statistics.located import Located
 from .dry_run import Seen
 from .layout import PassLayout
 
+ALL_LAYERS = "all"  # the layer of a matrix of the units of all layers
 _Plan = TypeVar("_Plan", bound=PassLayout)
 
 
@@ -21,7 +22,12 @@ class StackedLayers(Layer):
 
     @property
     def title(self) -> str:
-        return "all"
+        return ALL_LAYERS
+
+    @property
+    def tensor(self) -> None:
+        """None: its units have weights in several layers."""
+        return None
 
 
 def differentiates(metrics: Iterable[Metric]) -> bool:
@@ -35,6 +41,10 @@ def with_stack(plan: _Plan) -> _Plan:
     """The plan with all its layers side by side, where a metric asks for it."""
     if not any(metric.options.get("stacked") for metric in plan.metrics.values()):
         return plan
+    if any(layer.title == ALL_LAYERS for layer in plan.layers):
+        raise ValueError(
+            f"stacked: a layer is called {ALL_LAYERS!r}, the name of the matrix of all layers: leave the layer, or stacked, out"
+        )
     every = [plan.seen(layer, "output") for layer in plan.layers]
     stack = StackedLayers("(all layers)", plan.layers[0].module)
     whole = Seen(sum(s.width for s in every), every[0].positions, all(s.flat for s in every), 1, sum(s.nbytes for s in every))

@@ -20,7 +20,8 @@ from nodelens.statistics.costs import PAIRS
 from nodelens.statistics.group_slices import chunks_of, draw, group_slices, sorting
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
-from nodelens.statistics.rows import FAR, Rows, SampleSums
+from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
+from nodelens.statistics.sample_sums import SampleSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows
 from .firing import BEHIND
@@ -45,13 +46,15 @@ class Collector:
         self.sums = {need: Accumulator(need.statistic, plan.groups_of(layer, need)) for need in here}
         rows = [need for need in here if need.view == "positions" and not isinstance(need.target, Other)]
         from_patches = [need for need in rows if need.statistic.entries and layer.geometry is not None]
-        self.entries = [need for need in from_patches if need.target]
-        self.patches = next((need for need in from_patches if not need.target), None)
+        by_sample = any(need.target for need in from_patches)  # sums of each sample's entries add to those of all
+        self.entries = from_patches if by_sample else []
+        self.patches = None if by_sample else next(iter(from_patches), None)
         self.maps: MapSums | None = None
         others = [need for need in rows if need not in from_patches]
         self.products = [need for need in others if need.statistic.by_sample is None]
         self.reduced = [need for need in others if need.statistic.by_sample is not None]
         self.tables = {need.statistic.by_sample for need in self.reduced} - {None}
+        self.whole_rows = {name for need in self.products for name in need.statistic.by_row} if plan.positions is None else set()
         self.by_sample = [need for need in here if need.view == "samples"]
         self.by_token = [need for need in here if need.view == "tokens"]
         self.targets = list(dict.fromkeys(need.target for need in self.by_sample if need.target))
@@ -176,7 +179,7 @@ class Collector:
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
-        by_slice = bool(self.products or self.patches)
+        by_slice = bool(self.products)
         order = sorting(group) if by_slice else None
         if order is not None:
             group, hashes, label = group[order], hashes[order], {k: t[order.to(t.device)] for k, t in label.items()}
@@ -184,13 +187,15 @@ class Collector:
         keep = rows.keep if order is None or rows.keep is None else rows.keep[order]
         drawn = draw(hashes, keep, rows.raw.shape[2], self.plan.positions, self.seed) if draws else None  # type: ignore[arg-type]
         only_entries = not self.tables and not self.products and not self.needs_means
+        wanted: set[Any] = set() if only_entries else {"sums", *self.tables, *self.whole_rows}
         with exact_products():
             for first, last, slices in chunks_of(group_slices(group, longest) if by_slice else [], len(rows), step):
-                part = rows.take(first, last) if order is None else rows.index(order[first:last])
+                part = rows.take(first, last) if order is None else rows
+                part = part.prepared(wanted, None if order is None else order[first:last], by_slice and rows.raw.stride(1) != 1)
                 if self.entries:
                     self._buffer_patches(part, group[first:last], {k: t[first:last] for k, t in label.items()}, only_entries)
-                for g, a, b in slices if self.patches else ():
-                    self._add_maps(g, part.take(a - first, b - first), only_entries and not self.entries)
+                if self.patches:
+                    self._add_maps(part, group[first:last], only_entries)
                 if not only_entries:
                     part = self._finite(part, group[first:last])
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
@@ -207,15 +212,15 @@ class Collector:
             self._count(rows, group, sums.masked)
         self._buffer("entries", group, sums.tables() | label)
 
-    def _add_maps(self, group: int, rows: Rows, count: bool) -> None:
-        """Adds samples of a convolution's input to the sum of maps, which is restarted if the image size changes."""
+    def _add_maps(self, rows: Rows, group: Tensor, count: bool) -> None:
+        """Adds samples of a convolution's input to the sums of maps, which are restarted if the image size changes."""
         if self.maps is None or self.maps.grid != rows.grid:
             self._read_maps()
             assert self.site.layer.geometry is not None
             self.maps = MapSums(self.plan.groups, rows, self.site.layer.geometry)
         dropped = self.maps.add(rows, group)
         if count:
-            self._count(rows, torch.full((len(rows),), group), dropped > 0)
+            self._count(rows, group, bool(dropped.any()))
         if sum(self.maps.samples) >= SAMPLES * len(self.maps.samples):
             self._read_maps()
 
@@ -302,7 +307,7 @@ class Collector:
         return rows.copy() if rows.raw.shape[2] == 1 else rows.sample_means()
 
     def _sums_to_samples(self, sums: SampleSums) -> Rows:
-        return sums.totals() if "grad" in self.site.port else sums.means()
+        return totals_of(sums) if "grad" in self.site.port else means_of(sums)
 
 
 def _only(rows: Rows, samples: Tensor) -> Rows:

@@ -35,8 +35,11 @@ class Step(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, x: Tensor, training: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, training: bool = False, own: bool = False) -> Tensor:
+        """The operation's result. own: whether x may be overwritten, which saves the memory of another tensor."""
         call, args = getattr(getattr(torch.ops.aten, self.operation), self.overload), self.args
+        if own and self.operation == "relu":
+            return x.relu_()
         if self.operation == "native_group_norm":
             args = (*args[:2], len(x), *args[3:])
         elif training and self.operation in _NORMS:  # statistics of the batch; the running ones are left as they are
@@ -59,8 +62,8 @@ class Firing:
     def __call__(self, x: Tensor, training: bool = False) -> Tensor:
         """The units behind the activation, given the layer's output, which is not changed. ``training``: of batch norms."""
         with torch.no_grad():
-            for step in self.steps:
-                x = step(x, training)
+            for k, step in enumerate(self.steps):
+                x = step(x, training, own=k > 0)
         return x
 
     def bound(self, tensors: Mapping[str, Tensor]) -> "Firing":

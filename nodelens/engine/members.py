@@ -37,6 +37,14 @@ def of_groups_only(metric: Metric) -> bool:
     return metric.parameter == "group" or any(need.port in _GROUP_PORTS for need in metric.needs().values())
 
 
+class UnreadableGroupsError(ValueError):
+    """Pruning groups whose units no layer shows; ``reasons``: {group: why}."""
+
+    def __init__(self, text: str, reasons: Mapping[str, str]):
+        super().__init__(text)
+        self.reasons = reasons
+
+
 @dataclass(frozen=True)
 class Members:
     """Pruning groups and the layers where their units are captured, each listed once even if several groups use it."""
@@ -92,6 +100,16 @@ class Members:
     def of(self, group: GroupLayer, side: Side) -> IndexedLayers:
         """The layers that capture a group's units on one side."""
         return (self.readers if side == "reader" else self.makers)[group.name]
+
+    def unread(self, layers: Mapping[str, str]) -> dict[str, str]:
+        """{group: reason} of groups that are captured at one of these layers, which are given with what is wrong with them."""
+        every = [
+            (group, layer.name)
+            for group in self.groups
+            for side in (self.readers, self.makers)
+            for layer, _ in side.get(group.name, ())
+        ]
+        return {group.title: f"{name!r}, where they are captured, {layers[name]}" for group, name in every if name in layers}
 
     def without_samples(self, shapes: Mapping[str, str]) -> str:
         """The message for groups whose units are captured where the first axis is not the samples; empty if there are none."""

@@ -4,11 +4,11 @@ Rows that wait in a buffer are part of it: adding them early would change the or
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from nodelens.network.batch import Batch
 from nodelens.statistics.buffer import Buffer
 from nodelens.statistics.patches import MapSums
 from nodelens.statistics.sample_hash import mix
@@ -20,6 +20,13 @@ _COUNTS = ("left_out", "rows_seen", "lost", "unread")
 State = dict[str, Any]  # dictionaries, lists, numbers and tensors, which torch.load(weights_only=True) accepts
 
 
+class Hashed(Protocol):
+    """A batch with one hash per sample, (samples,) int64."""
+
+    @property
+    def hashes(self) -> Tensor: ...
+
+
 class SeenOrder(NamedTuple):
     """The batches read so far in a round: their number, a hash of all their samples in order, and one of the last batch."""
 
@@ -27,7 +34,7 @@ class SeenOrder(NamedTuple):
     all: int = 0
     last: int = 0
 
-    def then(self, batch: Batch) -> "SeenOrder":
+    def then(self, batch: Hashed) -> "SeenOrder":
         """With one more batch."""
         samples = torch.arange(len(batch.hashes))
         last = int(mix(batch.hashes, samples).sum())  # wraps around

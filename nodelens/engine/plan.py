@@ -22,7 +22,7 @@ from .buffered import buffer_bytes, held, held_bytes
 from .covariance import CovariancePolicy
 from .dry_run import DryRun
 from .layout import BALANCE, PassLayout, Place, Reduce
-from .members import Members
+from .members import Members, UnreadableGroupsError
 from .validation import check_parameter, measurable
 from .wide_sites import check_width, omit_products, restrict_needs
 
@@ -66,9 +66,12 @@ class Plan(PassLayout):
             remedy = "name another layer, such as the module that takes its output"
             if never_called[0] in member_layers:
                 remedy = "leave its group out (freeze=), or score it by weights (magnitude)"
-            raise ValueError(
-                f"layer {never_called[0].name!r} is never called by {type(model).__name__}.forward (no token of the first "
-                f"samples goes to it, or its parent reads its weight directly): {remedy}"
+            why = (
+                f"is never called by {type(model).__name__}.forward (no token of the first samples goes to it, or its parent reads "
+                "its weight directly)"
+            )
+            raise UnreadableGroupsError(
+                f"layer {never_called[0].name!r} {why}: {remedy}", members.unread({la.name: why for la in never_called})
             )
         layers = [layer for layer in layers if layer not in never_called]
         default = is_default(metrics)

@@ -84,6 +84,7 @@ def joined(plan: Plan, results: Sequence[Result]) -> Result:
         "model_values": of_model(plan, layers),
         "covariance": describe(plan),
         "plan": {"statistics": plan.rows(), "bytes": plan.total_bytes, "estimated_overhead": plan.overhead()},
+        "traffic": {key: sum(result.metadata["traffic"][key] for result in results) for key in first.metadata["traffic"]},
         "passes": [entry for result in results for entry in result.metadata["passes"]],
     }
     matrices = {key: value for result in results for key, value in result.matrices.items()}

@@ -15,6 +15,7 @@ from nodelens.network.experts import ExpertLayer
 from nodelens.network.find_layers import find_layers
 from nodelens.network.groups import GroupSlice, PruningGroup
 from nodelens.network.layers import Layer
+from nodelens.network.open_attention import opened
 
 from .donors import donated
 from .edit_value import Edit
@@ -157,7 +158,7 @@ def applied(
         chains[target.port].setdefault(target.layer.module, []).append(target)
     outputs, inputs = ({m: partial(_through, own) for m, own in chains[port].items()} for port in ("output", "input"))
     by_row = any(not own.everything or each.operation == "resample" for own, each in zip(selections, edits, strict=True))
-    with seen.following(model, by_row), multiplied(model, gates), hooks.edit(outputs, inputs):
+    with opened(model), seen.following(model, by_row), multiplied(model, gates), hooks.edit(outputs, inputs):
         yield partial(_check, model, edits, targets, seen)
 
 

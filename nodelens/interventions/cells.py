@@ -47,13 +47,18 @@ class CellPasses:
 
     ids (T,): the prompt. shared: tokens before the first written position and blocks before a cell run once per pass and not once
     per cell: the model's key-value cache holds these tokens, and the rows of cells join the batch at their own blocks. A model that
-    does not take this, or gives other logits with it, runs whole for each cell.
+    does not take this, or gives other logits with it, runs whole for each cell; ``shares`` tells.
     """
 
     def __init__(self, model: TokenModel, ids: Tensor, shared: bool = True):
         self.model, self.ids = model, ids
         self._ways = [partial(_joined, cached=True), partial(_joined, cached=False)] if shared else []
         self._checked: set[str] = set()  # parts of blocks for which the ways were compared with the whole model
+
+    @property
+    def shares(self) -> str:
+        """What the cells of a pass share: ``cache and blocks``, ``blocks``, or ``nothing``, when the whole model runs for each."""
+        return ("nothing", "blocks", "cache and blocks")[len(self._ways)]
 
     def __call__(self, cells: Sequence[GridCell]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The logits of the last position with each cell written: (indices of some of the cells, their logits (n, V)).
@@ -91,6 +96,14 @@ class CellPasses:
             return False
         self._checked |= {cell.part for cell in cells}
         return True
+
+
+def whole_passes(shared: Sequence[str]) -> list[str]:
+    """A line that says so where the model ran whole for each cell; shared: what the passes of each prompt share."""
+    whole = sum(each == "nothing" for each in shared)
+    return (
+        [f"the model ran whole for each cell of {whole} of {len(shared)} prompts: it does not take shared passes"] if whole else []
+    )
 
 
 def repeated_logits(model: TokenModel, ids: Tensor, cells: Sequence[GridCell]) -> Tensor:

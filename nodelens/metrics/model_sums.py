@@ -1,6 +1,5 @@
 """Sums that need the whole model: gradients of weights, and training of a copy."""
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.network.batch import Batch
-from nodelens.network.eval_mode import differentiable, eval_mode
+from nodelens.network.eval_mode import copy_of, differentiable, eval_mode
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import GroupSlice
 from nodelens.network.objective import Objective
@@ -228,7 +227,7 @@ class MovementSums(ModelSums):
     def __init__(self, model: nn.Module, groups: Sequence[GroupLayer], lr: float, epochs: int):
         super().__init__(model, groups)
         self.lr, self.rounds = lr, epochs  # type: ignore[misc]
-        self.copy = copy.deepcopy(model).eval()
+        self.copy = copy_of(model).eval()
         self.trained = [p.requires_grad_() for p in self.copy.parameters() if p.is_floating_point()]
         self.totals = {group.name: self.zeros(group.group.n) for group in groups}
 

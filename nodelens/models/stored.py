@@ -1,6 +1,7 @@
 """Loads trained weights of transformers from a local folder, the cache or the hub, and checks them against the config."""
 
 import logging
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -133,10 +135,15 @@ def hub_is_reachable() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context without the loading report and progress bar of transformers, as the checks here replace the report."""
+    """Context without the loading report and progress bar of transformers, as the checks here replace the report.
+
+    Downloads from the hub keep their bars, with rate and time left, on a terminal.
+    """
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    if sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()  # of downloads, which transformers disables with its own
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Eval mode without parameter gradients, training mode, and gradients of chosen tensors: restored on exit."""
 
+import copy
 import random
 import sys
 import threading
@@ -12,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .open_attention import opened
 
 _LOCK = threading.RLock()  # hooks, modes of modules, torch's switches and random generators belong to the whole process
 _P = ParamSpec("_P")
@@ -47,8 +50,9 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
     """Context in which every submodule is in eval mode (unchanged if ``train``) and no parameter requires a gradient.
 
     as_written: without compiled graphs and fused kernels of ``nn.TransformerEncoder``, which hooks cannot see into; the kernels
-    also put out zeros at padding, as the layers themselves do not. Tensors made in inference mode, which no gradient can pass, are
-    replaced by copies. On exit, every module and parameter gets its previous flag back.
+    also put out zeros at padding, as the layers themselves do not. Attention modules call their output projection. Tensors made in
+    inference mode, which no gradient can pass, are replaced by copies. On exit, every module and parameter gets its previous flag
+    back.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +61,7 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
             model.eval()
         for p in trainable:
             p.requires_grad_(False)
-        with _as_written() if as_written else nullcontext(), _copies_of_inference_tensors(model):
+        with _as_written(model) if as_written else nullcontext(), _copies_of_inference_tensors(model):
             yield
     finally:
         for p in trainable:
@@ -80,8 +84,8 @@ def _copies_of_inference_tensors(model: nn.Module) -> Iterator[None]:
                     held.append((own, name, tensor))
                     parameter = isinstance(tensor, nn.Parameter)
                     with torch.inference_mode(False):
-                        copy = nn.Parameter(tensor.clone(), requires_grad=False) if parameter else tensor.clone()
-                    copies.setdefault(id(tensor), copy)
+                        own_copy = nn.Parameter(tensor.clone(), requires_grad=False) if parameter else tensor.clone()
+                    copies.setdefault(id(tensor), own_copy)
     try:
         for own, name, tensor in held:
             own[name] = copies[id(tensor)]
@@ -92,13 +96,14 @@ def _copies_of_inference_tensors(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
-    """Context in which modules run neither compiled nor fused."""
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Context in which modules run neither compiled nor fused, and attention modules show their heads."""
     fused = torch.backends.mha.get_fastpath_enabled()
     compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, and nothing is compiled before
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), warnings.catch_warnings():
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with opened(model), stance, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile")  # hooks of the FLOP counter, which would fire twice
             yield
     finally:
@@ -123,6 +128,16 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
         for module, training in modes:
             module.training = training
+
+
+def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy, also of a model whose modules keep tensors of an earlier pass with their graph, such as recurrent states.
+
+    shared: tensors that are not copied.
+    """
+    held = [value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values())]
+    states = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    return copy.deepcopy(model, states | {id(tensor): tensor for tensor in shared})
 
 
 @contextmanager

@@ -77,8 +77,8 @@ class PruningGroup:
     name: unique in the model; kind: one of ``KINDS``. exact: whether slicing and masking give the same output; they do unless a
     norm reduces over the group. equal_count: groups with the same label keep the same number of units (experts of one layer).
     multiple: the number of kept units is a multiple of this. attention_macs: multiply-accumulates per unit and pair of positions
-    in attention, beyond those of the tensors. router: the module that routes tokens, where the units are whole experts.
-    min_keep: the smallest number of units that can stay.
+    in attention, beyond those of the tensors; product_macs: per unit and sample, of products of activations in the graph.
+    router: the module that routes tokens, where the units are whole experts. min_keep: the smallest number of units that can stay.
     """
 
     name: str
@@ -90,6 +90,7 @@ class PruningGroup:
     equal_count: str | None = None
     multiple: int = 1
     attention_macs: int = 0
+    product_macs: float = 0.0
     router: str | None = None
     min_keep: int = 1
 

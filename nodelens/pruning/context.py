@@ -1,5 +1,6 @@
 """The pruning context: a model, its pruning groups, their cost, and the data to score them with."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,8 +10,9 @@ import pandas as pd
 from torch import nn
 
 from nodelens.engine.driver import device_of
+from nodelens.engine.members import UnreadableGroupsError
 from nodelens.network.batch import Batch
-from nodelens.network.groups import PruningGroup, PruningGroups
+from nodelens.network.groups import Frozen, PruningGroup, PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import Reduce, columns_of, score_table
@@ -71,7 +73,21 @@ class PruningContext:
         keywords: dict[str, Any] = {"reduce": self.reduce, "seed": self.seed, "progress": self.progress}
         objective = {"task": self.objective.task or None, "output": self.objective.output, "loss": self.objective.loss}
         keywords |= objective | dict(self.options)
-        return score_table(self.model, self.groups, columns, self.data, **keywords)
+        try:
+            return score_table(self.model, self.groups, columns, self.data, **keywords)
+        except UnreadableGroupsError as error:
+            self._leave_out(error)
+            return self.table(criteria)
+
+    def _leave_out(self, error: UnreadableGroupsError) -> None:
+        """Freezes the groups that no layer shows, with the reason. Raises the error if no other group is left."""
+        kept = tuple(group for group in self.groups if group.name not in error.reasons)
+        if not kept or len(kept) == len(self.groups):
+            raise error
+        frozen = [Frozen(name, f"its units cannot be scored: {why}") for name, why in error.reasons.items()]
+        self.groups = PruningGroups(kept, (*self.groups.frozen, *frozen))
+        rest = f" (and {len(frozen) - 1} more)" if len(frozen) > 1 else ""
+        warnings.warn(f"group {frozen[0].what!r} is left out{rest}: {frozen[0].reason}", stacklevel=2)
 
     def tables(self, criteria: Sequence[Criterion]) -> tuple[pd.DataFrame, dict[str, str]]:
         """The columns of the criteria that can score these groups, and {criterion: reason} of those that cannot.

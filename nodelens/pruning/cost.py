@@ -59,9 +59,9 @@ class Cost:
 
     Parameters: distinct tensors; tied ones count once. MACs: positions times weights (two FLOPs each) of Linear layers,
     convolutions, recurrent layers, routers and experts, and the products of queries with keys and of scores with values in
-    attention modules that form a group; causal attention counts in full. Biases, norms, embeddings and activations do not count.
-    MACs are 0 without a batch. Removing whole experts does not change the MACs of experts, because their tokens are routed to
-    others.
+    attention modules whose heads form a group; causal attention counts in full. Biases, norms, embeddings and activations do not
+    count. MACs are 0 without a batch. Removing whole experts does not change the MACs of experts, because their tokens are routed
+    to others.
     """
 
     units: Mapping[str, int]
@@ -83,6 +83,7 @@ class Cost:
         routed = {owned: [pair for pair in pairs if not _of_whole_experts(*pair)] for owned, pairs in slices.items()}
         products = _blocks(positions, routed)
         attention = [_Block(g.attention_macs * _pairs(g, positions), (g.n,), ((0, g.name, 1),)) for g in groups if g.attention_macs]
+        attention += [_Block(g.product_macs, (g.n,), ((0, g.name, 1),)) for g in groups if g.product_macs]
         return cls({g.name: g.n for g in groups}, weights, (*products, *attention))
 
     def params(self, kept: Mapping[str, int] | None = None) -> int:
@@ -153,6 +154,8 @@ def _positions(model: nn.Module, batch: Batch) -> dict[_Owned, tuple[Tensor, flo
 def _multiplied(module: nn.Module, inputs: tuple, output: Any) -> dict[str, float]:
     """{tensor: uses} in one call: positions of a layer, mean number of tokens per expert."""
     x = tensor_of(inputs)
+    if isinstance(module, nn.MultiheadAttention):
+        return _of_attention(module, inputs)
     experts = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
     if experts and not isinstance(module, nn.modules.conv._ConvNd):
         choices = [v for v in inputs if isinstance(v, Tensor) and not v.is_floating_point()]
@@ -167,6 +170,15 @@ def _multiplied(module: nn.Module, inputs: tuple, output: Any) -> dict[str, floa
         seen = x if module.transposed else tensor_of(output)
         return {"weight": seen.numel() / seen.shape[1]}  # type: ignore[union-attr]
     return {"weight": x.numel() / x.shape[-1]} if weight.ndim == 2 else {}
+
+
+def _of_attention(module: nn.MultiheadAttention, inputs: tuple) -> dict[str, float]:
+    """{tensor: positions} of the input projections of torch's attention module; its output projection is a layer."""
+    queries, keys, values = ([v for v in inputs if isinstance(v, Tensor) and v.is_floating_point()] * 3)[:3]
+    counts = [x.numel() / x.shape[-1] for x in (queries, keys, values)]
+    if module.in_proj_weight is not None:
+        return {"in_proj_weight": sum(counts) / 3}
+    return dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), counts, strict=True))
 
 
 def _pairs(group: PruningGroup, positions: Mapping[_Owned, tuple[Tensor, float]]) -> float:

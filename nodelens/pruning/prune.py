@@ -1,11 +1,11 @@
 """Prune a network: score its units, allocate a budget, select and remove units, compensate, fine-tune."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import pandas as pd
@@ -16,16 +16,18 @@ from nodelens.engine.options import AnalyzeOptions, check_kind
 from nodelens.messages import check_names, keywords_of, with_new_names
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
+from nodelens.network.eval_mode import copy_of, one_at_a_time, uncompiled
 from nodelens.network.groups import PruningGroups
 from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.criteria.criterion import Criterion, Spec
 from nodelens.pruning.criteria.given import GIVEN, Scores, given_scores, is_given
+from nodelens.pruning.hub.push import push_folder
 from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
-from nodelens.pruning.surgery.save import origin_of, save_pruned, structure
+from nodelens.pruning.surgery.save import save_pruned
 from nodelens.pruning.surgery.slice import slice_units, updated_counts
+from nodelens.pruning.surgery.structure import origin_of, structure
 from nodelens.statistics.seeding import seeded
 
 from .context import PruningContext
@@ -79,9 +81,31 @@ class Pruned:
         warnings.warn("Pruned.axes is now Pruned.groups", DeprecationWarning, stacklevel=2)
         return self.groups
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes weights and plan; ``load_pruned`` restores the model: smaller after a slice, with zeros after a mask."""
-        return save_pruned(self, Path(folder))
+    def save(self, folder: str | Path, tokenizer: Any = None, sweep: pd.DataFrame | None = None) -> Path:
+        """Writes weights and plan; ``load_pruned`` restores the model: smaller after a slice, with zeros after a mask.
+
+        A model of transformers is also a folder of the hub. If its config can say the widths that are left, as with
+        ``allocation="uniform"``, ``AutoModelForCausalLM.from_pretrained`` and what builds on it open the folder without nodelens.
+        Otherwise it has a modelling file of its own, for which they need ``trust_remote_code=True``. tokenizer: one of
+        transformers, saved with the model. sweep: a table as in ``sweep.parquet``, for the model card, ``README.md``.
+        """
+        return save_pruned(self, Path(folder), tokenizer, sweep)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        token: str | None = None,
+        private: bool | None = None,
+        tokenizer: Any = None,
+        sweep: pd.DataFrame | None = None,
+    ) -> str:
+        """Uploads what ``save`` writes to a repository of the hub, which is created if need be; returns the commit's address.
+
+        token, private: as in huggingface_hub; None: the login of this machine, and the default of the account. Raises OSError,
+        in one line, if the hub cannot be reached or refuses.
+        """
+        with TemporaryDirectory() as place:
+            return push_folder(self.save(place, tokenizer, sweep), repo_id, token, private)
 
 
 def carry_out(
@@ -96,7 +120,7 @@ def carry_out(
 
     Whatever is drawn on the way, in fine-tuning too, follows ``options.seed``; global random states are restored.
     """
-    model = copy.deepcopy(context.model)
+    model = copy_of(context.model)
     current = replace(context, model=model)
     removed: Removed = {}
     finetuned: Mapping[str, Any] = {}
@@ -120,7 +144,7 @@ def carry_out(
             current = replace(current, _moments={})
     about = {**plan.about, "added_bias": sorted(added_bias), "dense_fingerprint": context.fingerprint}
     plan = RemovalPlan(removed, about)
-    dense = structure(context.model)
+    dense = structure(context.model, structure(model))
     return Pruned(model, plan, table, current.groups, apply, origin_of(context.model), dense, numbers, finetuned)
 
 

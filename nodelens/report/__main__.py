@@ -11,9 +11,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nodelens.report", description="Writes one page over many runs.")
     parser.add_argument("runs", nargs="+", help="folders of runs, or patterns such as 'outputs/**'")
     parser.add_argument("--to", default="comparison", help="folder for index.html and its figures (default: comparison)")
+    parser.add_argument(
+        "--plotly", default="shared", help="the script that draws: shared (a file), inline or cdn (default: shared)"
+    )
     given = parser.parse_args(arguments)
     try:
-        print(f"page: {compare(given.runs, given.to)}")
+        print(f"page: {compare(given.runs, given.to, given.plotly)}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,64 +1,54 @@
-"""Figures of the analysis ``cascade``, drawn from its tables."""
+"""Plots of the analysis ``cascade``, made from its tables."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .figures import COLOURS, plt, png, short
+from .charts import at, band, dots, line, panels
+from .plot import GREY, Plot, figure_of, rows_axis, rows_height, short
 
-_GREY = "#9aa2ad"
 
-
-def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of each figure."""
+def figures_of(found: Findings) -> Iterator[Plot]:
+    """The plots of an analysis."""
     if len(found["types"]):
-        yield (
-            "types",
-            types(found["types"]),
-            "Change of the loss when k units of one type are removed together, mean over sets. Grey: random units, with "
-            "the 95 % interval of their draws.",
-        )
+        yield Plot("types", "What several units of one type do together", _TYPES, types(found["types"]), found["types"])
     if len(found["pairs"]):
-        yield "pairs", pairs(found["pairs"]), "Interaction of pairs of units: damage of both less that of each, one dot per pair."
+        yield Plot("interaction", "Do pairs of units stand in for each other?", _PAIRS, pairs(found["pairs"]), found["pairs"])
 
 
-def types(table: pd.DataFrame) -> bytes:
+def types(table: pd.DataFrame) -> Any:
     """Damage against the number of units removed, one panel per layer and one line per type."""
-    layers = list(dict.fromkeys(table["layer"]))
-    across = min(3, len(layers))
-    down = -(-len(layers) // across)
-    figure, axes = plt.subplots(down, across, figsize=(2.9 * across + 1.2, 2.2 * down), squeeze=False, layout="constrained")
     kinds = list(dict.fromkeys(table["type"]))
-    for axis, layer in zip(axes.flat, layers, strict=False):
+
+    def draw(layer: object) -> list[dict[str, Any]]:
         own = table[table["layer"] == layer]
         random = own.drop_duplicates("count").sort_values("count")
-        axis.fill_between(random["count"], random["random_low"], random["random_high"], color=_GREY, alpha=0.35, linewidth=0)
-        axis.plot(random["count"], random["random"], color=_GREY, label="random")
-        for kind, rows in own.groupby("type", sort=False):
-            axis.plot(
-                rows["count"], rows["damage"], "o-", markersize=3, color=COLOURS[kinds.index(kind) % len(COLOURS)], label=kind
-            )
-        axis.set_title(short(str(layer), 28))
-    for axis in axes.flat[len(layers) :]:
-        axis.axis("off")
-    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="outside right upper")
-    figure.supxlabel("units removed", fontsize=9)
-    figure.supylabel("change of the loss", fontsize=9)
-    return png(figure)
+        found = [band(random["count"], random["random_low"], random["random_high"], "random, 95 %")]
+        found.append(line(random["count"], random["random"], "random", line={"color": GREY}, marker={"color": GREY, "size": 4}))
+        by = own.groupby("type", sort=False)
+        return found + [line(rows["count"], rows["damage"], kind, kinds.index(kind)) for kind, rows in by]
+
+    return panels(list(dict.fromkeys(table["layer"])), draw, "units removed", "change of the loss", shared=False)
 
 
-def pairs(table: pd.DataFrame) -> bytes:
+def pairs(table: pd.DataFrame) -> Any:
     """Interaction of each pair, by kind of pair."""
     kinds = list(dict.fromkeys(table["pair"]))
-    figure, axis = plt.subplots(figsize=(5.0, 1.0 + 0.5 * len(kinds)), layout="constrained")
-    axis.axvline(0, color=_GREY, linewidth=1, linestyle=":")
+    traces = []
     for k, kind in enumerate(kinds):
         values = table.loc[table["pair"] == kind, "interaction"].to_numpy()
-        axis.scatter(values, k + np.linspace(-0.2, 0.2, len(values)), s=9, color=COLOURS[k % len(COLOURS)], linewidth=0)
-    axis.set_yticks(range(len(kinds)), kinds)
-    axis.set_xlabel("interaction: damage of both less that of each")
-    return png(figure)
+        traces.append(dots(values, k + np.linspace(-0.25, 0.25, len(values)), kind, k, showlegend=False))
+    axis = {"title": {"text": "interaction: damage of both less that of each"}}
+    names = [short(kind) for kind in kinds]
+    return figure_of(traces, rows_height(len(kinds), 50), xaxis=axis, yaxis=rows_axis(names), shapes=[at(0)])
+
+
+_TYPES = (
+    "Change of the loss when k units of one type are removed together, mean over sets. Grey: random units, with the 95 % interval "
+    "of their draws."
+)
+_PAIRS = "Damage of both units less that of each, one dot per pair. At 0 the units do not interact."

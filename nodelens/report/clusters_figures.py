@@ -1,137 +1,111 @@
-"""Figures of clusters in metric space, drawn from saved findings."""
+"""Plots of clusters in metric space, made from saved findings."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .figures import COLOURS, plt, png, short
+from .charts import at, box_rows, dots, line, panels
+from .plot import COLOURS, Plot, colour, figure_of, rows_axis, rows_height, text
 
 COLOUR_OF = {
     "critical": COLOURS[1],
     "redundant": COLOURS[0],
     "synergistic": COLOURS[2],
-    "background": COLOURS[7],
+    "background": COLOURS[6],
     "none": "#c9ced6",
 }
-PANELS = 9  # layers with a scatter of their own, evenly chosen
 
 
-def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of each figure."""
+def figures_of(found: Findings) -> Iterator[Plot]:
+    """The plots of an analysis."""
     if not len(found["layers"]):
         return
-    yield "scatter", scatter(found), "Units of a layer in the space of two metrics, coloured by type; crosses are cluster means."
-    yield "composition", composition(found), "Share of the units of each layer by type, or by cluster where clusters have no type."
-    yield "centroids", centroids(found), "Centroid of each cluster, in standard deviations of the units of its layer."
+    yield Plot("clusters", "Units in the space of two metrics", _SCATTER, scatter(found), found["points"])
+    yield Plot("composition", "What the units of a layer are", _COMPOSITION, composition(found), shares_of(found))
+    yield Plot("centroids", "Where the clusters of each layer lie", _CENTROIDS, centroids(found), found["clusters"])
     if len(found["ablations"]):
-        yield (
-            "ablations",
-            ablations(found),
-            "Agreement (adjusted Rand index) of the clusters found with fewer features with those of all features.",
-        )
+        yield Plot("ablations", "Does each metric matter to the clusters?", _ABLATIONS, ablations(found), found["ablations"])
     if len(found["numbers"]):
-        yield "numbers", numbers(found), "Mean silhouette by number of clusters, a line per layer; the dot is the number in use."
+        yield Plot("numbers", "How many clusters there are", _NUMBERS, numbers(found), found["numbers"])
 
 
-def scatter(found: Findings) -> bytes:
+def scatter(found: Findings) -> Any:
     """The first two features of the units of each layer; the size of a dot grows with the third."""
     features, points = _features(found), found["points"]
-    layers = _spread(list(dict.fromkeys(points.index.get_level_values("layer"))), PANELS)
     first, second = features[0], features[min(1, len(features) - 1)]
-    across = min(3, len(layers))
-    down = -(-len(layers) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.2 * across + 1, 2.7 * down), squeeze=False, layout="constrained")
     colours = _colours(found)
-    for axis, layer in zip(axes.flat, layers, strict=False):
+
+    def draw(layer: object) -> list[dict[str, Any]]:
         rows = points.loc[[layer]]
+        drawn = []
         for key, some in rows.groupby(_key(found), sort=False):
-            axis.scatter(
-                some[first], some[second], s=_sizes(rows, some, features), color=colours[str(key)], linewidth=0, alpha=0.75
-            )
+            marker = {"color": colours[str(key)], "size": _sizes(rows, some, features), "opacity": 0.8}
+            units = [f"unit {unit}" for unit in some.index.get_level_values("unit")]
+            shown: dict[str, Any] = {"text": units, "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra>%{fullData.name}</extra>"}
+            drawn.append(dots(some[first], some[second], key, marker=marker, **shown))
         means = found["clusters"].loc[found["clusters"]["layer"] == layer]
-        axis.scatter(means[first], means[second], marker="x", s=36, color="#1c1f24", linewidth=1)
-        axis.set_title(short(str(layer), 30))
-    for axis in axes.flat[len(layers) :]:
-        axis.remove()
-    figure.supxlabel(_label(found, first), fontsize=9)
-    figure.supylabel(_label(found, second), fontsize=9)
-    _legend(figure, colours)
-    return png(figure)
+        cross = {"symbol": "x-thin", "size": 10, "color": COLOURS[3], "line": {"width": 2, "color": COLOURS[3]}}
+        return [*drawn, dots(means[first], means[second], "cluster mean", marker=cross)]
+
+    layers = list(dict.fromkeys(points.index.get_level_values("layer")))
+    return panels(layers, draw, text(_label(found, first)), text(_label(found, second)), shared=False, height=260)
 
 
-def composition(found: Findings) -> bytes:
-    """Share of the units of each layer by type, one bar per layer."""
+def shares_of(found: Findings) -> pd.DataFrame:
+    """Share of the units of each layer by type or cluster."""
     points = found["points"]
     counts = points.groupby([points.index.get_level_values("layer"), _key(found)], sort=False).size().unstack(fill_value=0)
-    shares = counts.div(counts.sum(axis=1), axis=0)
-    figure, axis = plt.subplots(figsize=(6, 1.1 + 0.26 * len(shares)), layout="constrained")
-    left, colours = np.zeros(len(shares)), _colours(found)
-    for key in sorted(shares, key=lambda k: list(colours).index(str(k))):
-        axis.barh(range(len(shares)), shares[key], left=left, color=colours[str(key)], height=0.75)
-        left += shares[key].to_numpy()
-    axis.set_yticks(range(len(shares)), [short(str(name)) for name in shares.index])
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1), xlabel="share of the units")
-    _legend(figure, colours)
-    return png(figure)
+    return counts.div(counts.sum(axis=1), axis=0)
 
 
-def centroids(found: Findings) -> bytes:
+def composition(found: Findings) -> Any:
+    """Share of the units of each layer by type, one bar per layer."""
+    shares, colours = shares_of(found), _colours(found)
+    style: dict[str, Any] = {"type": "bar", "orientation": "h", "y": list(range(len(shares)))}
+    order = sorted(shares, key=lambda key: list(colours).index(str(key)))
+    traces = [{**style, "x": shares[key], "name": text(key), "marker": {"color": colours[str(key)]}} for key in order]
+    axis = {"title": {"text": "share of the units"}, "range": [0, 1]}
+    return figure_of(traces, rows_height(len(shares)), barmode="stack", xaxis=axis, yaxis=rows_axis(list(shares.index)))
+
+
+def centroids(found: Findings) -> Any:
     """The centroid of each cluster, one panel per feature, layers from the first to the last."""
     clusters, colours = found["clusters"], _colours(found)
-    columns = [c for c in clusters if str(c).startswith("z_")]
     layers = list(dict.fromkeys(clusters["layer"]))
-    figure, axes = plt.subplots(
-        1,
-        len(columns),
-        figsize=(2.4 * len(columns) + 2, 1.2 + 0.26 * len(layers)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    for axis, column in zip(axes.flat, columns, strict=True):
-        axis.axvline(0, color="#9aa2ad", linewidth=1, linestyle=":")
-        place = clusters["layer"].map({layer: k for k, layer in enumerate(layers)})
-        colour = [colours[str(key)] for key in clusters[_key(found, "type")]]
-        axis.scatter(clusters[column], place, s=12 + 60 * clusters["share"], c=colour, linewidth=0, alpha=0.85)
-        axis.set_xlabel(str(column).removeprefix("z_") + ", sd")
-        axis.set_yticks(range(len(layers)), [short(str(name)) for name in layers])
-    axes.flat[0].set_ylim(len(layers) - 0.4, -0.6)
-    _legend(figure, colours)
-    return png(figure)
+    clusters = clusters.assign(place=clusters["layer"].map({layer: k for k, layer in enumerate(layers)}))
+    columns = {str(c).removeprefix("z_"): c for c in clusters if str(c).startswith("z_")}
+
+    def draw(name: Any) -> list[dict[str, Any]]:
+        drawn = []
+        for key, rows in clusters.groupby(_key(found, "type"), sort=False):
+            marker = {"color": colours[str(key)], "size": 6 + 14 * rows["share"], "opacity": 0.85}
+            drawn.append(dots(rows[columns[name]], rows["place"], key, marker=marker))
+        return drawn
+
+    height = max(220, 60 + 18 * len(layers))
+    return panels(list(columns), draw, "standard deviations", "", len(columns), height, axes={"y": rows_axis(layers)})
 
 
-def ablations(found: Findings) -> bytes:
+def ablations(found: Findings) -> Any:
     """Agreement with fewer features, one box per set of features over the layers."""
     table = found["ablations"]
     sets = list(dict.fromkeys(table["features"]))[1:]
-    figure, axis = plt.subplots(figsize=(5.6, 1.1 + 0.28 * len(sets)), layout="constrained")
-    values = [table[table["features"] == name]["ari"].dropna() for name in sets]
-    axis.boxplot(values, orientation="horizontal", widths=0.6, medianprops={"color": COLOURS[1]}, flierprops={"markersize": 2})
-    axis.set_yticks(range(1, len(sets) + 1), sets)
-    axis.invert_yaxis()
-    axis.set(xlabel="adjusted Rand index with all features", xlim=(min(-0.05, axis.get_xlim()[0]), 1.02))
-    return png(figure)
+    return box_rows({name: table[table["features"] == name]["ari"] for name in sets}, "adjusted Rand index with all features")
 
 
-def numbers(found: Findings) -> bytes:
+def numbers(found: Findings) -> Any:
     """Silhouette by number of clusters."""
     table, chosen = found["numbers"], found["layers"]["n_clusters"]
-    figure, axis = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
-    layers = list(dict.fromkeys(table["layer"]))
-    for k, layer in enumerate(layers):
-        rows = table[table["layer"] == layer]
-        colour = plt.get_cmap("viridis")(0.9 * k / max(len(layers) - 1, 1))
-        name = short(str(layer), 24) if len(layers) <= 8 or k in (0, len(layers) - 1) else None
-        axis.plot(rows["n_clusters"], rows["silhouette"], color=colour, linewidth=1, label=name)
+    traces = []
+    for k, (layer, rows) in enumerate(table.groupby("layer", sort=False)):
+        traces.append(line(rows["n_clusters"], rows["silhouette"], layer, k, marker={"color": colour(k), "size": 4}))
         used = rows[rows["n_clusters"] == chosen.get(layer)]
-        axis.scatter(used["n_clusters"], used["silhouette"], s=18, color=[colour])
-    axis.set(xlabel="number of clusters", ylabel="silhouette")
-    axis.legend(frameon=False, fontsize=7)
-    return png(figure)
+        traces.append(dots(used["n_clusters"], used["silhouette"], layer, k, marker={"size": 11}, showlegend=False))
+    axes = {"xaxis": {"title": {"text": "number of clusters"}}, "yaxis": {"title": {"text": "mean silhouette"}}}
+    return figure_of(traces, 380, **axes, shapes=[at(0, "y")])
 
 
 def _features(found: Findings) -> list[str]:
@@ -151,21 +125,21 @@ def _colours(found: Findings) -> dict[str, str]:
     """{type or cluster: colour}, of those that occur, in the order of types."""
     if _key(found) == "type":
         there = set(found["points"]["type"])
-        return {kind: colour for kind, colour in COLOUR_OF.items() if kind in there}
+        return {kind: shade for kind, shade in COLOUR_OF.items() if kind in there}
     labels = sorted(set(found["points"]["cluster"]))
-    return {str(k): COLOUR_OF["none"] if k < 0 else COLOURS[k % len(COLOURS)] for k in labels}
+    return {str(k): COLOUR_OF["none"] if k < 0 else colour(k) for k in labels}
 
 
-def _sizes(every: pd.DataFrame, some: pd.DataFrame, features: list[str]) -> pd.Series | float:
-    """Areas of dots, by the rank of the third feature within the layer."""
-    return 14.0 if len(features) < 3 else 6 + 34 * every[features[2]].rank(pct=True).loc[some.index].fillna(0)
+def _sizes(every: pd.DataFrame, some: pd.DataFrame, features: list[str]) -> Any:
+    """Diameters of dots, by the rank of the third feature within the layer."""
+    return 7 if len(features) < 3 else (4 + 8 * every[features[2]].rank(pct=True).loc[some.index].fillna(0)).to_numpy()
 
 
-def _spread(layers: list[str], most: int) -> list[str]:
-    """At most so many layers, evenly chosen from the first to the last."""
-    return layers if len(layers) <= most else [layers[k] for k in np.linspace(0, len(layers) - 1, most).round().astype(int)]
-
-
-def _legend(figure: plt.Figure, colours: dict[str, str]) -> None:
-    dots = [plt.Line2D([], [], marker="o", linestyle="", markersize=5, color=colour) for colour in colours.values()]
-    figure.legend(dots, list(colours), loc="outside right upper", frameon=False, fontsize=8)
+_SCATTER = (
+    "One panel per layer, at most twelve. Colours are types, or clusters where clusters have no type; crosses are cluster means; "
+    "dots grow with the third metric."
+)
+_COMPOSITION = "Share of the units of each layer by type, or by cluster where clusters have no type."
+_CENTROIDS = "Centroid of each cluster, in standard deviations of the units of its layer. Dots grow with the share of units."
+_ABLATIONS = "Agreement (adjusted Rand index) of the clusters found with fewer features with those of all features, over layers."
+_NUMBERS = "Mean silhouette by number of clusters, a line per layer; the large dot is the number in use."

@@ -1,64 +1,53 @@
-"""The parts of a page: sections, figures, tables, and the file itself."""
+"""The parts of a page in HTML: sections, cards, tables, the command of a run."""
 
-import base64
 import html
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from nodelens.results.files import write
-
-_STYLE = """
-:root { --ink: #1c1f24; --soft: #5c6470; --line: #dfe3e8; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-p.lead { color: var(--soft); margin-top: 0; } figure { margin: 1rem 0; } img { max-width: 100%; }
-p.warning { border-left: 4px solid #c0392b; padding-left: .6rem; }
-figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.words { white-space: normal; text-align: left; }
-"""
+ROWS = 300  # of a table in the page
 
 
-def write_html(file: Path, parts: Iterable[str]) -> Path:
-    """Writes a page of HTML parts."""
-    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>nodelens</title><style>{_STYLE}</style>"
-    page = f"{head}{''.join(parts)}</html>"
-    write(file, lambda path: path.write_text(page, encoding="utf-8"))
-    return file
+def section(title: str, parts: Iterable[str], lead: str = "") -> list[str]:
+    """A heading and what stands below it; nothing where that is nothing."""
+    inner = [part for part in parts if part]
+    anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    words = f"<p class='soft'>{html.escape(lead)}</p>" if lead else ""
+    return (
+        [f"<section id='{anchor}'><h2>{html.escape(title)}</h2>{words}<div class='plots'>", *inner, "</div></section>"]
+        if inner
+        else []
+    )
 
 
-def section(title: str, parts: Iterable[str]) -> list[str]:
-    """A heading and what stands below it."""
-    return [f"<h2>{html.escape(title)}</h2>", *parts]
+def contents(parts: Sequence[str]) -> str:
+    """Links to the sections of a page."""
+    found = re.findall(r"<section id='([^']*)'><h2>(.*?)</h2>", "".join(parts))
+    links = "".join(f"<a href='#{anchor}'>{title}</a>" for anchor, title in found)
+    return f"<nav aria-label='sections'>{links}</nav>"
 
 
-def figure_file(folder: Path, name: str) -> Path:
-    """The file of a figure. Names come from layers, which may have any characters: those of paths become underscores."""
-    return folder / "figures" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
+def cards(values: Mapping[str, Any]) -> str:
+    """Headlines: {what: value}."""
+    inner = "".join(f"<div class='card'><b>{html.escape(str(v))}</b><span>{html.escape(k)}</span></div>" for k, v in values.items())
+    return f"<div class='cards'>{inner}</div>"
 
 
-def figure(folder: Path, name: str, png: bytes, caption: str) -> str:
-    """A picture in the page, with its caption; the picture is written to ``figures/`` as well."""
-    write(figure_file(folder, name), lambda path: path.write_bytes(png))
-    encoded = base64.b64encode(png).decode()
-    text = html.escape(caption)
-    return f"<figure><img alt='{text}' src='data:image/png;base64,{encoded}'><figcaption>{text}</figcaption></figure>"
-
-
-def table(frame: pd.DataFrame, words: bool = False) -> str:
-    """A table. words: cells hold text that may wrap."""
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in [frame.index.name or "", *frame.columns])
+def table(frame: pd.DataFrame, words: bool = False, titles: Mapping[str, str] | None = None) -> str:
+    """A table that is sorted by its headings. words: cells hold text that may wrap; titles: what columns mean."""
+    known, names = titles or {}, [frame.index.name or "", *frame.columns]
+    head = "".join(f"<th title='{html.escape(known.get(str(c), ''))}'>{html.escape(str(c))}</th>" for c in names)
     kind = " class='words'" if words else ""
+    shown = frame.head(ROWS)
     body = "".join(
         f"<tr><td>{html.escape(str(i))}</td>" + "".join(f"<td{kind}>{cell(v)}</td>" for v in row) + "</tr>"
-        for i, row in zip(frame.index, frame.itertuples(index=False), strict=True)
+        for i, row in zip(shown.index, shown.itertuples(index=False), strict=True)
     )
-    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
+    more = f"<p class='soft'>The first {ROWS} of {len(frame):,} rows.</p>" if len(frame) > ROWS else ""
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<div>{more}<div class='wide' tabindex='0'><table class='sortable'>{rows}</table></div></div>"
 
 
 def cell(value: Any) -> str:
@@ -66,3 +55,9 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return "NaN" if value != value else f"{value:.4g}"
     return html.escape(str(value))
+
+
+def command(words: str, what: str = "The command that made this page") -> str:
+    """A command with a button that copies it."""
+    text = html.escape(words)
+    return f"<div><h3>{html.escape(what)} <button type='button' data-copy='{text}'>copy</button></h3><pre>{text}</pre></div>"

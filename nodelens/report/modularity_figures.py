@@ -1,72 +1,70 @@
-"""Figures of modules: graphs sorted by module, modularity beside its null, and alignment between associations."""
+"""Plots of modules: graphs sorted by module, modularity beside its null, and alignment between associations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .figures import COLOURS, plt, png, short
-from .runs_figures import squares
+from .charts import dots, grid, heat
+from .plot import GREY, Plot, figure_of, one_of, rows_axis, rows_height
 
-_GRAPHS = 24  # panels of graphs in a page
+_GRAPHS = 24  # graphs in a page
+_WIDE = 400  # rows of a picture of a graph
 
 
-def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of each figure of a modularity analysis."""
+def figures_of(found: Findings) -> Iterator[Plot]:
+    """The plots of a modularity analysis."""
     modules = found["modules"]
     if not len(modules):
         return
-    yield "q", q_bars(modules), "Modularity of the modules found. Grey: mean of random graphs, with two standard deviations."
-    yield (
-        "graphs",
-        graphs(modules, found.matrices),
-        "Weights between units, in order of modules, largest first. Bright: strong. Wide layers are averaged over blocks of units.",
-    )
+    yield Plot("q", "Are units organised in modules?", _Q, q_bars(modules), modules)
+    graphs = {
+        f"{row.layer}, {row.association}: {row.modules} modules, Q {row.q:.2f}": found.matrices[
+            row.layer, f"sorted_{row.association}"
+        ]
+        for row in list(modules.itertuples())[:_GRAPHS]
+    }
+    yield Plot("graphs", "The modules as blocks", _GRAPHS_CAPTION, pictures(graphs), modules)
     for layer, rows in found["comparison"].groupby("layer", sort=False):
         if len(rows) > 1:
-            yield (
-                f"alignment-{layer}",
-                alignment(rows),
-                f"Alignment of the modules of {layer}: share of units in matched modules; in parentheses that of shuffled units.",
-            )
+            title = f"Do associations find the same modules? {layer}"
+            yield Plot(f"alignment-{layer}", title, _ALIGNED, alignment(rows), rows)
 
 
-def q_bars(modules: pd.DataFrame) -> bytes:
-    """Q of every layer, one bar per association, beside the null."""
+def q_bars(modules: pd.DataFrame) -> Any:
+    """Q of every layer, one row of dots per association, beside the null."""
     layers, names = (list(dict.fromkeys(modules[column])) for column in ("layer", "association"))
-    figure, axis = plt.subplots(figsize=(5.4, 1.0 + 0.22 * len(layers) * (len(names) + 0.6)), layout="constrained")
-    height = 0.8 / len(names)
+    traces = []
     for k, name in enumerate(names):
         rows = modules[modules["association"] == name]
-        place = rows["layer"].map(layers.index) + height * (k - (len(names) - 1) / 2)
-        axis.barh(place, rows["q"], height * 0.9, color=COLOURS[k % len(COLOURS)], label=name)
-        axis.errorbar(rows["q_null"], place, xerr=2 * rows["q_null_std"], fmt="|", color="#5c6470", capsize=2, markersize=6)
-    axis.set_yticks(range(len(layers)), [short(str(layer)) for layer in layers])
-    axis.invert_yaxis()
-    axis.set_xlabel("modularity Q")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    return png(figure)
+        place = rows["layer"].map(layers.index) + 0.7 / len(names) * (k - (len(names) - 1) / 2)
+        null: dict[str, Any] = {"color": GREY, "symbol": "line-ns", "size": 8, "line": {"width": 2, "color": GREY}}
+        traces.append(
+            dots(rows["q_null"], place, "null", error=2 * rows["q_null_std"], marker=null, showlegend=k == 0, legendgroup="null")
+        )
+        traces.append(dots(rows["q"], place, name, k, marker={"size": 9}))
+    axis = {"title": {"text": "modularity Q"}}
+    height = rows_height(len(layers), 14 * len(names) + 12)
+    return figure_of(traces, height, xaxis=axis, yaxis=rows_axis(layers))
 
 
-def graphs(modules: pd.DataFrame, matrices: dict[tuple[str, str], np.ndarray]) -> bytes:
-    """The graph of each layer and association, in order of modules."""
-    rows = list(modules.itertuples())[:_GRAPHS]
-    across = min(len(rows), max(1, modules["association"].nunique()), 6)
-    down = -(-len(rows) // across)
-    figure, axes = plt.subplots(down, across, figsize=(2.4 * across, 2.6 * down), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(rows) :]:
-        axis.remove()
-    for axis, row in zip(axes.flat, rows, strict=False):
-        picture = np.abs(matrices[row.layer, f"sorted_{row.association}"])
-        axis.imshow(picture, cmap="magma", vmin=0, vmax=np.quantile(picture, 0.99) or 1, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(f"{short(str(row.layer), 24)}, {row.association}\n{row.modules} modules, Q {row.q:.2f}", fontsize=7)
-    return png(figure)
+def pictures(graphs: dict[str, np.ndarray]) -> Any:
+    """Absolute weights of graphs, one at a time, chosen in a menu."""
+    traces = []
+    for matrix in graphs.values():
+        picture = _blocks(np.abs(matrix))
+        trace = heat(picture, "weight", 0, float(np.nanquantile(picture, 0.99)) or 1.0, "Magma")
+        traces.append(trace | {"hovertemplate": "%{z:.3g}<extra></extra>"})
+    hidden: dict[str, Any] = {"visible": False}
+    square = hidden | {"scaleanchor": "x", "autorange": "reversed"}
+    menus = [each | {"name": "graph"} for each in one_of(traces, list(graphs))]
+    return figure_of(traces, 480, xaxis=hidden | {"constrain": "domain"}, yaxis=square, updatemenus=menus)
 
 
-def alignment(rows: pd.DataFrame) -> bytes:
+def alignment(rows: pd.DataFrame) -> Any:
     """Alignment between the associations of one layer."""
     names = list(dict.fromkeys(rows[["association_a", "association_b"]].to_numpy().T.ravel()))
     mean, chance = (pd.DataFrame(np.nan, index=names, columns=names) for _ in range(2))
@@ -74,3 +72,37 @@ def alignment(rows: pd.DataFrame) -> bytes:
         for a, b in ((row.association_a, row.association_b), (row.association_b, row.association_a)):
             mean.loc[a, b], chance.loc[a, b] = row.alignment, row.alignment_null
     return squares(mean, chance, "alignment score")
+
+
+def squares(mean: pd.DataFrame, chance: pd.DataFrame | None, label: str) -> Any:
+    """A symmetric table as coloured squares, with the value by chance behind each value."""
+    words = mean.map(lambda v: "" if np.isnan(v) else f"{v:.2f}")
+    if chance is not None:
+        words += chance.map(lambda v: "" if np.isnan(v) else f" ({v:.2f})")
+    figure = grid(mean, label, y="", words=words, limits=(0, 1))
+    return figure.update_layout(height=rows_height(len(mean), 42, 150), xaxis_tickangle=-30)
+
+
+def sorted_by(matrix: np.ndarray, modules: Sequence[float]) -> np.ndarray:
+    """A matrix of units in order of their modules, those in no module last, without its diagonal."""
+    order = np.argsort(np.nan_to_num(np.asarray(modules, dtype=float), nan=np.inf), kind="stable")
+    found = np.abs(matrix[np.ix_(order, order)])
+    np.fill_diagonal(found, 0)
+    return found
+
+
+def _blocks(matrix: np.ndarray) -> np.ndarray:
+    """A large picture as means over blocks, as single precision."""
+    if len(matrix) > _WIDE:
+        edges = np.linspace(0, len(matrix), _WIDE + 1).astype(int)[:-1]
+        sizes = np.diff(np.append(edges, len(matrix)))
+        summed = np.add.reduceat(np.add.reduceat(matrix, edges, 0), edges, 1)
+        matrix = summed / np.outer(sizes, sizes)
+    return matrix.astype(np.float32)
+
+
+_Q = "Modularity Q of the modules found. Grey: mean of random graphs, with two standard deviations."
+_GRAPHS_CAPTION = (
+    "Weights between units, in order of modules, largest first. Bright: strong. Wide layers are averaged over blocks of units."
+)
+_ALIGNED = "Alignment: share of units in matched modules; in parentheses that of shuffled units."

@@ -1,70 +1,77 @@
 """Modules of units over many runs: modularity against the settings, matrices sorted by module, alignment between associations."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from nodelens.analysis.modularity.columns import labels_of
 from nodelens.results.result import load
 from nodelens.results.runs import load_runs
 
 from . import runs_figures as figures
-from .elements import figure, section, table
+from .document import Document
+from .elements import section, table
+from .modularity_figures import pictures, sorted_by, squares
+from .plot import Plot
 from .settings import settings_of, usual
 
 _SIDES = {"forward": "upstream", "backward": "downstream"}
 _MATRICES = 12  # association matrices that the page shows
 
 
-def modularity_over_runs(folder: Path, runs: Any) -> list[str]:
+def modularity_over_runs(document: Document, runs: Any) -> list[str]:
     """The section of a page over runs that have ``analysis=[modularity]``."""
     modules = load_runs(runs, rows="modularity.modules")
-    parts = _modularity(folder, modules) + _matrices(folder, modules) + _alignment(folder, runs)
+    parts = _modularity(document, modules) + _matrices(document, modules) + _alignment(document, runs)
     return section("Modules", parts)
 
 
-def _modularity(folder: Path, modules: pd.DataFrame) -> list[str]:
+def _modularity(document: Document, modules: pd.DataFrame) -> list[str]:
     """Modularity of the partitions found against each setting, a figure per layer, and the means over runs."""
     settings = settings_of(modules)
     parts = []
     for layer, rows in modules.groupby("layer", sort=False):
         if settings:
-            png = figures.against_settings(rows, "q", settings, "association", usual(rows, settings))
-            parts.append(figure(folder, f"modularity-{layer}", png, _Q.format(layer=layer)))
+            plot = figures.against_settings(rows, ["q"], settings, "association", usual(rows, settings))
+            title = f"Modularity against the settings: {layer}"
+            parts.append(document.plot(replace(plot, name=f"modularity-{layer}", title=title, caption=_Q)))
     means = modules.groupby(["layer", "association", *settings[:1]], sort=False)["q"].agg(["mean", "std", "count"])
     return [*parts, table(means.reset_index().set_index("layer"))]
 
 
-def _matrices(folder: Path, modules: pd.DataFrame) -> list[str]:
+def _matrices(document: Document, modules: pd.DataFrame) -> list[str]:
     """The matrices of the runs with the lowest and the highest modularity, sorted by module."""
     mean = modules.groupby("run")["q"].mean().sort_values()
     layer = modules["layer"].iloc[0]
-    panels: list[tuple[str, np.ndarray, np.ndarray]] = []
+    panels: dict[str, np.ndarray] = {}
     for run in dict.fromkeys([mean.index[0], mean.index[-1]]):
         result = load(run)
         for name in dict.fromkeys(modules["association"]):
-            column = f"module_{name}"
-            if (layer, name) in result.matrices and column in result.units:
+            labels, matrix = labels_of(result.units, layer, name), result.matrices.get((layer, name))
+            if labels is not None and matrix is not None and len(matrix) == len(labels):
                 q = modules.query("run == @run and layer == @layer and association == @name")["q"].iloc[0]
-                numbers = result.units.loc[layer, column].to_numpy(float)
+                numbers = labels.to_numpy(float)
                 numbers[numbers < 0] = np.nan  # in no module
-                panels.append((f"{name}, Q {q:.2f}\n{Path(run).name}", result.matrices[layer, name], numbers))
+                panels[f"{name}, Q {q:.2f}, {Path(run).name}"] = sorted_by(matrix, numbers)
     if not panels:
         return []
-    across = max(1, modules["association"].nunique())
-    png = figures.sorted_matrices(panels[:_MATRICES], min(across, 6))
-    return [figure(folder, "modules", png, _SORTED.format(layer=layer))]
+    shown = dict(list(panels.items())[:_MATRICES])
+    plot = Plot("modules", f"The modules as blocks: {layer}", _SORTED, pictures(shown), modules[modules["layer"] == layer])
+    return [document.plot(plot)]
 
 
-def _alignment(folder: Path, runs: Any) -> list[str]:
+def _alignment(document: Document, runs: Any) -> list[str]:
     """Alignment of the modules of two associations, means over layers and runs, with the mean of shuffled modules."""
     try:
         pairs = load_runs(runs, rows="modularity.comparison")
     except FileNotFoundError:  # a single association was asked for
         return []
     mean, chance = (_square(pairs, value) for value in ("alignment", "alignment_null"))
-    return [figure(folder, "alignment", figures.squares(mean, chance, "alignment score"), _ALIGNED), *_sides(pairs)]
+    plot = Plot("alignment", "Do associations find the same modules?", _ALIGNED, squares(mean, chance, "alignment score"), pairs)
+    return [document.plot(plot), *_sides(pairs)]
 
 
 def _sides(pairs: pd.DataFrame) -> list[str]:
@@ -92,12 +99,12 @@ def _square(pairs: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 _Q = (
-    "Modularity Q of the modules found in {layer}, by association, against each setting. Means over runs with 95 % intervals; the "
-    "other settings have their most frequent choice."
+    "Modularity Q of the modules found, a line per association. Means over runs with 95 % intervals; the other settings have their "
+    "most frequent choice."
 )
 _SORTED = (
-    "Absolute associations of the units of {layer}, sorted by module, in the run with the lowest and in that with the highest mean "
-    "modularity. White lines separate modules; units in no module come last."
+    "Absolute associations of units, sorted by module, in the run with the lowest and in that with the highest mean modularity. "
+    "Units in no module come last."
 )
 _ALIGNED = (
     "Alignment score of the modules found from two associations: the share of units in matched modules, mean over layers and runs. "

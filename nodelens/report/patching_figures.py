@@ -1,89 +1,83 @@
-"""Figures of patching: what each cell of a grid recovers, attribution against exact patching, and logits by component."""
+"""Plots of patching: what each cell of a grid recovers, attribution against exact patching, and logits by component."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .figures import COLOURS, plt, png
-from .lens_figures import grid, shown
+from .charts import diagonal, dots, grid
+from .lens_figures import shown
+from .plot import Plot, colour, figure_of, text
 
 _POSITIONS = 64  # that are drawn
 
 
-def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of each figure of an analysis of patching."""
+def figures_of(found: Findings) -> Iterator[Plot]:
+    """The plots of an analysis of patching."""
     if "components" in found.frames:
-        yield (
-            "components",
-            components(found["components"]),
-            "What each component adds to the logit, with the scale of the final norm frozen; means over prompts and positions.",
-        )
+        table = found["components"]
+        yield Plot("components", "What each component adds to the logit", _COMPONENTS, components(table), table)
         return
     cells = found["cells"]
     value = "attribution" if "attribution" in cells else "recovered" if cells["recovered"].notna().any() else "kl"
-    what = {
-        "attribution": "Change of the metric to first order",
-        "recovered": "Part of the logit difference that a patch recovers",
-        "kl": "KL from the run that the states are from, in nats,",
-    }[value]
     for component, table in cells.groupby("component", sort=False):
-        yield f"{component}", heatmap(table, value), f"{what} by layer and position: {component}; mean over pairs."
+        title = f"Where the prediction depends on the states: {component}"
+        yield Plot(f"patching-{component}", title, f"{_WHAT[value]} by layer and position; {_MEAN}", heatmap(table, value), table)
         if component == "heads":
-            yield "by-head", by_head(table, value), f"{what} by layer and head: the largest over positions, mean over pairs."
+            caption = f"{_WHAT[value]} by layer and head: the largest over positions, mean over pairs."
+            yield Plot("by-head", "Which heads the prediction depends on", caption, by_head(table, value), table)
     if "exact" in cells and cells["exact"].notna().any():
-        caption = f"Attribution against exact patching; Spearman {found.metadata['spearman']:.2f}."
-        yield "exact", against(cells.dropna(subset="exact")), caption
+        known = cells.dropna(subset="exact")
+        caption = f"On the dotted line they agree; Spearman {found.metadata['spearman']:.2f}."
+        yield Plot("exact", "Attribution against exact patching", caption, against(known), known)
 
 
-def heatmap(cells: pd.DataFrame, value: str) -> bytes:
+def heatmap(cells: pd.DataFrame, value: str) -> Any:
     """Layers by positions; heads are added up for an attribution, otherwise the head of largest size counts."""
     means = cells.groupby(["layer", "head", "position"], dropna=False)[value].mean().reset_index()
     largest = means.loc[means.groupby(["layer", "position"])[value].transform(lambda v: v.abs().max()) == means[value].abs()]
     chosen = means.groupby(["layer", "position"], as_index=False)[value].sum() if value == "attribution" else largest
     table = chosen.drop_duplicates(["layer", "position"]).pivot(index="layer", columns="position", values=value)
     table = table.sort_index(ascending=False).iloc[:, :_POSITIONS]
-    return grid(table, None, _ticks(cells, list(table.columns)), "position", value, diverging=value != "kl")
+    words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2g}") if table.shape[1] <= 24 else None
+    ticks = _ticks(cells, list(table.columns))
+    figure = grid(table, value, "position", words=words, ticks=ticks, diverging=value != "kl", hover=_tokens(table, ticks))
+    return figure.update_layout(xaxis_tickangle=-45)
 
 
-def by_head(cells: pd.DataFrame, value: str) -> bytes:
+def by_head(cells: pd.DataFrame, value: str) -> Any:
     """Layers by heads."""
     means = cells.groupby(["layer", "head", "position"])[value].mean()
     best = means.groupby(["layer", "head"]).agg(lambda v: v.loc[v.abs().idxmax()] if v.notna().any() else float("nan"))
     table = best.unstack("head").sort_index(ascending=False)
-    return grid(table, None, [str(k) for k in table.columns], "head", value, diverging=value != "kl")
+    return grid(table, value, "head", diverging=value != "kl")
 
 
-def against(cells: pd.DataFrame) -> bytes:
+def against(cells: pd.DataFrame) -> Any:
     """The first-order change of each cell against the exact one."""
-    figure, axis = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
-    for k, (component, table) in enumerate(cells.groupby("component", sort=False)):
-        axis.scatter(table["attribution"], table["exact"], s=10, color=COLOURS[k % len(COLOURS)], linewidth=0, label=str(component))
-    axis.axline((0, 0), slope=1, color="#9aa2ad", linewidth=1, linestyle=":")
-    axis.set(xlabel="attribution", ylabel="exact change")
-    axis.legend(frameon=False, fontsize=7)
-    return png(figure)
+    by = cells.groupby("component", sort=False)
+    traces = [dots(table["attribution"], table["exact"], name, k) for k, (name, table) in enumerate(by)]
+    every = cells[["attribution", "exact"]].to_numpy(float)
+    axes = {"xaxis": {"title": {"text": "attribution"}}, "yaxis": {"title": {"text": "exact change"}}}
+    return figure_of([diagonal(np.nanmin(every), np.nanmax(every)), *traces], 420, **axes)
 
 
-def components(table: pd.DataFrame) -> bytes:
+def components(table: pd.DataFrame) -> Any:
     """Contributions by layer: one bar per component, heads added up."""
     means = table.assign(part=table["component"].replace({"head": "attention", "attention_bias": "attention"}))
     runs = means.groupby(["sample", "position"]).ngroups
     sums = means.groupby(["part", "layer"], dropna=False)["contribution"].sum() / runs
-    figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    parts = list(dict.fromkeys(means["part"]))
-    layers = sorted(means["layer"].dropna().unique())
-    for k, part in enumerate(parts):
+    traces = []
+    for k, part in enumerate(dict.fromkeys(means["part"])):
         own = sums[part]
-        at = [-1 if pd.isna(layer) else layers.index(layer) for layer in own.index]
-        shift = (k - len(parts) / 2) * 0.8 / len(parts)
-        axis.bar([x + shift for x in at], own, 0.8 / len(parts), color=COLOURS[k % len(COLOURS)], label=part)
-    axis.axhline(0, color="#9aa2ad", linewidth=0.8)
-    axis.set_xticks(range(-1, len(layers)), ["none", *map(str, layers)])
-    axis.set(xlabel="layer", ylabel="contribution to the logit")
-    axis.legend(frameon=False, fontsize=7)
-    return png(figure)
+        at = ["none" if pd.isna(layer) else str(layer) for layer in own.index]
+        traces.append({"type": "bar", "x": at, "y": own.to_numpy(), "name": text(part), "marker": {"color": colour(k)}})
+    layers = ["none", *map(str, sorted(means["layer"].dropna().unique()))]
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": layers, "title": {"text": "layer"}}
+    return figure_of(traces, 380, xaxis=axis, yaxis={"title": {"text": "contribution to the logit"}}, barmode="group")
 
 
 def _ticks(cells: pd.DataFrame, positions: list[int]) -> list[str]:
@@ -91,3 +85,16 @@ def _ticks(cells: pd.DataFrame, positions: list[int]) -> list[str]:
     first = cells[cells["pair"] == cells["pair"].iloc[0]].drop_duplicates("position").set_index("position")
     pairs = [(first.loc[k, "clean"], first.loc[k, "corrupt"]) if k in first.index else (k, k) for k in positions]
     return [shown(a) if a == b else f"{shown(a)}/{shown(b)}" for a, b in pairs]
+
+
+def _tokens(table: pd.DataFrame, ticks: list[str]) -> pd.DataFrame:
+    return pd.DataFrame([ticks] * len(table), table.index, table.columns)
+
+
+_WHAT = {
+    "attribution": "Change of the metric to first order",
+    "recovered": "Part of the logit difference that a patch recovers",
+    "kl": "KL from the run that the states are from, in nats,",
+}
+_MEAN = "mean over pairs. Positions are named by the tokens of the first pair, clean/corrupt where they differ."
+_COMPONENTS = "With the scale of the final norm frozen; means over prompts and positions. None: the embeddings."

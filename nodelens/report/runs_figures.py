@@ -1,12 +1,16 @@
-"""Figures over many runs: values against settings, and the modules of several networks side by side."""
+"""Plots over many runs: values against settings, ranks across seeds, and the modules of several networks side by side."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from .figures import COLOURS, plt, png, short
+from .charts import grid, line, spread
+from .plot import Plot, figure_of, menu, names_axis, short, text
+
+_LAYERS, _SETTINGS, _METRICS = 12, 6, 24  # in one figure
 
 
 def intervals(values: pd.Series) -> tuple[float, float]:
@@ -18,67 +22,105 @@ def intervals(values: pd.Series) -> tuple[float, float]:
     return float(finite.mean()), float(t.ppf(0.975, n - 1) * finite.std(ddof=1) / np.sqrt(n))
 
 
-def against_settings(frame: pd.DataFrame, value: str, settings: Sequence[str], lines: str | None, base: pd.DataFrame) -> bytes:
-    """One panel per setting: the mean of a value over the runs at each choice, with its 95 % interval; one line per ``lines``.
+def against_settings(
+    frame: pd.DataFrame, values: Sequence[str], settings: Sequence[str], lines: str | None, base: pd.DataFrame
+) -> Plot:
+    """The mean of each value over the runs at each choice of each setting, with 95 % intervals; menus choose value and setting.
 
-    base: a boolean frame, whether a row has the usual choice of each setting. A panel shows the rows that have it in all others.
+    lines: a column with one line per value, such as the layer. base: a boolean frame, whether a row has the usual choice of each
+    setting; a setting is shown for the rows that have it in all others.
     """
-    figure, axes = plt.subplots(
-        1, len(settings), figsize=(3.4 * len(settings) + 1.2, 3.2), squeeze=False, sharey=True, layout="constrained"
+    values, settings = list(values)[:_METRICS], list(settings)[:_SETTINGS]
+    names = spread(list(dict.fromkeys(frame[lines])), _LAYERS) if lines else [""]
+    traces: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    labels: list[str] = []
+    layouts, shown = [], []
+    for value in values:
+        for setting in settings:
+            first = len(traces)
+            inside = frame[base.drop(columns=setting).all(axis=1)]
+            choices = sorted(inside[setting].dropna().unique(), key=lambda choice: (isinstance(choice, str), choice))
+            for k, name in enumerate(names):
+                own = inside[inside[lines] == name] if lines else inside
+                found = [intervals(own.loc[own[setting] == choice, value]) for choice in choices]
+                mean, reach = np.array(found, dtype=float).reshape(-1, 2).T
+                place = np.arange(len(choices)) + 0.04 * (k - (len(names) - 1) / 2)
+                traces.append(line(place, mean, name or value, k, reach, visible=not labels))
+                about = {"value": value, "setting": setting, lines or "of": name or "run"}
+                rows += [
+                    about | {"choice": str(c), "mean": m, "half_width": h} for c, m, h in zip(choices, mean, reach, strict=True)
+                ]
+            labels.append(f"{value} by {_brief(setting)}" if len(values) > 1 else _brief(setting))
+            words = [f"{c:g}" if isinstance(c, (int, float)) else short(c, 16) for c in choices]
+            layouts.append((names_axis(words, _brief(setting)), value, first, len(traces)))
+    for _, _, first, last in layouts:
+        shown.append([first <= k < last for k in range(len(traces))])
+    changes = [{"xaxis": axis | {"automargin": True}, "yaxis.title.text": text(value)} for axis, value, _, _ in layouts]
+    menus = [menu(labels, shown, changes) | {"name": "show"}] if len(labels) > 1 else []
+    axes = {"xaxis": layouts[0][0], "yaxis": {"title": {"text": text(values[0])}}}
+    figure = figure_of(traces, 400, **axes, updatemenus=menus, showlegend=lines is not None)
+    name = "metrics" if len(values) > 1 else values[0]
+    return Plot(
+        name, f"{'Metrics' if len(values) > 1 else values[0].capitalize()} against the settings", MEANS, figure, pd.DataFrame(rows)
     )
-    names = list(dict.fromkeys(frame[lines])) if lines else [value]
-    for axis, setting in zip(axes.flat, settings, strict=True):
-        shown = frame[base.drop(columns=setting).all(axis=1)]
-        choices = sorted(shown[setting].dropna().unique(), key=lambda choice: (isinstance(choice, str), choice))
-        for k, name in enumerate(names):
-            rows = shown[shown[lines] == name] if lines else shown
-            found = [intervals(rows.loc[rows[setting] == choice, value]) for choice in choices]
-            place = np.arange(len(choices)) + 0.06 * (k - (len(names) - 1) / 2)
-            mean, reach = np.array(found, dtype=float).reshape(-1, 2).T
-            axis.errorbar(place, mean, yerr=np.nan_to_num(reach), fmt="-o", markersize=3.5, capsize=2, color=_colour(k), label=name)
-        axis.set_xticks(range(len(choices)), [f"{c:g}" if isinstance(c, (int, float)) else short(str(c), 16) for c in choices])
-        axis.set_xlabel(setting.removeprefix("trained_by.").removeprefix("model."))
-    axes.flat[0].set_ylabel(value)
-    if lines:
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    return png(figure)
 
 
-def squares(mean: pd.DataFrame, chance: pd.DataFrame | None, label: str) -> bytes:
-    """A symmetric table as coloured squares, with the value by chance below each value."""
-    size = 1.6 + 0.75 * len(mean)
-    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
-    image = axis.imshow(mean.to_numpy(float), vmin=0, vmax=1, cmap="viridis")
-    axis.set_xticks(range(len(mean)), mean.columns, rotation=45, ha="right")
-    axis.set_yticks(range(len(mean)), mean.index)
-    for i, j in np.ndindex(mean.shape):
-        value = mean.iat[i, j]
-        if np.isfinite(value):
-            by_chance = "" if chance is None or not np.isfinite(chance.iat[i, j]) else f"\n({chance.iat[i, j]:.2f})"
-            colour = "white" if value < 0.6 else "black"
-            axis.text(j, i, f"{value:.2f}{by_chance}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, label=label, shrink=0.7)
-    return png(figure)
+def rank_stability(frame: pd.DataFrame, metrics: Sequence[str], groups: Sequence[str], of: str) -> pd.DataFrame:
+    """Mean Spearman correlation between runs that differ in the seed alone: metrics as columns, one row per layer or ``all``.
+
+    frame: one row per run and item. groups: columns in which the compared runs are equal; of: ``unit`` compares the units of each
+    layer, which have to be of the same network; ``layer`` compares the layers by their means.
+    """
+    found: dict[Any, dict[str, list[float]]] = {}
+    for _, rows in frame.groupby(list(groups), sort=False, dropna=False) if groups else [((), frame)]:
+        for layer, own in rows.groupby("layer", sort=False) if of == "unit" else [("all", rows)]:
+            for metric in metrics:
+                table = own.pivot_table(index=of, columns="run", values=metric, sort=False)
+                found.setdefault(layer, {}).setdefault(metric, []).append(_mean_correlation(table))
+    with np.errstate(all="ignore"):
+        means = {layer: {m: _mean(values) for m, values in by.items()} for layer, by in found.items()}
+    return pd.DataFrame(means).T.rename_axis("layer")
 
 
-def sorted_matrices(panels: Sequence[tuple[str, np.ndarray, np.ndarray]], across: int) -> bytes:
-    """Absolute associations of units, sorted by module; panels: title, (units, units), (units,) number of the module or NaN."""
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(2.3 * across, 2.5 * down), squeeze=False, layout="constrained")
-    for axis, (title, matrix, modules) in zip(axes.flat, panels, strict=False):
-        order = np.argsort(np.nan_to_num(modules.astype(float), nan=np.inf), kind="stable")
-        shown = np.abs(matrix[np.ix_(order, order)])
-        np.fill_diagonal(shown, 0)
-        axis.imshow(shown, cmap="magma", vmin=0, vmax=np.nanquantile(shown, 0.99) or 1)
-        for edge in np.flatnonzero(np.diff(np.nan_to_num(modules[order].astype(float), nan=-1))):
-            axis.axhline(edge + 0.5, color="white", linewidth=0.5)
-            axis.axvline(edge + 0.5, color="white", linewidth=0.5)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=7)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
-    return png(figure)
+def stability(table: pd.DataFrame, of: str) -> Plot:
+    """Ranks across seeds, as a heatmap."""
+    words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") if table.shape[1] <= 24 else None
+    figure = grid(table, "Spearman correlation", words=words, limits=(-1, 1), diverging=True)
+    figure.update_layout(xaxis_tickangle=-45)
+    return Plot("ranks", f"Do other seeds rank the {of}s alike?", _RANKS[of], figure, table)
 
 
-def _colour(k: int) -> str:
-    return COLOURS[k % len(COLOURS)]
+def _mean_correlation(table: pd.DataFrame) -> float:
+    """Mean Spearman correlation over pairs of columns; NaN for one column, and where none varies."""
+    known = table.dropna(axis=1, how="all").dropna()
+    if known.shape[1] < 2 or len(known) < 2:
+        return float("nan")
+    ranks = known.rank().to_numpy()
+    ranks = ranks[:, ranks.std(0) > 0]
+    if ranks.shape[1] < 2:
+        return float("nan")
+    matrix = np.corrcoef(ranks.T)
+    return float(matrix[np.triu_indices(len(matrix), 1)].mean())
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value == value]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _brief(setting: str) -> str:
+    return setting.removeprefix("trained_by.").removeprefix("model.")
+
+
+MEANS = "Means over runs with 95 % intervals (Student's t); the other settings have their most frequent choice."
+_RANKS = {
+    "unit": (
+        "Mean Spearman correlation of the units' values between runs on the same weights that differ in the seed alone. 1: same "
+        "order."
+    ),
+    "layer": (
+        "Mean Spearman correlation of the layers' means between runs that differ in the seed alone. Networks trained with other "
+        "seeds have other units, so layers are compared, not units."
+    ),
+}

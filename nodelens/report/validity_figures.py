@@ -1,4 +1,4 @@
-"""Figures of the analysis ``validity``, drawn from its tables."""
+"""Plots of the analysis ``validity``, made from its tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,80 +10,74 @@ from nodelens.analysis.supernodes.agreement import MEAN, POOLED
 from nodelens.analysis.validity.validity_analysis import RANDOM, TRUTH
 from nodelens.results.findings import Findings
 
-from .figures import COLOURS, plt, png
+from .charts import at, band, diagonal, dots, line
+from .plot import GREY, Plot, figure_of, rows_axis, rows_height, text
 
-_GREY = "#9aa2ad"
-_MOST = 40  # metrics in one figure: the best and the worst
+_MOST = 60  # metrics in one figure: the best and the worst
 
 
-def figures_of(found: Findings) -> Iterator[tuple[str, bytes, str]]:
-    """Name, picture and caption of each figure."""
+def figures_of(found: Findings) -> Iterator[Plot]:
+    """The plots of an analysis."""
     if len(found["ranking"]):
-        yield (
-            "ranking",
-            ranking(found),
-            "Spearman correlation of each metric with the change of the loss when a unit is removed, over all units, with its 95 % "
-            "bootstrap interval. Grey dots are single layers.",
-        )
+        yield Plot("ranking", "Which metric predicts the damage of a removal?", _RANKING, ranking(found), found["ranking"])
     if len(found["growing"]):
-        yield (
-            "growing",
-            growing(found["growing"]),
-            "Change of the loss when growing shares of the units of each layer are removed, lowest score first. The band spans the "
-            "random orders.",
-        )
+        figure = growing(found["growing"])
+        yield Plot("growing", "Which order of removal hurts least?", _GROWING, figure, found["growing"])
     if len(found["pairs"]):
-        yield (
-            "pairs",
-            pairs(found["pairs"]),
-            "Damage of pairs of units of one layer against the sum of the damage of each; bars are two standard errors of the "
-            "difference. On the line units do not interact.",
-        )
+        yield Plot("interaction", "Do pairs of units interact?", _PAIRS, pairs(found["pairs"]), found["pairs"])
 
 
-def ranking(found: Findings) -> bytes:
+def ranking(found: Findings) -> Any:
     """Correlation with the damage, one row per metric, the best on top."""
     table = found["ranking"].dropna(subset="spearman")
     table = table if len(table) <= _MOST else pd.concat([table.head(_MOST // 2), table.tail(_MOST // 2)])
-    place = np.arange(len(table))
-    figure, axis = plt.subplots(figsize=(5.8, 1.0 + 0.21 * len(table)), layout="constrained")
-    axis.axvline(0, color=_GREY, linewidth=1, linestyle=":")
+    where = {metric: k for k, metric in enumerate(table.index)}
     layers = found["agreement"]
     layers = layers[~layers["layer"].isin([POOLED, MEAN]) & layers["metric"].isin(table.index)]
-    at = {metric: k for k, metric in enumerate(table.index)}
-    axis.scatter(layers["spearman"], layers["metric"].map(at), s=7, color=_GREY, linewidth=0)
-    reach = np.stack([table["spearman"] - table["low"], table["high"] - table["spearman"]]).clip(0)
-    axis.errorbar(table["spearman"], place, xerr=reach, fmt="o", markersize=3.5, color=COLOURS[0], capsize=2, linewidth=1)
-    axis.set_yticks(place, table.index)
-    axis.set_xlabel("Spearman correlation with the damage")
-    axis.invert_yaxis()
-    return png(figure)
+    hover: dict[str, Any] = {
+        "text": [text(layer) for layer in layers["layer"]],
+        "hovertemplate": "%{text}<br>%{x:.3f}<extra></extra>",
+    }
+    single = dots(layers["spearman"], layers["metric"].map(where), "single layers", marker={"color": GREY, "size": 5}, **hover)
+    mean = dots(table["spearman"], np.arange(len(table)), "all units, 95 %", marker={"size": 7})
+    low, high = ((table["spearman"] - table[side]).abs().fillna(0) for side in ("low", "high"))
+    mean["error_x"] = {"array": high, "arrayminus": low, "symmetric": False, "thickness": 1, "width": 2}
+    axis = {"title": {"text": "Spearman correlation with the damage"}}
+    height = rows_height(len(table), 20, most=1400)
+    return figure_of([single, mean], height, xaxis=axis, yaxis=rows_axis(list(table.index)), shapes=[at(0)])
 
 
-def growing(table: pd.DataFrame) -> bytes:
+def growing(table: pd.DataFrame) -> Any:
     """Damage against the share removed, one line per order; the random orders as a band."""
-    figure, axis = plt.subplots(figsize=(5.8, 3.6), layout="constrained")
+    traces = []
     drawn = table[table["order"] == RANDOM].groupby("share")["damage"]
     if drawn.ngroups:
-        band = drawn.agg(["min", "mean", "max"])
-        axis.fill_between(100 * band.index, band["min"], band["max"], color=_GREY, alpha=0.35, linewidth=0)
-        axis.plot(100 * band.index, band["mean"], color=_GREY, label="random")
+        found = drawn.agg(["min", "mean", "max"])
+        traces.append(band(100 * found.index, found["min"], found["max"], "random, range"))
+        traces.append(line(100 * found.index, found["mean"], "random", line={"color": GREY}, marker={"color": GREY, "size": 4}))
     for k, (order, rows) in enumerate(table[table["order"] != RANDOM].groupby("order", sort=False)):
-        style: dict[str, Any] = (
-            {"color": "#1c1f24", "linestyle": "--"} if order == TRUTH else {"color": COLOURS[(k - 1) % len(COLOURS)]}
-        )
-        axis.errorbar(100 * rows["share"], rows["damage"], yerr=rows["damage_se"], capsize=2, linewidth=1, label=order, **style)
-    axis.set(xlabel="share of the units of each layer that are removed, %", ylabel="change of the loss")
-    figure.legend(fontsize=7, frameon=False, loc="outside right upper")
-    return png(figure)
+        traces.append(line(100 * rows["share"], rows["damage"], order, k, rows["damage_se"]))
+        if order == TRUTH:
+            traces[-1]["line"] = traces[-1]["line"] | {"dash": "dash", "width": 2.5}
+    axes = {"xaxis": {"title": {"text": "share of the units of each layer that are removed, %"}}}
+    return figure_of(traces, 440, **axes, yaxis={"title": {"text": "change of the loss"}})
 
 
-def pairs(table: pd.DataFrame) -> bytes:
+def pairs(table: pd.DataFrame) -> Any:
     """Damage of both units of a pair against the sum of that of each."""
-    figure, axis = plt.subplots(figsize=(4.4, 4.0), layout="constrained")
-    ends = [min(table["alone"].min(), table["damage"].min()), max(table["alone"].max(), table["damage"].max())]
-    axis.plot(ends, ends, color=_GREY, linewidth=1, linestyle=":")
-    error = 2 * table["interaction_se"].fillna(0)
-    axis.errorbar(table["alone"], table["damage"], yerr=error, fmt="o", markersize=3, linewidth=0.8, color=COLOURS[0])
-    axis.set(xlabel="sum of the damage of each", ylabel="damage of both")
-    return png(figure)
+    both = table[["alone", "damage"]].to_numpy(float)
+    dot = dots(table["alone"], table["damage"], "pairs", showlegend=False)
+    dot["error_y"] = {"array": 2 * table["interaction_se"].fillna(0), "thickness": 1, "width": 0}
+    axes = {"xaxis": {"title": {"text": "sum of the damage of each"}}, "yaxis": {"title": {"text": "damage of both"}}}
+    return figure_of([diagonal(np.nanmin(both), np.nanmax(both)), dot], 420, **axes)
+
+
+_RANKING = (
+    "Spearman correlation of each metric with the change of the loss when a unit is removed, over all units, with its 95 % "
+    "bootstrap interval. Grey dots are single layers."
+)
+_GROWING = (
+    "Change of the loss when growing shares of the units of each layer are removed, lowest score first. The band spans the random "
+    "orders."
+)
+_PAIRS = "One dot per pair; bars are two standard errors of the difference. On the dotted line units do not interact."

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Findings:
     def summary(self) -> str:
         """The main findings, one line each."""
         return "\n".join(self.lines)
+
+    def plot(self, name: str | None = None) -> Any:
+        """One of its figures, interactive, by plotly; None: the first. Raises ValueError for another name, which lists them."""
+        found: Any = import_module("nodelens.report.notebook").chosen(self, name)  # a room that may import this one
+        return found
 
     def __repr__(self) -> str:
         return f"Findings of {self.kind}: {self.summary()}"

@@ -1,11 +1,15 @@
 """Logging of results to experiment loggers: scalars and tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .result import Result, values_of
+
+_ROWS = 200_000  # of a table
 
 
 def scalars(result: Result) -> dict[str, float]:
@@ -22,24 +26,62 @@ def scalars(result: Result) -> dict[str, float]:
     return {name: value for name, value in found.items() if value == value}
 
 
-def log_result(loggers: Iterable[Any], result: Result, summary: dict[str, float] | None = None) -> None:
-    """Logs final scalars to every logger, and tables to loggers that accept them (W&B)."""
+def histograms(result: Result, most: int = 1000) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """``histograms/<layer>/<metric>``: counts (32,) and edges (33,) of a metric's finite values over the units of a layer.
+
+    Of the first metrics only, if there were more than ``most`` histograms.
+    """
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    layers = list(result.units.groupby(level="layer", sort=False))
+    for metric in values_of(result.units)[: most // max(1, len(layers))]:
+        for layer, rows in layers:
+            values = rows[metric].to_numpy(dtype=float)
+            if len(finite := values[np.isfinite(values)]) and np.isfinite(np.ptp(finite)):
+                found[f"histograms/{layer}/{metric}"] = np.histogram(finite, 32)
+    return found
+
+
+def log_result(loggers: Iterable[Any], result: Result, summary: Mapping[str, float] | None = None) -> None:
+    """Logs final scalars to every logger, and tables and histograms to loggers that accept them (W&B)."""
     for logger in loggers:
-        logger.log_metrics(scalars(result) | (summary or {}))
-        if hasattr(logger, "log_table"):
-            logger.log_table("units", dataframe=result.units.reset_index())
-            logger.log_table("layers", dataframe=result.layers.reset_index())
-            if len(result.edges):
-                logger.log_table("edges", dataframe=result.edges.reset_index())
+        logger.log_metrics(scalars(result) | dict(summary or {}))
+        tables = {"units": result.units, "layers": result.layers, "edges": result.edges}
+        log_tables([logger], "", {name: table.reset_index() for name, table in tables.items() if len(table)})
+        if hasattr(logger, "log_histograms"):
+            logger.log_histograms(histograms(result), {})
+
+
+def log_run(
+    loggers: Iterable[Any],
+    folder: Path,
+    checkpoint: str | None,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    figures: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Logs the rest of a finished run: its config, and to W&B where its weights are from, its figures, files and summary.
+
+    figures: gives {name: plotly figure}; called only if a logger shows them.
+    """
+    for logger in loggers:
+        logger.log_hyperparams(dict(config))
+        if hasattr(logger, "log_files"):
+            logger.use_checkpoint(checkpoint)
+            logger.log_figures(figures())
+            results = [*sorted(folder.glob("*.parquet")), folder / "metadata.json", folder / "epochs"]
+            logger.log_files("results", results, ["latest"])
+            logger.log_files("pruned", [folder / "pruned"], ["pruned", "latest"])
+            logger.log_summary(summary)
 
 
 def log_tables(loggers: Iterable[Any], prefix: str, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Logs tables as ``<prefix>/<name>`` to the loggers that accept them."""
+    """Logs tables as ``<prefix>/<name>`` to the loggers that accept them, at most 200,000 rows, which is what W&B shows."""
     for logger in loggers:
         for name, table in tables.items():
             if hasattr(logger, "log_table") and len(table):
-                plain = table.astype(object).where(table.notna(), None)  # None for missing values
-                logger.log_table(f"{prefix}/{name}", dataframe=plain)
+                first = table.head(_ROWS)
+                plain = first.astype(object).where(first.notna(), None)  # None for missing values
+                logger.log_table(f"{prefix}/{name}" if prefix else name, dataframe=plain)
 
 
 def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, float]) -> None:
@@ -52,8 +94,7 @@ def log_sweep(loggers: Iterable[Any], table: pd.DataFrame, dense: dict[str, floa
             names = ["/".join(key) if isinstance(key, tuple) else str(key) for key in means.index]
             curve = {f"prune/{name}/{measure}": float(value) for name, value in zip(names, means, strict=True)}
             logger.log_metrics(curve | {"prune/amount": float(amount)}, step=round(100 * float(amount)))
-        if hasattr(logger, "log_table"):
-            logger.log_table("sweep", dataframe=table.astype(object).where(table.notna(), None))  # None for missing values
+        log_tables([logger], "", {"sweep": table})
 
 
 def _varied(table: pd.DataFrame) -> list[str]:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .validate import check_matrices, check_metadata, check_sizes, check_table
 
 SCHEMA = 1
 BESIDE = ("_se", "_bias", "_null", "_p")  # suffixes of columns that accompany a metric
+_INDEX = {"units": ("layer", "unit"), "layers": ("layer",), "edges": ("layer", "next")}
 _PACKAGES = ("nodelens", "torch", "lightning", "hydra-core", "transformers", "datasets", "numpy", "pandas")
 
 
@@ -88,6 +90,16 @@ class Result:
             return pd.DataFrame({"low": value / factor, "high": value * factor})
         return pd.DataFrame({"low": value - reach, "high": value + reach})
 
+    def plot(self, kind: str = "overview", **options: Any) -> Any:
+        """An interactive plotly figure, as on the page of a run; ``nl.export`` writes it as PNG, SVG or PDF with its data.
+
+        kind: ``overview``, ``units``, ``agreement``, ``layers``, ``pairs``, ``network``; ``scatter`` with x, y and layer; or an
+        analysis and one of its figures, such as ``clusters.composition``. options: metric= chooses the metric of units, layers and
+        pairs. Raises ValueError for what this result does not have.
+        """
+        found: Any = import_module("nodelens.report.notebook").plot(self, kind, **options)  # a room that may import this one
+        return found
+
     def summary(self) -> str:
         """What is there, in a few lines: layers, units, samples, metrics, matrices and values without an answer."""
         samples, missing = self.metadata.get("samples"), self.metadata.get("missing") or []
@@ -125,6 +137,22 @@ def load(folder: str | Path) -> Result:
     that another version wrote.
     """
     folder = Path(folder)
+    metadata = read_metadata(folder)
+    matrices: dict[tuple[str, str], np.ndarray] = {}
+    if is_there(folder / "matrices.safetensors"):
+        with reading(folder / "matrices.safetensors") as path:
+            arrays = load_file(str(path))
+        check_matrices(folder / "matrices.safetensors", arrays)
+        for key, array in arrays.items():
+            layer, name = key.rsplit("::", 1)
+            matrices[layer, name] = array
+    units, layers, edges = (read_table(folder, kind, metadata) for kind in _INDEX)
+    check_sizes(folder / "units.parquet", units, layers)
+    return Result(units, layers, matrices, metadata, edges)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of a finished run. Raises as ``load``."""
     if not (folder / "metadata.json").is_file():
         raise FileNotFoundError(f"{folder} has no finished run: metadata.json is missing")
     metadata = read_json(checked(folder / "metadata.json"))
@@ -135,21 +163,14 @@ def load(folder: str | Path) -> Result:
             "the version that wrote it, or run the analysis again"
         )
     check_metadata(folder / "metadata.json", metadata)
-    matrices: dict[tuple[str, str], np.ndarray] = {}
-    if is_there(folder / "matrices.safetensors"):
-        with reading(folder / "matrices.safetensors") as path:
-            arrays = load_file(str(path))
-        check_matrices(folder / "matrices.safetensors", arrays)
-        for key, array in arrays.items():
-            layer, name = key.rsplit("::", 1)
-            matrices[layer, name] = array
-    names = metadata.get("metrics") or {}
-    units = _table(folder / "units.parquet", ("layer", "unit"), names)
-    layers = _table(folder / "layers.parquet", ("layer",), names)
-    check_sizes(folder / "units.parquet", units, layers)
-    there = is_there(folder / "edges.parquet")
-    edges = _table(folder / "edges.parquet", ("layer", "next"), names) if there else pd.DataFrame()
-    return Result(units, layers, matrices, metadata, edges)
+    return metadata
+
+
+def read_table(folder: Path, kind: str, metadata: Mapping[str, Any]) -> pd.DataFrame:
+    """One table of a finished run: units, layers, or edges, which is empty where there are none. Raises as ``load``."""
+    if kind == "edges" and not is_there(folder / "edges.parquet"):
+        return pd.DataFrame()
+    return _table(folder / f"{kind}.parquet", _INDEX[kind], metadata.get("metrics") or {})
 
 
 def _table(file: Path, index: Sequence[str], metrics: Mapping[str, Any]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import pandas as pd
 from nodelens.messages import kind_of
 
 from .files import reading
-from .result import Result, flatten, load
+from .result import flatten, read_metadata, read_table
 
 KINDS = ("units", "layers", "edges", "sweep")
 _OF_ANALYSIS = re.compile(r"\w+\.\w+")
@@ -72,21 +72,21 @@ def _named(about: dict[tuple[str, str], Any], taken: set[str]) -> dict[str, tupl
 def _read(folder: Path, rows: str) -> tuple[pd.DataFrame, dict[tuple[str, str], Any]] | None:
     """The rows of a run, and its configuration and scores; None, with a warning, for a run that cannot be read."""
     try:
-        result = load(folder)
-        table = _table(folder, result, rows)
+        metadata = read_metadata(folder)
+        table = _table(folder, metadata, rows)
     except (OSError, ValueError) as error:
         warnings.warn(f"{folder} is left out: {error}", stacklevel=3)
         return None
-    about = {("config", k): v for k, v in flatten(result.metadata.get("config") or {}).items()}
-    trained_by = (result.metadata.get("weights") or {}).get("trained_by") or {}
+    about = {("config", k): v for k, v in flatten(metadata.get("config") or {}).items()}
+    trained_by = (metadata.get("weights") or {}).get("trained_by") or {}
     about |= {("trained_by", f"trained_by.{k}"): v for k, v in flatten(trained_by).items() if not k.startswith("paths.")}
-    about |= {("evaluation", k): v for k, v in (result.metadata.get("evaluation") or {}).items() if k != "split"}
+    about |= {("evaluation", k): v for k, v in (metadata.get("evaluation") or {}).items() if k != "split"}
     return table, about
 
 
-def _table(folder: Path, result: Result, rows: str) -> pd.DataFrame:
+def _table(folder: Path, metadata: dict[str, Any], rows: str) -> pd.DataFrame:
     if rows in ("units", "layers", "edges"):
-        return getattr(result, rows).reset_index()
+        return read_table(folder, rows, metadata).reset_index()
     analysis, _, table = rows.rpartition(".")
     with reading(folder / analysis / f"{table}.parquet") as path:
         return pd.read_parquet(path)

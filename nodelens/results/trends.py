@@ -32,7 +32,7 @@ def score_trends(folder: str | Path, columns: str | Sequence[str] | None = None,
     """
     if not 0 < top <= 1:
         raise ValueError(f"top is {top}; it is a share of the units of a layer, above 0 and at most 1")
-    tables = _tables(Path(folder))
+    tables = _several(Path(folder))
     chosen = _columns(tables, columns)
     epochs = np.array(list(tables), dtype=float)
     index = next(iter(tables.values())).index
@@ -47,14 +47,16 @@ def score_trends(folder: str | Path, columns: str | Sequence[str] | None = None,
     return Findings("trends", {"units": of_units, "ranks": of_ranks}, _lines(of_ranks, len(tables)), metadata={"top": top})
 
 
-def _tables(folder: Path) -> dict[int, pd.DataFrame]:
-    """{epoch: table of units}."""
+def epoch_tables(folder: str | Path) -> dict[int, pd.DataFrame]:
+    """{epoch: table of units} that ``callbacks=measure`` wrote for a training, or to its folder ``epochs``.
+
+    Raises FileNotFoundError without tables of epochs, and ValueError for tables of different units.
+    """
+    folder = Path(folder)
     place = folder / "epochs" if (folder / "epochs").is_dir() else folder
     files = {int(match[1]): path for path in sorted(place.glob("units_*.parquet")) if (match := _FILE.fullmatch(path.name))}
     if not files:
         raise FileNotFoundError(f"{place} has no tables of epochs (units_000.parquet and so on): train with callbacks=measure")
-    if len(files) < 2:
-        raise ValueError(f"{place} has one epoch: a trend needs two or more")
     tables = {}
     for epoch, path in sorted(files.items()):
         with reading(path) as file:
@@ -63,6 +65,15 @@ def _tables(folder: Path) -> dict[int, pd.DataFrame]:
     other = next((epoch for epoch, table in tables.items() if not table.index.equals(first)), None)
     if other is not None:
         raise ValueError(f"{files[other]} has other units than {files[next(iter(files))]}: give the epochs of one training")
+    return tables
+
+
+def _several(folder: Path) -> dict[int, pd.DataFrame]:
+    tables = epoch_tables(folder)
+    if len(tables) < 2:
+        raise ValueError(
+            f"{folder / 'epochs' if (folder / 'epochs').is_dir() else folder} has one epoch: a trend needs two or more"
+        )
     return tables
 
 

@@ -21,6 +21,7 @@ class Statistic:
     shifts: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()  # fields of which the larger value is kept, instead of the sum
     by_sample: ClassVar[str | None] = None  # the per-sample sums that it needs, besides the plain sum
+    by_row: ClassVar[tuple[str, ...]] = ()  # sums that it reads of whole rows, computed with those of the samples
     entries: ClassVar[bool] = False  # whether its rows are the inputs of each unit (patches of a convolution)
     takes_hashes: ClassVar[bool] = False  # whether ``of`` takes sample hashes
     merged: ClassVar[bool] = False  # whether ``+`` is not a field-by-field sum

@@ -10,7 +10,8 @@ from .base import Statistic
 from .gram import Gram
 from .linalg import exact_products, resolution
 from .moments import Moments
-from .rows import Rows, SampleSums
+from .rows import Rows
+from .sample_sums import SampleSums
 
 
 @dataclass(frozen=True, eq=False)

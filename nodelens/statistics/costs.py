@@ -1,6 +1,7 @@
 """The memory of each statistic, and which statistic contains another; used to plan a pass."""
 
 from .base import Statistic
+from .bins import BINS
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
 from .gram import Cross, Gram
 from .located import Located
@@ -11,7 +12,7 @@ from .pair import Cosines, NormedPair, Pair
 from .patches import PatchesByClass
 from .position_power import PositionPower
 from .products import Products
-from .quantiles import BINS, Quantiles
+from .quantiles import Quantiles
 from .sample import ROWS, Sample
 from .weight_sums import WeightSums
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 MI_CEILING = 1 - 1e-6  # largest rho^2 that float32 products resolve; 6.908 nats
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # a standard deviation below this share of the mean is rounding
+SMALLEST = 64  # units of a block of a product that is formed at once
 SOLVER = 1e-14  # of the largest eigenvalue: error of a float64 eigensolver
 
 
@@ -38,6 +39,35 @@ class _Exact(AbstractContextManager[None]):
 def exact_products() -> AbstractContextManager[None]:
     """Context for IEEE float32 products: no autocast, no TF32, no bfloat16."""
     return _Exact()
+
+
+def side_by_side(x: Tensor) -> bool:
+    """Whether rows, (samples, width, positions), are a matrix of units and rows without a copy."""
+    samples, _, positions = x.shape
+    return positions == 1 or x.stride(1) == 1 or samples == 1 or x.stride(0) == positions * x.stride(2)
+
+
+def by_unit(x: Tensor) -> Tensor:
+    """The same values as a matrix (width, samples x positions), a view if they lie side by side."""
+    width = x.shape[1]
+    if x.shape[2] == 1 or x.stride(1) == 1:
+        return x.transpose(1, 2).reshape(-1, width).T
+    return x.transpose(0, 1).reshape(width, -1)
+
+
+def gram_of_rows(a: Tensor) -> Tensor:
+    """A a' of a matrix (width, rows), (width, width), on a CPU in little more than half the operations of the whole product.
+
+    The diagonal blocks are divided again, and each block beside the diagonal is formed once.
+    """
+    width, half = len(a), len(a) // 2 // 16 * 16
+    if a.device.type != "cpu" or half < SMALLEST:
+        return a @ a.T
+    out = a.new_empty(width, width)
+    out[:half, :half], out[half:, half:] = gram_of_rows(a[:half]), gram_of_rows(a[half:])
+    torch.mm(a[:half], a[half:].T, out=out[:half, half:])
+    out[half:, :half] = out[:half, half:].T
+    return out
 
 
 def constant(variance: Tensor, mean: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .base import Statistic
 from .linalg import constant
-from .rows import Rows, SampleSums
+from .rows import Rows
+from .sample_sums import SampleSums
 
 _NOISE = 4 * torch.finfo(torch.float32).eps  # relative rounding error of a sum of squares
 

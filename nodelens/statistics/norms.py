@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import derived
 from .gram import Gram
-from .linalg import exact_products
+from .linalg import by_unit, exact_products, side_by_side
 from .moments import free
 from .rows import NARROW, Rows
 
@@ -17,6 +17,7 @@ from .rows import NARROW, Rows
 class NormedGram(Gram):
     """A Gram, and sums with the squared norm of each row, e = |x - shift|^2; the sum of e is the trace of ``outer``."""
 
+    by_row: ClassVar = ("norms",)
     skew: Tensor  # (d,)    float64  sum of e (x - shift)
     quartic: Tensor  # (1,)    float64  sum of e^2
 
@@ -64,6 +65,7 @@ class Directions(Gram):
     """A Gram of the rows scaled to unit norm, about zero. Rows of norm zero are left out."""
 
     shifts: ClassVar = ()  # always about zero
+    by_row: ClassVar = ("norms",)
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
@@ -84,11 +86,10 @@ def squared_norms(rows: Rows) -> Rows:
 def weighted_sum(rows: Rows, by: Rows) -> Tensor:
     """Sum of the rows about the shift, weighted by rows of width one, (width,) float64."""
     x = rows.x if rows.x.shape[1] > NARROW else rows.x.double()
-    _, width, positions = x.shape
     weights = by.x.to(x.dtype)
     with exact_products():
-        if positions == 1 or x.stride(1) == 1:
-            return (x.transpose(1, 2).reshape(-1, width).T @ weights.flatten()).double()
+        if side_by_side(x):
+            return (by_unit(x) @ weights.flatten()).double()
         return (x @ weights.transpose(1, 2)).sum((0, 2), dtype=torch.float64)
 
 
@@ -102,7 +103,7 @@ def directions(rows: Rows) -> Rows:
 
 def inverse_norms(rows: Rows) -> tuple[Tensor, Tensor | None]:
     """1 / norm of each row, not shifted, (samples, positions), and the mask of rows with a non-zero norm; None if all have."""
-    square = rows.raw.square().sum(1) if rows.shifted else rows.squared_norms
+    square = Rows(rows.raw, rows.keep, shifted=False).squared_norms if rows.shifted else rows.squared_norms
     nonzero = (square > 0) & square.isfinite()
     keep = nonzero if rows.keep is None else nonzero & rows.keep
     scale = square.where(nonzero, 1).rsqrt()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Statistic
+from .reductions import magnitude
 from .rows import Rows
 
 
@@ -26,7 +27,7 @@ class PositionPower(Statistic):
     def of(cls, x: Rows) -> Self:
         keep = x.mask()
         place = (keep.cumsum(1) - 1).clamp_min(0)  # (samples, positions)
-        power = x.magnitude.double().square()
+        power = magnitude(x.raw, x.keep).double().square()
         moved = torch.zeros_like(power).scatter_add_(2, place[:, None].expand_as(power), power).sum(0)
         count = torch.zeros_like(place).scatter_add_(1, place, keep.long()).sum(0)
         return cls(count, moved)

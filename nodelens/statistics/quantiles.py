@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 
 from .base import Statistic, derived
+from .bins import BINS, DROPPED, LOW
+from .reductions import add_bins
 from .rows import Rows
-
-DROPPED = 17  # low bits of the 23-bit float32 mantissa that a bin ignores: 64 bins per factor of two
-LOW = 0x322BCC77 >> DROPPED  # 1e-8
-HIGH = 0x4CBEBC20 >> DROPPED  # 1e8
-BINS = HIGH - LOW + 2  # the first bin counts values below 1e-8 as 0, the last also values above 1e8
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +17,7 @@ class Quantiles(Statistic):
     """Histogram of |x| of each unit, with bins from 1e-8 to 1e8, each 0.8 to 1.6 % wide, and the largest |x|."""
 
     maxima: ClassVar[tuple[str, ...]] = ("largest",)
+    by_row: ClassVar = ("largest",)
     n: Tensor  # (1,)      int64    rows
     counts: Tensor  # (d, BINS) int64    rows whose |x| lies in the bin
     largest: Tensor  # (d,)      float64  0 without rows
@@ -27,21 +25,14 @@ class Quantiles(Statistic):
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
-        width = rows.raw.shape[1]
-        counts = torch.bincount(_bin_places(rows), minlength=width * BINS).reshape(width, BINS)
-        counts[:, 0] -= rows.mask().numel() - rows.n  # masked rows were counted as zeros
-        return cls(rows.n, counts, _largest(rows))
+        counts = torch.zeros(rows.raw.shape[1], BINS, dtype=torch.int64, device=rows.raw.device)
+        add_bins(counts, rows.raw, rows.keep)
+        return cls(rows.n, counts, rows.largest)
 
     def add_rows_in_place(self, rows: Rows) -> bool:
-        """Adds the counts in place, value by value if there are fewer values than bins."""
-        places, counts = _bin_places(rows), self.counts.view(-1)
-        if len(places) < len(counts):
-            counts.scatter_add_(0, places.long(), torch.ones_like(self.n).expand(len(places)))
-        else:
-            counts.add_(torch.bincount(places, minlength=len(counts)))
-        self.counts[:, 0] -= rows.mask().numel() - rows.n
+        add_bins(self.counts, rows.raw, rows.keep)
         self.n.add_(rows.n)
-        torch.maximum(self.largest, _largest(rows), out=self.largest)
+        torch.maximum(self.largest, rows.largest, out=self.largest)
         return True
 
     def quantile(self, q: float) -> Tensor:
@@ -79,25 +70,6 @@ class Quantiles(Statistic):
         low, high = edges[bins[:, 0]], edges[bins[:, 0] + 1]
         value = (low + high) / 2 + along * (neighbours / count).clamp_max(1) * (high - low)
         return value.where(bins[:, 0] > 0, 0).minimum(self.largest)
-
-
-def _largest(rows: Rows) -> Tensor:
-    """The largest |x| of each unit, (d,) float64; 0 without rows."""
-    size = rows.magnitude
-    return size.amax((0, 2)).double() if size.shape[0] and size.shape[2] else size.new_zeros(size.shape[1]).double()
-
-
-def _bin_places(rows: Rows) -> Tensor:
-    """The flat index of the bin that counts each value, in a (units, BINS) table, int32."""
-    width = rows.raw.shape[1]
-    first = torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=rows.raw.device)[:, None]
-    return _bin(rows.magnitude).add_(first).flatten()
-
-
-def _bin(size: Tensor) -> Tensor:
-    """The bin of |x|, int32: the leading bits of a float32 are a piecewise linear logarithm."""
-    bits = size.float().contiguous().view(torch.int32)
-    return (bits >> DROPPED).sub_(LOW - 1).clamp_(0, BINS - 1)  # the shift is a copy
 
 
 def _edges(device: torch.device) -> Tensor:

@@ -1,16 +1,19 @@
 """Rows: the tensors seen at a site, in one layout, with the reductions from which all statistics are computed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .linalg import exact_products
+from .linalg import by_unit, exact_products, gram_of_rows, side_by_side
+from .reductions import reduce
+from .sample_sums import SampleSums
 
 FAR = 1.0  # means larger than this many standard deviations are subtracted before long float32 sums
+_POWERS = ("squares", "cubes", "fourths")
 NARROW = 32  # up to this many units a product is cheaper than reading its rows, so float64 is used
 
 
@@ -50,10 +53,39 @@ class Rows:
         """The rows of samples first..last-1, as views."""
         keep = None if self.keep is None else self.keep[first:last]
         part = Rows(self.raw[first:last], keep, self.shift, self.grid, self.shifted)
-        for name in ("x", "sample_sums"):  # slice cached values instead of recomputing them
-            if name in self.__dict__:
-                part.__dict__[name] = self.__dict__[name][first:last]
+        part.ready.update({name: t[first:last] for name, t in self.ready.items()})  # instead of computing them again
         return part
+
+    def prepared(self, wanted: Collection[str], samples: Tensor | None = None, copied: bool = False) -> "Rows":
+        """The same rows with sums that are computed together, as ``reduce`` names them.
+
+        samples, copied: as there; chosen samples are always copied.
+        """
+        if samples is None and not copied:
+            self.sums(*wanted)
+            return self
+        found = self._reduce(wanted, samples, copied=True)
+        keep = self.keep if self.keep is None or samples is None else self.keep[samples.to(self.keep.device)]
+        rows = Rows(found.pop("raw"), keep, self.shift, self.grid, self.shifted)
+        rows.ready.update(found)
+        return rows
+
+    @cached_property
+    def ready(self) -> dict[str, Tensor]:
+        """What was computed of these rows, by the names of ``reduce``."""
+        return {}
+
+    def sums(self, *wanted: str) -> list[Tensor]:
+        """What ``reduce`` returns under these names, computed at most once."""
+        missing = [name for name in wanted if name not in self.ready]
+        if missing:
+            self.ready.update({name: t for name, t in self._reduce(missing).items() if name != "raw"})
+        return [self.ready[name] for name in wanted]
+
+    def _reduce(self, wanted: Collection[str], samples: Tensor | None = None, copied: bool = False) -> dict[str, Tensor]:
+        if samples is None and "x" in self.ready and not {"absolutes", "nonzeros", "largest"} & {*wanted}:
+            return reduce(self.ready["x"], wanted=wanted)
+        return reduce(self.raw, self.keep, self.shift if self.shifted else None, wanted, samples, copied)
 
     def index(self, samples: Tensor) -> "Rows":
         """The rows of some samples, as copies."""
@@ -86,18 +118,19 @@ class Rows:
 
     def finite(self) -> "Rows":
         """The same rows with those masked that contain a NaN or an infinity."""
-        if self.x.device.type == "cpu" and math.isfinite(float(self.sample_sums.sum())):
+        if self.raw.device.type == "cpu" and math.isfinite(float(self.sample_sums.sum())):
             return self  # a non-finite value makes the sum non-finite; on a GPU the check would synchronise
         finite = self.raw.isfinite().all(1)
         return Rows(self.raw, finite if self.keep is None else self.keep & finite, self.shift, self.grid, self.shifted)
 
-    @cached_property
+    @property
     def x(self) -> Tensor:
         """Values about the shift, (samples, width, positions); 0 for masked rows."""
-        x = self.raw
-        if self.shifted:
-            x = x - self.shift.to(x.dtype)[:, None]
-        return x if self.keep is None else x.where(self.keep[:, None], 0)
+        x = self.ready.get("x")
+        if x is None:
+            x = self.raw - self.shift.to(self.raw.dtype)[:, None] if self.shifted else self.raw
+            x = self.ready["x"] = x if self.keep is None else x.where(self.keep[:, None], 0)
+        return x
 
     @cached_property
     def n(self) -> Tensor:
@@ -115,15 +148,15 @@ class Rows:
             return torch.full((samples, 1), positions, device=self.raw.device)
         return self.keep.sum(1, keepdim=True)
 
-    @cached_property
+    @property
     def sample_sums(self) -> Tensor:
         """Sums about the shift over the positions of each sample, (samples, width)."""
-        return self.x[:, :, 0] if self.x.shape[2] == 1 else self.x.sum(2)
+        return self.sums("sums")[0]
 
-    @cached_property
+    @property
     def squared_norms(self) -> Tensor:
         """Squared norm of each row about the shift, (samples, positions); 0 for masked rows."""
-        return self.x.square().sum(1)
+        return self.sums("norms")[0]
 
     @property
     def total(self) -> Tensor:
@@ -155,13 +188,10 @@ class Rows:
         z = x if other is self else other.x.to(x.dtype)
         (_, width, positions), other_width = x.shape, z.shape[1]
         with exact_products():
-            if positions == 1 or (x.stride(1) == 1 and z.stride(1) == 1):
-                flat = x.transpose(1, 2).reshape(-1, width)
-                return (flat.T @ (flat if z is x else z.transpose(1, 2).reshape(-1, other_width))).double()
-            if positions >= min(width, other_width):
+            if positions >= min(width, other_width) and not (side_by_side(x) and side_by_side(z)):
                 return x.new_zeros(width, other_width).addbmm_(x, z.transpose(1, 2)).double()
-            flat = x.transpose(0, 1).reshape(width, -1)
-            return (flat @ (flat if z is x else z.transpose(0, 1).reshape(other_width, -1)).T).double()
+            flat = by_unit(x)
+            return (gram_of_rows(flat) if z is x else flat @ by_unit(z).T).double()
 
     @property
     def mean(self) -> Tensor:
@@ -178,141 +208,46 @@ class Rows:
         beyond = (about.shift.square() > far**2 * variance) & (about.shift != 0)
         return about.shift.where(beyond.any(), 0)
 
-    @cached_property
-    def magnitude(self) -> Tensor:
-        """|value|, not shifted, (samples, width, positions); 0 for masked rows."""
-        size = self.raw.abs()
-        return size if self.keep is None else size.where(self.keep[:, None], 0)
-
     @property
     def absolute(self) -> Tensor:
         """Sum of |value|, (width,) float64."""
-        return self.magnitude.sum(2).sum(0, dtype=torch.float64)
+        return self.sums("absolutes")[0].sum(0, dtype=torch.float64)
 
     @property
     def nonzero(self) -> Tensor:
         """Number of non-zero values, (width,) int64."""
-        return self._nonzeros.sum(0, dtype=torch.float64).round().long()
+        return self.sums("nonzeros")[0].sum(0, dtype=torch.float64).round().long()
 
     @property
-    def _nonzeros(self) -> Tensor:
-        size = self.magnitude
-        if self.keep is None and size.device.type == "cpu" and size.numel() and float(size.amin()) > 0:
-            return size.new_full(size.shape[:2], size.shape[2])  # usual before an activation; saves one pass
-        return size.sign().sum(2)
+    def largest(self) -> Tensor:
+        """The largest |value|, (width,) float64; 0 without rows."""
+        (found,) = self.sums("largest")
+        return found.amax(0).double() if len(found) else found.new_zeros(found.shape[1]).double()
 
     def sample_means(self) -> "Rows":
         """One row per sample: the mean over its positions. A sample without valid positions is masked."""
         if self.raw.shape[2] == 1:
             return Rows(self.raw, self.keep, self.shift, (), self.shifted)
-        return self.by_sample().means()
+        return means_of(self.by_sample())
 
     def sample_totals(self) -> "Rows":
         """One row per sample: the sum over its positions."""
-        return self.by_sample().totals()
+        return totals_of(self.by_sample())
 
-    def by_sample(self, *more: str) -> "SampleSums":
-        """Sums over the positions of each sample; ``squares``, ``absolutes`` and ``nonzeros`` only if named.
-
-        ``fourths`` includes the third and second powers.
-        """
-        found: dict[str, Tensor] = {}
-        if "squares" in more or "fourths" in more:
-            found["squares"] = torch.linalg.vector_norm(self.x, dim=2).square()
-        if "fourths" in more:
-            square = self.x.square()
-            found["cubes"], found["fourths"] = (square * self.x).sum(2), torch.linalg.vector_norm(square, dim=2).square()
-        if "absolutes" in more or "nonzeros" in more:
-            found["absolutes"] = self.magnitude.sum(2)
-        if "nonzeros" in more:
-            found["nonzeros"] = self._nonzeros
+    def by_sample(self, *more: str) -> SampleSums:
+        """Sums over the positions of each sample, and those named, as in ``reduce``; ``fourths`` includes the lower powers."""
+        names = dict.fromkeys(name for each in more for name in (_POWERS if each == "fourths" else (each,)))
+        found = dict(zip(names, self.sums("sums", *names)[1:], strict=True))
         return SampleSums(self.counts, self.shift, self.sample_sums, self.keep is not None, **found)
 
 
-@dataclass(frozen=True, eq=False)
-class SampleSums:
-    """Sums over the positions of each sample, from which all statistics without products of units are computed.
-
-    Shapes: counts (samples, 1) int64, rows that count; shift (width,); each sum (samples, width) or None
-    """
-
-    counts: Tensor
-    shift: Tensor
-    sums: Tensor
-    masked: bool = False
-    squares: Tensor | None = None
-    absolutes: Tensor | None = None
-    nonzeros: Tensor | None = None
-    cubes: Tensor | None = None
-    fourths: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def tables(self) -> dict[str, Tensor]:
-        """All fields with one row per sample, by name; the inverse of ``of_tables``."""
-        names = ("counts", "sums", "squares", "absolutes", "nonzeros", "cubes", "fourths")
-        found = {name: getattr(self, name) for name in names}
-        return {name: table for name, table in found.items() if table is not None}
-
-    @classmethod
-    def of_tables(cls, tables: dict[str, Tensor], shift: Tensor, masked: bool = True) -> "SampleSums":
-        """Sums about a shift from the result of ``tables``."""
-        return cls(shift=shift, masked=masked, **tables)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "SampleSums":
-        """The same with a function applied to each table."""
-        return self.of_tables({k: change(t) for k, t in self.tables().items()}, self.shift, self.masked)
-
-    @classmethod
-    def cat(cls, parts: list["SampleSums"]) -> "SampleSums":
-        """Concatenate the samples of several parts about the same shift."""
-        if len(parts) == 1:
-            return parts[0]
-        every = [p.tables() for p in parts]
-        joined = {name: torch.cat([tables[name] for tables in every]) for name in every[0]}
-        return cls.of_tables(joined, parts[0].shift, any(p.masked for p in parts))
-
-    @property
-    def n(self) -> Tensor:
-        return self.counts.sum().reshape(1)
-
-    @property
-    def total(self) -> Tensor:
-        return self.sums.sum(0, dtype=torch.float64)
-
-    @property
-    def square(self) -> Tensor:
-        return _known(self.squares).sum(0, dtype=torch.float64)
-
-    @property
-    def cube(self) -> Tensor:
-        return _known(self.cubes).sum(0, dtype=torch.float64)
-
-    @property
-    def fourth(self) -> Tensor:
-        return _known(self.fourths).sum(0, dtype=torch.float64)
-
-    @property
-    def absolute(self) -> Tensor:
-        return _known(self.absolutes).sum(0, dtype=torch.float64)
-
-    @property
-    def nonzero(self) -> Tensor:
-        return _known(self.nonzeros).sum(0, dtype=torch.float64).round().long()
-
-    def means(self) -> Rows:
-        """One row per sample: its mean."""
-        x = self.sums / self.counts.clamp_min(1) + self.shift.to(self.sums.dtype)
-        return Rows(x[:, :, None], self.counts > 0 if self.masked else None, self.shift)
-
-    def totals(self) -> Rows:
-        """One row per sample: its sum."""
-        x = self.sums + (self.counts * self.shift).to(self.sums.dtype)
-        return Rows(x[:, :, None], self.counts > 0 if self.masked else None, torch.zeros_like(self.shift), (), False)
+def means_of(sums: SampleSums) -> Rows:
+    """One row per sample: its mean."""
+    x = sums.sums / sums.counts.clamp_min(1) + sums.shift.to(sums.sums.dtype)
+    return Rows(x[:, :, None], sums.counts > 0 if sums.masked else None, sums.shift)
 
 
-def _known(table: Tensor | None) -> Tensor:
-    if table is None:
-        raise ValueError("these per-sample sums were not computed: name them in by_sample()")
-    return table
+def totals_of(sums: SampleSums) -> Rows:
+    """One row per sample: its sum."""
+    x = sums.sums + (sums.counts * sums.shift).to(sums.sums.dtype)
+    return Rows(x[:, :, None], sums.counts > 0 if sums.masked else None, torch.zeros_like(sums.shift), (), False)

@@ -1,5 +1,6 @@
 """Lightning callbacks that measure units during training and record the test score."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
-from nodelens.results.files import write, write_json
+from nodelens.results.files import SUMS, write, write_json
 from nodelens.results.left_out import warn_of_rows
-from nodelens.results.loggers import close, log_result, scalars
+from nodelens.results.loggers import close, histograms, log_result, scalars
 from nodelens.results.result import Result
 from nodelens.statistics.processes import world
 
@@ -40,9 +41,11 @@ from .epoch_analyses import EpochAnalyses
 class Measure(Callback):
     """Measures the units every epoch and writes ``units_<epoch>.parquet`` and ``layers_<epoch>.parquet`` to a folder.
 
-    on: ``probe`` measures the calibration samples in eval mode after each epoch, the same rows every time; ``train`` measures the
-    training batches while the weights change. A checkpoint within an epoch has the sums so far, except for several processes: an
-    epoch within which their training was resumed is left out, with a warning. The measured module is ``module.net``.
+    on: ``probe`` measures the calibration samples in eval mode after each epoch, the same rows every time. Its sums are saved every
+    ``save_minutes`` and before a signal: a pass that was stopped continues, if the training comes to the same weights again.
+    ``train`` measures the training batches while the weights change. A checkpoint within an epoch has the sums so far, except for
+    several processes: an epoch within which their training was resumed is left out, with a warning. The measured module is
+    ``module.net``.
 
     analysis: further analyses of each epoch, such as modularity, in ``<folder>/<name>/<epoch>``, and of all in ``<folder>/<name>``.
     """
@@ -65,8 +68,9 @@ class Measure(Callback):
         width: int = LIMIT,
         max_passes: int = 1,
         analysis: Analyses = (),
+        save_minutes: float = 10.0,
     ):
-        self.analyses = EpochAnalyses.of(analysis)
+        self.analyses, self.save_minutes = EpochAnalyses.of(analysis), save_minutes
         metrics = with_metrics(metrics, self.analyses.analyses)
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
@@ -136,7 +140,7 @@ class Measure(Callback):
         if self.on == "probe":
             self.result = analyze(
                 pl_module.net,  # type: ignore[arg-type]
-                iter(_Batches(trainer, pl_module)),
+                _Batches(trainer, pl_module),
                 self.metrics,
                 self.layers,
                 seed=self.seed,
@@ -150,6 +154,8 @@ class Measure(Callback):
                 covariance=self.covariance,
                 width=self.width,
                 max_passes=self.passes,
+                save_to=self._unfinished,
+                save_minutes=self.save_minutes,
             )
         elif self.taken is not None and self.plan is not None:
             self.taken.flush()
@@ -157,7 +163,9 @@ class Measure(Callback):
             warn_of_rows(self.result.metadata["left_out"])
         self.close()
         if self.result is not None:
-            self.analyses.run(pl_module.net, _Batches(trainer, pl_module), self.result, self.seed)  # type: ignore[arg-type]
+            batches = _Batches(trainer, pl_module)
+            self.analyses.run(pl_module.net, batches, self.result, self.seed, self._unfinished)  # type: ignore[arg-type]
+            shutil.rmtree(self._unfinished, ignore_errors=True)
         if trainer.is_global_zero and self.result is not None:
             self._write(trainer, self.result, time.perf_counter() - started)
 
@@ -174,6 +182,11 @@ class Measure(Callback):
 
     on_exception = close
     teardown = close
+
+    @property
+    def _unfinished(self) -> Path:
+        """Where this process keeps the sums of an epoch's passes, in case it is stopped within one."""
+        return self.folder / SUMS / f"process{world()[0]}"
 
     def _due(self, trainer: Trainer) -> bool:
         return not trainer.sanity_checking and trainer.current_epoch % self.every == 0
@@ -218,6 +231,8 @@ class Measure(Callback):
         write_json(self.folder / "metadata.json", {"on": self.on, "seconds": seconds} | {k: result.metadata[k] for k in keep})
         for logger in trainer.loggers:
             logger.log_metrics(scalars(result) | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+            if hasattr(logger, "log_histograms"):
+                logger.log_histograms(histograms(result), {"epoch": trainer.current_epoch})
 
 
 class Outcome(Callback):
@@ -254,6 +269,8 @@ class Outcome(Callback):
             write_json(self.path, score | {"checkpoint": best, "epochs": trainer.current_epoch})
             for logger in trainer.loggers:
                 logger.log_metrics({f"test/{k}": v for k, v in score.items()})
+                if best and hasattr(logger, "log_files"):
+                    logger.log_files("checkpoint", [Path(best)], ["best", "latest"], **score)
         return score
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from nodelens.analysis.analyze import add_analysis
-from nodelens.analysis.registry import Analyses, Analysis, AnalysisResult, as_analyses, load_analysis
+from nodelens.analysis.analyze import add_analysis, kept_in
+from nodelens.analysis.base import Analysis, AnalysisResult
+from nodelens.analysis.registry import Analyses, as_analyses, load_analysis
 from nodelens.results.result import Result
 
 
@@ -28,11 +29,15 @@ class EpochAnalyses:
         """From names and analysis objects. Raises ValueError for an unknown name."""
         return cls(as_analyses(given))
 
-    def run(self, model: nn.Module, data: Iterable[Any], result: Result, seed: int) -> None:
-        """Analyses the result of an epoch, and adds columns and matrices to it. Every process must call it."""
+    def run(self, model: nn.Module, data: Iterable[Any], result: Result, seed: int, save_to: Path | None = None) -> None:
+        """Analyses the result of an epoch, and adds columns and matrices to it. Every process must call it.
+
+        save_to: a folder for what is done, in case an analysis is stopped.
+        """
         self.found = {}
         for name, analysis in self.analyses.items():
-            self.found[name] = analysis(model, data, result=result, evaluation=None, seed=seed, progress=iter)
+            options: dict[str, Any] = {"evaluation": None, "progress": iter} | kept_in(analysis, save_to, name, 10.0)
+            self.found[name] = analysis(model, data, result=result, seed=seed, **options)
             add_analysis(result, name, self.found[name])
 
     def write(self, folder: Path, epoch: int) -> None:

@@ -1,7 +1,5 @@
 """The tuned lens: affine translators of each block's states, trained by Lightning to give the model's own predictions."""
 
-import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +7,25 @@ from typing import Any
 
 import pandas as pd
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.analysis.lenses.logit_lens import lens_table
-from nodelens.analysis.registry import Progress
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.lens import LENS, about, read_lens
 from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
 from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
-from nodelens.messages import LIGHTNING_HINTS
-from nodelens.metrics import Metric
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
-from nodelens.statistics.seeding import seeded
+
+from .lens_training import falling_adam, fit_lens, summed_kl
 
 
 @dataclass(frozen=True)
-class TunedLens:
+class TunedLens(Analysis):
     """Trains an affine translator per block, and compares the lens with and without it.
 
     layers:    blocks to translate: all, indices, or an expression; the last block needs none
@@ -58,30 +53,14 @@ class TunedLens:
         if self.epochs < 1 or self.lr <= 0:
             raise ValueError(f"tuned_lens: epochs is {self.epochs} and lr is {self.lr}; both are positive")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: the lens reads the residual stream in passes of its own."""
-        return {}
-
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Trains on data and measures on evaluation (default: data). The model itself does not change."""
-        model, output = uncompiled(model), objective.get("output")
+        output, seed = call.objective.get("output"), call.seed
         known, layers = TokenModel(model), blocks_to_read(model, self.layers)
         last = len(known.roles.blocks) - 1
         trained = self._translators(model, data, {k: v for k, v in layers.items() if k != last}, seed, output)
-        held_out = data if evaluation is None else evaluation
         tables = {
-            name: lens_table(model, held_out, self.layers, self.ks, maps, output=output)
+            name: lens_table(model, call.evaluation, self.layers, self.ks, maps, output=output)
             for name, maps in (("logit", None), ("tuned", trained))
         }
         table = pd.concat([found.assign(lens=name) for name, found in tables.items()], ignore_index=True)
@@ -107,33 +86,10 @@ def train_translators(
     """Translators of the states after some blocks, trained to the model's own logits. Raises ValueError without blocks."""
     if not layers:
         raise ValueError("a tuned lens translates the blocks before the last one: choose others with layers=")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    module, device = _Training(model, layers, lr, epochs * len(data) if isinstance(data, Sized) else None, output), device_of(model)
-    with warnings.catch_warnings(), seeded(seed, "tuned_lens"):
-        for hint in LIGHTNING_HINTS:
-            warnings.filterwarnings("ignore", message=hint)
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator="cpu" if device.type == "cpu" else device.type,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, train_dataloaders=_Batches(data))
+    steps, device = epochs * len(data) if isinstance(data, Sized) else None, device_of(model)
+    module = _Training(model, layers, lr, steps, output)
+    fit_lens(module, data, epochs, device, seed, "tuned_lens")
     return module.translators.requires_grad_(False).to(device)
-
-
-class _Batches:
-    """Data as Lightning reads them: any iterable that can be read again."""
-
-    def __init__(self, data: Iterable[Any]):
-        self.data = data
-
-    def __iter__(self) -> Any:
-        return iter(self.data)
 
 
 class _Training(LightningModule):
@@ -149,10 +105,7 @@ class _Training(LightningModule):
         self.translators = Translators(list(layers), width)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.translators.parameters(), self.lr)
-        steps = self.steps
-        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if not steps else max(0.0, 1 - k / steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
+        return falling_adam(self.translators.parameters(), self.lr, self.steps)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -168,15 +121,8 @@ class _Training(LightningModule):
                 states = rows.states(block, part)
                 with torch.enable_grad():
                     logs = rows.tail(self.translators(block, states)).float().log_softmax(1)
-                    loss = _kl(rows.final(part), logs) / len(rows.sample)
+                    loss = summed_kl(rows.final(part), logs) / len(rows.sample)
                     self.manual_backward(loss)
-
-
-def _kl(final: Tensor, logs: Tensor) -> Tensor:
-    """The sum of KL(model || lens) over rows: final logits (n, V), log probabilities of the lens (n, V)."""
-    own = final.float().log_softmax(1)
-    p = own.exp()
-    return torch.where(p > 0, p * (own - logs), 0).sum()
 
 
 def _width(model: nn.Module, layers: Mapping[int, Layer]) -> int:

@@ -1,5 +1,8 @@
 """The group analysis of analyze.py: what it writes, what a second start repeats, what the page shows of it."""
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ from command import command, snapshot
 
 import nodelens as nl
 from nodelens.analysis.geometry.bundle import load_bundle
+from nodelens.analysis.modularity.layer_modules import Search
 from nodelens.data import Text
 from nodelens.models.language import tiny_lm
 
@@ -45,8 +49,8 @@ def test_the_terminal_and_the_page_say_what_was_found(run):
     assert "geometry: residual_input: participation ratio" in out
     page = (folder / "report.html").read_text()
     assert "Geometry of the residual stream" in page
-    names = {p.name for p in (folder / "figures").iterdir()}
-    assert names == {"geometry-dimensions.png", "geometry-spectra.png", "geometry-novelty.png"}
+    for name in ("geometry-dimensions", "geometry-spectra", "geometry-novelty"):
+        assert f"data-name='{name}'" in page
     assert nl.load(folder).metadata["analyses"] == ["geometry"]
 
 
@@ -162,3 +166,38 @@ def test_a_finished_run_is_analysed_again_without_measuring(tmp_path, monkeypatc
         ended = command("analyze", *again, *words, "hydra.run.dir=third")
         assert ended.code == 1
         assert line in ended.err
+
+
+def test_a_run_that_is_stopped_within_an_analysis_keeps_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "model=mlp",
+        "dataset.calibration=64",
+        "metrics=[activation_variance]",
+        "analysis=modularity",
+        "layers=[relu1,relu2]",
+        "logger=none",
+    )
+    words += ("model.net.hidden=[12,10]", "analysis.modularity.associations=[redundancy]", "analysis.modularity.shuffles=2")
+    assert command("analyze", *words, "hydra.run.dir=whole").code == 0
+    sought, seek = [], Search.__call__
+
+    def stopped(self, association, rng):
+        sought.append(len(association))
+        if len(sought) == 2:
+            raise KeyboardInterrupt
+        return seek(self, association, rng)
+
+    monkeypatch.setattr(Search, "__call__", stopped)
+    with contextlib.suppress(KeyboardInterrupt):
+        command("analyze", *words, "hydra.run.dir=run")
+    assert not Path("run/metadata.json").exists()
+    ended = command("analyze", *words, "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert "measuring: already finished" in ended.out
+    assert sought == [12, 10, 10], "the first layer was not sought again"
+    one, other = nl.load("run"), nl.load("whole")
+    pd.testing.assert_frame_equal(one.units, other.units)
+    pd.testing.assert_frame_equal(one.analyses["modularity"]["modules"], other.analyses["modularity"]["modules"])
+    assert one.metadata["evaluation"] == other.metadata["evaluation"]
+    assert not Path("run/sums").exists()

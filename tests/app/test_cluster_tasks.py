@@ -26,8 +26,8 @@ def test_the_terminal_and_the_page_say_what_was_found(run):
     page = (folder / "report.html").read_text()
     assert "<h2>Clusters</h2>" in page
     assert "<h2>Halo</h2>" in page
-    names = {path.name for path in (folder / "figures").iterdir()}
-    assert {"clusters-scatter.png", "clusters-composition.png", "halo-flow.png"} <= names
+    for name in ("clusters-clusters", "clusters-composition", "halo-flow"):
+        assert f"data-name='{name}'" in page
 
 
 def test_a_run_loads_with_types_and_halos(run):

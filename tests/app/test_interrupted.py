@@ -46,7 +46,7 @@ def signal_after(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGUSR1", "SIGHUP"))])
 def test_an_analysis_that_gets_a_signal_saves_its_sums_and_continues(name, quiet_home, signal_after):
     assert command("analyze", *ANALYZE, "hydra.run.dir=whole").code == 0
     signal_after(getattr(signal, name), 4)

@@ -70,7 +70,7 @@ def measured(request, texts):
     return net, evaluate(net, bare), nl.analyze(net, bare, METRICS)
 
 
-@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("size", [3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, 257, 258], ids=["pad 0", "pad equal to eos", "pad of its own"])
 def test_padding_and_batches_change_no_number(measured, size, side, pad, texts):

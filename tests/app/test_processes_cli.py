@@ -18,12 +18,13 @@ def alone(tmp_path_factory):
     return nl.load(folder)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_find_what_one_finds(devices, alone, quiet_home):
     ended = command("analyze", *WORDS, "trainer=ddp", f"trainer.devices={devices}", "hydra.run.dir=run", "dataset.batch_size=32")
     assert ended.code == 0, ended.err
     found = nl.load("run")
     assert found.metadata["processes"] == devices
+    assert f"{devices} processes: sums of " in (quiet_home / "run/analyze.log").read_text()
     assert found.metadata["model"]["fingerprint"] == alone.metadata["model"]["fingerprint"]
     assert_frame_equal(found.units, alone.units, rtol=1e-5, atol=1e-12, check_exact=False)
     assert_frame_equal(found.layers, alone.layers, rtol=1e-5, atol=1e-12, check_exact=False)

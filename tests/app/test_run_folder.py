@@ -45,7 +45,10 @@ def refused(task, *words, said):
     assert kept(Path("run")) == before
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "slurm-123.out", ".units.parquet.77.part", "figures/old.png"])
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("slurm-123.out", ".units.parquet.77.part")]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "figures/old.png", *MORE])
 def test_a_foreign_file_does_not_switch_the_comparison_of_settings_off(foreign, quiet_home):
     file = quiet_home / "run" / foreign
     file.parent.mkdir(parents=True)

@@ -63,8 +63,8 @@ def test_no_file_of_a_run_holds_a_secret(home):
     best.rename(home / PLACE / "best.ckpt")
     weights = "ckpt_path=${oc.env:NL_PLACE}/best.ckpt"
     for task, words in (
-        ("analyze", ["metrics=[rq]", "logger=csv"]),
-        ("prune", ["criterion=[l1]", "amounts=[0.5]", "latency.batches=[]", "logger=csv"]),
+        ("analyze", ["metrics=[rq]", "logger=[csv,wandb]"]),
+        ("prune", ["criterion=[l1]", "amounts=[0.5]", "latency.batches=[]", "logger=[csv,wandb]"]),
     ):
         ended = command(task, *WORDS, weights, *words, f"hydra.run.dir={task}")
         assert ended.code == 0, ended.err

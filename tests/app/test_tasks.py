@@ -70,7 +70,7 @@ def test_what_was_trained_is_analysed(trained, quiet_home):
         "layers.parquet",
         "metadata.json",
         "report.html",
-        "figures",
+        "plotly.min.js",
         "settings.json",
         "csv",
         ".hydra",
@@ -258,7 +258,7 @@ def test_a_file_of_the_weights_at_the_start_and_every_pair_of_layers(tmp_path):
     assert len(found.edges) == 3
     assert "head" in ended.out
     assert (tmp_path / "a/edges.parquet").is_file()
-    assert (tmp_path / "a/figures/edges.png").is_file()
+    assert "data-name='pairs'" in (tmp_path / "a/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,20 @@
 import json
 import time
+from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
+import torch
 import wandb_run
+import yaml
 from command import command
 
 import nodelens as nl
 from nodelens.app.wandb_logger import wandb_logger
+from nodelens.app.wandb_run import origin_of_weights
+from nodelens.results.files import remove
+from nodelens.results.loggers import close, log_result
 
 pytest.importorskip("wandb")
 
@@ -101,6 +108,7 @@ def test_a_run_is_filed_under_its_task_with_its_config(task, quiet_home):
     path, _ = run_of(quiet_home / "run")
     about = wandb_run.about(path)
     assert (about["project"], about["job_type"], about["group"], about["tags"]) == ("nodelens", task, "", [])
+    assert about["name"] == "/".join((quiet_home / "run").parts[-2:])
     assert about["config"]["seed"] == 3
     assert about["config"]["model"]["net"]["classes"] == 10  # a reference to the data set's
 
@@ -120,13 +128,25 @@ def test_the_environment_says_where_a_run_is_filed(quiet_home, monkeypatch):
 
 
 def test_the_runs_of_a_multirun_form_a_group(quiet_home, monkeypatch):
-    words = ("-m", "seed=1,2", "metrics=[rq]", "logger=wandb", "dataset.calibration=64", "hydra.sweep.dir=deep/sweeps/lr")
+    words = (
+        "-m",
+        "seed=1,2",
+        "metrics=[rq],[magnitude]",
+        "logger=wandb",
+        "dataset.calibration=64",
+        "hydra.sweep.dir=deep/sweeps/lr",
+    )
     ended = command("analyze", *words)
     assert ended.code == 0, ended.err
-    runs = [wandb_run.about(run_of(quiet_home / f"deep/sweeps/lr/{job}")[0]) for job in (0, 1)]
-    assert [(run["group"], run["config"]["seed"]) for run in runs] == [("sweeps/lr", 1), ("sweeps/lr", 2)]
+    runs = [wandb_run.about(run_of(quiet_home / f"deep/sweeps/lr/{job}")[0]) for job in range(4)]
+    assert [(run["group"], run["config"]["seed"], run["job_type"]) for run in runs] == [
+        ("sweeps/lr", seed, "analyze") for seed in (1, 1, 2, 2)
+    ]
+    assert [run["name"].split()[0] for run in runs] == ["0", "1", "2", "3"]
+    assert all(f"seed={run['config']['seed']}" in run["name"] for run in runs)
+    assert len({run["id"] for run in runs}) == 4
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    words = (*words[:-1], "hydra.sweep.dir=again")
+    words = ("-m", "seed=1", "metrics=[rq]", *words[3:-1], "hydra.sweep.dir=again")
     assert command("analyze", *words).code == 0
     assert wandb_run.about(run_of(quiet_home / "again/0")[0])["group"] == "mine"
 
@@ -140,3 +160,113 @@ def test_wandb_can_be_switched_off(quiet_home, monkeypatch):
     ended = command("analyze", "metrics=[rq]", "logger=wandb", "hydra.run.dir=run", "dataset.calibration=64")
     assert ended.code == 0, ended.err
     assert not list(quiet_home.rglob("run-*.wandb"))
+
+
+def test_the_three_tasks_log_media_artifacts_and_where_weights_are_from(quiet_home):
+    more = ("logger=wandb", "dataset.calibration=64")
+    ended = command("train", *more, "callbacks=measure", "metrics=[rq]", "trainer.max_epochs=2", "hydra.run.dir=trained")
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "trained")
+    trained = wandb_run.about(path)["id"]
+    assert {row["epoch"] for row in rows if "histograms/fc1/rq._type" in str(row) or "histograms/fc1/rq" in row} == {0, 1}
+    assert wandb_run.steps(path)["units/*"] == "epoch"
+    made = wandb_run.artifacts(path)
+    assert made[f"checkpoint-{trained}"] == {"type": "model", "aliases": ["best", "latest"], "files": ["best.ckpt"]}
+    assert "units_001.parquet" in made[f"results-{trained}"]["files"]
+    assert wandb_run.later(path, "summary")["test/accuracy"] > 0.5
+
+    weights = "ckpt_path=trained"
+    ended = command("analyze", *more, weights, "metrics=[rq]", "hydra.run.dir=analyzed")
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "analyzed")
+    origin = f"nodelens/checkpoint-{trained}:best"
+    assert wandb_run.later(path, "config")["checkpoint_artifact"] == origin
+    assert any("figures/units" in key for row in rows for key in row)
+    (made,) = wandb_run.artifacts(path).values()
+    assert (made["type"], made["aliases"]) == ("dataset", ["latest"])
+    assert {"units.parquet", "metadata.json"} <= {*made["files"]}
+    summary = wandb_run.later(path, "summary")
+    assert summary["final/accuracy"] == nl.load("analyzed").metadata["evaluation"]["accuracy"]
+    assert summary["units"] == 64 + 64 + 10
+
+    ended = command("prune", *more, weights, "criterion=[l1]", "amounts=[0.5]", "latency.batches=[]", "hydra.run.dir=cut")
+    assert ended.code == 0, ended.err
+    path, rows = run_of(quiet_home / "cut")
+    made = wandb_run.artifacts(path)
+    (pruned,) = [name for name in made if name.startswith("pruned-")]
+    assert wandb_run.steps(path)["prune/*"] == "prune/amount"
+    assert made[pruned]["aliases"] == ["latest", "pruned"]
+    assert {"model.safetensors", "plan.json", "README.md"} <= {*made[pruned]["files"]}
+    assert wandb_run.later(path, "config")["checkpoint_artifact"] == origin
+    assert wandb_run.later(path, "summary")["final/best_criterion"] == "l1"
+    assert any("figures/curves" in key for row in rows for key in row)
+    assert len(table(path, rows, "units")["data"]) == 128
+    assert origin_of_weights(quiet_home / "cut/pruned/model.safetensors") == f"nodelens/{pruned}:pruned"
+
+
+def test_a_resumed_run_is_one_run(quiet_home):
+    words = ("logger=wandb", "dataset.calibration=64", "trainer.max_epochs=1", "hydra.run.dir=run")
+    assert command("train", *words).code == 0
+    remove(quiet_home / "run/result.json")  # as if the run had been killed before its score was written
+    ended = command("train", *words)
+    assert ended.code == 0, ended.err
+    assert "resume" not in ended.err
+    paths = sorted((quiet_home / "run").rglob("run-*.wandb"))
+    assert len(paths) == 2
+    assert len({wandb_run.about(path)["id"] for path in paths}) == 1
+
+
+def test_artifacts_can_be_left_out_and_downloads_are_recognised(quiet_home):
+    words = ("logger=wandb", "logger.wandb.artifacts=false", "metrics=[rq]", "hydra.run.dir=run", "dataset.calibration=64")
+    assert command("analyze", *words).code == 0
+    assert wandb_run.artifacts(run_of(quiet_home / "run")[0]) == {}
+    assert origin_of_weights(quiet_home / "artifacts/checkpoint-abc:v3/best.ckpt") == "checkpoint-abc:v3"
+    assert origin_of_weights(quiet_home / "elsewhere/best.ckpt") is None
+    (quiet_home / "wandb.json").write_text('{"id": "../x", "checkpoint": "a/b:best"}')
+    assert origin_of_weights(quiet_home / "best.ckpt") is None
+
+
+def test_online_the_checkpoint_is_an_input_of_the_run(quiet_home):
+    class Run:
+        config: ClassVar[dict] = {}
+        used: ClassVar[list] = []
+
+        def use_artifact(self, name):
+            self.used.append(name)
+
+    class Config(dict):
+        def update(self, values, allow_val_change):
+            super().update(values)
+
+    logger = wandb_logger(str(quiet_home), "analyze", offline=False)
+    logger._experiment, Run.config = Run(), Config()
+    logger.use_checkpoint(str(quiet_home / "artifacts/checkpoint-abc:v3/best.ckpt"))
+    assert Run.used == ["checkpoint-abc:v3"]
+    assert Run.config == {"checkpoint_artifact": "checkpoint-abc:v3"}
+
+
+HOSTILE = ("<script>alert(1)</script>", "=cmd('x')", "é漢", 'a "quoted" [bold]name[/bold]')
+
+
+def test_hostile_names_are_text_in_tables(quiet_home):
+    net = torch.nn.Sequential()
+    for name in HOSTILE:
+        net.add_module(name, torch.nn.Linear(3, 3))
+    found = nl.analyze(net, [torch.randn(8, 3)], ["magnitude"], task="none")
+    logger = wandb_logger(str(quiet_home), "analyze")
+    log_result([logger], found)
+    close([logger])
+    path, rows = run_of(quiet_home)
+    assert [row[0] for row in table(path, rows, "units")["data"]][::3] == list(HOSTILE)
+    assert any(f"units/{HOSTILE[0]}/magnitude" in row for row in rows)
+    assert any(key.startswith(f"histograms/{HOSTILE[3]}/magnitude") for row in rows for key in row)
+
+
+def test_the_sweep_file_of_wandb_agent_makes_commands_that_compose():
+    sweep = yaml.safe_load((Path(__file__).parents[2] / "examples/wandb_sweep.yaml").read_text())
+    task = sweep["program"].removesuffix(".py")
+    words = [word for word in sweep["command"] if "=" in word]
+    chosen = [f"{name}={each['values'][0]}" for name, each in sweep["parameters"].items()]
+    cfg = nl.load_config(task, [*words, *chosen])
+    assert (cfg.logger.wandb.offline, list(cfg.criterion)) == (False, ["taylor"])
+    assert sweep["metric"]["name"] == "final/area"

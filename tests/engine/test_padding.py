@@ -116,9 +116,13 @@ def exact(kind):
 
 
 CASES = [(llama, how) for how in VARIANTS] + [(gpt2, how) for how in ("right", "left", "left, pad equal to eos")]
+FAST = [(llama, "a text a batch"), (llama, "right"), (llama, "left, pad equal to eos"), (gpt2, "right")]
 
 
-@pytest.mark.parametrize(("kind", "how"), CASES, ids=[f"{kind.__name__}, {how}" for kind, how in CASES])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [pytest.param(*case, id=f"{case[0].__name__}, {case[1]}", marks=() if case in FAST else pytest.mark.slow) for case in CASES],
+)
 def test_padding_and_batches_change_no_metric_and_no_error(kind, how):
     net, truth = exact(kind)
     assert not differing(measured(net, VARIANTS[how]()), truth, 1e-9)
@@ -137,7 +141,7 @@ def test_nothing_is_compared_that_is_not_there(kind):
     assert seen - there == {"activation_max_ratio_se", "activation_outlier_index_se", "component_count_se"}, "maxima have no error"
 
 
-@pytest.mark.parametrize("kind", [llama, gpt2])
+@pytest.mark.parametrize("kind", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
 def test_in_float32_they_agree_to_1e_5(kind):
     net = kind().eval()
     assert not differing(measured(net, padded(5, "left", EOS, extra=1)), measured(net, padded(1)), 1e-5)

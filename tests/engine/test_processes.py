@@ -27,7 +27,15 @@ def _work(rank, world, folder, shares):
         sums[statistic.__name__] = Accumulator(statistic, groups=2)
         if shares[rank]:
             sums[statistic.__name__].add(make(statistic, x[start : start + shares[rank]], start), 0)
-    reduce_sums(sums, torch.device("cpu"))
+    calls, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, op: calls.append(tensor.nbytes) or all_reduce(tensor, op)
+    traffic = reduce_sums(sums, torch.device("cpu"))
+    dist.all_reduce = all_reduce
+    assert len(calls) <= 6, "shifts, and one for each dtype of sums and of maxima"
+    added = sum(calls[1:])
+    merged = sum(a.nbytes for a in sums.values() if a.statistic.merged)
+    assert traffic.sums >= added
+    assert traffic.sent <= 2 * traffic.sums + (world - 1) * merged
     images_, labels = images()
     share = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 16) if shares[rank] else [])
@@ -47,7 +55,10 @@ def alone():
     return nl.analyze(build(Mixed), batches(*images(), 16)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
 
 
-@pytest.mark.parametrize("shares", [[50, 50], pytest.param([60, 0, 40], marks=pytest.mark.slow)], ids=label)
+SLOW = [pytest.param(shares, marks=pytest.mark.slow) for shares in ([60, 0, 40], [13, 12, 12, 13, 0, 20, 15, 15])]
+
+
+@pytest.mark.parametrize("shares", [[50, 50], *SLOW], ids=label)
 def test_processes_add_up(tmp_path, shares, alone):
     mp.start_processes(
         _work,
@@ -65,6 +76,8 @@ def test_processes_add_up(tmp_path, shares, alone):
     close(found.units, few.units, 2e-5)
     close(found.layers, few.layers, 2e-5)
     assert found.metadata["processes"] == len(shares)
+    assert 0 < found.metadata["traffic"]["sent"] <= 2 * found.metadata["traffic"]["sums"]
+    assert few.metadata["traffic"]["sent"] == 0
     found = nl.load(tmp_path / "every")
     for table in ("units", "layers", "edges"):
         near(getattr(found, table), getattr(every, table))

@@ -290,7 +290,7 @@ def fits(net, found, name, metric, dry_run):
     return True
 
 
-@pytest.mark.parametrize("kind", ["cnn", "llama"])
+@pytest.mark.parametrize("kind", ["cnn", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_plan_takes_the_bytes_it_says(kind):
     net, data = (build(Mixed), batches(*images(n=640), 64)) if kind == "cnn" else llama()
     layers = CNN if kind == "cnn" else LLAMA

@@ -98,6 +98,37 @@ def test_generated_tokens_are_those_of_the_loop_with_and_without_a_cache(name, c
     assert "generate" not in model.__dict__
 
 
+def parts_of(model):
+    """The parts of the first block that a family has."""
+    found = []
+    for part in ("attention", "mlp", "heads"):
+        try:
+            nl.find_layers(model, f"blocks[0].{part}")
+        except ValueError:
+            continue
+        found.append(f"blocks[0].{part}")
+    return found
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_edits_of_parts_of_a_block_give_the_same_tokens_with_and_without_a_cache(name):
+    model, _ = family(name)
+    ids, mask = padded([6, 6], "left")
+    plain, sites = generate(model, ids, mask, [])[1], parts_of(model)
+    assert "blocks[0].mlp" in sites
+    for site in sites:  # of heads, the first entries of the first one
+        units = ":4" if site.endswith("heads") else None
+        edits = [
+            nl.Edit(site, "scale", units=units, value=-2.0, positions="n//2:"),
+            nl.Edit(site, "zero", units=units, phase="generated"),
+        ]
+        tokens, scores = generate(model, ids, mask, edits)
+        again, others = generate(model, ids, mask, edits, cache=False)
+        assert torch.equal(tokens, again), site
+        torch.testing.assert_close(scores, others, rtol=1e-3, atol=1e-3)
+        assert (scores - plain).abs().max() > 1e-3, site
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 def test_beams_belong_to_the_sample_that_they_continue(options):
     model, _ = family("llama 8/4")

@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from real import folder
 from torch import nn
 from torch.testing import assert_close
@@ -42,6 +44,31 @@ def convolutional(smooth=False):
     return net.double().eval()
 
 
+class Attention(nn.Module):
+    """One head of attention over the positions of (samples, positions, width), and a residual connection."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class Mean(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+def transformer():
+    torch.manual_seed(2)
+    layers = nn.Linear(3, 6), Attention(6), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 6), Attention(6), Mean(), nn.Linear(6, 3)
+    return nn.Sequential(*layers).double().eval()
+
+
 def rows(n=40, shape=(7,), classes=3):
     g = torch.Generator().manual_seed(1)
     return torch.randn(n, *shape, generator=g, dtype=torch.float64), torch.randint(classes, (n,), generator=g)
@@ -51,9 +78,15 @@ def in_batches(x, y, size):
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
+def turned(h, tokens):
+    """Units and positions of tokens exchanged."""
+    return h.mT if tokens else h
+
+
 def slow(net, k, x, y):
     """{association: (units, units)} of a layer, from full Jacobians and Hessians of each sample, position by position."""
-    head, tail = net[: k + 1], net[k + 1 :]
+    tokens = x.ndim == 3  # units last
+    head, tail = (lambda u: turned(net[: k + 1](u), tokens)), (lambda u: net[k + 1 :](turned(u, tokens)))
     found = {name: [] for name in ALL[1:]}
     for one, label in zip(x, y, strict=True):
         h = head(one[None])[0].detach().clone()
@@ -83,6 +116,7 @@ CASES = {
     "smooth_mlp": (lambda: mlp(True), (7,), [0, 1], 33),
     "convolutional": (convolutional, (2, 6, 6), [0, 4], 33),
     "smooth_convolutional": (lambda: convolutional(True), (2, 6, 6), [0, 4], 5),
+    "transformer": (transformer, (4, 3), [0, 2], 12),
 }
 
 
@@ -104,7 +138,33 @@ def test_associations_are_what_full_jacobians_and_hessians_say(case, size):
             assert_close(value, expected(case, k)[name], rtol=1e-7, atol=1e-9, msg=lambda m, at=(k, name): f"{at}: {m}")
     methods = {(each["layer"], each["metric"]): each for each in found.metadata["associations"]}
     computed = {methods[str(k), "backward_hess"]["computed"] for k in layers}
-    assert computed == {"Hessian" if "smooth" in case else "Gauss-Newton"}
+    assert computed == {"Gauss-Newton" if case in ("mlp", "convolutional") else "Hessian"}
+
+
+def _share_of(rank, world, folder, size):
+    """Measures every case; the second of three processes has no samples."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    for case, (make, shape, layers, n) in CASES.items():
+        x, y = (t.tensor_split([n // 3, n // 3])[rank] for t in rows(n, shape))
+        found = nl.analyze(make(), in_batches(x, y, size) if len(x) else [], ALL, layers=[str(k) for k in layers])
+        if rank == 0:
+            found.save(f"{folder}/{case}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 32])
+def test_three_processes_say_the_same(size, tmp_path):
+    start = "spawn" if torch.cuda.is_initialized() else "fork"
+    mp.start_processes(_share_of, (3, str(tmp_path), size), 3, start_method=start)
+    for case, (_, _, layers, _) in CASES.items():
+        found = nl.load(tmp_path / case)
+        assert found.metadata["processes"] == 3
+        for k in layers:
+            for name in ALL:
+                value = torch.tensor(found.matrices[str(k), name])
+                at = (case, k, name)
+                assert_close(value, expected(case, k)[name], rtol=1e-7, atol=1e-9, msg=lambda m, at=at: f"{at}: {m}")
 
 
 def test_a_linear_layer_that_reads_several_tokens_of_a_sample_has_the_jacobian_of_each():

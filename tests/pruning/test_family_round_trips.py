@@ -133,9 +133,9 @@ def test_a_family_is_analysed_pruned_saved_and_loaded(name, tmp_path):
 def test_a_config_that_its_class_refuses_is_one_line_with_the_way_out(tmp_path):
     model = build("bamba")
     folder = nl.prune(model, "magnitude", 0.5).save(tmp_path)
-    origin = json.loads((folder / "config.json").read_text())
+    origin = json.loads((folder / "origin.json").read_text())
     origin["config"]["time_step_limit"] = [0.0, None]
-    (folder / "config.json").write_text(json.dumps(origin))
+    (folder / "origin.json").write_text(json.dumps(origin))
     plan = json.loads((folder / "plan.json").read_text())
     del plan["config"], plan["digests"]  # as in a folder of an earlier version
     (folder / "plan.json").write_text(json.dumps(plan))

@@ -35,6 +35,7 @@ def nats(net, windows):
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
 
+@pytest.mark.slow
 def test_a_language_model_loses_a_quarter_of_its_hidden_units_as_it_did_elsewhere(stories):
     net, held_out, calibration = stories
     assert nats(net, held_out) == pytest.approx(3.734, abs=5e-4)

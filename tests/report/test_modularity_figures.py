@@ -43,6 +43,6 @@ def test_figures_are_drawn_from_the_saved_findings(blocks, tmp_path):
 
 def test_one_association_and_a_layer_without_modules_are_drawn(blocks):
     found = found_in({("fc1", "a"): blocks, ("fc2", "a"): np.zeros((12, 12))})
-    assert [name for name, _, _ in figures_of(found)] == ["q", "graphs"]
+    assert [plot.name for plot in figures_of(found)] == ["q", "graphs"]
     nothing = found_in({("fc2", "a"): np.zeros((12, 12))})
     assert list(figures_of(nothing)) == []

@@ -1,15 +1,19 @@
 """One page over many runs, made from saved results."""
 
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 import nodelens as nl
 from nodelens.report.__main__ import main
-from nodelens.report.elements import figure
-from nodelens.report.runs_figures import intervals
+from nodelens.report.charts import line
+from nodelens.report.paper import write_plots
+from nodelens.report.plot import Plot, figure_of
+from nodelens.report.runs_figures import intervals, rank_stability
 from nodelens.report.settings import settings_of, usual
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
@@ -55,10 +59,11 @@ def test_the_page_has_settings_scores_metrics_and_modules(runs, tmp_path):
     page = nl.compare(f"{runs}/*", tmp_path)
     text = page.read_text()
     assert "8 runs; model.net.dropout: 0.0, 0.5; model.l1: 0.0, 0.001" in text
-    assert all(f"<h2>{title}</h2>" in text for title in ("Runs", "Scores", "Metrics", "Modules"))
+    titles = ("Runs", "Scores", "Metrics", "Two runs, unit by unit", "Modules")
+    assert all(f"<h2>{title}</h2>" in text for title in titles)
     assert "<td>across</td><td>0.8</td><td>0</td><td>0.5</td>" in text  # forward_cov and backward_jac
-    names = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert names == {"accuracy", "metric-0", "modularity-fc1", "modularity-fc2", "modules", "alignment"}
+    names = set(re.findall(r"data-name='([^']*)'", text))
+    assert names == {"runs", "accuracy", "rq", "metrics", "modularity-fc1", "modularity-fc2", "modules", "alignment"}
 
 
 def test_settings_are_those_that_differ_without_seeds_and_scores(runs):
@@ -99,11 +104,33 @@ def test_names_of_runs_are_text(tmp_path):
     one.metadata["config"]["model"]["name"] = "<script>alert(1)</script>"
     one.save(tmp_path / "a")
     run(0.5, 0.0, 0).save(tmp_path / "b")
-    assert "<script>" not in nl.compare(f"{tmp_path}/*", tmp_path / "page").read_text()
+    page = nl.compare(f"{tmp_path}/*", tmp_path / "page").read_text()
+    assert "<script>alert" not in page
+    assert "alert(1)" in page
 
 
 def test_no_name_of_a_layer_leads_out_of_the_folder(tmp_path):
-    figure(tmp_path / "page", "modularity-../../fc1/<b>", b"png", "a caption")
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")] == [
-        "page/figures/modularity-.._.._fc1__b_.png"
-    ]
+    plot = Plot("modularity-../../fc1/<b>", "a title", "a caption", figure_of([line([1, 2], [3, 4])]))
+    write_plots([plot], tmp_path / "page", ["png"])
+    found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")]
+    assert found == ["page/modularity-.._.._fc1__b_.png"]
+
+
+def test_ranks_across_seeds_are_mean_spearman_correlations():
+    rows = [{"run": run, "layer": "a", "unit": k, "rq": value} for run, values in _RANKED.items() for k, value in enumerate(values)]
+    found = rank_stability(pd.DataFrame(rows), ["rq"], [], "unit")
+    pairs = [spearmanr(_RANKED[a], _RANKED[b])[0] for a, b in itertools.combinations(_RANKED, 2)]
+    assert found.loc["a", "rq"] == pytest.approx(np.mean(pairs))
+    one = pd.DataFrame([row for row in rows if row["run"] == "x"])
+    assert np.isnan(rank_stability(one, ["rq"], [], "unit").loc["a", "rq"])
+
+
+_RANKED = {"x": [1.0, 2.0, 3.0, 4.0], "y": [2.0, 1.0, 3.0, 5.0], "z": [4.0, 3.0, 2.0, 1.0]}
+
+
+def test_a_page_over_runs_reads_no_matrices(runs, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("nodelens.results.result.load_file", lambda path: read.append(path) or {})
+    nl.load_runs(f"{runs}/*")
+    nl.load_runs(f"{runs}/*", rows="modularity.modules")
+    assert read == []

@@ -8,7 +8,7 @@ from real import folder
 from torch.testing import assert_close
 
 from nodelens.statistics import Accumulator, Higher, MeanSizes, Quantiles, Sample, Sizes
-from nodelens.statistics.quantiles import BINS
+from nodelens.statistics.bins import BINS
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample import ROWS
 from nodelens.statistics.sample_hash import mix

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from importlib import import_module
 
@@ -9,8 +10,9 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.app.config import build
+from nodelens.engine.saved_sums import SavedPass
 from nodelens.models import load_weights
-from nodelens.training.callbacks import Measure
+from nodelens.training.callbacks import Measure, _Batches
 
 SHORT = ("trainer.max_epochs=1", "dataset.calibration=64", "callbacks=measure", "logger=none")
 
@@ -70,3 +72,29 @@ def test_every_second_epoch(quiet_home):
     ended = command("train", *SHORT, *words, "+trainer.limit_train_batches=2", "hydra.run.dir=run")
     assert ended.code == 0, ended.err
     assert sorted(p.name for p in (quiet_home / "run/epochs").glob("units*")) == ["units_000.parquet", "units_002.parquet"]
+
+
+@pytest.mark.slow
+def test_a_probe_that_is_stopped_continues_if_training_comes_to_the_same_weights(quiet_home, monkeypatch):
+    words = ("model=mlp", *SHORT, "dataset.batch_size=16", "metrics=[rq,taylor]", "callbacks.measure.save_minutes=0")
+    assert command("train", *words, "hydra.run.dir=whole").code == 0
+    read, every = [], _Batches.__iter__
+
+    def stopped(self):
+        for number, batch in enumerate(every(self)):
+            read.append(number)
+            if len(read) == 4:  # the first reading of a batch is for the plan
+                raise KeyboardInterrupt
+            yield batch
+
+    begun, restore = [], SavedPass.restore
+    monkeypatch.setattr(_Batches, "__iter__", stopped)
+    monkeypatch.setattr(SavedPass, "restore", lambda self, collected: begun.append(restore(self, collected)) or begun[-1])
+    with contextlib.suppress(KeyboardInterrupt):
+        command("train", *words, "hydra.run.dir=run")
+    assert list(quiet_home.glob("run/epochs/sums/process0/**/*.pt"))
+    assert command("train", *words, "hydra.run.dir=run").code == 0
+    assert begun == [None, 0], "the second pass began with the sums of the first one"
+    found, wanted = (pd.read_parquet(f"{run}/epochs/units_000.parquet") for run in ("run", "whole"))
+    pd.testing.assert_frame_equal(found, wanted)
+    assert not (quiet_home / "run/epochs/sums/process0").exists()

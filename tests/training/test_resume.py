@@ -37,7 +37,7 @@ quiet = pytest.mark.filterwarnings("ignore")  # of Lightning, on workers, interv
         (STEPS, {"data": PlainLoader}, (3, 11)),
         ({"save_on_train_epoch_end": True}, {"data": PlainLoader}, (11,)),
         (STEPS, {"workers": 2}, (11,)),
-        (STEPS, {"data": PlainLoader, "workers": 2}, (11,)),
+        pytest.param(STEPS, {"data": PlainLoader, "workers": 2}, (11,), marks=pytest.mark.slow),
     ],
     ids=["steps", "best", "epochs", "within epochs", "accumulated", "plain", "plain, epochs", "workers", "plain, workers"],
 )

@@ -11,6 +11,7 @@ from torch import nn
 
 from nodelens.engine.driver import Driver, device_of, first_of_data
 from nodelens.engine.request import Layers
+from nodelens.engine.saved_work import SavedWork
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode, one_at_a_time, uncompiled
@@ -99,6 +100,8 @@ def ablate_sets(
 
     sets: {name: units}, units as for ``nl.ablate``; the other arguments are those of ``nl.ablate``. Raises ValueError as it does.
     """
+    if not isinstance(sets, Mapping):
+        raise ValueError(f"sets is {type(sets).__name__}; it is {{name: units}}, such as {{'all': {{'fc1': [0, 1]}}}}")
     setting = Setting.of(model, data, layers, task=task, output=output, loss=loss)
     given = {name: as_mapping(units) for name, units in sets.items()}
     found = setting.damage(list(given.values()), how=how, predictions=predictions, seed=seed)
@@ -109,12 +112,13 @@ def ablate_sets(
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its data, what it predicts, and the units that can be removed."""
+    """A model, its data, what it predicts, and the units that can be removed. saved: where unfinished readings are kept."""
 
     model: nn.Module
     data: Iterable[Any]
     objective: Objective
     targets: Sequence[AblationTarget]
+    saved: SavedWork | None = None
 
     @classmethod
     def of(
@@ -139,6 +143,7 @@ class Setting:
         data: Iterable[Any],
         units: pd.DataFrame,
         *,
+        saved: SavedWork | None = None,
         task: str | None = None,
         output: Output = None,
         loss: Loss | None = None,
@@ -151,7 +156,7 @@ class Setting:
         shown = calls_of(found.model, partial(found.objective.run, found.model, batch))
         counts = units.groupby(level="layer", sort=False).size()
         targets, missing = targets_of_table(found.model, {str(name): int(n) for name, n in counts.items()}, batch, shown)
-        return replace(found, targets=targets), missing
+        return replace(found, targets=targets, saved=saved), missing
 
     @classmethod
     def _opened(
@@ -193,12 +198,15 @@ class Setting:
         for units in removed:
             for name, ids in units.items():
                 check_units(by_name, name, ids)
+        if predictions is not None and predictions < 1:
+            raise ValueError(f"predictions is {predictions}; it is a number of predictions, 1 or more, or None for all data")
         self._check_how(how, {name for units in removed for name in units})
         lesions = [Lesion.of(by_name, units) for units in removed]
         driver = Driver(self.model, self.objective)
         with torch.inference_mode(False), eval_mode(self.model):
             values = Replacement.of(how, driver, self.data, self.targets)
         options: dict[str, Any] = {"predictions": predictions, "seed": seed, "replay": replay, "progress": progress}
+        options["saved"] = self.saved
         return damage_of(self.model, self.data, lesions, values, objective=self.objective, contrasts=contrasts, **options)
 
     def about(self, found: Damage, index: pd.MultiIndex) -> dict[str, Any]:

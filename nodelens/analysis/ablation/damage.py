@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of
+from nodelens.engine.saved_work import SavedWork, reading
 from nodelens.interventions.replay import RecordedCall, Recording, largest_output
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
@@ -27,6 +28,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _CACHE = 1 << 20  # bytes of the largest tensor of a pass on a CPU: it should stay in a core's cache
 _MEMORY = 1 << 28  # on other devices
 _MOST_COPIES = 32
+_CHOICES = ("whole", "checked", "long", "alone")  # how lesions run, as the first batch showed
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,29 @@ def damage_of(
     replay: bool = True,
     seed: int = 0,
     progress: Progress = iter,
+    saved: SavedWork | None = None,
 ) -> Damage:
     """Loss without the units of a lesion minus loss with them, per prediction, for each lesion.
 
     Data are read once, until there are ``predictions`` (divided over processes; None: all), in whole samples. Standard errors are
     of the paired difference over samples. With ``replay`` the part of the model before a lesion's first place runs once per batch,
     and several lesions share a pass; the first batch shows whether that gives the numbers of the whole model, and where it does
-    not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of their own. Raises
-    ValueError if there is nothing to predict.
+    not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of their own. saved:
+    where the sums of an unfinished reading are kept. Raises ValueError if there is nothing to predict.
     """
     sums = _Sums.of(len(lesions) + len(contrasts))
     passes = _Passes(model, objective, lesions, values, replay, contrasts)
-    left = math.inf if predictions is None else math.ceil(predictions / world()[1])
-    with eval_mode(model), torch.no_grad():
-        for number, batch in enumerate(Driver(model, objective, progress=progress).batches(data if left > 0 else ())):
-            whole = batch.head(int((batch.predicted.cumsum(0) < left).sum()) + 1)  # up to the sample that reaches the limit
-            values.begin(whole, seed, number)
-            passes.measure(whole, sums)
-            left -= int(whole.predicted.sum())
+    limit = math.inf if predictions is None else math.ceil(predictions / world()[1])
+    with eval_mode(model), torch.no_grad(), reading(saved, _Unfinished(sums, passes), objective.batch) as rest:
+        driver = Driver(model, objective, progress=lambda given: rest(progress(given)))
+        for batch in driver.batches(data if limit > 0 else ()):
+            left = limit - passes.predictions
             if left <= 0:
+                break
+            whole = batch.head(int((batch.predicted.cumsum(0) < left).sum()) + 1)  # up to the sample that reaches the limit
+            values.begin(whole, seed, passes.batches)
+            passes.measure(whole, sums)
+            if passes.predictions >= limit:  # before another batch is loaded
                 break
     return sums.reduced(device_of(model)).damage(tuple(sorted(passes.whole)), len(lesions))
 
@@ -117,6 +123,25 @@ class _Sums:
 
 
 @dataclass
+class _Unfinished:
+    """What a reading that continues needs."""
+
+    sums: _Sums
+    passes: "_Passes"
+
+    def state_dict(self) -> dict[str, Any]:
+        choices = {name: sorted(getattr(self.passes, name)) for name in _CHOICES}
+        counts = {"batches": self.passes.batches, "predictions": self.passes.predictions}
+        return {"total": self.sums.total, "each": self.sums.each, **counts, **choices}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums.total, self.sums.each = state["total"], state["each"]
+        self.passes.batches, self.passes.predictions = state["batches"], state["predictions"]
+        for name in _CHOICES:
+            setattr(self.passes, name, set(state[name]))
+
+
+@dataclass
 class _Passes:
     """Runs the lesions on one batch after another. whole: those that need the whole model; checked: those that were compared."""
 
@@ -132,6 +157,8 @@ class _Passes:
     alone: set[int] = field(default_factory=set)  # and of those that cannot share a pass
     folds: Folds = field(default_factory=Folds)
     rows: int = 0  # samples in a pass of the whole model
+    batches: int = 0  # measured so far
+    predictions: int = 0  # of this process, in them
 
     @cached_property
     def readers(self) -> set[nn.Module]:
@@ -139,6 +166,7 @@ class _Passes:
         return {module for lesion in self.lesions for module, side in lesion.places if side == "input" and len(lesion.places) == 1}
 
     def measure(self, batch: Batch, sums: _Sums) -> None:
+        self.batches, self.predictions = self.batches + 1, self.predictions + int(batch.predicted.sum())
         if not self.replay:
             self.whole = set(range(len(self.lesions)))
         for part in self._parts(batch):

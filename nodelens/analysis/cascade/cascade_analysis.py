@@ -12,10 +12,9 @@ from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.damage import Damage
 from nodelens.analysis.ablation.draws import random_pairs
 from nodelens.analysis.ablation.replacement import HOW, How
+from nodelens.analysis.base import Analysis, AnalysisCall, Progress
 from nodelens.analysis.clusters.unit_types import NONE
-from nodelens.analysis.registry import Progress
 from nodelens.analysis.validity.ranking import agreement, ranking
-from nodelens.metrics import Metric
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result, values_of
 
@@ -25,7 +24,7 @@ _BUDGET = 0.1  # share of the units, for the recall
 
 
 @dataclass(frozen=True)
-class CascadeAnalysis:
+class CascadeAnalysis(Analysis):
     """Removes k units of one type together, and compares the damage with that of k random units of the same layer.
 
     by: the column of types, such as ``unit_type`` of the analysis clusters; of a column of numbers, the quarters of each layer.
@@ -60,30 +59,17 @@ class CascadeAnalysis:
                 "from 2 on, pairs from 0 on"
             )
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: it reads a column of another analysis, and what the run measures."""
-        return {}
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Raises ValueError for a column or matrix that the run does not have, or without a layer that can be ablated."""
+        result, seed = call.measured, call.seed
         kinds = self._kinds(result)
-        setting, missing = Setting.of_table(model, data if evaluation is None else evaluation, result.units, **objective)
+        setting, missing = Setting.of_table(model, call.evaluation, result.units, saved=call.saved, **call.objective)
         if not setting.targets:
             raise ValueError(f"cascade: no layer of the table can be ablated: {missing[0]['layer']}: {missing[0]['reason']}")
         kinds = kinds[kinds.index.get_level_values("layer").isin([target.name for target in setting.targets])]
         sets, pairs = self._sets(kinds, seed), self._pairs(kinds, result, seed)
         alone = [] if "damage" in result.units else list(setting.chosen(self.sample, seed))
-        found, contrast = self._measured(setting, sets, pairs, alone, seed, progress)
+        found, contrast = self._measured(setting, sets, pairs, alone, seed, call.progress)
         curves = sets.drop(columns="removed").assign(damage=found.change[: len(sets)], damage_se=found.error[: len(sets)])
         single = _single(result, alone, found, len(sets))
         table = result.units[values_of(result.units)].drop(columns=["damage", "damage_se"], errors="ignore")

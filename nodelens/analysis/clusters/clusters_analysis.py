@@ -1,5 +1,6 @@
 """The analysis ``clusters``: the units of each layer divided by their metrics, with types, stability and ablations."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -7,16 +8,16 @@ from typing import Any, Literal, get_args
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
+from nodelens.engine.saved_work import SavedWork, part
 from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.results.files import plain
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
 
 from .features import Features, distinct
 from .metric_space import LOGARITHMS, ROLES, MetricSpaceClustering, Mode, UnitClusters, features_of, score_of
 from .partition import means_by_cluster
-from .stability import DRAWS, ablations, best_number, numbers_of_clusters, stability
+from .stability import DRAWS, Stability, ablations, best_number, numbers_of_clusters, stability
 from .unit_types import NONE, TYPES, mapping_of
 
 AUTO = "auto"
@@ -24,7 +25,7 @@ Frames = dict[str, list[pd.DataFrame]]
 
 
 @dataclass(frozen=True)
-class ClustersAnalysis:
+class ClustersAnalysis(Analysis):
     """Divides the units of each layer into clusters in the space of their metrics, and names the type of each cluster.
 
     n_clusters: number of clusters, or ``auto``: the number with the largest silhouette, from 4 where clusters are typed, else from
@@ -67,24 +68,16 @@ class ClustersAnalysis:
         names = [*_names(self.columns), *([self.score] if self.score else [])]
         return {name: get_metric(name) for name in names if name in list_metrics()}
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
+        """Reads the columns of the result, and no data. A layer that cannot be divided is listed as missing."""
+        table, seed = call.measured.units, call.seed
         frames: Frames = {name: [] for name in ("clusters", "layers", "ablations", "numbers", "points")}
         missing = []
-        labels = pd.DataFrame({"cluster": -1, "unit_type": NONE}, index=result.units.index)
-        for layer, units in result.units.groupby(level="layer", sort=False):
+        labels = pd.DataFrame({"cluster": -1, "unit_type": NONE}, index=table.index)
+        for layer, units in table.groupby(level="layer", sort=False):
             try:
                 features = features_of(units, _names(self.columns), str(layer), self.log)
-                found = self._of_layer(features, units, seed, frames)
+                found = self._of_layer(features, units, call, frames)
             except ValueError as error:  # the other layers go on
                 missing.append({"layer": str(layer), "what": "clusters", "reason": str(error)})
                 continue
@@ -95,24 +88,26 @@ class ClustersAnalysis:
         about = {"options": plain(vars(self)), "seed": seed, "missing": missing}
         return Findings("clusters", tables, _lines(tables, missing), labels.add_suffix(self.suffix), metadata=about)
 
-    def _of_layer(self, features: Features, units: pd.DataFrame, seed: int, frames: Frames) -> UnitClusters:
+    def _of_layer(self, features: Features, units: pd.DataFrame, call: AnalysisCall, frames: Frames) -> UnitClusters:
         """The clusters of a layer; adds its rows to the tables."""
         scores = score_of(units, self.score, features.layer)
         typed = MetricSpaceClustering.typed(features.names, scores)
-        base = MetricSpaceClustering(len(TYPES) if typed else 2, seed, self.type_mapping_mode)
+        base = MetricSpaceClustering(len(TYPES) if typed else 2, call.seed, self.type_mapping_mode)
         numbers = numbers_of_clusters(base, features, range(2, self.most + 1))
         best = best_number(numbers, base.n_clusters) or base.n_clusters
         chosen = best if self.n_clusters == AUTO else int(self.n_clusters)
         clustering = replace(base, n_clusters=chosen)
         found = clustering.fit_features(features, scores, self.clustering_mode)
         frames["clusters"].append(_clusters(found, features))
-        frames["layers"].append(self._layer_row(clustering, found, features, scores))
+        frames["layers"].append(self._layer_row(clustering, found, features, scores, call.saved))
         frames["numbers"].append(_of(features.layer, numbers.reset_index()))
         if self.ablations and len(features.names) > 1 and distinct(features.standardized()) >= chosen:
             frames["ablations"].append(_of(features.layer, ablations(clustering, features).reset_index()))
         return found
 
-    def _layer_row(self, clustering: MetricSpaceClustering, found: UnitClusters, features: Features, scores: Any) -> pd.DataFrame:
+    def _layer_row(
+        self, clustering: MetricSpaceClustering, found: UnitClusters, features: Features, scores: Any, saved: SavedWork | None
+    ) -> pd.DataFrame:
         row: dict[str, Any] = {
             "units": len(found.labels),
             "without_value": int((found.labels < 0).sum()),
@@ -120,7 +115,10 @@ class ClustersAnalysis:
             "silhouette": found.silhouette,
         }
         if self.draws:
-            sure = stability(clustering, features, scores, self.clustering_mode, self.draws)
+            options = features, scores, self.clustering_mode, self.draws
+            read = hashlib.sha256(features.values.tobytes() + repr((features.names, scores)).encode()).hexdigest()
+            name = f"stability, {found.layer_name}, {clustering}, {read}"
+            sure = Stability(**part(saved, name, lambda: stability(clustering, *options)._asdict()))
             row |= {"stability": sure.mean, "stability_low": sure.low, "stability_high": sure.high, "draws": sure.draws}
         row |= {kind: found.type_counts[kind] for kind in TYPES}
         return pd.DataFrame(row, index=pd.Index([found.layer_name], name="layer"))

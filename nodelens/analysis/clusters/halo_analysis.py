@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.messages import nearest
 from nodelens.metrics import Metric
 from nodelens.metrics.supernode import share_of
-from nodelens.network.eval_mode import uncompiled
 from nodelens.results.files import plain
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
@@ -27,7 +26,7 @@ OTHERS = "others"
 
 
 @dataclass(frozen=True)
-class HaloAnalysis:
+class HaloAnalysis(Analysis):
     """Finds the halo of a cluster in the next layer: the units that get most of their input from it, with permutation baselines.
 
     column, value: the cluster, the units with this value in a column of the table of units. top: instead of a value, the share of
@@ -62,25 +61,18 @@ class HaloAnalysis:
         """Those of the clusters, where the types are read."""
         return self.clusters.required_metrics() if self.column == UNIT_TYPE else {}
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
-        model, missing = uncompiled(model), list[dict[str, str]]()
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
+        """Reads data once for weighted connections. Raises ValueError for a column that the run does not have."""
+        result, seed, missing = call.measured, call.seed, list[dict[str, str]]()
         labels = self._labels(model, data, result, seed, missing)
         names = [str(name) for name in dict.fromkeys(labels.index.get_level_values("layer"))]
-        pairs, reasons = next_layers(model, data, names, **objective)
+        pairs, reasons = next_layers(model, data, names, **call.objective)
         outputs = result.metadata.get("outputs") or []
         missing += [{"layer": k, "what": "halo", "reason": reason} for k, reason in reasons.items() if k not in outputs]
         readers = list(dict.fromkeys(pair.next for pair in pairs))
-        spread = deviations(model, data, readers, seed, progress, **objective) if self.use_activation_weight and readers else {}
+        weighted = self.use_activation_weight and bool(readers)
+        kept = {} if call.saved is None else {"save_to": call.saved.folder, "save_minutes": call.saved.minutes}
+        spread = deviations(model, data, readers, seed, call.progress, **kept, **call.objective) if weighted else {}
         frames: dict[str, list[pd.DataFrame]] = {"pairs": [], "receivers": [], "flow": []}
         for pair in pairs:
             try:

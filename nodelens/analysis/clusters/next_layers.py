@@ -90,12 +90,12 @@ def next_layers(
 
 
 def deviations(
-    model: nn.Module, data: Iterable[Any], names: Sequence[str], seed: int = 0, progress: Any = iter, **objective: Any
+    model: nn.Module, data: Iterable[Any], names: Sequence[str], seed: int = 0, progress: Any = iter, **options: Any
 ) -> dict[str, Tensor]:
     """Standard deviation (ddof 0) of each input of the named modules over all rows, {module: (inputs,) float64}, in one pass."""
     inputs = [Layer(f"{name}.input", model.get_submodule(name), "input") for name in names]
     result = analyze(
-        model, data, {"variance": get_metric("activation_variance")}, inputs, groups=1, seed=seed, progress=progress, **objective
+        model, data, {"variance": get_metric("activation_variance")}, inputs, groups=1, seed=seed, progress=progress, **options
     )
     rows = {row["layer"]: row["rows"] for row in result.metadata["rows"]}
     found = {}

@@ -14,6 +14,7 @@ from torch import nn
 from nodelens.engine.covariance import LIMIT, CovariancePolicy
 from nodelens.engine.driver import device_of
 from nodelens.engine.request import describe
+from nodelens.engine.saved_work import SavedWork
 from nodelens.engine.validation import in_bytes
 from nodelens.engine.wide_sites import describe as describe_covariance
 from nodelens.network.architecture import config_of
@@ -95,12 +96,13 @@ def measure_geometry(
     label: str | None = None,
     run_name: str | None = None,
     run_metadata: Mapping[str, Any] | None = None,
+    saved: SavedWork | None = None,
 ) -> GeometryResult:
     """Measures the residual stream of a language model in eval mode: one pass over the data, one row per token.
 
     data: batches of tokens: tensors (B, T), or dicts with input_ids, attention_mask (tokens with 0 are left out of everything),
     ids, and what else the model takes. Under a process group each process gives its own share. label: the model's name in the
-    tables. run_name, run_metadata: notes for the metadata.
+    tables. run_name, run_metadata: notes for the metadata. saved: where the sums of an unfinished pass are kept.
 
     Each statistic that is biased at small n has a debiased counterpart: d_pr_debiased, linear_cka_debiased. ``nl.analyze`` gives
     standard errors of the same metrics. Raises ValueError, with the way out, for what does not fit; MemoryError over the budget.
@@ -112,7 +114,7 @@ def measure_geometry(
     begin = partial(TokenReader, data, forward_options(model, points), _share(options.max_tokens))
     policy = CovariancePolicy.of(options.covariance, options.width, max_passes=options.max_passes)
     budget, once = in_bytes(options.budget), isinstance(data, Iterator)
-    found = read(model, begin, points, columns, options.sample_limit, policy, budget, options.max_passes, once)
+    found = read(model, begin, points, columns, options.sample_limit, policy, budget, options.max_passes, once, saved)
     warn_of_rows(found.left_out)
     label = label or str(getattr(model, "name_or_path", "") or type(model).__name__)
     result = _tables(found, columns, {"model_key": _key(label), "model_label": label}, options.novelty_k)

@@ -14,6 +14,7 @@ from nodelens.messages import check_folder, shown
 from nodelens.results.arrays import headers, read_arrays
 from nodelens.results.files import checked, plain, read_json, write, write_json
 from nodelens.results.left_out import many_left_out
+from nodelens.results.spreadsheets import with_formulas, without_formulas
 
 SCHEMA = 1  # of the folder
 _SCHEMAS = (SCHEMA, "0.1")  # what is read; 0.1 is representation-geometry's
@@ -54,7 +55,7 @@ class GeometryResult:
             if kind == "json":
                 write_json(folder / f"{name}.json", table.to_dict(orient="records"))
             else:
-                write(folder / f"{name}.csv", partial(table.to_csv, index=False))
+                write(folder / f"{name}.csv", partial(without_formulas(table).to_csv, index=False))
         if self.eigenvalues:
             write(folder / "eigenvalues.npz", self._pack)
         self.artifact_dir = folder.resolve()
@@ -234,6 +235,6 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _read_csv(file: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(file, dtype=_WORDS)
+        return with_formulas(pd.read_csv(file, dtype=_WORDS))
     except pd.errors.EmptyDataError:  # representation-geometry writes a table without routers so
         return pd.DataFrame()

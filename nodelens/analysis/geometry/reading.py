@@ -1,5 +1,6 @@
 """One pass of a language model over tokens: sums at its sites, a sample of rows, and the load of its routers."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from nodelens.engine.collect import Pass
 from nodelens.engine.covariance import CovariancePolicy
 from nodelens.engine.driver import device_of
 from nodelens.engine.dry_run import DryRun
+from nodelens.engine.kernels import backend_of
 from nodelens.engine.plan import Plan
+from nodelens.engine.saved_work import Resumable, SavedWork, reading
 from nodelens.engine.several_passes import check_again, divided
 from nodelens.metrics import Need
 from nodelens.network.batch import Batch
@@ -61,8 +64,11 @@ def read(
     budget: float | None = None,
     max_passes: int = 1,
     once: bool = False,
+    saved: SavedWork | None = None,
 ) -> Reading:
     """Runs one pass, or as many as are needed to keep the sums within ``budget`` bytes; ``begin`` opens the tokens. Collective.
+
+    saved: where the sums of an unfinished pass are kept.
 
     Raises ValueError if there are no tokens, if requested routers are not found, if a site does not show one row per token, or if
     several passes are needed but read different tokens or ``once`` (data that can be read once); MemoryError beyond ``max_passes``.
@@ -81,10 +87,12 @@ def read(
     routers.restore(named)
     points = merged(points, same)
     plan = Plan.of(net, unique(points), columns.summed, dry_run, groups=1, pairs=pairs(points), covariance=covariance)
+    samples = stream.limit / max(1, max(seen.positions for seen in dry_run.seen.values()))
+    plan = dataclasses.replace(plan, kernels=backend_of(net, plan, samples))
     parts = divided(plan, budget, max_passes)
     check_again(once, len(parts), device)
     opened = [(stream, routers), *((begin(), None) for _ in parts[1:])]
-    every = [_read_once(net, part, *tokens, columns, sample_limit) for part, tokens in zip(parts, opened, strict=True)]
+    every = [_read_once(net, part, *tokens, columns, sample_limit, saved) for part, tokens in zip(parts, opened, strict=True)]
     if len({one.seen for one in every}) > 1:
         seen = [one.seen for one in every]
         raise ValueError(f"the passes read different data, {seen} tokens and batches: the data must be the same every time")
@@ -111,12 +119,18 @@ class _PassResult(NamedTuple):
 
 
 def _read_once(
-    net: nn.Module, plan: Plan, stream: TokenReader, routers: Routers | None, columns: Columns, sample_limit: int | None
+    net: nn.Module,
+    plan: Plan,
+    stream: TokenReader,
+    routers: Routers | None,
+    columns: Columns,
+    sample_limit: int | None,
+    saved: SavedWork | None,
 ) -> _PassResult:
     """Runs one pass over the layers that the plan measures. Routers are measured in the first pass only."""
     device, sample = device_of(net), TokenSample(sample_limit or 1)
     widths = {layer.name: plan.seen(layer, "output").width for layer in plan.measured if columns.sampled}
-    taken = _pass(net, plan, stream, sample, list(widths), routers or Routers(net))
+    taken = _pass(net, plan, stream, sample, list(widths), routers or Routers(net), saved)
     each = [n for c in taken.collectors.values() for n in (c.left_out, int(c.rows_seen))]
     tokens, batches, *left = reduce_tensor(torch.tensor([stream.tokens, stream.batches, *each], device=device)).tolist()
     lost = {str(site): (n, of) for site, n, of in zip(taken.collectors, left[::2], left[1::2], strict=True) if n}
@@ -140,12 +154,45 @@ def _dry_run(
     return dry_run, {router.name: router for router in finder.found.values()}, seen.duplicates()
 
 
-def _pass(net: nn.Module, plan: Plan, stream: TokenReader, sample: TokenSample, sampled: list[str], routers: Routers) -> Pass:
+@dataclass
+class _Unfinished:
+    """What a pass that continues needs."""
+
+    collected: Pass
+    sample: TokenSample
+    routers: Routers
+    stream: TokenReader
+
+    def state_dict(self) -> dict[str, Any]:
+        parts: dict[str, Resumable] = {"sums": self.collected, "sample": self.sample, "routers": self.routers}
+        counts = {"tokens": self.stream.tokens, "batches": self.stream.batches}
+        return counts | {name: each.state_dict() for name, each in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.collected.load_state_dict(state["sums"])
+        self.sample.load_state_dict(state["sample"])
+        self.routers.load_state_dict(state["routers"])
+        self.stream.tokens, self.stream.batches = state["tokens"], state["batches"]
+
+
+def _pass(
+    net: nn.Module,
+    plan: Plan,
+    stream: TokenReader,
+    sample: TokenSample,
+    sampled: list[str],
+    routers: Routers,
+    saved: SavedWork | None,
+) -> Pass:
     """Runs every batch and adds it to the sums of the plan, to the sample of some layers, and to the routers."""
     capture = Capture([Site(layer, "output") for layer in plan.measured if layer.name in sampled], sample.see)
     capture.gate = True
-    with capture, observed(routers.found, routers.see):
-        return run_pass(net, plan, stream.iterate(sample.begin, routers.begin), Objective.of(net))
+    objective = Objective.of(net)
+    collected = Pass(plan, objective)
+    own = _Unfinished(collected, sample, routers, stream)
+    with capture, observed(routers.found, routers.see), reading(saved, own, lambda batch: batch) as rest:
+        batches = stream.iterate(sample.begin, routers.begin, rest=rest)
+        return run_pass(net, plan, batches, objective, collected=collected)
 
 
 def _sums(taken: Pass, device: torch.device) -> dict[tuple[str, Need], Accumulator]:

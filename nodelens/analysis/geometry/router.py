@@ -164,6 +164,14 @@ class Routers:
         modules = {name: module for module, name in self.names.items()}
         self.found = {modules[name]: router for name, router in found.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The loads after a batch has ended."""
+        return {name: list(load._sums()) for name, load in self.loads.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what ``state_dict`` returned."""
+        self.loads = {name: RouterCounts(*sums) for name, sums in state.items()}
+
     def begin(self, batch: TokenBatch) -> None:
         self.keep = batch.mask.flatten()
 

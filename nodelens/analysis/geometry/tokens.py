@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nodelens.engine.saved_work import Rest
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Site
 from nodelens.statistics.processes import reduce_tensor, world
@@ -74,6 +75,11 @@ class TokenBatch:
 
         return type(self)({k: shift(v) for k, v in self.inputs.items()}, shift(self.mask), shift(self.keys))
 
+    @property
+    def hashes(self) -> Tensor:
+        """One hash per sample, (B,) int64, of its tokens that count."""
+        return self.keys.where(self.mask, 0).sum(1)  # wraps around
+
     def __len__(self) -> int:
         """Number of tokens that count."""
         return int(self.mask.sum())
@@ -116,7 +122,8 @@ class TokenReader:
 
     def __init__(self, data: Iterable[Any], takes: Mapping[str, Any], limit: int | None = None):
         self.tokens = self.batches = 0  # read so far
-        self._remaining = _up_to(data, takes, math.inf if limit is None else limit)
+        self.limit = math.inf if limit is None else limit
+        self._remaining = _up_to(data, takes, self.limit)
 
     def head(self) -> TokenBatch | None:
         """The first batch, without consuming it; None if there are no tokens."""
@@ -125,9 +132,9 @@ class TokenReader:
             self._remaining = chain([head], self._remaining)
         return head
 
-    def iterate(self, *listeners: Callable[[TokenBatch], None]) -> Iterator[dict[str, Any]]:
-        """The model inputs of each batch. The listeners get each batch first."""
-        for batch in self._remaining:
+    def iterate(self, *listeners: Callable[[TokenBatch], None], rest: Rest = iter) -> Iterator[dict[str, Any]]:
+        """The model inputs of each batch. The listeners get each batch first. rest: picks the batches that are still to be read."""
+        for batch in rest(self._remaining):
             self.tokens += len(batch)
             self.batches += 1
             for listener in listeners:
@@ -155,6 +162,14 @@ class TokenSample:
         self.rows: dict[str, Tensor] = {}  # by layer, (r, width), in the order of the keys
         self._stay = self._place = torch.empty(0, dtype=torch.int64)
         self._samples = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sample after a batch has ended."""
+        return {"keys": self.keys, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what ``state_dict`` returned."""
+        self.keys, self.rows = state["keys"], state["rows"]
 
     def begin(self, batch: TokenBatch) -> None:
         """Decides, before the model runs, which tokens of a batch enter the sample and which leave it."""

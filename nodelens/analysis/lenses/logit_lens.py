@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall, Progress
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.lens import LENS, about, read_lens, translated
 from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
@@ -16,14 +16,11 @@ from nodelens.interventions.lenses.scores import TokenMeans, row_scores
 from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
-from nodelens.metrics import Metric
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Analysis):
     """The final norm and the head, applied after each block: precision, surprisal, KL to the model's own logits, entropy.
 
     layers:    blocks: all, indices, or an expression such as ``n//2:``
@@ -47,25 +44,9 @@ class LogitLens:
         if not self.ks or min(self.ks) < 1 or self.k < 1:
             raise ValueError(f"logit_lens: ks is {list(self.ks)} and k is {self.k}; they are numbers of tokens, 1 or more")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: the lens reads the residual stream in a pass of its own."""
-        return {}
-
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Reads data once. Memory does not grow with the data; under a process group each process gives its own share."""
-        model = uncompiled(model)
-        table = lens_table(model, data, self.layers, self.ks, progress=progress, output=objective.get("output"))
+        table = lens_table(model, data, self.layers, self.ks, progress=call.progress, output=call.objective.get("output"))
         frames, known = {"layers": table}, TokenModel(model)
         if self.prompts is not None:
             frames |= read_lens(known, read_prompts(self.prompts, self.tokenizer), known.blocks(self.layers), self.k).frames

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
+from nodelens.engine.associations import ALL_LAYERS
 from nodelens.results.result import Result
 
+from .columns import every_labels
 from .graph import NONE
 from .tables import Partitioned, comparison_table, within
 
-PREFIX = "module_"
 Across = Literal["associations", "layers", "runs"]
 _KEYS = {"associations": "association", "layers": "layer", "runs": "run"}
 
@@ -34,7 +35,7 @@ def compare_modules(
     across:  associations: of the same layer and run. layers: of equal width, with units in the same order, such as the channels of
              a residual stream. runs: of the same layer and association, between all pairs of results, such as epochs
     units:   {layer: (units,) which unit of the second of two results is the unit of the first, -1 for none}, for networks whose
-             units have no common order, see ``match_units``
+             units have no common order, see ``match_units``. Modules of all layers together are left out, unless units has ``all``
     shuffles: of units, for the p of the alignment
 
     Returns one row per pair: alignment (share of units in matched modules) with its null, z and p, ami, ari, vi (variation of
@@ -53,6 +54,7 @@ def compare_modules(
     if not parts:
         raise ValueError('no result has modules: run nl.analyze(..., analysis=["modularity"]) first')
     if units is not None:
+        parts = [part for part in parts if part.names["layer"] != ALL_LAYERS or ALL_LAYERS in units]
         second = list(named)[1]
         parts = [_reordered(part, units) if part.names["run"] == second else part for part in parts]
     pairs = within(parts, _KEYS[across])
@@ -107,14 +109,12 @@ def _parts(run: str, given: Result | pd.DataFrame) -> list[Partitioned]:
     units, matrices = (given.units, given.matrices) if isinstance(given, Result) else (given, {})
     if units.index.nlevels == 1 and {"layer", "unit"} <= set(units):
         units = units.set_index(["layer", "unit"])
-    found = []
-    for column in (str(c) for c in units if str(c).startswith(PREFIX)):
-        for layer, labels in units[column].groupby(level="layer", sort=False):
-            name, numbers = column.removeprefix(PREFIX), labels.astype(float).fillna(NONE).astype(int).to_numpy()
-            if (numbers >= 0).any():
-                names = {"run": run, "layer": str(layer), "association": name}
-                found.append(Partitioned(names, numbers, matrices.get((layer, name))))
-    return found
+    parts = []
+    for (layer, name), labels in every_labels(units).items():
+        matrix = matrices.get((layer, name))
+        same = matrix is not None and len(matrix) == len(labels)  # of a wide layer, only some units have associations
+        parts.append(Partitioned({"run": run, "layer": layer, "association": name}, labels, matrix if same else None))
+    return parts
 
 
 def _reordered(part: Partitioned, units: Mapping[str, Any]) -> Partitioned:

@@ -8,10 +8,9 @@ import pandas as pd
 
 from nodelens.results.findings import Findings
 
+from .columns import labels_of
 from .comparison import matched
 from .tables import OF_ASSOCIATIONS, Partitioned, comparison_table
-
-PREFIX = "module_"
 
 
 def follow_epochs(found: Mapping[int, Findings], shuffles: int = 1000, seed: int = 0) -> Findings:
@@ -45,11 +44,12 @@ def follow_epochs(found: Mapping[int, Findings], shuffles: int = 1000, seed: int
 
 
 def _partitions(found: Findings) -> dict[tuple[str, str], pd.Series]:
-    """{(layer, association): labels of its units, index unit}, for those with modules."""
+    """{(layer, association): labels of its units}, for those with modules."""
     if found.units is None:
         return {}
     known = zip(found["modules"]["layer"], found["modules"]["association"], strict=True)
-    return {(layer, name): found.units.loc[layer, f"{PREFIX}{name}"].astype(int) for layer, name in known}
+    labels = {(layer, name): labels_of(found.units, layer, name) for layer, name in known}
+    return {key: each for key, each in labels.items() if each is not None}
 
 
 def _followed(key: tuple[str, str], epochs: list[int], series: list[pd.Series]) -> list[dict[str, int | str]]:
@@ -60,10 +60,15 @@ def _followed(key: tuple[str, str], epochs: list[int], series: list[pd.Series]) 
         before = matched(each.to_numpy(), before, unused or None)
         unused = max(unused, int(np.max(before, initial=-1)) + 1)
         rows += [
-            {"layer": key[0], "association": key[1], "epoch": epoch, "unit": int(unit), "module": int(label)}
-            for unit, label in zip(each.index, before, strict=True)
+            {"layer": key[0], "association": key[1], "epoch": epoch, "unit": unit, "module": int(label)}
+            for unit, label in zip(_numbers(each.index), before, strict=True)
         ]
     return rows
+
+
+def _numbers(index: pd.Index) -> list[int]:
+    """The numbers of units in their layer; of the units of all layers, which several layers have, those in the table."""
+    return list(range(len(index))) if isinstance(index, pd.MultiIndex) else [int(unit) for unit in index]
 
 
 def _lines(stability: pd.DataFrame) -> list[str]:

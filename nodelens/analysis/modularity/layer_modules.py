@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from .correlation_null import correlation_matrix, groups_matrix, random_correlations
 from .find_modules import Method, Modules, modules_of, modules_of_matrix
@@ -59,6 +60,19 @@ class LayerModules:
     null: Significance
     graph: Graph
     model: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values, which can be saved."""
+        graph = {"weights": torch.from_numpy(self.graph.weights), "live": torch.from_numpy(self.graph.live)}
+        modules = {"labels": torch.from_numpy(self.modules.labels), "q": self.modules.q, "components": self.modules.components}
+        return {"graph": graph, "modules": modules, "null": vars(self.null), "model": self.model}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "LayerModules":
+        """What ``state_dict`` returned."""
+        graph = Graph(*(state["graph"][name].numpy() for name in ("weights", "live")))
+        modules = Modules(state["modules"]["labels"].numpy(), state["modules"]["q"], state["modules"]["components"])
+        return cls(modules, Significance(**state["null"]), graph, state["model"])
 
     def row(self) -> dict[str, float | int | str]:
         """The values of the table of modules."""

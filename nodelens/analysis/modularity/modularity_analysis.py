@@ -1,5 +1,6 @@
 """``analysis=[modularity]``: the modules of every layer, beside those of a null model, by one or several associations."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -8,25 +9,30 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
+from nodelens.engine.associations import ALL_LAYERS
+from nodelens.engine.saved_work import part
 from nodelens.metrics import Metric, get_metric
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
 from nodelens.statistics.seeding import seed_of
 
+from .columns import drawn_units, is_stack, label_columns, units_of
+from .connectivity import connectivity_table
 from .epochs import follow_epochs
 from .find_modules import Method, check_options
-from .graph import as_matrix
+from .graph import NONE, as_matrix
 from .layer_modules import COVARIANCES, LayerModules, Null, Search
 from .pictures import sorted_matrix
 from .tables import MODULES, Partitioned, comparison_table, within
 
 
 @dataclass(frozen=True)
-class ModularityAnalysis:
+class ModularityAnalysis(Analysis):
     """Finds the modules of the units of each layer, by one or several associations, and compares them.
 
     associations: names of metrics of pairs of units, or {column: metric}
+    stacked:      also find the modules of the units of all layers together, by one matrix of them, as the layer ``all``
     absolute:     edge weights are absolute values of the associations
     gamma:        resolution; above 1, more and smaller modules
     method:       louvain, spectral, monte_carlo or leiden (which needs the package leidenalg)
@@ -44,6 +50,7 @@ class ModularityAnalysis:
     """
 
     associations: str | Sequence[str] | Mapping[str, Metric] = ("forward_cov", "backward_ggn")
+    stacked: bool = False
     absolute: bool = True
     gamma: float = 1.0
     method: Method = "louvain"
@@ -75,67 +82,74 @@ class ModularityAnalysis:
             found = dict(self.associations)
         else:
             names = [self.associations] if isinstance(self.associations, str) else self.associations
-            found = {str(name): _as_matrix(str(name)) for name in names}
+            found = {str(name): _as_matrix(str(name), self.stacked) for name in names}
         if not found:
             raise ValueError("associations is empty; give names of metrics of pairs of units, such as forward_cov")
         for name, metric in found.items():
             if metric.shape != "pair":
                 raise ValueError(f"{name} has one value per {metric.shape}, and modules are found in a metric of pairs of units")
+        if self.stacked and not any(metric.options.get("stacked") for metric in found.values()):
+            raise ValueError(
+                f"stacked: {', '.join(found)} has no matrix of the units of all layers: add an association that has one, such as "
+                "forward_cov, or leave stacked out"
+            )
         return found
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Reads the matrices of the result, and no data."""
-        names, gaps = list(self.required_metrics()), _Gaps()
-        found = {
-            (layer, name): modules
-            for layer in result.layers.index
-            for name in names
-            if (modules := self._modules(result, layer, name, seed, gaps)) is not None
-        }
+        result, seed = call.measured, call.seed
+        metrics, gaps = self.required_metrics(), _Gaps()
+        places = [(str(layer), name) for layer in result.layers.index for name in metrics]
+        places += [(ALL_LAYERS, name) for name, metric in metrics.items() if metric.options.get("stacked")]
+        found = {place: modules for place in places if (modules := self._modules(call, *place, gaps)) is not None}
         parts = [
             Partitioned({"layer": layer, "association": name}, each.modules.labels, result.matrices[layer, name])
             for (layer, name), each in found.items()
         ]
         options = {"absolute": self.absolute, "gamma": self.gamma, "shuffles": self.alignments, "seed": seed}
-        rows = [{"layer": layer, "association": name} | each.row() for (layer, name), each in found.items()]
+        rows = [{"layer": layer, "association": name, **each.row()} for (layer, name), each in found.items()]
         frames = {
             "modules": pd.DataFrame(rows, columns=list(MODULES)),
             "comparison": comparison_table(within(parts, "association"), "association", ["layer"], **options),
+            "connectivity": _connectivity(result, found),
         }
         about = {"options": _plain_options(self), "seed": seed, "missing": gaps.rows, "notes": gaps.notes}
         pictures = {(layer, f"sorted_{name}"): sorted_matrix(each) for (layer, name), each in found.items()}
         lines = [*_summary(frames), *gaps.lines()]
-        return Findings("modularity", frames, lines, _columns(result, found, names), pictures, about)
+        labels = {key: _of_every_unit(result, key[0], each.modules.labels) for key, each in found.items()}
+        columns = label_columns(result.units.index, labels, metrics)
+        return Findings("modularity", frames, lines, columns, pictures, about)
 
     def over_epochs(self, found: Mapping[int, Findings], seed: int = 0) -> Findings:
         """How the modules change during training, from what was found after each epoch."""
         return follow_epochs(found, self.alignments, seed)
 
-    def _modules(self, result: Result, layer: str, name: str, seed: int, gaps: "_Gaps") -> LayerModules | None:
-        matrix, rng = result.matrices.get((layer, name)), np.random.default_rng(seed_of(seed, layer, name))
+    def _modules(self, call: AnalysisCall, layer: str, name: str, gaps: "_Gaps") -> LayerModules | None:
+        result = call.measured
+        matrix = result.matrices.get((layer, name))
         if matrix is None:
-            gaps.add(layer, name, f"{name} was not measured: leave the layer out, or the association")
+            gaps.add(layer, name, _why_not_measured(result, layer, name))
             return None
-        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null_model)
+        own = f"{layer}, {name}, {hashlib.sha256(matrix.tobytes()).hexdigest()}"
         try:
-            if self.null_model == "correlation" and name in COVARIANCES:
-                found = search.of_correlations(matrix, self.rows or result.metadata["samples"], rng)
-            else:
-                found = search(matrix, rng)
+            found = part(call.saved, own, lambda: self._searched(result, matrix, layer, name, call.seed).state_dict())
         except ValueError as error:
             gaps.add(layer, name, str(error))
             return None
+        return self._noted(LayerModules.of_state(found), result, layer, name, gaps)
+
+    def _searched(self, result: Result, matrix: np.ndarray, layer: str, name: str, seed: int) -> LayerModules:
+        search = Search(self.absolute, self.gamma, self.method, self.starts, self.sparsify, self.shuffles, self.null_model)
+        rng = np.random.default_rng(seed_of(seed, layer, name))
+        if self.null_model == "correlation" and name in COVARIANCES:
+            return search.of_correlations(matrix, self.rows or result.metadata["samples"], rng)
+        return search(matrix, rng)
+
+    def _noted(self, found: LayerModules, result: Result, layer: str, name: str, gaps: "_Gaps") -> LayerModules:
+        matrix = result.matrices[layer, name]
         gaps.about(layer, name, found, matrix)
+        if drawn_units(result, layer, len(matrix)) is not None:
+            gaps.notes.append(f"{layer}, {name}: modules of the {len(matrix)} units that were drawn; the others are in none")
         return found
 
 
@@ -167,24 +181,44 @@ class _Gaps:
         return [f"{row['layer']}, {row['what'].removeprefix('module_')}: {row['reason']}" for row in self.rows] + self.notes
 
 
-def _as_matrix(name: str) -> Metric:
-    """A metric of pairs that returns the matrix, where it would return the mean over partners."""
+def _as_matrix(name: str, stacked: bool) -> Metric:
+    """A metric of pairs that returns the matrix, where it would return the mean over partners; stacked: also that of all layers."""
     metric = get_metric(name)
-    return get_metric(name, reduce="none") if metric.kind == "pair" and "reduce" in metric.options else metric
+    wanted = {"reduce": "none"} | ({"stacked": True} if stacked else {})
+    options = {key: value for key, value in wanted.items() if key in metric.options and metric.kind == "pair"}
+    return get_metric(name, **options) if options else metric
 
 
-def _columns(result: Result, found: Mapping[tuple[str, str], LayerModules], names: Sequence[str]) -> pd.DataFrame | None:
-    """The label of every unit by every association: -1 for a unit in no module, and in a layer without modules."""
-    columns = {}
-    for name in names:
-        if not any(name == other for _, other in found):
-            continue
-        labels = pd.Series(-1, index=result.units.index)
-        for layer in result.layers.index:
-            if (layer, name) in found:
-                labels.loc[[layer]] = found[layer, name].modules.labels
-        columns[f"module_{name}"] = labels
-    return pd.DataFrame(columns, index=result.units.index) if columns else None
+def _why_not_measured(result: Result, layer: str, name: str) -> str:
+    """The reason why a result has no matrix of a layer, with the way out."""
+    known = (each for each in result.metadata.get("missing") or [] if each["layer"] == layer and each["column"] == name)
+    reason = next((str(each["reason"]) for each in known), "")
+    if reason:
+        return reason if "leave " in reason else f"{reason}; leave the layer out, or the association"
+    if is_stack(result.units.index, layer):
+        return f"{name} has no matrix of all layers, which takes one pass: raise the budget, or leave stacked out"
+    return f"{name} was not measured: leave the layer out, or the association"
+
+
+def _of_every_unit(result: Result, layer: str, labels: np.ndarray) -> np.ndarray:
+    """Labels of all units of a layer, -1 for those that were not drawn."""
+    drawn = drawn_units(result, layer, len(labels))
+    if drawn is None:
+        return labels
+    every = np.full(units_of(result, layer), NONE)
+    every[drawn] = labels
+    return every
+
+
+def _connectivity(result: Result, found: Mapping[tuple[str, str], LayerModules]) -> pd.DataFrame:
+    """One row per live unit of each layer and association."""
+    tables = []
+    for (layer, name), each in found.items():
+        drawn, count = drawn_units(result, layer, len(each.modules.labels)), len(each.modules.labels)
+        tables.append(connectivity_table(each, np.arange(count) if drawn is None else drawn))
+        tables[-1].insert(0, "layer", layer)
+        tables[-1].insert(1, "association", name)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["layer", "association", "unit"])
 
 
 def _summary(frames: Mapping[str, pd.DataFrame]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.interventions.patching.attribution import AttributionOptions, attribution_grid
 from nodelens.interventions.patching.direct import attribute_logits
 from nodelens.interventions.patching.grid import GridOptions
@@ -16,22 +16,11 @@ from nodelens.interventions.prompts import first_prompts, read_prompts
 from nodelens.interventions.token_model import TokenModel
 from nodelens.interventions.token_positions import Positions
 from nodelens.messages import option
-from nodelens.metrics import Metric
-from nodelens.network.eval_mode import one_at_a_time
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
-
-
-class _OfPrompts:
-    """An analysis that reads prompts, and no metrics of units."""
-
-    def required_metrics(self) -> dict[str, Metric]:
-        """None."""
-        return {}
 
 
 @dataclass(frozen=True)
-class _OfPairs(_OfPrompts):
+class _OfPairs(Analysis):
     """An analysis of a grid of states for pairs of prompts.
 
     clean, corrupt: prompts of the same number of tokens, one or as many of both; answer, wrong: tokens, one or one per pair;
@@ -49,23 +38,12 @@ class _OfPairs(_OfPrompts):
         """The grid of all pairs."""
         raise NotImplementedError
 
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any] = (),
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Raises ValueError as ``nl.patch`` does, and without prompts."""
         if self.clean is None or self.corrupt is None:
             raise ValueError(f"{self.title} compares pairs of prompts: give {option('clean')}= and {option('corrupt')}=")
         pairs = read_pairs(self.clean, self.corrupt, self.tokenizer, self.answer, self.wrong)
-        return self.grid(TokenModel(model), progress(pairs))
+        return self.grid(TokenModel(model), call.progress(pairs))
 
 
 @dataclass(frozen=True)
@@ -94,7 +72,7 @@ class AttributionPatching(_OfPairs, AttributionOptions):
 
 
 @dataclass(frozen=True)
-class LogitAttribution(_OfPrompts):
+class LogitAttribution(Analysis):
     """Direct logit attribution of prompts; see ``attribute_logits``.
 
     prompts:  texts or token ids; None: the first ``samples`` of the data. tokenizer: theirs, or its path
@@ -110,18 +88,7 @@ class LogitAttribution(_OfPrompts):
     tokenizer: Any | None = None
     samples: int = 8
 
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any] = (),
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Raises ValueError for texts without a tokenizer, positions out of range, and a norm that cannot be frozen."""
         given = self.prompts
         prompts = first_prompts(data, self.samples, self.tokenizer) if given is None else read_prompts(given, self.tokenizer)

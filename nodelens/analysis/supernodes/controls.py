@@ -16,21 +16,27 @@ COLUMNS = ("layer", "control", "quantity", "halo", "other", "difference", "se", 
 
 @dataclass(frozen=True)
 class ControlSets:
-    """Ids of units to compare in a group: supernodes (k,), halo (h,), random (draws, k), pairs (halo, matched) (pairs, 2)."""
+    """Ids of units to compare in a group: supernodes (k,), halo (h,), random (draws, k), pairs (halo, matched) (pairs, 2).
+
+    mutual: whether the units of the halo are compared with each other, too.
+    """
 
     supernodes: Tensor
     halo: Tensor
     random: Tensor
     pairs: Tensor
+    mutual: bool = False
 
     @classmethod
-    def of(cls, name: str, proxy: Tensor, supernodes: Tensor, halo: Tensor, draws: int, seed: int) -> "ControlSets":
+    def of(
+        cls, name: str, proxy: Tensor, supernodes: Tensor, halo: Tensor, draws: int, seed: int, mutual: bool = False
+    ) -> "ControlSets":
         """Random sets are drawn from the units outside supernodes and halo; there are none if these are too few."""
         outside, k = _outside(len(proxy), supernodes, halo), len(supernodes)
         every = [outside[torch.randperm(len(outside), generator=generator(seed, "core", name, str(d)))] for d in range(draws)]
         sets = [order[:k] for order in every if len(outside) >= k]
         random = torch.stack(sets) if sets else torch.zeros(0, k, dtype=torch.long)
-        return cls(supernodes, halo, random, matched(proxy, halo, outside))
+        return cls(supernodes, halo, random, matched(proxy, halo, outside), mutual)
 
     @property
     def rows(self) -> Tensor:
@@ -40,7 +46,7 @@ class ControlSets:
     @property
     def columns(self) -> Tensor:
         """Units to which redundancy is computed."""
-        return torch.cat([self.supernodes, self.random.flatten()]).unique()
+        return torch.cat([self.supernodes, self.random.flatten(), *([self.halo] if self.mutual else [])]).unique()
 
 
 def matched(proxy: Tensor, halo: Tensor, outside: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of
 from nodelens.engine.lost_gradients import check_arrived
+from nodelens.engine.saved_work import SavedWork, reading
 from nodelens.metrics.gradient import LossReduction
 from nodelens.network.batch import Batch
 from nodelens.network.experts import Call, ExpertLayer, Experts, Routed
@@ -45,9 +46,12 @@ class HiddenPass:
         modules = {path: model.get_submodule(path) for path in self.read}
         self.experts = {path: found for path, module in modules.items() if (found := Experts.of(module)) is not None}
 
-    def run(self, data: Iterable[Any], sums: "HiddenSums", objective: Objective) -> int:
-        """Runs every batch and returns the number of samples over all processes. Raises ValueError for empty data."""
-        self.sums, self.samples, self.objective = sums, 0, objective
+    def run(self, data: Iterable[Any], sums: "HiddenSums", objective: Objective, saved: SavedWork | None = None) -> int:
+        """Runs every batch and returns the number of samples over all processes. Raises ValueError for empty data.
+
+        saved: where the sums of an unfinished pass are kept.
+        """
+        self.sums, self.samples, self.ran, self.objective = sums, 0, False, objective
         modules = {path: self.model.get_submodule(path) for path in self.read}
         hooked = [Layer(path, module, "input") for path, module in modules.items() if path not in self.experts]
         mixed = [Layer(path, modules[path]) for path in self.experts]
@@ -56,15 +60,26 @@ class HiddenPass:
         maps = [layer.name for layer in hooked if channel_dim(layer.module) == 1]  # a block may modify maps in place
         self.capture = capture = Capture(sites, self._see, maps, shares=True)
         driver = Driver(self.model, objective, self.folds, self.seed, graph=True)
-        with observed((layer.module for layer in mixed), self._see_experts):
-            driver.run(data, self, capture)
+        experts = observed((layer.module for layer in mixed), self._see_experts)
+        with experts, reading(saved, self, objective.batch) as rest:
+            driver.run(rest(data), self, capture)
         found = int(reduce_tensor(torch.tensor(self.samples, device=self.device)))
         if not found:
             raise ValueError("the data are empty: there is no batch to score units with")
-        uncalled = next((str(site) for site in sites if self.samples and not capture.fired[str(site)]), None)
+        uncalled = next((str(site) for site in sites if self.ran and not capture.fired[str(site)]), None)
         if uncalled:
             raise ValueError(f"{uncalled} was never called by {type(self.model).__name__}.forward: remove its group from the scope")
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, and the number of samples in them."""
+        return {"samples": self.samples, "sums": list(self.sums.found.values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what ``state_dict`` of a pass with the same sums returned."""
+        self.samples = state["samples"]
+        for own, value in zip(self.sums.found.values(), state["sums"], strict=True):
+            own.copy_(value)
 
     def _lost(self) -> list[Awaited]:
         """The layers that read units, by group, whose gradients have not arrived."""
@@ -74,7 +89,7 @@ class HiddenPass:
 
     def begin(self, batch: Batch) -> None:
         """Prepares for the rows of a batch."""
-        self.samples += len(batch)
+        self.samples, self.ran = self.samples + len(batch), True
         self.batch, self.pending, self.partial = batch, dict[str, int](), dict[str, Tensor]()
         self.calls = {path: list[Call]() for path in self.experts}
         self.fold = batch.group.to(self.device)
@@ -171,6 +186,7 @@ class HiddenSums:
     """
 
     ports: tuple[str, ...] = ("output*grad",)
+    found: dict[Any, Tensor]  # the sums
 
     def rows(self, group: PruningGroup, count: Tensor, fold: Tensor) -> None: ...
     def positions(self, group: PruningGroup, count: Tensor) -> None: ...
@@ -189,7 +205,7 @@ class UnitSums(HiddenSums):
     ports = ("grad", "output*grad")
 
     def __init__(self, groups: Iterable[PruningGroup], folds: int, device: torch.device):
-        self.found: dict[tuple[str, str], Tensor] = {}
+        self.found = {}
         for group in groups:
             shapes = dict.fromkeys(("power", "slope", "total", "absolute", "largest"), (group.n,))
             for what, shape in {**shapes, "square": (folds, group.n), "rows": (folds,), "positions": (1,)}.items():

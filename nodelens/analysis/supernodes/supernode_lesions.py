@@ -12,10 +12,8 @@ from torch import nn
 from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.damage import Damage
 from nodelens.analysis.ablation.replacement import HOW, How
-from nodelens.analysis.registry import Progress
-from nodelens.metrics import Metric
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.results.findings import Findings
-from nodelens.results.result import Result
 from nodelens.statistics.sample_hash import generator
 
 from .supernode_result import SupernodesResult
@@ -39,7 +37,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class SupernodeLesions:
+class SupernodeLesions(Analysis):
     """Removes the supernodes of each layer together, their halo, and the units that read them, each against random sets.
 
     It reads what ``supernodes`` found in the same run: analysis=[supernodes,supernode_lesions]. how: what takes the place of units,
@@ -69,33 +67,20 @@ class SupernodeLesions:
                 f"supernode_lesions: draws is {self.draws} and dose {list(self.dose)}; draws are from 2 on, doses from 0 to 1"
             )
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: it reads the result of ``supernodes``."""
-        return {}
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Raises ValueError for a run without ``supernodes`` before it."""
-        own = next((found for found in result.analyses.values() if isinstance(found, SupernodesResult)), None)
+        own = next((found for found in call.measured.analyses.values() if isinstance(found, SupernodesResult)), None)
         if own is None:
             raise ValueError("supernode_lesions reads what supernodes found: run it first, analysis=[supernodes,supernode_lesions]")
-        setting, missing = Setting.of_table(model, data if evaluation is None else evaluation, own.units, **objective)
+        seed = call.seed
+        setting, missing = Setting.of_table(model, call.evaluation, own.units, saved=call.saved, **call.objective)
         names = [target.name for target in setting.targets]
         parts: list[_Part] = []
         for name, after in zip(names, [*names[1:], None], strict=True):
             drawn, gaps = self._of_layer(own.units.loc[name], name, own.units.loc[after] if after else None, after, seed)
             parts, missing = parts + drawn, missing + gaps
         sets = [part.units for part in parts]
-        found = setting.damage(sets, how=self.how, predictions=self.predictions, seed=seed, progress=progress)
+        found = setting.damage(sets, how=self.how, predictions=self.predictions, seed=seed, progress=call.progress)
         table = _table(parts, found)
         dose = table[table["set"] == "dose"].drop(columns=["set", "given"]).reset_index(drop=True)
         frames = {"sets": _controlled(table), "dose": dose, "dose_summary": _slopes(dose, seed)}

@@ -11,9 +11,11 @@ from nodelens.results.files import checked, read_json, reading, write, write_jso
 
 from .agreement import MEAN, POOLED
 from .controls import RANDOM
+from .cores import COLUMNS
 
 SCHEMA = 1  # of the folder
-TABLES = ("units", "layers", "concentration", "controls", "ablation", "agreement", "hits", "robustness")
+TABLES = ("units", "layers", "concentration", "controls", "ablation", "agreement", "hits", "robustness", "cores")
+LATER = ("cores",)  # tables that results of earlier versions lack
 
 
 @dataclass
@@ -25,7 +27,8 @@ class SupernodesResult:
     (``_low``, ``_high``). concentration: share of the units, largest first, against their share of the loss proxy. controls:
     redundancy and connectivity of the halo compared with random sets and matched units. ablation: one row per ablated unit, the
     change of the loss in nats per prediction; agreement: correlations of the scores with it; hits: share of the most harmful
-    units that a score finds. robustness: one row per layer and resample of texts. metadata: options, data, versions.
+    units that a score finds. robustness: one row per layer and resample of texts. cores: with several cores per layer, one row per
+    core, see ``core_rows``. metadata: options, data, versions.
     """
 
     units: pd.DataFrame
@@ -36,6 +39,7 @@ class SupernodesResult:
     agreement: pd.DataFrame
     hits: pd.DataFrame
     robustness: pd.DataFrame
+    cores: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(COLUMNS)))
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
@@ -73,7 +77,7 @@ class SupernodesResult:
                 f"connectivity is 1 for every unit in {len(flat)} layers, because its support is the whole width "
                 f"({int(flat['width'].min())}), so their halo is arbitrary; set connectivity_topk below the width"
             )
-        return "\n".join([*found, *filter(None, (self._controls(), self._ablation(), self._robustness()))])
+        return "\n".join([*found, *filter(None, (self._controls(), self._cores(), self._ablation(), self._robustness()))])
 
     def _controls(self) -> str:
         rows = self.controls[self.controls["quantity"] == "redundancy"]
@@ -86,6 +90,15 @@ class SupernodesResult:
             parts.append(f"{name} {part['other'].mean():.3g} (p <= 0.05 in {significant} of {len(part)} layers)")
         halo = f"redundancy of {int(self.layers['halo'].sum()):,} halo units to the supernodes"
         return f"{halo} {rows['halo'].mean():.3g} nats; {', '.join(parts)}"
+
+    def _cores(self) -> str:
+        if not len(self.cores):
+            return ""
+        mean = self.cores[["within", "between", "halo_redundancy"]].mean()
+        return (
+            f"{len(self.cores)} cores in {self.cores['layer'].nunique()} layers: redundancy of two units of one halo "
+            f"{mean['within']:.3g} nats, of different halos {mean['between']:.3g} (mean ratio {mean['halo_redundancy']:.2f})"
+        )
 
     def _ablation(self) -> str:
         if not len(self.agreement):
@@ -132,6 +145,8 @@ def load_supernodes(folder: str | Path) -> SupernodesResult:
         raise ValueError(f"{folder} has schema version {version}, but this version reads {SCHEMA}: run the analysis again")
     tables = {}
     for name in TABLES:
+        if name in LATER and not (folder / f"{name}.parquet").is_file():
+            continue
         with reading(folder / f"{name}.parquet") as path:
             tables[name] = pd.read_parquet(path)
     return SupernodesResult(**tables, metadata=metadata)

@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.targets import AblationTarget, sample_units
+from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.engine.driver import device_of, first_of_data
-from nodelens.metrics import Metric
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
-from nodelens.network.eval_mode import one_at_a_time, uncompiled
+from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup, PruningGroups
-from nodelens.network.loss_scale import Loss
 from nodelens.network.objective import Objective
-from nodelens.network.outputs import Output
 from nodelens.pruning.groups.find import find_groups
-from nodelens.results.result import Result, fingerprint, provenance
+from nodelens.results.result import fingerprint, provenance
+from nodelens.statistics.linalg import gaussian_information
 
 from .agreement import agreement, hits
 from .controls import COLUMNS, ControlSets, control_rows
-from .hidden import HiddenPass, ProductSums, Progress, Unit, UnitSums
+from .cores import COLUMNS as CORES
+from .cores import core_rows, cores_of, halos_of
+from .hidden import HiddenPass, ProductSums, Unit, UnitSums
 from .robustness import Resample, resample_scores
 from .supernode_result import SupernodesResult
 from .supernode_tables import SCORES, GroupConnectivity, concentration_table, layer_rows, read_connectivity, unit_scores, unit_table
@@ -35,15 +36,16 @@ Score = Literal["loss_proxy", "loss_proxy_factored", "taylor", "curvature", "pow
 
 
 @dataclass(frozen=True)
-class Supernodes:
+class Supernodes(Analysis):
     """Scores hidden units, finds the few with most of the loss proxy (supernodes) and the halo that repeats them, with controls.
 
     scope: groups by kind (ffn, heads, channels), name or pattern. unit: one row per ``token`` that a linear layer reads, or per
     ``sequence`` (or image), summed over positions. score: ranks the supernodes; the halo's scores use the loss proxy. top_k:
-    number of supernodes per group, instead of a share. loss_reduction: ``mean`` divides the gradients of a sample by its number
-    of predictions; with corr_eps 1e-8 this reproduces the published code. draws: number of random sets. groups: groups of samples
-    for standard errors and ``resamples``. ablate: number of units per group to ablate one by one, drawn uniformly (0: none, or
-    all), on ``ablate_tokens`` predictions.
+    number of supernodes per group, instead of a share. cores: number of cores into which the supernodes of a group are divided, by
+    k-means on the directions of their outgoing weights; each unit of the halo belongs to one. loss_reduction: ``mean`` divides the
+    gradients of a sample by its number of predictions; with corr_eps 1e-8 this reproduces the published code. draws: number of
+    random sets. groups: groups of samples for standard errors and ``resamples``. ablate: number of units per group to ablate one
+    by one, drawn uniformly (0: none, or all), on ``ablate_tokens`` predictions.
     """
 
     scope: str | Sequence[str] = "ffn"
@@ -52,6 +54,7 @@ class Supernodes:
     supernode_fraction: float = 0.01
     min_supernodes: int = 1
     top_k: int | None = None
+    cores: int = 1
     halo_fraction: float = 0.1
     connectivity_topk: int = 256
     connectivity_mass_fraction: float | None = None
@@ -79,27 +82,12 @@ class Supernodes:
         for name in ("supernode_fraction", "halo_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"supernodes: {name} is {getattr(self, name)!r}; it must be a share between 0 and 1")
+        if self.cores < 1:
+            raise ValueError(f"supernodes: cores is {self.cores}; it is a number of cores per group, 1 or more")
         if self.ablate != "all" and (isinstance(self.ablate, (bool, str)) or self.ablate < 0):
             raise ValueError(f"ablate is {self.ablate!r}; it must be 0 (no ablation), a number of units per group, or all")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: it measures the groups in passes of its own."""
-        return {}
-
-    @one_at_a_time
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result | None = None,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        task: str | None = None,
-        output: Output = None,
-        loss: Loss | None = None,
-    ) -> SupernodesResult:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> SupernodesResult:
         """Reads data twice, with a backward pass each, and ``evaluation`` (default: data) once for ablation.
 
         task, output, loss: as in ``AnalyzeOptions``; ablation measures the cross-entropy of the task.
@@ -109,21 +97,21 @@ class Supernodes:
         """
         if isinstance(data, Iterator):
             raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
-        model, objective = uncompiled(model), Objective.of(model, output, task, loss)
+        objective, seed, progress = Objective.of(model, **call.objective), call.seed, call.progress
         first, _ = first_of_data(data, objective)
         objective = objective if first is None else objective.settled(model, first)
         groups, device = self._groups(model, objective, first), device_of(model)
         hidden = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
         sums = UnitSums(groups, self.groups, device)
-        samples = hidden.run(progress(data), sums, objective)
+        samples = hidden.run(progress(data), sums, objective, call.saved)
         sums.reduce()
         layouts = [self._layout(model, group, sums.found, seed) for group in groups]
         chosen = {layout.group.name: layout.controls for layout in layouts}
         products = ProductSums({name: (c.rows, c.columns) for name, c in chosen.items()}, device)
-        hidden.run(progress(data), products, objective)
+        hidden.run(progress(data), products, objective, call.saved)
         products.reduce()
         tables = self._tables(model, layouts, sums.found, products.found, seed)
-        ablated, about = self._ablated(model, groups, data if evaluation is None else evaluation, objective, seed, progress)
+        ablated, about = self._ablated(model, groups, objective, call)
         tables |= self._agreement(tables["units"], ablated, seed)
         about = {"ablation": about, "samples": samples, "rows": int(sums.found[groups[0].name, "rows"].sum())}
         return SupernodesResult(**tables, ablation=ablated, metadata=about | self._about(model, groups, seed))
@@ -151,7 +139,9 @@ class Supernodes:
         supernodes = largest(values[self.score], self._supernode_count(group.n))
         layout = GroupConnectivity.of(model, group, supernodes, self.connectivity_topk, self.connectivity_mass_fraction)
         members = halo(layout.connectivity, supernodes, self.halo_fraction)
-        return layout.with_controls(ControlSets.of(group.name, values["loss_proxy"], supernodes, members, self.draws, seed))
+        mutual = self.cores > 1
+        sets = ControlSets.of(group.name, values["loss_proxy"], supernodes, members, self.draws, seed, mutual)
+        return layout.with_controls(sets)
 
     def _tables(
         self,
@@ -161,7 +151,7 @@ class Supernodes:
         products: Mapping[str, Tensor],
         seed: int,
     ) -> dict[str, pd.DataFrame]:
-        units, layers, controls, resamples, curves = [], [], [], [], []
+        units, layers, controls, resamples, curves, cores = [], [], [], [], [], list[dict[str, Any]]()
         reads = read_connectivity(model, layouts)
         for layout in layouts:
             name, sets = layout.group.name, layout.controls
@@ -169,6 +159,9 @@ class Supernodes:
             own = redundancy(sets.halo, sets.supernodes)
             rule = (self.protection, self.protection_floor, self.protection_rank_power)
             table = unit_table(model, layout, sums, own, reads[name], rule)
+            if self.cores > 1:
+                table["core"], rows = self._cores(model, layout, sums, products[name], seed)
+                cores += rows
             found = control_rows(name, sets, redundancy, layout.connectivity, seed)
             share = len(sets.supernodes) / layout.group.n
             drawn = resample_scores(name, sums[name, "square"], sums[name, "rows"], share, self.resamples, self.resample, seed)
@@ -183,40 +176,66 @@ class Supernodes:
             "controls": pd.DataFrame(controls, columns=list(COLUMNS)),
             "robustness": pd.DataFrame(resamples, columns=["layer", "draw", "jaccard", "spearman"]),
             "concentration": pd.concat(curves, ignore_index=True),
+            "cores": pd.DataFrame(cores, columns=list(CORES)),
         }
+
+    def _cores(
+        self, model: nn.Module, layout: GroupConnectivity, sums: Found, products: Tensor, seed: int
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """The core of each unit, -1 for those that are neither supernode nor in the halo, and a row per core."""
+        sets, columns = layout.controls, GroupLayer.of(model, layout.group).columns.cpu()
+        cores = cores_of(columns, sets.supernodes, self.cores, seed)
+        own = halos_of(columns, sets.supernodes, cores, sets.halo, self.connectivity_topk, self.connectivity_mass_fraction)
+        pairs = self._pairs(layout, sums, products)
+        labels = torch.full((layout.group.n,), -1).index_copy(0, sets.supernodes, cores).index_copy(0, sets.halo, own)
+        return labels.tolist(), core_rows(layout.group.name, sets.supernodes, cores, sets.halo, own, pairs)
 
     def _redundancy(self, layout: GroupConnectivity, sums: Found, products: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """A function of (units, supernodes), both ids, that returns the redundancy of these units to the supernodes, (units,)."""
+        correlated = self._correlated(layout, sums, products)
+
+        def redundancy(units: Tensor, supernodes: Tensor) -> Tensor:
+            rho = correlated(units, supernodes)
+            return redundancy_to_supernodes(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+
+        return redundancy
+
+    def _pairs(self, layout: GroupConnectivity, sums: Found, products: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (units, others), both ids, that returns the redundancy of each pair, (units, others)."""
+        correlated = self._correlated(layout, sums, products)
+
+        def pairs(units: Tensor, others: Tensor) -> Tensor:
+            rho = correlated(units, others)
+            return gaussian_information((rho.clamp_min(0) if self.positive_redundancy else rho).square())
+
+        return pairs
+
+    def _correlated(self, layout: GroupConnectivity, sums: Found, products: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (units, others), both ids, that returns the correlations of their q, (units, others)."""
         name = layout.group.name
         n, total, square = sums[name, "rows"].sum(), sums[name, "total"], sums[name, "square"].sum(0)
         variance = (square / n - (total / n).square()).clamp_min(0)
         rows, columns = layout.controls.rows, layout.controls.columns
 
-        def redundancy(units: Tensor, supernodes: Tensor) -> Tensor:
-            i, s = torch.searchsorted(rows, units), torch.searchsorted(columns, supernodes)
-            shared = products[i][:, s] / n - total[units, None] * total[supernodes] / n.square()
-            rho = correlations(shared, variance[units], variance[supernodes], self.corr_eps)
-            return redundancy_to_supernodes(rho, self.redundancy_topk, self.redundancy_reduce, self.positive_redundancy)
+        def correlated(units: Tensor, others: Tensor) -> Tensor:
+            i, s = torch.searchsorted(rows, units), torch.searchsorted(columns, others)
+            shared = products[i][:, s] / n - total[units, None] * total[others] / n.square()
+            return correlations(shared, variance[units], variance[others], self.corr_eps)
 
-        return redundancy
+        return correlated
 
     def _ablated(
-        self,
-        model: nn.Module,
-        groups: Sequence[PruningGroup],
-        data: Iterable[Any],
-        objective: Objective,
-        seed: int,
-        progress: Progress,
+        self, model: nn.Module, groups: Sequence[PruningGroup], objective: Objective, call: AnalysisCall
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        drawn = sample_units([(group.name, group.n) for group in groups], self.ablate, seed)
+        drawn = sample_units([(group.name, group.n) for group in groups], self.ablate, call.seed)
         units = [(name, unit) for name, ids in drawn.items() for unit in ids]
         index = pd.MultiIndex.from_tuples(units, names=["layer", "unit"])
         if not units:
             return pd.DataFrame(columns=["change", "change_se"], index=index, dtype=float), {}
-        setting = Setting(model, data, replace(objective, loss=None), [AblationTarget.of_group(model, group) for group in groups])
+        targets = [AblationTarget.of_group(model, group) for group in groups]
+        setting = Setting(model, call.evaluation, replace(objective, loss=None), targets, call.saved)
         removed = [{name: [unit]} for name, unit in units]
-        found = setting.damage(removed, predictions=self.ablate_tokens, seed=seed, progress=progress)
+        found = setting.damage(removed, predictions=self.ablate_tokens, seed=call.seed, progress=call.progress)
         about = {"loss": found.loss, "predictions": found.predictions, "samples": found.samples}
         return pd.DataFrame({"change": found.change, "change_se": found.error}, index=index), about
 

@@ -12,9 +12,8 @@ from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.damage import Damage
 from nodelens.analysis.ablation.draws import at_random, check_shares, lowest_first, random_pairs
 from nodelens.analysis.ablation.replacement import HOW, How
-from nodelens.analysis.registry import Progress
+from nodelens.analysis.base import Analysis, AnalysisCall, Progress
 from nodelens.analysis.supernodes.agreement import hits
-from nodelens.metrics import Metric
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result, values_of
 
@@ -26,7 +25,7 @@ TRUTH = "damage"
 
 
 @dataclass(frozen=True)
-class ValidityAnalysis:
+class ValidityAnalysis(Analysis):
     """Removes units one by one, and compares every metric of the units with the true change of the loss.
 
     scores: ``measured``, the metrics of the run, or ``all``, all metrics of units in the catalogue besides. how: what takes the
@@ -63,32 +62,19 @@ class ValidityAnalysis:
         if wrong:
             raise ValueError(f"validity: {wrong[0]} is {counts[wrong[0]]}; it is a number from 0 on")
 
-    def required_metrics(self) -> dict[str, Metric]:
-        """None: it compares what the run measures."""
-        return {}
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        *,
-        result: Result,
-        evaluation: Iterable[Any] | None = None,
-        seed: int = 0,
-        progress: Progress = iter,
-        **objective: Any,
-    ) -> Findings:
+    def run(self, model: nn.Module, data: Iterable[Any], call: AnalysisCall) -> Findings:
         """Raises ValueError for a run without metrics of units, or without a unit that can be ablated."""
+        result, seed = call.measured, call.seed
         if not len(result.units):
             raise ValueError("validity compares metrics with the damage, but none is measured: give some, as metrics=[taylor]")
-        setting, missing = Setting.of_table(model, data if evaluation is None else evaluation, result.units, **objective)
+        setting, missing = Setting.of_table(model, call.evaluation, result.units, saved=call.saved, **call.objective)
         if not setting.targets:
             raise ValueError(f"validity: no layer of the table can be ablated: {missing[0]['layer']}: {missing[0]['reason']}")
-        table, refused = self._scored(model, data, result, setting, seed, objective)
+        table, refused = self._scored(model, data, result, setting, seed, call.objective)
         missing += refused
         units = setting.chosen(self.sample, seed)
         pairs = random_pairs(pd.DataFrame(index=units), self.pairs, seed)
-        found = self._single_and_pairs(setting, units, pairs, seed, progress)
+        found = self._single_and_pairs(setting, units, pairs, seed, call.progress)
         table = table.reindex(units).assign(**{TRUTH: found.change[: len(units)], f"{TRUTH}_se": found.error[: len(units)]})
         metrics, constant = _usable(table)
         missing += constant
@@ -99,7 +85,7 @@ class ValidityAnalysis:
             "agreement": agreed,
             "recall": hits(table, metrics, TRUTH, sorted(self.budgets)).rename(columns={"score": "metric", "hits": "recall"}),
             "pairs": _pair_table(pairs, found, units),
-            "growing": self._growing(setting, table, list(ranked.index[: self.curves]), seed, progress),
+            "growing": self._growing(setting, table, list(ranked.index[: self.curves]), seed, call.progress),
         }
         about = {"options": asdict(self), "missing": missing, "ablation": setting.about(found, units), "seed": seed}
         lines = _lines(frames, table, found, self.budgets[0])

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.analysis.analyze import add_analysis, without_analyses
+from nodelens.analysis.analyze import add_analysis, kept_in, without_analyses
 from nodelens.analysis.load import load as load_with_analyses
 from nodelens.analysis.registry import load_analysis, with_metrics
 from nodelens.app.config import recorded, resolved
@@ -34,9 +34,11 @@ from .common import (
     to_device,
 )
 from .estimate_costs import estimate_costs
+from .media import result_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show import show_plan, show_result
+from .show_cost import size
 from .splits import splits
 
 
@@ -58,38 +60,53 @@ def _show_again(cfg: DictConfig, folder: Path) -> float:
     print_line(f"already finished: {folder}")
     result = load(folder)
     if not (folder / "report.html").is_file():  # the run was stopped between tables and page
-        write_page(folder)
+        write_page(folder, **resolved(cfg)["report"])
     _show(result)
     return main_score(result.metadata["evaluation"])
 
 
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
-    from nodelens.evaluation.evaluate import evaluate
-
-    rank, processes = world()
+    rank, _ = world()
     with step("opening data and model"):
         data, module, trained_by = open_inputs(cfg, folder)
     to_device(module.net, device)
-    measured, evaluated = splits(cfg, data, trained_by)
+    parts = splits(cfg, data, trained_by)
+    done = folder / SUMS / "measured"
+    if (done / "metadata.json").is_file():  # the run was stopped in an analysis
+        print_line("measuring: already finished")
+        result = load(done)
+    else:
+        result = _measured(cfg, folder, module.net, data, parts)
+        result.metadata |= run_metadata(cfg, data, parts[0], trained_by)
+        if rank == 0 and cfg.analysis:
+            result.save(done)
+    _analyses(cfg, folder, module.net, data, parts, result)
+    if rank == 0:
+        with step("saving and drawing"):
+            _finish(cfg, folder, result)
+    return main_score(result.metadata["evaluation"])
+
+
+def _measured(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, parts: tuple[str, str]) -> Result:
+    """The metrics of one split, and scores on another one in the metadata."""
+    from nodelens.evaluation.evaluate import evaluate
+
+    (rank, processes), (measured, evaluated) = world(), parts
     with step("measuring"):
-        known = None if cfg.results is None else _of_finished_run(cfg, module.net)
-        result = measure(cfg, module.net, data, measured, save_to=folder / SUMS) if known is None else known
+        known = None if cfg.results is None else _of_finished_run(cfg, net)
+        result = measure(cfg, net, data, measured, save_to=folder / SUMS) if known is None else known
     started = time.perf_counter()
     loader = data.loader(evaluated, rank=rank, world=processes)
     with step("evaluating"):
-        score = evaluate(module.net, progress_bar("evaluating", _batches(loader), rank == 0)(loader), **objective_of(cfg))
+        score = evaluate(net, progress_bar("evaluating", _batches(loader), rank == 0)(loader), **objective_of(cfg))
     result.metadata["seconds"]["evaluate"] = time.perf_counter() - started
-    result.metadata |= run_metadata(cfg, data, measured, trained_by) | {"evaluation": score | {"split": evaluated}}
+    result.metadata["evaluation"] = score | {"split": evaluated}
     if cfg.evaluate:
         from nodelens.evaluation.harness import harness
 
         options = resolved(cfg)["evaluate"]
-        result.metadata["lm_eval"] = harness(module.net, cfg.dataset.get("tokenizer"), **options) if rank == 0 else {}
-    _analyses(cfg, folder, module.net, data, (measured, evaluated), result)
-    if rank == 0:
-        with step("saving and drawing"):
-            _finish(cfg, folder, result)
-    return main_score(score)
+        result.metadata["lm_eval"] = harness(net, cfg.dataset.get("tokenizer"), **options) if rank == 0 else {}
+    return result
 
 
 def measure(
@@ -126,6 +143,7 @@ def measure(
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
+            kernels=cfg.engine.kernels,
             pairs=resolved(cfg)["pairs"],
             bias=cfg.bias,
             covariance=cfg.covariance,
@@ -139,7 +157,10 @@ def measure(
         on_plan=on_plan,
         progress=progress_bar("measuring", _batches(loader), rank == 0),
     )
-    passes = result.metadata["passes"]
+    passes, traffic = result.metadata["passes"], result.metadata["traffic"]
+    if rank == 0 and processes > 1:
+        own, sent = size(traffic["sums"]), size(traffic["sent"])
+        print_line(f"{processes} processes: sums of {own} each; each sends {sent} to add them up")
     if rank == 0 and len(passes) > 1:
         print_line(f"the data were read {len(passes)} times, because budget.memory does not fit the sums of all layers at once")
     return result
@@ -204,9 +225,10 @@ def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, pa
             continue
         measured, evaluated = (data.loader(split, rank=rank, world=processes) for split in parts)
         progress = progress_bar(name, _batches(measured), rank == 0)
-        objective = {key: value for key, value in objective_of(cfg).items() if value is not None}
+        options = {key: value for key, value in objective_of(cfg).items() if value is not None}
+        options |= kept_in(analysis, folder / SUMS, name, cfg.get("save_minutes", 10))
         with step(name):
-            found = analysis(net, measured, result=result, evaluation=evaluated, seed=cfg.seed, progress=progress, **objective)
+            found = analysis(net, measured, result=result, evaluation=evaluated, seed=cfg.seed, progress=progress, **options)
         add_analysis(result, name, found)
         if rank == 0:
             found.save(folder / name)
@@ -216,11 +238,11 @@ def _analyses(cfg: DictConfig, folder: Path, net: torch.nn.Module, data: Any, pa
 
 def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
     from nodelens.report import write_page
-    from nodelens.results.loggers import close, log_result, log_tables
+    from nodelens.results.loggers import close, log_result, log_run, log_tables
 
     replace(result, analyses={}).save(folder)  # each analysis was saved when it ended
     remove_sums(folder)
-    page = write_page(folder)
+    page = write_page(folder, **resolved(cfg)["report"])
     loggers = loggers_of(cfg, result.metadata["config"])
     score = {f"final/{k}": v for k, v in result.metadata["evaluation"].items() if k != "split"}
     tasks = result.metadata.get("lm_eval", {})
@@ -229,6 +251,10 @@ def _finish(cfg: DictConfig, folder: Path, result: Result) -> None:
         log_result(loggers, result, score)
         for name, found in result.analyses.items():
             log_tables(loggers, name, found.tables())
+        sizes = {"units": len(result.units), "layers": len(result.layers), "samples": result.metadata["samples"]}
+        seconds = {f"seconds/{step}": value for step, value in result.metadata["seconds"].items()}
+        summary = score | sizes | seconds
+        log_run(loggers, folder, cfg.ckpt_path, result.metadata["config"], summary, lambda: result_figures(result))
     finally:
         close(loggers)
     _show(result)

@@ -46,6 +46,9 @@ def verify(cfg: DictConfig) -> None:
         if values[key] is not None and values[key] < least:
             raise ValueError(f"{key} is {values[key]}; it is {least} or more{', or null for all' if key == 'positions' else ''}")
     in_bytes(cfg.budget.memory)
+    from nodelens.report.document import check_options
+
+    check_options(**values["report"])
 
 
 def is_dry_run(cfg: DictConfig) -> bool:

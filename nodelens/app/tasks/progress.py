@@ -1,4 +1,7 @@
-"""What a run shows on its way: a bar on a terminal, elsewhere a line per minute; its log file holds all lines, steps and times."""
+"""What a run shows on its way: a bar on a terminal, elsewhere a line per minute; its log file holds all lines, steps and times.
+
+With ``--quiet`` only warnings and errors are shown, on standard error; the log file is the same.
+"""
 
 import io
 import logging
@@ -6,37 +9,79 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 from lightning.pytorch import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from nodelens.statistics.processes import world
 
 EVERY = 60.0  # seconds between two lines of progress
 _WIDTH = 140  # columns, where there is no terminal
 _LOG = logging.getLogger("nodelens")
+_quiet = Event()
 
 
-class _LoggedConsole(Console):
+class _PlainConsole(Console):
+    """A console on which every text is shown as it is: no markup, and control characters as escapes."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, soft_wrap=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Renders a text without its control characters, which could move the cursor or reverse the order of letters."""
+        return super().render_str(as_printed(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints as ``Console.print`` does; tables have lines on a terminal only."""
+        for table in objects:
+            if isinstance(table, Table) and not self.is_terminal:
+                table.box = None
+        super().print(*objects, **options)
+
+
+class _LoggedConsole(_PlainConsole):
     """A console whose lines also go to the log of the run, without colours."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints as ``Console.print`` does."""
-        super().print(*objects, **options)
+        """Prints as ``Console.print`` does; when quiet, warnings only, on standard error."""
+        if not _quiet.is_set():
+            super().print(*objects, **options)
+        elif objects and str(objects[0]).startswith("warning"):
+            _PlainConsole(stderr=True, width=self.width).print(*objects, **options)
         if _LOG.isEnabledFor(logging.INFO):
             text = io.StringIO()
-            Console(file=text, width=_WIDTH, highlight=False, markup=False, emoji=False).print(*objects, **options)
+            _PlainConsole(file=text, width=_WIDTH).print(*objects, **options)
             for line in filter(str.strip, text.getvalue().splitlines()):
                 _LOG.info(line.rstrip())
 
 
+def as_printed(text: str) -> str:
+    r"""A text with escapes in place of characters that are not printable.
+
+    >>> print(as_printed("layer" + chr(27) + "[2J"))
+    layer\x1b[2J
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether runs of this process show warnings and errors only."""
+    (_quiet.set if quiet else _quiet.clear)()
+
+
+def is_quiet() -> bool:
+    """Whether ``be_quiet`` was asked for."""
+    return _quiet.is_set()
+
+
 def console() -> Console:
     """The console, as wide as the terminal, or 140 columns for output to a file. Names such as x[bold] are printed as they are."""
-    return _LoggedConsole(
-        width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=False, markup=False, emoji=False
-    )
+    return _LoggedConsole(width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def print_line(line: str) -> None:
@@ -60,10 +105,16 @@ def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable
 
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
         count = len(items) if isinstance(items, Sized) else total
-        if not show:
+        if not show or _quiet.is_set():
             yield from items
         elif sys.stderr.isatty():
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
                 yield from progress.track(items, total=count, description=what)
         else:
@@ -73,6 +124,19 @@ def progress_bar(what: str, total: int | None, show: bool) -> Callable[[Iterable
                 yield item
 
     return wrap
+
+
+class _Rate(ProgressColumn):
+    """How many items are done per second, or per minute where they are slow."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.speed or 0.0), style="progress.data.speed")
+
+
+def _rate(per_second: float) -> str:
+    if per_second <= 0:
+        return ""
+    return f"{per_second:,.1f}/s" if per_second >= 1 else f"{60 * per_second:.1f}/min"
 
 
 class Pace:
@@ -90,7 +154,8 @@ class Pace:
         self.last, passed = now, now - self.start
         known = total is not None and total < float("inf")
         left = f", about {_duration(passed / done * max(0, total - done))} left" if known else ""  # type: ignore[operator]
-        print_line(f"{self.what}: {done:,}{f' of {int(total):,}' if known else ''} after {_duration(passed)}{left}")  # type: ignore[arg-type]
+        rate = f" ({_rate(done / passed)})" if passed > 0 else ""
+        print_line(f"{self.what}: {done:,}{f' of {int(total):,}' if known else ''} after {_duration(passed)}{rate}{left}")  # type: ignore[arg-type]
 
 
 class ProgressLines(Callback):

@@ -1,7 +1,7 @@
 """prune.py: scores units once, removes them in every combination of the config, and evaluates each pruned model."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 
 from nodelens.app.config import build, recorded, resolved
 from nodelens.engine.request import describe
-from nodelens.evaluation.evaluate import evaluate
 from nodelens.metrics import Metric
 from nodelens.metrics.base import section_of
 from nodelens.network.objective import Objective
@@ -20,9 +19,7 @@ from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import columns_of
 from nodelens.pruning.groups.families import family_groups
-from nodelens.pruning.prune import Pruned
-from nodelens.pruning.sweep.latency import latency
-from nodelens.pruning.sweep.ranking import areas, measure_of
+from nodelens.pruning.sweep.ranking import areas, best_cell, score_of
 from nodelens.pruning.sweep.sweep import Cell, Sweep, cells
 from nodelens.pruning.sweep.tables import groups_table, sweep_table
 from nodelens.results.files import SUMS, checked, plain, read_json, reading, remove_sums, write, write_json
@@ -32,13 +29,17 @@ from nodelens.statistics.processes import world
 from .analyze import run_metadata
 from .common import build_all, initial_of, is_dry_run, launch, loggers_of, objective_of, to_device
 from .estimate_costs import LANGUAGE, from_config
+from .media import sweep_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show_pruning import show_groups, show_sweep
+from .sweep_evaluator import SweepEvaluator
+
+_BEST = ("accuracy", "val_accuracy", "perplexity", "val_loss", "macs_share", "params_share")  # of the best cell, for loggers
 
 
-def prune(cfg: DictConfig) -> float:
-    """Runs the sweep and returns the area under the best curve of accuracy over the share of MACs removed."""
+def prune(cfg: DictConfig) -> Any:
+    """Runs the sweep and returns its score: the area under the best curve, or what ``score`` names."""
     requested_cells(cfg)
     with run_folder(cfg) as folder:
         if not ((folder / "sweep.parquet").is_file() and (folder / "report.html").is_file()):
@@ -49,12 +50,7 @@ def prune(cfg: DictConfig) -> float:
         with reading(folder / "sweep.parquet") as path:
             table = pd.read_parquet(path)
         show_sweep(console(), table)
-        return _best_area(table)
-
-
-def _best_area(table: pd.DataFrame) -> float:
-    """The area under the best curve."""
-    return float(areas(table)["area"].iloc[0]) if table["accuracy"].notna().any() else math.nan
+        return score_of(table, resolved(cfg)["score"])
 
 
 def requested_cells(cfg: DictConfig) -> list[Cell]:
@@ -69,7 +65,7 @@ def requested_cells(cfg: DictConfig) -> list[Cell]:
         allocation=list(build_all(cfg.allocation, "allocation").values()),
         compensate=_as_list(values["compensate"]),
         mode=_as_list(values["mode"]),
-        amount=sorted(set(map(float, _as_list(values["amounts"])))),
+        amount=_amounts(values["amounts"]),
         seed=sorted(set(_as_list(values["seeds"]))),
         schedule=[build(cfg.schedule, "schedule")],
         budget=[values["budget"]["amount"]],
@@ -78,7 +74,7 @@ def requested_cells(cfg: DictConfig) -> list[Cell]:
     )
 
 
-def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
+def _work(cfg: DictConfig, folder: Path, device: torch.device) -> Any:
     from nodelens.report import write_pruning_page
 
     rank, _ = world()
@@ -96,7 +92,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     with step("measuring scores"):
         result = _load_or_measure(cfg, folder, context, data, requested, trained_by)
     evaluator = SweepEvaluator(cfg, context, data)
-    dense = _cached_json(folder / "dense.json", lambda: evaluator.of(context.model, "dense_"))
+    dense = _cached_json(folder / "dense.json", lambda: evaluator.of(context.model, "dense_", "evaluating the dense model"))
     table = result.units.rename_axis(index=["group", "unit"])
     sweep = Sweep(folder, context, table, evaluator, cfg.apply, _finetuning(cfg, data), rank == 0, result.metadata["refused"])
     with step("sweep"):
@@ -105,11 +101,12 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     if not (found["status"] == "done").any():
         raise ValueError(f"no cell of the sweep can be carried out; {found['name'].iloc[0]}: {found['error'].iloc[0]}")
     if rank == 0:
-        _finish(cfg, folder, found, dense, result.metadata["config"])
-    _save_models(cfg, folder, sweep, requested, found, module)
+        _finish(folder, found)
+    _save_models(cfg, folder, sweep, requested, found, getattr(data, "stored_tokenizer", None))
     if rank == 0:
-        print_line(f"page: {write_pruning_page(folder)}")
-    return _best_area(found)
+        print_line(f"page: {write_pruning_page(folder, **resolved(cfg)['report'])}")
+        _log(cfg, folder, found, dense, result)
+    return score_of(found, resolved(cfg)["score"])
 
 
 def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path | None = None) -> PruningContext:
@@ -121,6 +118,7 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path |
     objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
     budget = values["budget"]
     options = {k: values[k] for k in ("groups", "positions", "precision", "covariance", "save_minutes")}
+    options["kernels"] = values["engine"]["kernels"]
     options |= {"budget": budget["memory"], "width": budget["width"], "max_passes": budget["max_passes"]}
     if save_to is not None:
         options["save_to"] = save_to
@@ -157,53 +155,6 @@ def context_of_shapes(cfg: DictConfig) -> PruningContext | None:
 
 def _chosen_groups(cfg: DictConfig) -> dict[str, Any]:
     return {name: resolved(cfg)[name] for name in ("scope", "freeze", "allow_approximate", "custom_groups")}
-
-
-class SweepEvaluator:
-    """Evaluates a pruned model: accuracy and loss on validation and test data, and latency."""
-
-    def __init__(self, cfg: DictConfig, context: PruningContext, data: Any):
-        rank, processes = world()
-        self.rank, self.context = rank, context
-        self.batches, self.repeats = list(cfg.latency.batches or []), cfg.latency.repeats
-        self.loaders = {split: data.loader(split, rank=rank, world=processes) for split in ("test", "val")}
-        self.has_val = len(data.loader("val")) > 0
-        self.batch = context.objective.batch(next(iter(data.loader("calibration"))))
-        self.objective = objective_of(cfg)
-        self.timed: dict[tuple, Mapping[str, float]] = {}
-
-    def __call__(self, pruned: Pruned) -> dict[str, Any]:
-        found = self.of(pruned.model)
-        before = pruned.finetuned.get("before")
-        for key in ("accuracy", "loss"):
-            found[f"val_pruned_{key}"] = before[key] if before else found[f"val_{key}"]
-        return {**found, **self._latency(pruned)}
-
-    def of(self, model: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
-        """Accuracy with standard error, loss and ece (texts: perplexity) on test data; accuracy and loss on validation data."""
-        test = evaluate(model, self.loaders["test"], **self.objective)
-        val = evaluate(model, self.loaders["val"], **self.objective) if self.has_val else {"accuracy": math.nan, "loss": math.nan}
-        for score in (test, val):
-            score.setdefault("accuracy", math.nan)  # a task without classes
-        test.setdefault("accuracy_se", math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["samples"]))
-        found = {f"{prefix}{k}": v for k, v in test.items() if k not in ("samples", "tokens")}
-        found |= {f"val_{prefix}{k}": val[k] for k in ("accuracy", "loss")}
-        return found if prefix else found | {"samples": test["samples"]}
-
-    def _latency(self, pruned: Pruned) -> Mapping[str, float]:
-        """Latency in ms, with that of the dense model measured alongside; once for all models of the same widths."""
-        if not self.batches or self.rank:
-            return {}
-        widths = tuple(sorted((k, len(v)) for k, v in pruned.plan.removed.items()))
-        if widths not in self.timed:
-            models = {"": pruned.model, "dense_": self.context.model}
-            found = latency(models, self.batch, self.batches, self.repeats)
-            self.timed[widths] = {
-                f"{which}{name.replace('median', 'ms')}": ms
-                for which, times in (("latency_", found[""]), ("dense_latency_", found["dense_"]))
-                for name, ms in times.items()
-            }
-        return self.timed[widths]
 
 
 def _load_or_measure(
@@ -248,29 +199,36 @@ def describe_column(term: Any) -> dict[str, Any]:
     }
 
 
-def _finish(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, float], config: Mapping[str, Any]) -> None:
-    from nodelens.results.loggers import close, log_sweep
-
+def _finish(folder: Path, table: pd.DataFrame) -> None:
     write(folder / "ranking.parquet", areas(table).reset_index().to_parquet)
     write(folder / "sweep.parquet", table.to_parquet)
     remove_sums(folder)  # of the scorings within an iterative schedule
-    loggers = loggers_of(cfg, config)
-    try:
-        log_sweep(loggers, table, dense)
-    finally:
-        close(loggers)
     show_sweep(console(), table)
 
 
-def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Cell], table: pd.DataFrame, module: Any) -> None:
+def _log(cfg: DictConfig, folder: Path, table: pd.DataFrame, dense: dict[str, float], scores: Result) -> None:
+    from nodelens.results.loggers import close, log_result, log_run, log_sweep
+
+    loggers = loggers_of(cfg, scores.metadata["config"])
+    best = areas(table).reset_index().iloc[0]
+    summary: dict[str, Any] = {f"final/{name}": value for name, value in dense.items()}
+    row = best_cell(table)
+    summary |= {f"best/{name}": float(row[name]) for name in _BEST if row is not None and name in row and pd.notna(row[name])}
+    summary |= {"final/area": float(best["area"]), "final/best_criterion": str(best["criterion"]), "cells": len(table)}
+    try:
+        log_sweep(loggers, table, dense)
+        log_result(loggers, scores)
+        log_run(loggers, folder, cfg.ckpt_path, scores.metadata["config"], summary, lambda: sweep_figures(table, scores))
+    finally:
+        close(loggers)
+
+
+def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Cell], table: pd.DataFrame, tokenizer: Any) -> None:
     """Saves the pruned models of ``cfg.save``: the best cell on validation data at the largest amount, one cell, or all."""
     names = [cell.name for cell in requested]
     if cfg.save == "best":
-        finished = table[(table["status"] == "done") & (table["amount"] == table["amount"].max())]
-        lower = "val_loss" if measure_of(table) == "perplexity" else "params_share"
-        measure = "val_accuracy" if lower == "params_share" and finished["val_accuracy"].notna().any() else lower
-        best = finished.sort_values(measure, ascending=measure != "val_accuracy", kind="stable")["name"].head(1)
-        chosen = list(best)
+        best = best_cell(table)
+        chosen = [] if best is None else [best["name"]]
     else:
         chosen = names if cfg.save == "all" else [] if cfg.save in (None, "none") else [cfg.save]
     for name in chosen:
@@ -283,7 +241,7 @@ def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Ce
         if "transformers" not in pruned.origin:
             pruned = replace(pruned, origin={"net": plain(recorded(cfg)["model"].get("net") or {}), **pruned.origin})
         if world()[0] == 0:
-            pruned.save(place)
+            pruned.save(place, tokenizer, table)
             print_line(f"saved {name} to {place}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")
 
 
@@ -308,6 +266,14 @@ def _cached_json(path: Path, compute: Callable[[], dict[str, float]]) -> dict[st
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no scores of the dense model: delete it, and the run measures them again")
     return found
+
+
+def _amounts(given: Any) -> list[float]:
+    """The amounts of a config, sorted. Raises ValueError for one that is no number."""
+    wrong = next((each for each in _as_list(given) if isinstance(each, bool) or not isinstance(each, (int, float))), None)
+    if wrong is not None:
+        raise ValueError(f"amounts has {wrong!r}; an amount is a share to remove, a number from 0 up to but not including 1")
+    return sorted(set(map(float, _as_list(given))))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from nodelens.statistics.processes import world
 from .common import initial_of, load_module, verify
 from .run_lock import locked
 
-_FREE = ("dry_run", "plan_only", "save_minutes")  # settings that change no result
+_FREE = ("dry_run", "plan_only", "save_minutes", "score")  # settings that change no result
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -92,7 +92,7 @@ def open_inputs(cfg: DictConfig, folder: Path) -> tuple[Any, Any, dict[str, Any]
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
-    found = plain({k: v for k, v in recorded(cfg).items() if k not in ("paths", "logger", *_FREE)})
+    found = plain({k: v for k, v in recorded(cfg).items() if k not in ("paths", "logger", "report", *_FREE)})
     return _relative(found, str(cfg.paths.output_dir))
 
 

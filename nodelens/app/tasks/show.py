@@ -1,6 +1,7 @@
 """Plans and results on the terminal."""
 
 import math
+from collections.abc import Mapping
 
 import pandas as pd
 from rich.console import Console
@@ -34,6 +35,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"sums and buffers take at most {plan.total_bytes / 2**20:,.1f} MiB; estimated overhead over the bare "
         f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %"
     )
+    console.print(f"rows are added up by {plan.kernels}", markup=False)
     for note in plan.notes:
         console.print(note, markup=False)
     if plan.never_called:
@@ -84,7 +86,8 @@ def _missing_lines(missing: list[dict], most: int = 12) -> list[str]:
 
 def _show_table(console: Console, values: pd.DataFrame, labels: list[str], what: str) -> None:
     """Prints a frame as one table, or as several if it is too wide for the terminal."""
-    for names in _split_columns(list(values.columns), console.width - max(map(len, labels), default=0) - 4):
+    widths = {str(name): max(len(str(name)), 9) for name in values}
+    for names in split_columns(widths, console.width - min(console.width // 2, max(map(len, labels), default=0)) - 5):
         table = Table()
         table.add_column(what, overflow="fold")
         for name in names:
@@ -104,12 +107,12 @@ def _labels(names: list[str], width: int) -> list[str]:
     return names
 
 
-def _split_columns(columns: list[str], width: int) -> list[list[str]]:
-    """Splits columns into as many tables as are needed to fit a width."""
+def split_columns(widths: Mapping[str, int], width: int) -> list[list[str]]:
+    """Splits columns, {name: characters}, into as many tables as are needed to fit a width."""
     tables: list[list[str]] = [[]]
     used = 0
-    for name in columns:
-        size = max(len(name), 9) + 3
+    for name in widths:
+        size = widths[name] + 3
         if tables[-1] and used + size > width:
             tables, used = [*tables, []], 0
         tables[-1].append(name)

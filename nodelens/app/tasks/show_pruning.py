@@ -8,6 +8,8 @@ from nodelens.pruning.context import PruningContext
 from nodelens.pruning.sweep.ranking import KEY, areas, curves, measure_of
 from nodelens.pruning.sweep.tables import groups_table
 
+from .show import split_columns
+
 MOST = 60  # maximum number of lines of a table
 
 
@@ -54,19 +56,34 @@ def show_sweep(console: Console, table: pd.DataFrame) -> None:
     measure = measure_of(table)
     dense = f"dense {table[f'dense_{measure}'].iloc[0]:.4f}"
     title = f"test {measure} by amount, {dense}; area: mean of the curve up to {upto} of the MACs removed"
-    shown = Table(title=title, title_justify="left")
-    for name in (*varied, "area", *(f"{a:g}" for a in amounts)):
-        shown.add_column(name, justify="left" if name in KEY else "right")
+    console.print(title)
+    rows = []
     for key, row in list(area.iterrows())[:MOST]:
         labels = [str(dict(zip(KEY, key, strict=True))[k]) for k in varied]
         here = [means.loc[(*key, a)] if (*key, a) in means.index else None for a in amounts]
-        shown.add_row(*labels, f"{row['area']:.4f}", *("infeasible" if c is None else _with_spread(c) for c in here))
-    console.print(shown)
+        values = {f"{a:g}": "infeasible" if c is None else _with_spread(c) for a, c in zip(amounts, here, strict=True)}
+        rows.append((labels, {"area": f"{row['area']:.4f}"} | values))
+    _show_rows(console, varied, rows)
     if len(area) > MOST:
         console.print(f"and {len(area) - MOST} more rows in sweep.parquet")
     infeasible = table[table["status"] != "done"]
     for reason, rows in list(infeasible.groupby("error"))[:6]:
         console.print(f"{len(rows)} cells infeasible, such as {rows['name'].iloc[0]}: {reason}", markup=False)
+
+
+def _show_rows(console: Console, names: list[str], rows: list[tuple[list[str], dict[str, str]]]) -> None:
+    """Prints rows of labels and values as one table, or as several, each with the labels, if it is too wide for the terminal."""
+    used = sum(min(24, max(len(label) for label in each)) + 3 for each in zip(names, *(labels for labels, _ in rows), strict=True))
+    widths = {name: max(len(name), *(len(values[name]) for _, values in rows)) for _, values in rows[:1] for name in values}
+    for part in split_columns(widths, console.width - used - 1):
+        shown = Table()
+        for name in names:
+            shown.add_column(name, overflow="fold")
+        for name in part:
+            shown.add_column(name, justify="right", no_wrap=True)
+        for labels, values in rows:
+            shown.add_row(*labels, *(values[name] for name in part))
+        console.print(shown)
 
 
 def _with_spread(cell: pd.Series) -> str:

@@ -6,11 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nodelens.app.config import build, recorded
+from nodelens.app.config import build, recorded, resolved
 from nodelens.results.files import checked, plain, read_json
 
 from .common import build_all, check_tokens, format_score, loggers_of, plain_worker_errors, quiet_lightning
-from .progress import ProgressLines, print_line, step
+from .media import training_figures
+from .progress import ProgressLines, is_quiet, print_line, step
 from .run_folder import check_same_inputs, run_folder
 
 
@@ -50,6 +51,7 @@ def _prepared(cfg: DictConfig, folder: Path, module: Any, data: Any) -> float:
 def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[Any], start: str | None) -> float:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from nodelens.results.loggers import log_run
     from nodelens.training.callbacks import Measure, Outcome
     from nodelens.training.checkpoints import write_atomically
     from nodelens.training.last_checkpoint import LastCheckpoint
@@ -78,23 +80,26 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     if not outcome.path.is_file():  # training had finished before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
-    _draw(folder / "epochs", list(cfg.analysis))
+    _draw(cfg, folder)
+    opened = [logger for logger in loggers if getattr(logger, "_experiment", None) is not None]  # in this process
+    score = {f"test/{name}": value for name, value in found.items() if name != "checkpoint"}
+    log_run(opened, folder, cfg.ckpt_path, module.config, score, lambda: training_figures(folder))
     print_line(f"test {format_score(found)}")
     if found["checkpoint"]:
         print_line(f"checkpoint: {found['checkpoint']}")
     return float(found["accuracy"])
 
 
-def _draw(folder: Path, analyses: list[str]) -> None:
-    """Draws and prints what analyses say about the epochs of a training."""
-    for name in analyses:
-        if (folder / name / "metadata.json").is_file():
-            from nodelens.analysis.registry import load_analysis
-            from nodelens.report.page import write_figures
+def _draw(cfg: DictConfig, folder: Path) -> None:
+    """Writes the page, and prints what analyses say about the epochs."""
+    from nodelens.analysis.registry import load_analysis
+    from nodelens.report import write_training_page
 
-            write_figures(folder / name)
-            for line in load_analysis(folder / name).summary().splitlines():
+    for name in cfg.analysis:
+        if (folder / "epochs" / name / "metadata.json").is_file():
+            for line in load_analysis(folder / "epochs" / name).summary().splitlines():
                 print_line(f"{name}: {line}")
+    print_line(f"page: {write_training_page(folder, **resolved(cfg)['report'])}")
 
 
 def starting_point(cfg: DictConfig, folder: Path, net: Any) -> str | None:
@@ -139,5 +144,5 @@ def fits(net: Any, data: Any) -> None:
 def _with_progress_bar(trainer: DictConfig) -> DictConfig:
     """Shows a progress bar on a terminal only; in a log file each refresh would be a line."""
     shown = trainer.get("enable_progress_bar")
-    shown = sys.stderr.isatty() if shown is None else shown
+    shown = (sys.stderr.isatty() if shown is None else shown) and not is_quiet()
     return OmegaConf.merge(trainer, {"enable_progress_bar": shown})  # type: ignore[return-value]

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nodelens.interventions.cells import TOKENS, CellPasses, GridCell, written
+from nodelens.interventions.cells import TOKENS, CellPasses, GridCell, whole_passes, written
 from nodelens.interventions.prompts import TokenizedPrompt, token_text
 from nodelens.interventions.token_model import TokenModel
 from nodelens.interventions.token_positions import Positions
@@ -41,6 +41,10 @@ class PatchscopeOptions:
     k: int = 5
     generate: int = 0
 
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.generate < 0:
+            raise ValueError(f"patchscope: k is {self.k} and generate is {self.generate}; k is 1 or more, generate 0 or more")
+
 
 def patchscope_grid(
     model: TokenModel, sources: Iterable[TokenizedPrompt], target: TokenizedPrompt, options: PatchscopeOptions
@@ -59,7 +63,7 @@ def patchscope_grid(
         )
     blocks = model.blocks(options.layers)
     into = {k: _target_block(model, options.target_layers, k) for k in blocks}
-    predictions, positions = list[dict[str, Any]](), list[dict[str, Any]]()
+    predictions, positions, shared = list[dict[str, Any]](), list[dict[str, Any]](), list[str]()
     with model.running():
         for sample, source in enumerate(sources):
             layers = model.stream(blocks)
@@ -72,11 +76,13 @@ def patchscope_grid(
                 )
                 for block, position in where
             ]
-            for part, logits in CellPasses(model, target.ids)(cells):
+            passes = CellPasses(model, target.ids)
+            for part, logits in passes(cells):
                 own = final[0, torch.tensor([where[k][1] for k in part])].float()
-                found = _rows(logits, own, [where[k] for k in part], source, layers, sample, options.k)
+                found = grid_rows(logits, own, [where[k] for k in part], source, layers, sample, options.k)
                 predictions += found[0]
                 positions += found[1]
+            shared.append(passes.shares)
             if options.generate:
                 texts = dict(zip(where, _continuations(model, target, cells, options.generate), strict=True))
                 for at in positions[-len(cells) :]:
@@ -87,7 +93,8 @@ def patchscope_grid(
         "positions": pd.DataFrame(positions).sort_values(order, ignore_index=True),
     }
     meta = about(model) | {"target": target.text or target.ids.tolist(), "target_layers": options.target_layers, "k": options.k}
-    return Findings(LENS, frames, _lines(frames["positions"]), metadata=meta | {"lens": "patchscope"})
+    meta |= {"lens": "patchscope", "shares": shared}
+    return Findings(LENS, frames, [*_lines(frames["positions"]), *whole_passes(shared)], metadata=meta)
 
 
 def _continuations(model: TokenModel, target: TokenizedPrompt, cells: Sequence[GridCell], count: int) -> list[str]:
@@ -114,7 +121,7 @@ def _target_block(model: TokenModel, chosen: str | int, source: int) -> int:
     return found[0]
 
 
-def _rows(
+def grid_rows(
     logits: Tensor, final: Tensor, where: Sequence[tuple[int, int]], source: TokenizedPrompt, layers: Any, sample: int, k: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the two tables for cells with logits (n, V); final (n, V): the model's own at the source positions."""

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nodelens.interventions.cells import CellPasses, GridCell
+from nodelens.interventions.cells import CellPasses, GridCell, whole_passes
 from nodelens.interventions.lenses.lens import about
 from nodelens.interventions.token_model import TokenModel
 from nodelens.interventions.token_positions import Positions
@@ -60,18 +60,19 @@ def patch(
 def patch_grid(model: TokenModel, pairs: Iterable[PromptPair], options: GridOptions) -> Findings:
     """The grid of each pair; see ``patch``."""
     sites, missing = grid_sites(model, options)
-    cells, runs = list[pd.DataFrame](), list[dict[str, Any]]()
+    cells, runs, shared = list[pd.DataFrame](), list[dict[str, Any]](), list[str]()
     with model.running():
         for k, pair in enumerate(pairs):
             both = TwoRuns.of(model, pair, sites, options.into)
             runs += both.rows(k)
             table, grid = both.grid(options.positions)
             cells.append(pd.concat([table, both.patched(model, grid)], axis=1).assign(pair=k))
+            shared.append(both.shares)
             if both.contrast.wrong is None:
                 missing.append({"layer": "", "what": f"logit_difference of pair {k}", "reason": _SAME})
     frames = {"cells": _ordered(pd.concat(cells, ignore_index=True)), "runs": pd.DataFrame(runs)}
-    about_it = about(model) | {"into": options.into, "missing": missing}
-    return Findings(PATCHING, frames, _lines(frames["cells"]), metadata=about_it)
+    about_it = about(model) | {"into": options.into, "missing": missing, "shares": shared}
+    return Findings(PATCHING, frames, [*_lines(frames["cells"]), *whole_passes(shared)], metadata=about_it)
 
 
 _SAME = "both runs have the same first choice: give answer= and wrong="
@@ -82,6 +83,7 @@ class TwoRuns:
 
     def __init__(self, pair: PromptPair, sites: Sequence[GridSite], states: tuple, logits: tuple[Tensor, Tensor], into: str):
         self.pair, self.sites, self.logits = pair, sites, logits
+        self.shares = "nothing"  # the cells of a pass; see ``CellPasses``
         self.contrast = Contrast.of(pair, *logits, into)
         forward = into == "corrupt"
         self.source, self.target = states if forward else states[::-1]
@@ -114,10 +116,12 @@ class TwoRuns:
         """
         found = torch.tensor([list(self.base.values())], dtype=torch.float64).repeat(len(cells), 1)
         change = [k for k, cell in enumerate(cells) if not self._has_already(cell)]
-        for part, logits in CellPasses(model, self.changed.ids)([cells[k] for k in change]):
+        passes = CellPasses(model, self.changed.ids)
+        for part, logits in passes([cells[k] for k in change]):
             rows = torch.tensor([change[k] for k in part])
             found[rows] = torch.stack([*self.contrast(logits).values()], 1).double().cpu()
         table = pd.DataFrame(found.numpy(), columns=list(METRICS))
+        self.shares = passes.shares
         span = self.goal["logit_difference"] - self.base["logit_difference"]
         gained = table["logit_difference"] - self.base["logit_difference"]
         return table.assign(recovered=gained / span if span else float("nan"))

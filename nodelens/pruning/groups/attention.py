@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nodelens.network.architecture import UnclearError
 from nodelens.network.groups import GroupSlice, PruningGroup, StoredCount, offsets, span
+from nodelens.network.open_attention import OpenAttention
 
 from .projections import Projection, child, has, join
 
@@ -67,6 +68,8 @@ def attention_groups(path: str, owner: nn.Module) -> list[PruningGroup]:
     Kind ``head`` if queries, keys and values have the same number of heads, else ``kv_group``: one key and value head with the
     query heads that read it. Not exact if a norm reduces over the heads. Raises UnclearError if the module is not understood.
     """
+    if type(owner) in (nn.MultiheadAttention, OpenAttention):
+        return [_torch_group(path, owner)]  # type: ignore[arg-type]
     for names, outputs in SEPARATE:
         for output in outputs:
             if has(owner, *names, output):
@@ -75,6 +78,32 @@ def attention_groups(path: str, owner: nn.Module) -> list[PruningGroup]:
         if has(owner, name, output):
             return [_attention_group(path, owner, [name, output], blocks)]
     return []
+
+
+def _torch_group(path: str, owner: nn.MultiheadAttention) -> PruningGroup:
+    """The heads of torch's own attention module, whose input projection is one tensor, or three where widths differ."""
+    out, n = Projection.of(path, owner, "out_proj"), owner.num_heads
+    width = out.inputs // n
+    heads = _Heads(n, 1, width, width)
+    names = ("in_proj_weight",) if owner.in_proj_weight is not None else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    if set(owner._parameters) - {
+        "in_proj_weight",
+        "in_proj_bias",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "bias_k",
+        "bias_v",
+    }:
+        raise UnclearError("its weights are computed from other tensors")
+    blocks = heads.places(1, True)[0]
+    pieces = [GroupSlice(path, name, 0, at, "producer") for name, at in zip(names, heads.places(len(names), True), strict=True)]
+    pieces += [GroupSlice(path, "in_proj_bias", 0, blocks, "producer")] if owner.in_proj_bias is not None else []
+    pieces += [
+        GroupSlice(path, name, 2, span(n, width), "tied") for name in ("bias_k", "bias_v") if getattr(owner, name) is not None
+    ]
+    counts = (StoredCount(path, "num_heads", 1),)
+    return PruningGroup(path, "head", n, (*pieces, out.consumer(span(n, width))), counts, attention_macs=2 * width)
 
 
 def _attention_group(path: str, owner: nn.Module, names: list[str], blocks: bool = True) -> PruningGroup:

@@ -13,7 +13,7 @@ from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGro
 from .attention import attention_groups
 from .expert_channels import expert_channel_groups
 from .projections import Projection, has, join
-from .state_space import state_space_groups
+from .state_space import state_space_groups, state_space_heads
 from .whole_experts import whole_expert_groups
 
 FFN = (  # projections that compute the hidden units; the projection that reads them
@@ -32,7 +32,7 @@ FFN = (  # projections that compute the hidden units; the projection that reads 
     (("Wi",), "Wo"),
 )
 COMMON = ((("fc1",), "fc2"), (("linear1",), "linear2"), (("lin1",), "lin2"))  # of many other networks, too
-OTHERS = (attention_groups, expert_channel_groups, state_space_groups)
+OTHERS = (attention_groups, expert_channel_groups, state_space_groups, state_space_heads)
 _HALVES = ("gate_up_proj", "Wi")  # fused projections whose first half gates the second
 
 
@@ -86,14 +86,14 @@ def _ffn(path: str, module: nn.Module, names: tuple[str, ...], down: str) -> lis
     for name, part in zip(names, ups, strict=True):
         if part.outputs != rows.numel():
             raise UnclearError(f"{name} has {part.outputs} outputs, {down} has {n} inputs")
-    tied = _norms(path, module, {name.partition(".")[0] for name in (*names, down)}, n, ups[0].inputs)
+    tied = _norms(path, module, {name.partition(".")[0] for name in (*names, down)}, n, ups[0].inputs, rows.numel())
     exact = not tied and not getattr(module, "activation_sparsity", 0)  # Gemma 3n thresholds at a mean over the units
     producers = [piece for part in ups for piece in part.producers(rows)]
     return [PruningGroup(path, "ffn", n, (*producers, *tied, out.consumer(each)), exact=exact)]
 
 
-def _norms(path: str, module: nn.Module, used: set[str], n: int, residual: int) -> list[GroupSlice]:
-    """Slices of norms over the hidden units. Raises UnclearError for any other tensor of that width."""
+def _norms(path: str, module: nn.Module, used: set[str], n: int, residual: int, fused: int) -> list[GroupSlice]:
+    """Slices of norms over the hidden units. Raises UnclearError for any other tensor of that width, or of the fused outputs."""
     others = {name: part for name, part in module.named_children() if name not in used}
     block = any("att" in name for name in others)  # the module is a whole block, whose norms have the residual width
     if block and n == residual:
@@ -101,7 +101,7 @@ def _norms(path: str, module: nn.Module, used: set[str], n: int, residual: int) 
     own = [("", *item) for item in module.named_parameters(recurse=False)]
     slices = []
     for name, part, tensor in own + [(k, *item) for k, v in others.items() for item in v.named_parameters(recurse=not block)]:
-        if n in tensor.shape and tensor.ndim > 1:
+        if tensor.ndim > 1 and (n in tensor.shape or (fused > n and fused in tensor.shape)):
             raise UnclearError(f"has the parameter {join(name, part)} {tuple(tensor.shape)} outside its projections")
         if n in tensor.shape:
             owner, _, last = join(name, part).rpartition(".")

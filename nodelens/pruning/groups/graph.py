@@ -1,6 +1,5 @@
 """The pruning groups of convolutional networks and multilayer perceptrons, from their exported graph."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.network.batch import Batch
-from nodelens.network.eval_mode import eval_mode, training_mode
+from nodelens.network.eval_mode import copy_of, eval_mode, training_mode
 from nodelens.network.failed_forward import check_forward
 from nodelens.network.groups import Frozen, PruningGroup, PruningGroups
 from nodelens.network.outputs import tensors_of
@@ -66,9 +65,10 @@ def _tested(model: nn.Module, batch: Batch, found: PruningGroups) -> PruningGrou
 
 def _traced(model: nn.Module, batch: Batch) -> Ids:
     """The channels in evaluation and, if it reads more parameters, in training; frozen are those that other parameters may read."""
+    ids, read = Ids(), set[int]()
     try:
-        found = operations(model, batch)
-    except Exception as error:  # a forward pass may raise anything
+        _follow(model, operations(model, batch), ids, read)
+    except Exception as error:  # a forward pass may raise anything, and sizes may depend on values
         check_forward(model, batch)
         if wrong := batch.wrong_dtype(model, error):
             raise ValueError(wrong) from error
@@ -76,12 +76,10 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
             f"torch.export cannot trace the forward pass of {type(model).__name__}: {_first_line(error)}; "
             "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
         ) from error
-    ids, read = Ids(), set[int]()
-    _follow(model, found, ids, read)
     if unread(model, read):
         ids.evaluated = frozenset(ids.places)
         why = ""
-        copied = copy.deepcopy(model)  # norms change their statistics
+        copied = copy_of(model)  # norms change their statistics
         try:
             with training_mode(copied):
                 found = operations(copied, batch)
@@ -156,7 +154,7 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
 
 def _copy(model: nn.Module) -> nn.Module:
     """A copy with the same parameters, which slicing replaces, and with buffers of its own, which training changes."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    return copy_of(model, model.parameters())
 
 
 def _raised_in(model: nn.Module, error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """How products of two activations map units, as in attention: the shared dimensions are tied, and those summed over are frozen."""
 
+import math
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from .graph_walk import Layout, Value, Walk, shape_of, stack_of, where
 from .recorded import Node
+
+_SAMPLES = 2  # in the batch whose operations are followed
 
 
 def matmul(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
@@ -55,11 +58,18 @@ def attention(walk: Walk, node: Node, a: dict[str, Any]) -> Value:
     if mask is not None:
         operands.append(mask)
         terms.append((batch + "LS")[-len(shape_of(mask)) :])
-    return contract(walk, node, operands, terms, batch + "LV")
+    pairs = shape_of(node)[:-1].numel() * shape_of(k)[-2]
+    return contract(walk, node, operands, terms, batch + "LV", pairs * (shape_of(q)[-1] + shape_of(v)[-1]))
 
 
-def contract(walk: Walk, node: Node, operands: Sequence[Node], terms: Sequence[str], result: str) -> Value:
-    """A sum of products with one letter per dimension: dimensions of the same letter are tied."""
+def contract(walk: Walk, node: Node, operands: Sequence[Node], terms: Sequence[str], result: str, macs: int | None = None) -> Value:
+    """A sum of products with one letter per dimension: dimensions of the same letter are tied.
+
+    macs: multiply-accumulates, if they are not the product of all sizes.
+    """
+    if macs is None:
+        sizes = {letter: n for o, t in zip(operands, terms, strict=True) for letter, n in zip(t, shape_of(o), strict=True)}
+        macs = math.prod(sizes.values())
     found: dict[str, Tensor | None] = {}
     for letter in dict.fromkeys("".join(terms)):
         dims = [
@@ -72,6 +82,8 @@ def contract(walk: Walk, node: Node, operands: Sequence[Node], terms: Sequence[s
             ids = None
         elif ids is not None and len(dims) > 1:
             walk.ids.heads.append(ids)
+            if walk.ids.evaluated is None:
+                walk.ids.multiplied.append((ids, macs / len(ids) / _SAMPLES))
         found[letter] = ids
     return Layout(tuple(found[letter] for letter in result), where(node))
 

@@ -61,6 +61,7 @@ class Ids:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     normalized: list[Tensor] = field(default_factory=list)  # an operation reduces over them
     heads: list[Tensor] = field(default_factory=list)  # the operands of a matrix product share them
+    multiplied: list[tuple[Tensor, float]] = field(default_factory=list)  # ids of heads, multiply-accumulates of each per sample
     products: list[Product] = field(default_factory=list)
     summed: list[tuple[Tensor, str, str]] = field(default_factory=list)  # ids, reason and module of a product of activations
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # outputs (n,) in order and inputs (m,) of each layer
@@ -105,6 +106,10 @@ class Ids:
         if (first.role, first.groups, len(first.ids)) == (place.role, place.groups, len(place.ids)):
             self.tie(first.ids, place.ids)
             return
+        if place.tensor == "bias" and len(first.ids) == len(place.ids):  # each entry belongs to one unit, whatever reads it
+            self.places[key] = first if place.role == "tied" else place
+            self.tie(first.ids, place.ids)
+            return
         as_data = first.role != place.role and "tied" in (first.role, place.role)
         name = f"{place.tensor} of {place.module or 'the model'}"
         for ids in (first.ids, place.ids):
@@ -123,15 +128,25 @@ class Ids:
                 else:
                     reasons[unit] = "no layer reads them"
         normalized, heads = (set(label[torch.cat(marks)].tolist()) if marks else set() for marks in (self.normalized, self.heads))
+        macs = self._macs(label)
         groups = []
         for profile, members in alike.items():
             own = {units.ids[k] for k in members}
             group = _group(places, profile, units.starts[members], units.positions, normalized.isdisjoint(own))
             several = any(piece.index.shape[1] > 1 for piece in group.by_role("producer"))
+            group = replace(group, product_macs=macs.get(units.ids[members[0]], 0.0))
             groups.append(group if heads.isdisjoint(own) or not several else replace(group, kind="head"))
         order = {name: k for k, name in enumerate(dict.fromkeys(p.module for p in places if p.role == "producer"))}
         groups.sort(key=lambda group: (order[group.name], int(group.slices[0].index.min())))
         return PruningGroups(tuple(_named(groups)), (*_report(places, units, reasons), *self.report))
+
+    def _macs(self, label: Tensor) -> dict[int, float]:
+        """{unit: multiply-accumulates per sample in products of activations}."""
+        macs: dict[int, float] = {}
+        for ids, each in self.multiplied:
+            for unit in label[ids].tolist():
+                macs[unit] = macs.get(unit, 0.0) + each
+        return macs
 
     def _reasons(self, label: Tensor) -> dict[int, str]:
         reasons: dict[int, str] = {}

@@ -1,5 +1,6 @@
 """Loads a saved pruned model: the dense model's shapes, resized as the plan says, and the weights of the file."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from torch import nn
 
 from nodelens.messages import check_folder, shown
 from nodelens.network.hooks import parameter_limit
+from nodelens.network.open_attention import keep_open
 from nodelens.pruning.groups.whole_experts import COUNTS
 
-from .save import structure, unsaved_buffers
 from .saved import SavedModel
 from .slice import replace_tensor, set_count, update_sizes
+from .structure import structure, unsaved_buffers
 
 _BUILDERS = (  # whose arguments are numbers, and names of registered networks
     *("nodelens.models.mlp", "nodelens.models.cnn"),
@@ -29,6 +31,7 @@ _COUNTS = {  # attributes that a plan may set
 _ORIGIN = {"class": str, "transformers": str, "attention": str, "experts": str, "config": dict, "generation": dict, "net": dict}
 _KINDS = {str: "string", dict: "dictionary"}
 _BUFFERS = 1 << 28  # bytes that buffers which are not stored may take beyond the size of the weights
+_DENSER = 1000  # times the bytes of the file that a dense model may have
 _COUNTED = ("layer", "label", "expert", "head", "block", "depth", "stage")  # words in options that say how many parts are built
 
 
@@ -50,6 +53,9 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     for path, numbers in saved.numbers.items():
         for attribute, value in numbers.items():
             _check_count(net, path, attribute, value, saved)
+    for path, module in net.named_modules():
+        own = {name for name in module._non_persistent_buffers_set if f"{path}.{name}".lstrip(".") in saved.dense}
+        module._non_persistent_buffers_set -= own
     _fill(net, saved)
     for name, buffer in unsaved_buffers(net).items():  # such as rotary frequencies, in the dtype of the saved model
         path, _, tensor = name.rpartition(".")
@@ -57,12 +63,13 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     for path, numbers in saved.numbers.items():
         for attribute, value in numbers.items():
             set_count(net.get_submodule(path), attribute, value)
+    keep_open(net, {name.rpartition(".")[0] for name, planned in saved.kept.items() if saved.dense.get(name) != planned})
     return net.eval()
 
 
 def _dense_model(saved: SavedModel) -> nn.Module:
     """The dense model on the meta device, with real values in the buffers that are not stored."""
-    where, origin = f"{saved.folder / 'config.json'}", saved.origin
+    where, origin = str(saved.origin_file), saved.origin
     for field, kind in _ORIGIN.items():
         if not isinstance(origin.get(field), kind) and origin.get(field) is not None:
             raise ValueError(f"{where}: {field} is {shown(origin[field])}; it must be a {_KINDS[kind]}")
@@ -129,7 +136,10 @@ def _check_sizes(value: Any, saved: SavedModel, where: str, key: str = "") -> No
 
 
 def _compute_buffers(net: nn.Module, saved: SavedModel, where: str) -> None:
-    """Gives the buffers that are not stored their values, which transformers computes from the config."""
+    """Gives the buffers that are not stored their values, which the model computes from its config.
+
+    Models of transformers can compute them alone; of others the dense model is built once more, on the CPU.
+    """
     buffers = unsaved_buffers(net)
     size = sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
     most = _BUFFERS + (saved.folder / "model.safetensors").stat().st_size
@@ -138,6 +148,9 @@ def _compute_buffers(net: nn.Module, saved: SavedModel, where: str) -> None:
         raise ValueError(
             f"{where}: the buffer {largest} has the shape {list(buffers[largest].shape)}: {size} bytes, at most {most}"
         )
+    if buffers and "transformers" not in saved.origin:
+        _copy_buffers(net, saved, where)
+        return
     initialize: dict[str, None] = {}  # the modules that hold buffers, and those around them, some of which fill them
     for name, buffer in buffers.items():
         path, _, tensor = name.rpartition(".")
@@ -149,9 +162,24 @@ def _compute_buffers(net: nn.Module, saved: SavedModel, where: str) -> None:
             net._init_weights(net.get_submodule(path))  # type: ignore[operator]
 
 
+def _copy_buffers(net: nn.Module, saved: SavedModel, where: str) -> None:
+    """The buffers of a dense model that is built with its weights. Raises ValueError if these take far more than the file has."""
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in saved.dense.values())
+    most = _BUFFERS + _DENSER * (saved.folder / "model.safetensors").stat().st_size
+    if size > most:
+        raise ValueError(
+            f"{where}: the dense model takes {size} bytes, at most {most} for this file: give it, load_pruned(folder, model=...)"
+        )
+    with torch.random.fork_rng(devices=[]):
+        built = unsaved_buffers(_small_model(saved.origin))
+    for name, buffer in built.items():
+        path, _, tensor = name.rpartition(".")
+        setattr(net.get_submodule(path), tensor, buffer)
+
+
 def _check_structure(net: nn.Module, saved: SavedModel) -> None:
     """Raises ValueError if names or shapes differ; dtypes may, because the stored ones are used."""
-    model = structure(net)
+    model = structure(net, saved.dense)
     for name in dict.fromkeys([*saved.dense, *model]):
         mine = model[name][1] if name in model else None
         planned = saved.dense[name][1] if name in saved.dense else None

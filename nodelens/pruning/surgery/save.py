@@ -1,48 +1,40 @@
-"""A pruned model on disk: weights as safetensors, the plan, and the config of the dense model."""
+"""A pruned model on disk: weights as safetensors, the plan, how the dense model is built, and a config for transformers."""
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import nn
 
+from nodelens.pruning.hub.card import model_card
+from nodelens.pruning.hub.files import hub_files
+from nodelens.pruning.hub.modelling_file import FILE
 from nodelens.pruning.removal_plan import RemovalPlan, digests
 from nodelens.results.files import plain, write, write_json
 
-
-def structure(model: nn.Module) -> dict[str, Any]:
-    """{name: [dtype, shape]} of the state dict; a model to load into must have the same names and shapes."""
-    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+from .saved import ORIGIN
+from .structure import structure, unsaved_buffers
 
 
-def origin_of(model: nn.Module) -> dict[str, Any]:
-    """What the dense model can be built from: class and config of a transformers model, else the name of the class alone."""
-    kind = type(model)
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or all(base.__name__ != "PreTrainedModel" for base in kind.__mro__):
-        return {"class": f"{kind.__module__}.{kind.__qualname__}"}
-    generation: Any = getattr(model, "generation_config", None)
-    return {
-        "transformers": kind.__name__,
-        "config": {name: value for name, value in plain(config.to_dict()).items() if name != "_name_or_path"},
-        "attention": getattr(config, "_attn_implementation", None),
-        "experts": getattr(config, "_experts_implementation", None),
-        "generation": None if generation is None else plain(generation.to_dict()),
-    }
-
-
-def save_pruned(pruned: Any, folder: Path) -> Path:
-    """Writes ``model.safetensors``, ``config.json`` and, last, ``plan.json``: a folder with a plan is complete."""
+def save_pruned(pruned: Any, folder: Path, tokenizer: Any = None, sweep: Any = None) -> Path:
+    """Writes weights, configs, a model card and, last, ``plan.json``: a folder with a plan is complete."""
     model: nn.Module = pruned.model
     if other := [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(
             f"{type(model).__name__} stores more than tensors ({other[0]}), which safetensors cannot hold: keep it with "
             "torch.save(pruned.model.state_dict(), file)"
         )
-    write(folder / "model.safetensors", lambda path: save_model(model, str(path)))
-    write_json(folder / "config.json", pruned.origin)
+    files = hub_files(pruned)
+    write(folder / "model.safetensors", lambda path: save_file(stored_tensors(model), str(path), {"format": "pt"}))
+    write_json(folder / (ORIGIN if files else "config.json"), pruned.origin)
+    for name, text in (files | {"README.md": model_card(pruned, FILE in files, bool(files), sweep)}).items():
+        _write_text(folder / name, text)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, folder)
     plan: RemovalPlan = pruned.plan
     more = {"dense": pruned.dense, "kept": structure(model), "numbers": pruned.numbers, "apply": pruned.apply}
     more["buffers"] = {name: str(b.dtype).removeprefix("torch.") for name, b in unsaved_buffers(model).items()}
@@ -51,7 +43,28 @@ def save_pruned(pruned: Any, folder: Path) -> Path:
     return folder
 
 
-def unsaved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that are not in the state dict, because they are computed from the config."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the state dict, each under one name: of tied ones, the name from which transformers ties the others."""
+    tied: Mapping[str, Any] = getattr(model, "all_tied_weights_keys", None) or {}
+    found: dict[tuple[Any, ...], str] = {}
+    tensors = dict(model.state_dict())
+    for name in sorted(tensors, key=lambda name: name in tied):
+        tensor = tensors[name]
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        found.setdefault(key, name)
+    kept = set(found.values())
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if name in kept}
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the files of a tokenizer. Raises TypeError for one that cannot be saved."""
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer is {type(tokenizer).__name__}; give one of transformers, as AutoTokenizer.from_pretrained does")
+    with TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        for file in filter(Path.is_file, Path(place).iterdir()):
+            write(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+
+
+def _write_text(path: Path, text: str) -> None:
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

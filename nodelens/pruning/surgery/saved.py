@@ -13,6 +13,7 @@ from nodelens.pruning.removal_plan import RemovalPlan, check_digests
 from nodelens.results.files import checked, read_json
 
 FILES = ("model.safetensors", "plan.json", "config.json")
+ORIGIN = "origin.json"  # how the dense model is built, where config.json is one of transformers
 Shapes = dict[str, tuple[torch.dtype, list[int]]]
 _DTYPES = {"BOOL": "bool", "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "U8": "uint8", "I8": "int8"}
 _DTYPES |= {"I16": "int16", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -27,6 +28,7 @@ class SavedModel:
     """
 
     folder: Path
+    origin_file: Path
     origin: Mapping[str, Any]
     dense: Shapes
     kept: Shapes
@@ -38,12 +40,13 @@ class SavedModel:
     @classmethod
     def read(cls, folder: Path) -> "SavedModel":
         """Raises FileNotFoundError for a missing file, ValueError, with file and field, for content that is damaged or changed."""
-        for name in FILES:
+        origin_path = folder / (ORIGIN if (folder / ORIGIN).is_file() else "config.json")
+        for name in (*FILES, origin_path.name):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no pruned model: {name} is missing")
             checked(folder / name)
-        where, origin_file = f"{folder / 'plan.json'}", f"{folder / 'config.json'}"
-        content, origin = read_json(folder / "plan.json"), read_json(folder / "config.json")
+        where, origin_file = f"{folder / 'plan.json'}", f"{origin_path}"
+        content, origin = read_json(folder / "plan.json"), read_json(origin_path)
         plan = RemovalPlan.read(content, where)
         if not isinstance(origin, dict):
             raise ValueError(f"{origin_file} is {shown(origin)}; it must be a dictionary that says how the dense model is built")
@@ -57,7 +60,7 @@ class SavedModel:
         stored = _stored(folder / "model.safetensors")
         _check_stored(stored, kept, folder)
         buffers = {name: dtype_of(value, f"buffers.{name}", where) for name, value in _mapping(content, "buffers", where).items()}
-        return cls(folder, origin, dense, kept, stored, buffers, _numbers(content, where), added)
+        return cls(folder, origin_path, origin, dense, kept, stored, buffers, _numbers(content, where), added)
 
 
 def dtype_of(name: Any, field: str, where: str) -> torch.dtype:

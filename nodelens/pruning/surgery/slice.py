@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.network.groups import GroupSlice, PruningGroup
+from nodelens.network.open_attention import keep_open
 
 from .mask import Removed, check_group, check_min_keep
 
@@ -40,6 +41,7 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
             set_count(model.get_submodule(path), attribute, value)
     for path in {path for path, _ in slices}:
         update_sizes(model.get_submodule(path))
+    keep_open(model, {path for path, _ in slices})
     _drop_caches(model)
     return model
 
@@ -91,6 +93,7 @@ def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
         setattr(module, name, value)
+        module._non_persistent_buffers_set.discard(name)  # it cannot be computed from the config any more
 
 
 def update_sizes(module: nn.Module) -> None:

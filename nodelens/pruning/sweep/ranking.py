@@ -1,6 +1,7 @@
 """Comparison of criteria: accuracy or perplexity against the share of cost saved, and the area under each curve."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,31 @@ def _mean_height(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> float:
     if not np.isfinite(reached).all():
         return math.nan if np.isnan(reached).any() else float(reached.sum())
     return float(np.trapezoid(np.interp(grid, x, y), grid) / grid[-1])
+
+
+def best_cell(table: pd.DataFrame) -> pd.Series | None:
+    """The row of the finished cell that is best on validation data at the largest amount; None if no cell is finished."""
+    finished = table[(table["status"] == "done") & (table["amount"] == table["amount"].max())]
+    lower = "val_loss" if measure_of(table) == "perplexity" else "params_share"
+    measure = "val_accuracy" if lower == "params_share" and finished["val_accuracy"].notna().any() else lower
+    ordered = finished.sort_values(measure, ascending=measure != "val_accuracy", kind="stable")
+    return ordered.iloc[0] if len(ordered) else None
+
+
+def score_of(table: pd.DataFrame, score: str | Sequence[str] = "area") -> float | tuple[float, ...]:
+    """What a sweep is worth to a search over its options: the area under the best curve, or columns of its best cell.
+
+    score: ``area``, or names of columns, such as val_accuracy and macs_share, whose values of ``best_cell`` are returned. Raises
+    ValueError for a name that is no column of numbers.
+    """
+    if score == "area":
+        return float(areas(table)["area"].iloc[0]) if table["accuracy"].notna().any() else math.nan
+    names, best = [score] if isinstance(score, str) else list(score), best_cell(table)
+    numbers = [str(name) for name in table.select_dtypes("number")]
+    if unknown := [name for name in names if name not in numbers]:
+        raise ValueError(f"score is {unknown[0]!r}; it is area, or columns of the sweep: {', '.join(numbers)}")
+    values = tuple(math.nan if best is None or pd.isna(best[name]) else float(best[name]) for name in names)
+    return values[0] if isinstance(score, str) else values
 
 
 def removed_share(table: pd.DataFrame, of: str = "macs") -> pd.Series:

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from real import cifar_images, folder, resnet20
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
@@ -338,7 +340,7 @@ def test_what_does_not_fit_is_said():
         (lambda: nl.ablate(net, [(x[:1], y[:1])], how="resample"), "a batch has 1 sample: give batches of several"),
         (lambda: nl.ablate(net, []), "the data are empty"),
         (lambda: nl.ablate(net, [x]), "the loss needs labels"),
-        (lambda: nl.ablate(net, data, predictions=0), "the evaluation data are empty"),
+        (lambda: nl.ablate(net, data, predictions=0), "predictions is 0; it is a number of predictions"),
         (lambda: nl.ablate(mixtral(), tokens, how="mean"), "experts that share a tensor, which can only be zeroed"),
         (lambda: nl.ablate(mixtral(), tokens, layers="blocks[0].mlp.hidden"), "ablate their pruning groups"),
         (lambda: nl.ablate_sets(net, data, {"s": {"a": [9]}}), "units names unit 9"),
@@ -405,3 +407,34 @@ def test_a_trained_network_gives_the_numbers_of_the_loop():
     wanted = by_masks(net, [(x, y)], groups, found.units.index)
     np.testing.assert_allclose(found.units["damage"], wanted, rtol=0, atol=1e-6)
     assert found.metadata["whole_model"] == []
+
+
+def _share(rank, home, how):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+    every = texts([9, 14, 11, 12, 7], 1)
+    found = nl.ablate(llama(), every[:3] if rank else every[3:], how=how, sample=5)
+    sets = nl.ablate_sets(llama(), every[:3] if rank else every[3:], {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
+    if rank:
+        found.save(f"{home}/found")
+        sets.to_csv(f"{home}/sets.csv")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["zero", "mean"])
+def test_two_processes_equal_one(tmp_path, how):
+    mp.start_processes(_share, (str(tmp_path), how), 2, start_method="spawn" if torch.cuda.is_initialized() else "fork")
+    every = texts([9, 14, 11, 12, 7], 1)
+    alone, found = nl.ablate(llama(), every, how=how, sample=5), nl.load(tmp_path / "found")
+    pd.testing.assert_frame_equal(found.units, alone.units, rtol=1e-9, atol=1e-12)
+    for name in ("loss", "predictions", "samples"):
+        assert found.metadata[name] == pytest.approx(alone.metadata[name], rel=1e-12)
+    sets = nl.ablate_sets(llama(), every, {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sets.csv", index_col="set"), sets, rtol=1e-9, atol=1e-12)
+
+
+def test_numbers_of_predictions_and_sets_are_checked():
+    with pytest.raises(ValueError, match=r"predictions is 0; it is a number of predictions, 1 or more, or None for all data"):
+        nl.ablate(llama(), texts([9, 7], 2), sample=1, predictions=0)
+    with pytest.raises(ValueError, match=r"sets is list; it is \{name: units\}, such as"):
+        nl.ablate_sets(llama(), texts([9, 7], 2), [1])

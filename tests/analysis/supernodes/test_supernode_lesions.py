@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nodelens as nl
 from nodelens.analysis.supernodes.supernode_lesions import CORE, HALO, OUTSIDE, SIZE, SupernodeLesions, _nearest
 from nodelens.analysis.supernodes.supernodes import Supernodes
+from nodelens.report.supernode_lesions_figures import figures_of
 from nodelens.results.findings import load_findings
 
 QUICK = SupernodeLesions(draws=5, predictions=None)
@@ -93,3 +94,12 @@ def test_the_config_holds_the_defaults():
     options = dict(OmegaConf.load(CONF / "analysis/supernode_lesions.yaml").supernode_lesions)
     assert options.pop("_target_") == f"{SupernodeLesions.__module__}.SupernodeLesions"
     assert {**options, "dose": tuple(options["dose"])} == vars(SupernodeLesions())
+
+
+def test_figures_are_drawn(run):
+    found = run[2].analyses["sets"]
+    first, second = figures_of(found)
+    assert [first.name, second.name] == ["sets", "dose"]
+    removed = [value for trace in first.figure.data if trace.name == "removed" for value in trace.x]
+    assert sorted(removed) == sorted(found["sets"]["damage"])
+    assert len(second.figure.data) == found["dose"]["layer"].nunique()

@@ -403,7 +403,7 @@ def test_what_the_next_layer_reads_of_where_the_core_writes():
 
 
 def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
-    from nodelens.report.supernodes_figures import write_supernodes
+    from nodelens.report import write_figures
 
     net, every = llama(), texts([9, 14, 11, 12, 10, 13])
     shown = []
@@ -425,8 +425,8 @@ def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):
     for words in ("48 units in 2 layers", "supernodes: 4 units", "random sets", "12 units ablated", "two halves of the texts"):
         assert words in text, text
     assert "connectivity is 1 for every unit in 2 layers" in Supernodes()(net, batches(every, 2)).summary()
-    names = ("concentration", "controls", "ablation", "agreement", "hits", "robustness")
-    paths = write_supernodes(tmp_path / "supernodes")
+    names = ("concentration", "controls", "ablation", "scores", "hits", "robustness-jaccard", "robustness-spearman")
+    paths = write_figures(tmp_path / "supernodes")
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     (tmp_path / "supernodes/metadata.json").unlink()

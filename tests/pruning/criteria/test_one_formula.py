@@ -1,5 +1,7 @@
 """A name is one formula: what nl.analyze finds at a pruning group is the table that nl.prune ranks by."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -50,20 +52,26 @@ LEFT_OUT = {ffn: OF_MAPS, conv: OF_LINEAR}
 CASES = [(kind, name) for kind in (ffn, conv) for name in UNITS if name != "router_load" and name not in LEFT_OUT[kind]]
 
 
+@cache
+def both(kind, of_maps):
+    """What nl.analyze finds, and the table that nl.prune ranks by: all metrics at once."""
+    names = [name for k, name in CASES if k is kind and (name in OF_MAPS) == of_maps]
+    net, groups, data = kind("hrank" if of_maps else "")
+    metrics = {name: get_metric(name, **({"unit": "sequence"} if name in OF_TOKENS and kind is conv else {})) for name in names}
+    before = {k: t + torch.arange(t.numel()).reshape(t.shape) / 10 for k, t in net.state_dict().items()}
+    options = {"precision": "float64", "initial": before}
+    shown = nl.analyze(net, data, metrics, groups, **options).units
+    written: list[PruningGroup] = [] if kind is ffn else groups
+    asked = {"custom_groups": written, "scope": [group.name for group in groups], "columns": metrics}
+    context = PruningContext.of(net, Batch.of(data[0]), data, **asked, options=options)
+    return shown, context.table([Criterion.of(name) for name in names])
+
+
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=lambda v: getattr(v, "__name__", v))
 def test_analyze_at_a_group_is_the_table_that_prune_ranks_by(kind, name):
-    net, groups, data = kind(name)
-    metric = get_metric(name, **({"unit": "sequence"} if name in OF_TOKENS and kind is conv else {}))
-    options = {"precision": "float64"}
-    if metric.parameter == "change":
-        before = {k: t + torch.arange(t.numel()).reshape(t.shape) / 10 for k, t in net.state_dict().items()}
-        options["initial"] = before
-    shown = nl.analyze(net, data, {name: metric}, groups, **options).units
-    written: list[PruningGroup] = [] if kind is ffn else groups
-    asked = {"custom_groups": written, "scope": [group.name for group in groups], "columns": {name: metric}}
-    criterion = Criterion.of(name)
-    table = PruningContext.of(net, Batch.of(data[0]), data, **asked, options=options).table([criterion])
-    ranked = criterion.score(shown.rename_axis(index=["group", "unit"])) if name == "random" else table[name]  # drawn for each seed
+    shown, table = both(kind, name in OF_MAPS)
+    drawn = name == "random"  # for each seed
+    ranked = Criterion.of(name).score(shown.rename_axis(index=["group", "unit"])) if drawn else table[name]
     assert list(ranked.index) == list(shown.index)
     np.testing.assert_allclose(ranked, shown[name], rtol=1e-12, atol=0, equal_nan=True)
     assert ranked.notna().any()

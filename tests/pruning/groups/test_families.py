@@ -356,8 +356,12 @@ def test_encoder_layers_of_torch():
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     groups = family_groups(model.eval())
-    assert [group.name for group in groups] == ["layers.0", "layers.1"]
-    assert reasons(groups)["layers.0.self_attn"] == "no pattern matches in_proj_weight, out_proj"
+    assert {group.name: group.kind for group in groups} == {
+        "layers.0": "ffn",
+        "layers.0.self_attn": "head",
+        "layers.1": "ffn",
+        "layers.1.self_attn": "head",
+    }
     removed = some(groups, 0.5)
     with masked(model, groups, removed), torch.no_grad():
         expected = model(x)
@@ -404,7 +408,7 @@ def test_known_blocks_stay_where_the_rest_cannot_be_traced():
 
     model, x = Branching().eval(), torch.ones(2, 3, 16, 16)
     found = nl.find_groups(model, x)
-    assert [group.name for group in found] == ["encoder.layers.0"]
+    assert [group.name for group in found] == ["encoder.layers.0", "encoder.layers.0.self_attn"]
     frozen = {f.what: f.reason for f in found.frozen}
     assert frozen["a, b, project"].startswith("groups are searched in transformer blocks only; convolutions outside them")
     assert frozen["the rest of the model"].startswith("torch.export cannot trace the forward pass of Branching")

@@ -1,5 +1,6 @@
 """Operations recorded while a model runs are those that torch.export finds, and give the same groups."""
 
+import re
 import threading
 from types import SimpleNamespace
 
@@ -67,7 +68,8 @@ def test_the_groups_are_those_of_the_exported_graph(make, monkeypatch):
     monkeypatch.setattr("nodelens.pruning.groups.graph.operations", recorded._exported)
     other = graph_groups(model, batch)
     assert [g.describe() for g in one] == [g.describe() for g in other]
-    assert one.frozen == other.frozen
+    reasons = [[(f.what, re.sub(r"the constant \w+", "a constant", f.reason)) for f in found.frozen] for found in (one, other)]
+    assert reasons[0] == reasons[1]
     for ours, exported in zip(one, other, strict=True):
         assert all(p.index.equal(q.index) for p, q in zip(ours.slices, exported.slices, strict=True))
 

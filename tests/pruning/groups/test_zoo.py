@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nodelens as nl
+from nodelens.network.open_attention import opened
 from nodelens.network.outputs import tensors_of
 from nodelens.pruning.surgery.mask import masked
 from nodelens.pruning.surgery.slice import slice_units
@@ -66,6 +67,27 @@ def of_timm(name: str) -> tuple[nn.Module, Tensor]:
         else:
             return model, x
     raise AssertionError
+
+
+def small_window_transformer(version: int) -> tuple[nn.Module, Tensor]:
+    swin = pytest.importorskip("torchvision").models.swin_transformer
+    options = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2} if version == 2 else {}
+    return swin.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10, **options), torch.randn(2, 3, 64, 64)
+
+
+def small_of_timm(name: str, size: int, **options) -> tuple[nn.Module, Tensor]:
+    return pytest.importorskip("timm").create_model(name, img_size=size, **options), torch.randn(2, 3, size, size)
+
+
+HEADS = {  # attention whose own code hides its heads
+    "swin of torchvision": lambda: small_window_transformer(1),
+    "swin 2 of torchvision": lambda: small_window_transformer(2),
+    "vit of torchvision": lambda: of_torchvision("vit_b_32"),
+    "swin 2 of timm": lambda: small_of_timm("swinv2_tiny_window8_256", 128, depths=(2, 2), embed_dim=48, num_heads=(4, 8)),
+    "beit": lambda: small_of_timm("beit_base_patch16_224", 64, depth=2, embed_dim=96, num_heads=4),
+    "beit with positions": lambda: small_of_timm("beitv2_base_patch16_224", 64, depth=2, embed_dim=96, num_heads=4),
+    "eva": lambda: small_of_timm("eva02_tiny_patch14_224", 56, depth=2, embed_dim=96, num_heads=4),
+}
 
 
 def disturb(model: nn.Module) -> nn.Module:
@@ -132,3 +154,21 @@ def test_a_published_architecture(name):
     assert 0.2 < kept < 0.75
     if name not in WITHOUT_ORACLE:
         assert parameters(pruned) <= MORE * parameters_of_the_oracle(model, x)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_hidden_heads_are_removed_and_saved(name, tmp_path):
+    torch.manual_seed(0)
+    model, x = HEADS[name]()
+    model = disturb(model)
+    with torch.no_grad(), opened(model):
+        shown = model(x)
+    assert float((shown - logits(model, x)).abs().max()) <= 1e-5 * float(shown.abs().max())
+    sliced, zeroed = (nl.prune(model, "magnitude", 0.5, scope="head", example_inputs=x, apply=how) for how in ("slice", "mask"))
+    assert sliced.plan.about["macs"] < sliced.plan.about["dense_macs"]
+    found, expected = logits(sliced.model.eval(), x), logits(zeroed.model.eval(), x)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert parameters(sliced.model) == sliced.plan.about["params"] < parameters(model)
+    torch.manual_seed(1)
+    again = nl.load_pruned(sliced.save(tmp_path), HEADS[name]()[0])
+    assert torch.equal(logits(again, x), found)

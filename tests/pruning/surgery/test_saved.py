@@ -20,7 +20,7 @@ from nodelens.results.files import MANIFEST
 LLAMA = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA |= {"vocab_size": 48, "max_position_embeddings": 32, "tie_word_embeddings": True}
 TEXT = torch.arange(1, 11)[None]
-FILES = ("plan.json", "config.json")
+FILES = ("plan.json", "origin.json")
 
 
 def llama(**changed):
@@ -134,8 +134,8 @@ def test_edits_whose_hashes_were_computed_again_end_in_one_line_or_load(folder, 
         if path[0] in ("digests", "schema"):
             continue
         new = copy.deepcopy(content) | {file: value}
-        plan, config = new["plan.json"], new["config.json"]
-        plan["config"] = digests(config) if file == "config.json" else plan.get("config", {})
+        plan, config = new["plan.json"], new["origin.json"]
+        plan["config"] = digests(config) if file == "origin.json" else plan.get("config", {})
         if path[0] == "removed" and isinstance(plan.get("removed"), dict):
             with contextlib.suppress(TypeError):  # units that are no list
                 plan["key"] = RemovalPlan(plan["removed"]).key
@@ -221,7 +221,7 @@ def test_a_json_file_that_is_none_is_refused(file, text, folder):
 
 def test_a_model_of_a_strangers_size_takes_no_memory(folder, content):
     """The files agree with each other: only the weights of the file are allocated, and buffers have a limit."""
-    plan, config = copy.deepcopy(content["plan.json"]), copy.deepcopy(content["config.json"])
+    plan, config = copy.deepcopy(content["plan.json"]), copy.deepcopy(content["origin.json"])
     config["config"] |= {"hidden_size": 32, "vocab_size": 1 << 28}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         plan["dense"][name][1][0] = 1 << 28
@@ -231,11 +231,11 @@ def test_a_model_of_a_strangers_size_takes_no_memory(folder, content):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"
 
 
-def write(folder, plan, config):
+def write(folder, plan, config, name="origin.json"):
     plan["config"] = digests(config)
     plan["digests"] = digests({k: v for k, v in plan.items() if k != "digests"})
     (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / name).write_text(json.dumps(config))
 
 
 REFUSED = {
@@ -248,7 +248,7 @@ REFUSED = {
     "layers": ({}, {"num_hidden_layers": 10**9}, r"config.num_hidden_layers is 1000000000; the largest number in the plan is"),
     "labels": ({}, {"num_labels": 10**9}, "config.num_labels is 1000000000; the largest number"),
     "more layers": ({}, {"num_hidden_layers": 5000}, "the model cannot be built: it has more than .* parameters"),
-    "a kernel": ({}, {"_attn_implementation": "a/kernel"}, r"config.json: attention 'a/kernel' is not allowed"),
+    "a kernel": ({}, {"_attn_implementation": "a/kernel"}, r"origin.json: attention 'a/kernel' is not allowed"),
     "a dtype": (
         {"buffers": {"model.rotary_emb.inv_freq": "float33"}},
         {},
@@ -265,7 +265,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_stranger_is_refused(what, folder, content):
     changes, config, words = REFUSED[what]
-    origin = copy.deepcopy(content["config.json"])
+    origin = copy.deepcopy(content["origin.json"])
     origin["config"] |= config
     if "_attn_implementation" in config:
         origin["attention"] = config["_attn_implementation"]
@@ -287,14 +287,14 @@ def test_tensors_of_the_plan_that_contradict_each_other_are_named(folder, conten
     ):
         plan = copy.deepcopy(content["plan.json"])
         change(plan)
-        write(folder, plan, content["config.json"])
+        write(folder, plan, content["origin.json"])
         with pytest.raises(ValueError, match=words):
             nl.load_pruned(folder)
 
 
 def test_large_buffers_are_refused_before_they_are_made(folder, monkeypatch):
     monkeypatch.setattr("nodelens.pruning.surgery.load._BUFFERS", -(1 << 40))
-    with pytest.raises(ValueError, match=r"config.json: the buffer model.rotary_emb.* has the shape \[4\]: .* bytes, at most"):
+    with pytest.raises(ValueError, match=r"origin.json: the buffer model.rotary_emb.* has the shape \[4\]: .* bytes, at most"):
         nl.load_pruned(folder)
 
 
@@ -334,9 +334,9 @@ def test_a_small_network_that_does_not_fit_its_plan_is_refused(tmp_path):
         ({"classes": 3, "channels": 1, "size": 2, "hidden": "abc"}, "config.json: the model cannot be built"),
         ({"classes": 3, "colour": 1}, "config.json: the model cannot be built: .*colour"),
     ):
-        write(tmp_path, copy.deepcopy(plan), {"net": {"_target_": "nodelens.models.mlp", **arguments}})
+        write(tmp_path, copy.deepcopy(plan), {"net": {"_target_": "nodelens.models.mlp", **arguments}}, "config.json")
         with pytest.raises(ValueError, match=words):
             nl.load_pruned(tmp_path)
-    write(tmp_path, copy.deepcopy(plan), {"net": 3})
+    write(tmp_path, copy.deepcopy(plan), {"net": 3}, "config.json")
     with pytest.raises(ValueError, match=r"config\.json: net is 3; it must be a dictionary"):
         nl.load_pruned(tmp_path)

@@ -1,0 +1,252 @@
+"""Figures for papers: a plotly figure of the report drawn by matplotlib, as PNG, SVG or PDF, with the data behind it as CSV.
+
+plotly's own export starts a browser, which a compute node does not have. The figures of this package use a few kinds of traces, and
+these are drawn here.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from plotly.colors import sample_colorscale
+
+from nodelens.results.files import write
+from nodelens.results.spreadsheets import csv_text
+
+from .plot import FORMATS, GREY, Plot
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "svg.fonttype": "none",  # text stays text
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "nodelens",  # the same figure is the same file
+}
+_DPI, _PIXELS = 200, 100  # of a PNG; of the page per inch of paper
+_DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+_MARKERS = {"diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x", "line-ns": "|", "x": "x"}
+
+
+def export(figure: Any, path: str | Path, table: pd.DataFrame | None = None, width: float = 6.5) -> Path:
+    """Writes a figure that ``result.plot`` returned to a PNG, SVG or PDF file, and the data behind it to a CSV file beside it.
+
+    width: in inches; the height follows from that of the page. table: the data; None: those that ``result.plot`` put into the
+    figure. No browser is needed. Raises ValueError for another suffix.
+    """
+    path = Path(path)
+    if path.suffix.removeprefix(".") not in FORMATS:
+        raise ValueError(f"a figure is written to {', '.join(f'.{kind}' for kind in FORMATS)} files, not to {path.name!r}")
+    drawn = draw(figure, width)
+    about = {} if path.suffix == ".png" else {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
+    kind = path.suffix.removeprefix(".")
+    with plt.rc_context(_STYLE):
+        write(path, lambda file: drawn.savefig(file, format=kind, dpi=_DPI, bbox_inches="tight", metadata=about))
+    plt.close(drawn)
+    table = table if table is not None else getattr(figure, "_table", None)
+    if table is not None and len(table):
+        write(path.with_suffix(".csv"), lambda file: file.write_text(csv_text(table), encoding="utf-8"), listed=False)
+    return path
+
+
+def write_plots(plots: Iterable[Plot], folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes plots in each format to a folder, with their data. Characters of names that paths may not have become underscores."""
+    paths = []
+    for plot in plots:
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", plot.name)
+        paths += [export(plot.figure, folder / f"{name}.{kind}", plot.table) for kind in formats]
+    return paths
+
+
+def draw(figure: Any, width: float = 6.5) -> plt.Figure:
+    """A matplotlib figure of the visible traces of a plotly figure."""
+    layout = figure.layout.to_plotly_json()
+    traces = [trace.to_plotly_json() for trace in figure.data if trace.visible is not False]
+    size = layout.get("grid") or {}
+    down, across = size.get("rows", 1), size.get("columns", 1)
+    height = max(1.8, width * layout.get("height", 380) / 900 if down == 1 else layout.get("height", 380) / _PIXELS)
+    with plt.rc_context(_STYLE):
+        drawn, axes = plt.subplots(down, across, figsize=(width, height), squeeze=False, layout="constrained")
+        for k, axis in enumerate(axes.flat):
+            tail = str(k + 1) if k else ""
+            own = [trace for trace in traces if str(trace.get("yaxis", "y")) == f"y{tail}"]
+            if own or not k:
+                _panel(axis, own, layout, tail)
+            else:
+                axis.remove()
+        _legend(drawn, axes)
+    return drawn
+
+
+def _panel(axis: plt.Axes, traces: list[dict[str, Any]], layout: dict[str, Any], tail: str) -> None:
+    below: dict[Any, Any] = {}
+    for k, trace in enumerate(traces):
+        {"heatmap": _heatmap, "bar": _bars, "box": _boxes}.get(trace["type"], _scatter)(axis, trace, layout, below, k)
+    for letter in "xy":
+        _axis(axis, letter, layout.get(f"{letter}axis{tail}") or {})
+    for shape in layout.get("shapes") or []:
+        line = axis.axvline if shape.get("yref") == "paper" else axis.axhline
+        line(shape["x0"] if shape.get("yref") == "paper" else shape["y0"], color=GREY, linewidth=0.8, linestyle=":")
+    for note in layout.get("annotations") or []:
+        if note.get("xref") == f"x{tail} domain":
+            axis.set_title(_plain(note["text"]), fontsize=7)
+
+
+def _scatter(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+    x, y = _values(trace.get("x")), _values(trace.get("y"))
+    line, marker, mode = trace.get("line") or {}, trace.get("marker") or {}, trace.get("mode", "lines")
+    name = _plain(trace.get("name") or "") if trace.get("showlegend", True) else ""
+    shade = line.get("color") or marker.get("color")
+    if trace.get("fill") == "toself":
+        axis.fill(x, y, color=line.get("color", GREY), alpha=0.25, linewidth=0, label=name or None)
+        return
+    label, plain = name or None, shade if isinstance(shade, str) else GREY
+    if "lines" in mode:
+        style = _DASHES.get(line.get("dash", "solid"), "-")
+        axis.plot(x, y, linestyle=style, color=_shade(plain), linewidth=0.8 * line.get("width", 1.5), label=label)
+        label = None
+    for letter in "xy":
+        error = trace.get(f"error_{letter}")
+        if error:
+            reach: dict[str, Any] = {f"{letter}err": _reach(error)}
+            axis.errorbar(x, y, **reach, fmt="none", ecolor=_shade(plain), elinewidth=0.7, capsize=1.5)
+    if "markers" in mode:
+        _dots(axis, x, y, marker, label)
+
+
+def _dots(axis: plt.Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], label: str | None) -> None:
+    shade, symbol, sizes = marker.get("color"), marker.get("symbol", "circle"), _values(marker.get("size", 6)) ** 2 * 0.4
+    symbols = np.broadcast_to(np.asarray(symbol, dtype=object), x.shape)
+    coloured = not isinstance(shade, str) and shade is not None
+    for each in dict.fromkeys(symbols):
+        of = symbols == each
+        shown: dict[str, Any] = (
+            {"c": _values(shade)[of], "cmap": _map(marker.get("colorscale"))} if coloured else {"color": _shade(shade or GREY)}
+        )
+        if str(each).endswith("open"):
+            shown = {"facecolors": "none", "edgecolors": _shade(shade)}
+        size = np.broadcast_to(sizes, x.shape)[of]
+        axis.scatter(x[of], y[of], s=size, marker=_MARKERS.get(str(each), "o"), linewidths=0.7, label=label, **shown)
+        label = None
+
+
+def _bars(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+    shade, name = _shade((trace.get("marker") or {}).get("color", GREY)), _plain(trace.get("name") or "")
+    if trace.get("orientation") == "h":
+        place, size = _values(trace["y"]), _values(trace["x"])
+        start = below.get("left", np.zeros(len(size)))
+        axis.barh(place, size, left=start, height=0.75, color=shade, label=name or None)
+        below["left"] = start + size
+        return
+    words = list(trace["x"]) if not isinstance(trace["x"], dict) and len(trace["x"]) and isinstance(trace["x"][0], str) else None
+    if words is None:
+        x = _values(trace["x"])
+        axis.bar(x, _values(trace["y"]), np.diff(x).min() if len(x) > 1 else 0.8, color=shade, label=name or None)
+        return
+    every = list((layout.get("xaxis") or {}).get("categoryarray") or words)
+    axis.bar([every.index(word) + 0.15 * (k - 1.5) for word in words], _values(trace["y"]), 0.15, color=shade, label=name)
+    axis.set_xticks(range(len(every)), every)
+
+
+def _boxes(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+    keys = {"q1": "q1", "med": "median", "q3": "q3", "whislo": "lowerfence", "whishi": "upperfence"}
+    columns = {own: _values(trace[name]) for own, name in keys.items()}
+    found = [{own: values[row] for own, values in columns.items()} | {"fliers": []} for row in range(len(columns["med"]))]
+    style = {"color": (trace.get("line") or {}).get("color", GREY), "linewidth": 0.8}
+    parts: dict[str, Any] = {f"{part}props": style for part in ("box", "whisker", "cap", "median")}
+    axis.bxp(
+        found, positions=_values(trace["y"]), orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False, **parts
+    )
+
+
+def _heatmap(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+    z = _values(trace["z"])
+    image = axis.imshow(
+        z,
+        aspect="auto",
+        cmap=_map(trace.get("colorscale")),
+        vmin=trace.get("zmin"),
+        vmax=trace.get("zmax"),
+        interpolation="nearest",
+    )
+    words = np.asarray(trace["text"], dtype=object) if trace.get("text") is not None else None
+    if words is not None and words.size <= 1200:
+        for row, column in np.ndindex(z.shape):
+            red, green, blue, _ = image.cmap(image.norm(z[row, column])) if np.isfinite(z[row, column]) else (1, 1, 1, 1)
+            shade = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            axis.text(column, row, _plain(words[row, column]), ha="center", va="center", fontsize=5, color=shade)
+    if trace.get("showscale", True):
+        label = ((trace.get("colorbar") or {}).get("title") or {}).get("text", "")
+        axis.figure.colorbar(image, ax=axis, label=_plain(label), fraction=0.03)
+
+
+def _axis(axis: plt.Axes, letter: str, about: dict[str, Any]) -> None:
+    both: dict[str, Any] = {
+        "x": (axis.set_xlabel, axis.set_xticks, axis.set_xlim, axis.set_xscale),
+        "y": (axis.set_ylabel, axis.set_yticks, axis.set_ylim, axis.set_yscale),
+    }
+    label, ticks, limits, scale = both[letter]
+    label(_plain((about.get("title") or {}).get("text") or ""))
+    if about.get("type") == "log":
+        scale("log")
+    if about.get("range") is not None and about.get("type") != "log":
+        limits(*about["range"])
+    if about.get("tickvals") is not None:
+        turned: dict[str, Any] = (
+            {"rotation": 45, "ha": "right"} if letter == "x" and (about.get("tickangle") or len(about["tickvals"]) > 8) else {}
+        )
+        ticks(list(about["tickvals"]), [_plain(word) for word in about.get("ticktext", about["tickvals"])], fontsize=6, **turned)
+        if about.get("type") == "log":
+            axis.minorticks_off()
+    if about.get("visible") is False:
+        (axis.xaxis if letter == "x" else axis.yaxis).set_visible(False)
+    if about.get("autorange") == "reversed" and not (axis.yaxis_inverted() if letter == "y" else axis.xaxis_inverted()):
+        axis.invert_yaxis() if letter == "y" else axis.invert_xaxis()
+
+
+def _legend(drawn: plt.Figure, axes: np.ndarray) -> None:
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if 1 < len(handles) <= 30:
+        drawn.legend(handles.values(), handles.keys(), fontsize=6, frameon=False, loc="outside right upper")
+
+
+def _values(given: Any) -> np.ndarray:
+    return np.asarray(given, dtype=float) if given is not None else np.empty(0)
+
+
+def _reach(error: dict[str, Any]) -> np.ndarray:
+    high = np.nan_to_num(_values(error["array"]))
+    return np.stack([np.nan_to_num(_values(error["arrayminus"])), high]) if error.get("arrayminus") is not None else high
+
+
+def _shade(given: Any) -> Any:
+    """A colour of plotly as matplotlib takes it."""
+    found = re.fullmatch(r"rgba?\(([^)]*)\)", str(given))
+    if not found:
+        return given
+    numbers = [float(number) for number in found[1].split(",")]
+    return (*(number / 255 for number in numbers[:3]), *numbers[3:])
+
+
+def _map(scale: Any) -> Any:
+    """A colour map of a plotly colour scale."""
+    from matplotlib.colors import ListedColormap
+
+    given = [list(step) for step in scale] if scale is not None and not isinstance(scale, str) else scale or "Cividis"
+    shades = [_shade(shade) for shade in sample_colorscale(given, np.linspace(0, 1, 256))]
+    return ListedColormap(shades).with_extremes(bad="#eceff2")
+
+
+def _plain(words: object) -> str:
+    """The text of a label: entities as characters; a dollar would begin a formula."""
+    return html.unescape(str(words).replace("<br>", "\n")).replace("$", r"\$")

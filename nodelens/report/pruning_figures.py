@@ -1,0 +1,211 @@
+"""Plots of a pruning sweep: curves over the share removed, the Pareto front, ranking of criteria, and fine-tuning."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nodelens.pruning.sweep.ranking import KEY, areas, best_first, measure_of
+from nodelens.pruning.sweep.ranking import curves as curve_of
+
+from .charts import band, dots, line
+from .plot import COLOURS, GREY, Plot, colour, dash, figure_of, menu, rows_axis, rows_height, text
+from .runs_figures import intervals
+
+_COSTS = {"macs": "MACs", "params": "parameters", "units": "units"}
+
+
+def plots_of_sweep(sweep: pd.DataFrame) -> Iterator[Plot]:
+    """The plots of a sweep. sweep: the table ``sweep.parquet``."""
+    yield curves(sweep)
+    if (sweep["status"] == "done").any():
+        front = pareto(sweep)
+        yield from [front] if front is not None else []
+        yield ranking(sweep)
+        yield from recovery(sweep)
+
+
+def curves(sweep: pd.DataFrame) -> Plot:
+    """Accuracy or perplexity against the share removed, a line per criterion; a menu has the other combinations."""
+    measure = measure_of(sweep)
+    found, order = curve_of(sweep), areas(sweep)["area"]
+    by = order.groupby(level="criterion", sort=False)
+    best = [str(name) for name in best_first(by.max() if measure == "accuracy" else by.min(), measure).index]
+    ways = list(dict.fromkeys(key[1:] for key in order.index))
+    dense = float(sweep[f"dense_{measure}"].iloc[0])
+    top = _top([dense, *found["mean"]])
+    traces: list[dict[str, Any]] = []
+    of: list[int] = []
+    for place, way in enumerate(ways):
+        for k, criterion in enumerate(best):
+            if (criterion, *way) in order.index:
+                drawn = _curve(found.loc[(criterion, *way)], dense, criterion, k, top)
+                drawn[0] |= {"opacity": 1.0 if len(best) <= _CLEAR else 0.3}  # bands of many criteria cover each other
+                traces += [{**trace, "visible": place == 0} for trace in drawn]
+                of += [place] * len(drawn)
+    labels = [", ".join(f"{name} {value}" for name, value in zip(KEY[1:], way, strict=True)) for way in ways]
+    menus = [menu(labels, [[each == k for each in of] for k in range(len(ways))]) | {"name": "sweep"}] if len(ways) > 1 else []
+    finite = np.isfinite([dense, *found["mean"]]).any()
+    up = {"title": {"text": f"test {measure}"}, **({"type": "log"} if measure != "accuracy" and finite else {})}
+    share = "MACs" if sweep["macs_share"].notna().any() else "units"
+    shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": dense, "y1": dense, "line": {"color": GREY, "dash": "dot"}}]
+    axes = {"xaxis": {"title": {"text": f"share of {share} removed"}}, "yaxis": up}
+    figure = figure_of(traces, 460, **axes, updatemenus=menus, shapes=shapes if np.isfinite(dense) else [])
+    return Plot("curves", "What each criterion costs", _CURVES, figure, found.reset_index())
+
+
+def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float) -> list[dict[str, Any]]:
+    """The band and the line of one criterion, from the dense model on; values that are not finite are crosses at the top."""
+    curve = curve.sort_values("saved")
+    x, mean = np.concatenate([[0.0], curve["saved"]]), np.concatenate([[dense], curve["mean"]])
+    spread = np.nan_to_num(np.concatenate([[0.0], curve["std"].fillna(0)]))
+    mean = np.where(np.isfinite(mean), mean, np.nan)
+    known = np.isfinite(mean)
+    shade = GREY if criterion == "random" else colour(k)
+    style: dict[str, Any] = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
+    amounts = [
+        "dense",
+        *(f"amount {amount:g}, {seeds:.0f} seeds" for amount, seeds in zip(curve.index, curve["seeds"], strict=True)),
+    ]
+    hover: dict[str, Any] = {"text": amounts, "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.3f}<extra>%{fullData.name}</extra>"}
+    group: dict[str, Any] = {"legendgroup": text(criterion)}
+    filled = band(x[known], (mean - spread)[known], (mean + spread)[known], shade=shade, showlegend=False, **group)
+    drawn = [filled, line(x, mean, criterion, k, line=style, marker={"color": shade, "size": 5}, **hover, **group)]
+    if known.all():
+        return drawn
+    cross: dict[str, Any] = {"symbol": "x", "size": 9, "color": shade}
+    words: dict[str, Any] = {"hovertemplate": "infinite or not a number<extra>%{fullData.name}</extra>", "showlegend": False}
+    return [*drawn, dots(x[~known], np.full((~known).sum(), top), criterion, marker=cross, **words, **group)]
+
+
+def _top(values: list[float]) -> float:
+    """Where crosses are: a little above the largest finite value."""
+    finite = [value for value in values if np.isfinite(value)]
+    return 1.1 * max(finite) if finite else 1.0
+
+
+def pareto(sweep: pd.DataFrame) -> Plot | None:
+    """Every cell, and the front of those that no other cell beats in both cost and accuracy or perplexity."""
+    measure = measure_of(sweep)
+    done = sweep[(sweep["status"] == "done") & np.isfinite(sweep[measure].to_numpy(float, na_value=np.nan))].reset_index(drop=True)
+    costs = {name: words for name in ("macs", "params", *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
+    if not len(done) or not costs:
+        return None
+    criteria = list(dict.fromkeys(done["criterion"]))
+    shade = [colour(criteria.index(name)) for name in done["criterion"]]
+    hover = [text(name) for name in done["name"]]
+    traces, shown, fronts = [], [], []
+    for k, name in enumerate(costs):
+        cost = done[name].to_numpy(float, na_value=np.nan)
+        front = front_of(cost, done[measure].to_numpy(float), lower=measure != "accuracy")
+        cells = dots(cost, done[measure], "cells", marker={"color": shade, "size": 6, "opacity": 0.6}, text=hover, customdata=hover)
+        cells["hovertemplate"] = f"%{{text}}<br>%{{x:.4g}}, {measure} %{{y:.4g}}<extra></extra>"
+        cells["type"] = "scattergl" if len(done) > 2000 else "scatter"
+        style: dict[str, Any] = {"color": COLOURS[1], "width": 2, "shape": "hv"}
+        best = line(cost[front], done[measure].to_numpy(float)[front], "Pareto front", line=style, text=[hover[i] for i in front])
+        best |= {"customdata": [hover[i] for i in front], "hovertemplate": cells["hovertemplate"]}
+        dense = dots([float(done[f"dense_{name}"].iloc[0])], [float(done[f"dense_{measure}"].iloc[0])], "dense model", marker=_STAR)
+        traces += [{**trace, "visible": k == 0} for trace in (cells, best, dense)]
+        shown.append([k * 3 <= each < k * 3 + 3 for each in range(3 * len(costs))])
+        fronts.append(done.loc[front, ["name", name, measure]].rename(columns={name: "cost"}).assign(of=name))
+    labels = list(costs.values())
+    menus = [menu(labels, shown, [{"xaxis.title.text": each} for each in labels]) | {"name": "cost"}] if len(costs) > 1 else []
+    axes = {"xaxis": {"title": {"text": labels[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
+    table = pd.concat(fronts, ignore_index=True)
+    return Plot("pareto", f"The best {measure} for each cost", _PARETO, figure_of(traces, 460, **axes, updatemenus=menus), table)
+
+
+def front_of(cost: np.ndarray, value: np.ndarray, lower: bool = False) -> list[int]:
+    """The rows that no other row equals or beats in both cost (lower is better) and value, from cheap to dear."""
+    gain = -value if lower else value
+    best, found = -np.inf, []
+    for row in np.lexsort((-gain, cost)):
+        if np.isfinite(cost[row]) and gain[row] > best:
+            best = gain[row]
+            found.append(int(row))
+    return found
+
+
+def ranking(sweep: pd.DataFrame) -> Plot:
+    """The area under the curve of each combination, with 95 % intervals over seeds."""
+    measure = measure_of(sweep)
+    every = {seed: areas(rows)["area"] for seed, rows in sweep.groupby("seed")}
+    table = pd.DataFrame(every)
+    table = table.loc[areas(sweep).index.intersection(table.index, sort=False)]
+    found = pd.DataFrame([intervals(row) for _, row in table.iterrows()], index=table.index, columns=["area", "half_width"])
+    names = [", ".join(str(part) for part in key) for key in found.index][:_RANKED]
+    shown = found.head(_RANKED)
+    trace = dots(
+        shown["area"], np.arange(len(shown)), "area", error=shown["half_width"], text=[text(n) for n in names], marker={"size": 8}
+    )
+    trace["hovertemplate"] = "%{text}<br>%{x:.4g}<extra></extra>"
+    axis = {"title": {"text": f"mean {measure} along the curve"}}
+    figure = figure_of([trace], rows_height(len(shown), 18), xaxis=axis, yaxis=rows_axis(names))
+    return Plot("ranking", "Which criterion is best", _RANKING, figure, found.reset_index())
+
+
+def recovery(sweep: pd.DataFrame) -> Iterator[Plot]:
+    """Accuracy on validation data before and after fine-tuning, where there was one."""
+    done = sweep[sweep["status"] == "done"]
+    before, after = (
+        ("val_pruned_accuracy", "val_accuracy") if done["val_accuracy"].notna().any() else ("val_pruned_loss", "val_loss")
+    )
+    known = done.dropna(subset=[before, after])
+    if not len(known) or (known[before] == known[after]).all():
+        return
+    traces = []
+    for k, (criterion, rows) in enumerate(known.groupby("criterion", sort=False)):
+        hover: dict[str, Any] = {
+            "text": [text(name) for name in rows["name"]],
+            "hovertemplate": "%{text}<br>%{x:.4g} to %{y:.4g}<extra></extra>",
+        }
+        traces.append(dots(rows[before], rows[after], str(criterion), k, **hover))
+    low, high = (float(known[[before, after]].to_numpy(float).min()), float(known[[before, after]].to_numpy(float).max()))
+    equal = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [low, high],
+        "y": [low, high],
+        "line": {"color": GREY, "dash": "dot"},
+        "showlegend": False,
+    }
+    what = after.removeprefix("val_")
+    axes = {
+        "xaxis": {"title": {"text": f"validation {what} after pruning"}},
+        "yaxis": {"title": {"text": f"validation {what} after fine-tuning"}},
+    }
+    table = known[["name", *KEY, "amount", "seed", before, after]]
+    yield Plot("recovery", "What fine-tuning recovers", _RECOVERY, figure_of([equal, *traces], 440, **axes), table)
+
+
+def latencies(sweep: pd.DataFrame) -> list[str]:
+    """The columns of median latencies."""
+    return [str(c) for c in sweep if str(c).startswith("latency_") and str(c).endswith("_ms")]
+
+
+def _known(done: pd.DataFrame, name: str) -> bool:
+    return name in done and f"dense_{name}" in done and done[name].notna().any()
+
+
+def _cost_words(name: str) -> str:
+    return _COSTS.get(name) or f"latency, ms ({name.removeprefix('latency_').removesuffix('_ms')})"
+
+
+_CLEAR = 8  # criteria whose bands can be told apart
+_RANKED = 60  # combinations in the ranking
+_STAR = {"symbol": "star", "size": 13, "color": COLOURS[4], "line": {"width": 1, "color": GREY}}
+_CURVES = (
+    "Test accuracy (language models: perplexity) against the share of multiply-accumulates (MACs) removed. Bands are one standard "
+    "deviation over seeds; the dotted line is the dense network. A cross at the top stands for a value that is infinite or not a "
+    "number."
+)
+_PARETO = (
+    "Each dot is a cell of the sweep, coloured by criterion; on the line are those that no cheaper cell equals. Choose a dot to "
+    "see its command and the units that it keeps."
+)
+_RANKING = (
+    "Area under each curve divided by the share removed, best first: mean over seeds with 95 % intervals (Student's t). All curves "
+    "are compared up to the share that every curve of a seed reaches."
+)
+_RECOVERY = "Each dot is a cell. Above the dotted line fine-tuning helped (below it for a loss)."

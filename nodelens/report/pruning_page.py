@@ -1,0 +1,105 @@
+"""The HTML page of a pruning run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nodelens.pruning.sweep.ranking import areas, curves
+from nodelens.results.files import read_json, reading
+from nodelens.results.result import Result, load, values_of
+
+from . import metric_figures as drawn
+from .document import Document, block
+from .elements import contents, section, table
+from .headline import command_of, definitions, definitions_of, head
+from .pruning_figures import latencies, plots_of_sweep
+from .unit_data import explorer
+
+_OF_CELL = {"criterion", "allocation", "compensate", "mode", "amounts", "seeds", "save", "hydra.run.dir", "report.plotly"}
+_MOST = 4_000_000  # shares of cells and groups that the page offers
+_SHOWN = [
+    "criterion",
+    "allocation",
+    "compensate",
+    "mode",
+    "amount",
+    "seed",
+    "accuracy",
+    "perplexity",
+    "loss",
+    "macs_share",
+    "params_share",
+]
+
+
+def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequence[str] = ()) -> Path:
+    """Writes ``report.html`` of a pruning run: curves, Pareto front, ranking, the units that each cell keeps, groups and scores.
+
+    plotly, figures: as for the page of a measurement. Raises FileNotFoundError for a folder without a finished run.
+    """
+    folder = Path(folder)
+    result = load(folder)
+    with reading(folder / "sweep.parquet") as path:
+        sweep = pd.read_parquet(path)
+    document = Document(folder / "report.html", plotly, figures)
+    means = f"<h3>Means over seeds by amount</h3>{document.table(means_by_amount(sweep), 'means')}"
+    parts = section("Sweep", [*map(document.plot, plots_of_sweep(sweep)), means])
+    parts += section("Cells", [_cells(document, folder, sweep, result)])
+    parts += section("Pruning groups", [document.table(result.layers, "groups")])
+    frozen = result.metadata.get("frozen") or []
+    parts += section("Frozen groups", [table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
+    if values_of(result.units):
+        known, agree = definitions_of(result), drawn.agreement(result)
+        plots = [drawn.distributions(result), *([agree] if agree else [])]
+        parts += section("Scores", [*map(document.plot, plots), explorer(document, result, known)])
+        parts += section("Definitions", [definitions(result)])
+    return document.write([*head(folder, result), contents(parts), *parts], f"nodelens: {folder.name}")
+
+
+def means_by_amount(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds by combination (rows) and requested amount, with the area under the curve."""
+    area = areas(sweep)
+    means = curves(sweep)["mean"].unstack("amount").loc[area.index]
+    return area[["area"]].join(means.rename(columns=lambda amount: f"{amount:g}"))
+
+
+def _cells(document: Document, folder: Path, sweep: pd.DataFrame, result: Result) -> str:
+    """The cells as a table, in which one is chosen: its command, and the share of units that it keeps in each group."""
+    shown = [c for c in (*_SHOWN, *latencies(sweep), "error") if c in sweep and sweep[c].notna().any()]
+    kept = kept_shares(folder, sweep, result.layers["units"]) if len(sweep) * len(result.layers) <= _MOST else None
+    document.embed("cells", {"table": block(sweep.set_index("name")[shown]), "command": command_of(folder, "prune", _OF_CELL)})
+    if kept is not None and len(kept.columns):
+        document.embed("kept", block(kept.rename_axis("name")))
+    having = " data-kept" if kept is not None and len(kept.columns) else ""
+    return (
+        f"<div data-widget='cells'{having}><p class='soft'>Choose a cell, here "
+        "or in the Pareto front, to see its command and the units that it keeps in each group.</p><div class='chosen'></div>"
+        "<div class='canvas' role='img' tabindex='0' aria-label='Share of units kept by group'></div><div class='rows'></div></div>"
+    )
+
+
+def kept_shares(folder: Path, sweep: pd.DataFrame, units: pd.Series) -> pd.DataFrame:
+    """The share of each group's units that a cell keeps, one row per cell whose file can be read.
+
+    units: the number of units by group
+    """
+    names = [str(name) for name in units.index]
+    removed: dict[str, np.ndarray] = {}
+    for name in sweep.loc[sweep["status"] == "done", "carried_out_as"].dropna().unique():
+        try:
+            found = read_json(folder / "cells" / f"{name}.json").get("removed") or {}
+        except (OSError, ValueError, AttributeError):  # a cell that was deleted or is damaged has no picture
+            continue
+        removed[name] = np.array([len(found.get(group, ())) for group in names])
+    rows = {
+        row.name: 1 - removed[row.carried_out_as] / units.to_numpy(float) for row in _done(sweep) if row.carried_out_as in removed
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names) if rows else pd.DataFrame()
+
+
+def _done(sweep: pd.DataFrame) -> list[pd.Series]:
+    """Names of finished cells and of those whose outcome they share."""
+    done = sweep.loc[sweep["status"] == "done", ["name", "carried_out_as"]]
+    return list(done.itertuples(index=False))

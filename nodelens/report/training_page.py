@@ -1,0 +1,172 @@
+"""The HTML page of a training: its loss and accuracy, and what the measurement after each epoch says about its units."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nodelens.results.files import read_json
+from nodelens.results.result import values_of
+from nodelens.results.trends import epoch_tables, score_trends
+
+from .analysis_plots import plots_of, title_of
+from .charts import band, line, lines_of, panels
+from .document import Document, block
+from .elements import cards, command, contents, section
+from .headline import command_of, scores
+from .plot import Plot, figure_of, menu, text
+
+_VALUES = 20_000_000  # of units over epochs that a page offers
+_LAYERS = 16  # lines of a figure
+
+
+def write_training_page(folder: str | Path, plotly: str = "shared", figures: Sequence[str] = ()) -> Path:
+    """Writes ``report.html`` of a training: loss and accuracy, units over epochs, stability of their ranks, modules over time.
+
+    What it reads: ``result.json``, the log of ``logger=csv``, and the tables of ``callbacks=measure``. plotly, figures: as for the
+    page of a measurement. Raises FileNotFoundError for a folder without a finished training.
+    """
+    folder = Path(folder)
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(f"{folder} has no finished training: result.json is missing")
+    document = Document(folder / "report.html", plotly, figures)
+    history = history_of(folder)
+    lead = "" if len(history) else "No loss was logged: train with logger=csv to have it here."
+    parts = section("Loss and accuracy", [document.plot(progress(history))] if len(history) else ["<div></div>"], lead)
+    tables = epoch_tables(folder) if list((folder / "epochs").glob("units_*.parquet")) else {}
+    if tables:
+        parts += section("Units over epochs", [*map(document.plot, over_epochs(tables)), _units(document, tables)])
+        parts += section("Emergence of structure", [document.plot(plot) for plot in _stability(folder, tables)])
+    parts += _analyses(document, folder / "epochs")
+    return document.write([*_head(folder, tables), contents(parts), *parts], f"nodelens: {folder.name}")
+
+
+def history_of(folder: Path) -> pd.DataFrame:
+    """One row per epoch: the means of what was logged under train/ and val/. The last start of a training counts."""
+    found = []
+    for file in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2] or 0)):
+        logged = pd.read_csv(file)
+        chosen = [c for c in logged if str(c).startswith(("train/", "val/"))]
+        if "epoch" in logged and chosen:
+            found.append(logged.groupby("epoch")[chosen].mean())
+    if not found:
+        return pd.DataFrame()
+    every = pd.concat(found)
+    return every[~every.index.duplicated(keep="last")].sort_index().dropna(how="all")
+
+
+def progress(history: pd.DataFrame) -> Plot:
+    """Loss and accuracy by epoch, for training and validation."""
+    kinds = list(dict.fromkeys(str(c).partition("/")[2] for c in history))
+
+    def draw(kind: Any) -> list[dict[str, Any]]:
+        sides = [side for side in ("train", "val") if f"{side}/{kind}" in history]
+        return [line(history.index, history[f"{side}/{kind}"], side, k) for k, side in enumerate(sides)]
+
+    figure = panels(kinds, draw, "epoch", height=280, shared=False)
+    return Plot("progress", "How the training went", "Means over each epoch.", figure, history)
+
+
+def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
+    """The mean of each metric over the units of each layer, by epoch, with the quartiles of the units."""
+    epochs = list(tables)
+    names = _common(tables)
+    parts = {epoch: table[names].groupby(level="layer", sort=False) for epoch, table in tables.items()}
+    kinds = {
+        how: pd.concat({epoch: _of(by, how) for epoch, by in parts.items()}, names=["epoch"]) for how in ("mean", "low", "high")
+    }
+    layers = list(dict.fromkeys(kinds["mean"].index.get_level_values("layer")))
+    shown = [layers[k] for k in np.unique(np.linspace(0, len(layers) - 1, min(_LAYERS, len(layers))).round().astype(int))]
+    traces = []
+    for number, name in enumerate(names):
+        for k, layer in enumerate(shown):
+            mean, low, high = (kinds[how].xs(layer, level="layer")[name].to_numpy() for how in ("mean", "low", "high"))
+            shade = line([], [], k=k)["line"]["color"]
+            group = {"legendgroup": text(layer), "visible": number == 0}
+            traces += [band(epochs, low, high, shade=shade, showlegend=False, **group), line(epochs, mean, layer, k, **group)]
+    each = 2 * len(shown)
+    visible = [[number * each <= k < (number + 1) * each for k in range(len(traces))] for number in range(len(names))]
+    menus = [menu(names, visible, [{"yaxis.title.text": text(n)} for n in names]) | {"name": "metric"}] if len(names) > 1 else []
+    axes = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": text(names[0]) if names else ""}}}
+    table = kinds["mean"].reset_index()
+    return (
+        [Plot("epochs", "How each layer develops", _EPOCHS, figure_of(traces, 440, **axes, updatemenus=menus), table)]
+        if names
+        else []
+    )
+
+
+def _common(tables: Mapping[int, pd.DataFrame]) -> list[str]:
+    """The metrics that every epoch has."""
+    return [name for name in values_of(next(iter(tables.values()))) if all(name in table for table in tables.values())]
+
+
+def _of(by: Any, how: str) -> pd.DataFrame:
+    return by.mean() if how == "mean" else by.quantile(0.25 if how == "low" else 0.75)
+
+
+def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
+    """The part of a page in which a metric and a layer are chosen: every unit over the epochs."""
+    first = next(iter(tables.values()))
+    names = _common(tables)
+    if not names:
+        return ""
+    if len(first) * len(names) * len(tables) > _VALUES:
+        return "<p>The units are too many for a page: nl.score_trends reads the tables of the epochs.</p>"
+    for k, name in enumerate(names):
+        frame = pd.DataFrame({str(epoch): table[name].to_numpy(float) for epoch, table in tables.items()}, index=first.index)
+        document.embed(f"epochs-{k}", block(frame))
+    layers = [str(name) for name in dict.fromkeys(first.index.get_level_values("layer"))]
+    document.embed("epochs", {"metrics": names, "layers": layers, "epochs": list(tables)})
+    return (
+        "<div data-widget='epochs'><h3>Every unit over epochs</h3><div class='menus'></div>"
+        "<p class='soft'>One line per unit, at most "
+        "200 evenly chosen by their last value; the thick line is the median.</p>"
+        "<div class='canvas' style='min-height:440px' role='img' tabindex='0' aria-label='Units over epochs'></div></div>"
+    )
+
+
+def _stability(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
+    """How early the ranks of units are those of the last epoch."""
+    if len(tables) < 2 or not _common(tables):
+        return []
+    ranks = score_trends(folder)["ranks"]
+    means = ranks.groupby(["metric", "epoch"], sort=False)[["with_last", "top_overlap"]].mean().reset_index()
+    words = {"with_last": "Spearman with the last epoch", "top_overlap": "share of the last top 10 %"}
+
+    def draw(label: Any) -> list[dict[str, Any]]:
+        return lines_of(means, "epoch", next(c for c, each in words.items() if each == label), "metric")
+
+    figure = panels(list(words.values()), draw, "epoch", height=320, shared=False)
+    return [Plot("stability", "When the order of the units is settled", _STABILITY, figure, ranks)]
+
+
+def _analyses(document: Document, folder: Path) -> list[str]:
+    """One section per analysis of the epochs."""
+    from nodelens.analysis.registry import load_analysis
+
+    parts: list[str] = []
+    for path in sorted(folder.glob("*/metadata.json")):
+        found: Any = load_analysis(path.parent)
+        words = "".join(f"<p>{html.escape(row)}</p>" for row in found.summary().splitlines())
+        parts += section(title_of(found), [f"<div>{words}</div>", *map(document.plot, plots_of(found))])
+    return parts
+
+
+def _head(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[str]:
+    found = read_json(folder / "result.json")
+    numbers = {f"test {name}": value for name, value in scores(found | {"split": "test"}).items()}
+    numbers |= {"epochs": str(found.get("epochs", "?")), "epochs measured": str(len(tables))}
+    words = command_of(folder, "train")
+    lead = f"<p class='lead'>{html.escape(str(found.get('checkpoint') or 'no checkpoint'))}</p>"
+    return ["<h1>nodelens train</h1>", lead, cards(numbers), *([command(words)] if words else [])]
+
+
+_EPOCHS = "Lines are means over the units of a layer, bands reach from the lower to the upper quartile of the units."
+_STABILITY = (
+    "Means over layers. Left: rank correlation of the units' values with those of the last epoch. Right: share of the last epoch's "
+    "top tenth that is in the top tenth already."
+)
