@@ -130,6 +130,8 @@ def panels(
             traces.append({**trace, **linked, "xaxis": f"x{tail}", "yaxis": f"y{tail}"})
         layout[f"xaxis{tail}"] = {"title": {"text": x if k >= len(chosen) - across else ""}, **(axes or {}).get("x", {})}
         layout[f"yaxis{tail}"] = {"title": {"text": y if k % across == 0 else ""}, **(axes or {}).get("y", {})}
+        if "ticktext" in layout[f"yaxis{tail}"]:
+            layout[f"yaxis{tail}"]["showticklabels"] = k % across == 0  # inner ones would cover the panel beside them
         if shared and k:
             layout[f"yaxis{tail}"]["matches"] = "y"
         notes.append(

@@ -24,7 +24,7 @@ def head(folder: Path, result: Result) -> list[str]:
     m = result.metadata
     task = str((m.get("config") or {}).get("task", ""))
     lead = [str((m.get("model") or {}).get("class", "model")), *_data_words(m)]
-    if not _has_weights(m):
+    if m.get("config") and not _has_weights(m):
         lead.append("no checkpoint was given")
     parts = [f"<h1>nodelens {html.escape(task)}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"]
     parts += [f"<p class='warning'>Warning: {html.escape(line)}</p>" for line in notices(m)]
@@ -89,7 +89,8 @@ def _data_words(m: Mapping[str, Any]) -> list[str]:
     target = str(data.get("_target_", "")).rpartition(".")[2]
     path = data.get("path")
     named = f"data {target}{f' of {path}' if isinstance(path, str) else ''}" if target else ""
-    return [word for word in (named, f"measured on the split {(m.get('data') or {}).get('split', '?')}") if word]
+    split = (m.get("data") or {}).get("split")
+    return [word for word in (named, f"measured on the split {split}" if split else "") if word]
 
 
 def _has_weights(m: Mapping[str, Any]) -> bool:

@@ -86,7 +86,7 @@ def agreement(result: Result) -> Plot | None:
         weight[known] += len(rows)
     mean = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
     table = pd.DataFrame(mean, pd.Index(columns, name="metric"), columns)
-    words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") if len(columns) <= 24 else None
+    words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}").replace("-0.00", "0.00") if len(columns) <= 24 else None
     figure = grid(table, "Spearman correlation", y="", words=words, limits=(-1, 1), diverging=True)
     figure.update_layout(height=rows_height(len(columns), 30, 150), xaxis_tickangle=-45)
     return Plot("agreement", "Which metrics rank units alike", _AGREEMENT, figure, table)

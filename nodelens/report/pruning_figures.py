@@ -41,6 +41,7 @@ def curves(sweep: pd.DataFrame) -> Plot:
         for k, criterion in enumerate(best):
             if (criterion, *way) in order.index:
                 drawn = _curve(found.loc[(criterion, *way)], dense, criterion, k, top)
+                drawn[0] |= {"opacity": 1.0 if len(best) <= _CLEAR else 0.3}  # bands of many criteria cover each other
                 traces += [{**trace, "visible": place == 0} for trace in drawn]
                 of += [place] * len(drawn)
     labels = [", ".join(f"{name} {value}" for name, value in zip(KEY[1:], way, strict=True)) for way in ways]
@@ -68,13 +69,13 @@ def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float
         *(f"amount {amount:g}, {seeds:.0f} seeds" for amount, seeds in zip(curve.index, curve["seeds"], strict=True)),
     ]
     hover: dict[str, Any] = {"text": amounts, "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.3f}<extra>%{fullData.name}</extra>"}
-    group = {"legendgroup": text(criterion)}
+    group: dict[str, Any] = {"legendgroup": text(criterion)}
     filled = band(x[known], (mean - spread)[known], (mean + spread)[known], shade=shade, showlegend=False, **group)
     drawn = [filled, line(x, mean, criterion, k, line=style, marker={"color": shade, "size": 5}, **hover, **group)]
     if known.all():
         return drawn
     cross: dict[str, Any] = {"symbol": "x", "size": 9, "color": shade}
-    words = {"hovertemplate": "infinite or not a number<extra>%{fullData.name}</extra>", "showlegend": False}
+    words: dict[str, Any] = {"hovertemplate": "infinite or not a number<extra>%{fullData.name}</extra>", "showlegend": False}
     return [*drawn, dots(x[~known], np.full((~known).sum(), top), criterion, marker=cross, **words, **group)]
 
 
@@ -191,6 +192,7 @@ def _cost_words(name: str) -> str:
     return _COSTS.get(name) or f"latency, ms ({name.removeprefix('latency_').removesuffix('_ms')})"
 
 
+_CLEAR = 8  # criteria whose bands can be told apart
 _RANKED = 60  # combinations in the ranking
 _STAR = {"symbol": "star", "size": 13, "color": COLOURS[4], "line": {"width": 1, "color": GREY}}
 _CURVES = (

@@ -37,6 +37,7 @@
     const first = layout.yaxis.title, last = Object.entries(layout).filter(([name, axis]) => /^xaxis\d*$/.test(name) && axis.title?.text).pop();
     for (const [name, axis] of Object.entries(layout)) {
       if (/^yaxis\d+$/.test(name) && axis.title) axis.title = first;
+      if (/^yaxis\d*$/.test(name) && axis.ticktext) axis.showticklabels = true;
       if (/^xaxis\d*$/.test(name) && last) axis.title = { text: name === `xaxis${count > 1 ? count : ""}` ? last[1].title.text : "" };
     }
   }
