@@ -7,55 +7,41 @@ import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .charts import dots, line, panels
-from .plot import GREY, Plot, figure_of, rows_axis
+from .charts import dots, lines_of, panels
+from .plot import GREY, Plot, figure_of, short, text
 
 
 def figures_of(found: Findings) -> Iterator[Plot]:
     """The plots of an analysis."""
     if len(found["sets"]):
-        yield Plot("sets", "Does removing a set hurt more than chance?", _SETS, sets(found["sets"]), found["sets"])
+        yield Plot("sets", "Do supernodes, their halo and their readers matter?", _SETS, sets(found["sets"]), found["sets"])
     if len(found["dose"]):
-        yield Plot("dose", "Does the damage grow with the share of supernodes?", _DOSE, dose(found["dose"]), found["dose"])
+        yield Plot("dose", "Does damage rise with the share of supernodes?", _DOSE, dose(found["dose"]), found["dose"])
 
 
 def sets(table: pd.DataFrame) -> Any:
-    """Damage of each set and of its control, one panel per kind of set and one row per layer."""
-    groups = {
-        f"{name}{f', {given} removed' if given else ''} vs {control}": own
-        for (name, control, given), own in table.groupby(["set", "control", "given"], sort=False)
-    }
-    layers = list(dict.fromkeys(table["layer"]))
+    """Damage of each set and of its control by layer, one panel per kind of set."""
+    given = table["given"].where(table["given"] == "", ", " + table["given"] + " removed")
+    titles = table["set"] + given + " and " + table["control"]
 
-    def draw(title: Any) -> list[dict[str, Any]]:
-        own = groups[title]
-        rows = own["layer"].map(layers.index)
-        mark: dict[str, Any] = {"symbol": "line-ns", "size": 9, "color": GREY, "line": {"width": 2, "color": GREY}}
-        control = dots(own["control_damage"], rows, "random, 95 %", marker=mark)
-        reach = (own["high"] - own["control_damage"], own["control_damage"] - own["low"])
-        control["error_x"] = {
-            "array": reach[0],
-            "arrayminus": reach[1],
-            "symmetric": False,
-            "thickness": 3,
-            "color": GREY,
-            "width": 0,
-        }
-        return [control, dots(own["damage"], rows, "set", marker={"size": 8})]
+    def draw(title: object) -> list[dict[str, Any]]:
+        own = table[titles == title]
+        layers = [text(short(layer, 24)) for layer in own["layer"]]
+        interval = {"array": own["high"] - own["control_damage"], "arrayminus": own["control_damage"] - own["low"], "color": GREY}
+        control = dots(own["control_damage"], layers, "control, 95 %", marker={"color": GREY, "size": 5})
+        return [control | {"error_x": interval | {"thickness": 2}}, dots(own["damage"], layers, "removed")]
 
-    height = max(230, 60 + 20 * len(layers))
-    return panels(list(groups), draw, "change of the loss", "", 3, height, axes={"y": rows_axis(layers)})
+    return panels(list(dict.fromkeys(titles)), draw, "change of the loss", across=2)
 
 
 def dose(table: pd.DataFrame) -> Any:
     """Mean damage of the draws against the share of supernodes, one line per layer."""
-    traces = []
-    for k, (layer, own) in enumerate(table.groupby("layer", sort=False)):
-        means = own.groupby("hit_rate")["damage"].mean()
-        traces.append(line(means.index, means, str(layer), k))
-    axes = {"xaxis": {"title": {"text": "share of supernodes"}}, "yaxis": {"title": {"text": "change of the loss"}}}
-    return figure_of(traces, 400, **axes)
+    means = table.groupby(["layer", "hit_rate"], sort=False, as_index=False)["damage"].mean()
+    x, y = ({"title": {"text": title}} for title in ("share of supernodes", "change of the loss"))
+    return figure_of(lines_of(means, "hit_rate", "damage", "layer"), xaxis=x, yaxis=y)
 
 
-_SETS = "Change of the loss when a set of units is removed (dot), and of its random controls: mean, with the 95 % interval (grey)."
+_SETS = (
+    "Change of the loss when a set of units is removed, and of its random controls: mean, with the 95 % interval of their draws."
+)
 _DOSE = "Change of the loss against the share of supernodes in sets of as many units, mean over draws."

@@ -1,5 +1,6 @@
 """What prune.py leaves in pruned/ is a folder that transformers opens."""
 
+import pytest
 from command import command
 from real import folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -7,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nodelens as nl
 
 
+@pytest.mark.slow
 def test_pruned_holds_model_tokenizer_and_a_card_with_the_sweep(quiet_home):
     home = folder("NODELENS_DATA")
     words = ("model=causal_lm", f"model.path={home}/models/stories260K")
