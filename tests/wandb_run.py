@@ -79,6 +79,14 @@ def later(path: Path, field: str) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for part in parts for item in part.update}
 
 
+def steps(path: Path) -> dict[str, str]:
+    """{pattern of curves: the value that is their horizontal axis}."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = [record.metric for record in map(Record.FromString, frames(path)) if record.HasField("metric")]
+    return {metric.glob_name: metric.step_metric for metric in found if metric.glob_name}
+
+
 def ended(path: Path) -> bool:
     """Whether the run's last record has been written: the service that writes it is a process of its own."""
     from wandb.proto.wandb_internal_pb2 import Record

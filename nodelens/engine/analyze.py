@@ -203,6 +203,7 @@ def run_pass(
     begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
+    reads = (model, objective, plan.groups, seed, graph, weights)
     for k in range(begun or 0, collected.rounds):
         if k != begun:
             collected.begin_round(k)
@@ -210,12 +211,7 @@ def run_pass(
         capture = Capture(sites, collected.see, plan.overwritten)
         derives = bool(collected.derivatives) and not k
         driver = Driver(
-            model,
-            objective,
-            plan.groups,
-            seed,
-            graph,
-            weights,
+            *reads,
             from_inputs=plan.from_inputs or (graph and bool(plan.overwritten)),
             runs_model=bool(sites) or any(sums.forward for sums in collected.model_sums) or not collected.model_sums,
             answers=graph or derives or plan.reads_predictions,

@@ -100,6 +100,8 @@ class Edit:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Edit":
         """The edit of ``to_dict``. Raises ValueError for an edit by a module, which is stored by name only, and unknown keys."""
+        if not isinstance(given, Mapping):
+            raise ValueError(f"an edit is stored as a dictionary of its fields, and not as {type(given).__name__}")
         unknown = sorted(set(given) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"an edit has no field {unknown[0]!r}; it has {', '.join(f.name for f in fields(cls))}")
@@ -121,6 +123,8 @@ def _plain(value: Any) -> Any:
 
 
 def _as_value(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_complex():
+        raise ValueError(f"value has complex numbers, {str(value.dtype).removeprefix('torch.')}: activations are real")
     if value is None or isinstance(value, (nn.Module, Tensor, Mapping)):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):

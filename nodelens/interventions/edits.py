@@ -41,10 +41,14 @@ def edit(
         raise ValueError(
             f"{type(model).__name__} is in training mode, in which dropout and batch norms change values: call model.eval() first"
         )
-    every = [edits] if isinstance(edits, Edit) else list(edits)
-    other = next((each for each in every if not isinstance(each, Edit)), None)
-    if other is not None:
-        raise TypeError(f"nl.edit takes edits, such as nl.Edit('fc1', 'zero'), and not {type(other).__name__}")
+    every = list(edits) if isinstance(edits, Sequence) else [edits]
+    others = [each for each in every if not isinstance(each, Edit)]
+    if others:
+        raise TypeError(f"nl.edit takes edits, such as nl.Edit('fc1', 'zero'), and not {type(others[0]).__name__}")
+    if any(not isinstance(group, PruningGroup) for group in groups):
+        raise TypeError(
+            "nl.edit takes pruning groups as groups=, such as nl.find_groups(model, batch), and edits name them by site"
+        )
     with eager(given), applied(model, every, groups, tokenizer, texts) as check:
         yield model
         check()

@@ -51,6 +51,8 @@ class TokenizedPrompt:
         """
         if isinstance(answer, int) and not isinstance(answer, bool):
             return answer
+        if not isinstance(answer, str):
+            raise ValueError(f"the answer is {answer!r}; it is a text of one token, or the id of one")
         if self.tokenizer is None or self.text is None:
             raise ValueError(f"the answer {shown(answer)} is a text, but the prompt is given as ids: give the answer's id")
         own, longer = self.ids.tolist(), encode(self.text + str(answer), self.tokenizer)

@@ -101,6 +101,14 @@ def encoded(model: nn.Module, tokenizer: Any, context: RepresentationContext) ->
         soft = prompt[None] if prompt.ndim == 2 else prompt
         if soft.ndim != 3 or not soft.is_floating_point():
             raise ValueError(f"a soft prompt is {tuple(prompt.shape)}: give embeddings (tokens, width) or (prompts, tokens, width)")
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        weight = getattr(table, "weight", None)
+        if isinstance(weight, Tensor) and (soft.shape[-1] != weight.shape[-1] or soft.dtype != weight.dtype):
+            given, own = (str(each.dtype).removeprefix("torch.") for each in (soft, weight))
+            raise ValueError(
+                f"a soft prompt has width {soft.shape[-1]} and {given}, the embeddings of {type(model).__name__} "
+                f"{weight.shape[-1]} and {own}: give embeddings of this model"
+            )
         return Encoded({"inputs_embeds": soft.to(device)}, torch.ones(soft.shape[:2], dtype=torch.bool), None)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if tokenizer is None:

@@ -80,7 +80,19 @@ class TokenModel:
         """The model's key-value cache after token ids (B, T). Raises AttributeError for a model that makes none."""
         return self._run(ids, {"use_cache": True} | ({"logits_to_keep": 1} if self.keeps_last else {})).past_key_values
 
+    def check_tokens(self, ids: Tensor) -> None:
+        """Raises ValueError for ids that are not in the vocabulary."""
+        table = getattr(self.model, "get_input_embeddings", lambda: None)()
+        size = table.num_embeddings if isinstance(table, nn.Embedding) else None
+        outside = ids[(ids < 0) | (ids >= size)] if size is not None else ids[:0]
+        if outside.numel():
+            raise ValueError(
+                f"token id {int(outside.flatten()[0])} is not in the vocabulary of {self.name}, 0 to {size - 1}: give ids of this "  # type: ignore[operator]
+                "model, and texts with its own tokenizer"
+            )
+
     def _run(self, ids: Tensor, options: Mapping[str, Any]) -> Any:
+        self.check_tokens(ids)
         ids = ids.to(device_of(self.model))
         return self.model(input_ids=ids, **options) if self._by_name else self.model(ids, **options)
 
@@ -107,6 +119,8 @@ class TokenModel:
         """Indices of the chosen blocks. Raises ValueError for an expression or index out of range, and a model without blocks."""
         if not self.roles.blocks:
             raise ValueError(f"{self.name} has no blocks: {self.roles.reason}; a lens needs a transformer")
+        if not isinstance(layers, (str, int, Sequence)):
+            raise ValueError(f"{option('layers')} is {layers!r}; it takes all, an index, a list of indices, or an expression")
         items = [layers] if isinstance(layers, (str, int)) else list(layers)
         try:
             found = {k for item in items for k in parse_index(str(item), len(self.roles.blocks))}

@@ -31,6 +31,8 @@ def indices(expression: Positions, n: int, what: str) -> list[int]:
         text = expression
     elif isinstance(expression, int):
         text = str(expression)
+    elif not isinstance(expression, Sequence) or not all(isinstance(k, int) for k in expression):
+        raise ValueError(f"{what} is {expression!r}; it takes an index, a list of indices, or an expression such as n//2:")
     else:
         found = [int(k) for k in expression]
         wrong = next((k for k in found if not -n <= k < n), None)

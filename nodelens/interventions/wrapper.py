@@ -131,6 +131,8 @@ class ModelWrapper:
         without a padding token, names, layers or positions that are not there, and states of another width, dtype or number of
         positions. Nothing is saved then.
         """
+        if not isinstance(context, RepresentationContext):
+            raise TypeError(f"run takes a RepresentationContext, which says what to run, and not {type(context).__name__}")
         return run_context(self.model, self.tokenizer, context, StateManager() if state_manager is None else state_manager)
 
     @property

@@ -130,13 +130,15 @@ def panels(
             traces.append({**trace, **linked, "xaxis": f"x{tail}", "yaxis": f"y{tail}"})
         layout[f"xaxis{tail}"] = {"title": {"text": x if k >= len(chosen) - across else ""}, **(axes or {}).get("x", {})}
         layout[f"yaxis{tail}"] = {"title": {"text": y if k % across == 0 else ""}, **(axes or {}).get("y", {})}
+        if "ticktext" in layout[f"yaxis{tail}"]:
+            layout[f"yaxis{tail}"]["showticklabels"] = k % across == 0  # inner ones would cover the panel beside them
         if shared and k:
             layout[f"yaxis{tail}"]["matches"] = "y"
         notes.append(
             {"text": text(name), "xref": f"x{tail} domain", "yref": f"y{tail} domain", "x": 0.5, "y": 1.0, "yanchor": "bottom"}
         )
     layout["annotations"] = [{**note, "showarrow": False, "font": {"size": 11}} for note in notes]
-    return figure_of(traces, 90 + height * down, **layout)
+    return figure_of(traces, 90 + height * down, margin={"t": 34}, **layout)
 
 
 def spread(names: Sequence[Any], most: int) -> list[Any]:

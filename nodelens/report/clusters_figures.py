@@ -44,7 +44,7 @@ def scatter(found: Findings) -> Any:
         for key, some in rows.groupby(_key(found), sort=False):
             marker = {"color": colours[str(key)], "size": _sizes(rows, some, features), "opacity": 0.8}
             units = [f"unit {unit}" for unit in some.index.get_level_values("unit")]
-            shown = {"text": units, "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra>%{fullData.name}</extra>"}
+            shown: dict[str, Any] = {"text": units, "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra>%{fullData.name}</extra>"}
             drawn.append(dots(some[first], some[second], key, marker=marker, **shown))
         means = found["clusters"].loc[found["clusters"]["layer"] == layer]
         cross = {"symbol": "x-thin", "size": 10, "color": COLOURS[3], "line": {"width": 2, "color": COLOURS[3]}}
@@ -64,7 +64,7 @@ def shares_of(found: Findings) -> pd.DataFrame:
 def composition(found: Findings) -> Any:
     """Share of the units of each layer by type, one bar per layer."""
     shares, colours = shares_of(found), _colours(found)
-    style = {"type": "bar", "orientation": "h", "y": list(range(len(shares)))}
+    style: dict[str, Any] = {"type": "bar", "orientation": "h", "y": list(range(len(shares)))}
     order = sorted(shares, key=lambda key: list(colours).index(str(key)))
     traces = [{**style, "x": shares[key], "name": text(key), "marker": {"color": colours[str(key)]}} for key in order]
     axis = {"title": {"text": "share of the units"}, "range": [0, 1]}

@@ -14,11 +14,10 @@ import pandas as pd
 
 from nodelens.results.files import write
 
-from .plot import Plot
+from .plot import FORMATS, Plot
 
 ASSETS = Path(__file__).parent / "assets"
 WAYS = ("shared", "inline", "cdn")
-FORMATS = ("png", "svg", "pdf")
 SCRIPT = "plotly.min.js"
 _SCRIPTS = ("data.js", "page.js", "units.js", "runs.js", "cells.js", "epochs.js")
 _INSIDE = 300_000  # characters of one piece of data that a page holds; larger ones become a file beside it
@@ -65,8 +64,9 @@ class Document:
         return (
             f"<figure class='plot' data-plot='{key}' data-name='{name}'{' data-table' if len(plot.table) else ''}>"
             f"<h3>{title}</h3><figcaption>{caption}</figcaption><div class='menus'></div>"
+            "<div class='scroll'>"
             f"<div class='canvas' style='min-height:{height}px' role='img' tabindex='0' aria-label='{title}. {caption}'></div>"
-            "<div class='tools'></div></figure>"
+            "</div><div class='tools'></div></figure>"
         )
 
     def table(self, frame: pd.DataFrame, name: str, titles: Mapping[str, str] | None = None) -> str:
@@ -149,7 +149,7 @@ def _floats(values: np.ndarray) -> np.ndarray:
 
 
 def _array(values: np.ndarray) -> dict[str, str]:
-    return {"kind": values.dtype.str[1:], "data": base64.b64encode(np.ascontiguousarray(values)).decode()}
+    return {"kind": values.dtype.str[1:], "data": base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()}
 
 
 def _write_text(path: Path, words: str) -> None:

@@ -1,5 +1,7 @@
 """The network as a graph of the data flow: layers as dots, pairs of layers as arrows, coloured by metrics."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -97,7 +99,7 @@ def _nodes(place: dict[str, tuple[float, float]], nodes: pd.DataFrame) -> list[d
 
 
 def _marks(where: np.ndarray, hover: list[str], marker: dict, visible: bool) -> dict:
-    shown = {"customdata": hover, "hovertemplate": "%{customdata}<extra></extra>", "visible": visible}
+    shown: dict[str, Any] = {"customdata": hover, "hovertemplate": "%{customdata}<extra></extra>", "visible": visible}
     return {"type": "scatter", "mode": "markers", "x": where[:, 0], "y": where[:, 1], "marker": marker, **shown}
 
 

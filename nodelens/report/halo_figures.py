@@ -28,7 +28,7 @@ def halo(found: Findings) -> Any:
     random = {"symbol": "line-ns", "size": 9, "line": {"width": 2, "color": GREY}, "color": GREY}
     traces = [dots(pairs["null"], place, "random units", error=1.96 * pairs["null_sd"], marker=random)]
     symbol = np.where(pairs["p"] <= 0.05, "circle", "circle-open")
-    hover = {"text": [f"p {p:.3g}" for p in pairs["p"]], "hovertemplate": "%{x:.3g}, %{text}<extra></extra>"}
+    hover: dict[str, Any] = {"text": [f"p {p:.3g}" for p in pairs["p"]], "hovertemplate": "%{x:.3g}, %{text}<extra></extra>"}
     traces.append(dots(pairs["share"], place, "halo", 1, marker={"symbol": symbol, "size": 9, "color": COLOURS[1]}, **hover))
     axis = {"title": {"text": f"share of the halo's input from {text(pairs['cluster'].iloc[0])} units"}}
     names = [_pair(row) for row in pairs.itertuples()]

@@ -4,7 +4,7 @@ import html
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def head(folder: Path, result: Result) -> list[str]:
     m = result.metadata
     task = str((m.get("config") or {}).get("task", ""))
     lead = [str((m.get("model") or {}).get("class", "model")), *_data_words(m)]
-    if not _has_weights(m):
+    if m.get("config") and not _has_weights(m):
         lead.append("no checkpoint was given")
     parts = [f"<h1>nodelens {html.escape(task)}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"]
     parts += [f"<p class='warning'>Warning: {html.escape(line)}</p>" for line in notices(m)]
@@ -33,8 +33,11 @@ def head(folder: Path, result: Result) -> list[str]:
     return [*parts, command(words)] if words else parts
 
 
-def command_of(folder: Path, task: str) -> str:
-    """The command line of a run, from the overrides that Hydra stored in its folder; empty for other results."""
+def command_of(folder: Path, task: str, without: Collection[str] = ()) -> str:
+    """The command line of a run, from the overrides that Hydra stored in its folder; empty for other results.
+
+    without: keys that are left out
+    """
     file = folder / ".hydra" / "overrides.yaml"
     if not task or not file.is_file():
         return ""
@@ -42,7 +45,8 @@ def command_of(folder: Path, task: str) -> str:
         overrides = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return ""
-    return shlex.join(["python", f"{task}.py", *map(str, overrides if isinstance(overrides, list) else [])])
+    words = [str(word) for word in overrides] if isinstance(overrides, list) else []
+    return shlex.join(["python", f"{task}.py", *(word for word in words if word.split("=")[0].lstrip("+~") not in without)])
 
 
 def _cards(result: Result) -> dict[str, str]:
@@ -85,7 +89,8 @@ def _data_words(m: Mapping[str, Any]) -> list[str]:
     target = str(data.get("_target_", "")).rpartition(".")[2]
     path = data.get("path")
     named = f"data {target}{f' of {path}' if isinstance(path, str) else ''}" if target else ""
-    return [word for word in (named, f"measured on the split {(m.get('data') or {}).get('split', '?')}") if word]
+    split = (m.get("data") or {}).get("split")
+    return [word for word in (named, f"measured on the split {split}" if split else "") if word]
 
 
 def _has_weights(m: Mapping[str, Any]) -> bool:
@@ -104,7 +109,7 @@ def _definition(about: Mapping[str, Any]) -> str:
         described = type(get_metric(about["metric"])).__doc__ or ""
     except (ValueError, TypeError):  # a metric of one's own, or one with required options
         described = ""
-    first = " ".join(re.split(r"\n\s*\n|\n\s*\w+:", described)[0].split())
+    first = " ".join(re.split(r"\n\s*\n|\n\s*\w+:", described)[0].split()).replace("``", "")
     options = ", ".join(f"{k}={v}" for k, v in about["options"].items())
     unit, source = section_of(described, "Unit"), about.get("source", "")
     words = [

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nodelens.results.result import Result, values_of
+from nodelens.results.result import BESIDE, Result, values_of
 
 from .charts import box, boxes, dots, grid, heat
 from .plot import COLOURS, Plot, figure_of, menu, names_axis, one_of, rows_axis, rows_height, text
@@ -85,7 +86,7 @@ def agreement(result: Result) -> Plot | None:
         weight[known] += len(rows)
     mean = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
     table = pd.DataFrame(mean, pd.Index(columns, name="metric"), columns)
-    words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") if len(columns) <= 24 else None
+    words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}").replace("-0.00", "0.00") if len(columns) <= 24 else None
     figure = grid(table, "Spearman correlation", y="", words=words, limits=(-1, 1), diverging=True)
     figure.update_layout(height=rows_height(len(columns), 30, 150), xaxis_tickangle=-45)
     return Plot("agreement", "Which metrics rank units alike", _AGREEMENT, figure, table)
@@ -106,7 +107,7 @@ def edges(result: Result, first: str | None = None) -> Plot:
     return Plot("pairs", "Metrics of pairs of layers", _EDGES, figure, _with_errors(result.edges, columns))
 
 
-def _dots(table: pd.DataFrame, columns: list[str], names: list[object]) -> "object":
+def _dots(table: pd.DataFrame, columns: list[str], names: list[Any]) -> Any:
     traces = []
     for column in columns:
         value = table[column].where(np.isfinite(table[column]))
@@ -147,13 +148,13 @@ def _quartiles(names: list[str], found: list[dict[str, float] | None], metric: s
 
 def spectra(result: Result) -> Iterator[Plot]:
     """Values per input feature that a metric keeps beside the tables, such as singular values: one line per layer."""
-    names = dict.fromkeys(name for (_, name), values in result.matrices.items() if values.ndim == 1)
+    names = dict.fromkeys(name for (_, name), values in result.matrices.items() if values.ndim == 1 and not name.endswith(BESIDE))
     for name in names:
         lines = {layer: values for (layer, each), values in result.matrices.items() if each == name and values.ndim == 1}
         yield Plot(f"spectrum-{name}", f"{name} by layer", _SPECTRA, curves(lines, name), longest(lines))
 
 
-def curves(lines: dict[str, np.ndarray], label: str, most: int = 60, points: int = 200) -> "object":
+def curves(lines: dict[str, np.ndarray], label: str, most: int = 60, points: int = 200) -> Any:
     """Sorted values on logarithmic axes; of many layers some, of many values some, evenly spaced in the logarithm of the rank."""
     from .charts import spread
     from .plot import shade
@@ -163,8 +164,8 @@ def curves(lines: dict[str, np.ndarray], label: str, most: int = 60, points: int
     for k, layer in enumerate(chosen):
         values = np.sort(np.asarray(lines[layer], dtype=float))[::-1]
         values = values[np.isfinite(values) & (values > 0)]
-        at = np.unique(np.geomspace(1, max(1, len(values)), points).round().astype(int)) - 1 if len(values) else []
-        style = {
+        at: Any = np.unique(np.geomspace(1, max(1, len(values)), points).round().astype(int)) - 1 if len(values) else []
+        style: dict[str, Any] = {
             "line": {"color": shade(k, len(chosen)), "width": 1.2},
             "hovertemplate": "%{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
         }
@@ -198,4 +199,4 @@ _LAYERS = "Bars are one jackknife standard error; the number of units is in pare
 _EDGES = (
     "Bars are one jackknife standard error. Rows are positions if both layers have the same, else samples (means over positions)."
 )
-_SPECTRA = "Values of each layer, largest first, on logarithmic axes. Dark lines are early layers."
+_SPECTRA = "One value per input feature of a layer, largest first, on logarithmic axes. Dark lines are early layers."

@@ -50,7 +50,7 @@ def _lines(table: pd.DataFrame, epoch: str, columns: list[str]) -> Any:
         for k, ((layer, name), rows) in enumerate(table.groupby(["layer", "association"], sort=False)):
             found.append(line(rows[epoch], rows[column], f"{layer}, {name}", k))
             if f"{column}_null" in rows and column != "q":
-                null = {"mode": "lines", "showlegend": False, "opacity": 0.7}
+                null: dict[str, Any] = {"mode": "lines", "showlegend": False, "opacity": 0.7}
                 found.append(line(rows[epoch], rows[f"{column}_null"], f"{layer}, {name}", k, **null))
                 found[-1]["line"] = found[-1]["line"] | {"dash": "dot"}
         return found

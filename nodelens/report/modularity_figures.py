@@ -41,7 +41,7 @@ def q_bars(modules: pd.DataFrame) -> Any:
     for k, name in enumerate(names):
         rows = modules[modules["association"] == name]
         place = rows["layer"].map(layers.index) + 0.7 / len(names) * (k - (len(names) - 1) / 2)
-        null = {"color": GREY, "symbol": "line-ns", "size": 8, "line": {"width": 2, "color": GREY}}
+        null: dict[str, Any] = {"color": GREY, "symbol": "line-ns", "size": 8, "line": {"width": 2, "color": GREY}}
         traces.append(
             dots(rows["q_null"], place, "null", error=2 * rows["q_null_std"], marker=null, showlegend=k == 0, legendgroup="null")
         )
@@ -58,7 +58,7 @@ def pictures(graphs: dict[str, np.ndarray]) -> Any:
         picture = _blocks(np.abs(matrix))
         trace = heat(picture, "weight", 0, float(np.nanquantile(picture, 0.99)) or 1.0, "Magma")
         traces.append(trace | {"hovertemplate": "%{z:.3g}<extra></extra>"})
-    hidden = {"visible": False}
+    hidden: dict[str, Any] = {"visible": False}
     square = hidden | {"scaleanchor": "x", "autorange": "reversed"}
     menus = [each | {"name": "graph"} for each in one_of(traces, list(graphs))]
     return figure_of(traces, 480, xaxis=hidden | {"constrain": "domain"}, yaxis=square, updatemenus=menus)

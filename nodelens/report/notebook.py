@@ -61,11 +61,11 @@ def chosen(found: Any, name: str | None = None, kind: str = "") -> Any:
 def finished(plot: Plot) -> Any:
     """A plot as a figure of its own, with its title and the data behind it."""
     menus = len(plot.figure.layout.updatemenus)
-    top = 60 + 36 * bool(menus)
+    top = 56 + 36 * bool(menus) + (plot.figure.layout.margin.t or 0)
     plot.figure.update_layout(
         title={"text": text(plot.title), "font": {"size": 15}, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}}
     )
-    plot.figure.update_layout(margin={"t": top}, height=plot.figure.layout.height + top - 40)
+    plot.figure.update_layout(margin={"t": top}, height=plot.figure.layout.height + top)
     plot.figure._table = plot.table  # an attribute, as plotly has no place for it
     return plot.figure
 

@@ -14,7 +14,7 @@ from nodelens.results.result import Result, load, values_of
 from . import metric_figures as drawn
 from .analysis_plots import plots_of, title_of
 from .document import Document
-from .elements import contents, section, table
+from .elements import ROWS, contents, section, table
 from .graph_figures import network
 from .headline import definitions, definitions_of, head, missing
 from .plot import Plot
@@ -69,14 +69,15 @@ _SECTIONS = {
 
 def _measured(document: Document, result: Result) -> list[str]:
     """The sections of what a pass measured."""
-    by: dict[str, list[str]] = {"Overview": [], "Units": [], "Layers": [], "Layer pairs": [], "Spectra": []}
+    by: dict[str, list[str]] = {"Overview": [], "Units": [], "Layers": [], "Layer pairs": [], "Input features": []}
     for plot in plots_of_result(result):
-        by[_SECTIONS.get(plot.name, "Spectra")].append(document.plot(plot))
+        by[_SECTIONS.get(plot.name, "Input features")].append(document.plot(plot))
     known = definitions_of(result)
     if len(result.layers):
         kept = result.layers.columns.intersection(["type", "units"])
         means = result.layers[kept].join(drawn.means_of_layers(result))
-        by["Overview"].append(f"<h3>Means over units</h3>{table(means, titles=known)}")
+        listed = table(means, titles=known) if len(means) <= ROWS else document.table(means, "means", known)
+        by["Overview"].append(f"<div><h3>Means over units</h3>{listed}</div>")
     if values_of(result.units):
         by["Units"].append(explorer(document, result, known))
     return [part for title, inner in by.items() for part in section(title, inner)]

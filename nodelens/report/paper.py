@@ -15,16 +15,15 @@ import numpy as np
 import pandas as pd
 from plotly.colors import sample_colorscale
 
-from nodelens.results.csv_text import csv_text
 from nodelens.results.files import write
+from nodelens.results.spreadsheets import csv_text
 
-from .document import FORMATS
-from .plot import GREY, Plot
+from .plot import FORMATS, GREY, Plot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -51,7 +50,8 @@ def export(figure: Any, path: str | Path, table: pd.DataFrame | None = None, wid
     drawn = draw(figure, width)
     about = {} if path.suffix == ".png" else {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
     kind = path.suffix.removeprefix(".")
-    write(path, lambda file: drawn.savefig(file, format=kind, dpi=_DPI, bbox_inches="tight", metadata=about))
+    with plt.rc_context(_STYLE):
+        write(path, lambda file: drawn.savefig(file, format=kind, dpi=_DPI, bbox_inches="tight", metadata=about))
     plt.close(drawn)
     table = table if table is not None else getattr(figure, "_table", None)
     if table is not None and len(table):
@@ -118,8 +118,8 @@ def _scatter(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], belo
     for letter in "xy":
         error = trace.get(f"error_{letter}")
         if error:
-            reach = _reach(error)
-            axis.errorbar(x, y, **{f"{letter}err": reach}, fmt="none", ecolor=_shade(plain), elinewidth=0.7, capsize=1.5)
+            reach: dict[str, Any] = {f"{letter}err": _reach(error)}
+            axis.errorbar(x, y, **reach, fmt="none", ecolor=_shade(plain), elinewidth=0.7, capsize=1.5)
     if "markers" in mode:
         _dots(axis, x, y, marker, label)
 
@@ -130,7 +130,9 @@ def _dots(axis: plt.Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], 
     coloured = not isinstance(shade, str) and shade is not None
     for each in dict.fromkeys(symbols):
         of = symbols == each
-        shown = {"c": _values(shade)[of], "cmap": _map(marker.get("colorscale"))} if coloured else {"color": _shade(shade or GREY)}
+        shown: dict[str, Any] = (
+            {"c": _values(shade)[of], "cmap": _map(marker.get("colorscale"))} if coloured else {"color": _shade(shade or GREY)}
+        )
         if str(each).endswith("open"):
             shown = {"facecolors": "none", "edgecolors": _shade(shade)}
         size = np.broadcast_to(sizes, x.shape)[of]
@@ -161,7 +163,7 @@ def _boxes(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below:
     columns = {own: _values(trace[name]) for own, name in keys.items()}
     found = [{own: values[row] for own, values in columns.items()} | {"fliers": []} for row in range(len(columns["med"]))]
     style = {"color": (trace.get("line") or {}).get("color", GREY), "linewidth": 0.8}
-    parts = {f"{part}props": style for part in ("box", "whisker", "cap", "median")}
+    parts: dict[str, Any] = {f"{part}props": style for part in ("box", "whisker", "cap", "median")}
     axis.bxp(
         found, positions=_values(trace["y"]), orientation="horizontal", widths=0.6, showfliers=False, manage_ticks=False, **parts
     )
@@ -189,7 +191,7 @@ def _heatmap(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], belo
 
 
 def _axis(axis: plt.Axes, letter: str, about: dict[str, Any]) -> None:
-    both = {
+    both: dict[str, Any] = {
         "x": (axis.set_xlabel, axis.set_xticks, axis.set_xlim, axis.set_xscale),
         "y": (axis.set_ylabel, axis.set_yticks, axis.set_ylim, axis.set_yscale),
     }
@@ -200,7 +202,9 @@ def _axis(axis: plt.Axes, letter: str, about: dict[str, Any]) -> None:
     if about.get("range") is not None and about.get("type") != "log":
         limits(*about["range"])
     if about.get("tickvals") is not None:
-        turned = {"rotation": 45, "ha": "right"} if letter == "x" and (about.get("tickangle") or len(about["tickvals"]) > 8) else {}
+        turned: dict[str, Any] = (
+            {"rotation": 45, "ha": "right"} if letter == "x" and (about.get("tickangle") or len(about["tickvals"]) > 8) else {}
+        )
         ticks(list(about["tickvals"]), [_plain(word) for word in about.get("ticktext", about["tickvals"])], fontsize=6, **turned)
         if about.get("type") == "log":
             axis.minorticks_off()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Okabe & Ito, Color Universal Design (2008), without yellow, which is too light on white
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a8088")
 GREY = "#9aa2ad"
+FORMATS = ("png", "svg", "pdf")  # of a figure for a paper
 SEQUENTIAL = "Cividis"  # Nunez, Anderton & Renslow 2018: read alike with and without colour-blindness
 DIVERGING = "RdBu_r"
 _AXIS = {"automargin": True, "gridcolor": "rgba(128,136,148,0.25)", "zerolinecolor": "rgba(128,136,148,0.5)"}
@@ -25,7 +26,7 @@ _TEMPLATE = {
         "plot_bgcolor": "rgba(0,0,0,0)",
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+        "margin": {"l": 60, "r": 20, "t": 14, "b": 50},
         "hovermode": "closest",
     }
 }

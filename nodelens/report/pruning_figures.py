@@ -34,12 +34,14 @@ def curves(sweep: pd.DataFrame) -> Plot:
     best = [str(name) for name in best_first(by.max() if measure == "accuracy" else by.min(), measure).index]
     ways = list(dict.fromkeys(key[1:] for key in order.index))
     dense = float(sweep[f"dense_{measure}"].iloc[0])
+    top = _top([dense, *found["mean"]])
     traces: list[dict[str, Any]] = []
     of: list[int] = []
     for place, way in enumerate(ways):
         for k, criterion in enumerate(best):
             if (criterion, *way) in order.index:
-                drawn = _curve(found.loc[(criterion, *way)], dense, criterion, k)
+                drawn = _curve(found.loc[(criterion, *way)], dense, criterion, k, top)
+                drawn[0] |= {"opacity": 1.0 if len(best) <= _CLEAR else 0.3}  # bands of many criteria cover each other
                 traces += [{**trace, "visible": place == 0} for trace in drawn]
                 of += [place] * len(drawn)
     labels = [", ".join(f"{name} {value}" for name, value in zip(KEY[1:], way, strict=True)) for way in ways]
@@ -53,23 +55,34 @@ def curves(sweep: pd.DataFrame) -> Plot:
     return Plot("curves", "What each criterion costs", _CURVES, figure, found.reset_index())
 
 
-def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int) -> list[dict[str, Any]]:
-    """The band and the line of one criterion, from the dense model on; values that are not finite leave a gap."""
+def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float) -> list[dict[str, Any]]:
+    """The band and the line of one criterion, from the dense model on; values that are not finite are crosses at the top."""
     curve = curve.sort_values("saved")
     x, mean = np.concatenate([[0.0], curve["saved"]]), np.concatenate([[dense], curve["mean"]])
     spread = np.nan_to_num(np.concatenate([[0.0], curve["std"].fillna(0)]))
     mean = np.where(np.isfinite(mean), mean, np.nan)
     known = np.isfinite(mean)
     shade = GREY if criterion == "random" else colour(k)
-    style = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
+    style: dict[str, Any] = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
     amounts = [
         "dense",
         *(f"amount {amount:g}, {seeds:.0f} seeds" for amount, seeds in zip(curve.index, curve["seeds"], strict=True)),
     ]
-    hover = {"text": amounts, "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.3f}<extra>%{fullData.name}</extra>"}
-    group = {"legendgroup": text(criterion)}
+    hover: dict[str, Any] = {"text": amounts, "hovertemplate": "%{text}<br>%{y:.4g} at %{x:.3f}<extra>%{fullData.name}</extra>"}
+    group: dict[str, Any] = {"legendgroup": text(criterion)}
     filled = band(x[known], (mean - spread)[known], (mean + spread)[known], shade=shade, showlegend=False, **group)
-    return [filled, line(x, mean, criterion, k, line=style, marker={"color": shade, "size": 5}, **hover, **group)]
+    drawn = [filled, line(x, mean, criterion, k, line=style, marker={"color": shade, "size": 5}, **hover, **group)]
+    if known.all():
+        return drawn
+    cross: dict[str, Any] = {"symbol": "x", "size": 9, "color": shade}
+    words: dict[str, Any] = {"hovertemplate": "infinite or not a number<extra>%{fullData.name}</extra>", "showlegend": False}
+    return [*drawn, dots(x[~known], np.full((~known).sum(), top), criterion, marker=cross, **words, **group)]
+
+
+def _top(values: list[float]) -> float:
+    """Where crosses are: a little above the largest finite value."""
+    finite = [value for value in values if np.isfinite(value)]
+    return 1.1 * max(finite) if finite else 1.0
 
 
 def pareto(sweep: pd.DataFrame) -> Plot | None:
@@ -89,16 +102,16 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
         cells = dots(cost, done[measure], "cells", marker={"color": shade, "size": 6, "opacity": 0.6}, text=hover, customdata=hover)
         cells["hovertemplate"] = f"%{{text}}<br>%{{x:.4g}}, {measure} %{{y:.4g}}<extra></extra>"
         cells["type"] = "scattergl" if len(done) > 2000 else "scatter"
-        style = {"color": COLOURS[1], "width": 2, "shape": "hv"}
+        style: dict[str, Any] = {"color": COLOURS[1], "width": 2, "shape": "hv"}
         best = line(cost[front], done[measure].to_numpy(float)[front], "Pareto front", line=style, text=[hover[i] for i in front])
         best |= {"customdata": [hover[i] for i in front], "hovertemplate": cells["hovertemplate"]}
         dense = dots([float(done[f"dense_{name}"].iloc[0])], [float(done[f"dense_{measure}"].iloc[0])], "dense model", marker=_STAR)
         traces += [{**trace, "visible": k == 0} for trace in (cells, best, dense)]
         shown.append([k * 3 <= each < k * 3 + 3 for each in range(3 * len(costs))])
         fronts.append(done.loc[front, ["name", name, measure]].rename(columns={name: "cost"}).assign(of=name))
-    words = list(costs.values())
-    menus = [menu(words, shown, [{"xaxis.title.text": each} for each in words]) | {"name": "cost"}] if len(costs) > 1 else []
-    axes = {"xaxis": {"title": {"text": words[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
+    labels = list(costs.values())
+    menus = [menu(labels, shown, [{"xaxis.title.text": each} for each in labels]) | {"name": "cost"}] if len(costs) > 1 else []
+    axes = {"xaxis": {"title": {"text": labels[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
     table = pd.concat(fronts, ignore_index=True)
     return Plot("pareto", f"The best {measure} for each cost", _PARETO, figure_of(traces, 460, **axes, updatemenus=menus), table)
 
@@ -143,7 +156,10 @@ def recovery(sweep: pd.DataFrame) -> Iterator[Plot]:
         return
     traces = []
     for k, (criterion, rows) in enumerate(known.groupby("criterion", sort=False)):
-        hover = {"text": [text(name) for name in rows["name"]], "hovertemplate": "%{text}<br>%{x:.4g} to %{y:.4g}<extra></extra>"}
+        hover: dict[str, Any] = {
+            "text": [text(name) for name in rows["name"]],
+            "hovertemplate": "%{text}<br>%{x:.4g} to %{y:.4g}<extra></extra>",
+        }
         traces.append(dots(rows[before], rows[after], str(criterion), k, **hover))
     low, high = (float(known[[before, after]].to_numpy(float).min()), float(known[[before, after]].to_numpy(float).max()))
     equal = {
@@ -176,11 +192,13 @@ def _cost_words(name: str) -> str:
     return _COSTS.get(name) or f"latency, ms ({name.removeprefix('latency_').removesuffix('_ms')})"
 
 
+_CLEAR = 8  # criteria whose bands can be told apart
 _RANKED = 60  # combinations in the ranking
 _STAR = {"symbol": "star", "size": 13, "color": COLOURS[4], "line": {"width": 1, "color": GREY}}
 _CURVES = (
     "Test accuracy (language models: perplexity) against the share of multiply-accumulates (MACs) removed. Bands are one standard "
-    "deviation over seeds; the dotted line is the dense network. A perplexity that is infinite or not a number leaves a gap."
+    "deviation over seeds; the dotted line is the dense network. A cross at the top stands for a value that is infinite or not a "
+    "number."
 )
 _PARETO = (
     "Each dot is a cell of the sweep, coloured by criterion; on the line are those that no cheaper cell equals. Choose a dot to "

@@ -17,6 +17,7 @@ from .headline import command_of, definitions, definitions_of, head
 from .pruning_figures import latencies, plots_of_sweep
 from .unit_data import explorer
 
+_OF_CELL = {"criterion", "allocation", "compensate", "mode", "amounts", "seeds", "save", "hydra.run.dir", "report.plotly"}
 _MOST = 4_000_000  # shares of cells and groups that the page offers
 _SHOWN = [
     "criterion",
@@ -43,7 +44,8 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
     with reading(folder / "sweep.parquet") as path:
         sweep = pd.read_parquet(path)
     document = Document(folder / "report.html", plotly, figures)
-    parts = section("Sweep", [*map(document.plot, plots_of_sweep(sweep)), _means(document, sweep)])
+    means = f"<h3>Means over seeds by amount</h3>{document.table(means_by_amount(sweep), 'means')}"
+    parts = section("Sweep", [*map(document.plot, plots_of_sweep(sweep)), means])
     parts += section("Cells", [_cells(document, folder, sweep, result)])
     parts += section("Pruning groups", [document.table(result.layers, "groups")])
     frozen = result.metadata.get("frozen") or []
@@ -56,19 +58,18 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
     return document.write([*head(folder, result), contents(parts), *parts], f"nodelens: {folder.name}")
 
 
-def _means(document: Document, sweep: pd.DataFrame) -> str:
-    """Means over seeds by combination (rows) and requested amount."""
+def means_by_amount(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds by combination (rows) and requested amount, with the area under the curve."""
     area = areas(sweep)
     means = curves(sweep)["mean"].unstack("amount").loc[area.index]
-    frame = area[["area"]].join(means.rename(columns=lambda amount: f"{amount:g}"))
-    return f"<h3>Means over seeds by amount</h3>{document.table(frame, 'means')}"
+    return area[["area"]].join(means.rename(columns=lambda amount: f"{amount:g}"))
 
 
 def _cells(document: Document, folder: Path, sweep: pd.DataFrame, result: Result) -> str:
     """The cells as a table, in which one is chosen: its command, and the share of units that it keeps in each group."""
     shown = [c for c in (*_SHOWN, *latencies(sweep), "error") if c in sweep and sweep[c].notna().any()]
     kept = kept_shares(folder, sweep, result.layers["units"]) if len(sweep) * len(result.layers) <= _MOST else None
-    document.embed("cells", {"table": block(sweep.set_index("name")[shown]), "command": command_of(folder, "prune")})
+    document.embed("cells", {"table": block(sweep.set_index("name")[shown]), "command": command_of(folder, "prune", _OF_CELL)})
     if kept is not None and len(kept.columns):
         document.embed("kept", block(kept.rename_axis("name")))
     having = " data-kept" if kept is not None and len(kept.columns) else ""

@@ -32,7 +32,10 @@ def against_settings(
     """
     values, settings = list(values)[:_METRICS], list(settings)[:_SETTINGS]
     names = spread(list(dict.fromkeys(frame[lines])), _LAYERS) if lines else [""]
-    traces, rows, labels, layouts, shown = [], [], [], [], []
+    traces: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    labels: list[str] = []
+    layouts, shown = [], []
     for value in values:
         for setting in settings:
             first = len(traces)

@@ -55,7 +55,7 @@ def ablation(result: SupernodesResult, score: str = "loss_proxy") -> Any:
         rows = table.loc[[layer]]
         marker = {"color": shade(k, len(layers)), "size": 5, "symbol": np.where(rows["change"] > 0, "circle", "circle-open")}
         units = [f"{text(layer)} {unit}" for unit in rows.index.get_level_values("unit")]
-        hover = {"text": units, "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>"}
+        hover: dict[str, Any] = {"text": units, "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>"}
         traces.append(dots(rows[score], rows["change"].abs(), layer, marker=marker, **hover))
     error = table["change_se"].median()
     lines = [at(error, "y")] if pd.notna(error) and error > 0 else []
@@ -72,7 +72,7 @@ def agreement(result: SupernodesResult) -> Any:
     own = table[~table["layer"].isin([MEAN, POOLED])]
     where = {score: k for k, score in enumerate(mean.index)}
     single = {"color": GREY, "size": 5}
-    hover = {"text": [text(layer) for layer in own["layer"]], "hovertemplate": "%{text}<br>%{x:.3f}<extra></extra>"}
+    hover: dict[str, Any] = {"text": [text(layer) for layer in own["layer"]], "hovertemplate": "%{text}<br>%{x:.3f}<extra></extra>"}
     traces = [dots(own["spearman"], own["score"].map(where), "single layers", marker=single, **hover)]
     traces.append(dots(mean["spearman"], np.arange(len(mean)), "mean over layers", error=mean["spearman_se"], marker={"size": 8}))
     axis = {"title": {"text": "Spearman correlation with the change of the loss"}}
@@ -88,7 +88,7 @@ def hits(result: SupernodesResult) -> Any:
         rows = table[table["score"] == score]
         traces.append(line(100 * rows["budget"], rows["hits"], score, k))
     chance = table.drop_duplicates("budget")
-    style = {"color": GREY, "dash": "dash", "width": 1.5}
+    style: dict[str, Any] = {"color": GREY, "dash": "dash", "width": 1.5}
     traces.append(line(100 * chance["budget"], chance["chance"], "chance", mode="lines", line=style))
     ticks = sorted(100 * chance["budget"])
     axis = {"type": "log", "title": {"text": "budget, % of the units"}, "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}

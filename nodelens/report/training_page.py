@@ -73,7 +73,7 @@ def progress(history: pd.DataFrame) -> Plot:
 def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     """The mean of each metric over the units of each layer, by epoch, with the quartiles of the units."""
     epochs = list(tables)
-    names = [name for name in values_of(tables[epochs[0]]) if all(name in table for table in tables.values())]
+    names = _common(tables)
     parts = {epoch: table[names].groupby(level="layer", sort=False) for epoch, table in tables.items()}
     kinds = {
         how: pd.concat({epoch: _of(by, how) for epoch, by in parts.items()}, names=["epoch"]) for how in ("mean", "low", "high")
@@ -99,6 +99,11 @@ def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     )
 
 
+def _common(tables: Mapping[int, pd.DataFrame]) -> list[str]:
+    """The metrics that every epoch has."""
+    return [name for name in values_of(next(iter(tables.values()))) if all(name in table for table in tables.values())]
+
+
 def _of(by: Any, how: str) -> pd.DataFrame:
     return by.mean() if how == "mean" else by.quantile(0.25 if how == "low" else 0.75)
 
@@ -106,7 +111,9 @@ def _of(by: Any, how: str) -> pd.DataFrame:
 def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
     """The part of a page in which a metric and a layer are chosen: every unit over the epochs."""
     first = next(iter(tables.values()))
-    names = [name for name in values_of(first) if all(name in table for table in tables.values())]
+    names = _common(tables)
+    if not names:
+        return ""
     if len(first) * len(names) * len(tables) > _VALUES:
         return "<p>The units are too many for a page: nl.score_trends reads the tables of the epochs.</p>"
     for k, name in enumerate(names):
@@ -124,7 +131,7 @@ def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
 
 def _stability(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     """How early the ranks of units are those of the last epoch."""
-    if len(tables) < 2:
+    if len(tables) < 2 or not _common(tables):
         return []
     ranks = score_trends(folder)["ranks"]
     means = ranks.groupby(["metric", "epoch"], sort=False)[["with_last", "top_overlap"]].mean().reset_index()

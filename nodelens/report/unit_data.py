@@ -38,7 +38,8 @@ def explorer(document: Document, result: Result, definitions: Mapping[str, str])
     if sampled:
         document.embed("units-sample", block(sample(table, SAMPLE)))
     return (
-        "<div data-widget='units' class='units'><div class='menus'></div><div class='definitions'></div>"
+        "<div data-widget='units' class='units'><h3>Any metric against any other</h3>"
+        "<div class='menus'></div><div class='definitions'></div>"
         "<div class='canvas' style='min-height:520px' role='img' tabindex='0' aria-label='Scatter of two metrics'></div>"
         "<p class='soft'>Select points with the box or the lasso to list them below. A double click lists all again.</p>"
         "<h3>Table of units</h3><div class='rows'></div></div>"

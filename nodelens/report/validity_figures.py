@@ -34,7 +34,10 @@ def ranking(found: Findings) -> Any:
     where = {metric: k for k, metric in enumerate(table.index)}
     layers = found["agreement"]
     layers = layers[~layers["layer"].isin([POOLED, MEAN]) & layers["metric"].isin(table.index)]
-    hover = {"text": [text(layer) for layer in layers["layer"]], "hovertemplate": "%{text}<br>%{x:.3f}<extra></extra>"}
+    hover: dict[str, Any] = {
+        "text": [text(layer) for layer in layers["layer"]],
+        "hovertemplate": "%{text}<br>%{x:.3f}<extra></extra>",
+    }
     single = dots(layers["spearman"], layers["metric"].map(where), "single layers", marker={"color": GREY, "size": 5}, **hover)
     mean = dots(table["spearman"], np.arange(len(table)), "all units, 95 %", marker={"size": 7})
     low, high = ((table["spearman"] - table[side]).abs().fillna(0) for side in ("low", "high"))

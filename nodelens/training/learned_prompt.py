@@ -63,9 +63,9 @@ class LearnedPrompt(Analysis):
         check_ahead("learned_prompt", self.ahead, self.ks)
         counts = {"length": self.length, "epochs": self.epochs, "k": self.k, "generate": self.generate}
         counts |= {} if self.states is None else {"states": self.states}
-        small = next((name for name, value in counts.items() if value < 1), None)
+        small = next((name for name, value in counts.items() if not isinstance(value, int) or value < 1), None)
         if small is not None:
-            raise ValueError(f"learned_prompt: {small} is {counts[small]}; it is 1 or more")
+            raise ValueError(f"learned_prompt: {small} is {counts[small]!r}; it is a number, 1 or more")
         if self.lr <= 0:
             raise ValueError(f"learned_prompt: lr is {self.lr}; it is positive")
 

@@ -4,7 +4,7 @@ import io
 import json
 import math
 
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from command import command
@@ -13,8 +13,9 @@ from rich.console import Console
 from nodelens.app.tasks.common import format_score, main_score
 from nodelens.app.tasks.show_pruning import show_sweep
 from nodelens.pruning.sweep.ranking import areas, curves
-from nodelens.report import figures
-from nodelens.report.page import _score, _sweep_table
+from nodelens.report import pruning_figures
+from nodelens.report.headline import scores
+from nodelens.report.pruning_page import means_by_amount
 from nodelens.results.files import read_json, write_json
 from nodelens.training.finetune import _rank
 
@@ -49,8 +50,9 @@ def test_scores_in_words(value):
     assert format_score({"accuracy": 0.5, "loss": value, **about}) == f"accuracy 50.00 % (loss {shown}) on 3 samples"
     text = {"accuracy": 0.5, "loss": value, "perplexity": value, "tokens": 7, **about}
     assert format_score(text).startswith(f"perplexity {shown} ({shown} nats per token)")
-    assert _score({"loss": value, **about}) == f"loss {shown} on 3 samples of the split test"
-    assert _score(text).startswith(f"perplexity {shown}, next-token accuracy 50.00 %")
+    on = "3 samples of the split test"
+    assert scores({"loss": value, **about}) == {f"loss, {on}": shown}
+    assert scores(text) == {f"next-token accuracy, {on}": "50.00 %", f"perplexity, {on}": shown}
     assert main_score({"accuracy": 0.5, "loss": value}) == 0.5
     assert str(main_score({"loss": value})) == {"nan": "nan", "inf": "-inf"}[shown]
 
@@ -94,9 +96,9 @@ def test_a_criterion_that_diverges_is_the_worst_and_not_infeasible():
     printed = shown(table)
     assert printed.count("infeasible") == 2, "one cell of the table, and the line with its reason"
     assert {"inf", "nan"} <= set(printed.replace("│", " ").split())
-    page = _sweep_table(table)
-    assert ">inf<" in page
-    assert ">NaN<" in page
+    means = means_by_amount(table).to_numpy()
+    assert np.isinf(means).sum() == 1
+    assert np.isnan(means).sum() == 3, "a mean of which a seed is not a number, its area, and a cell that is infeasible"
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -114,16 +116,10 @@ def test_a_value_that_is_not_finite_makes_the_area_so(at, value):
     [sweep(a=[[6], [math.inf]], b=[[math.nan], [7]]), sweep(a=[[math.inf], [math.nan]]).assign(dense_perplexity=math.inf)],
     ids=["some", "all"],
 )
-def test_the_curves_are_drawn_with_a_cross(table, monkeypatch):
-    crosses, plot = [], plt.Axes.plot
-
-    def noted(axis, x, y, *rest, **more):
-        crosses.extend(x if "x" in rest else ())
-        return plot(axis, x, y, *rest, **more)
-
-    monkeypatch.setattr(plt.Axes, "plot", noted)
-    assert figures.curves(table).startswith(b"\x89PNG")
-    assert len(crosses) == (2 if table["dense_perplexity"].iloc[0] == 5 else 3), "the dense model is a point, too"
+def test_the_curves_are_drawn_with_a_cross(table):
+    figure = pruning_figures.curves(table).figure
+    crosses = sum(len(trace.x) for trace in figure.data if trace.marker.symbol == "x")
+    assert crosses == (2 if table["dense_perplexity"].iloc[0] == 5 else 3), "the dense model is a point, too"
 
 
 def test_finetuning_prefers_a_loss_that_is_a_number():

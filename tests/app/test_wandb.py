@@ -169,6 +169,7 @@ def test_the_three_tasks_log_media_artifacts_and_where_weights_are_from(quiet_ho
     path, rows = run_of(quiet_home / "trained")
     trained = wandb_run.about(path)["id"]
     assert {row["epoch"] for row in rows if "histograms/fc1/rq._type" in str(row) or "histograms/fc1/rq" in row} == {0, 1}
+    assert wandb_run.steps(path)["units/*"] == "epoch"
     made = wandb_run.artifacts(path)
     assert made[f"checkpoint-{trained}"] == {"type": "model", "aliases": ["best", "latest"], "files": ["best.ckpt"]}
     assert "units_001.parquet" in made[f"results-{trained}"]["files"]
@@ -193,6 +194,7 @@ def test_the_three_tasks_log_media_artifacts_and_where_weights_are_from(quiet_ho
     path, rows = run_of(quiet_home / "cut")
     made = wandb_run.artifacts(path)
     (pruned,) = [name for name in made if name.startswith("pruned-")]
+    assert wandb_run.steps(path)["prune/*"] == "prune/amount"
     assert made[pruned]["aliases"] == ["latest", "pruned"]
     assert {"model.safetensors", "plan.json", "README.md"} <= {*made[pruned]["files"]}
     assert wandb_run.later(path, "config")["checkpoint_artifact"] == origin

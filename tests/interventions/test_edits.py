@@ -445,3 +445,20 @@ def test_units_of_experts_in_shared_tensors_are_edited_as_groups():
     whole = groups.opt_in[0]
     with pytest.raises(ValueError, match="its units are whole experts, which are edited by their router"):
         logits(model, ids, nl.Edit(whole.name, "zero", units=[0]), groups=[*groups, whole])
+
+
+def test_what_is_no_edit_is_named():
+    net = nn.Linear(2, 2).eval()
+    for given in (None, [None], ["fc1"], 3):
+        with pytest.raises(TypeError, match=r"nl.edit takes edits, such as nl.Edit\('fc1', 'zero'\), and not"), nl.edit(net, given):
+            pass
+    with pytest.raises(TypeError, match=r"nl.edit takes pruning groups as groups="), nl.edit(net, [], groups=["fc1"]):
+        pass
+    with pytest.raises(ValueError, match=r"an edit is stored as a dictionary of its fields, and not as NoneType"):
+        nl.Edit.from_dict(None)
+    with pytest.raises(ValueError, match=r"value has complex numbers, complex64: activations are real"):
+        nl.Edit("fc1", "set", value=torch.zeros(2, dtype=torch.complex64))
+    outer = nn.Sequential(net).eval()
+    where, message = {"a": 1}, r"positions is \{'a': 1\}; it takes an index, a list of indices, or an expression"
+    with pytest.raises(ValueError, match=message), nl.edit(outer, nl.Edit("0", "zero", positions=where)):
+        outer(torch.ones(1, 2))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from ids import label
+from lens_models import llama
 from nets import Mixed, build, generator
 from torch import nn
 from torch.testing import assert_close
@@ -206,3 +207,12 @@ def test_mistakes_are_named(mlp, x, call, words):
     with pytest.raises(ValueError, match=words):
         call(mlp, x)
     assert hooks(mlp) == 0
+
+
+def test_contexts_of_another_width_or_none_are_named():
+    wrapper = nl.ModelWrapper(llama())
+    with pytest.raises(TypeError, match=r"run takes a RepresentationContext, which says what to run, and not NoneType"):
+        wrapper.run(None)
+    for prompt in (torch.zeros(1, 4, 40), torch.zeros(1, 4, 48, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"a soft prompt has width \d+ and float\d+, the embeddings of"):
+            wrapper.run(nl.RepresentationContext(prompt, "tiny", "all", "all"))

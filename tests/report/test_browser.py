@@ -14,7 +14,6 @@ from nodelens.results.result import Result
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install nodelens[dev]")
 WIDTHS = (1400, 390)
-_FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def browser():
     if program is None:
         pytest.skip("no Chromium is installed: apt install chromium")
     with sync_api.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=_FLAGS)
+        opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield opened
         opened.close()
 
@@ -53,18 +52,17 @@ class Shown:
         return self.said + self.page.evaluate("nodelens.failed")
 
 
-@pytest.fixture
-def show(browser):
-    """Opens a page; closes it at the end of the test."""
-    opened = []
+@pytest.fixture(scope="module")
+def show(browser, pages):
+    """Opens a page of a kind, once for all tests: opening takes longer than what they do with it."""
+    opened = {}
 
-    def opening(file, width=1400, **options):
-        opened.append(Shown(browser, file, width, **options))
-        return opened[-1]
+    def opening(kind, width=1400):
+        if (kind, width) not in opened:
+            opened[kind, width] = Shown(browser, pages[kind], width)
+        return opened[kind, width]
 
-    yield opening
-    for each in opened:
-        each.page.close()
+    return opening
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def pages(tmp_path_factory):
     for seed in range(3):
         result = hostile_result()
         result.metadata["config"] |= {"seed": seed, "model": {"net": {"dropout": seed // 2}}}
-        result.units["rq"] += np.random.default_rng(seed).normal(size=len(result.units))
+        result.units["rq"] += seed * np.random.default_rng(seed).normal(size=len(result.units))
         result.save(runs / f"run{seed}")
     return {
         "run": write_page(runs / "run0"),
@@ -146,16 +144,16 @@ def training(folder):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", ["run", "pruning", "training", "runs"])
-def test_every_plot_is_drawn_and_nothing_complains(kind, width, pages, show):
-    assert show(pages[kind], width).all_drawn() == []
+def test_every_plot_is_drawn_and_nothing_complains(kind, width, show):
+    assert show(kind, width).all_drawn() == []
 
 
-def test_the_scatter_shows_what_is_chosen(pages, show):
-    page = show(pages["run"]).page
+def test_the_scatter_shows_what_is_chosen(show):
+    page = show("run").page
     page.locator("[data-widget=units]").scroll_into_view_if_needed()
     page.wait_for_selector("[data-widget=units][data-drawn]")
-    page.get_by_label("horizontal").select_option("taylor")
-    page.get_by_label("vertical").select_option("synergy")
+    page.get_by_label("horizontal", exact=True).select_option("taylor")
+    page.get_by_label("vertical", exact=True).select_option("synergy")
     page.get_by_label("layer", exact=True).select_option(NAMES[0])
     page.wait_for_selector(f"[data-drawn={css('taylor synergy ' + NAMES[0])}]")
     found = page.evaluate(
@@ -168,10 +166,12 @@ def test_the_scatter_shows_what_is_chosen(pages, show):
     assert "40 units" in page.locator(".units .canvas").get_attribute("aria-label")
 
 
-def test_the_table_is_filtered_sorted_and_saved(pages, show):
-    page = show(pages["run"]).page
+def test_the_table_is_filtered_sorted_and_saved(show):
+    page = show("run").page
     page.locator("[data-widget=units]").scroll_into_view_if_needed()
     page.wait_for_selector(".units .rows td")
+    page.get_by_label("layer", exact=True).select_option(label="all layers")
+    page.wait_for_selector("[data-widget=units][data-drawn$=' ']")
     rows = page.locator(".units .rows")
     rows.get_by_role("searchbox").fill("=cmd() rq>0.5")
     units = hostile_result().units.loc["=cmd()"]
@@ -188,8 +188,8 @@ def test_the_table_is_filtered_sorted_and_saved(pages, show):
     assert text.splitlines()[1].startswith("'=cmd(),")
 
 
-def test_a_heatmap_has_tokens_in_its_cells_and_the_table_behind_it(pages, show):
-    page = show(pages["run"]).page
+def test_a_heatmap_has_tokens_in_its_cells_and_the_table_behind_it(show):
+    page = show("run").page
     figure = page.locator("figure[data-name='lens-tokens-0']")
     figure.scroll_into_view_if_needed()
     page.wait_for_selector("figure[data-name='lens-tokens-0'][data-drawn]")
@@ -199,20 +199,20 @@ def test_a_heatmap_has_tokens_in_its_cells_and_the_table_behind_it(pages, show):
     assert "<script>alert(1)</script>" in figure.locator("td").all_inner_texts()
 
 
-def test_the_pointer_shows_the_name_of_a_layer(pages, show):
-    page = show(pages["run"]).page
+def test_the_pointer_shows_the_name_of_a_layer(show):
+    page = show("run").page
     page.wait_for_selector("figure[data-name=overview][data-drawn]")
     page.locator("figure[data-name=overview] .canvas .nsewdrag").first.hover()
     page.wait_for_selector("figure[data-name=overview] .hovertext")
     assert "rank" in page.locator("figure[data-name=overview] .hovertext").first.text_content()
 
 
-def test_a_menu_and_the_keys_change_a_plot(pages, show):
-    page = show(pages["run"]).page
+def test_a_menu_and_the_keys_change_a_plot(show):
+    page = show("run").page
     figure = page.locator("figure[data-name=units]")
     figure.scroll_into_view_if_needed()
     page.wait_for_selector("figure[data-name=units][data-drawn]")
-    figure.get_by_label("metric").select_option(label="taylor")
+    figure.get_by_label("metric", exact=True).select_option(label="taylor")
     visible = (
         "document.querySelector('figure[data-name=units] .canvas').data.filter((trace) => trace.visible).map((trace) => trace.name)"
     )
@@ -224,8 +224,8 @@ def test_a_menu_and_the_keys_change_a_plot(pages, show):
     page.wait_for_function(f"{edge} > {before}")
 
 
-def test_a_cell_of_a_sweep_shows_its_command_and_what_it_keeps(pages, show):
-    page = show(pages["pruning"]).page
+def test_a_cell_of_a_sweep_shows_its_command_and_what_it_keeps(show):
+    page = show("pruning").page
     cells = page.locator("[data-widget=cells]")
     cells.scroll_into_view_if_needed()
     cells.get_by_role("button", name="taylor-uniform-none-low-0.5-1").click()
@@ -235,23 +235,25 @@ def test_a_cell_of_a_sweep_shows_its_command_and_what_it_keeps(pages, show):
     assert page.evaluate("[...document.querySelector('[data-widget=cells] .canvas').data[0].x]") == [0.5, 1]
 
 
-def test_two_runs_are_compared_unit_by_unit(pages, show):
-    page = show(pages["runs"]).page
+def test_two_runs_are_compared_unit_by_unit(show):
+    page = show("runs").page
     widget = page.locator("[data-widget=differences]")
     widget.scroll_into_view_if_needed()
     page.wait_for_selector("[data-widget=differences][data-drawn]")
-    widget.get_by_label("second run").select_option(label="run2")
+    widget.get_by_label("second run", exact=True).select_option(label="run2")
     page.wait_for_function("document.querySelector('[data-widget=differences] td')")
     sizes = [abs(float(cell)) for cell in widget.locator("tbody td:nth-child(6)").all_inner_texts()]
     assert sizes == sorted(sizes, reverse=True)
     assert "240" in widget.locator(".rows .soft").inner_text()
 
 
-def test_dark_pages_have_bright_letters(pages, show):
-    page = show(pages["run"], color_scheme="dark").page
+def test_dark_pages_have_bright_letters(show):
+    page = show("run").page
     page.wait_for_selector("figure[data-name=overview][data-drawn]")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.querySelector('figure[data-name=overview] .canvas')._fullLayout.font.color === '#e6e8eb'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
-    assert page.evaluate("document.querySelector('figure[data-name=overview] .canvas')._fullLayout.font.color") == "#e6e8eb"
+    page.emulate_media(color_scheme="light")
 
 
 def css(words):

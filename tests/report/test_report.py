@@ -91,7 +91,8 @@ def test_the_page_is_made_of_the_saved_files_alone(run):
 def test_a_page_that_was_lost_comes_back(run):
     before = (run / "report.html").read_text()
     (run / "report.html").unlink()
-    assert command("analyze", f"hydra.run.dir={run}", "model=cnn", "dataset.calibration=64", "logger=none").code == 0
+    words = ("model=cnn", "dataset.calibration=64", "logger=none", "report.figures=[svg]")
+    assert command("analyze", f"hydra.run.dir={run}", *words).code == 0
     assert (run / "report.html").read_text() == before
 
 

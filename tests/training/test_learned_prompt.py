@@ -38,7 +38,7 @@ def test_training_lowers_the_kl_and_the_state_matters(found):
     control = found[0]["control"].set_index(["ahead", "layer"])["kl"]
     assert (kl["after"][0] < control[0]).all()
     assert "nats, mean over layers" in found[0].summary()
-    assert [name for name, _, _ in figures_of(found[0])] == ["layers"]
+    assert [plot.name for plot in figures_of(found[0])] == ["lens"]
 
 
 def test_the_last_blocks_state_gives_the_next_token_behind_any_prompt():
@@ -140,7 +140,7 @@ def test_bad_input_is_named(tmp_path, found):
         ValueError, match=r"learned_prompt: ahead is \[-1\] and ks is \[1, 5, 10\]; positions from 0, tokens from 1"
     ):
         LearnedPrompt(ahead=[-1])
-    with pytest.raises(ValueError, match=r"learned_prompt: length is 0; it is 1 or more"):
+    with pytest.raises(ValueError, match=r"learned_prompt: length is 0; it is a number, 1 or more"):
         LearnedPrompt(length=0)
     with pytest.raises(ValueError, match=r"learned_prompt: lr is -1; it is positive"):
         LearnedPrompt(lr=-1)

@@ -100,6 +100,8 @@ def ablate_sets(
 
     sets: {name: units}, units as for ``nl.ablate``; the other arguments are those of ``nl.ablate``. Raises ValueError as it does.
     """
+    if not isinstance(sets, Mapping):
+        raise ValueError(f"sets is {type(sets).__name__}; it is {{name: units}}, such as {{'all': {{'fc1': [0, 1]}}}}")
     setting = Setting.of(model, data, layers, task=task, output=output, loss=loss)
     given = {name: as_mapping(units) for name, units in sets.items()}
     found = setting.damage(list(given.values()), how=how, predictions=predictions, seed=seed)
@@ -196,6 +198,8 @@ class Setting:
         for units in removed:
             for name, ids in units.items():
                 check_units(by_name, name, ids)
+        if predictions is not None and predictions < 1:
+            raise ValueError(f"predictions is {predictions}; it is a number of predictions, 1 or more, or None for all data")
         self._check_how(how, {name for units in removed for name in units})
         lesions = [Lesion.of(by_name, units) for units in removed]
         driver = Driver(self.model, self.objective)

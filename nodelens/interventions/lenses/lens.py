@@ -51,8 +51,8 @@ def lens(
     Source: nostalgebraist 2020, interpreting GPT: the logit lens
     """
     known = TokenModel.checked("nl.lens", model)
-    if not k >= 1:
-        raise ValueError(f"k is {k}: it takes 1 or more, the number of tokens to list")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k is {k!r}: it takes 1 or more, the number of tokens to list")
     tuned = None if translators is None else Translators.load(translators)
     return read_lens(known, read_prompts(prompts, tokenizer), known.blocks(layers), k, tuned)
 

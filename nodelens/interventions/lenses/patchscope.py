@@ -41,6 +41,10 @@ class PatchscopeOptions:
     k: int = 5
     generate: int = 0
 
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.generate < 0:
+            raise ValueError(f"patchscope: k is {self.k} and generate is {self.generate}; k is 1 or more, generate 0 or more")
+
 
 def patchscope_grid(
     model: TokenModel, sources: Iterable[TokenizedPrompt], target: TokenizedPrompt, options: PatchscopeOptions

@@ -37,6 +37,7 @@ class Contrast:
         """By default the answer is the first choice of the clean run, and the wrong token that of the corrupt run, (V,) each."""
         answer = int(clean.argmax()) if pair.answer is None else pair.answer
         other = int(corrupt.argmax()) if pair.wrong is None else pair.wrong
+        check_answers(len(clean), answer, other)
         return cls(answer, None if other == answer else other, clean if into == "corrupt" else corrupt)
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
@@ -55,6 +56,13 @@ class Contrast:
         """The texts of the two tokens."""
         wrong = None if self.wrong is None else token_text(self.wrong, prompt.tokenizer)
         return {"answer": token_text(self.answer, prompt.tokenizer), "wrong": wrong}
+
+
+def check_answers(vocabulary: int, *tokens: int | None) -> None:
+    """Raises ValueError for the id of an answer that no logit has."""
+    wrong = next((token for token in tokens if token is not None and not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ValueError(f"the answer has the token id {wrong}; the model has logits for 0 to {vocabulary - 1}")
 
 
 def read_pairs(clean: Any, corrupt: Any, tokenizer: Any = None, answer: Any = None, wrong: Any = None) -> list[PromptPair]:

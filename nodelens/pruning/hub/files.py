@@ -36,7 +36,7 @@ def hub_files(pruned: Any) -> dict[str, str]:
     files = {"config.json": json.dumps(content, indent=2, sort_keys=True) + "\n"}
     if of_file:
         files[FILE] = modelling_file(model)
-    if model.can_generate():
+    if model.can_generate() and model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string()
     return files
 

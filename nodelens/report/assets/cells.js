@@ -12,7 +12,7 @@
     function command(name) {
       const of = (column) => { const known = found.columns.get(column); return known && nodelens.exact(known, row.get(name)); };
       const more = [`criterion=[${of("criterion")}]`, `allocation=[${of("allocation")}]`, `compensate=${of("compensate")}`, `mode=${of("mode")}`, `amounts=[${of("amount")}]`, `seeds=[${of("seed")}]`];
-      return [about.command || "python prune.py", ...more.filter((words) => !words.includes("undefined")).map(quoted)].join(" ").replace(/ '?hydra\.run\.dir=\S+/, "");
+      return [about.command || "python prune.py", ...more.filter((words) => !words.includes("undefined")).map(quoted)].join(" ");
     }
 
     function choose(name) {

@@ -38,7 +38,7 @@ window.nodelens = (() => {
   }
   function shown(found) {
     if (typeof found !== "number") return found;
-    if (Number.isNaN(found)) return "NaN";
+    if (!Number.isFinite(found)) return Number.isNaN(found) ? "NaN" : found > 0 ? "inf" : "-inf";
     return Number.isInteger(found) && Math.abs(found) < 1e9 ? String(found) : String(Number(found.toPrecision(4)));
   }
   // a spreadsheet takes words that begin like a formula for one
@@ -69,6 +69,7 @@ window.nodelens = (() => {
     const box = element("select");
     for (const [value, text, title] of options) box.append(element("option", { value, textContent: text, title: title || "" }));
     box.value = chosen;
+    box.ariaLabel = label;
     box.addEventListener("change", () => change(box.value));
     return element("label", {}, label, box);
   }

@@ -12,17 +12,21 @@
   }
 
   // on a narrow screen names are cut, and the legend goes below
-  function fit(layout, width) {
+  function fit(layout, width, entries = 0) {
     const narrow = width < 600;
     for (const key of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
       const axis = layout[key];
-      if (axis.ticktext && narrow) axis.ticktext = axis.ticktext.map((words) => (words.length > 14 ? `…${words.replaceAll(/&\w+;/g, "·").slice(-12)}` : words));
+      if (axis.ticktext && narrow) axis.ticktext = axis.ticktext.map((words) => cut(plain(words)));
     }
-    layout.legend = { ...layout.legend, font: { size: 11 }, ...(narrow ? { orientation: "h", y: -0.25, x: 0 } : {}) };
-    if (narrow) layout.margin = { ...layout.margin, l: 40, r: 8, t: 24 };
+    const below = { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom" };
+    layout.legend = { ...layout.legend, font: { size: 11 }, ...(narrow ? below : {}) };
+    if (narrow) layout.margin = { ...layout.margin, l: 40, r: 8 };
     if (narrow && layout.grid && layout.grid.columns > 1) stack(layout);
+    if (narrow && layout.showlegend !== false) layout.height += 20 * Math.ceil(entries / 2);
     return layout;
   }
+
+  const cut = (words) => escaped(words.length > 15 ? `…${words.replace(/^…/, "").slice(-13)}` : words);
 
   // panels side by side become panels one below the other
   function stack(layout) {
@@ -33,9 +37,9 @@
     const first = layout.yaxis.title, last = Object.entries(layout).filter(([name, axis]) => /^xaxis\d*$/.test(name) && axis.title?.text).pop();
     for (const [name, axis] of Object.entries(layout)) {
       if (/^yaxis\d+$/.test(name) && axis.title) axis.title = first;
+      if (/^yaxis\d*$/.test(name) && axis.ticktext) axis.showticklabels = true;
       if (/^xaxis\d*$/.test(name) && last) axis.title = { text: name === `xaxis${count > 1 ? count : ""}` ? last[1].title.text : "" };
     }
-    if (layout.legend) layout.legend.y = -0.04;
   }
 
   async function draw(holder) {
@@ -43,7 +47,10 @@
     const layout = structuredClone(figure.layout), menus = layout.updatemenus || [];
     delete layout.updatemenus;
     delete layout.title;
-    fit(layout, canvas.clientWidth);
+    const entries = new Set(figure.data.filter((trace) => trace.visible !== false && trace.showlegend !== false && trace.name).map((trace) => trace.name)).size;
+    const cells = figure.data.find((trace) => trace.type === "heatmap" && trace.texttemplate && trace.text.length && !layout.grid);
+    if (cells) canvas.style.minWidth = `${Math.min(3200, 130 + 42 * cells.text[0].length)}px`;
+    fit(layout, canvas.clientWidth, entries > 1 ? entries : 0);
     canvas.style.minHeight = `${layout.height}px`;
     await Plotly.newPlot(canvas, figure.data, layout, config);
     await Plotly.relayout(canvas, theme());
@@ -59,7 +66,7 @@
     holder.dataset.drawn = "";
   }
 
-  const plain = (words) => new DOMParser().parseFromString(words, "text/html").documentElement.textContent;
+  const plain = (words) => (/[&<]/.test(words) ? new DOMParser().parseFromString(words, "text/html").documentElement.textContent : words);
   const choose = (canvas, button) => Plotly[button.method](canvas, ...structuredClone(button.args));
 
   function tools(holder) {

@@ -64,7 +64,7 @@
   }
 
   async function units(holder) {
-    const about = await data("units"), [menus, , canvas] = holder.children, titles = about.definitions;
+    const about = await data("units"), menus = holder.querySelector(".menus"), canvas = holder.querySelector(".canvas"), titles = about.definitions;
     const all = await read(about, ALL);
     const state = { x: about.metrics[0], y: about.metrics[1] || about.metrics[0], colour: "layer", layer: ALL };
     const options = (names) => names.map((name) => [name, name, titles[name]]);
@@ -93,7 +93,7 @@
       const shapes = traces(found, state), behind = state.layer === ALL ? [] : [points(all, every(all), state.x, state.y, { name: "other layers", marker: { color: "#9aa2ad", size: 4, opacity: 0.35 }, customdata: null })];
       const layout = fit({ height: 520, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", dragmode: "zoom", margin: { l: 60, r: 20, t: 10, b: 50 },
         font: { family: "system-ui, sans-serif", size: 12, color: theme()["font.color"] }, showlegend: shapes.length + behind.length > 1,
-        xaxis: axis(state.x), yaxis: axis(state.y) }, canvas.clientWidth);
+        xaxis: axis(state.x), yaxis: axis(state.y) }, canvas.clientWidth, shapes.length + behind.length);
       await Plotly.react(canvas, [...behind, ...shapes], layout, { ...config, modeBarButtonsToRemove: ["autoScale2d"] });
       await Plotly.relayout(canvas, theme());
       canvas.setAttribute("aria-label", `${state.y} against ${state.x}, ${found.rows} units`);

@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_said():
         (lambda: nl.ablate(net, [(x[:1], y[:1])], how="resample"), "a batch has 1 sample: give batches of several"),
         (lambda: nl.ablate(net, []), "the data are empty"),
         (lambda: nl.ablate(net, [x]), "the loss needs labels"),
-        (lambda: nl.ablate(net, data, predictions=0), "the evaluation data are empty"),
+        (lambda: nl.ablate(net, data, predictions=0), "predictions is 0; it is a number of predictions"),
         (lambda: nl.ablate(mixtral(), tokens, how="mean"), "experts that share a tensor, which can only be zeroed"),
         (lambda: nl.ablate(mixtral(), tokens, layers="blocks[0].mlp.hidden"), "ablate their pruning groups"),
         (lambda: nl.ablate_sets(net, data, {"s": {"a": [9]}}), "units names unit 9"),
@@ -431,3 +431,10 @@ def test_two_processes_equal_one(tmp_path, how):
         assert found.metadata[name] == pytest.approx(alone.metadata[name], rel=1e-12)
     sets = nl.ablate_sets(llama(), every, {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sets.csv", index_col="set"), sets, rtol=1e-9, atol=1e-12)
+
+
+def test_numbers_of_predictions_and_sets_are_checked():
+    with pytest.raises(ValueError, match=r"predictions is 0; it is a number of predictions, 1 or more, or None for all data"):
+        nl.ablate(llama(), texts([9, 7], 2), sample=1, predictions=0)
+    with pytest.raises(ValueError, match=r"sets is list; it is \{name: units\}, such as"):
+        nl.ablate_sets(llama(), texts([9, 7], 2), [1])

@@ -79,7 +79,7 @@ def test_a_trained_network_names_its_next_tokens():
     assert agreement.iloc[-2] > 0.8
     assert "layer 4 tells best what the model predicts: its first choice at 100%" in found.summary()
     assert hooks(model) == before
-    assert [name for name, png, _ in figures_of(found) if png.startswith(b"\x89PNG")] == ["tokens-0"]
+    assert [plot.name for plot in figures_of(found)] == ["tokens-0"]
 
 
 def test_continuations_are_those_of_single_runs():
@@ -135,3 +135,10 @@ def test_bad_input_is_named(options, message):
         Patchscope(**{"prompts": SOURCE} | options)(llama())
     assert "\n" not in str(error.value)
     assert hooks(llama()) == before
+
+
+def test_numbers_of_tokens_are_checked():
+    with pytest.raises(ValueError, match=r"patchscope: k is 0 and generate is 0; k is 1 or more, generate 0 or more"):
+        Patchscope(k=0)
+    with pytest.raises(ValueError, match=r"patchscope: k is 5 and generate is -1; k is 1 or more, generate 0 or more"):
+        Patchscope(generate=-1)

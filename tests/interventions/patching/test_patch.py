@@ -1,6 +1,7 @@
 """nl.patch: grids of patches between a clean and a corrupt prompt."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lens_models import family, hooks, ids, llama, stories
 
 import nodelens as nl
-from nodelens.analysis.patching.patching import AttributionPatching, Patching
+from nodelens.analysis.patching.patching import AttributionPatching, LogitAttribution, Patching
 from nodelens.data import ByteTokenizer
 from nodelens.interventions.patching.attribution import AttributionOptions, attribution_grid
 from nodelens.interventions.patching.pairs import read_pairs
@@ -211,8 +212,8 @@ def test_figures_are_drawn_and_findings_load_again(tmp_path):
     for name, found in {"patched": patched, "attributed": attributed}.items():
         again = nl.load(found.save(tmp_path / name))
         assert again["cells"].equals(found["cells"])
-        names = [name for name, png, _ in figures_of(again) if png.startswith(b"\x89PNG")]
-        assert names == ["residual", "heads", "by-head"] + ["exact"] * (name == "attributed")
+        names = [plot.name for plot in figures_of(again)]
+        assert names == ["patching-residual", "patching-heads", "by-head"] + ["exact"] * (name == "attributed")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,31 @@ def test_blocks_without_a_part_are_left_out():
     model = family("qwen3 next")
     found = nl.patch(model, CLEAN, CORRUPT, answer=5, wrong=9, components=["residual", "heads"])
     assert set(found["cells"]["component"]) == {"residual", "heads"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"answer": 64}, "the answer has the token id 64; the model has logits for 0 to 63"),
+        ({"answer": 5, "wrong": -1}, "the answer has the token id -1; the model has logits for 0 to 63"),
+        ({"layers": 1.5}, "layers is 1.5; it takes all, an index, a list of indices, or an expression"),
+        ({"positions": 1.5}, "positions is 1.5; it takes an index, a list of indices, or an expression such as n//2:"),
+    ],
+    ids=str,
+)
+def test_answers_and_places_that_are_none_are_named(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        nl.patch(llama(), *ids(2, 5), **options)
+
+
+def test_tokens_of_another_vocabulary_are_named():
+    message = "token id 64 is not in the vocabulary of LlamaForCausalLM, 0 to 63: give ids of this model, and texts with its own"
+    with pytest.raises(ValueError, match=message):
+        nl.lens(llama(), [3, 64])
+    with pytest.raises(ValueError, match=r"the answer has the token id 99; the model has logits for 0 to 63"):
+        LogitAttribution([[4, 5]], answer=99)(llama())
+    with pytest.raises(ValueError, match=r"the answer is 1.5; it is a text of one token, or the id of one"):
+        LogitAttribution([[4, 5]], answer=1.5)(llama())
 
 
 def test_it_says_whether_cells_share_passes(monkeypatch):
