@@ -181,7 +181,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.reduce,
     )
     cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed, objective)
-    samples = samples_of(asked.again, plan, bool(settings.save_to))
+    samples = samples_of(asked.again, plan)
     return replace(plan, cuts=cuts, kernels=backend_of(model, plan, samples, settings.kernels)), objective
 
 

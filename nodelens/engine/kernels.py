@@ -56,9 +56,7 @@ def choose(asked: str, dtype: torch.dtype, device: torch.device, nbytes: float) 
     except Exception as error:  # an installation that does not work, or machine code that cannot be read
         if asked == "numba":
             raise
-        return Backend(
-            reason=f"numba does not work here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        return Backend(reason="numba does not work here: " + f"{type(error).__name__}: {error}".splitlines()[0])
     return Backend("numba", time.perf_counter() - started)
 
 
@@ -83,6 +81,6 @@ def backend_of(model: nn.Module, plan: Any, samples: float, asked: str = "auto")
     return choose(asked, torch.float64 if wide else torch.float32, device, nbytes)
 
 
-def samples_of(data: Any, plan: Any, saved: bool) -> float:
-    """How many samples data hold; infinite if they do not say, and for a pass whose sums are saved, which is a long one."""
-    return math.inf if saved or not hasattr(data, "__len__") else len(data) * plan.dry_run.samples
+def samples_of(data: Any, plan: Any) -> float:
+    """How many samples data hold; infinite if they do not say."""
+    return len(data) * plan.dry_run.samples if hasattr(data, "__len__") else math.inf

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def compiled(function: Callable[..., Any]) -> Any:
         config.CACHE_DIR = before
 
 
+@cache  # so that passes of one process use one back end
 def is_compiled(name: str) -> bool:
-    """Whether ``set_compiled`` was called with this name, for the same versions of the loops and of numba."""
+    """Whether an earlier process called ``set_compiled`` with this name, for the same versions of the loops and of numba."""
     return _mark(name).is_file()
 
 
