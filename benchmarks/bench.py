@@ -14,15 +14,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from geometry import llama, seconds_of, texts
 from groups import NETWORKS, compared
-from memory import peaks
+from memory import BARE, MEASURED, peaks
 from overhead import EVERY, FORWARD, SIZES, overhead
 from timing import cells, interleaved
 
 import nodelens as nl
+from nodelens.engine.request import as_metrics
 from nodelens.models import resnet
 
 KEPT = Path(__file__).with_name("results.json")
+
+
+def reads_rows_alone(metric: nl.Metric) -> bool:
+    """Whether a metric needs no label, next layer or weight, so that it exists at every site of a language model."""
+    needs = metric.needs().values()
+    return bool(needs) and not metric.weighted and all(need.target is None and need.port == "output" for need in needs)
+
+
+LANGUAGE = [name for name, metric in as_metrics("forward").items() if reads_rows_alone(metric)]
 
 
 class Row(NamedTuple):
@@ -87,6 +98,22 @@ def memory() -> Iterator[Row]:
     """How the peak memory grows with the number of samples."""
     small, large = peaks([1000, 10_000])
     yield Row("peak memory, 1,000 to 10,000 samples", large / small, "x", 1.03)
+    bare, measured = peaks([BARE, MEASURED])
+    yield Row("peak memory, ResNet-18, 224 px, all forward metrics", measured / bare, "x the bare pass", 1.3)
+
+
+def language(rounds: int) -> Iterator[Row]:
+    """A Llama of 6 layers, 384 wide: forward metrics of its units, and the geometry of its residual stream at several widths."""
+    net, batch = llama().eval(), next(texts(1))
+    for layers in ("blocks", "blocks.attention", "blocks.mlp.hidden"):
+        _, ratio = overhead(net, batch, LANGUAGE, rounds, layers=layers)
+        yield Row(f"Llama, 6 x 384, {len(LANGUAGE)} forward metrics, {layers}", ratio, "x the bare pass", 1.25)
+    for width in (64, 384, 1024):
+        seconds = seconds_of(8192, min(rounds, 3), width, processor=True)
+        bare = seconds["bare, blocks"]
+        yield Row(f"geometry of every block, 6 x {width}", seconds["nodelens"] / bare, "x the blocks", 1.05)
+        if "representation-geometry" in seconds:
+            yield Row(f"representation-geometry, 6 x {width}", seconds["representation-geometry"] / bare, "x the blocks")
 
 
 def measured(parts: Iterable[tuple[str, Callable[[], Iterator[Row]]]], minutes: float) -> Iterator[Row]:
@@ -131,6 +158,7 @@ def main() -> None:
         ("ResNet-18, 32 px", lambda: passes(options.rounds, 32)),
         ("pruning", lambda: pruning(3)),
         ("memory", memory),
+        ("language models", lambda: language(3)),
         ("the whole call", whole_call),
         ("ResNet-18, 64 px", lambda: passes(options.rounds, 64)),
         ("ResNet-18, 224 px", lambda: passes(3, 224)),

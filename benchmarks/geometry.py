@@ -21,14 +21,14 @@ import nodelens as nl
 BATCH, LENGTH, VOCABULARY = 16, 256, 8192
 
 
-def llama() -> LlamaForCausalLM:
+def llama(width: int = 384) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
         num_hidden_layers=6,
-        num_attention_heads=6,
+        num_attention_heads=max(1, width // 64),
         max_position_embeddings=LENGTH,
     )
     return LlamaForCausalLM(config).eval()
@@ -40,8 +40,9 @@ def texts(tokens: int) -> Iterator[dict[str, torch.Tensor]]:
         yield {"input_ids": torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)}
 
 
-def overhead(tokens: int, rounds: int) -> None:
-    net, data = llama(), list(texts(tokens))
+def seconds_of(tokens: int, rounds: int, width: int = 384, processor: bool = False) -> dict[str, float]:
+    """Median seconds of the bare forward passes and of each way to measure."""
+    net, data = llama(width), list(texts(tokens))
 
     def bare(**options: int) -> None:
         with torch.no_grad():
@@ -57,10 +58,16 @@ def overhead(tokens: int, rounds: int) -> None:
     try:
         from representation_geometry import analyze_model
     except ImportError:
-        print("representation-geometry is not installed: pip install representation-geometry==0.1.0")
+        pass
     else:
         contestants["representation-geometry"] = lambda: analyze_model(net, data, max_tokens=None)
-    seconds = interleaved(contestants, rounds)
+    return interleaved(contestants, rounds, processor)
+
+
+def overhead(tokens: int, rounds: int) -> None:
+    seconds = seconds_of(tokens, rounds)
+    if "representation-geometry" not in seconds:
+        print("representation-geometry is not installed: pip install representation-geometry==0.1.0")
     for name, value in seconds.items():
         ratios = [value / seconds[base] for base in ("bare, blocks", "bare, whole")]
         print(f"{name:25} {value:7.3f} s   {ratios[0]:5.2f} x the blocks   {ratios[1]:5.2f} x the whole forward")

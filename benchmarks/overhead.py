@@ -5,6 +5,8 @@ the catalogue at once (metrics=forward), and a gradient metric.
 """
 
 import argparse
+import math
+from typing import Any
 
 import torch
 from timing import interleaved
@@ -14,6 +16,7 @@ from nodelens.app.config import load_config
 from nodelens.engine.collect import Pass
 from nodelens.engine.driver import Driver
 from nodelens.engine.dry_run import DryRun
+from nodelens.engine.kernels import backend_of
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
 from nodelens.metrics.sets import metric_set
@@ -22,6 +25,7 @@ from nodelens.network.eval_mode import eval_mode
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture
 from nodelens.network.objective import Objective
+from nodelens.statistics.reductions import using
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch
 EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
@@ -29,18 +33,28 @@ FORWARD = [name for name in metric_set("default") if name not in ("taylor", "mag
 
 
 def overhead(
-    model: nn.Module, batch: tuple, metrics: list[str], rounds: int, positions: int | None = None, groups: int = 8
+    model: nn.Module,
+    batch: Any,
+    metrics: list[str],
+    rounds: int,
+    positions: int | None = None,
+    groups: int = 8,
+    layers: str | list[str] = "*",
 ) -> tuple[float, float]:
     """(processor seconds of the bare pass, ratio of the measured one): the steady state, buffers and their flushes included."""
-    layers = find_layers(model)
+    found = find_layers(model, layers)
     objective = Objective.of(model).settled(model, batch)
     prepared = objective.batch(batch, groups)
-    plan = Plan.of(model, layers, as_metrics(metrics), DryRun.of(model, layers, prepared, objective), groups, positions)
+    plan = Plan.of(model, found, as_metrics(metrics), DryRun.of(model, found, prepared, objective), groups, positions)
     taken = Pass(plan, objective)
     driver = Driver(model, objective, groups, graph=plan.gradients, answers=plan.gradients or plan.reads_predictions)
     capture = Capture(plan.sites(), taken.see, plan.overwritten)
 
     def bare() -> None:
+        if isinstance(batch, dict):  # of a language model
+            with torch.no_grad():
+                model(**batch, use_cache=False)
+            return
         x, y = batch
         if plan.gradients:
             x = x.clone().requires_grad_()
@@ -52,7 +66,8 @@ def overhead(
     def measured() -> None:
         driver.run([batch], taken, capture)
 
-    with eval_mode(model):
+    backend = backend_of(model, plan, math.inf)
+    with eval_mode(model), using(backend.name):
         for _ in range(3):
             measured()
         seconds = interleaved({"bare": bare, "measured": measured}, rounds, processor=True)

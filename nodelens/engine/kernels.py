@@ -18,15 +18,18 @@ LONG = 4 << 30  # bytes of rows from which compiling for some seconds pays
 
 
 class Backend(NamedTuple):
-    """The back end of a pass, how long compiling its loops took, and why it is not another."""
+    """The back end of a pass, how long compiling or reading its loops took, and why it is not another."""
 
     name: Kernels = "torch"
     seconds: float = 0.0
     reason: str = ""
 
     def __str__(self) -> str:
-        took = f", loops compiled in {self.seconds:.1f} s, kept in {jit.folder()}" if self.seconds > 1 else ""
-        return self.name + took + (f" ({self.reason})" if self.reason else "")
+        return self.name + (f" ({self.reason})" if self.reason else "")
+
+    def timed(self) -> str:
+        """The same with the time that the loops took, if that was more than a second."""
+        return f"{self}, loops compiled in {self.seconds:.1f} s, kept in {jit.folder()}" if self.seconds > 1 else str(self)
 
 
 def check_kernels(asked: Any) -> None:
@@ -40,7 +43,8 @@ def check_kernels(asked: Any) -> None:
 def choose(asked: str, dtype: torch.dtype, device: torch.device, nbytes: float) -> Backend:
     """The back end for rows of a dtype on a device. nbytes: of all rows that will be read, infinite if that is not known.
 
-    ``auto`` takes the loops on a CPU, if numba is installed and works, unless they would have to be compiled for little data.
+    ``auto`` takes the loops on a CPU, if numba is installed and works, where the rows are many. It does not ask whether the loops
+    have been compiled before, so that a run and its repetition have the same back end.
     """
     if asked == "torch":
         return Backend()
@@ -48,17 +52,15 @@ def choose(asked: str, dtype: torch.dtype, device: torch.device, nbytes: float) 
         return Backend(reason=f"on {device.type}")
     if not jit.INSTALLED:
         return Backend(reason="numba is not installed: pip install 'nodelens[fast]'")
-    if asked == "auto" and nbytes < LONG and not jit.is_compiled(str(dtype)):
-        return Backend(reason="compiling loops would take longer than it saves")
+    if asked == "auto" and nbytes < LONG:
+        return Backend(reason=f"rows of less than {LONG >> 30} GiB")
     started = time.perf_counter()
     try:
         importlib.import_module("nodelens.statistics.compiled").compile_loops(dtype)
     except Exception as error:  # an installation that does not work, or machine code that cannot be read
         if asked == "numba":
             raise
-        return Backend(
-            reason=f"numba does not work here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        return Backend(reason="numba does not work here: " + f"{type(error).__name__}: {error}".splitlines()[0])
     return Backend("numba", time.perf_counter() - started)
 
 
@@ -83,6 +85,6 @@ def backend_of(model: nn.Module, plan: Any, samples: float, asked: str = "auto")
     return choose(asked, torch.float64 if wide else torch.float32, device, nbytes)
 
 
-def samples_of(data: Any, plan: Any, saved: bool) -> float:
-    """How many samples data hold; infinite if they do not say, and for a pass whose sums are saved, which is a long one."""
-    return math.inf if saved or not hasattr(data, "__len__") else len(data) * plan.dry_run.samples
+def samples_of(data: Any, plan: Any) -> float:
+    """How many samples data hold; infinite if they do not say."""
+    return len(data) * plan.dry_run.samples if hasattr(data, "__len__") else math.inf

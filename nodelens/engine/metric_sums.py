@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
+from nodelens.metrics.weight_values import shared
 from nodelens.network.layers import ASSOCIATION, Layer
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.costs import adapt
@@ -74,7 +75,8 @@ class SharedSums:
         """What a metric reads of a layer besides sums."""
         key = layer.name, metric.parameter
         if key not in self._weights:
-            self._weights[key] = self.plan.parameter(layer, metric)
+            found = self.plan.parameter(layer, metric)
+            self._weights[key] = shared(found) if isinstance(found, Tensor) else found
         return self._weights[key]
 
     def release(self, read: Sequence[tuple]) -> None:

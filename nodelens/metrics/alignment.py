@@ -11,6 +11,7 @@ from nodelens.statistics.linalg import constant
 
 from .base import Metric
 from .need import Need
+from .weight_values import squared_norms
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _Quotient(Metric):
         units, fan_in = weight.shape
         if units != along.shape[-1]:
             raise ValueError(f"the weight has {units} units, the rows are {along.shape[-1]} wide")
-        raw = along / weight.double().square().sum(1) + self.regularization
+        raw = along / squared_norms(weight) + self.regularization
         if inputs is None:
             return raw
         variance, mean = inputs

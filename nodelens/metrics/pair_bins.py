@@ -52,13 +52,22 @@ def _of_counts(rows: Tensor, bins: int, first: int, last: int) -> Tensor:
 
     It equals the sum of ln m over the rows, m the rows in the same joint bin. The shorter of the two sums is computed.
     """
-    numbers = torch.arange(len(rows) + 1, dtype=torch.float64, device=rows.device)
     if len(rows) < bins * bins:
         same = (rows[:, None, first:] == rows[:, first:]).float()  # (n, n, d - first)
-        return _looked_up(numbers.clamp_min(1).log(), same[:, :, : last - first].mT @ same).sum(0)
+        return _sum_of_logs(same[:, :, : last - first].mT @ same, len(rows))
+    numbers = torch.arange(len(rows) + 1, dtype=torch.float64, device=rows.device)
     member = torch.nn.functional.one_hot(rows[:, first:], bins).transpose(1, 2).float()  # (n, bins, d - first)
     terms = _looked_up(torch.special.xlogy(numbers, numbers), member[:, :, : last - first].flatten(1).T @ member.flatten(1))
-    return terms.unflatten(1, (bins, -1)).unflatten(0, (bins, -1)).sum((0, 2))
+    return terms.unflatten(0, (bins, -1)).sum(0).unflatten(1, (bins, -1)).sum(1)  # one axis after the other, which is faster
+
+
+def _sum_of_logs(count: Tensor, most: int) -> Tensor:
+    """The sum over the first axis of ln m, m whole numbers from 1 to ``most`` in float32. Products of them need few logs."""
+    exact = max(1, int(24 / math.log2(max(2, most))))  # so many factors have a product without rounding in float32
+    partial = [part.prod(0) for part in count.split(exact)]
+    whole = max(1, int(1000 / math.log2(max(2, most))) // exact)  # so many of these do not overflow in float64
+    chunks = [partial[a : a + whole] for a in range(0, len(partial), whole)]
+    return torch.stack([torch.stack(chunk).prod(0, dtype=torch.float64).log() for chunk in chunks]).sum(0)
 
 
 def _looked_up(table: Tensor, count: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Metric
+from .weight_values import leading_singular_values
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ class SpectralGap(Metric):
     nan: ClassVar = "the weights are all zero"
 
     def __call__(self, weight: Tensor) -> Tensor:
-        s = torch.linalg.svdvals(weight.double())
-        return 1 - s[1:2].sum() / s[0]
+        first, second = leading_singular_values(weight)
+        return 1 - second / first
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,4 @@ class SpectralNormRatio(Metric):
     nan: ClassVar = "the weights are all zero"
 
     def __call__(self, weight: Tensor) -> Tensor:
-        w = weight.double()
-        products = w @ w.T if len(w) < w.shape[1] else w.T @ w  # for the largest value as accurate as singular values, and faster
-        return torch.linalg.eigvalsh(products)[-1].clamp_min(0).sqrt() / torch.linalg.matrix_norm(w)
+        return leading_singular_values(weight)[0] / torch.linalg.matrix_norm(weight.double())

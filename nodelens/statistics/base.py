@@ -161,6 +161,9 @@ class Accumulator:
 
 def _sum(parts: list[Statistic | None]) -> Statistic | None:
     held: list[Any] = [part for part in parts if part is not None]
-    if len(held) == 1:
-        return replace(held[0])  # a copy, so that what is derived from the sum goes with the sum
-    return sum(held[1:], held[0]) if held else None
+    if len(held) < 2:
+        return replace(held[0]) if held else None  # a copy, so that what is derived from the sum goes with the sum
+    total = held[0] + held[1]
+    for part in held[2:]:  # into the same memory, where shapes and shifts agree
+        total = total if total.add_in_place(part) else total + part
+    return total

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .bins import BINS, DROPPED, LOW
-from .jit import compiled, set_compiled
+from .jit import compiled
 
 BLOCK = 512  # values that are summed in the dtype of the rows, before these parts are added in float64
 ROWS = 64  # rows of tokens that are summed in their dtype
@@ -70,7 +70,6 @@ def compile_loops(dtype: torch.dtype) -> None:
     for raw in (torch.ones(2, 3, 4, dtype=dtype), torch.ones(2, 4, 3, dtype=dtype).transpose(1, 2)):
         reduce(raw, None, None, (*_TABLES, "largest", "norms"), None, copied=True)
         add_bins(torch.zeros(3, BINS, dtype=torch.int64), raw, None)
-    set_compiled(str(dtype))
 
 
 def _line(raw: Tensor) -> Tensor:

@@ -1,13 +1,8 @@
-"""Compilation of loops by numba: where the machine code is kept, and whether it is there already."""
+"""Compilation of loops by numba, and where the machine code is kept."""
 
-import hashlib
 import importlib.util
 import os
-import platform
-import sys
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +34,3 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(**options)(function)
     finally:
         config.CACHE_DIR = before
-
-
-def is_compiled(name: str) -> bool:
-    """Whether ``set_compiled`` was called with this name, for the same versions of the loops and of numba."""
-    return _mark(name).is_file()
-
-
-def set_compiled(name: str) -> None:
-    """Notes that the machine code of all loops is in the folder; does nothing where it cannot be written."""
-    with suppress(OSError):
-        _mark(name).touch()
-
-
-def _mark(name: str) -> Path:
-    source = Path(__file__).with_name("compiled.py").stat()
-    about = f"{version('numba')} {platform.machine()} {sys.version_info[:2]} {source.st_mtime_ns} {source.st_size} {__file__}"
-    return folder() / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"

@@ -48,8 +48,8 @@ def reduce(
     norms      (n, positions)         squared norms of the rows about the shift
 
     all in the dtype of the rows. Torch is the reference. Compiled loops add at most 512 values in the dtype of the rows, and these
-    parts in float64: a sum of squares of P float32 values has a relative error of at most 2^-24 (P + 3) by either, and of about
-    2^-24 (20 + 1) by the loops, which hold 32 partial sums. A NaN or an infinity makes the sums of its unit and sample non-finite.
+    parts in float64: a sum of squares of P float32 values has a relative error of at most 2^-24 (P + 3) by torch, and of at most
+    2^-24 (min(P, 512) + 3) by the loops. A NaN or an infinity makes the sums of its unit and sample non-finite.
     """
     simple = keep is None and shift is None and not copied
     if _chosen.get() == "numba" and _compilable(raw) and not (simple and _fast_in_torch(raw, wanted)):

@@ -11,7 +11,7 @@ from planted import equal, golden_cases, planted
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
-from nodelens.metrics.pair_bins import quantile_bins
+from nodelens.metrics.pair_bins import _sum_of_logs, quantile_bins
 from nodelens.statistics import ByClass, ClassGram, Gram, Sample
 from nodelens.statistics.rows import Rows
 
@@ -320,3 +320,10 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
 def test_mistakes_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 13, 35, 1600])
+def test_sums_of_logs_of_counts_do_not_overflow_and_lose_no_digits(rows):
+    counts = torch.randint(1, rows + 1, (rows, 4, 5), generator=torch.Generator().manual_seed(0)).float()
+    counts[:, 0, 0] = rows
+    assert_close(_sum_of_logs(counts, rows), counts.double().log().sum(0), rtol=1e-12, atol=1e-12)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from nodelens.metrics import get_metric, weight
 from nodelens.metrics.weight import GeometricMedian, Magnitude, NormScale, WeightCosine
 from nodelens.metrics.weight_norms import L1Norm, L2Norm, NuclearNorm, Sparsity, SpectralGap, SpectralNormRatio
+from nodelens.metrics.weight_values import shared
 
 OF_UNITS = [Magnitude(p=2), Magnitude(), GeometricMedian(), WeightCosine()]
 OF_LAYERS = [L1Norm(), L2Norm(), NuclearNorm(), Sparsity(eps=0.3), SpectralGap(), SpectralNormRatio()]
@@ -184,3 +185,30 @@ def test_sparsity_wants_a_size_above_zero(eps):
 )
 def test_names(alias, metric):
     assert type(get_metric(alias)) is metric
+
+
+@pytest.mark.parametrize("second", [0.9, 1e-2, 1e-5, 1e-9, 0.0])
+def test_the_spectral_gap_is_that_of_singular_values_however_small_the_second_one(second):
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 3, generator=g, dtype=torch.float64)).Q for n in (8, 20))
+    weight = left @ torch.tensor([2.0, 2 * second, second], dtype=torch.float64).diag() @ right.T
+    assert_close(SpectralGap()(weight), torch.tensor(1 - second, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert_close(SpectralGap()(weight.T.contiguous()), SpectralGap()(weight), rtol=1e-12, atol=0)
+
+
+def test_the_spectral_gap_of_one_unit_is_one_and_of_zeros_unknown():
+    assert float(SpectralGap()(torch.randn(1, 7))) == 1
+    assert SpectralGap()(torch.zeros(3, 7)).isnan()
+
+
+def test_weights_are_decomposed_once_for_a_table_and_again_when_they_have_changed(monkeypatch):
+    taken, solve = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: taken.append(len(matrix)) or solve(matrix))
+    weight = torch.randn(6, 9)
+    held = shared(weight)
+    first = SpectralGap()(held), SpectralNormRatio()(held)
+    assert taken == [6]
+    assert (SpectralGap()(weight), SpectralNormRatio()(weight)) == first
+    weight[0] *= 5
+    assert SpectralGap()(weight) != first[0]
+    assert SpectralNormRatio()(shared(weight)) != first[1]

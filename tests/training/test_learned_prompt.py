@@ -38,7 +38,7 @@ def test_training_lowers_the_kl_and_the_state_matters(found):
     control = found[0]["control"].set_index(["ahead", "layer"])["kl"]
     assert (kl["after"][0] < control[0]).all()
     assert "nats, mean over layers" in found[0].summary()
-    assert [plot.name for plot in figures_of(found[0])] == ["layers"]
+    assert [plot.name for plot in figures_of(found[0])] == ["lens"]
 
 
 def test_the_last_blocks_state_gives_the_next_token_behind_any_prompt():

@@ -30,7 +30,7 @@ def test_training_lowers_the_kl_of_every_block_but_the_last(found):
     assert (table["tuned"][:-1] < 0.7 * table["logit"][:-1]).all()
     assert table["tuned"].iloc[-1] == table["logit"].iloc[-1]
     assert "nats with the logit lens" in found[0].summary()
-    assert [plot.name for plot in figures_of(found[0])] == ["layers"]
+    assert [plot.name for plot in figures_of(found[0])] == ["lens"]
 
 
 def test_saved_translators_give_the_same_lens(found):

@@ -158,7 +158,7 @@ def _lines(tables: dict[str, pd.DataFrame], missing: list[dict[str, str]]) -> li
     if len(layers):
         sizes = clusters.groupby("type", sort=False)["units"].sum()
         told = ", ".join(f"{n} {kind}" for kind, n in sizes.items() if kind != NONE) or "without types"
-        lines.append(f"{int(layers['units'].sum()):,} units in {len(layers)} layers: {told}")
+        lines.append(f"{int(layers['units'].sum()):,} units in {len(layers)} layer{'s' * (len(layers) != 1)}: {told}")
         sure = "stability" in layers and f", stability {layers['stability'].median():.2f} (adjusted Rand index, bootstrap)"
         lines.append(f"silhouette {layers['silhouette'].median():.2f}{sure or ''}, medians over layers")
     if len(tables["ablations"]):

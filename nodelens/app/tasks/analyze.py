@@ -78,7 +78,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     else:
         result = _measured(cfg, folder, module.net, data, parts)
         result.metadata |= run_metadata(cfg, data, parts[0], trained_by)
-        if rank == 0 and cfg.analysis:
+        if rank == 0 and cfg.analysis and len(result.layers):  # something was measured
             result.save(done)
     _analyses(cfg, folder, module.net, data, parts, result)
     if rank == 0:

@@ -109,7 +109,7 @@ def test_analyze_runs_it_by_name_and_the_folder_is_loaded_again(tmp_path):
     assert set(again.frames) == {"layers", "predictions", "positions"}
     pd.testing.assert_frame_equal(again["layers"], result.analyses["early"]["layers"])
     assert "KL to the model's logits" in again.summary()
-    assert [plot.name for plot in figures_of(again)] == ["tokens-0", "layers"]
+    assert [plot.name for plot in figures_of(again)] == ["tokens-0", "lens"]
 
 
 def test_bad_options_and_data_are_refused():

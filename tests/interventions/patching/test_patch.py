@@ -213,7 +213,7 @@ def test_figures_are_drawn_and_findings_load_again(tmp_path):
         again = nl.load(found.save(tmp_path / name))
         assert again["cells"].equals(found["cells"])
         names = [plot.name for plot in figures_of(again)]
-        assert names == ["residual", "heads", "by-head"] + ["exact"] * (name == "attributed")
+        assert names == ["patching-residual", "patching-heads", "by-head"] + ["exact"] * (name == "attributed")
 
 
 @pytest.mark.parametrize(
