@@ -10,7 +10,7 @@ from nodelens.metrics import Need
 from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
 from nodelens.network.derivatives import Differentiation
-from nodelens.network.group_layer import GroupLayer
+from nodelens.network.group_layer import GroupLayer, UnitValues
 from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION
 from nodelens.network.objective import Objective
@@ -24,6 +24,7 @@ from nodelens.statistics.rows import Rows
 from .collector import TERMS, Collector
 from .derivative_collector import DerivativeCollector
 from .derivatives import differentiate
+from .members import UnreadableGroupsError
 from .other_collectors import ModelCollector, WeightCollector
 from .pass_state import SeenOrder, collector_state, restore_collector
 from .plan import Plan
@@ -149,7 +150,10 @@ class Pass:
             return None if collector.unread else collector.rows_of(captured, self.batch)
         except ValueError as error:
             if not self.plan.optional:
-                raise
+                member = captured.member if isinstance(captured, UnitValues) else None
+                name = (member or collector.site).layer.name
+                groups = self.plan.members.unread({name: str(error).removeprefix(f"layer {name!r} ")})
+                raise (UnreadableGroupsError(str(error), groups) if groups else error) from None
             collector.unread = str(error)
             return None
 

@@ -135,6 +135,34 @@ def test_a_pruning_names_the_groups_that_cannot_be_read_and_freeze():
     assert nl.prune(model, "magnitude", 0.5, data=batches).plan.removed
 
 
+class TwoRows(nn.Module):
+    """A table of two rows, which two samples in the dry run could have made."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+        self.up, self.down, self.hidden, self.out = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(x)) * self.down(torch.relu(self.up(self.table))).flatten())
+
+
+def test_a_pruning_leaves_out_what_the_dry_run_takes_for_samples_and_the_pass_does_not():
+    model, batches = built(TwoRows), [(torch.randn(8, 3), torch.arange(8) % 3)]
+    says = (
+        r"group 'up' is left out: its units cannot be scored: 'down.input', where they are captured, shows 2 rows of shape \(6,\) "
+        r"for a batch of 8 samples: rows must belong to samples"
+    )
+    with pytest.warns(UserWarning, match=says):
+        found = nl.prune(model, "taylor", data=batches)
+    assert set(found.plan.removed) == {"hidden"}
+    assert [f.what for f in found.groups.frozen if "8 samples" in f.reason] == ["up"]
+    with pytest.raises(ValueError, match=r"^layer 'down.input' shows 2 rows of shape \(6,\) for a batch of 8 samples"):
+        nl.prune(model, "taylor", data=batches, scope="up")
+    with pytest.raises(ValueError, match=r"^layer 'up' shows 2 rows of shape \(6,\) for a batch of 8 samples"):
+        nl.analyze(model, batches, ["activation_mean"], ["hidden", "up"])
+
+
 class InPlace(nn.Module):
     """Writes into what exp has saved for its gradient."""
 
