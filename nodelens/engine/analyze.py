@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from nodelens.messages import keywords_of, kind_of
 from nodelens.metrics import Metric
 from nodelens.network.arguments import check_arguments
-from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
-from nodelens.network.tasks import BY_TOKEN
 from nodelens.results.left_out import left_out_rows, warn_of_rows
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator
@@ -43,7 +41,7 @@ from .sample_axis import NoSampleAxisError
 from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
-from .validation import find_members, in_bytes
+from .validation import check_classes, find_members, in_bytes, targets_by_token
 from .wide_sites import describe as describe_covariance
 
 
@@ -159,13 +157,13 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
             raise UnreadableGroupsError(text, asked.members.unread(error.shapes)) from error
         if differentiates(asked.metrics.values()):
             dry_run = replace(dry_run, facts=facts_of(model, asked.layers, batch, objective))
-        seen = objective, dry_run, _per_token(batch)
+        seen = objective, dry_run, targets_by_token(batch)
     found = seen if asked.weights_only else first_of(seen)
     if found is None:
         raise ValueError("the data are empty: not one batch to measure")
     objective, dry_run, per_token = found
     if batch is not None:
-        _check_classes(asked.metrics, batch, dry_run.tokens)
+        check_classes(asked.metrics, batch, dry_run.tokens)
     plan = Plan.of(
         model,
         asked.layers,
@@ -294,26 +292,3 @@ def cuts_of(data: Any, groups: int, seed: int, objective: Objective) -> Tensor |
 def _hashes(number: int, given: Any, objective: Objective) -> Tensor:
     with naming(number):
         return objective.batch(given).hashes
-
-
-def _check_classes(metrics: Mapping[str, Metric], batch: Batch, tokens: bool) -> None:
-    """Raises ValueError for a metric of classes where the labels are numbers, or several per sample that are not of its tokens."""
-    if batch.labels is None or not (batch.labels.is_floating_point() or (batch.labels.ndim > 1 and not tokens)):
-        return
-    of_classes = [
-        n for n, m in metrics.items() if "target" not in m.options and any(x.target == "label" for x in m.needs().values())
-    ]
-    if of_classes:
-        raise ValueError(
-            f"{', '.join(of_classes)} needs one class per sample, but the labels are {tuple(batch.labels.shape)} numbers: give "
-            "integers (labels.long(), or labels.argmax(1) of one-hot rows), or leave the metric out"
-        )
-
-
-def _per_token(batch: Batch) -> list[str]:
-    """Which of the targets label and given have one value per token."""
-    y, given = batch.labels, batch.targets
-    positions = y is not None and y.ndim > 1 and batch.task in ("classification", *BY_TOKEN)
-    tokens = [t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1 and batch.task in BY_TOKEN]
-    by_token = given is not None and given.ndim > 1 and any(given.shape[1] == t.shape[1] for t in tokens)
-    return ["label"] * positions + ["given"] * by_token

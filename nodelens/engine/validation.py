@@ -1,4 +1,4 @@
-"""Validation of a request: metrics that do not fit pruning groups, missing parameters, and sizes of memory."""
+"""Validation of a request: metrics that do not fit pruning groups or labels, missing parameters, and sizes of memory."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from nodelens.messages import option
 from nodelens.metrics import Metric
+from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
+from nodelens.network.tasks import BY_TOKEN
 
 from .dry_run import DryRun
 from .layout import PassLayout
@@ -112,3 +114,26 @@ def in_bytes(size: str | int | float | None, key: str | None = None) -> float | 
         return float(number) * _SIZES[text[len(number) :]]
     except (ValueError, KeyError):
         raise ValueError(f"{key or option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
+
+
+def check_classes(metrics: Mapping[str, Metric], batch: Batch, tokens: bool) -> None:
+    """Raises ValueError for a metric of classes where the labels are numbers, or several per sample that are not of its tokens."""
+    if batch.labels is None or not (batch.labels.is_floating_point() or (batch.labels.ndim > 1 and not tokens)):
+        return
+    of_classes = [
+        n for n, m in metrics.items() if "target" not in m.options and any(x.target == "label" for x in m.needs().values())
+    ]
+    if of_classes:
+        raise ValueError(
+            f"{', '.join(of_classes)} needs one class per sample, but the labels are {tuple(batch.labels.shape)} numbers: give "
+            "integers (labels.long(), or labels.argmax(1) of one-hot rows), or leave the metric out"
+        )
+
+
+def targets_by_token(batch: Batch) -> list[str]:
+    """Which of the targets label and given have one value per token."""
+    y, given = batch.labels, batch.targets
+    positions = y is not None and y.ndim > 1 and batch.task in ("classification", *BY_TOKEN)
+    tokens = [t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.ndim > 1 and batch.task in BY_TOKEN]
+    by_token = given is not None and given.ndim > 1 and any(given.shape[1] == t.shape[1] for t in tokens)
+    return ["label"] * positions + ["given"] * by_token
