@@ -40,7 +40,7 @@ def reduce(
     shape = (width, count, positions) if maps else (count, positions, width)
     x = torch.empty(shape if copied else (0, 0, 0), dtype=raw.dtype)
     same = torch.empty(shape if copied and shift is not None else (0, 0, 0), dtype=raw.dtype)
-    line, own = _line(raw), torch.zeros(width, dtype=raw.dtype) if shift is None else shift.to(raw.dtype)
+    line, own = _line(raw), torch.zeros(width, dtype=raw.dtype) if shift is None else shift.to(raw.dtype).expand(width).contiguous()
     steps = np.array([width, positions, raw.stride(0), raw.stride(1) if maps else raw.stride(2)])
     level = max([0, *(1 + _POWERS.index(name) for name in wanted if name in _POWERS)])
     sizes = bool({"absolutes", "nonzeros", "largest"} & {*wanted})
