@@ -12,6 +12,8 @@ for name in list(os.environ):  # a user who is logged in to W&B, or within a Slu
         del os.environ[name]
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes that tests start would ignore it, too
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 

@@ -218,7 +218,7 @@ ON_THE_COMMAND_LINE = [  # words, and a part of the line
     ("analyze experiment=quick metrics.synergy.target=nll", "synergy is not among the chosen metrics (rq, taylor)"),
     ("train experiment.trainer.max_epochs=3", "without a prefix: write trainer.max_epochs=3"),
     ("analyze +experiment=quik", "experiment: no option 'quik'. Did you mean 'quick'?"),
-    ("prune amounts=0.5", "amounts is 0.5; it takes a list: 'amounts=[0.5]'"),
+    ("prune amounts=1.5", "amount is 1.5: a share to remove, from 0 up to but not including 1"),
     ("prune latency.batches=1", "latency.batches is 1; it takes a list: 'latency.batches=[1]'"),
     ("prune amount=0.5", "no key 'amount' in the config of prune. Did you mean 'amounts'?"),
     ("prune amounts=[-0.1]", "amount is -0.1: a share to remove, from 0 up to but not including 1"),

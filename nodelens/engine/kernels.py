@@ -1,7 +1,6 @@
 """Which back end adds up the rows of a pass: torch, or loops that numba compiles at their first use."""
 
 import importlib
-import math
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -41,10 +40,10 @@ def check_kernels(asked: Any) -> None:
 
 
 def choose(asked: str, dtype: torch.dtype, device: torch.device, nbytes: float) -> Backend:
-    """The back end for rows of a dtype on a device. nbytes: of all rows that will be read, infinite if that is not known.
+    """The back end for rows of a dtype on a device. nbytes: of all rows that will be read, 0 if that is not known.
 
-    ``auto`` takes the loops on a CPU, if numba is installed and works, where the rows are many. It does not ask whether the loops
-    have been compiled before, so that a run and its repetition have the same back end.
+    ``auto`` takes the loops on a CPU, if numba is installed and works, where the rows are known to be many. It does not ask whether
+    the loops have been compiled before, so that a run and its repetition have the same back end.
     """
     if asked == "torch":
         return Backend()
@@ -53,7 +52,7 @@ def choose(asked: str, dtype: torch.dtype, device: torch.device, nbytes: float) 
     if not jit.INSTALLED:
         return Backend(reason="numba is not installed: pip install 'nodelens[fast]'")
     if asked == "auto" and nbytes < LONG:
-        return Backend(reason=f"rows of less than {LONG >> 30} GiB")
+        return Backend(reason=f"rows are not known to take {LONG >> 30} GiB")
     started = time.perf_counter()
     try:
         importlib.import_module("nodelens.statistics.compiled").compile_loops(dtype)
@@ -76,7 +75,7 @@ def with_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def backend_of(model: nn.Module, plan: Any, samples: float, asked: str = "auto") -> Backend:
-    """The back end for a plan. samples: how many will be read, infinite if that is not known."""
+    """The back end for a plan. samples: how many will be read, 0 if that is not known."""
     parameters = list(model.parameters())
     wide = plan.precision == "float64" or any(parameter.dtype == torch.float64 for parameter in parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -86,5 +85,5 @@ def backend_of(model: nn.Module, plan: Any, samples: float, asked: str = "auto")
 
 
 def samples_of(data: Any, plan: Any) -> float:
-    """How many samples data hold; infinite if they do not say."""
-    return len(data) * plan.dry_run.samples if hasattr(data, "__len__") else math.inf
+    """How many samples data hold; 0 if they do not say."""
+    return len(data) * plan.dry_run.samples if hasattr(data, "__len__") else 0

@@ -37,7 +37,7 @@ class AnalyzeOptions:
     save_to:    folder for the sums of an unfinished pass. The same call with the same folder continues the pass, and its result is
                 the same to the bit. Delete the folder when the result is saved. None: an unfinished pass starts again
     kernels:    what adds up the rows on a CPU: torch, numba (compiled loops, faster), or auto: numba where it is installed and the
-                rows take 4 GiB or more. Both agree within rounding
+                rows are known to take 4 GiB or more. Both agree within rounding
     save_minutes: how often the sums are saved. They are also saved before SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ends the process
 
     Raises ValueError for an unknown ``reduce`` or ``kernels``, fewer than one group or a negative ``save_minutes``.

@@ -29,6 +29,7 @@ OPEN = {  # functions that take **options: what they are called with, and one of
         lambda **k: nl.RepresentationContext("a prompt").clone_with_overrides(**k),
         ["prompt", "layer", "position"],
     ),
+    "Result.plot": (None, []),  # its keywords are those of the figure
     "Metric.beside": (None, []),
     "Metric.__call__": (None, []),  # its keywords are the statistics that it needs
     "Metric.counts": (None, []),

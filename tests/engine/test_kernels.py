@@ -74,7 +74,7 @@ def test_rows_that_are_not_finite_are_left_out_alike():
 def test_auto_compiles_nothing_for_little_data(monkeypatch):
     monkeypatch.setattr(jit, "INSTALLED", True)
     found = kernels.choose("auto", torch.float32, torch.device("cpu"), 1e6)
-    assert str(found) == "torch (rows of less than 4 GiB)"
+    assert str(found) == "torch (rows are not known to take 4 GiB)"
 
 
 def test_auto_says_why_it_is_torch(monkeypatch):

@@ -107,7 +107,7 @@ def test_with_clusters_in_one_call(tmp_path):
     result = nl.analyze(model, data, ["taylor"], groups, analysis={"clusters": nl.get_analysis("clusters"), "cascade": QUICK})
     found = load_findings(result.analyses["cascade"].save(tmp_path / "cascade"))
     assert set(found["types"]["type"]) <= {"critical", "redundant", "synergistic", "background"}
-    assert all(image.startswith(b"\x89PNG") for _, image, _ in figures_of(found))
+    assert all(plot.figure.data and plot.caption for plot in figures_of(found))
 
 
 def test_kinds_of_a_column():

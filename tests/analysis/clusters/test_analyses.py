@@ -276,7 +276,7 @@ def test_a_saved_result_keeps_clusters_as_labels(result, tmp_path):
     for module, name in ((clusters_figures, "clusters"), (halo_figures, "halo")):
         figures = list(module.figures_of(again.analyses[name]))
         assert len(figures) >= 3
-        assert all(png.startswith(b"\x89PNG") and caption.endswith(".") for _, png, caption in figures)
+        assert all(plot.figure.data and plot.caption.endswith(".") for plot in figures)
 
 
 def test_any_column_has_a_halo(net, data):

@@ -98,7 +98,7 @@ def test_a_run_with_the_analysis_is_saved_and_drawn(tmp_path):
     assert "54 units ablated one by one on 24 predictions" in result.analyses["validity"].summary()
     found = load_findings(result.analyses["validity"].save(tmp_path / "validity"))
     pd.testing.assert_frame_equal(found["ranking"], result.analyses["validity"]["ranking"])
-    assert [plot.name for plot in figures_of(found)] == ["ranking", "growing", "pairs"]
+    assert [plot.name for plot in figures_of(found)] == ["ranking", "growing", "interaction"]
 
 
 @pytest.mark.slow
