@@ -196,6 +196,7 @@ def test_a_heatmap_has_tokens_in_its_cells_and_the_table_behind_it(show):
     cells = figure.locator(".hm text, .heatmaplayer text").all_inner_texts()
     assert len(cells) == 18
     figure.locator("summary").click()
+    figure.locator("td").first.wait_for()  # the table is made when it is opened
     assert "<script>alert(1)</script>" in figure.locator("td").all_inner_texts()
 
 

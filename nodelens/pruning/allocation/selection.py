@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -62,7 +61,7 @@ class Rules:
 
     def keys(self, group: PruningGroup, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Class, score and tie-breaking draw per unit, (n,) each; lower is removed earlier, except the score in mode ``high``."""
-        draws = _draws(self.seed, group.name, group.n)
+        draws = torch.rand(group.n, generator=generator(self.seed, group.name), dtype=torch.float64).numpy()
         scores = draws if values is None or self.mode == "random" else values
         unscored = UNSCORED_FIRST if self.nan_policy == "drop" else UNSCORED_LAST
         classes = np.where(np.isnan(scores), unscored, SCORED).astype(np.int8)
@@ -74,14 +73,6 @@ class Rules:
         """Unit ids in the order of removal, (n,) int64."""
         classes, scores, draws = self.keys(group, values)
         return np.lexsort((draws, -scores if self.mode == "high" else scores, classes))
-
-
-@lru_cache(1024)  # an allocation, the selection and its ties read them in turn
-def _draws(seed: int, name: str, n: int) -> np.ndarray:
-    """A number in [0, 1) for each unit of a group, (n,); not to be changed."""
-    draws = torch.rand(n, generator=generator(seed, name), dtype=torch.float64).numpy()
-    draws.flags.writeable = False
-    return draws
 
 
 def select(
