@@ -45,6 +45,8 @@ def noted() -> Iterator[Signals]:
     signals = Signals()
     with _handled(signals.note, lambda former: callable(former) or former == signal.SIG_DFL) as signals.former:
         yield signals
+    for number in signals.arrived:  # after the last save: for those who handled signals before, such as a training
+        signal.raise_signal(number)
 
 
 @contextmanager
