@@ -5,7 +5,6 @@ the catalogue at once (metrics=forward), and a gradient metric.
 """
 
 import argparse
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from nodelens.app.config import load_config
 from nodelens.engine.collect import Pass
 from nodelens.engine.driver import Driver
 from nodelens.engine.dry_run import DryRun
-from nodelens.engine.kernels import backend_of
 from nodelens.engine.plan import Plan
 from nodelens.engine.request import as_metrics
 from nodelens.metrics.sets import metric_set
@@ -25,7 +23,6 @@ from nodelens.network.eval_mode import eval_mode
 from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture
 from nodelens.network.objective import Objective
-from nodelens.statistics.reductions import using
 
 SIZES = {32: ("small", 64), 64: ("imagenet", 64), 224: ("imagenet", 32)}  # pixels: stem, batch
 EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
@@ -66,8 +63,7 @@ def overhead(
     def measured() -> None:
         driver.run([batch], taken, capture)
 
-    backend = backend_of(model, plan, math.inf)
-    with eval_mode(model), using(backend.name):
+    with eval_mode(model):
         for _ in range(3):
             measured()
         seconds = interleaved({"bare": bare, "measured": measured}, rounds, processor=True)

@@ -60,13 +60,6 @@ class Report:
 
 
 @dataclass
-class EngineOptions:
-    """How rows are added up; kernels: auto, torch, numba."""
-
-    kernels: str = "auto"
-
-
-@dataclass
 class Common:
     """Keys of every task. The values of a config group come from its file."""
 
@@ -82,7 +75,6 @@ class Common:
     groups: int = 8
     positions: int | None = None
     precision: str = "float32"
-    engine: EngineOptions = field(default_factory=EngineOptions)
     initial_path: str | None = None
     covariance: str | None = None  # diagonal, sample:1024, sketch:1024
     budget: Budget = field(default_factory=Budget)

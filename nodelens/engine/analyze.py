@@ -30,7 +30,6 @@ from .collect import Pass
 from .covariance import CovariancePolicy
 from .driver import Driver, Progress, device_of, first_of_data, naming
 from .dry_run import DryRun, with_groups
-from .kernels import backend_of, samples_of, with_kernels
 from .lost_gradients import check_gradients, check_weights, underived, unread_layers
 from .members import Members, UnreadableGroupsError
 from .metric_sums import SampleCounts, rows_of
@@ -201,11 +200,9 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.reduce,
     )
     cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed, objective)
-    samples = samples_of(asked.again, plan)
-    return replace(plan, cuts=cuts, kernels=backend_of(model, plan, samples, settings.kernels)), objective
+    return replace(plan, cuts=cuts), objective
 
 
-@with_kernels
 def run_pass(
     model: nn.Module,
     plan: Plan,
@@ -269,7 +266,6 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "filled_groups": int((samples > 0).sum()),
         "positions": plan.positions,
         "precision": plan.precision,
-        "kernels": str(plan.kernels),
         "processes": world()[1],
         "traffic": {"sums": traffic.sums, "sent": traffic.sent},
         "rows": rows,

@@ -191,7 +191,7 @@ class Collector:
         with exact_products():
             for first, last, slices in chunks_of(group_slices(group, longest) if by_slice else [], len(rows), step):
                 part = rows.take(first, last) if order is None else rows
-                part = part.prepared(wanted, None if order is None else order[first:last], by_slice and rows.raw.stride(1) != 1)
+                part = part.prepared(wanted, None if order is None else order[first:last])
                 if self.entries:
                     self._buffer_patches(part, group[first:last], {k: t[first:last] for k, t in label.items()}, only_entries)
                 if self.patches:

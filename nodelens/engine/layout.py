@@ -23,7 +23,6 @@ from .association_methods import settled
 from .covariance import KINDS, CovariancePolicy, base_port
 from .dry_run import DryRun, Seen
 from .firing import BEHIND
-from .kernels import Backend
 from .members import Members, of_groups_only, side_of
 
 GROUPED_WIDTH = 1024  # wider pair statistics are not kept per group of samples, so they have no standard error
@@ -66,7 +65,6 @@ class PassLayout:
     optional: bool = False  # whether a layer that cannot be read has NaN instead of stopping the pass
     no_gradient: Mapping[str, str] = field(default_factory=dict)  # why no gradient reached a layer, by name
     stack: Layer | None = None  # all layers side by side, where a metric asks for one matrix of them
-    kernels: Backend = Backend()  # what adds up the rows  # noqa: RUF009
     no_derivative: Mapping[tuple[str, Need], str] = field(default_factory=dict)  # why a derivative does not exist, by layer
 
     def seen(self, layer: Layer, port: str) -> Seen:

@@ -10,7 +10,6 @@ from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 
 from .covariance import LIMIT
-from .kernels import check_kernels
 from .layout import Reduce
 
 
@@ -36,11 +35,9 @@ class AnalyzeOptions:
     max_passes: how often the data may be read, for a part of the layers each time, so that the sums fit
     save_to:    folder for the sums of an unfinished pass. The same call with the same folder continues the pass, and its result is
                 the same to the bit. Delete the folder when the result is saved. None: an unfinished pass starts again
-    kernels:    what adds up the rows on a CPU: torch, numba (compiled loops, faster), or auto: numba where it is installed and the
-                rows are known to take 4 GiB or more. Both agree within rounding
     save_minutes: how often the sums are saved. They are also saved before SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ends the process
 
-    Raises ValueError for an unknown ``reduce`` or ``kernels``, fewer than one group or a negative ``save_minutes``.
+    Raises ValueError for an unknown ``reduce``, fewer than one group or a negative ``save_minutes``.
     """
 
     seed: int = 0
@@ -59,7 +56,6 @@ class AnalyzeOptions:
     max_passes: int = 1
     save_to: str | Path | None = None
     save_minutes: float = 10.0
-    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 1:
@@ -70,7 +66,6 @@ class AnalyzeOptions:
             check_folder("save_to", self.save_to)
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
-        check_kernels(self.kernels)
         if not self.save_minutes >= 0:
             raise ValueError(f"save_minutes is {self.save_minutes}; it is 0 (after every batch) or more")
 

@@ -1,30 +1,13 @@
-"""Sums over the positions of each sample: one function, computed by torch or by compiled loops that read the rows once."""
+"""Sums over the positions of each sample, and counts of sizes: one function for each, for all that a site needs of its rows."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Literal
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from .bins import BINS, DROPPED, LOW
 
-Kernels = Literal["torch", "numba"]
 SUMS = ("sums", "squares", "cubes", "fourths", "absolutes", "nonzeros", "largest")
-POSITIONS = 2  # rows of fewer are left to torch, which has little to add up there
-SHORT = 64  # so are plain sums over fewer positions
-_chosen: ContextVar[Kernels] = ContextVar("kernels", default="torch")
-
-
-@contextmanager
-def using(kernels: Kernels) -> Iterator[None]:
-    """Context in which sums are computed by torch, or by loops that numba compiles where the rows are on the CPU."""
-    token = _chosen.set(kernels)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
 
 
 def reduce(
@@ -33,62 +16,21 @@ def reduce(
     shift: Tensor | None = None,
     wanted: Collection[str] = (),
     samples: Tensor | None = None,
-    copied: bool = False,
 ) -> dict[str, Tensor]:
-    """What is wanted of rows, from as few reads of them as the back end can.
+    """What is wanted of rows, and the values that it was computed from.
 
     raw (samples, width, positions), float32 or float64, of any strides; keep (samples, positions) bool, None for all;
-    shift (width,) float64, None for zero; samples (n,) int64: which ones, in this order, None for all;
-    copied: whether ``x`` is a copy of its own, laid out for products over several samples.
+    shift (width,) float64, None for zero; samples (n,) int64: which ones, in this order, None for all
 
     Returns, by name:
-    x, raw     (n, width, positions)  values about the shift, 0 for masked rows, and as they are; there if ``copied``
+    x, raw     (n, width, positions)  values about the shift, 0 for masked rows, and as they are
     sums, squares, cubes, fourths  (n, width)  sums of powers about the shift
     absolutes, nonzeros, largest   (n, width)  sums of |value|, number of non-zero values, largest |value|, none of them shifted
     norms      (n, positions)         squared norms of the rows about the shift
 
-    all in the dtype of the rows. Torch is the reference. Compiled loops add at most 512 values in the dtype of the rows, and these
-    parts in float64: a sum of squares of P float32 values has a relative error of at most 2^-24 (P + 3) by torch, and of at most
-    2^-24 (min(P, 512) + 3) by the loops. A NaN or an infinity makes the sums of its unit and sample non-finite.
+    all in the dtype of the rows. A sum of squares of P float32 values has a relative error of at most 2^-24 (P + 3). A NaN or an
+    infinity makes the sums of its unit and sample non-finite.
     """
-    simple = keep is None and shift is None and not copied
-    if _chosen.get() == "numba" and _compilable(raw) and not (simple and _fast_in_torch(raw, wanted)):
-        from . import compiled
-
-        return compiled.reduce(raw, keep, shift, wanted, samples, copied)
-    return _by_torch(raw, keep, shift, wanted, samples, copied)
-
-
-def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
-    """Adds to counts, (width, BINS) int64, how many of the |values| of each unit lie in each bin, in place."""
-    if _chosen.get() == "numba" and _compilable(raw):
-        from . import compiled
-
-        compiled.add_bins(counts, raw, keep)
-        return
-    places, flat = _bin_places(raw, keep), counts.view(-1)
-    if len(places) < len(flat):  # value by value if there are fewer values than bins
-        flat.scatter_add_(0, places.long(), torch.ones_like(flat[:1]).expand(len(places)))
-    else:
-        flat.add_(torch.bincount(places, minlength=len(flat)))
-    if keep is not None:
-        counts[:, 0] -= keep.numel() - keep.sum()  # masked rows were counted as zeros
-
-
-def _compilable(raw: Tensor) -> bool:
-    """Whether the compiled loops take these rows: on the CPU, several positions, positions or units next to each other."""
-    of_kind = raw.device.type == "cpu" and raw.dtype in (torch.float32, torch.float64)
-    return of_kind and raw.numel() > 0 and raw.shape[2] >= POSITIONS and 1 in (raw.stride(1), raw.stride(2))
-
-
-def _fast_in_torch(raw: Tensor, wanted: Collection[str]) -> bool:
-    """Whether torch needs one read, or next to nothing is added up: measured, loops are faster from two reductions on."""
-    return len(wanted) < 2 or 1 < raw.shape[2] < SHORT
-
-
-def _by_torch(
-    raw: Tensor, keep: Tensor | None, shift: Tensor | None, wanted: Collection[str], samples: Tensor | None, copied: bool
-) -> dict[str, Tensor]:
     if samples is not None:
         samples = samples.to(raw.device)
         raw, keep = raw[samples], None if keep is None else keep[samples]
@@ -105,6 +47,17 @@ def _by_torch(
     if "norms" in wanted:
         found["norms"] = x.square().sum(1)
     return found | (_sizes(raw, keep, wanted) if {"absolutes", "nonzeros", "largest"} & {*wanted} else {})
+
+
+def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
+    """Adds to counts, (width, BINS) int64, how many of the |values| of each unit lie in each bin, in place."""
+    places, flat = _bin_places(raw, keep), counts.view(-1)
+    if len(places) < len(flat):  # value by value if there are fewer values than bins
+        flat.scatter_add_(0, places.long(), torch.ones_like(flat[:1]).expand(len(places)))
+    else:
+        flat.add_(torch.bincount(places, minlength=len(flat)))
+    if keep is not None:
+        counts[:, 0] -= keep.numel() - keep.sum()  # masked rows were counted as zeros
 
 
 def _sizes(raw: Tensor, keep: Tensor | None, wanted: Collection[str]) -> dict[str, Tensor]:

@@ -56,16 +56,16 @@ class Rows:
         part.ready.update({name: t[first:last] for name, t in self.ready.items()})  # instead of computing them again
         return part
 
-    def prepared(self, wanted: Collection[str], samples: Tensor | None = None, copied: bool = False) -> "Rows":
+    def prepared(self, wanted: Collection[str], samples: Tensor | None = None) -> "Rows":
         """The same rows with sums that are computed together, as ``reduce`` names them.
 
-        samples, copied: as there; chosen samples are always copied.
+        samples: as there; chosen samples are copied.
         """
-        if samples is None and not copied:
+        if samples is None:
             self.sums(*wanted)
             return self
-        found = self._reduce(wanted, samples, copied=True)
-        keep = self.keep if self.keep is None or samples is None else self.keep[samples.to(self.keep.device)]
+        found = self._reduce(wanted, samples)
+        keep = self.keep if self.keep is None else self.keep[samples.to(self.keep.device)]
         rows = Rows(found.pop("raw"), keep, self.shift, self.grid, self.shifted)
         rows.ready.update(found)
         return rows
@@ -82,10 +82,10 @@ class Rows:
             self.ready.update({name: t for name, t in self._reduce(missing).items() if name != "raw"})
         return [self.ready[name] for name in wanted]
 
-    def _reduce(self, wanted: Collection[str], samples: Tensor | None = None, copied: bool = False) -> dict[str, Tensor]:
+    def _reduce(self, wanted: Collection[str], samples: Tensor | None = None) -> dict[str, Tensor]:
         if samples is None and "x" in self.ready and not {"absolutes", "nonzeros", "largest"} & {*wanted}:
             return reduce(self.ready["x"], wanted=wanted)
-        return reduce(self.raw, self.keep, self.shift if self.shifted else None, wanted, samples, copied)
+        return reduce(self.raw, self.keep, self.shift if self.shifted else None, wanted, samples)
 
     def index(self, samples: Tensor) -> "Rows":
         """The rows of some samples, as copies."""

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from nodelens.statistics import STATISTICS, Accumulator, ClassStatistic, Cosines, Cross, Gram, Moments, Pair, Quantiles, Sample
 from nodelens.statistics.rows import Rows
 
-pytestmark = pytest.mark.usefixtures("kernels")
 every = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda s: s.__name__)
 
 

@@ -1,6 +1,5 @@
 """One pass of a language model over tokens: sums at its sites, a sample of rows, and the load of its routers."""
 
-import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from nodelens.engine.collect import Pass
 from nodelens.engine.covariance import CovariancePolicy
 from nodelens.engine.driver import device_of
 from nodelens.engine.dry_run import DryRun
-from nodelens.engine.kernels import backend_of
 from nodelens.engine.plan import Plan
 from nodelens.engine.saved_work import Resumable, SavedWork, reading
 from nodelens.engine.several_passes import check_again, divided
@@ -87,8 +85,6 @@ def read(
     routers.restore(named)
     points = merged(points, same)
     plan = Plan.of(net, unique(points), columns.summed, dry_run, groups=1, pairs=pairs(points), covariance=covariance)
-    samples = stream.limit / max(1, max(seen.positions for seen in dry_run.seen.values()))
-    plan = dataclasses.replace(plan, kernels=backend_of(net, plan, samples))
     parts = divided(plan, budget, max_passes)
     check_again(once, len(parts), device)
     opened = [(stream, routers), *((begin(), None) for _ in parts[1:])]

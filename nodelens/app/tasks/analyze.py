@@ -143,7 +143,6 @@ def measure(
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
-            kernels=cfg.engine.kernels,
             pairs=resolved(cfg)["pairs"],
             bias=cfg.bias,
             covariance=cfg.covariance,

@@ -35,7 +35,6 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"sums and buffers take at most {plan.total_bytes / 2**20:,.1f} MiB; estimated overhead over the bare "
         f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %"
     )
-    console.print(f"rows are added up by {plan.kernels.timed()}", markup=False)
     for note in plan.notes:
         console.print(note, markup=False)
     if plan.never_called:
