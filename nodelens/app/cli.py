@@ -17,6 +17,7 @@ from omegaconf import DictConfig, open_dict
 from nodelens.messages import config_words, nearest, version
 from nodelens.results.files import remove_traces
 
+from . import startup
 from .config import TASKS, register, with_custom_model
 from .explain import parsed_overrides
 from .overrides import check_weights, configs, flags_of
@@ -74,6 +75,7 @@ def script() -> None:
 
 def main(task: str) -> None:
     """Composes a task's config from the command line and runs it. A user's mistake is reported in one line, with exit code 1."""
+    startup.begin()
     here = str(Path.cwd())
     if here not in sys.path:  # a user's own modules in the working folder
         sys.path.insert(0, here)

@@ -70,3 +70,7 @@ def test_the_log_of_a_run_holds_plan_steps_warnings_and_times(quiet_home, monkey
     for part in ("plan of the", "[INFO] measuring ...", "[WARNING] UserWarning: look here", "[INFO] page: "):
         assert part in log, log
     assert re.search(r"\[INFO\] measuring: \d+\.\d s\n", log)
+    (found,) = re.findall(r"from the command to the first batch: (.*) s \((.*) s\)\n", log)
+    phases = dict(each.rsplit(" ", 1) for each in found[1].split(" s, "))
+    assert [*phases] == ["settings and imports", "data and model", "plan", "first batch"]
+    assert abs(float(found[0]) - sum(map(float, phases.values()))) < 0.26, "the phases are the whole, up to rounding"

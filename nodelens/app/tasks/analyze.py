@@ -1,6 +1,7 @@
 """analyze.py: measures the units of a network in one pass, and runs the analyses of the config."""
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from nodelens.analysis.analyze import add_analysis, kept_in, without_analyses
 from nodelens.analysis.load import load as load_with_analyses
 from nodelens.analysis.registry import load_analysis, with_metrics
+from nodelens.app import startup
 from nodelens.app.config import recorded, resolved
 from nodelens.engine.options import AnalyzeOptions
 from nodelens.engine.plan import Plan
@@ -67,9 +69,11 @@ def _show_again(cfg: DictConfig, folder: Path) -> float:
 
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     rank, _ = world()
+    startup.phase("settings and imports")
     with step("opening data and model"):
         data, module, trained_by = open_inputs(cfg, folder)
     to_device(module.net, device)
+    startup.phase("data and model")
     parts = splits(cfg, data, trained_by)
     done = folder / SUMS / "measured"
     if (done / "metadata.json").is_file():  # the run was stopped in an analysis
@@ -126,6 +130,11 @@ def measure(
     def on_plan(found: Plan) -> None:
         if rank == 0:
             show_plan(console(), found)
+        startup.phase("plan")
+
+    def progress(items: Iterable[Any]) -> Iterator[Any]:
+        shown = progress_bar("measuring", _batches(loader), rank == 0)(items)
+        return startup.until_first_batch(shown) if rank == 0 else iter(shown)
 
     metrics = metrics or with_metrics(build_all(cfg.metrics, "metrics"), build_all(cfg.get("analysis") or {}, "analysis"))
     if not metrics and cfg.get("analysis"):
@@ -154,7 +163,7 @@ def measure(
             **objective_of(cfg),
         ),
         on_plan=on_plan,
-        progress=progress_bar("measuring", _batches(loader), rank == 0),
+        progress=progress,
     )
     passes, traffic = result.metadata["passes"], result.metadata["traffic"]
     if rank == 0 and processes > 1:
