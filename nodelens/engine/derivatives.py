@@ -19,11 +19,11 @@ from nodelens.network.objective import Objective
 from nodelens.network.random_vectors import signs
 from nodelens.network.tail import is_entrywise
 
+from .association_methods import CHUNK
 from .derivative_collector import DerivativeCollector, LayerCall
 from .graph_start import GraphStart
 from .unit_vectors import unit_vectors
 
-CHUNK = 1 << 25  # bytes of the vectors at layers and predictions that are handled at once
 Chunk = tuple[int, list[Tensor]]  # a fold, and vectors (k, *shape of each output or input)
 
 
