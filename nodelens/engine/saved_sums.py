@@ -19,6 +19,7 @@ from nodelens.results.result import fingerprint
 from nodelens.statistics.processes import gathered, world
 
 from .collect import Pass
+from .identity import identity
 from .pass_state import SeenOrder
 from .plan import Plan
 from .request import describe_metrics
@@ -133,13 +134,13 @@ def saved_sums(
 
 def key_of(model: nn.Module, parts: Sequence[Plan], objective: Objective, first: Any, seed: int) -> str:
     """A hash of what is measured: the weights, the statistics of each pass, the first batch, the options and the processes."""
-    plan = parts[0]
+    plan, loss = parts[0], getattr(objective.loss, "loss", objective.loss)  # how it is scaled is found out from the first batch
     about = {
         "form": FORM,
         "model": fingerprint(model),
         "plans": [part.rows() for part in parts],
         "metrics": describe_metrics(plan),
-        "options": [seed, plan.groups, plan.positions, plan.precision, str(plan.covariance), objective.about],
+        "options": [seed, plan.groups, plan.positions, plan.precision, str(plan.covariance), objective.about, identity(loss)],
         "processes": world()[1],
         "first": None if first is None else int(SeenOrder().then(objective.batch(first, plan.groups, seed)).last),
         "cuts": None if plan.cuts is None else plan.cuts.tolist(),
