@@ -37,19 +37,27 @@ _BEST = ("accuracy", "val_accuracy", "perplexity", "val_loss", "macs_share", "pa
 
 
 def prune(cfg: DictConfig) -> Any:
-    """Runs the sweep and returns its score: the area under the best curve, or what ``score`` names."""
+    """Runs the sweep, or shows a finished one again; returns its score: the area under the best curve, or what ``score`` names."""
     requested_cells(cfg)
     check_workers(cfg)
     with run_folder(cfg) as folder:
         if not ((folder / "sweep.parquet").is_file() and (folder / "report.html").is_file()):
             return launch(cfg, lambda device: _work(cfg, folder, device))
-        open_inputs(cfg, folder)
-        load(folder)  # damaged scores are refused, though only the sweep is shown
-        print_line(f"already finished: {folder}")
-        with reading(folder / "sweep.parquet") as path:
-            table = pd.read_parquet(path)
-        show_sweep(console(), table)
-        return score_of(table, resolved(cfg)["score"])
+        return _show_again(cfg, folder)
+
+
+def _show_again(cfg: DictConfig, folder: Path) -> Any:
+    from nodelens.report import write_pruning_page
+
+    open_inputs(cfg, folder)
+    load(folder)  # damaged scores are refused by each process
+    print_line(f"already finished: {folder}")
+    with reading(folder / "sweep.parquet") as path:
+        table = pd.read_parquet(path)
+    show_sweep(console(), table)
+    if world()[0] == 0:  # with the options of this start
+        print_line(f"page: {write_pruning_page(folder, **resolved(cfg)['report'])}")
+    return score_of(table, resolved(cfg)["score"])
 
 
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> Any:
