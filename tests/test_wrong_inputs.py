@@ -221,6 +221,10 @@ ON_THE_COMMAND_LINE = [  # words, and a part of the line
         "synergy is not among the chosen metrics (rq); choose it too: 'metrics=",
     ),
     ("analyze experiment=quick metrics.synergy.target=nll", "synergy is not among the chosen metrics (rq, taylor)"),
+    (
+        "train model.optimizer=adamm",
+        "model.optimizer is 'adamm'; nodelens.models.Classifier takes a section with _target_ or null",
+    ),
     ("train experiment.trainer.max_epochs=3", "without a prefix: write trainer.max_epochs=3"),
     ("analyze +experiment=quik", "experiment: no option 'quik'. Did you mean 'quick'?"),
     ("prune amounts=1.5", "amount is 1.5: a share to remove, from 0 up to but not including 1"),

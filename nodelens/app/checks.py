@@ -122,6 +122,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if hint is type(None):
         return value is None
+    if origin is Callable:
+        return callable(value)  # a config has functions as sections only
     if origin in (list, Sequence, tuple, set):
         return isinstance(value, list) and all(_fits(v, args[0]) for v in value if args)
     if getattr(hint, "__module__", "") == "torch" and hint.__name__ == "Tensor":
@@ -134,4 +136,6 @@ def _words(hint: Any) -> str:
         return " or ".join(map(repr, get_args(hint)))
     if get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_words(a) for a in get_args(hint))
+    if get_origin(hint) is Callable:
+        return "a section with _target_"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
