@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nodelens.app.config import build, recorded, resolved
 from nodelens.results.files import checked, plain, read_json
+from nodelens.statistics.processes import world
 
 from .common import build_all, check_tokens, format_score, loggers_of, plain_worker_errors, quiet_lightning
 from .media import training_figures
@@ -29,6 +30,8 @@ def train(cfg: DictConfig) -> float:
         if (folder / "result.json").is_file():
             found = read_json(checked(folder / "result.json"))
             print_line(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
+            if world()[0] == 0:  # with the options of this start
+                _draw(cfg, folder)
             return float(found["accuracy"])
         return _prepared(cfg, folder, module, data)
 
@@ -54,6 +57,7 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from nodelens.results.loggers import log_run
     from nodelens.training.callbacks import Measure, Outcome
     from nodelens.training.checkpoints import write_atomically
+    from nodelens.training.history import FILE, History
     from nodelens.training.last_checkpoint import LastCheckpoint
     from nodelens.training.resume import SeededSteps
 
@@ -65,7 +69,13 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
             f"analysis=[{','.join(cfg.analysis)}] runs after each epoch that callbacks=measure measures: add callbacks=measure, or "
             "analyse the trained network with analyze.py"
         )
-    callbacks = [SeededSteps(cfg.seed), *lines, *chosen, outcome]  # the last checkpoint also has the state of the others
+    callbacks = [
+        SeededSteps(cfg.seed),
+        History(folder / FILE),
+        *lines,
+        *chosen,
+        outcome,
+    ]  # the last checkpoint also has the state of the others
     trainer = build(
         _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
     )
