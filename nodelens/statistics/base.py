@@ -14,8 +14,8 @@ from torch import Tensor
 class Statistic:
     """Sums over rows: the statistics of the parts of any split add up to the statistic of the whole.
 
-    A subclass is a frozen dataclass of tensors, each with at least one dimension, float64 or int64. ``of`` computes it from
-    rows. If its sums are taken about a shift, ``about`` converts them exactly to another shift.
+    A subclass is a frozen dataclass of tensors, each with at least one dimension, of float64 or whole numbers. ``of`` computes it
+    from rows. If its sums are taken about a shift, ``about`` converts them exactly to another shift.
     """
 
     shifts: ClassVar[tuple[str, ...]] = ()
@@ -67,6 +67,10 @@ class Statistic:
     def add_rows_in_place(self, rows: Any) -> bool:
         """Add rows in place if that is cheaper than computing their statistic first; returns whether it did."""
         return False
+
+    def widest(self) -> Self:
+        """The same sums in dtypes that hold those of any number of rows."""
+        return self
 
     @property
     def nbytes(self) -> int:

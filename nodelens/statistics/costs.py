@@ -39,7 +39,8 @@ def adapt(value: Statistic, asked: type[Statistic]) -> Statistic:
 def numbers(statistic: type[Statistic], width: int, target_width: int, classes: int, groups: int = 1, positions: int = 1) -> int:
     """How many numbers of 8 bytes a statistic holds, for rows of a width with a paired target.
 
-    Exact, except that less is held if the highest classes do not occur or a ``Sample`` has fewer than ROWS rows.
+    Exact, except that less is held if the highest classes do not occur, a ``Sample`` has fewer than ROWS rows, or the counts of
+    ``Quantiles`` fit in fewer bytes.
     target_width: columns of the target; the fan-in for WeightSums (with the groups of a convolution); 1 + targets for ClassCross.
     """
     d, t, k = width, target_width, classes

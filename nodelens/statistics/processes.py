@@ -128,7 +128,7 @@ def _prepared(statistic: type[Statistic], part: Statistic | None, form: dict[str
     """The part of this process in the common form: zeros where it has none."""
     if part is None:
         part = statistic(**{k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in form.items()})
-    return part.widen(form["n"][0][0]) if isinstance(part, ClassStatistic) else part
+    return part.widen(form["n"][0][0]) if isinstance(part, ClassStatistic) else part.widest()
 
 
 def _move_to_common_shifts(parts: list[Statistic]) -> None:

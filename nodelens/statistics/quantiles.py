@@ -1,6 +1,6 @@
 """Quantiles of absolute values, from histogram counts that can be added."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -14,22 +14,46 @@ from .rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class Quantiles(Statistic):
-    """Histogram of |x| of each unit, with bins from 1e-8 to 1e8, each 0.8 to 1.6 % wide, and the largest |x|."""
+    """Histogram of |x| of each unit, with bins from 1e-8 to 1e8, each 0.8 to 1.6 % wide, and the largest |x|.
+
+    On a CPU counts are held in the smallest whole numbers that the number of rows fits in: most bins are empty, and there are
+    thousands of them for each unit and group of samples.
+    """
 
     maxima: ClassVar[tuple[str, ...]] = ("largest",)
     by_row: ClassVar = ("largest",)
     n: Tensor  # (1,)      int64    rows
-    counts: Tensor  # (d, BINS) int64    rows whose |x| lies in the bin
+    counts: Tensor  # (d, BINS) int16, int32 or int64, rows whose |x| lies in the bin
     largest: Tensor  # (d,)      float64  0 without rows
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
-        counts = torch.zeros(rows.raw.shape[1], BINS, dtype=torch.int64, device=rows.raw.device)
+        samples, width, positions = rows.raw.shape
+        counts = torch.zeros(width, BINS, dtype=_holding(samples * positions, rows.raw), device=rows.raw.device)
         add_bins(counts, rows.raw, rows.keep)
         return cls(rows.n, counts, rows.largest)
 
+    def __add__(self, other: Self) -> Self:
+        dtype = _holding(self.n + other.n, self.counts)
+        mine, theirs = (replace(each, counts=each.counts.to(dtype)) for each in (self, other))
+        return Statistic.__add__(mine, theirs)
+
+    def add_in_place(self, other: Self) -> bool:
+        fits = self.counts.shape == other.counts.shape and self._fits(other.n)
+        return fits and super().add_in_place(other)
+
+    def widest(self) -> Self:
+        return replace(self, counts=self.counts.long())
+
+    def _fits(self, rows: Tensor | int) -> bool:
+        """Whether counts of further rows fit."""
+        most = torch.iinfo(self.counts.dtype).max
+        return self.counts.dtype == torch.int64 or (self.counts.device.type == "cpu" and int(self.n + rows) <= most)
+
     def add_rows_in_place(self, rows: Rows) -> bool:
+        if not self._fits(len(rows) * rows.raw.shape[2]):
+            return False
         add_bins(self.counts, rows.raw, rows.keep)
         self.n.add_(rows.n)
         torch.maximum(self.largest, rows.largest, out=self.largest)
@@ -70,6 +94,13 @@ class Quantiles(Statistic):
         low, high = edges[bins[:, 0]], edges[bins[:, 0] + 1]
         value = (low + high) / 2 + along * (neighbours / count).clamp_max(1) * (high - low)
         return value.where(bins[:, 0] > 0, 0).minimum(self.largest)
+
+
+def _holding(rows: int | Tensor, like: Tensor) -> torch.dtype:
+    """The dtype of counts of so many rows: int64 unless they are on a CPU, because a check would synchronise."""
+    if like.device.type != "cpu":
+        return torch.int64
+    return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if int(rows) <= torch.iinfo(dtype).max)
 
 
 def _edges(device: torch.device) -> Tensor:

@@ -50,10 +50,10 @@ def reduce(
 
 
 def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
-    """Adds to counts, (width, BINS) int64, how many of the |values| of each unit lie in each bin, in place."""
+    """Adds to counts, (width, BINS) of whole numbers, how many of the |values| of each unit lie in each bin, in place."""
     places, flat = _bin_places(raw, keep), counts.view(-1)
     if len(places) < len(flat):  # value by value if there are fewer values than bins
-        flat.scatter_add_(0, places.long(), torch.ones_like(flat[:1]).expand(len(places)))
+        flat.scatter_add_(0, places.long(), flat.new_ones(1).expand(len(places)))
     else:
         flat.add_(torch.bincount(places, minlength=len(flat)))
     if keep is not None:

@@ -81,7 +81,7 @@ def test_an_accumulator_resumes_from_a_saved_state(statistic):
 
 @every
 def test_every_field_has_a_dimension_and_a_lasting_dtype(statistic):
-    for name, tensor in make(statistic, drifting(dtype=torch.float32)).tensors().items():
+    for name, tensor in make(statistic, drifting(dtype=torch.float32)).widest().tensors().items():
         assert tensor.ndim >= 1, name
         assert tensor.dtype in (torch.int64, torch.float64), name
 

@@ -177,3 +177,25 @@ def test_rows_that_do_not_vary_far_from_the_shift_leave_no_rounding_behind():
     near = Higher.of(x, shift=torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(far.mean_square, near.mean_square, rtol=1e-2, atol=0)
     assert far.kurtosis.isfinite().all()
+
+
+@pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "parts"])
+def test_counts_are_held_in_the_smallest_whole_numbers_and_never_overflow(by_rows):
+    x = Rows.of(torch.full((20_000, 2, 1), 3.0), shift=torch.zeros(2, dtype=torch.float64))  # all in one bin
+    accumulator = Accumulator(Quantiles, 2)
+    for group, dtype in [(0, torch.int16), (0, torch.int32), (1, torch.int16)]:
+        accumulator.add_rows(x, group) if by_rows else accumulator.add(Quantiles.of(x), group)
+        assert accumulator.parts[group].counts.dtype == dtype
+    for found, n in ((accumulator.value, 60_000), (accumulator.without(1), 40_000), (accumulator.without(0), 20_000)):
+        assert found.counts.amax(1).tolist() == found.counts.sum(1).tolist() == [n, n]
+    assert accumulator.value.counts.dtype == torch.int32
+    assert_close(accumulator.value.quantile(0.5), torch.full((2,), 3.0, dtype=torch.float64), rtol=0.01, atol=0)
+
+
+def test_counts_widen_once_more_where_rows_exceed_those_of_int32():
+    few = Quantiles.of(torch.full((4, 1), 3.0))
+    many = Quantiles(few.n + (1 << 31) - 6, few.counts.int() * ((1 << 29) - 1), few.largest)
+    assert (few + many).counts.dtype == (many + few).counts.dtype == torch.int64
+    assert int((few + many).counts.max()) == (1 << 31)
+    assert not many.add_in_place(few)
+    assert few.widest().counts.dtype == torch.int64
