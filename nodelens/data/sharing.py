@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from nodelens.statistics.processes import gathered, world
+import torch.distributed as dist
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -18,12 +18,15 @@ def shared(work: Callable[[Item], Found], items: Iterator[Item]) -> Iterator[Fou
     the work of another. Every process has to read the same items, and as many results. Raises in every process what one raises,
     also while it reads items.
     """
-    rank, ranks = world()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     while True:
         some = _tried(lambda: list(islice(items, ranks)))
         read = [] if isinstance(some, Exception) else some
-        own = _tried(partial(work, read[rank])) if rank < len(read) else None
-        every = gathered(some if isinstance(some, Exception) else own)
+        own = some if isinstance(some, Exception) else _tried(partial(work, read[rank])) if rank < len(read) else None
+        every: list[Any] = [own]
+        if ranks > 1:
+            every = [None] * ranks
+            dist.all_gather_object(every, own)
         for failed in every:
             if isinstance(failed, Exception):
                 raise failed
