@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import pandas as pd
 from torch import nn
 
+from nodelens.engine.identity import identity, identity_of_result
 from nodelens.engine.saved_work import SavedWork
+from nodelens.messages import check_names
 from nodelens.metrics import Metric
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.results.result import Result
@@ -100,6 +102,7 @@ class Analysis:
         continues; save_minutes: how often sums are saved. objective: task, output and loss, as in ``nl.analyze``.
         """
         name, model, own = type(self).__name__, uncompiled(model), data if evaluation is None else evaluation
-        about = name, vars(self), seed, {key: getattr(value, "__qualname__", value) for key, value in objective.items()}
+        check_names(name, objective, ("task", "output", "loss"))
+        about = () if save_to is None else (name, identity(vars(self)), seed, identity(objective), identity_of_result(result))
         saved = SavedWork.of(save_to, save_minutes, model, *about)
         return self.run(model, data, AnalysisCall(name, own, result, seed, progress, objective, saved))

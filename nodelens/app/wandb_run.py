@@ -12,6 +12,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from nodelens.results.files import checked, read_json, write_json
 
+from .tasks.progress import print_line
+
 FILE = "wandb.json"  # in a run folder: id and project of its run, and the name of its checkpoint
 _LARGEST = 5_000_000  # characters of a figure
 _ID = re.compile(r"[\w-]{1,64}")
@@ -91,32 +93,51 @@ class WandbRun(WandbLogger):
             add = artifact.add_dir if path.is_dir() else artifact.add_file
             add(str(path), policy="immutable")
         self.experiment.log_artifact(artifact, aliases=list(aliases))
-        self._keep(**{kind: f"{self.experiment.project}/{name}:{next(iter(aliases))}"})
+        self._keep(**{kind: f"{self.experiment.project}/{name}:{next(iter(aliases))}", f"{kind}_file": there[0].name})
 
     def use_checkpoint(self, path: str | None) -> None:
-        """Records which artifact the weights are from, if a run of W&B made them: in the config, and online as an input."""
+        """Records which artifact the weights are from, if a run of W&B made them: in the config, and online as an input.
+
+        An artifact that is not online, such as that of an offline run which was not synchronised, is a warning.
+        """
+        import wandb
+
         name = None if path is None or self.is_off else origin_of_weights(Path(path))
         if name is None:
             return
         self.experiment.config.update({"checkpoint_artifact": name}, allow_val_change=True)
         if self._wandb_init.get("mode") != "offline":
-            self.experiment.use_artifact(name)
+            try:
+                self.experiment.use_artifact(name)
+            except (wandb.Error, ValueError) as error:
+                reason = " ".join(str(error).split())
+                print_line(f"warning: W&B does not record {name} as an input: {reason}; 'wandb sync' uploads an offline run")
 
     def _keep(self, **values: Any) -> None:
         write_json(self.folder / FILE, _stored(self.folder / FILE) | values)
 
 
 def origin_of_weights(path: Path) -> str | None:
-    """The artifact that weights are from: that of the run folder they lie in, or of a download; None for other weights."""
+    """The artifact that weights are from: that of the run folder they lie in, or of a download; None for other weights.
+
+    The artifact of a training has one checkpoint, the best; other files beside it, such as ``last.ckpt``, are in none.
+    """
     place = path.expanduser().absolute()
     for folder in (place, *place.parents[:2]):
         if _DOWNLOADED.fullmatch(folder.name):
             return folder.name
         stored = _stored(folder / FILE)
+        if "checkpoint" in stored and place.suffix == ".ckpt" and not _is_logged(place.name, stored):
+            return None
         if name := stored.get("checkpoint") or stored.get("pruned"):
             entity = f"{stored['entity']}/" if stored.get("entity") else ""
             return f"{entity}{name}"
     return None
+
+
+def _is_logged(file: str, stored: Mapping[str, str]) -> bool:
+    """Whether a file is the checkpoint that a training logged; runs of earlier versions do not say which one they logged."""
+    return file == stored["checkpoint_file"] if "checkpoint_file" in stored else not file.startswith("last")
 
 
 def _stored(path: Path) -> dict[str, str]:
@@ -125,5 +146,5 @@ def _stored(path: Path) -> dict[str, str]:
         return {}
     found = read_json(checked(path))
     kept = found.items() if isinstance(found, dict) else ()
-    texts = {key: value for key, value in kept if isinstance(value, str) and re.fullmatch(r"[\w./:-]{1,200}", value)}
+    texts = {key: value for key, value in kept if isinstance(value, str) and re.fullmatch(r"[\w./:=+-]{1,200}", value)}
     return texts if _ID.fullmatch(texts.get("id", "")) else {}

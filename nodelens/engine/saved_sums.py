@@ -19,6 +19,7 @@ from nodelens.results.result import fingerprint
 from nodelens.statistics.processes import gathered, world
 
 from .collect import Pass
+from .identity import identity
 from .pass_state import SeenOrder
 from .plan import Plan
 from .request import describe_metrics
@@ -92,9 +93,9 @@ class SavedPass:
                 continue
             seen = seen.then(collected.objective.batch(given, collected.plan.groups, collected.seed, collected.plan.cuts))
             if seen.batches == begun.batches:
-                self._check(seen, begun, exact=not skipped)
+                seen.check(begun, self.saved.folder, last_only=bool(skipped))
         if seen.batches < begun.batches:
-            self._check(seen, begun, exact=True)
+            seen.check(begun, self.saved.folder)
 
     def save(self, collected: Pass) -> None:
         """Saves the sums, and obeys the signals that arrived."""
@@ -109,14 +110,6 @@ class SavedPass:
         """Ends a round: a signal that arrived during its last batch is obeyed, too."""
         if self.saved.signals.arrived:
             self.save(collected)
-
-    def _check(self, seen: SeenOrder, begun: SeenOrder, exact: bool) -> None:
-        same = seen == begun if exact else seen.last == begun.last
-        if not same:
-            raise ValueError(
-                f"{self.saved.folder} holds the sums of {begun.batches} batches, but the data do not begin with these batches: "
-                f"give the same data in the same order (no shuffling), or delete {self.saved.folder} to start again"
-            )
 
 
 @contextmanager
@@ -133,13 +126,13 @@ def saved_sums(
 
 def key_of(model: nn.Module, parts: Sequence[Plan], objective: Objective, first: Any, seed: int) -> str:
     """A hash of what is measured: the weights, the statistics of each pass, the first batch, the options and the processes."""
-    plan = parts[0]
+    plan, loss = parts[0], getattr(objective.loss, "loss", objective.loss)  # how it is scaled is found out from the first batch
     about = {
         "form": FORM,
         "model": fingerprint(model),
         "plans": [part.rows() for part in parts],
         "metrics": describe_metrics(plan),
-        "options": [seed, plan.groups, plan.positions, plan.precision, str(plan.covariance), objective.about],
+        "options": [seed, plan.groups, plan.positions, plan.precision, str(plan.covariance), objective.about, identity(loss)],
         "processes": world()[1],
         "first": None if first is None else int(SeenOrder().then(objective.batch(first, plan.groups, seed)).last),
         "cuts": None if plan.cuts is None else plan.cuts.tolist(),

@@ -61,17 +61,19 @@ class SavedWork:
         return made
 
     @contextmanager
-    def reading(self, sums: Resumable, hashed: Callable[[Any], Hashed]) -> Iterator[Rest]:
+    def reading(self, sums: Resumable, hashed: Callable[[Any], Hashed], what: Any = None) -> Iterator[Rest]:
         """Yields a function that returns the batches of the data that are not in the sums yet, and restores the sums before.
 
         While the reading lasts, its sums are saved every so many minutes and before a signal ends the process; and at its end, so
-        that it is not repeated if a later part of the analysis is stopped. hashed: a batch with its samples' hashes.
+        that it is not repeated if a later part of the analysis is stopped. hashed: a batch with its samples' hashes. what: plain
+        values that decide about the sums, besides the key.
         """
-        file, self.readings = self._file(f"reading{self.readings}"), self.readings + 1
+        own = "" if what is None else "-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        file, self.readings = self._file(f"reading{self.readings}{own}"), self.readings + 1
         with noted() as signals:
-            own = _SavedReading(self, file, sums, hashed, signals)
-            yield own.rest
-            own.save()
+            reading = _SavedReading(self, file, sums, hashed, signals)
+            yield reading.rest
+            reading.save()
 
     def _file(self, name: str) -> Path:
         return self.folder / f"process{world()[0]}" / f"{self.key}-{name}.pt"
@@ -99,9 +101,9 @@ class _SavedReading:
                 if self.signals.arrived or time.monotonic() - self.last >= 60 * self.work.minutes:
                     self.save()
             elif self.seen.batches == begun.batches:
-                self._check(begun)
+                self.seen.check(begun, self.work.folder)
         if self.seen.batches < begun.batches:
-            self._check(begun)
+            self.seen.check(begun, self.work.folder)
 
     def save(self) -> None:
         """Saves the sums, and obeys the signals that arrived."""
@@ -117,21 +119,14 @@ class _SavedReading:
         self.sums.load_state_dict(state["sums"])
         return SeenOrder(*state["seen"])
 
-    def _check(self, begun: SeenOrder) -> None:
-        if self.seen != begun:
-            raise ValueError(
-                f"{self.work.folder} holds the sums of {begun.batches} batches, but the data do not begin with these batches: give "
-                f"the same data in the same order (no shuffling), or delete {self.work.folder} to start again"
-            )
-
 
 @contextmanager
-def reading(saved: SavedWork | None, sums: Resumable, hashed: Callable[[Any], Hashed]) -> Iterator[Rest]:
+def reading(saved: SavedWork | None, sums: Resumable, hashed: Callable[[Any], Hashed], what: Any = None) -> Iterator[Rest]:
     """``SavedWork.reading``; without a folder, all batches are to be read, and nothing is saved."""
     if saved is None:
         yield iter
         return
-    with saved.reading(sums, hashed) as rest:
+    with saved.reading(sums, hashed, what) as rest:
         yield rest
 
 

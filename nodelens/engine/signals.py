@@ -41,12 +41,20 @@ class Signals:
 
 @contextmanager
 def noted() -> Iterator[Signals]:
-    """Notes signals as long as the block lasts, in the main thread. Ignored signals stay ignored, as under nohup."""
+    """Notes signals as long as the block lasts, in the main thread. Ignored signals stay ignored, as under nohup.
+
+    Those that nobody obeyed inside arrive again after it, for those who handled signals before, such as a training.
+    """
     signals = Signals()
-    with _handled(signals.note, lambda former: callable(former) or former == signal.SIG_DFL) as signals.former:
-        yield signals
-    for number in signals.arrived:  # after the last save: for those who handled signals before, such as a training
-        signal.raise_signal(number)
+    try:
+        with _handled(signals.note, lambda former: callable(former) or former == signal.SIG_DFL) as signals.former:
+            yield signals
+    except StoppedError:
+        signals.arrived.clear()  # the process ends by the first one
+        raise
+    finally:
+        for number in dict.fromkeys(signals.arrived):
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -53,7 +53,6 @@ class CellPasses:
     def __init__(self, model: TokenModel, ids: Tensor, shared: bool = True):
         self.model, self.ids = model, ids
         self._ways = [partial(_joined, cached=True), partial(_joined, cached=False)] if shared else []
-        self._checked: set[str] = set()  # parts of blocks for which the ways were compared with the whole model
 
     @property
     def shares(self) -> str:
@@ -88,13 +87,17 @@ class CellPasses:
         return None
 
     def _is_right(self, cells: Sequence[GridCell], logits: Tensor) -> bool:
-        """Whether the first and the last cell have the logits of the whole model; asked once for each part of a block."""
-        if {cell.part for cell in cells} <= self._checked:
+        """Whether the first and the last cell have the logits of the whole model.
+
+        Asked once for each way of sharing, part of a block and length of a prompt, on which masks and positions may depend.
+        """
+        asked = {(len(self._ways), cell.part, len(self.ids)) for cell in cells}
+        if asked <= self.model.compared:
             return True
         few, whole = logits[[0, -1]], repeated_logits(self.model, self.ids, [cells[0], cells[-1]])
         if few.shape != whole.shape or not bool((few - whole).abs().max() <= _SAME * whole.abs().max()):
             return False
-        self._checked |= {cell.part for cell in cells}
+        self.model.compared |= asked
         return True
 
 

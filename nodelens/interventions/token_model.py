@@ -33,6 +33,7 @@ class TokenModel:
         self._by_name = "input_ids" in parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         self.keeps_last = "logits_to_keep" in parameters
+        self.compared: set[tuple[int, str, int]] = set()  # ways of sharing passes that gave the logits of the whole model
 
     @classmethod
     def checked(cls, call: str, model: Any) -> "TokenModel":

@@ -135,9 +135,18 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
     shared: tensors that are not copied.
     """
-    held = [value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values())]
+    held = [value for module in model.modules() for own in (vars(module), module._buffers) for value in _leaves(list(own.values()))]
     states = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
     return copy.deepcopy(model, states | {id(tensor): tensor for tensor in shared})
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values inside lists, tuples and dictionaries."""
+    if isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 @contextmanager

@@ -37,9 +37,8 @@ class OpenAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         batched = query.ndim == 3
         first = self.batch_first or not batched
-        q, k, v = self._projected(
-            *(x if first and batched else x[None] if first else x.transpose(0, 1) for x in (query, key, value))
-        )
+        given = (query,) if query is key is value else (query, key, value)  # one tensor is projected in one product
+        q, k, v = self._projected([x if first and batched else x[None] if first else x.transpose(0, 1) for x in given])
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
@@ -56,15 +55,16 @@ class OpenAttention(nn.MultiheadAttention):
             return found[0], None if weights is None else weights[0]
         return found if first else found.transpose(0, 1), weights
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Queries, keys and values of each head, (samples, heads, positions, width)."""
-        if self.in_proj_weight is not None and query is key is value:
-            parts = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+    def _projected(self, given: list[Tensor]) -> list[Tensor]:
+        """Queries, keys and values of each head, (samples, heads, positions, width), of three inputs or one for all."""
+        if self.in_proj_weight is not None and len(given) == 1:
+            parts = nn.functional.linear(given[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             matrices = separate if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            parts = tuple(nn.functional.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True))
+            three = given * (3 // len(given))
+            parts = tuple(nn.functional.linear(x, w, b) for x, w, b in zip(three, matrices, biases, strict=True))
         q, k, v = parts
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat([x, more.expand(len(x), 1, -1)], 1) for x, more in ((k, self.bias_k), (v, self.bias_v)))

@@ -20,6 +20,7 @@ from nodelens.pruning.groups.find import find_groups
 from nodelens.pruning.surgery.compensate import norms_behind
 from nodelens.pruning.surgery.moments import input_moments
 from nodelens.results.result import fingerprint
+from nodelens.statistics.processes import world
 
 from .cost import Cost
 
@@ -76,6 +77,8 @@ class PruningContext:
         try:
             return score_table(self.model, self.groups, columns, self.data, **keywords)
         except UnreadableGroupsError as error:
+            if world()[1] > 1:  # each process has batches of its own: others would wait for this one in their first pass
+                raise
             self._leave_out(error)
             return self.table(criteria)
 

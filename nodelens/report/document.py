@@ -89,10 +89,10 @@ class Document:
         )
         for key, words in self.beside.items():
             _write_text(self.side / f"{key}.js", f"nodelens.put({json.dumps(key)},{words});")
-        for old in self.side.glob("*.js") if self.side.is_dir() else ():
+        _write_text(self.file, page)
+        for old in self.side.glob("*.js") if self.side.is_dir() else ():  # the page before this one read them
             if old.stem not in self.beside:
                 old.unlink()
-        _write_text(self.file, page)
         return self.file
 
     def _script(self) -> str:
@@ -111,13 +111,12 @@ class Document:
 
 
 def check_options(plotly: str, figures: Sequence[str] = ()) -> None:
-    """Raises ValueError for a way to have the script, or a format of figures, that there is not."""
+    """Raises ValueError for an unknown place of the script and an unknown format of figures."""
     if plotly not in WAYS:
-        raise ValueError(f"report.plotly is {plotly!r}; it is {', '.join(WAYS)}")
+        raise ValueError(f"report.plotly is {plotly!r}; it must be {', '.join(WAYS[:-1])} or {WAYS[-1]}")
     if isinstance(figures, str) or (unknown := [each for each in figures if each not in FORMATS]):
-        raise ValueError(
-            f"report.figures is {figures if isinstance(figures, str) else unknown[0]!r}; it is a list of {', '.join(FORMATS)}"
-        )
+        kinds, found = f"{', '.join(FORMATS[:-1])} and {FORMATS[-1]}", figures if isinstance(figures, str) else unknown[0]
+        raise ValueError(f"report.figures has {found!r}; it must be a list of {kinds}, such as [{FORMATS[-1]}]")
 
 
 def block(frame: pd.DataFrame) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 
 from nodelens.results.findings import Findings
+from nodelens.results.histograms import histogram
 
-from .charts import PANELS, dots, panels, spread
-from .plot import COLOURS, GREY, SEQUENTIAL, Plot, figure_of, names_axis, rows_axis, rows_height, short, text
+from .charts import PANELS, dots, heat, panels, spread
+from .plot import COLOURS, GREY, Plot, figure_of, names_axis, rows_axis, rows_height, short, text
 
 
 def figures_of(found: Findings) -> Iterator[Plot]:
@@ -41,7 +42,7 @@ def shares(found: Findings) -> Any:
 
     def draw(name: Any) -> list[dict[str, Any]]:
         rows = _rows(table, pairs[name])
-        counts, edges = np.histogram(rows["share"].dropna(), bins=min(30, max(5, len(rows) // 4)))
+        counts, edges = histogram(rows["share"], min(30, max(5, len(rows) // 4)))
         bars = {"type": "bar", "x": (edges[:-1] + edges[1:]) / 2, "y": counts, "name": "units", "marker": {"color": COLOURS[0]}}
         least = rows["share"][rows["halo"]].min()
         edge = {"type": "scatter", "mode": "lines", "x": [least, least], "y": [0, counts.max()], "name": "the halo begins"}
@@ -60,14 +61,7 @@ def flow(found: Findings) -> Any:
         rows = _rows(table, pairs[name])
         value, p = (rows.pivot(index="source", columns="target", values=c).reindex(sources, columns=targets) for c in ("flow", "p"))
         words = value.map("{:.2f}".format).where(~(p <= 0.05), value.map("{:.2f}*".format)).replace("nan", "")
-        trace = {
-            "type": "heatmap",
-            "z": value.to_numpy(float),
-            "zmin": 0,
-            "zmax": top,
-            "colorscale": SEQUENTIAL,
-            "showscale": False,
-        }
+        trace = heat(value.to_numpy(float), "flow", 0, top) | {"showscale": False}
         return [trace | {"text": words.to_numpy(), "texttemplate": "%{text}", "hovertemplate": "%{z:.3g}<extra></extra>"}]
 
     axes = {"x": names_axis(targets, most=14, tickangle=-30), "y": rows_axis(sources)}

@@ -9,10 +9,11 @@ from nodelens.messages import nearest
 from nodelens.results.result import Result, values_of
 
 from . import metric_figures as figures
-from .analysis_plots import plots_of
+from .analysis_plots import kind_of, plots_of
 from .charts import dots
 from .page import plots_of_result
 from .plot import Plot, figure_of, text
+from .unit_data import sample
 
 _FIRST = {"units": figures.distributions, "layers": figures.layers, "pairs": figures.edges}
 _MOST = 50_000  # points of a scatter
@@ -49,7 +50,7 @@ def plot(
 def chosen(found: Any, name: str | None = None, kind: str = "") -> Any:
     """A figure of an analysis by name; the first one without a name. Raises ValueError for another name."""
     plots = {each.name: each for each in plots_of(found)}
-    kind = kind or getattr(found, "kind", "this analysis")
+    kind = kind or kind_of(found)
     if not plots:
         raise ValueError(f"{kind} has no figures: its tables are in tables()")
     name = name or next(iter(plots))
@@ -84,7 +85,7 @@ def scatter(result: Result, x: str | None = None, y: str | None = None, layer: s
     if layer is not None and layer not in layers:
         raise ValueError(f"no layer {layer!r} to plot.{nearest(layer, layers)} There are {', '.join(map(str, layers[:20]))}")
     table = table if layer is None else table.loc[[layer]]
-    shown = table if len(table) <= _MOST else table.sample(_MOST, random_state=0).sort_index()
+    shown = table if len(table) <= _MOST else sample(table, _MOST)
     traces = [_dots(rows, x, y, str(name), k) for k, (name, rows) in enumerate(shown.groupby(level="layer", sort=False))]
     axes = {"xaxis": {"title": {"text": text(x)}}, "yaxis": {"title": {"text": text(y)}}}
     figure = figure_of(traces, 480, **axes, showlegend=1 < len(traces) <= 40)

@@ -35,7 +35,7 @@ def write_page(folder: str | Path, plotly: str = "shared", figures: Sequence[str
     result = load(folder)
     document = Document(folder / "report.html", plotly, figures)
     parts = _measured(document, result)
-    parts += _analyses(document, folder, result.metadata.get("analyses") or [])
+    parts += analyses(document, folder, result.metadata.get("analyses") or [])
     if result.metadata.get("metrics"):
         parts += section("Definitions", [definitions(result)])
         parts += section("Missing values and their reasons", [missing(result)])
@@ -83,8 +83,8 @@ def _measured(document: Document, result: Result) -> list[str]:
     return [part for title, inner in by.items() for part in section(title, inner)]
 
 
-def _analyses(document: Document, folder: Path, names: Iterable[str]) -> list[str]:
-    """One section per analysis of the run: what it found, its figures, and what is missing."""
+def analyses(document: Document, folder: Path, names: Iterable[str]) -> list[str]:
+    """One section per analysis in a subfolder: what it found, its figures, and what is missing."""
     from nodelens.analysis.registry import load_analysis
 
     parts: list[str] = []
@@ -95,7 +95,6 @@ def _analyses(document: Document, folder: Path, names: Iterable[str]) -> list[st
         lost = [table(pd.DataFrame(gaps).set_index("layer"), words=True)] if gaps else []
         plots = [replace(plot, name=f"{name}-{plot.name}") for plot in plots_of(found)]
         parts += section(title_of(found, name), [f"<div>{words}</div>", *map(document.plot, plots), *lost])
-
     return parts
 
 

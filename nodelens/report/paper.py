@@ -13,15 +13,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from plotly.colors import sample_colorscale
 
 from nodelens.results.files import write
 from nodelens.results.spreadsheets import csv_text
 
 from .plot import FORMATS, GREY, Plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 _STYLE: Any = {
     "font.size": 8,
@@ -34,29 +35,48 @@ _STYLE: Any = {
     "svg.hashsalt": "nodelens",  # the same figure is the same file
 }
 _DPI, _PIXELS = 200, 100  # of a PNG; of the page per inch of paper
+_EMPTY = "#eceff2"  # a cell without a value
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-_MARKERS = {"diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x", "line-ns": "|", "x": "x"}
+_MARKERS = {"diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x", "line-ns": "|", "x": "x", "star": "*"}
 
 
 def export(figure: Any, path: str | Path, table: pd.DataFrame | None = None, width: float = 6.5) -> Path:
     """Writes a figure that ``result.plot`` returned to a PNG, SVG or PDF file, and the data behind it to a CSV file beside it.
 
     width: in inches; the height follows from that of the page. table: the data; None: those that ``result.plot`` put into the
-    figure. No browser is needed. Raises ValueError for another suffix.
+    figure. No browser is needed. Raises ValueError for another suffix, and where a CSV file of that name holds other data
+    and there is no figure of that name whose data they could be.
     """
     path = Path(path)
     if path.suffix.removeprefix(".") not in FORMATS:
         raise ValueError(f"a figure is written to {', '.join(f'.{kind}' for kind in FORMATS)} files, not to {path.name!r}")
-    drawn = draw(figure, width)
+    table = table if table is not None else getattr(figure, "_table", None)
+    words = csv_text(table) if table is not None and len(table) else ""
+    _check_csv(path, words)
+    _save(draw(figure, width), path)
+    _write_csv(path, words)
+    return path
+
+
+def _save(drawn: Figure, path: Path) -> None:
     about = {} if path.suffix == ".png" else {"Date": None} if path.suffix == ".svg" else {"CreationDate": None}
     kind = path.suffix.removeprefix(".")
-    with plt.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):
         write(path, lambda file: drawn.savefig(file, format=kind, dpi=_DPI, bbox_inches="tight", metadata=about))
-    plt.close(drawn)
-    table = table if table is not None else getattr(figure, "_table", None)
-    if table is not None and len(table):
-        write(path.with_suffix(".csv"), lambda file: file.write_text(csv_text(table), encoding="utf-8"), listed=False)
-    return path
+
+
+def _check_csv(path: Path, words: str) -> None:
+    """Raises ValueError where the CSV file beside a figure would replace one that no earlier export wrote."""
+    beside = path.with_suffix(".csv")
+    if not words or not beside.is_file() or any(path.with_suffix(f".{kind}").is_file() for kind in FORMATS):
+        return
+    if beside.read_bytes() != words.encode():
+        raise ValueError(f"{path.name} has its data in {beside.name}, and {beside} holds other data: give the figure another name")
+
+
+def _write_csv(path: Path, words: str) -> None:
+    if words:
+        write(path.with_suffix(".csv"), lambda file: file.write_bytes(words.encode()), listed=False)
 
 
 def write_plots(plots: Iterable[Plot], folder: Path, formats: Sequence[str]) -> list[Path]:
@@ -64,19 +84,29 @@ def write_plots(plots: Iterable[Plot], folder: Path, formats: Sequence[str]) -> 
     paths = []
     for plot in plots:
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", plot.name)
-        paths += [export(plot.figure, folder / f"{name}.{kind}", plot.table) for kind in formats]
+        files = [folder / f"{name}.{kind}" for kind in formats]
+        drawn = draw(plot.figure)
+        for file in files:
+            _save(drawn, file)
+        for file in files[:1]:
+            _write_csv(file, csv_text(plot.table) if len(plot.table) else "")
+        paths += files
     return paths
 
 
-def draw(figure: Any, width: float = 6.5) -> plt.Figure:
-    """A matplotlib figure of the visible traces of a plotly figure."""
+def draw(figure: Any, width: float = 6.5) -> Figure:
+    """A matplotlib figure of the visible traces of a plotly figure.
+
+    It belongs to no window and no pyplot, so that the backend of a notebook stays as it is.
+    """
     layout = figure.layout.to_plotly_json()
     traces = [trace.to_plotly_json() for trace in figure.data if trace.visible is not False]
     size = layout.get("grid") or {}
     down, across = size.get("rows", 1), size.get("columns", 1)
     height = max(1.8, width * layout.get("height", 380) / 900 if down == 1 else layout.get("height", 380) / _PIXELS)
-    with plt.rc_context(_STYLE):
-        drawn, axes = plt.subplots(down, across, figsize=(width, height), squeeze=False, layout="constrained")
+    with matplotlib.rc_context(_STYLE):
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        axes = drawn.subplots(down, across, squeeze=False)
         for k, axis in enumerate(axes.flat):
             tail = str(k + 1) if k else ""
             own = [trace for trace in traces if str(trace.get("yaxis", "y")) == f"y{tail}"]
@@ -88,7 +118,7 @@ def draw(figure: Any, width: float = 6.5) -> plt.Figure:
     return drawn
 
 
-def _panel(axis: plt.Axes, traces: list[dict[str, Any]], layout: dict[str, Any], tail: str) -> None:
+def _panel(axis: Axes, traces: list[dict[str, Any]], layout: dict[str, Any], tail: str) -> None:
     below: dict[Any, Any] = {}
     for k, trace in enumerate(traces):
         {"heatmap": _heatmap, "bar": _bars, "box": _boxes}.get(trace["type"], _scatter)(axis, trace, layout, below, k)
@@ -102,7 +132,7 @@ def _panel(axis: plt.Axes, traces: list[dict[str, Any]], layout: dict[str, Any],
             axis.set_title(_plain(note["text"]), fontsize=7)
 
 
-def _scatter(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+def _scatter(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
     x, y = _values(trace.get("x")), _values(trace.get("y"))
     line, marker, mode = trace.get("line") or {}, trace.get("marker") or {}, trace.get("mode", "lines")
     name = _plain(trace.get("name") or "") if trace.get("showlegend", True) else ""
@@ -122,26 +152,53 @@ def _scatter(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], belo
             axis.errorbar(x, y, **reach, fmt="none", ecolor=_shade(plain), elinewidth=0.7, capsize=1.5)
     if "markers" in mode:
         _dots(axis, x, y, marker, label)
+    if "text" in mode:
+        _names(axis, x, y, trace)
 
 
-def _dots(axis: plt.Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], label: str | None) -> None:
-    shade, symbol, sizes = marker.get("color"), marker.get("symbol", "circle"), _values(marker.get("size", 6)) ** 2 * 0.4
-    symbols = np.broadcast_to(np.asarray(symbol, dtype=object), x.shape)
-    coloured = not isinstance(shade, str) and shade is not None
-    for each in dict.fromkeys(symbols):
-        of = symbols == each
-        shown: dict[str, Any] = (
-            {"c": _values(shade)[of], "cmap": _map(marker.get("colorscale"))} if coloured else {"color": _shade(shade or GREY)}
-        )
-        if str(each).endswith("open"):
-            shown = {"facecolors": "none", "edgecolors": _shade(shade)}
-        size = np.broadcast_to(sizes, x.shape)[of]
-        axis.scatter(x[of], y[of], s=size, marker=_MARKERS.get(str(each), "o"), linewidths=0.7, label=label, **shown)
+def _dots(axis: Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], label: str | None) -> None:
+    shade, sizes = marker.get("color"), np.broadcast_to(_values(marker.get("size", 6)) ** 2 * 0.4, x.shape)
+    symbols = np.broadcast_to(np.asarray(marker.get("symbol", "circle"), dtype=object), x.shape)
+    angles = np.broadcast_to(_values(marker.get("angle", 0)), x.shape)
+    scaled = not (shade is None or isinstance(shade, str) or (len(shade) and isinstance(shade[0], str)))
+    colours: Any = _values(shade) if scaled else _shades(GREY if shade is None else shade, len(x))
+    shown: dict[str, Any] = {"cmap": _map(marker.get("colorscale")), "norm": _norm(colours, marker)} if scaled else {}
+    drawn = None
+    for symbol, angle in dict.fromkeys(zip(symbols, angles, strict=True)):
+        of = (symbols == symbol) & (angles == angle)
+        style = MarkerStyle(_MARKERS.get(str(symbol).removesuffix("-open"), "o")).rotated(deg=-angle)  # plotly turns clockwise
+        own = colours[of] if scaled else [each for each, chosen in zip(colours, of, strict=True) if chosen]
+        filled = {"c": own} if not str(symbol).endswith("open") else {"facecolors": "none", "edgecolors": own}
+        drawn = axis.scatter(x[of], y[of], s=sizes[of], marker=style, linewidths=0.7, label=label, **filled, **shown)
         label = None
+    if scaled and marker.get("showscale") and drawn is not None:
+        below = (marker.get("colorbar") or {}).get("orientation") == "h"
+        _scale(axis, drawn, marker.get("colorbar") or {}, {"location": "bottom", "shrink": 0.5} if below else {})
 
 
-def _bars(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
-    shade, name = _shade((trace.get("marker") or {}).get("color", GREY)), _plain(trace.get("name") or "")
+def _norm(values: np.ndarray, marker: dict[str, Any]) -> Normalize:
+    """The range of a scale of colours: one for all symbols of a trace."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
+    return Normalize(marker.get("cmin", low), marker.get("cmax", high))
+
+
+def _scale(axis: Axes, drawn: Any, bar: dict[str, Any], place: dict[str, Any]) -> None:
+    label = _plain((bar.get("title") or {}).get("text", ""))
+    axis.figure.colorbar(drawn, ax=axis, label=label, **{"fraction": 0.03} | place)
+
+
+def _names(axis: Axes, x: np.ndarray, y: np.ndarray, trace: dict[str, Any]) -> None:
+    """Words beside the dots of a trace."""
+    place = str(trace.get("textposition") or "middle center")
+    up, align = (1 if "top" in place else -1 if "bottom" in place else 0), {1: "bottom", -1: "top", 0: "center"}
+    for words, across, height in zip(trace["text"], x, y, strict=True):
+        aside: dict[str, Any] = {"xytext": (0, 6 * up), "textcoords": "offset points", "ha": "center", "va": align[up]}
+        axis.annotate(_plain(words), (across, height), fontsize=5, **aside)
+
+
+def _bars(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+    shade, name = _shades((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), _plain(trace.get("name") or "")
     if trace.get("orientation") == "h":
         place, size = _values(trace["y"]), _values(trace["x"])
         start = below.get("left", np.zeros(len(size)))
@@ -158,7 +215,7 @@ def _bars(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: 
     axis.set_xticks(range(len(every)), every)
 
 
-def _boxes(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+def _boxes(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
     keys = {"q1": "q1", "med": "median", "q3": "q3", "whislo": "lowerfence", "whishi": "upperfence"}
     columns = {own: _values(trace[name]) for own, name in keys.items()}
     found = [{own: values[row] for own, values in columns.items()} | {"fliers": []} for row in range(len(columns["med"]))]
@@ -169,7 +226,7 @@ def _boxes(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below:
     )
 
 
-def _heatmap(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
+def _heatmap(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
     z = _values(trace["z"])
     image = axis.imshow(
         z,
@@ -186,11 +243,10 @@ def _heatmap(axis: plt.Axes, trace: dict[str, Any], layout: dict[str, Any], belo
             shade = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
             axis.text(column, row, _plain(words[row, column]), ha="center", va="center", fontsize=5, color=shade)
     if trace.get("showscale", True):
-        label = ((trace.get("colorbar") or {}).get("title") or {}).get("text", "")
-        axis.figure.colorbar(image, ax=axis, label=_plain(label), fraction=0.03)
+        _scale(axis, image, trace.get("colorbar") or {}, {})
 
 
-def _axis(axis: plt.Axes, letter: str, about: dict[str, Any]) -> None:
+def _axis(axis: Axes, letter: str, about: dict[str, Any]) -> None:
     both: dict[str, Any] = {
         "x": (axis.set_xlabel, axis.set_xticks, axis.set_xlim, axis.set_xscale),
         "y": (axis.set_ylabel, axis.set_yticks, axis.set_ylim, axis.set_yscale),
@@ -214,7 +270,7 @@ def _axis(axis: plt.Axes, letter: str, about: dict[str, Any]) -> None:
         axis.invert_yaxis() if letter == "y" else axis.invert_xaxis()
 
 
-def _legend(drawn: plt.Figure, axes: np.ndarray) -> None:
+def _legend(drawn: Figure, axes: np.ndarray) -> None:
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if 1 < len(handles) <= 30:
         drawn.legend(handles.values(), handles.keys(), fontsize=6, frameon=False, loc="outside right upper")
@@ -238,13 +294,17 @@ def _shade(given: Any) -> Any:
     return (*(number / 255 for number in numbers[:3]), *numbers[3:])
 
 
+def _shades(given: Any, count: int) -> list[Any]:
+    """The colours of so many dots or bars: a list of them, or one for all."""
+    return [_shade(each) for each in ([given] * count if isinstance(given, str) else given)]
+
+
 def _map(scale: Any) -> Any:
     """A colour map of a plotly colour scale."""
-    from matplotlib.colors import ListedColormap
-
-    given = [list(step) for step in scale] if scale is not None and not isinstance(scale, str) else scale or "Cividis"
-    shades = [_shade(shade) for shade in sample_colorscale(given, np.linspace(0, 1, 256))]
-    return ListedColormap(shades).with_extremes(bad="#eceff2")
+    if scale is None or isinstance(scale, str):
+        shades = [_shade(shade) for shade in sample_colorscale(scale or "Cividis", np.linspace(0, 1, 256))]
+        return ListedColormap(shades).with_extremes(bad=_EMPTY)
+    return LinearSegmentedColormap.from_list("", [(float(at), _shade(shade)) for at, shade in scale]).with_extremes(bad=_EMPTY)
 
 
 def _plain(words: object) -> str:

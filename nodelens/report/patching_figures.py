@@ -31,7 +31,8 @@ def figures_of(found: Findings) -> Iterator[Plot]:
             yield Plot("by-head", "Which heads the prediction depends on", caption, by_head(table, value), table)
     if "exact" in cells and cells["exact"].notna().any():
         known = cells.dropna(subset="exact")
-        caption = f"On the dotted line they agree; Spearman {found.metadata['spearman']:.2f}."
+        rank = found.metadata.get("spearman")  # None where one of the two does not vary
+        caption = f"On the dotted line they agree; Spearman {'undefined' if rank is None else f'{rank:.2f}'}."
         yield Plot("exact", "Attribution against exact patching", caption, against(known), known)
 
 

@@ -9,11 +9,11 @@ import pandas as pd
 from nodelens.pruning.sweep.ranking import KEY, areas, best_first, measure_of
 from nodelens.pruning.sweep.ranking import curves as curve_of
 
-from .charts import band, dots, line
+from .charts import band, diagonal, dots, line
 from .plot import COLOURS, GREY, Plot, colour, dash, figure_of, menu, rows_axis, rows_height, text
 from .runs_figures import intervals
 
-_COSTS = {"macs": "MACs", "params": "parameters", "units": "units"}
+_COSTS = {"macs": "MACs", "params": "parameters"}
 
 
 def plots_of_sweep(sweep: pd.DataFrame) -> Iterator[Plot]:
@@ -89,7 +89,7 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
     """Every cell, and the front of those that no other cell beats in both cost and accuracy or perplexity."""
     measure = measure_of(sweep)
     done = sweep[(sweep["status"] == "done") & np.isfinite(sweep[measure].to_numpy(float, na_value=np.nan))].reset_index(drop=True)
-    costs = {name: words for name in ("macs", "params", *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
+    costs = {name: words for name in (*_COSTS, *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
     if not len(done) or not costs:
         return None
     criteria = list(dict.fromkeys(done["criterion"]))
@@ -101,7 +101,6 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
         front = front_of(cost, done[measure].to_numpy(float), lower=measure != "accuracy")
         cells = dots(cost, done[measure], "cells", marker={"color": shade, "size": 6, "opacity": 0.6}, text=hover, customdata=hover)
         cells["hovertemplate"] = f"%{{text}}<br>%{{x:.4g}}, {measure} %{{y:.4g}}<extra></extra>"
-        cells["type"] = "scattergl" if len(done) > 2000 else "scatter"
         style: dict[str, Any] = {"color": COLOURS[1], "width": 2, "shape": "hv"}
         best = line(cost[front], done[measure].to_numpy(float)[front], "Pareto front", line=style, text=[hover[i] for i in front])
         best |= {"customdata": [hover[i] for i in front], "hovertemplate": cells["hovertemplate"]}
@@ -161,22 +160,20 @@ def recovery(sweep: pd.DataFrame) -> Iterator[Plot]:
             "hovertemplate": "%{text}<br>%{x:.4g} to %{y:.4g}<extra></extra>",
         }
         traces.append(dots(rows[before], rows[after], str(criterion), k, **hover))
-    low, high = (float(known[[before, after]].to_numpy(float).min()), float(known[[before, after]].to_numpy(float).max()))
-    equal = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": [low, high],
-        "y": [low, high],
-        "line": {"color": GREY, "dash": "dot"},
-        "showlegend": False,
-    }
+    both = known[[before, after]].to_numpy(float)
     what = after.removeprefix("val_")
     axes = {
         "xaxis": {"title": {"text": f"validation {what} after pruning"}},
         "yaxis": {"title": {"text": f"validation {what} after fine-tuning"}},
     }
     table = known[["name", *KEY, "amount", "seed", before, after]]
-    yield Plot("recovery", "What fine-tuning recovers", _RECOVERY, figure_of([equal, *traces], 440, **axes), table)
+    yield Plot(
+        "recovery",
+        "What fine-tuning recovers",
+        _RECOVERY,
+        figure_of([diagonal(both.min(), both.max()), *traces], 440, **axes),
+        table,
+    )
 
 
 def latencies(sweep: pd.DataFrame) -> list[str]:

@@ -8,7 +8,7 @@ import pandas as pd
 from nodelens.results.findings import Findings
 
 from .charts import dots, lines_of, panels
-from .plot import GREY, Plot, figure_of, short, text
+from .plot import GREY, Plot, figure_of, rows_axis, rows_height
 
 
 def figures_of(found: Findings) -> Iterator[Plot]:
@@ -23,15 +23,23 @@ def sets(table: pd.DataFrame) -> Any:
     """Damage of each set and of its control by layer, one panel per kind of set."""
     given = table["given"].where(table["given"] == "", ", " + table["given"] + " removed")
     titles = table["set"] + given + " and " + table["control"]
+    layers = list(dict.fromkeys(table["layer"]))
 
     def draw(title: object) -> list[dict[str, Any]]:
         own = table[titles == title]
-        layers = [text(short(layer, 24)) for layer in own["layer"]]
+        place = own["layer"].map(layers.index).to_numpy()
         interval = {"array": own["high"] - own["control_damage"], "arrayminus": own["control_damage"] - own["low"], "color": GREY}
-        control = dots(own["control_damage"], layers, "control, 95 %", marker={"color": GREY, "size": 5})
-        return [control | {"error_x": interval | {"thickness": 2}}, dots(own["damage"], layers, "removed")]
+        control = dots(own["control_damage"], place, "control, 95 %", marker={"color": GREY, "size": 5})
+        return [control | {"error_x": interval | {"thickness": 2}}, dots(own["damage"], place, "removed")]
 
-    return panels(list(dict.fromkeys(titles)), draw, "change of the loss", across=2)
+    return panels(
+        list(dict.fromkeys(titles)),
+        draw,
+        "change of the loss",
+        across=2,
+        height=rows_height(len(layers), 20, 60),
+        axes={"y": rows_axis(layers)},
+    )
 
 
 def dose(table: pd.DataFrame) -> Any:

@@ -1,23 +1,22 @@
 """The HTML page of a training: its loss and accuracy, and what the measurement after each epoch says about its units."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nodelens.results.files import checked, read_json
-from nodelens.results.result import values_of
-from nodelens.results.trends import epoch_tables, score_trends
+from nodelens.results.trends import common_metrics, epoch_tables, trends_of
 
-from .analysis_plots import plots_of, title_of
-from .charts import band, line, lines_of, panels
+from .charts import band, line, lines_of, panels, spread
 from .document import Document, block
 from .elements import cards, command, contents, section
 from .headline import command_of, scores
-from .plot import Plot, figure_of, menu, text
+from .page import analyses
+from .plot import Plot, colour, figure_of, menu, text
 
 _VALUES = 20_000_000  # of units over epochs that a page offers
 _LAYERS = 16  # lines of a figure
@@ -40,28 +39,30 @@ def write_training_page(folder: str | Path, plotly: str = "shared", figures: Seq
     tables = epoch_tables(folder) if list((folder / "epochs").glob("units_*.parquet")) else {}
     if tables:
         parts += section("Units over epochs", [*map(document.plot, over_epochs(tables)), _units(document, tables)])
-        parts += section("Emergence of structure", [document.plot(plot) for plot in _stability(folder, tables)])
-    parts += _analyses(document, folder / "epochs")
+        parts += section("Emergence of structure", [document.plot(plot) for plot in _stability(tables)])
+    parts += analyses(document, folder / "epochs", sorted(path.parent.name for path in folder.glob("epochs/*/metadata.json")))
     return document.write([*_head(folder, tables), contents(parts), *parts], f"nodelens: {folder.name}")
 
 
 def history_of(folder: Path) -> pd.DataFrame:
     """One row per epoch: the means of what was logged under train/ and val/.
 
-    Earlier versions wrote a CSV file per start of a training: of an epoch that is in several, the last counts.
+    Earlier versions wrote a CSV file per start of a training: of a value that several logged, the last counts.
     """
     if (folder / "history.csv").is_file():
         return pd.read_csv(checked(folder / "history.csv"), index_col="epoch")
     found = []
-    for file in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2] or 0)):
+    starts = {int(m[1]): place for place in folder.glob("csv/version_*") if (m := re.fullmatch(r"version_(\d+)", place.name))}
+    for file in (starts[k] / "metrics.csv" for k in sorted(starts)):
+        if not file.is_file():
+            continue
         logged = pd.read_csv(file)
         chosen = [c for c in logged if str(c).startswith(("train/", "val/"))]
         if "epoch" in logged and chosen:
             found.append(logged.groupby("epoch")[chosen].mean())
     if not found:
         return pd.DataFrame()
-    every = pd.concat(found)
-    return every[~every.index.duplicated(keep="last")].sort_index().dropna(how="all")
+    return pd.concat(found).groupby(level="epoch").last().dropna(how="all")  # of each column the last value that there is
 
 
 def progress(history: pd.DataFrame) -> Plot:
@@ -87,20 +88,19 @@ def _resumed(history: pd.DataFrame) -> str:
 def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     """The mean of each metric over the units of each layer, by epoch, with the quartiles of the units."""
     epochs = list(tables)
-    names = _common(tables)
+    names = common_metrics(tables)
     parts = {epoch: table[names].groupby(level="layer", sort=False) for epoch, table in tables.items()}
     kinds = {
         how: pd.concat({epoch: _of(by, how) for epoch, by in parts.items()}, names=["epoch"]) for how in ("mean", "low", "high")
     }
     layers = list(dict.fromkeys(kinds["mean"].index.get_level_values("layer")))
-    shown = [layers[k] for k in np.unique(np.linspace(0, len(layers) - 1, min(_LAYERS, len(layers))).round().astype(int))]
+    shown = spread(layers, _LAYERS)
     traces = []
     for number, name in enumerate(names):
         for k, layer in enumerate(shown):
             mean, low, high = (kinds[how].xs(layer, level="layer")[name].to_numpy() for how in ("mean", "low", "high"))
-            shade = line([], [], k=k)["line"]["color"]
             group = {"legendgroup": text(layer), "visible": number == 0}
-            traces += [band(epochs, low, high, shade=shade, showlegend=False, **group), line(epochs, mean, layer, k, **group)]
+            traces += [band(epochs, low, high, shade=colour(k), showlegend=False, **group), line(epochs, mean, layer, k, **group)]
     each = 2 * len(shown)
     visible = [[number * each <= k < (number + 1) * each for k in range(len(traces))] for number in range(len(names))]
     menus = [menu(names, visible, [{"yaxis.title.text": text(n)} for n in names]) | {"name": "metric"}] if len(names) > 1 else []
@@ -113,11 +113,6 @@ def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     )
 
 
-def _common(tables: Mapping[int, pd.DataFrame]) -> list[str]:
-    """The metrics that every epoch has."""
-    return [name for name in values_of(next(iter(tables.values()))) if all(name in table for table in tables.values())]
-
-
 def _of(by: Any, how: str) -> pd.DataFrame:
     return by.mean() if how == "mean" else by.quantile(0.25 if how == "low" else 0.75)
 
@@ -125,7 +120,7 @@ def _of(by: Any, how: str) -> pd.DataFrame:
 def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
     """The part of a page in which a metric and a layer are chosen: every unit over the epochs."""
     first = next(iter(tables.values()))
-    names = _common(tables)
+    names = common_metrics(tables)
     if not names:
         return ""
     if len(first) * len(names) * len(tables) > _VALUES:
@@ -143,11 +138,11 @@ def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
     )
 
 
-def _stability(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
+def _stability(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     """How early the ranks of units are those of the last epoch."""
-    if len(tables) < 2 or not _common(tables):
+    if len(tables) < 2 or not common_metrics(tables):
         return []
-    ranks = score_trends(folder)["ranks"]
+    ranks = trends_of(tables)["ranks"]
     means = ranks.groupby(["metric", "epoch"], sort=False)[["with_last", "top_overlap"]].mean().reset_index()
     words = {"with_last": "Spearman with the last epoch", "top_overlap": "share of the last top 10 %"}
 
@@ -156,18 +151,6 @@ def _stability(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
 
     figure = panels(list(words.values()), draw, "epoch", height=320, shared=False)
     return [Plot("stability", "When the order of the units is settled", _STABILITY, figure, ranks)]
-
-
-def _analyses(document: Document, folder: Path) -> list[str]:
-    """One section per analysis of the epochs."""
-    from nodelens.analysis.registry import load_analysis
-
-    parts: list[str] = []
-    for path in sorted(folder.glob("*/metadata.json")):
-        found: Any = load_analysis(path.parent)
-        words = "".join(f"<p>{html.escape(row)}</p>" for row in found.summary().splitlines())
-        parts += section(title_of(found), [f"<div>{words}</div>", *map(document.plot, plots_of(found))])
-    return parts
 
 
 def _head(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[str]:

@@ -232,3 +232,8 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def is_name(name: object) -> bool:
+    """Whether something names a file or folder directly inside of another one: a text that is no path, nor ``..``."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name

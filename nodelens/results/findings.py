@@ -11,13 +11,22 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
-from .files import checked, read_json, reading, remove, write, write_json
+from .files import checked, is_name, read_json, reading, remove, write, write_json
 
 SCHEMA = 1  # of the folder
 
 
+class Plotted:
+    """What an analysis found and the page draws."""
+
+    def plot(self, name: str | None = None) -> Any:
+        """One of its figures, interactive, by plotly; None: the first. Raises ValueError for another name, which lists them."""
+        found: Any = import_module("nodelens.report.notebook").chosen(self, name)  # a room that may import this one
+        return found
+
+
 @dataclass
-class Findings:
+class Findings(Plotted):
     """What an analysis found.
 
     kind:     the name of the analysis, such as modularity
@@ -48,11 +57,6 @@ class Findings:
     def summary(self) -> str:
         """The main findings, one line each."""
         return "\n".join(self.lines)
-
-    def plot(self, name: str | None = None) -> Any:
-        """One of its figures, interactive, by plotly; None: the first. Raises ValueError for another name, which lists them."""
-        found: Any = import_module("nodelens.report.notebook").chosen(self, name)  # a room that may import this one
-        return found
 
     def __repr__(self) -> str:
         return f"Findings of {self.kind}: {self.summary()}"
@@ -106,7 +110,7 @@ def _check(folder: Path, known: dict[str, Any]) -> None:
     """Raises ValueError for metadata of another form, and for a table whose name is a path."""
     kinds = {"kind": str, "lines": list, "tables": list, "matrices": list, "about": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(known.get(name), kind)]
-    wrong += ["tables" for name in known.get("tables") or [] if not isinstance(name, str) or Path(name).name != name]
+    wrong += ["tables" for name in known.get("tables") or [] if not is_name(name)]
     wrong += ["matrices" for key in known.get("matrices") or [] if not isinstance(key, list) or len(key) != 2]
     if wrong:
         raise ValueError(f"{folder / 'metadata.json'} is damaged at {wrong[0]!r}: run the analysis again")

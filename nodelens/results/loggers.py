@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .histograms import histogram
 from .result import Result, values_of
 
 _ROWS = 200_000  # of a table
@@ -36,8 +37,8 @@ def histograms(result: Result, most: int = 1000) -> dict[str, tuple[np.ndarray, 
     for metric in values_of(result.units)[: most // max(1, len(layers))]:
         for layer, rows in layers:
             values = rows[metric].to_numpy(dtype=float)
-            if len(finite := values[np.isfinite(values)]) and np.isfinite(np.ptp(finite)):
-                found[f"histograms/{layer}/{metric}"] = np.histogram(finite, 32)
+            if np.isfinite(values).any():
+                found[f"histograms/{layer}/{metric}"] = histogram(values, 32)
     return found
 
 
@@ -67,7 +68,8 @@ def log_run(
         logger.log_hyperparams(dict(config))
         if hasattr(logger, "log_files"):
             logger.use_checkpoint(checkpoint)
-            logger.log_figures(figures())
+            if not logger.is_off:
+                logger.log_figures(figures())
             results = [*sorted(folder.glob("*.parquet")), folder / "metadata.json", folder / "epochs"]
             logger.log_files("results", results, ["latest"])
             logger.log_files("pruned", [folder / "pruned"], ["pruned", "latest"])

@@ -1,7 +1,7 @@
 """How the scores of units change over the epochs of a training: trends, and how stable their ranks are."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,11 @@ def score_trends(folder: str | Path, columns: str | Sequence[str] | None = None,
     """
     if not 0 < top <= 1:
         raise ValueError(f"top is {top}; it is a share of the units of a layer, above 0 and at most 1")
-    tables = _several(Path(folder))
+    return trends_of(_several(Path(folder)), columns, top)
+
+
+def trends_of(tables: Mapping[int, pd.DataFrame], columns: str | Sequence[str] | None = None, top: float = 0.1) -> Findings:
+    """``score_trends`` of two or more tables that were read already. tables: {epoch: table}, as ``epoch_tables`` returns them."""
     chosen = _columns(tables, columns)
     epochs = np.array(list(tables), dtype=float)
     index = next(iter(tables.values())).index
@@ -77,9 +81,14 @@ def _several(folder: Path) -> dict[int, pd.DataFrame]:
     return tables
 
 
-def _columns(tables: dict[int, pd.DataFrame], columns: str | Sequence[str] | None) -> list[str]:
+def common_metrics(tables: Mapping[int, pd.DataFrame]) -> list[str]:
     """The metrics that every epoch has."""
-    there = [name for name in values_of(next(iter(tables.values()))) if all(name in table for table in tables.values())]
+    return [name for name in values_of(next(iter(tables.values()))) if all(name in table for table in tables.values())]
+
+
+def _columns(tables: Mapping[int, pd.DataFrame], columns: str | Sequence[str] | None) -> list[str]:
+    """The metrics that are asked for."""
+    there = common_metrics(tables)
     asked = there if columns is None else [columns] if isinstance(columns, str) else list(columns)
     unknown = next((name for name in asked if name not in there), None)
     if unknown is not None or not asked:

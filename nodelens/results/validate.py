@@ -10,6 +10,8 @@ from pandas.api import types
 
 from nodelens.messages import shown
 
+from .files import is_name
+
 _RESTORE = "restore it from a copy, or run the analysis again"
 _DICTS = ("config", "data", "evaluation", "metrics", "model", "objective", "versions", "weights")
 _LISTS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {  # lists of dictionaries, and what each of these has
@@ -39,7 +41,7 @@ def check_metadata(file: Path, metadata: Mapping[str, Any]) -> None:
     if not isinstance(warnings, list) or not all(isinstance(line, str) for line in warnings):
         refuse("warnings", warnings, "a list of texts")
     names = metadata.get("analyses") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not isinstance(names, list) or not all(map(is_name, names)):
         refuse("analyses", names, "a list of names of subfolders")
     for key, needed in _LISTS.items():
         entries = metadata.get(key) or []

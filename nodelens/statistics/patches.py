@@ -147,7 +147,10 @@ def _by_group(x: Tensor, member: Tensor, groups: int) -> Tensor:
     """Sums over the samples of each group, (groups, channels x positions), as a matrix product, which is the fastest reduction."""
     weights = (member[:, None] == torch.arange(groups)).to(x)
     with exact_products():
-        return weights.T @ x.flatten(1)
+        found = weights.T @ x.flatten(1)
+    if groups > 1 and not bool(found.sum().isfinite()):  # a product would spread what is not finite over all groups
+        found = torch.zeros_like(found).index_add_(0, member.to(x.device), x.flatten(1))
+    return found
 
 
 def _complete_samples(rows: Rows) -> Rows:

@@ -106,7 +106,8 @@ def reduce_sums(sums: Mapping[Any, Accumulator], device: torch.device) -> Traffi
                 whole = max(known, key=lambda form: form["n"][0])  # processes may have seen different numbers of classes
                 places.append((accumulator, group))
                 parts.append(_prepared(accumulator.statistic, part, whole, device))
-    parts = _with_common_shifts(parts)
+                accumulator.parts[group] = part = None  # the memory of sums that are moved to another shift is free then
+    _move_to_common_shifts(parts)
     fields = [(k, name) for k, part in enumerate(parts) for name in part.names() if name not in part.shifts]
     values: dict[tuple[int, str], Tensor] = {}
     for largest in (False, True):
@@ -130,8 +131,8 @@ def _prepared(statistic: type[Statistic], part: Statistic | None, form: dict[str
     return part.widen(form["n"][0][0]) if isinstance(part, ClassStatistic) else part
 
 
-def _with_common_shifts(parts: list[Statistic]) -> list[Statistic]:
-    """The parts about common shifts: means of the shifts of all processes, weighted by rows. Collective."""
+def _move_to_common_shifts(parts: list[Statistic]) -> None:
+    """Replaces parts by those about common shifts: means of the shifts of all processes, weighted by rows. Collective."""
     shifted = [k for k, part in enumerate(parts) if part.shifts]
     rows = {k: parts[k].tensors()["n"].sum().double() for k in shifted}
     names = [(k, name) for k in shifted for name in parts[k].shifts]
@@ -141,7 +142,8 @@ def _with_common_shifts(parts: list[Statistic]) -> list[Statistic]:
     about: dict[int, dict[str, Tensor]] = {k: {} for k in shifted}
     for (k, name), value in zip(names, summed[len(shifted) :], strict=True):
         about[k][name] = (value / totals[k]).to(parts[k].tensors()[name].dtype)
-    return [part.about(**about[k]) if k in about else part for k, part in enumerate(parts)]
+    for k, shifts in about.items():
+        parts[k] = parts[k].about(**shifts)
 
 
 def _merge(accumulator: Accumulator, device: torch.device) -> None:

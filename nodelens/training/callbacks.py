@@ -164,10 +164,10 @@ class Measure(Callback):
         self.close()
         if self.result is not None:
             batches = _Batches(trainer, pl_module)
-            self.analyses.run(pl_module.net, batches, self.result, self.seed, self._unfinished)  # type: ignore[arg-type]
+            self.analyses.run(pl_module.net, batches, self.result, self.seed, self._unfinished, self.save_minutes)  # type: ignore[arg-type]
+            if trainer.is_global_zero:
+                self._write(trainer, self.result, time.perf_counter() - started)
             shutil.rmtree(self._unfinished, ignore_errors=True)
-        if trainer.is_global_zero and self.result is not None:
-            self._write(trainer, self.result, time.perf_counter() - started)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.result is not None:

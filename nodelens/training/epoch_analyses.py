@@ -29,14 +29,22 @@ class EpochAnalyses:
         """From names and analysis objects. Raises ValueError for an unknown name."""
         return cls(as_analyses(given))
 
-    def run(self, model: nn.Module, data: Iterable[Any], result: Result, seed: int, save_to: Path | None = None) -> None:
+    def run(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        result: Result,
+        seed: int,
+        save_to: Path | None = None,
+        save_minutes: float = 10.0,
+    ) -> None:
         """Analyses the result of an epoch, and adds columns and matrices to it. Every process must call it.
 
-        save_to: a folder for what is done, in case an analysis is stopped.
+        save_to: a folder for what is done, in case an analysis is stopped; save_minutes: how often sums are saved there.
         """
         self.found = {}
         for name, analysis in self.analyses.items():
-            options: dict[str, Any] = {"evaluation": None, "progress": iter} | kept_in(analysis, save_to, name, 10.0)
+            options: dict[str, Any] = {"evaluation": None, "progress": iter} | kept_in(analysis, save_to, name, save_minutes)
             self.found[name] = analysis(model, data, result=result, seed=seed, **options)
             add_analysis(result, name, self.found[name])
 

@@ -66,6 +66,8 @@ class LearnedPrompt(Analysis):
         small = next((name for name, value in counts.items() if not isinstance(value, int) or value < 1), None)
         if small is not None:
             raise ValueError(f"learned_prompt: {small} is {counts[small]!r}; it is a number, 1 or more")
+        if self.states == 1:
+            raise ValueError("learned_prompt: states is 1; it is 2 or more, because the control exchanges the states of a batch")
         if self.lr <= 0:
             raise ValueError(f"learned_prompt: lr is {self.lr}; it is positive")
 
@@ -95,7 +97,10 @@ class LearnedPrompt(Analysis):
             frames |= decode_inserted(known, read_prompts(self.prompts, self.tokenizer), layers, trained, self.k, self.generate)
         if self.save_to is not None:
             trained.save(self.save_to)
-        chosen = {"length": self.length, "epochs": self.epochs, "lr": self.lr, "states": self.states, "ahead": list(self.ahead)}
+        loaded = self.load_from is not None
+        trained_with = {"epochs": None if loaded else self.epochs, "lr": None if loaded else self.lr, "loaded": self.load_from}
+        length = len(next(iter(trained.parameters())))
+        chosen = {"length": length, **trained_with, "states": self.states, "ahead": list(self.ahead)}
         metadata = about(known) | {"lens": "learned prompt", "seed": call.seed, "soft_prompts": self.save_to} | chosen
         return Findings(LENS, frames, _lines(frames["layers"], frames["control"]), metadata=metadata)
 

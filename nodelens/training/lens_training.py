@@ -10,11 +10,20 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from nodelens.messages import LIGHTNING_HINTS
+from nodelens.statistics.processes import world
 from nodelens.statistics.seeding import seeded
 
 
 def fit_lens(module: LightningModule, data: Iterable[Any], epochs: int, device: torch.device, *key: int | str) -> None:
-    """Trains a module on one device, without files and progress bars. key: a seed and words."""
+    """Trains a module on one device, without files and progress bars. key: a seed, and the name of the analysis.
+
+    Raises ValueError in a run of several processes, each of which would train a module of its own.
+    """
+    if world()[1] > 1:
+        raise ValueError(
+            f"{key[-1]} is trained by one process, and this run has {world()[1]}: train it in a run of one, with "
+            "save_to=, and give load_from= here"
+        )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings(), seeded(*key):
         for hint in (*LIGHTNING_HINTS, ".*does not have many workers.*"):

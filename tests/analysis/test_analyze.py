@@ -104,7 +104,7 @@ def test_a_class_in_place_of_an_object_is_named():
         as_analyses([nl.Supernodes])
 
 
-@pytest.mark.parametrize("names", [["../run"], "largest", [3]])
+@pytest.mark.parametrize("names", [["../run"], "largest", [3], [".."], [""]])
 def test_names_of_analyses_are_no_paths(result, tmp_path, names):
     result.save(tmp_path)
     file = tmp_path / "metadata.json"

@@ -46,3 +46,8 @@ def test_every_analysis_is_one():
 def test_an_analysis_without_run_is_none():
     with pytest.raises(NotImplementedError):
         Analysis()(nn.Identity())
+
+
+def test_an_option_that_a_call_does_not_have_is_named():
+    with pytest.raises(TypeError, match=r"^Seen has no option 'los'. Did you mean 'loss'\? Options are task, output, loss"):
+        Seen()(nn.Identity(), [1], los=None)

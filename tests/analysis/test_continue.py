@@ -10,6 +10,7 @@ import torch
 from families import build as build_family
 from nets import Mixed, build, images
 from nets import batches as in_batches
+from torch import nn
 
 import nodelens as nl
 from nodelens.analysis.modularity.layer_modules import Search
@@ -167,3 +168,25 @@ def test_sums_are_saved_every_so_many_minutes(tmp_path, network):
     calls = counted(model)
     equal(analysis(model, tokens(), save_to=tmp_path, save_minutes=0), whole)
     assert len(calls) == 3, "the dry run, and two batches that were not in the sums"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"by": "rq"}, {"by": "taylor"}),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, {"loss": nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.3)}),
+        ({"how": "zero"}, {"how": "mean"}),
+    ],
+    ids=["ranking", "loss", "replacement"],
+)
+def test_other_work_in_the_same_folder_is_not_continued(first, second, network, tmp_path):
+    def found(options, folder=None):
+        own = {"draws": 2, "counts": (1,), "by": "rq"} | options
+        loss = {"loss": own.pop("loss")} if "loss" in own else {}
+        analysis = {"cascade": nl.get_analysis("cascade", **own)}
+        metrics, layers = ["rq", "taylor"], ["stem", "point"]
+        return nl.analyze(*network, metrics, layers, analysis=analysis, save_to=folder, **loss).analyses["cascade"]
+
+    found(first, tmp_path)
+    assert list((tmp_path / "cascade").rglob("*.pt"))
+    equal(found(second, tmp_path), found(second))

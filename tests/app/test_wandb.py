@@ -14,7 +14,7 @@ import nodelens as nl
 from nodelens.app.wandb_logger import wandb_logger
 from nodelens.app.wandb_run import origin_of_weights
 from nodelens.results.files import remove
-from nodelens.results.loggers import close, log_result
+from nodelens.results.loggers import close, log_result, log_run
 
 pytest.importorskip("wandb")
 
@@ -243,6 +243,49 @@ def test_online_the_checkpoint_is_an_input_of_the_run(quiet_home):
     logger.use_checkpoint(str(quiet_home / "artifacts/checkpoint-abc:v3/best.ckpt"))
     assert Run.used == ["checkpoint-abc:v3"]
     assert Run.config == {"checkpoint_artifact": "checkpoint-abc:v3"}
+
+
+def test_an_artifact_that_is_not_online_is_a_warning(quiet_home, capsys):
+    import wandb
+
+    class Run:
+        config: ClassVar[dict] = {}
+
+        def use_artifact(self, name):
+            raise wandb.errors.CommError("artifact\n not found")
+
+    class Config(dict):
+        def update(self, values, allow_val_change):
+            super().update(values)
+
+    logger = wandb_logger(str(quiet_home), "analyze", offline=False)
+    logger._experiment, Run.config = Run(), Config()
+    logger.use_checkpoint(str(quiet_home / "artifacts/checkpoint-abc:v3/best.ckpt"))
+    said = capsys.readouterr().out.replace("\n", " ").split()
+    assert " ".join(said) == (
+        "warning: W&B does not record checkpoint-abc:v3 as an input: artifact not found; 'wandb sync' uploads an offline run"
+    )
+
+
+def test_only_the_checkpoint_that_was_logged_is_its_artifact(quiet_home):
+    run = quiet_home / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    about = {"id": "abc", "checkpoint": "p/checkpoint-abc:best", "checkpoint_file": "epoch=3.ckpt"}
+    (run / "wandb.json").write_text(json.dumps(about))
+    assert origin_of_weights(run / "checkpoints/epoch=3.ckpt") == "p/checkpoint-abc:best"
+    assert origin_of_weights(run) == "p/checkpoint-abc:best"
+    assert origin_of_weights(run / "checkpoints/last.ckpt") is None
+    assert origin_of_weights(run / "checkpoints/epoch=2.ckpt") is None
+    (run / "wandb.json").write_text(json.dumps({key: about[key] for key in ("id", "checkpoint")}))  # of an earlier version
+    assert origin_of_weights(run / "checkpoints/best.ckpt") == "p/checkpoint-abc:best"
+    assert origin_of_weights(run / "checkpoints/last.ckpt") is None
+
+
+def test_figures_are_drawn_only_for_a_logger_that_shows_them(quiet_home, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = wandb_logger(str(quiet_home), "analyze")
+    log_run([logger], quiet_home, None, {}, {}, lambda: pytest.fail("drawn for nobody"))
+    close([logger])
 
 
 HOSTILE = ("<script>alert(1)</script>", "=cmd('x')", "é漢", 'a "quoted" [bold]name[/bold]')

@@ -29,13 +29,16 @@ def _work(rank, world, folder, shares):
             sums[statistic.__name__].add(make(statistic, x[start : start + shares[rank]], start), 0)
     calls, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor, op: calls.append(tensor.nbytes) or all_reduce(tensor, op)
+    merged = sum(a.nbytes for a in sums.values() if a.statistic.merged)
     traffic = reduce_sums(sums, torch.device("cpu"))
     dist.all_reduce = all_reduce
     assert len(calls) <= 6, "shifts, and one for each dtype of sums and of maxima"
-    added = sum(calls[1:])
-    merged = sum(a.nbytes for a in sums.values() if a.statistic.merged)
-    assert traffic.sums >= added
-    assert traffic.sent <= 2 * traffic.sums + (world - 1) * merged
+    parts = [part for a in sums.values() if not a.statistic.merged for part in a.parts if part is not None]
+    shifts = sum(part.tensors()[name].nbytes for part in parts for name in part.shifts)
+    held = sum(part.nbytes for part in parts)
+    assert sum(calls[1:]) == held - shifts, "every sum is sent once"
+    assert traffic.sums == held + merged
+    assert traffic.sent == round(2 * (world - 1) / world * held) + (world - 1) * merged
     images_, labels = images()
     share = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 16) if shares[rank] else [])

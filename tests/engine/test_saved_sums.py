@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nodelens as nl
 from nodelens.engine.saved_sums import _can_start_anywhere
-from nodelens.engine.signals import StoppedError
+from nodelens.engine.signals import StoppedError, noted
 from nodelens.metrics.sets import metric_set
 
 
@@ -219,6 +220,24 @@ def test_a_former_handler_is_called_when_the_sums_are_saved_and_an_ignored_signa
     assert called == [1]
     assert not (tmp_path / "ignored").exists()
     equal(found, nl.analyze(net, Stream(data), ["rq"]))
+
+
+def test_a_signal_that_nobody_obeyed_arrives_again_when_the_reading_fails():
+    called = []
+    former = signal.signal(signal.SIGUSR1, lambda number, _: called.append(number))
+
+    def failing(signals):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not signals.arrived:
+            time.sleep(0.001)
+        raise ZeroDivisionError
+
+    try:
+        with pytest.raises(ZeroDivisionError), noted() as signals:
+            failing(signals)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert called == [signal.SIGUSR1]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

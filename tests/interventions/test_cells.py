@@ -149,3 +149,18 @@ def test_the_batches_of_a_trained_network_are_the_loop():
         assert len(cells) == 5 * 24
         looped = torch.cat([repeated_logits(model, prompt, [cell]) for cell in cells])
         assert_close(gathered(CellPasses(model, prompt), cells), looped, rtol=1e-5, atol=1e-4)
+
+
+def test_ways_are_compared_once_for_each_length_of_a_prompt(monkeypatch):
+    """The whole model runs for a first and a last cell of a grid; other prompts of that length need no comparison."""
+    from nodelens.interventions import cells as module
+
+    model, compared = TokenModel(llama()), []
+    monkeypatch.setattr(module, "repeated_logits", lambda m, t, some: compared.append(len(t)) or repeated_logits(m, t, some))
+    with model.running():
+        for tokens in (TOKENS, ids(1, 7, seed=3)[0], ids(1, 7, seed=4)[0][:6]):
+            cells = [cell for cell in all_cells(model, ("residual",)) if cell.position < 6]
+            for _ in range(2):
+                gathered(CellPasses(model, tokens), cells)
+    assert sorted(set(compared)) == [6, 7]
+    assert len(compared) == 2 * len({cell.part for cell in cells}), compared

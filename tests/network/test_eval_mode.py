@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.network.eval_mode import eval_mode, training_mode
+from nodelens.network.eval_mode import copy_of, eval_mode, training_mode
 
 METRICS = ["activation_mean", "rq", "taylor", "magnitude"]
 IMAGES = [(torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 3) for n in (16, 8)]
@@ -157,3 +157,23 @@ def test_training_mode_is_undone():
         torch.rand(3)
     assert not model[0].training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Remembering(nn.Module):
+    """Keeps the states of its LSTM, with their graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.states = nn.LSTM(3, 4, batch_first=True), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, self.states = self.lstm(x)
+        return out
+
+
+def test_a_model_that_keeps_states_of_a_pass_in_a_tuple_is_copied():
+    model = Remembering()
+    model(torch.ones(2, 5, 3))
+    made = copy_of(model)
+    assert all(not state.requires_grad and state.equal(own) for state, own in zip(made.states, model.states, strict=True))
+    assert made.lstm.weight_ih_l0 is not model.lstm.weight_ih_l0

@@ -57,10 +57,12 @@ def test_the_script_lies_beside_the_page_in_it_or_on_the_network(run):
     assert (run / "plotly.min.js").stat().st_size > 1_000_000
     assert "<script src='https://cdn.plot.ly/plotly-" in write_page(run, "cdn").read_text()
     assert write_page(run, "inline").stat().st_size > 1_000_000
-    with pytest.raises(ValueError, match=r"report.plotly is 'net'; it is shared, inline, cdn"):
+    with pytest.raises(ValueError, match=r"report.plotly is 'net'; it must be shared, inline or cdn"):
         write_page(run, "net")
-    with pytest.raises(ValueError, match=r"report.figures is 'gif'; it is a list of png, svg, pdf"):
+    with pytest.raises(ValueError, match=r"report.figures has 'gif'; it must be a list of png, svg and pdf, such as \[pdf\]"):
         write_page(run, figures=["gif"])
+    with pytest.raises(ValueError, match=r"report.figures has 'pdf'; it must be a list of png, svg and pdf, such as \[pdf\]"):
+        write_page(run, figures="pdf")
     write_page(run)
 
 
@@ -94,6 +96,17 @@ def test_a_page_that_was_lost_comes_back(run):
     words = ("model=cnn", "dataset.calibration=64", "logger=none", "report.figures=[svg]")
     assert command("analyze", f"hydra.run.dir={run}", *words).code == 0
     assert (run / "report.html").read_text() == before
+
+
+def test_a_finished_run_is_shown_with_the_options_of_each_start(run):
+    words = ("model=cnn", "dataset.calibration=64", "logger=none", f"hydra.run.dir={run}")
+    ended = command("analyze", *words, "report.plotly=cdn", "report.figures=[png]")
+    assert ended.code == 0, ended.err
+    assert "already finished" in ended.out
+    assert "https://cdn.plot.ly" in (run / "report.html").read_text()
+    assert (run / "figures/overview.png").is_file()
+    assert command("analyze", *words).code == 0
+    assert "https://cdn.plot.ly" not in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("kind", ["overview", "units", "agreement", "layers", "scatter"])

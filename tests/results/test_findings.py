@@ -64,6 +64,8 @@ def test_an_unfinished_folder_is_refused(tmp_path):
         ("findings_schema_version", 2, "schema version 2, but this version reads 1"),
         ("lines", 3, "damaged at 'lines'"),
         ("tables", ["../units"], "damaged at 'tables'"),
+        ("tables", [".."], "damaged at 'tables'"),
+        ("tables", [""], "damaged at 'tables'"),
         ("matrices", [["fc1"]], "damaged at 'matrices'"),
     ],
 )

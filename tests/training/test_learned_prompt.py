@@ -161,3 +161,34 @@ def test_bad_input_is_named(tmp_path, found):
     with pytest.raises(ValueError, match=r"Identity takes no inputs_embeds: a soft prompt needs a model that does"):
         TokenModel(nn.Identity()).embeddings  # noqa: B018
     assert "learned_prompt" in nl.list_analyses()
+
+
+def test_states_are_exchanged_with_those_of_another_token():
+    seen = []
+    run_lens(llama(), [padded(ROWS[:2], "right"), padded(ROWS[6:7], "right")], blocks_to_read(llama(), 0), seen.append)
+    for rows in seen:
+        followed = FollowedRows.of(rows, [0])
+        assert followed.states_of is followed.now
+        exchanged = followed.exchanged()
+        assert sorted(exchanged.states_of.tolist()) == followed.now.tolist()
+        assert not (exchanged.states_of == followed.now).any()
+        for part in exchanged.parts(1):
+            assert not (part.states_of == part.now).any()
+
+
+def test_one_state_cannot_be_exchanged():
+    with pytest.raises(ValueError, match="learned_prompt: states is 1; it is 2 or more, because the control exchanges"):
+        LearnedPrompt(states=1)
+
+
+def test_metadata_of_loaded_prompts_do_not_claim_a_training(found):
+    about = LearnedPrompt(layers=[0, 1], length=7, ahead=[0], epochs=9, load_from=found[1])(llama(), DATA).metadata
+    assert (about["length"], about["epochs"], about["lr"], about["loaded"]) == (3, None, None, found[1])
+
+
+def test_a_lens_is_not_trained_by_several_processes(monkeypatch):
+    from nodelens.training import lens_training
+
+    monkeypatch.setattr(lens_training, "world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="learned_prompt is trained by one process, and this run has 2: train it in a run of one"):
+        LearnedPrompt(layers=[0], length=2, ahead=[0], epochs=1)(llama(), DATA)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nodelens.engine.driver import Driver, device_of, first_of_data
+from nodelens.engine.identity import identity
 from nodelens.engine.request import Layers
 from nodelens.engine.saved_work import SavedWork
 from nodelens.network.arguments import check_arguments
@@ -207,6 +208,7 @@ class Setting:
             values = Replacement.of(how, driver, self.data, self.targets)
         options: dict[str, Any] = {"predictions": predictions, "seed": seed, "replay": replay, "progress": progress}
         options["saved"] = self.saved
+        options["what"] = identity([how, predictions, replay, removed, contrasts])
         return damage_of(self.model, self.data, lesions, values, objective=self.objective, contrasts=contrasts, **options)
 
     def about(self, found: Damage, index: pd.MultiIndex) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def damage_of(
     seed: int = 0,
     progress: Progress = iter,
     saved: SavedWork | None = None,
+    what: Any = None,
 ) -> Damage:
     """Loss without the units of a lesion minus loss with them, per prediction, for each lesion.
 
@@ -70,12 +71,13 @@ def damage_of(
     of the paired difference over samples. With ``replay`` the part of the model before a lesion's first place runs once per batch,
     and several lesions share a pass; the first batch shows whether that gives the numbers of the whole model, and where it does
     not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of their own. saved:
-    where the sums of an unfinished reading are kept. Raises ValueError if there is nothing to predict.
+    where the sums of an unfinished reading are kept; what: plain values that tell
+    these lesions from others. Raises ValueError if there is nothing to predict.
     """
     sums = _Sums.of(len(lesions) + len(contrasts))
     passes = _Passes(model, objective, lesions, values, replay, contrasts)
     limit = math.inf if predictions is None else math.ceil(predictions / world()[1])
-    with eval_mode(model), torch.no_grad(), reading(saved, _Unfinished(sums, passes), objective.batch) as rest:
+    with eval_mode(model), torch.no_grad(), reading(saved, _Unfinished(sums, passes), objective.batch, what) as rest:
         driver = Driver(model, objective, progress=lambda given: rest(progress(given)))
         for batch in driver.batches(data if limit > 0 else ()):
             left = limit - passes.predictions

@@ -1,6 +1,5 @@
 """The analysis ``clusters``: the units of each layer divided by their metrics, with types, stability and ablations."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -9,6 +8,7 @@ import pandas as pd
 from torch import nn
 
 from nodelens.analysis.base import Analysis, AnalysisCall
+from nodelens.engine.identity import identity
 from nodelens.engine.saved_work import SavedWork, part
 from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.results.files import plain
@@ -116,7 +116,7 @@ class ClustersAnalysis(Analysis):
         }
         if self.draws:
             options = features, scores, self.clustering_mode, self.draws
-            read = hashlib.sha256(features.values.tobytes() + repr((features.names, scores)).encode()).hexdigest()
+            read = identity([features.names, features.values, scores])
             name = f"stability, {found.layer_name}, {clustering}, {read}"
             sure = Stability(**part(saved, name, lambda: stability(clustering, *options)._asdict()))
             row |= {"stability": sure.mean, "stability_low": sure.low, "stability_high": sure.high, "draws": sure.draws}

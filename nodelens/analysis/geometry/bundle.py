@@ -13,6 +13,7 @@ import pandas as pd
 from nodelens.messages import check_folder, shown
 from nodelens.results.arrays import headers, read_arrays
 from nodelens.results.files import checked, plain, read_json, write, write_json
+from nodelens.results.findings import Plotted
 from nodelens.results.left_out import many_left_out
 from nodelens.results.spreadsheets import with_formulas, without_formulas
 
@@ -24,7 +25,7 @@ _WORDS = dict.fromkeys(("model_key", "model_label", "hook_point", "transition", 
 
 
 @dataclass
-class GeometryResult:
+class GeometryResult(Plotted):
     """The geometry of a language model.
 
     metrics: one row per layer; novelty: one row per pair of consecutive layers; router: one row per layer with experts; experts:

@@ -65,14 +65,18 @@ def check_ahead(name: str, ahead: Sequence[int], ks: Sequence[int]) -> None:
 
 
 def future_table(means: Mapping[int, TokenMeans], layers: Mapping[int, Layer], device: torch.device) -> pd.DataFrame:
-    """One row per distance and block, from the scores of each distance. Collective."""
+    """One row per distance and block, from the scores of each distance. Collective.
+
+    Raises ValueError for a distance at which no token is predicted.
+    """
     rows = []
     for n, found in means.items():
         found.reduced(device)
         rows += [{"ahead": n, "layer": k, "module": layer.name} | found.row(k) for k, layer in layers.items()]
     table = pd.DataFrame(rows)
-    if not table["tokens"].any():
-        most = max(means) + 1
+    counts = table.groupby("ahead")["tokens"].max()
+    if (counts == 0).any():
+        most = int(counts.index[counts == 0].min()) + 1
         raise ValueError(f"no token is followed by {most} others that are predicted: give longer samples, or smaller ahead=")
     table["lens"] = [f"+{n}" for n in table["ahead"]]
     return table

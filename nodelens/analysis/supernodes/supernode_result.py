@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from nodelens.results.files import checked, read_json, reading, write, write_json
+from nodelens.results.findings import Plotted
 
 from .agreement import MEAN, POOLED
 from .controls import RANDOM
@@ -19,7 +20,7 @@ LATER = ("cores",)  # tables that results of earlier versions lack
 
 
 @dataclass
-class SupernodesResult:
+class SupernodesResult(Plotted):
     """Supernodes of a model, as tables. A layer is a pruning group.
 
     units: one row per unit, index (layer, unit): its scores, whether it is a supernode or in the halo. layers: one row per layer;

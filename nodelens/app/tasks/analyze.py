@@ -59,8 +59,8 @@ def _show_again(cfg: DictConfig, folder: Path) -> float:
     open_inputs(cfg, folder)
     print_line(f"already finished: {folder}")
     result = load(folder)
-    if not (folder / "report.html").is_file():  # the run was stopped between tables and page
-        write_page(folder, **resolved(cfg)["report"])
+    if world()[0] == 0:  # with the options of this start
+        print_line(f"page: {write_page(folder, **resolved(cfg)['report'])}")
     _show(result)
     return main_score(result.metadata["evaluation"])
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nodelens.app.config import build, recorded, resolved
 from nodelens.results.files import checked, plain, read_json
+from nodelens.statistics.processes import world
 
 from .common import build_all, check_tokens, format_score, loggers_of, plain_worker_errors, quiet_lightning
 from .media import training_figures
@@ -29,6 +30,8 @@ def train(cfg: DictConfig) -> float:
         if (folder / "result.json").is_file():
             found = read_json(checked(folder / "result.json"))
             print_line(f"already finished: {folder} (test accuracy {100 * found['accuracy']:.2f} %)")
+            if world()[0] == 0:  # with the options of this start
+                _draw(cfg, folder)
             return float(found["accuracy"])
         return _prepared(cfg, folder, module, data)
 

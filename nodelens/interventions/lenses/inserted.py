@@ -1,7 +1,7 @@
 """States that are inserted behind a soft prompt: what the model predicts there, and some tokens later."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -27,13 +27,20 @@ from .soft_prompts import SoftPrompts
 class FollowedRows:
     """Tokens of a batch that have predicting tokens at each of the distances ``ahead``.
 
-    now (n,): rows of ``rows``; later: {distance: rows that many positions later (n,)}; tokens (n, most): the true tokens in between
+    now (n,): rows of ``rows``; later: {distance: rows that many positions later (n,)}; tokens (n, most): the true tokens in
+    between; source (n,): rows whose states are inserted, None for the tokens' own
     """
 
     rows: PredictingRows
     now: Tensor
     later: Mapping[int, Tensor]
     tokens: Tensor
+    source: Tensor | None = None
+
+    @property
+    def states_of(self) -> Tensor:
+        """The rows whose states are inserted, (n,)."""
+        return self.now if self.source is None else self.source
 
     @classmethod
     def of(cls, rows: PredictingRows, ahead: Sequence[int]) -> "FollowedRows":
@@ -52,7 +59,8 @@ class FollowedRows:
     def some(self, chosen: Tensor) -> "FollowedRows":
         """Some of them, by index."""
         later = {n: places[chosen] for n, places in self.later.items()}
-        return FollowedRows(self.rows, self.now[chosen], later, self.tokens[chosen])
+        source = None if self.source is None else self.source[chosen]
+        return FollowedRows(self.rows, self.now[chosen], later, self.tokens[chosen], source)
 
     def drawn(self, count: int | None, rng: torch.Generator) -> "FollowedRows":
         """``count`` of them at random; None: all."""
@@ -67,6 +75,10 @@ class FollowedRows:
         size = max(1, min(TOKENS // each, 2**24 // logits))
         for part in torch.arange(len(self.now), device=self.now.device).split(size) if len(self.now) else ():
             yield self.some(part)
+
+    def exchanged(self) -> "FollowedRows":
+        """The same tokens, each with the state of the one before it, and the first with that of the last."""
+        return replace(self, source=self.now.roll(1))
 
 
 def inserted_logits(model: TokenModel, layer: Layer, prompt: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
@@ -98,18 +110,21 @@ def score_inserted(
 ) -> dict[int, TokenMeans]:
     """{ahead: scores of each block} of states inserted behind the soft prompts, read where ``ahead`` true tokens have followed.
 
-    shuffled: each token gets the state of another one of its batch: what the prompt and the tokens say by themselves
+    shuffled: each token gets the state of another one of its batch: what the prompt and the tokens say by themselves. A batch
+              with fewer than two such tokens is left out
     states:   the number of tokens of each batch, drawn from the seed; None: all
     """
     means, known, rng = {n: TokenMeans() for n in ahead}, TokenModel(model), generator(seed, "inserted states")
 
     def see(rows: PredictingRows) -> None:
         followed = FollowedRows.of(rows, ahead).drawn(states, rng)
+        if shuffled and len(followed.now) < 2:
+            return
+        followed = followed.exchanged() if shuffled else followed
         for block, layer in layers.items():
             prompt = prompts.of(block)
             for part in followed.parts(len(prompt)):
-                source = part.now.roll(1) if shuffled else part.now
-                logits = inserted_logits(known, layer, prompt, rows.states(block)[source], part.tokens)
+                logits = inserted_logits(known, layer, prompt, rows.states(block)[part.states_of], part.tokens)
                 for n in ahead:
                     own, true = rows.final()[part.later[n]], rows.following[part.later[n]]
                     means[n].add(block, row_scores(logits[:, n], own, true, ks), rows.sample[part.now], len(rows.logits))

@@ -3,7 +3,10 @@
 window.nodelens = (() => {
   const known = new Map(), waiting = new Map();
   const kinds = { f4: Float32Array, f8: Float64Array, i4: Int32Array };
-  function put(key, value) { waiting.get(key)?.(value); }
+  function put(key, value) {
+    waiting.get(key)?.(value);
+    waiting.delete(key);
+  }
   function data(key) {
     if (known.has(key)) return known.get(key);
     const inside = document.getElementById(`data-${key}`);
@@ -11,7 +14,9 @@ window.nodelens = (() => {
       const script = document.createElement("script");
       waiting.set(key, resolve);
       script.src = `${document.body.dataset.side}/${key}.js`;
-      script.onerror = () => reject(new Error(`${script.src} is missing: copy the page together with its folder`));
+      const fail = (what) => { known.delete(key); script.remove(); reject(new Error(`${script.getAttribute("src")} ${what}: copy the page together with its folder`)); };
+      script.onerror = () => fail("is missing");
+      script.onload = () => { if (waiting.has(key)) fail("is damaged"); };
       document.head.append(script);
     });
     known.set(key, found);

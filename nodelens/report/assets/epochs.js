@@ -1,6 +1,6 @@
 // Every unit over the epochs of a training.
 (() => {
-  const { data, unpack, select, escaped, theme, fit, keys, config, value } = nodelens;
+  const { data, unpack, select, escaped, theme, fit, latest, keys, config, value } = nodelens;
 
   async function epochs(holder) {
     const about = await data("epochs"), menus = holder.querySelector(".menus"), canvas = holder.querySelector(".canvas");
@@ -10,7 +10,7 @@
     keys(canvas);
     const middle = (values) => { const known = values.filter((each) => Number.isFinite(each)).sort((a, b) => a - b); return known.length ? known[Math.floor(known.length / 2)] : null; };
 
-    async function update() {
+    const update = latest(holder, async () => {
       const found = unpack(await data(`epochs-${state.metric}`)), layer = found.columns.get("layer"), code = layer.words.indexOf(state.layer);
       const rows = [...Array(found.rows).keys()].filter((row) => layer.values[row] === code), columns = about.epochs.map((epoch) => found.columns.get(String(epoch)).values);
       const last = columns[columns.length - 1];
@@ -23,7 +23,7 @@
         xaxis: { ...grid, title: { text: "epoch" } }, yaxis: { ...grid, title: { text: escaped(about.metrics[Number(state.metric)]) } } }, canvas.clientWidth), config);
       await Plotly.relayout(canvas, theme());
       holder.dataset.drawn = `${about.metrics[Number(state.metric)]} ${state.layer}`;
-    }
+    });
     await update();
     nodelens.drawn += 1;
   }

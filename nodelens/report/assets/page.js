@@ -8,7 +8,27 @@
 
   function fail(holder, error) {
     nodelens.failed.push(String(error));
-    holder.append(element("p", { className: "warning", textContent: String(error.message || error) }));
+    holder.append(element("p", { className: "warning failed", textContent: String(error.message || error) }));
+  }
+
+  // draws what is chosen, one drawing after the other: of choices during a drawing the last one counts, and failures are said
+  function latest(holder, work) {
+    let wanted = false, busy = false;
+    return async () => {
+      wanted = true;
+      if (busy) return;
+      busy = true;
+      while (wanted) {
+        wanted = false;
+        try {
+          await work();
+          holder.querySelectorAll(":scope > .failed").forEach((each) => each.remove());
+        } catch (error) {
+          if (!wanted) fail(holder, error);
+        }
+      }
+      busy = false;
+    };
   }
 
   // on a narrow screen names are cut, and the legend goes below
@@ -78,14 +98,14 @@
     if (!("table" in holder.dataset)) return;
     const read = async () => unpack(await data(`${holder.dataset.plot}-table`));
     const all = (found) => Array.from({ length: found.rows }, (_, row) => row);
-    bar.append(element("button", { type: "button", textContent: "CSV", title: "Save the data behind the figure", onclick: async () => {
+    bar.append(element("button", { type: "button", textContent: "CSV", title: "Save the data behind the figure", onclick: latest(holder, async () => {
       const found = await read();
       save(`${name}.csv`, csv(found, all(found)), "text/csv");
-    } }));
+    }) }));
     const inner = element("div"), more = element("details", {}, element("summary", { textContent: "data" }), inner);
-    more.addEventListener("toggle", async () => {
+    more.addEventListener("toggle", latest(holder, async () => {
       if (more.open && !inner.hasChildNodes()) table(inner, await read(), { name });
-    });
+    }));
     holder.append(more);
   }
 
@@ -93,6 +113,7 @@
   function keys(canvas) {
     canvas.addEventListener("keydown", (event) => {
       const full = canvas._fullLayout, step = { ArrowLeft: ["x", -1], ArrowRight: ["x", 1], ArrowDown: ["y", -1], ArrowUp: ["y", 1] }[event.key];
+      if (event.ctrlKey || event.altKey || event.metaKey) return;  // of the browser
       if (!full || event.target !== canvas || !(step || "+-0".includes(event.key))) return;
       const change = {};
       for (const name of Object.keys(full).filter((key) => /^[xy]axis\d*$/.test(key))) {
@@ -110,7 +131,7 @@
   }
 
   // rows that match every word of a filter: a part of a text cell, or a comparison such as rq>0.5
-  function matcher(found, words, definitions) {
+  function matcher(found, words) {
     const tests = [];
     for (const match of words.matchAll(/"([^"]*)"|(\S+?)\s*(<=|>=|!=|=|<|>)\s*(\S+)|(\S+)/g)) {
       const column = match[2] && found.columns.get(match[2]), number = Number(match[4]);
@@ -241,6 +262,6 @@
   }
 
   nodelens.widgets = { table: listed };
-  Object.assign(nodelens, { table, copy, theme, fit, fail, keys, config, plain });
+  Object.assign(nodelens, { table, copy, theme, fit, fail, latest, keys, config, plain });
   document.addEventListener("DOMContentLoaded", start);
 })();

@@ -1,6 +1,6 @@
 // Two of many runs, unit by unit.
 (() => {
-  const { data, unpack, element, select, escaped, theme, fit, keys, config, table, value } = nodelens;
+  const { data, unpack, element, select, escaped, theme, fit, latest, keys, config, table, value } = nodelens;
 
   async function read(about, run) {
     const part = unpack(await data(`runs-${about.pieces.findIndex((piece) => piece.includes(run))}`));
@@ -19,7 +19,7 @@
     menus.append(select("first run", runs, state.a, set("a")), select("second run", runs, state.b, set("b")), select("metric", metrics, state.metric, set("metric")));
     keys(canvas);
 
-    async function update() {
+    const update = latest(holder, async () => {
       const [a, b] = [await read(about, state.a), await read(about, state.b)], name = state.metric, rows = [];
       for (const [key, row] of a.units) {
         if (!b.units.has(key)) continue;
@@ -43,7 +43,7 @@
       const columns = new Map([["layer", { values: Int32Array.from(rows, (row) => words.indexOf(row.layer)), words, kind: "i4" }], ["unit", numbers("unit")], ["first", numbers("x")], ["second", numbers("y")], ["difference", numbers("difference")], ["in standard errors", numbers("errors")]]);
       table(holder.querySelector(".rows"), { rows: rows.length, names: [...columns.keys()], columns }, { name: `difference-${name}` });
       holder.dataset.drawn = `${name} ${rows.length}`;
-    }
+    });
     await update();
     nodelens.drawn += 1;
   }

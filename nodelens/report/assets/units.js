@@ -1,6 +1,6 @@
 // The units of a run: any metric against any other, and a table of them. A layer's units are loaded when it is chosen.
 (() => {
-  const { data, unpack, value, shown, element, select, escaped, theme, fit, keys, config, table } = nodelens;
+  const { data, unpack, value, shown, element, select, escaped, theme, fit, latest, keys, config, table } = nodelens;
   const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a8088"];
   const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "cross"];
   const ALL = "", MOST = 50000, GL = 3000;
@@ -78,7 +78,7 @@
     );
     keys(canvas);
     const errors = element("input", { type: "checkbox" });
-    let listed = null, found = all;
+    let listed = null, found = all, listening = false;
 
     function list() {
       const note = state.layer === ALL && about.sampled ? `a sample of ${about.rows.toLocaleString("en")} units; choose a layer for all of its units` : "";
@@ -88,7 +88,7 @@
     }
     errors.onchange = () => listed.show();
 
-    async function update() {
+    const update = latest(holder, async () => {
       found = state.layer === ALL ? all : await read(about, state.layer);
       const shapes = traces(found, state), behind = state.layer === ALL ? [] : [points(all, every(all), state.x, state.y, { name: "other layers", marker: { color: "#9aa2ad", size: 4, opacity: 0.35 }, customdata: null })];
       const layout = fit({ height: 520, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", dragmode: "zoom", margin: { l: 60, r: 20, t: 10, b: 50 },
@@ -100,11 +100,14 @@
       holder.querySelector(".definitions").replaceChildren(...[...new Set([state.x, state.y])].filter((name) => titles[name]).map((name) => element("p", { className: "definition", textContent: `${name}: ${titles[name]}` })));
       list();
       holder.dataset.drawn = `${state.x} ${state.y} ${state.layer}`;
-    }
+      if (!listening) {
+        listening = true;
+        canvas.on("plotly_selected", (chosen) => listed.only(chosen ? new Set(chosen.points.map((point) => point.customdata).filter((row) => row !== undefined && row !== null)) : null));
+        canvas.on("plotly_deselect", () => listed.only(null));
+      }
+    });
     const axis = (name) => ({ title: { text: escaped(name) }, type: state.scale || "linear", automargin: true, gridcolor: "rgba(128,136,148,0.25)", zerolinecolor: "rgba(128,136,148,0.5)" });
     await update();
-    canvas.on("plotly_selected", (chosen) => listed.only(chosen ? new Set(chosen.points.map((point) => point.customdata).filter((row) => row !== undefined && row !== null)) : null));
-    canvas.on("plotly_deselect", () => listed.only(null));
     nodelens.drawn += 1;
   }
 

@@ -57,3 +57,8 @@ def test_bad_options_and_short_data_are_refused():
         FutureLens(ahead=[-1])
     with pytest.raises(ValueError, match="no sample has tokens 3 positions apart that predict another: give longer samples"):
         FutureLens(ahead=[3])(llama(), [{"input_ids": ids(4, 4)}])
+
+
+def test_a_distance_that_no_token_has_is_said():
+    with pytest.raises(ValueError, match="no token is followed by 8 others that are predicted: give longer samples, or smaller"):
+        FutureLens(layers=[0], ahead=[0, 7])(llama(), [padded(ROWS[:6], "right")], evaluation=[padded(ROWS[6:], "right")])
