@@ -83,14 +83,14 @@ def grid(
     trace = heat(numbers, label, low, high, DIVERGING if diverging else SEQUENTIAL)
     if words is not None:
         trace |= {"text": [[text(cell) for cell in row] for row in words.to_numpy()], "texttemplate": "%{text}"}
-    rows, columns = [text(name) for name in values.index], [text(name) for name in values.columns]
+    rows, columns = [f"{y} {text(name)}".strip() for name in values.index], [f"{x} {text(name)}".strip() for name in values.columns]
     beside = hover if hover is not None else pd.DataFrame("", index=values.index, columns=values.columns)
     trace["customdata"] = [
         [f"{row}, {column}{'<br>' if cell else ''}{text(cell)}" for column, cell in zip(columns, cells, strict=True)]
         for row, cells in zip(rows, beside.to_numpy(), strict=True)
     ]
     trace["hovertemplate"] = f"%{{customdata}}<br>{text(label)} %{{z:.4g}}<extra></extra>"
-    axis = names_axis(list(ticks) if ticks is not None else list(values.columns), x, most=18)
+    axis = names_axis(list(values.columns), x, most=18) if ticks is None else names_axis(ticks, x)
     return figure_of([trace], rows_height(len(values)), xaxis=axis, yaxis=rows_axis(list(values.index), y))
 
 

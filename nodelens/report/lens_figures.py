@@ -1,6 +1,6 @@
 """Plots of lenses: predicted tokens by layer and position, and scores by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -37,21 +37,17 @@ def token_grid(table: pd.DataFrame) -> Any:
     p = first.pivot(index="layer", columns="position", values="probability").sort_index(ascending=False)
     words = first.pivot(index="layer", columns="position", values="predicted").reindex_like(p).map(shown)
     read = first.drop_duplicates("position").set_index("position")["token"]
-    return _wide(
-        grid(
-            p,
-            "probability",
-            "position",
-            words=words,
-            ticks=[shown(read[k]) for k in p],
-            limits=(0, 1),
-            hover=listed.reindex_like(p),
-        )
-    )
+    hover = listed.reindex_like(p).radd("token " + read.map(lambda token: shown(token, 24)) + "\n")
+    return over_tokens(p, "probability", [shown(read[k]) for k in p], hover, words=words, limits=(0, 1))
 
 
-def _wide(figure: Any) -> Any:
-    """A grid with tokens in its cells, whose line breaks are those of the pointer's text."""
+def over_tokens(values: pd.DataFrame, label: str, tokens: Sequence[str], hover: pd.DataFrame, **more: Any) -> Any:
+    """A heatmap of layers by positions. Each column has its token and its position, which tells repeated tokens apart.
+
+    tokens: one per column, as ``shown`` writes them; hover: what the pointer shows beside layer, position and value, one line each
+    """
+    ticks = [f"{token} {position}" for token, position in zip(tokens, values.columns, strict=True)]
+    figure = grid(values, label, "position", ticks=ticks, hover=hover, **more)
     cells = [[cell.replace("\n", "<br>") for cell in row] for row in figure.data[0].customdata]
     figure.data[0].update(customdata=cells, textfont={"size": 10})
     return figure.update_layout(xaxis_tickangle=-45, height=figure.layout.height + 40)

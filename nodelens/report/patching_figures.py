@@ -9,7 +9,7 @@ import pandas as pd
 from nodelens.results.findings import Findings
 
 from .charts import diagonal, dots, grid
-from .lens_figures import shown
+from .lens_figures import over_tokens, shown
 from .plot import Plot, colour, figure_of, text
 
 _POSITIONS = 64  # that are drawn
@@ -44,9 +44,11 @@ def heatmap(cells: pd.DataFrame, value: str) -> Any:
     table = chosen.drop_duplicates(["layer", "position"]).pivot(index="layer", columns="position", values=value)
     table = table.sort_index(ascending=False).iloc[:, :_POSITIONS]
     words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2g}") if table.shape[1] <= 24 else None
-    ticks = _ticks(cells, list(table.columns))
-    figure = grid(table, value, "position", words=words, ticks=ticks, diverging=value != "kl", hover=_tokens(table, ticks))
-    return figure.update_layout(xaxis_tickangle=-45)
+    read = _tokens(cells, list(table.columns))
+    component = ", ".join(cells["component"].unique())
+    lines = [f"{component}, token " + " / ".join(shown(token, 24) for token in both) for both in read]
+    hover = pd.DataFrame([lines] * len(table), table.index, table.columns)
+    return over_tokens(table, value, ["/".join(map(shown, both)) for both in read], hover, words=words, diverging=value != "kl")
 
 
 def by_head(cells: pd.DataFrame, value: str) -> Any:
@@ -81,15 +83,11 @@ def components(table: pd.DataFrame) -> Any:
     return figure_of(traces, 380, xaxis=axis, yaxis={"title": {"text": "contribution to the logit"}}, barmode="group")
 
 
-def _ticks(cells: pd.DataFrame, positions: list[int]) -> list[str]:
-    """The tokens of both prompts at each position of the first pair; one where they are the same."""
+def _tokens(cells: pd.DataFrame, positions: list[int]) -> list[tuple[object, ...]]:
+    """The tokens of both prompts at each position of the first pair; one where they are the same, none behind its end."""
     first = cells[cells["pair"] == cells["pair"].iloc[0]].drop_duplicates("position").set_index("position")
-    pairs = [(first.loc[k, "clean"], first.loc[k, "corrupt"]) if k in first.index else (k, k) for k in positions]
-    return [shown(a) if a == b else f"{shown(a)}/{shown(b)}" for a, b in pairs]
-
-
-def _tokens(table: pd.DataFrame, ticks: list[str]) -> pd.DataFrame:
-    return pd.DataFrame([ticks] * len(table), table.index, table.columns)
+    pairs = [(first.loc[k, "clean"], first.loc[k, "corrupt"]) if k in first.index else () for k in positions]
+    return [tuple(dict.fromkeys(both)) for both in pairs]
 
 
 _WHAT = {

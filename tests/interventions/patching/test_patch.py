@@ -216,6 +216,17 @@ def test_figures_are_drawn_and_findings_load_again(tmp_path):
         assert names == ["patching-residual", "patching-heads", "by-head"] + ["exact"] * (name == "attributed")
 
 
+@pytest.mark.parametrize("analysis", [Patching, AttributionPatching])
+def test_a_heatmap_names_each_token_with_its_position(analysis):
+    found = analysis(["residual"], clean=[3, 3, 5, 6], corrupt=[3, 3, 4, 6], answer=5, wrong=9)(llama())
+    figure = next(iter(figures_of(found))).figure
+    ticks = list(figure.layout.xaxis.ticktext)
+    assert ticks == ["#3 0", "#3 1", "#5/#4 2", "#6 3"], "repeated tokens differ, and both prompts are there"
+    layer, position = figure.data[0].z.shape[0] - 1, 2
+    assert figure.data[0].customdata[0][position] == f"layer {layer}, position 2<br>residual, token #5 / #4"
+    assert "%{z" in figure.data[0].hovertemplate
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     {
