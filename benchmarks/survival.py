@@ -1,19 +1,25 @@
 """What survives: runs that are killed at every single write, full disks, signals at every batch, damaged files. Prints counts.
 
-    python benchmarks/survival.py            # everything, some minutes on two cores
-    python benchmarks/survival.py --every 5  # every fifth place only
+    python benchmarks/survival.py                         # everything, about 10 minutes on two idle cores
+    python benchmarks/survival.py --rounds 3              # three places per kind, spread evenly
+    python benchmarks/survival.py --only disks signals    # some kinds
+    python benchmarks/survival.py --tasks analyze
 
-Each trial is a process of its own, forked from this one. A run that was stopped is started again and has to end with the numbers of
-an undisturbed run, to the bit.
+Each trial is a process of its own, forked from this one, which has imported everything before. A run that was stopped is started
+again and has to end with the numbers of an undisturbed run, to the bit. Each kind prints its count when it is done; a table of
+all kinds follows at the end.
 """
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,14 +40,19 @@ RUNS = {
     ),
 }
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")
+SECTIONS = ("kills", "disks", "signals", "damages")
+BATCHES = 5  # of the pass of a run
 KILLED, REFUSED = -signal.SIGKILL, 1
 
 
 class Survival:
-    """Counts of trials by kind: how many there were, and those that did not end as they have to."""
+    """Counts of trials by kind: how many there were, and those that did not end as they have to.
 
-    def __init__(self, home: Path, every: int = 1):
-        self.home, self.every = home, every
+    rounds: how many places of a kind are tried, spread evenly; None for all.
+    """
+
+    def __init__(self, home: Path, rounds: int | None = None):
+        self.home, self.rounds = home, rounds
         self.counts: dict[str, int] = {}
         self.failures: list[str] = []
 
@@ -50,51 +61,71 @@ class Survival:
         if not right:
             self.failures.append(f"{kind}: {what}{': ' if said else ''}{said.strip()[-300:]}")
 
-    def places(self, number: int) -> Iterator[int]:
-        return iter(range(1, number + 1, self.every))
+    def survived(self, kind: str) -> str:
+        count = self.counts.get(kind, 0)
+        return f"{count - sum(line.startswith(f'{kind}: ') for line in self.failures)} of {count}"
 
-    def kills(self, task: str, whole: dict[str, pd.DataFrame]) -> None:
+    def places(self, number: int) -> list[int]:
+        """Places numbered from 1: all, or ``rounds`` of them, the first and the last among them."""
+        rounds = min(number, self.rounds or number)
+        return sorted({1 + round(k * (number - 1) / max(1, rounds - 1)) for k in range(rounds)})
+
+    @contextlib.contextmanager
+    def kind(self, kind: str) -> Iterator[str]:
+        """Prints the count of a kind of trial, its time and its failures as soon as it is done."""
+        start = time.monotonic()
+        yield kind
+        print(f"{kind:32} {self.survived(kind):>10} {time.monotonic() - start:6.0f} s", flush=True)
+        for line in self.failures:
+            if line.startswith(f"{kind}: "):
+                print(f"    {line}", flush=True)
+
+    def kills(self, task: str, whole: dict[str, pd.DataFrame], finished: Path) -> None:
         """A kill before, within and after every write; the next start ends equal."""
+        writes = self.writes(task)
         for when in ("before", "within", "after"):
+            with self.kind(f"{task}: kill {when} a write") as kind:
+                for place in self.places(writes):
+                    folder = self.fresh()
+                    code, _ = started(task, folder, lambda when=when, place=place: at_write(place, when, kill))
+                    right = code == KILLED and all_readable(folder)
+                    code, said = started(task, folder)
+                    self.check(kind, f"write {place}", right and code == 0 and equal(folder, whole), said)
+
+    def disks(self, task: str, whole: dict[str, pd.DataFrame], finished: Path) -> None:
+        """A full disk at every write: one line that names a file, nothing lost, and the next start ends equal."""
+        with self.kind(f"{task}: full disk") as kind:
             for place in self.places(self.writes(task)):
                 folder = self.fresh()
-                code, _ = started(task, folder, lambda when=when, place=place: at_write(place, when, kill))
-                right = code == KILLED and all_readable(folder)
-                code, said = started(task, folder)
-                self.check(f"{task}: kill {when} a write", f"write {place}", right and code == 0 and equal(folder, whole), said)
+                code, said = started(task, folder, lambda place=place: at_write(place, "within", full_disk))
+                right = code == REFUSED and "No space left on device" in said and str(folder) in said and all_readable(folder)
+                code, again = started(task, folder)
+                self.check(kind, f"write {place}", right and code == 0 and equal(folder, whole), said + again)
 
-    def disks(self, task: str, whole: dict[str, pd.DataFrame]) -> None:
-        """A full disk at every write: one line that names a file, nothing lost, and the next start ends equal."""
-        for place in self.places(self.writes(task)):
-            folder = self.fresh()
-            code, said = started(task, folder, lambda place=place: at_write(place, "within", full_disk))
-            right = code == REFUSED and "No space left on device" in said and str(folder) in said and all_readable(folder)
-            code, again = started(task, folder)
-            self.check(f"{task}: full disk", f"write {place}", right and code == 0 and equal(folder, whole), said + again)
-
-    def signals(self, task: str, whole: dict[str, pd.DataFrame], batches: int) -> None:
+    def signals(self, task: str, whole: dict[str, pd.DataFrame], finished: Path) -> None:
         """A signal at every batch of the pass: the sums are saved, a line says how to continue, the next start ends equal."""
         for name in SIGNALS:
-            for place in self.places(batches):
-                folder = self.fresh()
-                code, said = started(task, folder, lambda name=name, place=place: at_batch(place, getattr(signal, name)))
-                right = code == REFUSED and f"stopped by {name}" in said and "continues the run" in said
-                code, again = started(task, folder)
-                self.check(
-                    f"{task}: {name} in the pass", f"batch {place}", right and code == 0 and equal(folder, whole), said + again
-                )
+            with self.kind(f"{task}: {name} in the pass") as kind:
+                for place in self.places(BATCHES):
+                    folder = self.fresh()
+                    code, said = started(task, folder, lambda name=name, place=place: at_batch(place, getattr(signal, name)))
+                    right = code == REFUSED and f"stopped by {name}" in said and "continues the run" in said
+                    code, again = started(task, folder)
+                    self.check(kind, f"batch {place}", right and code == 0 and equal(folder, whole), said + again)
 
-    def damages(self, task: str, finished: Path) -> None:
-        """A byte flipped, or the end cut off, in every file that a load or a second start reads: an error that names the file."""
-        for file in sorted(read_again(task, finished)):
-            for how, change in (("flipped", flipped), ("cut off", cut)):
-                folder = self.fresh()
-                shutil.copytree(finished, folder)
-                (folder / file).write_bytes(change((folder / file).read_bytes()))
-                if task == "prune" and file.parts[0] in ("cells", "dense.json"):
-                    (folder / "sweep.parquet").unlink()  # as if the run had been stopped before its end
-                code, said = started(task, folder)
-                self.check(f"{task}: file {how}", str(file), code == REFUSED and file.name in said, f"exit code {code}: {said}")
+    def damages(self, task: str, whole: dict[str, pd.DataFrame], finished: Path) -> None:
+        """A bit flipped, or the end cut off, in every file that a load or a second start reads: an error that names the file."""
+        read = sorted(read_again(task, finished))
+        for how, change in (("flipped", flipped), ("cut off", cut)):
+            with self.kind(f"{task}: file {how}") as kind:
+                for file in (read[place - 1] for place in self.places(len(read))):
+                    folder = self.fresh()
+                    shutil.copytree(finished, folder)
+                    (folder / file).write_bytes(change((folder / file).read_bytes()))
+                    if task == "prune" and file.parts[0] in ("cells", "dense.json"):
+                        (folder / "sweep.parquet").unlink()  # as if the run had been stopped before its end
+                    code, said = started(task, folder)
+                    self.check(kind, str(file), code == REFUSED and file.name in said, f"exit code {code}: {said}")
 
     def writes(self, task: str) -> int:
         """How many files a run writes, one after another."""
@@ -128,6 +159,17 @@ def started(task: str, folder: Path, disturb: Callable[[], object] = lambda: Non
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code, said.read_text(encoding="utf-8")
+
+
+def imported(task: str, folder: Path) -> None:
+    """Runs a task in this process, so that forked ones have every import and cache. Raises RuntimeError if it fails."""
+    sys.argv = [f"{task}.py", *RUNS[task], f"hydra.run.dir={folder}"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            cli.main(task)
+    except SystemExit as end:
+        raise RuntimeError(f"{task} fails even undisturbed: {end.code}") from end
 
 
 def at_write(place: int, when: str, disturb: Callable[[Path], object], count: Path | None = None) -> None:
@@ -231,33 +273,33 @@ def _quiet(said: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # pytest has its own
 
 
-def survive(home: Path, every: int = 1, tasks: tuple[str, ...] = tuple(RUNS)) -> Survival:
-    """All trials in a folder; ``every`` leaves out places, for a quick look."""
-    found = Survival(home, every)
+def survive(
+    home: Path, rounds: int | None = None, tasks: tuple[str, ...] = tuple(RUNS), sections: tuple[str, ...] = SECTIONS
+) -> Survival:
+    """The trials in a folder, with ``rounds`` places of each kind at most."""
+    found = Survival(home, rounds)
+    torch.set_num_threads(1)
     for task in tasks:
-        undisturbed = home / f"whole_{task}"
-        code, said = started(task, undisturbed)
-        if code:
-            raise RuntimeError(f"{task} fails even undisturbed: {said}")
-        whole = tables(undisturbed)
-        found.kills(task, whole)
-        found.disks(task, whole)
-        found.signals(task, whole, batches=5)
-        found.damages(task, undisturbed)
+        finished = home / f"whole_{task}"
+        imported(task, finished)
+        whole = tables(finished)
+        for section in sections:
+            getattr(found, section)(task, whole, finished)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="try only every so many places")
+    parser.add_argument("--rounds", type=int, help="places tried per kind, spread evenly; all without it")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="kinds of trials")
+    parser.add_argument("--tasks", nargs="+", choices=tuple(RUNS), default=tuple(RUNS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        found = survive(Path(home), options.every)
-    for kind, count in found.counts.items():
-        failed = sum(line.startswith(f"{kind}: ") for line in found.failures)
-        print(f"{kind:32} {count - failed:4} of {count}")
-    for line in found.failures:
-        print(line)
+        found = survive(Path(home), options.rounds, tuple(options.tasks), tuple(options.only))
+    print("\n| trial | survived |\n|---|---|")
+    for kind in found.counts:
+        print(f"| {kind} | {found.survived(kind)} |")
+    print(f"| all | {sum(found.counts.values()) - len(found.failures)} of {sum(found.counts.values())} |")
     sys.exit(bool(found.failures))
 
 

@@ -167,6 +167,11 @@ IN_PYTHON = {  # a call, and parts of its message
         "'rq' needs weights, but layer 'relu' (ReLU) has none; leave the metric out, or name layers with weights (layers=)",
     ),
     "an option's typing error": (lambda: nl.analyze(NET, DATA, ["rq"], group=3), "no option 'group'. Did you mean 'groups'?"),
+    "negative positions": (lambda: nl.analyze(NET, DATA, ["rq"], positions=-1), "positions is -1; it must be 1 or more, or None"),
+    "complex labels": (
+        lambda: nl.analyze(NET, [(X, Y.to(torch.complex64))], ["taylor"]),
+        "the labels of a batch are complex numbers (20,): give real numbers, or the index of each class",
+    ),
     "words for a number": (lambda: nl.analyze(NET, DATA, ["rq"], groups="many"), "groups is 'many'; it must be 1 or more"),
     "a size in words": (
         lambda: nl.analyze(NET, DATA, ["rq"], budget="lots"),

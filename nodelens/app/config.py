@@ -52,6 +52,13 @@ class Latency:
 
 
 @dataclass
+class SweepOptions:
+    """In how many processes the cells of a sweep run."""
+
+    workers: int = 1
+
+
+@dataclass
 class Report:
     """The page: where plotly's script is (shared: a file beside the page; inline; cdn), and the formats of figure files."""
 
@@ -158,6 +165,7 @@ class Prune(Common):
     nan_policy: str = "drop"
     budget: PruneBudget = field(default_factory=PruneBudget)
     latency: Latency = field(default_factory=Latency)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
     save: str | None = "best"
     score: Any = "area"
     save_minutes: float = 10.0  # how often the sums of an unfinished scoring are saved

@@ -99,7 +99,7 @@ class Text(lightning.LightningDataModule):
         self.counts: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise, cut and split; the second call does nothing."""
+        """Read, tokenise, cut and split; the second call does nothing. Collective: processes share the work."""
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # workers slow down data in memory
         if self.source is not None or self.blocks is not None:
             return

@@ -199,8 +199,9 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.seed,
         settings.reduce,
     )
-    cuts = None if asked.weights_only else cuts_of(asked.again, settings.groups, settings.seed, objective)
-    return replace(plan, cuts=cuts), objective
+    hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective)
+    cuts = None if asked.weights_only else cuts_of(asked.again, hashes, settings.groups, settings.seed)
+    return replace(plan, cuts=cuts, hashes=hashes), objective
 
 
 def run_pass(
@@ -232,6 +233,7 @@ def run_pass(
             answers=graph or derives or plan.reads_predictions,
             on_graph=collected.differentiate if derives else None,
             cuts=plan.cuts,
+            hashes=plan.hashes,
             progress=progress,
         )
         if not k:
@@ -284,10 +286,14 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 
 
-def cuts_of(data: Any, groups: int, seed: int, objective: Objective) -> Tensor | None:
+def hashes_of(data: Any, objective: Objective) -> dict[int, Tensor]:
+    """The hashes of the samples of each batch of a list, by the id of the batch; of other data, which may change, none."""
+    return {id(given): _hashes(k, given, objective) for k, given in enumerate(data)} if isinstance(data, (list, tuple)) else {}
+
+
+def cuts_of(data: Any, hashes: Mapping[int, Tensor], groups: int, seed: int) -> Tensor | None:
     """Cuts between groups of samples of equal size, from all samples of all processes; None unless all have lists. Collective."""
-    in_memory = isinstance(data, (list, tuple))
-    own = [_hashes(k, given, objective) for k, given in enumerate(data)] if in_memory and groups > 1 else None
+    own = [hashes[id(given)] for given in data] if isinstance(data, (list, tuple)) and groups > 1 else None
     every = gathered(None if own is None else torch.cat([torch.empty(0, dtype=torch.int64), *own]))
     return None if any(hashes is None for hashes in every) else balanced_cuts(torch.cat(every), groups, seed)
 

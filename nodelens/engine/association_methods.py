@@ -7,7 +7,7 @@ from nodelens.messages import option
 from nodelens.metrics.association import PROBES
 from nodelens.metrics.derivative import Derivative
 from nodelens.network.experts import ExpertLayer
-from nodelens.network.layers import Layer
+from nodelens.network.layers import ASSOCIATION, Layer
 from nodelens.network.tasks import BY_TOKEN
 
 PREDICTIONS = 128  # of a sample, up to which the derivative of each is taken
@@ -15,6 +15,8 @@ LABELS = 64  # the same for a curvature
 INPUTS = 1024  # of a sample, up to which the derivative with respect to each is taken
 MOST = 4096  # backward passes per batch
 FOLDS = 8
+CHUNK = 1 << 25  # bytes of the vectors at layers and predictions that are handled at once
+COPIES = 3  # of the vectors at the widest layer: sorted by group, without masked rows, in float64
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,35 @@ def _of_hessian(derivative: Derivative, layer: Layer, layout: Any) -> Derivative
             return replace(derivative, refused=f"{reason}: {way_out}")
         return replace(derivative, method="exact", why=curved)
     return derivative
+
+
+def vector_bytes(plan: Any) -> int:
+    """Upper bound on the bytes of the vectors that are handled at once, by the kind of derivative that takes the most."""
+    layers: dict[Derivative, list[Layer]] = {}
+    for layer in plan.read:
+        for need in plan.needs(layer):
+            if need.port == ASSOCIATION:
+                layers.setdefault(need.options[0], []).append(layer)
+    return max((_at_once(derivative, own, plan) for derivative, own in layers.items()), default=0)
+
+
+def _at_once(derivative: Derivative, layers: list[Layer], plan: Any) -> int:
+    dry_run, wide = plan.dry_run, plan.layers if plan.stack in layers else []
+    each = [(seen := plan.seen(layer, "output")).nbytes * seen.calls for layer in dict.fromkeys([*layers, *wide])]
+    predictions = 4 * dry_run.predictions * dry_run.classes
+    held = dry_run.samples * (sum(each) + predictions)
+    count = _number_of(derivative, plan, max(1, CHUNK // max(1, held)))
+    pairs = 2 if derivative.of == "hessian" else 1  # each vector with its product
+    return pairs * count * (held + COPIES * dry_run.samples * max(each))
+
+
+def _number_of(derivative: Derivative, plan: Any, most: int) -> int:
+    """How many vectors are handled at once."""
+    if derivative.of == "values" or derivative.method == "empirical":
+        return 1
+    if derivative.vectors:
+        return min(most, -(-derivative.vectors // derivative.folds))
+    return min(most, plan.dry_run.predictions * plan.dry_run.classes) if derivative.of in ("predictions", "loss") else most
 
 
 _SETTLE = {

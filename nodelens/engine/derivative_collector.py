@@ -1,7 +1,7 @@
 """The collectors of derivatives: they add products of vectors at the units of a layer, or of all layers side by side."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from nodelens.network.hooks import Site
 from nodelens.network.random_vectors import rows_of_tokens
 from nodelens.network.streams import side_of
 from nodelens.network.traced import Traced
-from nodelens.statistics.group_slices import draw, members_of
-from nodelens.statistics.linalg import exact_products
-from nodelens.statistics.products import Products, Vectors, about_zero
+from nodelens.statistics.group_slices import draw
+from nodelens.statistics.products import Fold, Products, about_zero
 from nodelens.statistics.rows import Rows
 
 from .collector import Collector
@@ -86,25 +85,42 @@ class DerivativeCollector(Collector):
         """None: these sums see whole batches."""
         return None
 
-    def add(self, need: Need, batch: Batch, x: Tensor, keep: Tensor, **of: Any) -> None:
-        """Adds rows x (k x samples, units, positions) where ``keep`` (samples, positions); of: further fields of ``Vectors``.
+    def add(
+        self,
+        need: Need,
+        batch: Batch,
+        x: Tensor,
+        keep: Tensor,
+        y: Tensor | None = None,
+        first: bool = True,
+        gram: Tensor | None = None,
+        fold: int = 0,
+        folds: int = 1,
+    ) -> None:
+        """Adds the products of vectors x (k x samples, units, positions), or with partners y, where ``keep`` (samples, positions).
 
         A row with an entry that is not finite in any of the vectors does not count. n counts the rows if ``first``.
+        gram: each x stands for vectors x * u, with any u of which u u' adds up to ``gram`` (units, units)
         """
-        x = x.double() if self.plan.precision == "float64" else x
-        y, first, sums = of.pop("y", None), of.pop("first", True), self.sums[need]
+        x, sums, k = x.double() if self.plan.precision == "float64" else x, self.sums[need], len(x) // len(keep)
         keep = self._where_finite(x if y is None else y, keep)
-        masked, k = not bool(keep.all()), len(x) // len(keep)
-        with exact_products():
-            for g, samples in members_of(batch.group) if len(sums.parts) > 1 else [(0, None)]:
-                kept = keep if samples is None else keep[samples]
-                part = Rows(_of_samples(x, k, samples), kept.to(x.device).repeat(k, 1) if masked else None)
-                if need.statistic is not Products:
-                    sums.add_rows(part.about(*self._shift("positions", part)), g)
-                    continue
-                partner = None if y is None else about_zero(Rows(_of_samples(y, k, samples), part.keep))
-                n = kept.sum().reshape(1).to(part.raw.device) * int(first)
-                sums.add_rows(Vectors(about_zero(part), partner, n=n, **of), g)
+        order, slices = batch.by_group if len(sums.parts) > 1 else (None, [(0, 0, len(keep))])
+        keep = keep if order is None else keep[order]
+        masked = None if bool(keep.all()) else keep.to(x.device).repeat_interleave(k, 0)
+        rows, runs = Rows(_by_sample(x, k, order), masked), [(a * k, b * k) for _, a, b in slices]
+        if need.statistic is not Products:
+            rows = rows.about(*self._shift("positions", rows))
+            for (g, *_), (a, b) in zip(slices, runs, strict=True):
+                sums.add_rows(rows.take(a, b), g)
+            return
+        rows = about_zero(rows)
+        outer = rows.products_by_run(rows if y is None else about_zero(Rows(_by_sample(y, k, order), masked)), runs)
+        outer = outer if y is None else (outer + outer.mT) / 2
+        outer = outer if gram is None else outer * gram
+        n = torch.tensor([[int(keep[a:b].sum()) if masked is not None else (b - a) * keep.shape[1]] for _, a, b in slices])
+        counts = n.to(x.device)
+        for (g, *_), own, product in zip(slices, counts, outer, strict=True):
+            sums.add_rows(Fold(own * int(first), own * k, product, fold, folds), g)
 
     def chosen_units(self, x: Tensor) -> Tensor:
         """The units that are read, of rows (k x samples, units, positions) with all of them."""
@@ -117,6 +133,7 @@ class DerivativeCollector(Collector):
         return keep & x.isfinite().all(1).unflatten(0, (-1, len(keep))).all(0).cpu()
 
 
-def _of_samples(t: Tensor, k: int, samples: Tensor | None) -> Tensor:
-    """The vectors of some samples, of vectors (k x all samples, ...); those of all for None."""
-    return t if samples is None else t.unflatten(0, (k, -1)).index_select(1, samples.to(t.device)).flatten(0, 1)
+def _by_sample(t: Tensor, k: int, order: Tensor | None) -> Tensor:
+    """Vectors (k x samples, ...) as (samples x k, ...), those of a sample together, of samples in an order."""
+    t = t.unflatten(0, (k, -1)).transpose(0, 1)
+    return (t if order is None else t.index_select(0, order.to(t.device))).flatten(0, 1)

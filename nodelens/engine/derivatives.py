@@ -19,11 +19,11 @@ from nodelens.network.objective import Objective
 from nodelens.network.random_vectors import signs
 from nodelens.network.tail import is_entrywise
 
+from .association_methods import CHUNK
 from .derivative_collector import DerivativeCollector, LayerCall
 from .graph_start import GraphStart
 from .unit_vectors import unit_vectors
 
-CHUNK = 1 << 25  # bytes of the vectors at layers and predictions that are handled at once
 Chunk = tuple[int, list[Tensor]]  # a fold, and vectors (k, *shape of each output or input)
 
 
@@ -103,7 +103,7 @@ class Derivatives:
             yield 0, [v.where(mask, 0)]
 
     def _push(self, targets: Sequence[SumTarget], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
-        start = GraphStart.of([call.traced.edge for call in calls], self.embedded, self.batch)  # type: ignore[misc]
+        start = GraphStart.of([call.traced.edge for call in calls], self.embedded, self.batch, self.method.roots)  # type: ignore[misc]
         if start is None:
             for target in targets:
                 target.collector.failed[target.need] = "the model reads no floating-point inputs and has no embedding"
@@ -128,8 +128,8 @@ class Derivatives:
         (call,) = target.calls
         ones = torch.ones_like(call.traced.value)[None]
         slopes = self.method.pull([call.traced.edge], start.places, [ones])  # type: ignore[list-item]
-        options = {"fold": 0, "folds": 1, "first": True, "gram": start.gram}
-        target.collector.add(target.need, self.batch, call.rows(slopes[0]), self._kept(target, derivative), **options)  # type: ignore[arg-type]
+        keep = self._kept(target, derivative)
+        target.collector.add(target.need, self.batch, call.rows(slopes[0]), keep, gram=start.gram)  # type: ignore[arg-type]
 
     def _there_and_back(self, call: LayerCall, start: GraphStart, forwards: dict[int, Forward], v: Tensor) -> Tensor | None:
         """J J'v of a layer, J its derivative with respect to the inputs."""
@@ -160,8 +160,7 @@ class Derivatives:
         for fold, v in unit_vectors(call, derivative, keep, self.batch, self.seed, self._size([call])):
             product = times(v)
             y = call.rows(torch.zeros_like(v) if product is None else product)
-            options = {"fold": fold, "folds": derivative.folds, "first": first}
-            target.collector.add(target.need, self.batch, call.rows(v), keep, y=y, **options)
+            target.collector.add(target.need, self.batch, call.rows(v), keep, y, first, fold=fold, folds=derivative.folds)
             first = False
 
     def _distribute(
@@ -186,8 +185,8 @@ class Derivatives:
             x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             if len(target.calls) > 1 or target.collector is not target.calls[0].collector:
                 x = target.collector.chosen_units(x)
-            options = {"fold": fold, "folds": derivative.folds, "first": first}
-            target.collector.add(target.need, self.batch, x, self._kept(target, derivative), **options)
+            keep = self._kept(target, derivative)
+            target.collector.add(target.need, self.batch, x, keep, first=first, fold=fold, folds=derivative.folds)
 
     def _kept(self, target: SumTarget, derivative: Derivative) -> Tensor:
         """The rows that count, (samples, positions): of a loss those of samples with a label."""

@@ -1,7 +1,7 @@
 """The driver: reads data batch by batch and runs the model on them for whoever measures."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +34,7 @@ class Watcher(Protocol):
 class Driver:
     """How data are read, in eval mode on the model's device.
 
-    groups, seed, cuts: of the jackknife, see ``Batch.of``
+    groups, seed, cuts: of the jackknife, see ``Batch.of``; hashes: of the samples of batches, by the id of what was given
     graph:         whether the loss is differentiated, with respect to whatever the capture watches
     on_graph:      called with the predictions, and the outputs of embeddings at which the graph starts, while the graph is there
     weights:       tensors whose gradients of the summed loss are in ``.grad`` when a batch ends
@@ -56,6 +56,7 @@ class Driver:
     answers: bool = True
     on_graph: Callable[[Tensor, Sequence[Tensor]], None] | None = None
     cuts: Tensor | None = None
+    hashes: Mapping[int, Tensor] = field(default_factory=dict)
     on_first: Callable[[Batch], None] | None = None
     on_last: Callable[[Batch], None] | None = None
     progress: Progress = iter
@@ -68,7 +69,7 @@ class Driver:
         for number, given in enumerate(numbered(self.progress(data))):
             self.number = number
             with naming(number):
-                batch = self.objective.batch(given, self.groups, self.seed, self.cuts)
+                batch = self.objective.batch(given, self.groups, self.seed, self.cuts, self.hashes.get(id(given)))
             if len(batch):
                 yield batch.to(device)
 

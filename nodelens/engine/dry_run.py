@@ -114,7 +114,7 @@ class DryRun:
         except Exception:  # a forward pass may raise anything; an error of a hook is raised as it is
             check_forward(model, batch)
             raise
-        shown = {site: each[0][0] for site, each in captured.items() if site.port == "output"}
+        shown = {site: captured[site][0][0] for site in sites if site in captured}
         unread = without_samples(model, batch, shown, optional)
         answer, aligned, refusal = _predictions(objective, output, batch)
         made = partial(_seen, samples=len(batch), answer=answer, unread=unread, optional=optional)

@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge
 
 from nodelens.metrics.derivative import Derivative
 from nodelens.network.batch import Batch
-from nodelens.network.derivatives import Place
+from nodelens.network.derivatives import Place, Roots
 from nodelens.network.random_vectors import rows_of_tokens, signs
 from nodelens.network.tail import linear_entry
 
@@ -28,7 +28,9 @@ class GraphStart:
     basis: Tensor | None = None
 
     @classmethod
-    def of(cls, edges: Sequence[GradientEdge], embedded: Sequence[Tensor], batch: Batch) -> "GraphStart | None":
+    def of(
+        cls, edges: Sequence[GradientEdge], embedded: Sequence[Tensor], batch: Batch, roots: Roots | None = None
+    ) -> "GraphStart | None":
         """The floating-point inputs of a batch or, without any, the output of the first embedding; None if there is neither."""
         named = [v for k, v in batch.kwargs.items() if not k.endswith("mask")]
         leaves = [v for v in (*batch.args, *named) if isinstance(v, Tensor) and v.requires_grad and len(v) == len(batch)]
@@ -37,7 +39,7 @@ class GraphStart:
             return None
         entry = linear_entry(edges, leaves[0]) if len(leaves) == 1 and leaves[0].is_leaf else None
         if entry is not None and leaves[0][0].numel() == entry[1].shape[0] > entry[1].shape[1]:  # it reads a sample whole
-            r = torch.linalg.qr(entry[1].detach().double(), mode="r").R
+            r = (roots or Roots()).of(entry[1])
             return cls([entry[0]], [r.shape[1:]], leaves[0].detach(), r.to(leaves[0]))
         return cls(list(leaves), [leaf.shape[1:] for leaf in leaves], leaves[0].detach())
 

@@ -61,6 +61,7 @@ class PassLayout:
     seed: int = 0
     reduce: Reduce = "sum"  # combines a unit's values at several places
     cuts: Tensor | None = None  # of sample hashes, between groups of equal size
+    hashes: Mapping[int, Tensor] = field(default_factory=dict)  # of samples of batches in memory, by the id of the batch
     notes: tuple[str, ...] = ()  # what is left out although nobody chose so
     optional: bool = False  # whether a layer that cannot be read has NaN instead of stopping the pass
     no_gradient: Mapping[str, str] = field(default_factory=dict)  # why no gradient reached a layer, by name

@@ -60,6 +60,8 @@ class AnalyzeOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"groups is {self.groups!r}; it must be 1 or more: groups of samples, for the jackknife")
+        if self.positions is not None and (not isinstance(self.positions, int) or self.positions < 1):
+            raise ValueError(f"positions is {self.positions!r}; it must be 1 or more, or None for all positions of an image")
         if not isinstance(self.seed, int):
             raise TypeError(f"seed is {shown(self.seed)}; it is an integer")
         if self.save_to is not None:

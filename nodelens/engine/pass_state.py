@@ -4,6 +4,7 @@ Rows that wait in a buffer are part of it: adding them early would change the or
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,6 +40,14 @@ class SeenOrder(NamedTuple):
         samples = torch.arange(len(batch.hashes))
         last = int(mix(batch.hashes, samples).sum())  # wraps around
         return SeenOrder(self.batches + 1, int(mix(torch.tensor(self.all), torch.tensor(last))), last)
+
+    def check(self, begun: "SeenOrder", folder: Path, last_only: bool = False) -> None:
+        """Raises ValueError if these are not the batches of saved sums; last_only: of which only the last one was read again."""
+        if self.last != begun.last or (not last_only and self != begun):
+            raise ValueError(
+                f"{folder} holds the sums of {begun.batches} batches, but the data do not begin with these batches: give the same "
+                f"data in the same order (no shuffling), or delete {folder} to start again"
+            )
 
 
 def collector_state(collector: Collector) -> State:

@@ -17,6 +17,7 @@ from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
 from nodelens.statistics.costs import PAIRS
 
+from .association_methods import vector_bytes
 from .associations import check_associations, with_stack
 from .buffered import buffer_bytes, held, held_bytes
 from .covariance import CovariancePolicy
@@ -222,7 +223,7 @@ class Plan(PassLayout):
     @property
     def total_bytes(self) -> int:
         sums = sum(self.nbytes(layer, need) for layer in self.read for need in self.needs(layer))
-        return sums + self.buffer_bytes + self.held_bytes
+        return sums + self.buffer_bytes + self.held_bytes + self.vector_bytes
 
     @property
     def buffer_bytes(self) -> int:
@@ -233,6 +234,11 @@ class Plan(PassLayout):
     def held_bytes(self) -> int:
         """Bytes of the rows of one batch that are held for a paired site or for the logits."""
         return sum(held_bytes(self, site) for site in held(self))
+
+    @property
+    def vector_bytes(self) -> int:
+        """Upper bound on the bytes of the vectors of derivatives that are handled at once."""
+        return vector_bytes(self)
 
     def rows(self) -> list[dict]:
         """The plan as a table, one row per statistic of a layer."""

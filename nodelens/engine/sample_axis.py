@@ -12,6 +12,8 @@ from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 
 _WAY_OUT = "give data and modules with samples first (batch_first=True)"
+_VERBS = {"input": "reads", "output": "puts out"}
+_WORDS = {1: ("one sample", "two"), 2: ("two samples", "three")}
 
 
 class NoSampleAxisError(ValueError):
@@ -24,27 +26,33 @@ class NoSampleAxisError(ValueError):
 
 
 def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any], optional: bool = False) -> dict[str, str]:
-    """{layer: reason} where the first axis of a layer is not the samples: one sample less has to show half of it.
+    """{layer: reason} where the first axis of a layer does not grow with the samples.
 
-    The model runs again only where this is in doubt: samples share their axis with windows or frames, or a module takes time on
-    the first axis and samples on the second. Raises ValueError for such a layer unless layers are ``optional``, and if a module
-    that takes time first shows samples first: the data then have them on the axis of time.
+    batch: one or two samples, of which ``captured`` shows what passed. The model runs again with the first sample repeated: one
+    size is not enough, because as many positions, windows or rows of a table look the same. Raises ValueError for such a layer
+    unless layers are ``optional``, and if a module that takes time first shows samples first: the data then have them on the axis
+    of time.
     """
-    time_first = [Layer(name, m) for name, m in model.named_modules() if getattr(m, "batch_first", True) is False]
+    size = len(batch)
     shown = {site: tensor.shape for site, tensor in captured.items() if isinstance(tensor, Tensor) and tensor.ndim}
-    if len(batch) < 2 or not (time_first or any(shape[0] != 2 for shape in shown.values())):
+    time_first = [Layer(name, m) for name, m in model.named_modules() if getattr(m, "batch_first", True) is False]
+    timed = [Site(layer, "output") for layer in time_first]
+    try:
+        again = _shapes(model, batch.map(lambda tensor: torch.cat([tensor, tensor[:1]])), [*shown, *timed])
+    except Exception:  # a model that takes batches of this size only: no other size to compare with
         return {}
-    again = _shapes_of_one(model, batch, [*shown, *(Site(layer, "output") for layer in time_first)])
-    why = "its first axis is not the samples"
+    few, more = _WORDS[size]
     found = {
-        site.layer.name: f"puts out {tuple(again[site])} for one sample and {tuple(shape)} for two: {why}"
+        site.layer.name: f"{_VERBS[site.port]} {tuple(shape)} for {few} and {tuple(again[site])} for {more}: "
+        "its first axis is not the samples"
         for site, shape in shown.items()
-        if site in again and shape[0] != 2 * again[site][0]
+        if site in again and (not again[site] or shape[0] * (size + 1) != again[site][0] * size)
     }
     if found and not optional:
         raise NoSampleAxisError(found)
-    for site in again.keys() - shown.keys():
-        if len(again[site]) == 3 and again[site][0] == 1:
+    before = _shapes(model, batch, timed) if timed else {}
+    for site, shape in before.items():
+        if len(shape) == 3 and shape[0] == size and again[site][0] == size + 1:
             raise ValueError(
                 f"{site.layer.name!r} takes time first and samples second (batch_first=False), "
                 f"but the first axis of the data is its time: {_WAY_OUT}"
@@ -52,15 +60,16 @@ def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]
     return {layer: str(NoSampleAxisError({layer: shown})) for layer, shown in found.items()}
 
 
-def _shapes_of_one(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:
-    """The shapes at sites for the first sample alone."""
+def _shapes(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:
+    """The shapes at sites, at the first call of each."""
     found: dict[Site, torch.Size] = {}
 
     def see(site: Site, tensor: Any) -> None:
-        found.setdefault(site, tensor.shape)
+        if isinstance(tensor, Tensor):
+            found.setdefault(site, tensor.shape)
 
     capture = Capture(sites, see)
     capture.gate = True
     with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture:
-        batch.head(1).map(torch.clone).run(model)
+        batch.map(torch.clone).run(model)
     return found

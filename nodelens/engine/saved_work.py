@@ -101,9 +101,9 @@ class _SavedReading:
                 if self.signals.arrived or time.monotonic() - self.last >= 60 * self.work.minutes:
                     self.save()
             elif self.seen.batches == begun.batches:
-                self._check(begun)
+                self.seen.check(begun, self.work.folder)
         if self.seen.batches < begun.batches:
-            self._check(begun)
+            self.seen.check(begun, self.work.folder)
 
     def save(self) -> None:
         """Saves the sums, and obeys the signals that arrived."""
@@ -118,13 +118,6 @@ class _SavedReading:
         state = torch.load(checked(self.file), weights_only=True)
         self.sums.load_state_dict(state["sums"])
         return SeenOrder(*state["seen"])
-
-    def _check(self, begun: SeenOrder) -> None:
-        if self.seen != begun:
-            raise ValueError(
-                f"{self.work.folder} holds the sums of {begun.batches} batches, but the data do not begin with these batches: give "
-                f"the same data in the same order (no shuffling), or delete {self.work.folder} to start again"
-            )
 
 
 @contextmanager

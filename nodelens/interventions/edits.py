@@ -1,6 +1,6 @@
 """Edits: changes of what passes at a site of a running model; undone when their context ends."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = ["Edit", "edit"]
 @contextmanager
 def edit(
     model: nn.Module,
-    edits: Edit | Sequence[Edit],
+    edits: Edit | Iterable[Edit],
     *,
     groups: Sequence[PruningGroup] = (),
     tokenizer: Any = None,
@@ -41,7 +41,7 @@ def edit(
         raise ValueError(
             f"{type(model).__name__} is in training mode, in which dropout and batch norms change values: call model.eval() first"
         )
-    every = list(edits) if isinstance(edits, Sequence) else [edits]
+    every = list(edits) if isinstance(edits, Iterable) else [edits]
     others = [each for each in every if not isinstance(each, Edit)]
     if others:
         raise TypeError(f"nl.edit takes edits, such as nl.Edit('fc1', 'zero'), and not {type(others[0]).__name__}")

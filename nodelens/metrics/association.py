@@ -87,6 +87,11 @@ class ForwardCovariance(_Association):
 class _OfDerivatives(_Association):
     """Shared by associations of derivatives."""
 
+    lacks: ClassVar = {
+        "view": "each position of a sample has a derivative of its own, and their mean is of no unit; forward_cov has view",
+        "spatial": "it is the mean over positions of products that are not centred; forward_cov has spatial",
+    }
+
     def derivative(self) -> Derivative:
         """What is differentiated, and how."""
         raise NotImplementedError

@@ -35,6 +35,7 @@ class Metric:
     grouped: ClassVar[bool] = False  # whether it takes a list of one statistic per group of samples
     matrix_errors: ClassVar[bool] = False  # whether a matrix of pairs comes with a matrix of standard errors
     nan: ClassVar[str] = "never"
+    lacks: ClassVar[Mapping[str, str]] = {}  # options of related metrics, each with the reason why this one has none
     no_error: ClassVar[str] = ""  # why the jackknife is not the error of this metric, whose standard errors are then NaN
     log_interval: ClassVar[bool] = False  # whether intervals are symmetric about the logarithm of the value
     coverage: ClassVar[str] = ""  # where 95 % intervals cover less or more, as measured

@@ -115,6 +115,8 @@ def get_metric(name: str, **options: Any) -> Metric:
     metric, preset = _BY_NAME[name]
     known = [f.name for f in fields(metric)]
     for option in options:
+        if option in metric.lacks:
+            raise ValueError(f"{name} has no option {option!r}: {metric.lacks[option]}")
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}{_nearest(option, known)}; it takes {', '.join(known) or 'none'}")
     return metric(**{**preset, **options})

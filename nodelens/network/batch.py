@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodelens.statistics.group_slices import group_slices, sorting
 from nodelens.statistics.sample_hash import content_hashes, groups_of, mix
 
 from .batch_forms import read
@@ -51,6 +52,7 @@ class Batch:
         task: str = "",
         shift: Callable[[Tensor], Tensor] | None = None,
         required: Collection[str] = (),
+        hashes: Tensor | None = None,
     ) -> "Batch":
         """From a tensor, an (x, y) pair, a tuple with ``ids``, or a dict with input_ids / pixel_values, labels, targets, masks.
 
@@ -66,7 +68,8 @@ class Batch:
 
         Sample hashes are made of ``ids`` if the batch has them, otherwise of the content of the samples, so that groups do
         not depend on batching or padding. ``cuts`` (of ``balanced_cuts``) divide them into groups of
-        equal size. Raises ValueError for any other form of batch.
+        equal size. ``hashes`` (B,) are those of an earlier call, which need not be computed again. Raises ValueError for any other
+        form of batch.
         """
         given = read(batch, required)
         args, kwargs, labels, ids, targets, size = given
@@ -80,7 +83,8 @@ class Batch:
             raise ValueError(f"a batch has {len(first)} samples and {len(labels)} labels: give one label per sample")
         labels = _as_classes(labels, first)
         decoder_mask, labels = _decoder_mask(kwargs, labels, task, shift), _without_padding(labels, mask, task)
-        hashes = _content_hashes(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
+        if hashes is None:
+            hashes = _content_hashes(first, mask) if ids is None else mix(ids.reshape(-1).long().cpu())
         rows, group = _row_mask(mask, select, first), groups_of(hashes, groups, seed, cuts)
         return cls(args, kwargs, labels, rows, hashes, group, targets, size, decoder_mask, has_ids=ids is not None, task=task)
 
@@ -108,6 +112,12 @@ class Batch:
     def mask_at(self, site: str) -> Tensor | None:
         """The mask of the rows at a site: the decoder's where the site shows the decoder's tokens."""
         return self.decoder_mask if site in self.decoder else self.mask
+
+    @cached_property
+    def by_group(self) -> tuple[Tensor | None, list[tuple[int, int, int]]]:
+        """The order that sorts samples by group, None if they are sorted, and (group, first, end) of each group in it."""
+        order = sorting(self.group)
+        return order, group_slices(self.group if order is None else self.group[order])
 
     @cached_property
     def labelled(self) -> Tensor | None:

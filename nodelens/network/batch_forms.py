@@ -81,14 +81,19 @@ def _as_tensors(value: Any) -> Any:
 
 def _as_labels(labels: Any) -> Tensor | None:
     """Labels as a tensor. Raises ValueError for what are no numbers."""
-    if labels is None or isinstance(labels, Tensor):
-        return labels
+    if labels is None:
+        return None
     try:
-        return torch.as_tensor(labels)
+        found = labels if isinstance(labels, Tensor) else torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"the labels of a batch are {_shape_of(labels)}: give a tensor of numbers, such as the index of each sample's class"
         ) from None
+    if found.is_complex():
+        raise ValueError(
+            f"the labels of a batch are complex numbers {tuple(found.shape)}: give real numbers, or the index of each class"
+        )
+    return found
 
 
 def _shape_of(value: Any) -> str:

@@ -13,6 +13,19 @@ Place = Tensor | GradientEdge
 _grad: Any = torch.autograd.grad  # its stub has no list of both kinds of places
 
 
+class Roots:
+    """R with R'R = WW' of the weight W of a Linear, (r, units), computed once for all batches with the same weight."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """From W' (inputs, units)."""
+        if self.last is None or self.last[0].shape != weight.shape or not torch.equal(self.last[0], weight):
+            self.last = weight.detach().clone(), torch.linalg.qr(weight.detach().double(), mode="r").R
+        return self.last[1]
+
+
 class Differentiation:
     """Products of vectors with Jacobians.
 
@@ -20,7 +33,7 @@ class Differentiation:
     """
 
     def __init__(self) -> None:
-        self.together = True
+        self.together, self.roots = True, Roots()
 
     def pull(self, outputs: Sequence[Place], places: Sequence[Place], vectors: Sequence[Tensor]) -> list[Tensor | None]:
         """Products v'J (k, *shape of each place) for vectors (k, *shape of each output); None for a place they do not read."""

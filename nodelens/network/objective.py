@@ -80,13 +80,13 @@ class Objective:
         output = {} if self.output is None else {"output": getattr(self.output, "__name__", str(self.output))}
         return {"task": self.task or None, **output, **({} if self.loss is None else self.loss.about)}
 
-    def batch(self, given: Any, groups: int = 1, seed: int = 0, cuts: Tensor | None = None) -> Batch:
+    def batch(self, given: Any, groups: int = 1, seed: int = 0, cuts: Tensor | None = None, hashes: Tensor | None = None) -> Batch:
         """A batch whose labels and masks are read as the task says, with the positions of texts padded on the left.
 
         A model that would return a cache for further tokens, which nothing reads here, is told not to. Raises ValueError as
         ``Batch.of`` does.
         """
-        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift, self.required)
+        batch = Batch.of(given, groups, seed, cuts, self.task, self.shift, self.required, hashes)
         kwargs = batch.kwargs if self.positions is None else self.positions.added(batch.kwargs)
         kwargs = {**kwargs, "use_cache": kwargs.get("use_cache", False)} if self.caches else kwargs
         return replace(batch, kwargs=kwargs, decoder=self.decoder)

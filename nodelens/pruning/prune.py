@@ -115,9 +115,11 @@ def carry_out(
     apply: Apply = "slice",
     finetune: FineTuning | None = None,
     gate: float = 0.0,
+    first: RemovalPlan | None = None,
 ) -> Pruned:
     """Prunes a copy of the context's model. table: scores for the first step; later steps of a schedule measure their own.
 
+    first: the plan of the first step, where it is known. It follows from the scores otherwise.
     Whatever is drawn on the way, in fine-tuning too, follows ``options.seed``; global random states are restored.
     """
     model = copy_of(context.model)
@@ -130,11 +132,11 @@ def carry_out(
         for step, share in enumerate(shares, 1):
             if table is None or step > 1:
                 table = current.table([options.criterion])
-            plan = plan_removal(current, table, options, share, removed)
+            plan = plan_removal(current, table, options, share, removed) if first is None or step > 1 else first
             measured = context if step == 1 else current  # all cells of a sweep share the dense model's moments
             added_bias |= _compensate(measured, model, plan.removed, removed, options)
             removed, how = plan.removed, apply if step == len(shares) else "mask"
-            numbers = _remove(model, current.groups, removed, how, gate)
+            numbers = remove(model, current.groups, removed, how, gate)
             if options.compensate == "batch_norm":
                 reestimate_batch_norm(model, context.all_batches)
             if finetune is not None:
@@ -157,7 +159,7 @@ def _compensate(measured: PruningContext, model: nn.Module, removed: Removed, be
     return set(compensate_units(model, measured.groups, new, moments, options.compensate, measured.norms()))
 
 
-def _remove(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Apply, gate: float) -> Mapping[str, Any]:
+def remove(model: nn.Module, groups: PruningGroups, removed: Removed, apply: Apply, gate: float = 0.0) -> Mapping[str, Any]:
     """Removes units in place; returns the counts stored by modules that slicing changed."""
     if apply == "slice":
         numbers = updated_counts(model, groups, removed)

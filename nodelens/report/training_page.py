@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from nodelens.results.files import read_json
+from nodelens.results.files import checked, read_json
 from nodelens.results.trends import common_metrics, epoch_tables, trends_of
 
 from .charts import band, line, lines_of, panels, spread
@@ -25,15 +25,16 @@ _LAYERS = 16  # lines of a figure
 def write_training_page(folder: str | Path, plotly: str = "shared", figures: Sequence[str] = ()) -> Path:
     """Writes ``report.html`` of a training: loss and accuracy, units over epochs, stability of their ranks, modules over time.
 
-    What it reads: ``result.json``, the log of ``logger=csv``, and the tables of ``callbacks=measure``. plotly, figures: as for the
-    page of a measurement. Raises FileNotFoundError for a folder without a finished training.
+    What it reads: ``result.json``, ``history.csv`` (in folders of earlier versions the log of ``logger=csv``), and the tables of
+    ``callbacks=measure``. plotly, figures: as for the page of a measurement. Raises FileNotFoundError for a folder without a
+    finished training.
     """
     folder = Path(folder)
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"{folder} has no finished training: result.json is missing")
     document = Document(folder / "report.html", plotly, figures)
     history = history_of(folder)
-    lead = "" if len(history) else "No loss was logged: train with logger=csv to have it here."
+    lead = "" if len(history) else "The run has no history.csv: an earlier version wrote it, without logger=csv."
     parts = section("Loss and accuracy", [document.plot(progress(history))] if len(history) else ["<div></div>"], lead)
     tables = epoch_tables(folder) if list((folder / "epochs").glob("units_*.parquet")) else {}
     if tables:
@@ -44,9 +45,12 @@ def write_training_page(folder: str | Path, plotly: str = "shared", figures: Seq
 
 
 def history_of(folder: Path) -> pd.DataFrame:
-    """One row per epoch: the means of what was logged under train/ and val/. Of a value that several starts
-    of the training logged the last one counts.
+    """One row per epoch: the means of what was logged under train/ and val/.
+
+    Earlier versions wrote a CSV file per start of a training: of a value that several logged, the last counts.
     """
+    if (folder / "history.csv").is_file():
+        return pd.read_csv(checked(folder / "history.csv"), index_col="epoch")
     found = []
     starts = {int(m[1]): place for place in folder.glob("csv/version_*") if (m := re.fullmatch(r"version_(\d+)", place.name))}
     for file in (starts[k] / "metrics.csv" for k in sorted(starts)):
@@ -63,14 +67,22 @@ def history_of(folder: Path) -> pd.DataFrame:
 
 def progress(history: pd.DataFrame) -> Plot:
     """Loss and accuracy by epoch, for training and validation."""
-    kinds = list(dict.fromkeys(str(c).partition("/")[2] for c in history))
+    kinds = list(dict.fromkeys(str(c).partition("/")[2] for c in history if "/" in str(c)))
 
     def draw(kind: Any) -> list[dict[str, Any]]:
         sides = [side for side in ("train", "val") if f"{side}/{kind}" in history]
         return [line(history.index, history[f"{side}/{kind}"], side, k) for k, side in enumerate(sides)]
 
     figure = panels(kinds, draw, "epoch", height=280, shared=False)
-    return Plot("progress", "How the training went", "Means over each epoch.", figure, history)
+    return Plot("progress", "How the training went", f"Means over each epoch.{_resumed(history)}", figure, history.reset_index())
+
+
+def _resumed(history: pd.DataFrame) -> str:
+    """A sentence about the epochs within which the training was resumed."""
+    batches = history.get("batches", pd.Series(dtype=int))
+    cut = [str(epoch) for epoch, count in batches.items() if count < batches.max()]
+    words = "Training was resumed within epoch {}: its means for train are over the batches after that."
+    return f" {words.format(', '.join(cut))}" if cut else ""
 
 
 def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:

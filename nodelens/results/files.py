@@ -22,7 +22,7 @@ _PART = re.compile(r"\..+\.(?P<pid>\d+)(@(?P<host>[\w-]+))?\.part")
 _FAILED = ("os error", "iostream error", "inline_container", "PytorchStreamWriter")  # what safetensors and torch say instead
 _BEFOREHAND = {MANIFEST, ".lock", ".lock.json", ".hydra", "settings.json", "identity.json", ".log", "splits.json", "hparams.yaml"}
 _RESULTS = {"units.parquet", "layers.parquet", "metadata.json", "report.html", "result.json", "checkpoints", "epochs", "cells"}
-_RESULTS |= {"dense.json", "sweep.parquet", "ranking.parquet", "pruned", SUMS}
+_RESULTS |= {"history.csv", "dense.json", "sweep.parquet", "ranking.parquet", "pruned", SUMS}
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 

@@ -19,13 +19,6 @@ def sorting(group: Tensor) -> Tensor | None:
     return None if bool((group.diff() >= 0).all()) else torch.argsort(group, stable=True)
 
 
-def members_of(group: Tensor) -> list[tuple[int, Tensor | None]]:
-    """(group, indices of its samples in order) of each group that has any; the indices are None where it has all samples."""
-    order = torch.argsort(group, stable=True)
-    slices = group_slices(group[order])
-    return [(g, None if b - a == len(group) else order[a:b]) for g, a, b in slices]
-
-
 def chunks_of(slices: list[tuple[int, int, int]], samples: int, step: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
     """Neighbouring group slices merged into chunks of at most ``step`` samples, (first, end, slices); plain chunks if none."""
     if not slices:

@@ -26,7 +26,8 @@ class _Exact(AbstractContextManager[None]):
                 _Exact.stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
                 backend.fp32_precision = "ieee"
             for device in ("cuda", "cpu"):
-                _Exact.stack.enter_context(torch.autocast(device, enabled=False))
+                if torch.is_autocast_enabled(device):
+                    _Exact.stack.enter_context(torch.autocast(device, enabled=False))
 
     def __exit__(self, *exc: object) -> None:
         _Exact.depth -= 1

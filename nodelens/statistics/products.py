@@ -10,27 +10,17 @@ from .base import Statistic
 from .rows import Rows
 
 
-class Vectors(NamedTuple):
-    """Some of the vectors of each row: ``x`` of as many samples as there are vectors times samples; ``y`` their partners, or None.
+class Fold(NamedTuple):
+    """What some vectors of each row add, all of them of one of the ``folds``.
 
-    fold: which of the ``folds`` of the vectors they belong to; n: the rows that they are the first vectors of, (1,) int64
-    gram: (d, d) float64 or None. Each p then stands for vectors p * u, with any u of which u u' adds up to ``gram``
+    Shapes: outer (d, d) float64, the sum of p p'; vectors (1,) int64; n (1,) int64, the rows that they are the first vectors of
     """
 
-    x: Rows
-    y: Rows | None
-    fold: int
-    folds: int
     n: Tensor
-    gram: Tensor | None = None
-
-    @property
-    def outer(self) -> Tensor:
-        """Sum of p p', or of (p q' + q p') / 2 for partners q, (d, d) float64."""
-        if self.y is None:
-            return self.x.outer if self.gram is None else self.x.outer * self.gram
-        mixed = self.x.products(self.y)
-        return (mixed + mixed.T) / 2
+    vectors: Tensor
+    outer: Tensor
+    fold: int = 0
+    folds: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +35,20 @@ class Products(Statistic):
     outer: Tensor  # (folds, d, d)  float64
 
     @classmethod
-    def of(cls, x: Rows | Tensor | Vectors, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
+    def of(cls, x: Rows | Tensor | Fold, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         """From some vectors of each row; rows or a tensor are one vector per row, in one fold."""
-        if not isinstance(x, Vectors):
-            rows = Rows.of(x, weights)
-            x = Vectors(about_zero(rows), None, 0, 1, rows.n)
-        outer = x.outer
-        every, vectors = outer.new_zeros(x.folds, *outer.shape), torch.zeros(x.folds, dtype=torch.int64, device=outer.device)
-        every[x.fold], vectors[x.fold] = outer, x.x.n
+        if not isinstance(x, Fold):
+            rows = about_zero(Rows.of(x, weights))
+            x = Fold(rows.n, rows.n, rows.outer)
+        every, vectors = x.outer.new_zeros(x.folds, *x.outer.shape), x.vectors.new_zeros(x.folds)
+        every[x.fold], vectors[x.fold] = x.outer, x.vectors[0]
         return cls(x.n.clone(), vectors, every)
 
     def add_rows_in_place(self, rows: Any) -> bool:
-        if not isinstance(rows, Vectors):
+        if not isinstance(rows, Fold):
             return False
         self.n.add_(rows.n)
-        self.vectors[rows.fold].add_(rows.x.n[0])
+        self.vectors[rows.fold].add_(rows.vectors[0])
         self.outer[rows.fold].add_(rows.outer)
         return True
 

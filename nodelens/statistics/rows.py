@@ -1,7 +1,7 @@
 """Rows: the tensors seen at a site, in one layout, with the reductions from which all statistics are computed."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -192,6 +192,19 @@ class Rows:
                 return x.new_zeros(width, other_width).addbmm_(x, z.transpose(1, 2)).double()
             flat = by_unit(x)
             return (gram_of_rows(flat) if z is x else flat @ by_unit(z).T).double()
+
+    def products_by_run(self, other: "Rows", runs: Sequence[tuple[int, int]]) -> Tensor:
+        """The same for each of some runs of consecutive samples, (first, end), (runs, width, other width) float64."""
+        x = self.x.to(self.product_dtype(other))
+        z, positions = x if other is self else other.x.to(x.dtype), x.shape[2]
+        if not (side_by_side(x) and side_by_side(z)):
+            parts = [(self.take(a, b), other.take(a, b)) for a, b in runs]
+            return torch.stack([mine.products(mine if other is self else theirs) for mine, theirs in parts])
+        own, its = by_unit(x), None if z is x else by_unit(z)
+        spans = [slice(a * positions, b * positions) for a, b in runs]
+        with exact_products():
+            found = [gram_of_rows(own[:, span]) if its is None else own[:, span] @ its[:, span].T for span in spans]
+        return torch.stack(found).double()
 
     @property
     def mean(self) -> Tensor:

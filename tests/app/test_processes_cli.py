@@ -48,6 +48,9 @@ def test_two_processes_train_and_measure(quiet_home):
     curves = pd.read_csv(quiet_home / "run/csv/version_0/metrics.csv")
     assert curves["val/acc"].count() == curves["units/fc1/rq"].count() - 1 == 2  # and once more at the end
     assert curves["test/accuracy"].count() == 1
+    kept = pd.read_csv(quiet_home / "run/history.csv", index_col="epoch")
+    logged = curves.groupby("epoch")[["train/loss", "train/acc", "val/loss", "val/acc"]].mean()
+    assert_frame_equal(kept.drop(columns="batches"), logged.loc[[0, 1]], check_like=True, check_index_type=False)
 
 
 def test_two_processes_prune_as_one_does(quiet_home):

@@ -23,6 +23,12 @@ class Counting(ByteTokenizer):
 SEEN: list[str] = []
 
 
+def _unreadable():
+    """Items of which one process cannot read those after the first round."""
+    yield from range(3)
+    raise OSError("a disk fails")
+
+
 def _read(rank, world, folder, most):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     stream = TokenStream.join(Reader(Counting(), bos=True).read(iter(TEXTS), most, share=True))
@@ -31,7 +37,12 @@ def _read(rank, world, folder, most):
         told = ""
     except ZeroDivisionError as error:
         told = str(error)
-    torch.save({"ids": stream.ids, "starts": stream.starts, "seen": SEEN, "told": told}, f"{folder}/{rank}.pt")
+    try:
+        list(shared(str, _unreadable() if rank == 1 else iter(range(6))))
+        lost = ""
+    except OSError as error:
+        lost = str(error)
+    torch.save({"ids": stream.ids, "starts": stream.starts, "seen": SEEN, "told": told, "lost": lost}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -44,6 +55,7 @@ def test_each_process_tokenises_its_share_and_has_every_token(most, tmp_path):
         assert torch.equal(one["ids"], alone.ids)
         assert torch.equal(one["starts"], alone.starts)
         assert "division" in one["told"], "every process raises what one does"
+        assert one["lost"] == "a disk fails", "also while one reads"
     seen = [text for one in found for text in one["seen"]]
     assert len(seen) == len(set(seen)), "no text is tokenised twice"
     assert most is not None or len(seen) == 1000

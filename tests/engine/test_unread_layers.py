@@ -125,8 +125,8 @@ def test_a_pruning_names_the_groups_that_cannot_be_read_and_freeze():
     model, x = built(Windows), torch.randn(4, 5, 3)
     batches = [(x, torch.tensor([0, 1, 2, 0]))]
     words = (
-        r"group 'up' is read by 'down.input', which puts out \(5, 1, 6\) for one sample and \(5, 2, 6\) for two: its first axis is "
-        r"not the samples; score by weights \(magnitude\), or leave out what is read so: freeze=\['up'\] in a pruning"
+        r"group 'up' is read by 'down.input', which puts out \(5, 2, 6\) for two samples and \(5, 3, 6\) for three: its first axis "
+        r"is not the samples; score by weights \(magnitude\), or leave out what is read so: freeze=\['up'\] in a pruning"
     )
     with pytest.warns(UserWarning, match=r"group 'enter' is left out \(and 1 more\): its units cannot be scored: 'up.input'"):
         assert set(nl.prune(model, "taylor", data=batches).plan.removed) == {"down"}
@@ -136,30 +136,90 @@ def test_a_pruning_names_the_groups_that_cannot_be_read_and_freeze():
 
 
 class TwoRows(nn.Module):
-    """A table of two rows, which two samples in the dry run could have made."""
+    """A table of two rows, which two samples could have made."""
 
-    def __init__(self):
+    def __init__(self, rows=2):
         super().__init__()
-        self.table = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+        self.table = nn.Parameter(torch.linspace(-1, 1, 3 * rows).reshape(rows, 3))
         self.up, self.down, self.hidden, self.out = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(3, 4), nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.out(torch.relu(self.hidden(x)) * self.down(torch.relu(self.up(self.table))).flatten())
+        return self.out(torch.relu(self.hidden(x)) * self.down(torch.relu(self.up(self.rows(x)))).mean())
+
+    def rows(self, x):
+        return self.table
+
+
+class UpToFour(TwoRows):
+    """Shows as many rows of its table as there are samples, as far as they go."""
+
+    def rows(self, x):
+        return self.table[: len(x)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_table_of_as_many_rows_as_a_batch_has_samples_is_not_taken_for_samples(rows, size):
+    model, x = built(lambda: TwoRows(rows)), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    batches = [(part, torch.arange(size) % 3) for part in x.split(size)]
+    found = nl.analyze(model, batches, ["activation_mean", "magnitude"])
+    assert found.units.loc["hidden"].notna().all(axis=None)
+    for layer in ("up", "down"):
+        assert found.units.loc[layer, "activation_mean"].isna().all()
+        assert found.units.loc[layer, "magnitude"].notna().all()
+        few, more = ("one sample", "two") if size == 1 else ("two samples", "three")
+        width = len(model.get_submodule(layer).weight)
+        says = f"({rows}, {width}) for {few} and ({rows}, {width}) for {more}: its first axis is not the samples"
+        assert f"puts out {says}" in reasons(found, layer)["activation_mean"]
+
+
+class ReadsTable(nn.Module):
+    """A module whose first argument has no samples, but whose output has."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix, self.out = nn.Parameter(torch.ones(2, 3)), Mix(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.out(self.mix(self.table, x))
+
+
+class Mix(nn.Module):
+    def forward(self, table, x):
+        return x * table.mean(0)
+
+
+def test_what_a_layer_reads_has_to_have_samples_too():
+    batches = [(torch.randn(2, 3), torch.arange(2))]
+    with pytest.raises(ValueError, match=r"layer 'mix' reads \(2, 3\) for two samples and \(2, 3\) for three"):
+        nl.analyze(built(ReadsTable), batches, ["activation_mean"], ["mix", "out"])
+
+
+class OneSize(TwoRows):
+    """Takes batches of two only."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(2, 3))
+
+
+def test_a_network_that_takes_one_size_of_batch_only_is_measured():
+    found = nl.analyze(built(OneSize), [(torch.randn(2, 3), torch.arange(2))], ["activation_mean"], ["hidden"])
+    assert found.units["activation_mean"].notna().all()
 
 
 def test_a_pruning_leaves_out_what_the_dry_run_takes_for_samples_and_the_pass_does_not():
-    model, batches = built(TwoRows), [(torch.randn(8, 3), torch.arange(8) % 3)]
+    model, batches = built(lambda: UpToFour(4)), [(torch.randn(8, 3), torch.arange(8) % 3)]
     says = (
-        r"group 'up' is left out: its units cannot be scored: 'down.input', where they are captured, shows 2 rows of shape \(6,\) "
+        r"group 'up' is left out: its units cannot be scored: 'down.input', where they are captured, shows 4 rows of shape \(6,\) "
         r"for a batch of 8 samples: rows must belong to samples"
     )
     with pytest.warns(UserWarning, match=says):
         found = nl.prune(model, "taylor", data=batches)
     assert set(found.plan.removed) == {"hidden"}
     assert [f.what for f in found.groups.frozen if "8 samples" in f.reason] == ["up"]
-    with pytest.raises(ValueError, match=r"^layer 'down.input' shows 2 rows of shape \(6,\) for a batch of 8 samples"):
+    with pytest.raises(ValueError, match=r"^layer 'down.input' shows 4 rows of shape \(6,\) for a batch of 8 samples"):
         nl.prune(model, "taylor", data=batches, scope="up")
-    with pytest.raises(ValueError, match=r"^layer 'up' shows 2 rows of shape \(6,\) for a batch of 8 samples"):
+    with pytest.raises(ValueError, match=r"^layer 'up' shows 4 rows of shape \(6,\) for a batch of 8 samples"):
         nl.analyze(model, batches, ["activation_mean"], ["hidden", "up"])
 
 

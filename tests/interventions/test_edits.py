@@ -129,6 +129,13 @@ def test_several_directions_are_projected_out_together(mlp, x):
     assert_close(h @ beyond.T, mlp[0](x).detach() @ beyond.T)
 
 
+def test_edits_may_come_from_a_generator(mlp, x):
+    every = [nl.Edit("0", "zero", units=[0]), nl.Edit("0", "add", value=V)]
+    with torch.no_grad(), nl.edit(mlp, (each for each in every)):
+        found = mlp(x)
+    assert found.equal(run(mlp, x, *every))
+
+
 def test_nested_edits_come_after_those_of_the_outer_context(mlp, x):
     add, scale = nl.Edit("0", "add", value=1), nl.Edit("0", "scale", value=3)
     shown = []

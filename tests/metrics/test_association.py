@@ -275,6 +275,16 @@ def test_tensors_of_one_layer_have_no_derivatives_of_a_model():
         ("backward_jac", {"probes": -1}, "backward_jac: probes is -1; it is 0 or more"),
         ("forward_jac", {"probes": 4, "method": "exact"}, "forward_jac: probes is 4; it is left out where method=exact"),
         ("backward_ggn", {"draws": 0}, "backward_ggn: draws is 0; it is 1 or more"),
+        (
+            "backward_jac",
+            {"view": "samples"},
+            "backward_jac has no option 'view': each position of a sample has a derivative of its own",
+        ),
+        (
+            "forward_jac_norm",
+            {"spatial": "per_location"},
+            "forward_jac_norm has no option 'spatial': it is the mean over positions",
+        ),
         ("backward_hess", {"method": "fast"}, "backward_hess: method is 'fast'; it takes 'auto', 'exact', 'hutchinson'"),
     ],
 )

@@ -355,7 +355,7 @@ def test_samples_that_are_not_on_the_first_axis_are_noticed(turned):
     if not turned:
         with pytest.raises(ValueError, match=r"'l' takes time first .* but the first axis of the data is its time"):
             nl.analyze(net, [x], ["activation_mean"], "l")
-        with pytest.raises(ValueError, match=r"layer 'o' puts out \(8, 2\) for one sample and \(8, 2\) for two"):
+        with pytest.raises(ValueError, match=r"layer 'o' puts out \(8, 2\) for two samples and \(8, 2\) for three"):
             nl.analyze(net, [x], ["activation_mean"], "o")
         return
     with pytest.raises(ValueError, match=r"layer 'l' puts out .* its first axis is not the samples"):

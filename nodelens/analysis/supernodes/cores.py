@@ -13,8 +13,17 @@ COLUMNS = ("layer", "core", "supernodes", "halo", "within", "between", "halo_red
 Redundancy = Callable[[Tensor, Tensor], Tensor]  # (units, others) ids -> (units, others) nats
 
 
-def cores_of(columns: Tensor, supernodes: Tensor, count: int, seed: int = 0) -> Tensor:
-    """The core of each supernode, (supernodes,) int64: k-means on its outgoing weights, scaled to length 1, best of 10 starts.
+def check_cores(name: str, supernodes: int, count: int) -> None:
+    """Raises ValueError if a group has fewer supernodes than cores."""
+    if count > supernodes:
+        raise ValueError(
+            f"group {name!r} has {supernodes} {'supernode' if supernodes == 1 else 'supernodes'}, too few for {count} cores: set "
+            f"cores to {supernodes}, raise supernode_fraction or top_k, or leave the group out (scope)"
+        )
+
+
+def cores_of(name: str, columns: Tensor, supernodes: Tensor, count: int, seed: int = 0) -> Tensor:
+    """The core of each supernode of a group, (supernodes,): k-means on its outgoing weights, scaled to length 1, best of 10 starts.
 
     columns (width, units): the weights that read the units. Cores are numbered by size, largest first. Raises ValueError for more
     cores than supernodes of different directions.
@@ -25,8 +34,8 @@ def cores_of(columns: Tensor, supernodes: Tensor, count: int, seed: int = 0) -> 
     different = len(np.unique(directions.round(9), axis=0))
     if count > different:
         raise ValueError(
-            f"{len(supernodes)} supernodes of {different} different directions have no {count} cores: set cores to {different} or "
-            "less, or raise supernode_fraction"
+            f"group {name!r} has {len(supernodes)} supernodes of {different} different directions, too few for {count} cores: set "
+            f"cores to {different}, raise supernode_fraction or top_k, or leave the group out (scope)"
         )
     labels = KMeans(count, n_init=10, random_state=seed).fit_predict(directions)
     order = np.argsort(-np.bincount(labels, minlength=count), kind="stable")

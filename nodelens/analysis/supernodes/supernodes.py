@@ -24,7 +24,7 @@ from nodelens.statistics.linalg import gaussian_information
 from .agreement import agreement, hits
 from .controls import COLUMNS, ControlSets, control_rows
 from .cores import COLUMNS as CORES
-from .cores import core_rows, cores_of, halos_of
+from .cores import check_cores, core_rows, cores_of, halos_of
 from .hidden import HiddenPass, ProductSums, Unit, UnitSums
 from .robustness import Resample, resample_scores
 from .supernode_result import SupernodesResult
@@ -101,6 +101,8 @@ class Supernodes(Analysis):
         first, _ = first_of_data(data, objective)
         objective = objective if first is None else objective.settled(model, first)
         groups, device = self._groups(model, objective, first), device_of(model)
+        for group in groups:
+            check_cores(group.name, self._supernode_count(group.n), self.cores)
         hidden = HiddenPass(model, groups, self.unit, self.loss_reduction, self.groups, seed)
         sums = UnitSums(groups, self.groups, device)
         samples = hidden.run(progress(data), sums, objective, call.saved)
@@ -184,7 +186,7 @@ class Supernodes(Analysis):
     ) -> tuple[list[int], list[dict[str, Any]]]:
         """The core of each unit, -1 for those that are neither supernode nor in the halo, and a row per core."""
         sets, columns = layout.controls, GroupLayer.of(model, layout.group).columns.cpu()
-        cores = cores_of(columns, sets.supernodes, self.cores, seed)
+        cores = cores_of(layout.group.name, columns, sets.supernodes, self.cores, seed)
         own = halos_of(columns, sets.supernodes, cores, sets.halo, self.connectivity_topk, self.connectivity_mass_fraction)
         pairs = self._pairs(layout, sums, products)
         labels = torch.full((layout.group.n,), -1).index_copy(0, sets.supernodes, cores).index_copy(0, sets.halo, own)

@@ -112,7 +112,10 @@ def estimate_plan(
 
 
 def sizes(plan: Plan, extra: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """({layer: bytes of sums}, {layer: bytes of buffered rows}); their total is the plan's ``total_bytes`` plus ``extra``."""
+    """({layer: bytes of sums}, {layer: bytes of buffered rows}); their total is the plan's ``total_bytes`` plus ``extra``.
+
+    Vectors of derivatives, of which those of all layers are there at once, count at the widest layer.
+    """
     sums, buffers = Counter[str](), Counter(extra)
     for row in plan.rows():
         sums[row["layer"]] += row["bytes"]
@@ -120,6 +123,8 @@ def sizes(plan: Plan, extra: Mapping[str, int]) -> tuple[dict[str, int], dict[st
         buffers[site.layer.name] += buffer_bytes(plan, site)
     for site in held(plan):
         buffers[site.layer.name] += held_bytes(plan, site)
+    if plan.vector_bytes:
+        buffers[max(plan.layers, key=lambda layer: plan.seen(layer, "output").nbytes).name] += plan.vector_bytes
     return dict(sums), dict(buffers)
 
 

@@ -10,30 +10,28 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from nodelens.app.config import build, recorded, resolved
+from nodelens.app.config import recorded, resolved
 from nodelens.engine.request import describe
 from nodelens.metrics import Metric
 from nodelens.metrics.base import section_of
-from nodelens.network.objective import Objective
 from nodelens.pruning.context import PruningContext
-from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import columns_of
-from nodelens.pruning.groups.families import family_groups
 from nodelens.pruning.sweep.ranking import areas, best_cell, score_of
-from nodelens.pruning.sweep.sweep import Cell, Sweep, cells
+from nodelens.pruning.sweep.sweep import Cell, Sweep
 from nodelens.pruning.sweep.tables import groups_table, sweep_table
 from nodelens.results.files import SUMS, checked, plain, read_json, reading, remove_sums, write, write_json
 from nodelens.results.result import Result, fingerprint, load, provenance
 from nodelens.statistics.processes import world
 
 from .analyze import run_metadata
-from .common import build_all, initial_of, is_dry_run, launch, loggers_of, objective_of, to_device
-from .estimate_costs import LANGUAGE, from_config
+from .common import is_dry_run, launch, loggers_of, to_device
 from .media import sweep_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
 from .show_pruning import show_groups, show_sweep
 from .sweep_evaluator import SweepEvaluator
+from .sweep_setup import context_of, context_of_shapes, requested_cells, sweep_of
+from .sweep_workers import add_latency, check_workers, run_in_workers
 
 _BEST = ("accuracy", "val_accuracy", "perplexity", "val_loss", "macs_share", "params_share")  # of the best cell, for loggers
 
@@ -41,6 +39,7 @@ _BEST = ("accuracy", "val_accuracy", "perplexity", "val_loss", "macs_share", "pa
 def prune(cfg: DictConfig) -> Any:
     """Runs the sweep, or shows a finished one again; returns its score: the area under the best curve, or what ``score`` names."""
     requested_cells(cfg)
+    check_workers(cfg)
     with run_folder(cfg) as folder:
         if not ((folder / "sweep.parquet").is_file() and (folder / "report.html").is_file()):
             return launch(cfg, lambda device: _work(cfg, folder, device))
@@ -61,31 +60,11 @@ def _show_again(cfg: DictConfig, folder: Path) -> Any:
     return score_of(table, resolved(cfg)["score"])
 
 
-def requested_cells(cfg: DictConfig) -> list[Cell]:
-    """All cells of a config. Raises ValueError for invalid options before anything is measured."""
-    values = resolved(cfg)
-    criteria = [Criterion.of(spec, name) for name, spec in values["criterion"].items() if spec is not None]
-    columns_of(criteria, dict.fromkeys(values["metrics"] or {}))
-    if values["apply"] not in ("slice", "mask"):
-        raise ValueError(f"apply is {values['apply']!r}; it must be slice or mask")
-    return cells(
-        criterion=criteria,
-        allocation=list(build_all(cfg.allocation, "allocation").values()),
-        compensate=_as_list(values["compensate"]),
-        mode=_as_list(values["mode"]),
-        amount=_amounts(values["amounts"]),
-        seed=sorted(set(_as_list(values["seeds"]))),
-        schedule=[build(cfg.schedule, "schedule")],
-        budget=[values["budget"]["amount"]],
-        protect=[values["protect"]],
-        nan_policy=[values["nan_policy"]],
-    )
-
-
 def _work(cfg: DictConfig, folder: Path, device: torch.device) -> Any:
     from nodelens.report import write_pruning_page
 
-    rank, _ = world()
+    rank, processes = world()
+    check_workers(cfg, processes)
     if is_dry_run(cfg) and (shapes := context_of_shapes(cfg)) is not None:
         show_groups(console(), shapes)
         return math.nan
@@ -101,9 +80,12 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> Any:
         result = _load_or_measure(cfg, folder, context, data, requested, trained_by)
     evaluator = SweepEvaluator(cfg, context, data)
     dense = _cached_json(folder / "dense.json", lambda: evaluator.of(context.model, "dense_", "evaluating the dense model"))
-    table = result.units.rename_axis(index=["group", "unit"])
-    sweep = Sweep(folder, context, table, evaluator, cfg.apply, _finetuning(cfg, data), rank == 0, result.metadata["refused"])
+    sweep = sweep_of(cfg, folder, context, data, result, evaluator)
     with step("sweep"):
+        if cfg.sweep.workers > 1:
+            run_in_workers(cfg, sweep, requested, device)
+        if processes == 1:
+            add_latency(sweep, requested, evaluator)
         rows = sweep.run(requested, progress_bar("sweep", len(requested), rank == 0))
     found = sweep_table(rows, dense)
     if not (found["status"] == "done").any():
@@ -115,53 +97,6 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> Any:
         print_line(f"page: {write_pruning_page(folder, **resolved(cfg)['report'])}")
         _log(cfg, folder, found, dense, result)
     return score_of(found, resolved(cfg)["score"])
-
-
-def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path | None = None) -> PruningContext:
-    """The pruning context: the network with its groups, the calibration data of this process, and a folder for unfinished sums."""
-    rank, processes = world()
-    values = resolved(cfg)
-    loader = data.loader("calibration", rank=rank, world=processes)
-    given = next(iter(data.loader("calibration", batch_size=2)))
-    objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
-    budget = values["budget"]
-    options = {k: values[k] for k in ("groups", "positions", "precision", "covariance", "save_minutes")}
-    options |= {"budget": budget["memory"], "width": budget["width"], "max_passes": budget["max_passes"]}
-    if save_to is not None:
-        options["save_to"] = save_to
-    if cfg.initial_path is not None:
-        options["initial"] = initial_of(cfg, net)
-    return PruningContext.of(
-        net,
-        objective.batch(given),
-        loader,
-        objective=objective,
-        **_chosen_groups(cfg),
-        seed=cfg.seed,
-        reduce=values["reduce"],
-        columns=build_all(cfg.metrics, "metrics"),
-        all_data=data.loader("calibration"),
-        progress=progress_bar("measuring", None, rank == 0),
-        options=options,
-    )
-
-
-def context_of_shapes(cfg: DictConfig) -> PruningContext | None:
-    """The pruning context of a language model, from its config alone; None for what needs weights or data.
-
-    The groups of other models are read from their graph and tested with values.
-    """
-    net = resolved(cfg)["model"].get("net") or {}
-    found = from_config(cfg) if net.get("_target_") == LANGUAGE else None
-    if found is None or not len(family_groups(found[0])):
-        return None
-    model, batch, _ = found
-    objective = Objective.of(model, **objective_of(cfg))
-    return PruningContext.of(model, objective.batch(batch), objective=objective, **_chosen_groups(cfg))
-
-
-def _chosen_groups(cfg: DictConfig) -> dict[str, Any]:
-    return {name: resolved(cfg)[name] for name in ("scope", "freeze", "allow_approximate", "custom_groups")}
 
 
 def _load_or_measure(
@@ -252,17 +187,6 @@ def _save_models(cfg: DictConfig, folder: Path, sweep: Sweep, requested: list[Ce
             print_line(f"saved {name} to {place}: {sum(p.numel() for p in pruned.model.parameters()):,} parameters")
 
 
-def _finetuning(cfg: DictConfig, data: Any) -> Callable[[int], Any] | None:
-    """A function from seed to fine-tuning on the training split, selected on validation data; None without fine-tuning."""
-    if not cfg.finetune:
-        return None
-    if not len(data.loader("val")):
-        raise ValueError("fine-tuning selects the best epoch on validation data, but there are none: set dataset.val=0.1")
-    objective = {name: value for name, value in objective_of(cfg).items() if value is not None}
-    val = data.loader("val")
-    return lambda seed: build(cfg.finetune, "finetune", train=data.train_dataloader(), val=val, seed=seed, **objective)
-
-
 def _cached_json(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
     if not path.is_file():
         value = compute()
@@ -273,15 +197,3 @@ def _cached_json(path: Path, compute: Callable[[], dict[str, float]]) -> dict[st
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no scores of the dense model: delete it, and the run measures them again")
     return found
-
-
-def _amounts(given: Any) -> list[float]:
-    """The amounts of a config, sorted. Raises ValueError for one that is no number."""
-    wrong = next((each for each in _as_list(given) if isinstance(each, bool) or not isinstance(each, (int, float))), None)
-    if wrong is not None:
-        raise ValueError(f"amounts has {wrong!r}; an amount is a share to remove, a number from 0 up to but not including 1")
-    return sorted(set(map(float, _as_list(given))))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -17,7 +17,7 @@ from nodelens.statistics.processes import world
 from .common import initial_of, load_module, verify
 from .run_lock import locked
 
-_FREE = ("dry_run", "plan_only", "save_minutes", "score")  # settings that change no result
+_FREE = ("dry_run", "plan_only", "save_minutes", "score", "sweep")  # settings that change no result
 
 
 def check_settings(cfg: DictConfig) -> None:

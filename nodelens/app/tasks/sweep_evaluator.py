@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from nodelens.evaluation.evaluate import evaluate
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.prune import Pruned
+from nodelens.pruning.surgery.mask import Removed
 from nodelens.pruning.sweep.latency import latency
 from nodelens.statistics.processes import world
 
@@ -35,7 +36,7 @@ class SweepEvaluator:
         before = pruned.finetuned.get("before")
         for key in ("accuracy", "loss"):
             found[f"val_pruned_{key}"] = before[key] if before else found[f"val_{key}"]
-        return {**found, **self._latency(pruned)}
+        return {**found, **self.latency_of(pruned.model, pruned.plan.removed)}
 
     def of(self, model: torch.nn.Module, prefix: str = "", what: str | None = None) -> dict[str, Any]:
         """Accuracy with standard error, loss and ece (texts: perplexity) on test data; accuracy and loss on validation data.
@@ -52,13 +53,13 @@ class SweepEvaluator:
         found |= {f"val_{prefix}{k}": val[k] for k in ("accuracy", "loss")}
         return found if prefix else found | {"samples": test["samples"]}
 
-    def _latency(self, pruned: Pruned) -> Mapping[str, float]:
-        """Latency in ms, with that of the dense model measured alongside; once for all models of the same widths."""
+    def latency_of(self, model: torch.nn.Module, removed: Removed) -> Mapping[str, float]:
+        """Latency in ms of a model without these units, and of the dense one alongside; once for all models of the same widths."""
         if not self.batches or self.rank:
             return {}
-        widths = tuple(sorted((k, len(v)) for k, v in pruned.plan.removed.items()))
+        widths = tuple(sorted((k, len(v)) for k, v in removed.items()))
         if widths not in self.timed:
-            models = {"": pruned.model, "dense_": self.context.model}
+            models = {"": model, "dense_": self.context.model}
             found = latency(models, self.batch, self.batches, self.repeats)
             self.timed[widths] = {
                 f"{which}{name.replace('median', 'ms')}": ms

@@ -57,6 +57,7 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from nodelens.results.loggers import log_run
     from nodelens.training.callbacks import Measure, Outcome
     from nodelens.training.checkpoints import write_atomically
+    from nodelens.training.history import FILE, History
     from nodelens.training.last_checkpoint import LastCheckpoint
     from nodelens.training.resume import SeededSteps
 
@@ -68,7 +69,13 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
             f"analysis=[{','.join(cfg.analysis)}] runs after each epoch that callbacks=measure measures: add callbacks=measure, or "
             "analyse the trained network with analyze.py"
         )
-    callbacks = [SeededSteps(cfg.seed), *lines, *chosen, outcome]  # the last checkpoint also has the state of the others
+    callbacks = [
+        SeededSteps(cfg.seed),
+        History(folder / FILE),
+        *lines,
+        *chosen,
+        outcome,
+    ]  # the last checkpoint also has the state of the others
     trainer = build(
         _with_progress_bar(cfg.trainer), "trainer", logger=loggers or False, callbacks=callbacks, default_root_dir=str(folder)
     )

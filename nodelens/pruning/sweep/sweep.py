@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from nodelens.messages import check_names
+from nodelens.network.eval_mode import copy_of
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.planning import PruningOptions, plan_removal
-from nodelens.pruning.prune import Apply, FineTuning, Pruned, carry_out
+from nodelens.pruning.prune import Apply, FineTuning, Pruned, carry_out, remove
 from nodelens.pruning.removal_plan import RemovalPlan
+from nodelens.pruning.surgery.mask import Removed
 from nodelens.results.files import checked, read_json, write_json
 from nodelens.results.identity import check_identity, code_version
 from nodelens.statistics.processes import first_of
@@ -84,26 +87,53 @@ class Sweep:
 
     def run(self, todo: Sequence[Cell], progress: Progress = iter) -> list[dict[str, Any]]:
         """One row per cell. Raises ValueError if a finished cell had other options, or is of another model or other code."""
+        finished = self.finished(todo)
+        return [finished.get(cell.name) or self.run_cell(cell) for cell in progress(todo)]
+
+    def finished(self, todo: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+        """{name: row} of the finished cells, which other cells of the same outcome take over. Raises ValueError as ``run``."""
         context = self.context
         check_identity(self.folder, {"model": context.fingerprint, "code": code_version(context.model)}, self.write)
-        finished = first_of({cell.name: _finished(path) for cell in todo if (path := self._path(cell)).is_file()})
+        finished = first_of({cell.name: _finished(path) for cell in todo if (path := self.path(cell)).is_file()})
         for cell in todo:
             row = finished.get(cell.name)
             if row is not None:
                 if row["cell"] != cell.key:
-                    raise ValueError(f"{self._path(cell)} is of a sweep with other options: choose another folder")
+                    raise ValueError(f"{self.path(cell)} is of a sweep with other options: choose another folder")
                 self.done.setdefault(row["outcome_key"], row)
-        return [finished.get(cell.name) or self._run(cell) for cell in progress(todo)]
+        return finished
 
-    def pruned(self, cell: Cell) -> Pruned:
-        """The pruned model of a cell."""
+    def pending(self, todo: Sequence[Cell]) -> list[Cell]:
+        """The cells whose outcome no finished cell has, the first one of each outcome; not those that are infeasible."""
+        finished, found = self.finished(todo), dict[str, Cell]()
+        for cell in todo:
+            if cell.name in finished:
+                continue
+            try:
+                key = self._outcome_key(cell, self._plan(cell))
+            except ValueError:  # running it writes the reason down
+                continue
+            if key not in self.done:
+                found.setdefault(key, cell)
+        return list(found.values())
+
+    def pruned(self, cell: Cell, plan: RemovalPlan | None = None) -> Pruned:
+        """The pruned model of a cell. plan: of its only step, where it is known."""
         finetune = self.finetune(cell.options.seed) if self.finetune else None
-        return carry_out(self.context, cell.options, self.table, self.apply, finetune)
+        return carry_out(self.context, cell.options, self.table, self.apply, finetune, first=plan)
 
-    def _path(self, cell: Cell) -> Path:
+    def without(self, removed: Removed) -> nn.Module:
+        """A copy of the dense model without units, of the size that a cell which removes them has; nothing is compensated."""
+        model = copy_of(self.context.model)
+        remove(model, self.context.groups, removed, self.apply)
+        return model
+
+    def path(self, cell: Cell) -> Path:
+        """The file of a finished cell."""
         return self.folder / "cells" / f"{cell.name}.json"
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def run_cell(self, cell: Cell) -> dict[str, Any]:
+        """Runs a cell and writes its row."""
         started = time.perf_counter()
         row: dict[str, Any] = {"name": cell.name, "cell": cell.key}
         try:
@@ -112,20 +142,17 @@ class Sweep:
             row |= {"status": "infeasible", "error": str(error), "outcome_key": "", **_settings(cell)}
         row["seconds"] = time.perf_counter() - started
         if self.write:
-            write_json(self._path(cell), row)
+            write_json(self.path(cell), row)
         return row
 
     def _outcome(self, cell: Cell) -> dict[str, Any]:
-        options, started = cell.options, time.perf_counter()
-        if options.criterion.name in self.refused:
-            raise ValueError(self.refused[options.criterion.name])
-        one_shot = options.schedule.kind == "one_shot"
-        plan = plan_removal(self.context, self.table, options) if one_shot else None
+        started = time.perf_counter()
+        plan = self._plan(cell)
         planned = time.perf_counter() - started
         key = self._outcome_key(cell, plan)
         same = self.done.get(key)
         if same is None:
-            pruned = self.pruned(cell)
+            pruned = self.pruned(cell, plan)
             applied = time.perf_counter() - started - planned
             same = {"result": dict(self.evaluate(pruned)), "removed": pruned.plan.removed, "about": pruned.plan.about}
             same |= {"name": cell.name, "finetuned": dict(pruned.finetuned)}
@@ -142,6 +169,13 @@ class Sweep:
             "about": about,
             "plan": RemovalPlan(same["removed"]).key,
         }
+
+    def _plan(self, cell: Cell) -> RemovalPlan | None:
+        """The plan of a cell; None where scores are measured again on the way. Raises ValueError if it is infeasible."""
+        options = cell.options
+        if options.criterion.name in self.refused:
+            raise ValueError(self.refused[options.criterion.name])
+        return plan_removal(self.context, self.table, options) if options.schedule.kind == "one_shot" else None
 
     def _outcome_key(self, cell: Cell, plan: RemovalPlan | None) -> str:
         """Equal for cells with the same outcome: the removed units if there is one plan, else all options."""

@@ -22,9 +22,11 @@ def planted():
 
 def test_supernodes_that_write_to_the_same_outputs_are_one_core():
     supernodes = torch.arange(5)
-    assert cores_of(planted(), supernodes, 2).tolist() == [0, 0, 0, 1, 1]
+    assert cores_of("fc", planted(), supernodes, 2).tolist() == [0, 0, 0, 1, 1]
     flipped = planted()[:, [3, 4, 0, 1, 2, 5, 6, 7]]
-    assert cores_of(flipped, supernodes, 2, seed=3).tolist() == [1, 1, 0, 0, 0], "the larger one is core 0, whatever the order"
+    assert cores_of("fc", flipped, supernodes, 2, seed=3).tolist() == [1, 1, 0, 0, 0], (
+        "the larger one is core 0, whatever the order"
+    )
 
 
 def test_a_unit_of_the_halo_belongs_to_the_core_to_whose_outputs_it_writes():
@@ -37,11 +39,30 @@ def test_more_cores_than_directions_are_refused():
     columns = planted()
     columns[:, 1] = 2 * columns[:, 0]
     with pytest.raises(
-        ValueError, match="2 supernodes of 1 different directions have no 2 cores: set cores to 1 or less, or raise"
+        ValueError, match="group 'fc' has 2 supernodes of 1 different directions, too few for 2 cores: set cores to 1, raise"
     ):
-        cores_of(columns, torch.tensor([0, 1]), 2)
+        cores_of("fc", columns, torch.tensor([0, 1]), 2)
     with pytest.raises(ValueError, match="supernodes: cores is 0; it is a number of cores per group, 1 or more"):
         nl.get_analysis("supernodes", cores=0)
+
+
+def test_more_cores_than_supernodes_are_refused_before_the_data_are_read():
+    class Counted(list):
+        """Batches that count how many of them are read."""
+
+        read = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.read += 1
+                yield batch
+
+    ids = torch.randint(3, 30, (2, 8), generator=torch.Generator().manual_seed(0))
+    data = Counted([{"input_ids": ids, "labels": ids}] * 3)
+    words = r"group '\S+' has 1 supernode, too few for 2 cores: set cores to 1, raise supernode_fraction or top_k"
+    with pytest.raises(ValueError, match=words):
+        nl.get_analysis("supernodes", cores=2, top_k=1, groups=4)(build("llama 8/4")[0], data)
+    assert data.read == 1, "the first batch tells the groups of the model"
 
 
 def test_redundancy_within_a_halo_is_compared_with_that_between_halos():

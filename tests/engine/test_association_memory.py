@@ -1,0 +1,57 @@
+"""The memory of vectors of derivatives: the plan counts what a pass takes, and refuses what does not fit."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import nodelens as nl
+
+
+def perceptron():
+    net = nn.Sequential(nn.Linear(100, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 50))
+    return net, torch.randn(400, 100), torch.randint(50, (400,))
+
+
+def convolutional():
+    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)
+    return nn.Sequential(*layers), torch.randn(64, 1, 14, 14), torch.randint(10, (64,))
+
+
+def peak(run):
+    """The largest number of bytes that torch holds at once during a call, beyond those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.cumsum(0).max())
+
+
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("backward_jac", {}),
+        ("backward_ggn", {}),
+        ("forward_jac", {}),
+        ("backward_jac", {"probes": 64}),
+        ("backward_hess", {"method": "hutchinson"}),
+    ],
+)
+def test_a_plan_counts_the_vectors_of_derivatives(make, name, options):
+    """Measured: 0.5 to 1.3 times what the plan says; without the vectors, up to 500 times."""
+    torch.manual_seed(0)
+    net, x, y = make()
+    plans = []
+    found = peak(lambda: nl.analyze(net, [(x, y)], {"a": nl.get_metric(name, **options)}, layers=["1", "3"], on_plan=plans.append))
+    assert plans[0].total_bytes / 2.5 < found < 1.5 * plans[0].total_bytes
+
+
+def test_vectors_that_exceed_the_budget_are_refused_before_the_data_are_read():
+    net, x, y = convolutional()
+    with pytest.raises(
+        MemoryError, match=r"the largest are vectors of derivatives with [\d.]+ MiB: choose smaller batches"
+    ) as error:
+        nl.analyze(net, [(x, y)], ["backward_jac"], layers=["1", "3"], budget="1MB")
+    assert "\n" not in str(error.value)
+    nl.analyze(net, [(x[:1], y[:1])], ["backward_jac"], layers=["1", "3"], budget="1MB")
