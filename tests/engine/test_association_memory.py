@@ -39,7 +39,7 @@ def peak(run):
     ],
 )
 def test_a_plan_counts_the_vectors_of_derivatives(make, name, options):
-    """Measured: 0.5 to 1.3 times what the plan says; without the vectors, up to 500 times."""
+    """Measured: 0.5 to 1.3 times what the plan says."""
     torch.manual_seed(0)
     net, x, y = make()
     plans = []
