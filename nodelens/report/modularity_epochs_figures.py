@@ -49,7 +49,7 @@ def _lines(table: pd.DataFrame, epoch: str, columns: list[str]) -> Any:
         found = []
         for k, ((layer, name), rows) in enumerate(table.groupby(["layer", "association"], sort=False)):
             found.append(line(rows[epoch], rows[column], f"{layer}, {name}", k))
-            if f"{column}_null" in rows and column != "q":
+            if f"{column}_null" in rows:
                 null: dict[str, Any] = {"mode": "lines", "showlegend": False, "opacity": 0.7}
                 found.append(line(rows[epoch], rows[f"{column}_null"], f"{layer}, {name}", k, **null))
                 found[-1]["line"] = found[-1]["line"] | {"dash": "dot"}
@@ -58,7 +58,7 @@ def _lines(table: pd.DataFrame, epoch: str, columns: list[str]) -> Any:
     return panels(columns, draw, "epoch", height=280, shared=False)
 
 
-_Q = "Modularity and number of modules after each epoch."
+_Q = "Modularity and number of modules after each epoch. Dotted: modularity found in random graphs of the null model."
 _STABILITY = (
     "How alike the modules of an epoch and those of the one before are: adjusted mutual information, and share of units in matched "
     "modules. 1: no unit moved. Dotted: alignment of shuffled units."
