@@ -91,7 +91,8 @@ def grid(
     ]
     trace["hovertemplate"] = f"%{{customdata}}<br>{text(label)} %{{z:.4g}}<extra></extra>"
     axis = names_axis(list(values.columns), x, most=18) if ticks is None else names_axis(ticks, x)
-    return figure_of([trace], rows_height(len(values)), xaxis=axis, yaxis=rows_axis(list(values.index), y))
+    height = max(rows_height(len(values)), 130 + 7 * len(label))  # so that the label fits beside the colours
+    return figure_of([trace], height, xaxis=axis, yaxis=rows_axis(list(values.index), y))
 
 
 def heat(numbers: np.ndarray, label: str, low: float | None = None, high: float | None = None, scale: str = SEQUENTIAL) -> dict:

@@ -111,10 +111,10 @@ def _definition(about: Mapping[str, Any]) -> str:
         described = ""
     first = " ".join(re.split(r"\n\s*\n|\n\s*\w+:", described)[0].split()).replace("``", "")
     options = ", ".join(f"{k}={v}" for k, v in about["options"].items())
-    unit, source = section_of(described, "Unit"), about.get("source", "")
+    unit, source = section_of(described, "Unit").replace("``", "").rstrip("."), about.get("source", "")
     words = [
         first,
-        f"Unit: {unit}" if unit else "",
+        f"Unit: {unit}." if unit else "",
         f"Options: {options}." if options else "",
         f"Source: {source}." if source else "",
     ]

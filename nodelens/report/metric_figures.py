@@ -20,7 +20,7 @@ def overview(result: Result) -> Plot | None:
     if len(found) < 2 or not len(found.columns):
         return None
     ranks = (found.rank() - 1) / (found.notna().sum() - 1).clip(lower=1)
-    trace = heat(ranks.to_numpy(float), "rank within the metric", 0, 1)
+    trace = heat(ranks.to_numpy(float), "rank", 0, 1)
     layers, columns = [text(name) for name in found.index], [text(name) for name in found.columns]
     trace["customdata"] = [
         [f"{layer}<br>{column} {value:.4g}" for column, value in zip(columns, row, strict=True)]

@@ -9,7 +9,7 @@ import pandas as pd
 from nodelens.results.findings import Findings
 
 from .charts import line, panels
-from .plot import COLOURS, Plot, figure_of, names_axis, text
+from .plot import COLOURS, Plot, figure_of, names_axis, text, whole_ticks
 
 _UNITS = 300  # rows of the picture of units
 
@@ -55,7 +55,7 @@ def _lines(table: pd.DataFrame, epoch: str, columns: list[str]) -> Any:
                 found[-1]["line"] = found[-1]["line"] | {"dash": "dot"}
         return found
 
-    return panels(columns, draw, "epoch", height=280, shared=False)
+    return panels(columns, draw, "epoch", height=280, shared=False, axes={"x": whole_ticks(table[epoch])})
 
 
 _Q = "Modularity and number of modules after each epoch. Dotted: modularity found in random graphs of the null model."

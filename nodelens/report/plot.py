@@ -1,7 +1,7 @@
 """A plot of a page: a plotly figure with its title, what to see in it, and the data behind it."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,17 @@ def names_axis(names: Sequence[object], title: str = "", most: int = 32, **more:
 def rows_axis(names: Sequence[object], title: str = "", **more: Any) -> dict[str, Any]:
     """An axis of names from top to bottom."""
     return names_axis(names, title, range=[len(names) - 0.4, -0.6], **more)
+
+
+def whole_ticks(values: Iterable[int]) -> dict[str, Any]:
+    """Ticks at whole numbers, such as epochs, at most eleven."""
+    held = [int(value) for value in values]
+    if not held:
+        return {}
+    first, last = min(held), max(held)
+    step = next(size * 10**power for power in range(19) for size in (1, 2, 5) if (last - first) / (size * 10**power) <= 10)
+    shown = list(range(-(-first // step) * step, last + 1, step))
+    return {"tickvals": shown, "ticktext": [f"{value}" for value in shown]}
 
 
 def rows_height(count: int, per_row: int = 22, around: int = 110, most: int = 900) -> int:

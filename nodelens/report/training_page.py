@@ -16,7 +16,7 @@ from .document import Document, block
 from .elements import cards, command, contents, section
 from .headline import command_of, scores
 from .page import analyses
-from .plot import Plot, colour, figure_of, menu, text
+from .plot import Plot, colour, figure_of, menu, text, whole_ticks
 
 _VALUES = 20_000_000  # of units over epochs that a page offers
 _LAYERS = 16  # lines of a figure
@@ -73,7 +73,7 @@ def progress(history: pd.DataFrame) -> Plot:
         sides = [side for side in ("train", "val") if f"{side}/{kind}" in history]
         return [line(history.index, history[f"{side}/{kind}"], side, k) for k, side in enumerate(sides)]
 
-    figure = panels(kinds, draw, "epoch", height=280, shared=False)
+    figure = panels(kinds, draw, "epoch", height=280, shared=False, axes={"x": whole_ticks(history.index)})
     return Plot("progress", "How the training went", f"Means over each epoch.{_resumed(history)}", figure, history.reset_index())
 
 
@@ -104,7 +104,10 @@ def over_epochs(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     each = 2 * len(shown)
     visible = [[number * each <= k < (number + 1) * each for k in range(len(traces))] for number in range(len(names))]
     menus = [menu(names, visible, [{"yaxis.title.text": text(n)} for n in names]) | {"name": "metric"}] if len(names) > 1 else []
-    axes = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": text(names[0]) if names else ""}}}
+    axes = {
+        "xaxis": {"title": {"text": "epoch"}, **whole_ticks(epochs)},
+        "yaxis": {"title": {"text": text(names[0]) if names else ""}},
+    }
     table = kinds["mean"].reset_index()
     return (
         [Plot("epochs", "How each layer develops", _EPOCHS, figure_of(traces, 440, **axes, updatemenus=menus), table)]
@@ -129,7 +132,7 @@ def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
         frame = pd.DataFrame({str(epoch): table[name].to_numpy(float) for epoch, table in tables.items()}, index=first.index)
         document.embed(f"epochs-{k}", block(frame))
     layers = [str(name) for name in dict.fromkeys(first.index.get_level_values("layer"))]
-    document.embed("epochs", {"metrics": names, "layers": layers, "epochs": list(tables)})
+    document.embed("epochs", {"metrics": names, "layers": layers, "epochs": list(tables), "ticks": whole_ticks(tables)})
     return (
         "<div data-widget='epochs'><h3>Every unit over epochs</h3><div class='menus'></div>"
         "<p class='soft'>One line per unit, at most "
@@ -149,7 +152,7 @@ def _stability(tables: Mapping[int, pd.DataFrame]) -> list[Plot]:
     def draw(label: Any) -> list[dict[str, Any]]:
         return lines_of(means, "epoch", next(c for c, each in words.items() if each == label), "metric")
 
-    figure = panels(list(words.values()), draw, "epoch", height=320, shared=False)
+    figure = panels(list(words.values()), draw, "epoch", height=320, shared=False, axes={"x": whole_ticks(means["epoch"])})
     return [Plot("stability", "When the order of the units is settled", _STABILITY, figure, ranks)]
 
 

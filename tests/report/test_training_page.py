@@ -8,6 +8,7 @@ import pytest
 
 import nodelens as nl
 from nodelens.report import training_page, write_training_page
+from nodelens.report.plot import whole_ticks
 from nodelens.report.training_page import history_of
 from nodelens.results import trends
 from nodelens.results.findings import Findings
@@ -61,3 +62,17 @@ def test_tables_of_epochs_are_read_once(training, monkeypatch):
     write_training_page(training)
     assert len(calls) == 1
     pd.testing.assert_frame_equal(trends.trends_of(read(training))["ranks"], nl.score_trends(training)["ranks"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "shown"),
+    [
+        ([], None),
+        ([3], [3]),
+        (range(3), [0, 1, 2]),
+        (range(30), [0, 5, 10, 15, 20, 25]),
+        ([2, 400], [50, 100, 150, 200, 250, 300, 350, 400]),
+    ],
+)
+def test_epochs_have_ticks_at_whole_numbers(epochs, shown):
+    assert whole_ticks(epochs).get("tickvals") == shown

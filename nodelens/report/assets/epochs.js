@@ -20,7 +20,7 @@
       const median = { type: "scatter", mode: "lines", x: about.epochs, y: columns.map((values) => middle(rows.map((row) => values[row]))), line: { width: 4, color: "#d55e00" }, name: "median", hovertemplate: "median %{y:.4g}<extra></extra>" };
       const grid = { automargin: true, gridcolor: "rgba(128,136,148,0.25)", zerolinecolor: "rgba(128,136,148,0.5)" };
       await Plotly.react(canvas, [...lines, median], fit({ height: 440, showlegend: false, hovermode: "closest", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 60, r: 20, t: 10, b: 50 }, font: { family: "system-ui, sans-serif", size: 12, color: theme()["font.color"] },
-        xaxis: { ...grid, title: { text: "epoch" } }, yaxis: { ...grid, title: { text: escaped(about.metrics[Number(state.metric)]) } } }, canvas.clientWidth), config);
+        xaxis: { ...grid, ...about.ticks, title: { text: "epoch" } }, yaxis: { ...grid, title: { text: escaped(about.metrics[Number(state.metric)]) } } }, canvas.clientWidth), config);
       await Plotly.relayout(canvas, theme());
       holder.dataset.drawn = `${about.metrics[Number(state.metric)]} ${state.layer}`;
     });
