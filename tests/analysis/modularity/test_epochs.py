@@ -87,9 +87,9 @@ def test_a_training_has_modules_after_each_epoch(trained):
 def test_stability_is_printed_and_drawn(trained):
     folder, ended = trained
     page = (folder / "report.html").read_text()
-    assert "data-name='q'" in page
-    assert "data-name='stability'" in page
-    assert "data-name='modules-" in page
+    assert "data-name='modularity-q'" in page
+    assert "data-name='modularity-stability'" in page
+    assert "data-name='modularity-modules-" in page
     assert "modularity: " in ended.out
     assert "AMI between epochs 0 and 1" in ended.out
 

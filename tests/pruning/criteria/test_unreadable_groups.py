@@ -30,7 +30,7 @@ def test_the_rest_is_pruned_and_the_reason_is_reported():
     assert [group.name for group in pruned.groups] == ["a", "d"]
     assert pruned.model.a.out_features == 4
     reasons = {f.what: f.reason for f in pruned.groups.frozen}
-    assert reasons["c"].startswith("its units cannot be scored: 'd.input', where they are captured, puts out (3, 1, 7)")
+    assert reasons["c"].startswith("its units cannot be scored: 'd.input', where they are captured, puts out (3, 2, 7)")
 
 
 def test_a_pruning_without_a_group_left_stops():
