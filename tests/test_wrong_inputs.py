@@ -155,6 +155,7 @@ IN_PYTHON = {  # a call, and parts of its message
         lambda: nl.prune(NET, 3, data=DATA),
         "criterion is int; it is a metric's name, or weights by name",
     ),
+    "a misspelt criterion without data": (lambda: nl.prune(NET, "tayler"), "no metric is called 'tayler'; did you mean 'taylor'?"),
     "a class for a criterion": (lambda: nl.prune(NET, RQ, data=DATA), "criterion is the class RayleighQuotient; give an object"),
     "a number for a scope": (lambda: nl.prune(NET, scope=3, **PRUNE), "scope is int; it is a name or a list of names, such as"),
     "a number for freeze": (lambda: nl.prune(NET, freeze=[3], **PRUNE), "freeze has int in it; it is a name or a list of names"),

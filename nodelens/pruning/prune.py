@@ -22,6 +22,7 @@ from nodelens.network.objective import Objective
 from nodelens.pruning.allocation.allocate import Allocation
 from nodelens.pruning.criteria.criterion import Criterion, Spec
 from nodelens.pruning.criteria.given import GIVEN, Scores, given_scores, is_given
+from nodelens.pruning.criteria.scoring import columns_of
 from nodelens.pruning.hub.push import push_folder
 from nodelens.pruning.surgery.compensate import compensate_units, reestimate_batch_norm
 from nodelens.pruning.surgery.mask import Removed, gates_of, scale, zero
@@ -215,6 +216,8 @@ def prune(
     named_criterion = GIVEN if scores is not None else next(iter(columns), criterion)
     given = {"criterion": named_criterion, "amount": amount} | {name: value for name, value in named.items() if name in of_pruning}
     asked = replace(options or PruningOptions(), **_as_objects({k: v for k, v in given.items() if v is not None}))
+    if scores is None:
+        columns_of([asked.criterion], columns)  # names are checked before groups are sought
     with seeded(asked.seed, "prune"):
         if data is not None and iter(data) is data:
             raise ValueError("data can be read only once, but graph, scores and moments each read them: give a loader or a list")
