@@ -9,6 +9,7 @@ from scipy.stats import t
 
 from .charts import grid, line, spread
 from .plot import Plot, figure_of, menu, names_axis, short, text
+from .settings import linked
 
 _LAYERS, _SETTINGS, _METRICS = 12, 6, 24  # in one figure
 
@@ -28,7 +29,7 @@ def against_settings(
     """The mean of each value over the runs at each choice of each setting, with 95 % intervals; menus choose value and setting.
 
     lines: a column with one line per value, such as the layer. base: a boolean frame, whether a row has the usual choice of each
-    setting; a setting is shown for the rows that have it in all others.
+    setting; a setting is shown for the rows that have it in all others, but for those that change with it.
     """
     values, settings = list(values)[:_METRICS], list(settings)[:_SETTINGS]
     names = spread(list(dict.fromkeys(frame[lines])), _LAYERS) if lines else [""]
@@ -39,7 +40,8 @@ def against_settings(
     for value in values:
         for setting in settings:
             first = len(traces)
-            inside = frame[base.drop(columns=setting).all(axis=1)]
+            held = base.drop(columns=[setting, *linked(frame, setting, [c for c in base if c != setting])])
+            inside = frame[held.all(axis=1)]
             choices = sorted(inside[setting].dropna().unique(), key=lambda choice: (isinstance(choice, str), choice))
             for k, name in enumerate(names):
                 own = inside[inside[lines] == name] if lines else inside
@@ -113,7 +115,10 @@ def _brief(setting: str) -> str:
     return setting.removeprefix("trained_by.").removeprefix("model.")
 
 
-MEANS = "Means over runs with 95 % intervals (Student's t); the other settings have their most frequent choice."
+MEANS = (
+    "Means over runs with 95 % intervals (Student's t); the other settings have their most frequent choice, or change with "
+    "this one."
+)
 _RANKS = {
     "unit": (
         "Mean Spearman correlation of the units' values between runs on the same weights that differ in the seed alone. 1: same "

@@ -56,7 +56,7 @@ def _by_layer(units: pd.DataFrame) -> pd.DataFrame:
 
 
 def _head(frame: pd.DataFrame, settings: Sequence[str]) -> list[str]:
-    varied = [f"{c}: {', '.join(map(str, sorted(frame[c].unique(), key=str)[:8]))}" for c in settings]
+    varied = [f"{c}: {', '.join(map(str, sorted(frame[c].dropna().unique(), key=str)[:8]))}" for c in settings]
     count = frame["run"].nunique()
     lead = f"{count} runs; {'; '.join(varied) or 'no setting differs but the seed'}"
     numbers = {

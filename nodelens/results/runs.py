@@ -23,6 +23,8 @@ _MAGIC = set("*?[")
 def load_runs(pattern: str | Path | Sequence[str | Path], rows: str = "units") -> pd.DataFrame:
     """Loads the finished runs in folders that match a pattern, such as ``outputs/**``, or one of several, as one frame.
 
+    Of a folder that is no run, such as that of a multirun, all runs in it are loaded.
+
     rows: ``units``, ``layers``, ``edges`` (pairs of layers), ``sweep`` (the cells of ``prune.py``), or a table of an analysis, such
     as ``modularity.modules``. Each run has its rows of that table in the frame. Beside the values there are the columns ``run``
     (its folder), the scores of the evaluation (``accuracy``, ``loss``, ...), and the values of the configuration that are not the
@@ -93,17 +95,29 @@ def _table(folder: Path, metadata: dict[str, Any], rows: str) -> pd.DataFrame:
 
 
 def find_runs(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The folders of finished runs that match a pattern, or one of several, each once, sorted."""
+    """The folders of finished runs that match a pattern, or one of several, each once; of a folder of runs all in it.
+
+    They are sorted, with numbers in the order of numbers.
+    """
     found: dict[Path, Path] = {}
     for one in [pattern] if isinstance(pattern, (str, Path)) else pattern:
         base, parts = Path(one).anchor, Path(one).parts
         start, parts = (Path(base), parts[1:]) if base else (Path(), parts)
-        for folder in _matching(start, list(parts), set()):
-            if (folder / "metadata.json").is_file() and (folder / "units.parquet").is_file() and folder.name != "epochs":
-                real, known = folder.resolve(), found.get(folder.resolve())
-                if known is None or (len(folder.parts), folder) < (len(known.parts), known):
-                    found[real] = folder
-    return sorted(folder for real, folder in found.items() if real.parent not in found)  # subfolders are analyses of a run
+        matching = [folder for folder in _matching(start, list(parts), set()) if _is_run(folder)]
+        if not matching and Path(one).is_dir():  # a folder of runs, such as that of a multirun
+            matching = [folder for folder in _matching(start, [*parts, "**"], set()) if _is_run(folder)]
+        for folder in matching:
+            real, known = folder.resolve(), found.get(folder.resolve())
+            if known is None or (len(folder.parts), folder) < (len(known.parts), known):
+                found[real] = folder
+    own = [folder for real, folder in found.items() if real.parent not in found]  # subfolders are analyses of a run
+    return sorted(
+        own, key=lambda folder: [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in folder.parts]
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file() and (folder / "units.parquet").is_file() and folder.name != "epochs"
 
 
 def _listed(pattern: str | Path | Sequence[str | Path]) -> str:

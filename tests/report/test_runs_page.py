@@ -13,8 +13,8 @@ from nodelens.report.__main__ import main
 from nodelens.report.charts import line
 from nodelens.report.paper import write_plots
 from nodelens.report.plot import Plot, figure_of
-from nodelens.report.runs_figures import intervals, rank_stability
-from nodelens.report.settings import settings_of, usual
+from nodelens.report.runs_figures import against_settings, intervals, rank_stability
+from nodelens.report.settings import linked, settings_of, usual
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
 
@@ -134,3 +134,31 @@ def test_a_page_over_runs_reads_no_matrices(runs, tmp_path, monkeypatch):
     nl.load_runs(f"{runs}/*")
     nl.load_runs(f"{runs}/*", rows="modularity.modules")
     assert read == []
+
+
+def test_settings_that_runs_lack_or_that_change_together_leave_no_plot_empty(tmp_path):
+    """Half of the runs measure another metric; the width and the name of the model change together."""
+    for k, (width, seed) in enumerate(itertools.product([8, 16], [0, 1])):
+        for other in (False, True):
+            one = run(0.0, 0.0, seed)
+            one.units["rq"] += width
+            if other:
+                one.units = one.units.rename(columns={"rq": "snr", "rq_se": "snr_se"})
+            option = {"snr": {"power": 2}} if other else {"rq": {"relative": True}}
+            one.metadata["config"] |= {"metrics": option, "model": {"name": f"net{width}", "net": {"width": width}}}
+            one.metadata["evaluation"]["accuracy"] = width / 20
+            one.save(tmp_path / "runs" / f"{k}{other}")
+    frame = nl.load_runs(tmp_path / "runs")
+    assert frame["run"].nunique() == 8, "all runs of a folder"
+    assert sorted(settings_of(frame)) == ["model.name", "model.net.width"], "not to measure a metric is no setting"
+    rows, settings = frame.drop_duplicates("run"), ["model.name", "model.net.width"]
+    assert linked(rows, settings[0], settings[1:]) == ["model.net.width"]
+    drawn = against_settings(rows, ["accuracy"], settings, None, usual(rows, settings)).table
+    found = {name: rows["mean"].tolist() for name, rows in drawn.groupby("setting")}
+    assert found == {"model.name": [0.8, 0.4], "model.net.width": [0.4, 0.8]}  # net16 before net8, 8 before 16
+    assert main([str(tmp_path / "runs"), "--to", str(tmp_path / "page")]) == 0
+
+
+def test_not_to_have_a_setting_is_a_choice():
+    frame = pd.DataFrame({"run": list("abc"), "x": [1.0, None, None]})
+    assert usual(frame, ["x"])["x"].tolist() == [False, True, True]

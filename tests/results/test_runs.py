@@ -168,3 +168,12 @@ def test_tables_of_analyses_and_settings_of_the_training(tmp_path):
         pytest.warns(UserWarning, match=r"nulls\.parquet is missing"),
     ):
         nl.load_runs(f"{tmp_path}/*", rows="modularity.nulls")
+
+
+def test_a_folder_of_runs_gives_all_of_them_in_the_order_of_their_numbers(tmp_path):
+    for k in (10, 2, 1):
+        result().save(tmp_path / "multirun" / str(k))
+    found = nl.load_runs(tmp_path / "multirun")
+    assert [run.rpartition("/")[2] for run in found["run"].unique()] == ["1", "2", "10"]
+    with pytest.raises(FileNotFoundError, match="no finished run matches"):
+        nl.load_runs(tmp_path / "multirun" / "3")

@@ -34,8 +34,9 @@
         marker: { color: finite.map((row) => layers.indexOf(row.layer)), colorscale: "Viridis", size: 6, opacity: 0.8 }, text: finite.map((row) => `${escaped(row.layer)} ${row.unit}`), hovertemplate: "%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>" };
       const equal = { type: "scatter", mode: "lines", x: [low, high], y: [low, high], line: { color: "#9aa2ad", dash: "dot", width: 1 }, hoverinfo: "skip" };
       const axis = (run) => ({ title: { text: escaped(`${name}, ${brief[about.runs.indexOf(run)]}`) }, automargin: true, gridcolor: grey.color, zerolinecolor: grey.color });
+      const none = { text: escaped(`No unit has a value of ${name} in both runs: choose others`), showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
       await Plotly.react(canvas, [equal, dots], fit({ height: 460, showlegend: false, hovermode: "closest", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 60, r: 20, t: 10, b: 50 },
-        font: { family: "system-ui, sans-serif", size: 12, color: theme()["font.color"] }, xaxis: axis(state.a), yaxis: axis(state.b) }, canvas.clientWidth), config);
+        font: { family: "system-ui, sans-serif", size: 12, color: theme()["font.color"] }, xaxis: axis(state.a), yaxis: axis(state.b), annotations: finite.length ? [] : [none] }, canvas.clientWidth), config);
       await Plotly.relayout(canvas, theme());
       const by = (row) => { const size = Math.abs(Number.isNaN(row.errors) ? row.difference : row.errors); return Number.isNaN(size) ? -1 : size; };
       rows.sort((one, other) => by(other) - by(one));
