@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from .charts import grid, line, spread
 from .plot import Plot, figure_of, menu, names_axis, short, text
-from .settings import linked
+from .settings import choices_of, linked
 
 _LAYERS, _SETTINGS, _METRICS = 12, 6, 24  # in one figure
 
@@ -42,7 +42,7 @@ def against_settings(
             first = len(traces)
             held = base.drop(columns=[setting, *linked(frame, setting, [c for c in base if c != setting])])
             inside = frame[held.all(axis=1)]
-            choices = sorted(inside[setting].dropna().unique(), key=lambda choice: (isinstance(choice, str), choice))
+            choices = choices_of(inside[setting])
             for k, name in enumerate(names):
                 own = inside[inside[lines] == name] if lines else inside
                 found = [intervals(own.loc[own[setting] == choice, value]) for choice in choices]

@@ -14,7 +14,7 @@ from . import runs_figures as figures
 from .document import Document
 from .elements import cards, contents, section
 from .run_differences import differences
-from .settings import is_seed, settings_of, usual
+from .settings import choices_of, is_seed, settings_of, usual
 
 
 def compare(runs: str | Path | Sequence[str | Path], to: str | Path = "comparison", plotly: str = "shared") -> Path:
@@ -56,7 +56,7 @@ def _by_layer(units: pd.DataFrame) -> pd.DataFrame:
 
 
 def _head(frame: pd.DataFrame, settings: Sequence[str]) -> list[str]:
-    varied = [f"{c}: {', '.join(map(str, sorted(frame[c].dropna().unique(), key=str)[:8]))}" for c in settings]
+    varied = [f"{c}: {', '.join(map(str, choices_of(frame[c])[:8]))}" for c in settings]
     count = frame["run"].nunique()
     lead = f"{count} runs; {'; '.join(varied) or 'no setting differs but the seed'}"
     numbers = {

@@ -1,6 +1,7 @@
 """Which settings differ between runs, and the usual choice of each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +15,11 @@ def settings_of(frame: pd.DataFrame) -> list[str]:
     found = [c for c in found if frame[c].dropna().map(lambda value: isinstance(value, (str, int, float))).all()]
     found = [c for c in found if frame[c].nunique() > 1]
     return sorted(found, key=lambda c: -frame[c].nunique())
+
+
+def choices_of(values: pd.Series) -> list[Any]:
+    """The choices of a setting: numbers in their order, then words."""
+    return sorted(values.dropna().unique(), key=lambda choice: (isinstance(choice, str), choice))
 
 
 def usual(frame: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
