@@ -200,7 +200,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.reduce,
     )
     hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective)
-    cuts = None if asked.weights_only else cuts_of(asked.again, hashes, settings.groups, settings.seed)
+    cuts = None if asked.weights_only else cuts_of(asked.again, hashes, settings.groups, settings.seed, objective)
     return replace(plan, cuts=cuts, hashes=hashes), objective
 
 
@@ -287,13 +287,18 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
 
 
 def hashes_of(data: Any, objective: Objective) -> dict[int, Tensor]:
-    """The hashes of the samples of each batch of a list, by the id of the batch; of other data, which may change, none."""
-    return {id(given): _hashes(k, given, objective) for k, given in enumerate(data)} if isinstance(data, (list, tuple)) else {}
+    """The hashes of the samples of each batch of a list, by the id of the batch.
+
+    None of other data, and of subclasses of lists, which may make a batch when it is asked for: another one may have its id then.
+    """
+    return {id(given): _hashes(k, given, objective) for k, given in enumerate(data)} if type(data) in (list, tuple) else {}
 
 
-def cuts_of(data: Any, hashes: Mapping[int, Tensor], groups: int, seed: int) -> Tensor | None:
+def cuts_of(data: Any, hashes: Mapping[int, Tensor], groups: int, seed: int, objective: Objective) -> Tensor | None:
     """Cuts between groups of samples of equal size, from all samples of all processes; None unless all have lists. Collective."""
-    own = [hashes[id(given)] for given in data] if isinstance(data, (list, tuple)) and groups > 1 else None
+    own: list[Tensor] | None = None
+    if isinstance(data, (list, tuple)) and groups > 1:
+        own = [hashes[id(given)] if hashes else _hashes(k, given, objective) for k, given in enumerate(data)]
     every = gathered(None if own is None else torch.cat([torch.empty(0, dtype=torch.int64), *own]))
     return None if any(hashes is None for hashes in every) else balanced_cuts(torch.cat(every), groups, seed)
 

@@ -88,7 +88,7 @@ class _OfDerivatives(_Association):
     """Shared by associations of derivatives."""
 
     lacks: ClassVar = {
-        "view": "each position of a sample has a derivative of its own, and their mean is of no unit; forward_cov has view",
+        "view": "positions have derivatives of their own, and the mean of these is the derivative of no unit; forward_cov has view",
         "spatial": "it is the mean over positions of products that are not centred; forward_cov has spatial",
     }
 

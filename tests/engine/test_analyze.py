@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from compare import close
@@ -346,3 +347,18 @@ def test_products_in_float64_where_they_are_asked_for(net):
     close(other, exact, 2e-5)
     with pytest.raises(ValueError, match="precision is 'float16'; products are formed in float32 or float64"):
         nl.analyze(net, batches(*images(), 16), ["rq"], precision="float16")
+
+
+class Made(list):
+    """A list that makes each batch when it is asked for, so that a later batch may have the id of an earlier one."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x.clone(), y.clone()
+
+
+def test_batches_that_are_made_when_asked_for_have_their_own_groups():
+    net, data = build(Mixed), batches(*images(), 16)
+    one, other = nl.analyze(net, data, ["rq"]), nl.analyze(net, Made(data), ["rq"])
+    pd.testing.assert_frame_equal(one.units, other.units, check_exact=True)
+    assert one.units["rq_se"].gt(0).all()

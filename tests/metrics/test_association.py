@@ -278,7 +278,7 @@ def test_tensors_of_one_layer_have_no_derivatives_of_a_model():
         (
             "backward_jac",
             {"view": "samples"},
-            "backward_jac has no option 'view': each position of a sample has a derivative of its own",
+            "backward_jac has no option 'view': positions have derivatives of their own",
         ),
         (
             "forward_jac_norm",
