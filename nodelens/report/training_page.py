@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from nodelens.results.files import checked, read_json
+from nodelens.results.files import read_json
+from nodelens.results.training_history import HISTORY, read_history
 from nodelens.results.trends import common_metrics, epoch_tables, trends_of
 
 from .charts import band, line, lines_of, panels, spread
@@ -49,8 +50,8 @@ def history_of(folder: Path) -> pd.DataFrame:
 
     Earlier versions wrote a CSV file per start of a training: of a value that several logged, the last counts.
     """
-    if (folder / "history.csv").is_file():
-        return pd.read_csv(checked(folder / "history.csv"), index_col="epoch")
+    if len(kept := read_history(folder / HISTORY)):
+        return kept
     found = []
     starts = {int(m[1]): place for place in folder.glob("csv/version_*") if (m := re.fullmatch(r"version_(\d+)", place.name))}
     for file in (starts[k] / "metrics.csv" for k in sorted(starts)):

@@ -6,9 +6,8 @@ from typing import Any
 import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nodelens.results.files import checked, write
-
-FILE = "history.csv"  # in the folder of a training
+from nodelens.results.files import write
+from nodelens.results.training_history import read_history
 
 
 class History(Callback):
@@ -44,13 +43,6 @@ class History(Callback):
         self.rows = pd.concat([self.rows, row])
         if trainer.is_global_zero and found:
             write(self.path, self.rows.to_csv)
-
-
-def read_history(path: Path) -> pd.DataFrame:
-    """The rows of ``history.csv``, by epoch; none where there is no such file. Raises ValueError for a damaged file."""
-    if not path.is_file():
-        return pd.DataFrame(index=pd.Index([], dtype=int, name="epoch"))
-    return pd.read_csv(checked(path), index_col="epoch")
 
 
 def _logged(trainer: Trainer, prefix: str) -> dict[str, float]:

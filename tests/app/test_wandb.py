@@ -1,7 +1,7 @@
 import json
 import time
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -226,41 +226,32 @@ def test_artifacts_can_be_left_out_and_downloads_are_recognised(quiet_home):
     assert origin_of_weights(quiet_home / "best.ckpt") is None
 
 
-def test_online_the_checkpoint_is_an_input_of_the_run(quiet_home):
-    class Run:
-        config: ClassVar[dict] = {}
-        used: ClassVar[list] = []
-
-        def use_artifact(self, name):
-            self.used.append(name)
+def with_checkpoint(home, use_artifact):
+    """The config of an online run that is told which checkpoint it reads."""
 
     class Config(dict):
         def update(self, values, allow_val_change):
             super().update(values)
 
-    logger = wandb_logger(str(quiet_home), "analyze", offline=False)
-    logger._experiment, Run.config = Run(), Config()
-    logger.use_checkpoint(str(quiet_home / "artifacts/checkpoint-abc:v3/best.ckpt"))
-    assert Run.used == ["checkpoint-abc:v3"]
-    assert Run.config == {"checkpoint_artifact": "checkpoint-abc:v3"}
+    logger = wandb_logger(str(home), "analyze", offline=False)
+    logger._experiment = SimpleNamespace(config=Config(), use_artifact=use_artifact)
+    logger.use_checkpoint(str(home / "artifacts/checkpoint-abc:v3/best.ckpt"))
+    return logger._experiment.config
+
+
+def test_online_the_checkpoint_is_an_input_of_the_run(quiet_home):
+    used = []
+    assert with_checkpoint(quiet_home, used.append) == {"checkpoint_artifact": "checkpoint-abc:v3"}
+    assert used == ["checkpoint-abc:v3"]
 
 
 def test_an_artifact_that_is_not_online_is_a_warning(quiet_home, capsys):
     import wandb
 
-    class Run:
-        config: ClassVar[dict] = {}
+    def missing(name):
+        raise wandb.errors.CommError("artifact\n not found")
 
-        def use_artifact(self, name):
-            raise wandb.errors.CommError("artifact\n not found")
-
-    class Config(dict):
-        def update(self, values, allow_val_change):
-            super().update(values)
-
-    logger = wandb_logger(str(quiet_home), "analyze", offline=False)
-    logger._experiment, Run.config = Run(), Config()
-    logger.use_checkpoint(str(quiet_home / "artifacts/checkpoint-abc:v3/best.ckpt"))
+    with_checkpoint(quiet_home, missing)
     said = capsys.readouterr().out.replace("\n", " ").split()
     assert " ".join(said) == (
         "warning: W&B does not record checkpoint-abc:v3 as an input: artifact not found; 'wandb sync' uploads an offline run"

@@ -6,7 +6,8 @@ from interrupted import BATCHES, fit
 from pandas.testing import assert_frame_equal
 
 from nodelens.report.training_page import history_of, progress
-from nodelens.training.history import FILE, History, read_history
+from nodelens.results.training_history import HISTORY, read_history
+from nodelens.training.history import History
 
 STEPS = {"every_n_train_steps": 1, "save_top_k": -1}
 
@@ -27,8 +28,8 @@ def test_a_training_without_a_logger_shows_its_loss_and_accuracy(quiet_home):
 def test_a_resumed_training_has_the_rows_of_the_undisturbed_one(tmp_path):
     def history(name, *steps, **options):
         for step in (*steps, None):
-            fit(tmp_path / name, step, resume=True, keep=STEPS, more=[History(tmp_path / name / FILE)], **options)
-        return read_history(tmp_path / name / FILE)
+            fit(tmp_path / name, step, resume=True, keep=STEPS, more=[History(tmp_path / name / HISTORY)], **options)
+        return read_history(tmp_path / name / HISTORY)
 
     whole = history("whole")
     assert list(whole.index) == [0, 1, 2]
@@ -43,12 +44,12 @@ def test_a_resumed_training_has_the_rows_of_the_undisturbed_one(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_epochs_without_validation_have_no_value_of_an_earlier_one(tmp_path):
-    fit(tmp_path, more=[History(tmp_path / FILE)], check_val_every_n_epoch=2)
-    assert read_history(tmp_path / FILE)["val/loss"].notna().tolist() == [False, True, False]
+    fit(tmp_path, more=[History(tmp_path / HISTORY)], check_val_every_n_epoch=2)
+    assert read_history(tmp_path / HISTORY)["val/loss"].notna().tolist() == [False, True, False]
 
 
 def test_a_damaged_history_is_named(tmp_path):
-    (tmp_path / FILE).write_text("epoch\n0\n")
-    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {FILE}\n")
+    (tmp_path / HISTORY).write_text("epoch\n0\n")
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {HISTORY}\n")
     with pytest.raises(ValueError, match=r"history\.csv is damaged"):
-        read_history(tmp_path / FILE)
+        read_history(tmp_path / HISTORY)

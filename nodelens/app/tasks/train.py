@@ -55,9 +55,10 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from nodelens.results.loggers import log_run
+    from nodelens.results.training_history import HISTORY
     from nodelens.training.callbacks import Measure, Outcome
     from nodelens.training.checkpoints import write_atomically
-    from nodelens.training.history import FILE, History
+    from nodelens.training.history import History
     from nodelens.training.last_checkpoint import LastCheckpoint
     from nodelens.training.resume import SeededSteps
 
@@ -71,7 +72,7 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
         )
     callbacks = [
         SeededSteps(cfg.seed),
-        History(folder / FILE),
+        History(folder / HISTORY),
         *lines,
         *chosen,
         outcome,
