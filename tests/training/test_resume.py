@@ -109,7 +109,7 @@ class MyNet(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.3), nn.ReLU(), nn.Linear(32, 10))
 """
-TRAIN = ("model.net._target_=my_net.MyNet", "trainer.max_epochs=3", "logger=none", "dataset.batch_size=100")
+TRAIN = ("model.net._target_=resumed_net.MyNet", "trainer.max_epochs=3", "logger=none", "dataset.batch_size=100")
 TRAIN += ("callbacks.last.every_n_train_steps=2",)
 KILL = """
 import os, signal
@@ -134,7 +134,7 @@ def weights(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("at", random.Random(0).sample(range(2, 3 * BATCHES), 3))
 def test_a_training_killed_at_a_random_step_ends_with_the_weights_of_the_undisturbed_one(at, quiet_home):
-    (quiet_home / "my_net.py").write_text(NET)
+    (quiet_home / "resumed_net.py").write_text(NET)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{quiet_home}", "OMP_NUM_THREADS": "1"}
     words = [*TRAIN, "hydra.run.dir=cut"]
     killed = subprocess.run(
