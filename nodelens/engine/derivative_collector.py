@@ -117,10 +117,9 @@ class DerivativeCollector(Collector):
         outer = rows.products_by_run(rows if y is None else about_zero(Rows(_by_sample(y, k, order), masked)), runs)
         outer = outer if y is None else (outer + outer.mT) / 2
         outer = outer if gram is None else outer * gram
-        n = torch.tensor([[int(keep[a:b].sum()) if masked is not None else (b - a) * keep.shape[1]] for _, a, b in slices])
-        counts = n.to(x.device)
-        for (g, *_), own, product in zip(slices, counts, outer, strict=True):
-            sums.add_rows(Fold(own * int(first), own * k, product, fold, folds), g)
+        for (g, a, b), product in zip(slices, outer, strict=True):
+            n = (b - a) * keep.shape[1] if masked is None else int(keep[a:b].sum())
+            sums.add_rows(Fold(n * first, n * k, product, fold, folds), g)
 
     def chosen_units(self, x: Tensor) -> Tensor:
         """The units that are read, of rows (k x samples, units, positions) with all of them."""

@@ -108,20 +108,25 @@ class Derivatives:
             for target in targets:
                 target.collector.failed[target.need] = "the model reads no floating-point inputs and has no embedding"
             return
-        forwards = {id(c): Forward(c.traced.edge, c.traced.value, start.places) for c in calls}  # type: ignore[arg-type]
-        exact = derivative.method == "exact"
-        direct = [target for target in targets if exact and _is_entrywise(target, start)]
-        for target in direct:
-            self._of_entries(target, derivative, start)
-        few = [target for target in targets if exact and target not in direct and _fewer_units(target, start)]
-        for target in few:
-            self._over_units(target, derivative, partial(self._there_and_back, target.calls[0], start, forwards))
-        rest, first = [target for target in targets if target not in (*direct, *few)], True
-        own = [call for call in calls if any(call in target.calls for target in rest)]
+        exact, rest = derivative.method == "exact", []
+        for target in targets:
+            if exact and _is_entrywise(target, start):
+                self._of_entries(target, derivative, start)
+            elif exact and _fewer_units(target, start):
+                (call,) = target.calls
+                self._over_units(target, derivative, partial(self._there_and_back, call, start, self._forward(call, start)))
+            else:
+                rest.append(target)
+        read = {id(call) for target in rest for call in target.calls}
+        own, first = [call for call in calls if id(call) in read], True
+        forwards = [self._forward(call, start) for call in own]
         for fold, vectors in start.vectors(derivative, self.batch, self.seed, max(1, size // 2)) if rest else ():
-            found = [self.method.push(forwards[id(call)], vectors) for call in own]
+            found = [self.method.push(forward, vectors) for forward in forwards]
             self._distribute(rest, derivative, own, found, fold, first)
             first = False
+
+    def _forward(self, call: LayerCall, start: GraphStart) -> Forward:
+        return Forward(call.traced.edge, call.traced.value, start.places)  # type: ignore[arg-type]
 
     def _of_entries(self, target: SumTarget, derivative: Derivative, start: GraphStart) -> None:
         """Adds J J' where each unit is a function of the same output of a Linear W: it is dd' times WW', d the slopes."""
@@ -131,12 +136,12 @@ class Derivatives:
         keep = self._kept(target, derivative)
         target.collector.add(target.need, self.batch, call.rows(slopes[0]), keep, gram=start.gram)  # type: ignore[arg-type]
 
-    def _there_and_back(self, call: LayerCall, start: GraphStart, forwards: dict[int, Forward], v: Tensor) -> Tensor | None:
+    def _there_and_back(self, call: LayerCall, start: GraphStart, forward: Forward, v: Tensor) -> Tensor | None:
         """J J'v of a layer, J its derivative with respect to the inputs."""
         found = self.method.pull([call.traced.edge], start.places, [v])  # type: ignore[list-item]
         if any(each is None for each in found):
             return None
-        return self.method.push(forwards[id(call)], start.weighted(found))  # type: ignore[arg-type]
+        return self.method.push(forward, start.weighted(found))  # type: ignore[arg-type]
 
     def _hessian(self, targets: Sequence[SumTarget], derivative: Derivative) -> None:
         total = self.objective.summed(self.predictions, self.batch.labels)
@@ -190,7 +195,8 @@ class Derivatives:
 
     def _kept(self, target: SumTarget, derivative: Derivative) -> Tensor:
         """The rows that count, (samples, positions): of a loss those of samples with a label."""
-        keep = torch.stack([call.kept for call in target.calls]).all(0)
+        first, *others = (call.kept for call in target.calls)
+        keep = torch.stack([first, *others]).all(0) if others else first
         labelled = self.batch.labelled if derivative.of in ("loss", "hessian") else None
         return keep if labelled is None else keep & labelled.cpu()[:, None]
 
@@ -228,7 +234,7 @@ def _fewer_units(target: SumTarget, start: GraphStart) -> bool:
     """Whether a layer has so few units and positions that a basis of theirs takes fewer passes than one of the inputs."""
     if len(target.calls) > 1 or target.collector.site.layer is target.collector.plan.stack:
         return False
-    _, units, positions = target.calls[0].index.shape
+    _, units, positions = target.calls[0].rows(target.calls[0].traced.value[None]).shape
     return 2 * units * positions < start.count
 
 

@@ -13,11 +13,11 @@ from .rows import Rows
 class Fold(NamedTuple):
     """What some vectors of each row add, all of them of one of the ``folds``.
 
-    Shapes: outer (d, d) float64, the sum of p p'; vectors (1,) int64; n (1,) int64, the rows that they are the first vectors of
+    n: the number of rows that they are the first vectors of; vectors: their number; outer: the sum of p p', (d, d) float64
     """
 
-    n: Tensor
-    vectors: Tensor
+    n: int
+    vectors: int
     outer: Tensor
     fold: int = 0
     folds: int = 1
@@ -39,17 +39,19 @@ class Products(Statistic):
         """From some vectors of each row; rows or a tensor are one vector per row, in one fold."""
         if not isinstance(x, Fold):
             rows = about_zero(Rows.of(x, weights))
-            x = Fold(rows.n, rows.n, rows.outer)
-        every, vectors = x.outer.new_zeros(x.folds, *x.outer.shape), x.vectors.new_zeros(x.folds)
-        every[x.fold], vectors[x.fold] = x.outer, x.vectors[0]
-        return cls(x.n.clone(), vectors, every)
+            x = Fold(int(rows.n), int(rows.n), rows.outer)
+        every = x.outer.new_zeros(x.folds, *x.outer.shape)
+        vectors = torch.zeros(x.folds, dtype=torch.int64, device=every.device)
+        every[x.fold], vectors[x.fold] = x.outer, x.vectors
+        return cls(torch.full((1,), x.n, device=every.device), vectors, every)
 
     def add_rows_in_place(self, rows: Any) -> bool:
         if not isinstance(rows, Fold):
             return False
+        whole = rows.folds == 1  # indexing takes longer than adding
         self.n.add_(rows.n)
-        self.vectors[rows.fold].add_(rows.vectors[0])
-        self.outer[rows.fold].add_(rows.outer)
+        (self.vectors if whole else self.vectors[rows.fold]).add_(rows.vectors)
+        (self.outer if whole else self.outer[rows.fold]).add_(rows.outer)
         return True
 
     @property

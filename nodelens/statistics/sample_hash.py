@@ -6,6 +6,7 @@ from torch import Tensor
 
 _LIMIT = 4096  # entries of a sample that its content hash reads
 _CHUNK = 1 << 15  # entries that are hashed at once, so that they stay in the cache
+_STEPS = [(np.uint64(by), np.uint64(factor)) for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))]
 
 
 def mix(*parts: Tensor | int) -> Tensor:
@@ -48,8 +49,9 @@ def _scramble(z: Tensor) -> Tensor:
     """The scrambled integers; on a CPU they replace those in ``z``, without a copy for each step."""
     if z.device.type == "cpu":
         z = z.contiguous()
-        for part in np.array_split(z.numpy().view(np.uint64).reshape(-1), -(-z.numel() // _CHUNK) or 1):
-            _scramble_array(part)
+        flat = z.numpy().view(np.uint64).reshape(-1)
+        for a in range(0, len(flat), _CHUNK):
+            _scramble_array(flat[a : a + _CHUNK])
         return z
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
@@ -58,9 +60,11 @@ def _scramble(z: Tensor) -> Tensor:
 
 def _scramble_array(z: np.ndarray) -> None:
     """The same in place, of uint64, whose shift needs no mask."""
-    for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        z ^= z >> np.uint64(by)
-        z *= np.uint64(factor)
+    shifted = np.empty_like(z)
+    for by, factor in _STEPS:
+        z ^= np.right_shift(z, by, out=shifted)
+        z *= factor
+    z ^= np.right_shift(z, np.uint64(31), out=shifted)
 
 
 def _shift(z: Tensor, by: int) -> Tensor:

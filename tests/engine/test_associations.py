@@ -261,6 +261,31 @@ def test_predictions_without_a_derivative_are_an_error_in_one_line(name):
     assert "\n" not in str(error.value)
 
 
+class Twice(nn.Module):
+    """A layer ``again`` that runs twice, behind a Linear that reads ``width`` inputs."""
+
+    def __init__(self, width):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.again, self.last = nn.Linear(width, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def hidden(self, x):
+        once = self.again(torch.relu(self.first(x)))
+        return once, self.again(torch.relu(once))
+
+    def forward(self, x):
+        return self.last(torch.relu(self.hidden(x)[1]))
+
+
+@pytest.mark.parametrize("width", [6, 30], ids=["over inputs", "over units"])
+def test_both_calls_of_a_layer_that_runs_twice_count_as_rows_of_the_jacobian_of_the_inputs(width):
+    model, x = Twice(width).double(), rows(20, width)[0]
+    found = nl.analyze(model, [x[:7], x[7:]], ["forward_jac"], layers=["again"]).matrices["again", "forward_jac"]
+    slopes = torch.autograd.functional.jacobian(lambda one: torch.stack(model.hidden(one)), x)  # calls, rows, units, rows, inputs
+    own = torch.stack([slopes[:, k, :, k] for k in range(len(x))]).flatten(0, 1)
+    np.testing.assert_allclose(found, (own @ own.mT).mean(0), rtol=1e-9, atol=1e-12)
+
+
 def test_an_association_that_is_zero_is_said_to_be():
     found = nl.analyze(cut("unused"), batches(), ["backward_jac", "backward_jac_norm"], layers=["a", "b"])
     assert not found.matrices["b", "backward_jac"].any()
