@@ -52,8 +52,12 @@ def with_stack(plan: _Plan) -> _Plan:
     return replace(plan, stack=stack, dry_run=dry_run)
 
 
-def check_associations(plan: Any) -> None:
-    """Raises ValueError for an association that can be computed at no layer, with the reason at the first one."""
+def check_associations(plan: Any) -> tuple[str, ...]:
+    """A line for each association that can be computed at no layer, with the reason at the first one.
+
+    Raises ValueError with that line if nothing else is measured.
+    """
+    nowhere = []
     for name, metric in plan.metrics.items():
         every = [(place[0], plan.wanted(metric, place)) for place in plan.places(metric)]
         needs = [need for _, found in every for _, need in found.values()]
@@ -61,11 +65,12 @@ def check_associations(plan: Any) -> None:
             raise ValueError(
                 f"{name}: spatial=per_location needs all positions; positions={plan.positions} draws some: leave one of them out"
             )
-        if not any(need.port == ASSOCIATION for need in needs):
-            continue
         reasons = [plan.unread(found) for _, found in every]
-        if all(reasons):
-            raise ValueError(f"{name} of layer {every[0][0].title!r}: {reasons[0]}")
+        if any(need.port == ASSOCIATION for need in needs) and all(reasons):
+            nowhere.append(f"{name} of layer {every[0][0].title!r}: {reasons[0]}")
+    if nowhere and len(nowhere) == len(plan.metrics):
+        raise ValueError(nowhere[0])
+    return tuple(nowhere)
 
 
 def methods_of(plan: Any) -> list[dict[str, Any]]:

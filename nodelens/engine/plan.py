@@ -54,7 +54,8 @@ class Plan(PassLayout):
 
         ``optional`` leaves out layers that the forward pass never calls and lists them in ``never_called``. ``pairs``: layer pairs
         for edge metrics, consecutive, all, or names. ``per_token``: the targets with one value per token. ``notes`` of the plan:
-        which of the default metrics are left out because the data have no labels, and what ``omit_products`` leaves out.
+        which of the default metrics are left out because the data have no labels, what ``omit_products`` leaves out, and which
+        associations exist at no layer.
 
         Raises ValueError for a layer that is never called, a metric without its weights or target, and a site that is too wide.
         """
@@ -82,7 +83,7 @@ class Plan(PassLayout):
         more: dict[str, Any] = {"members": members, "seed": seed, "reduce": reduce, "optional": optional, "notes": unlabelled}
         plan = omit_products(cls(layers, metrics, dry_run, groups, positions, names, *settings, **more), optional, default)
         plan = with_stack(plan)
-        check_associations(plan)
+        plan = replace(plan, notes=(*plan.notes, *check_associations(plan)))
         for name, metric in metrics.items():
             check_parameter(plan, name, metric, optional)
             for need in metric.needs().values() if dry_run.tokens else ():
@@ -119,7 +120,7 @@ class Plan(PassLayout):
     ) -> "Plan":
         """The plan once the data are read: layers of which no rows could be made, or that no gradient reached, and why.
 
-        Raises ValueError for an association that exists at no layer.
+        Raises ValueError for an association that exists at no layer, if nothing else is measured.
         """
         if not unread and not no_gradient and not no_derivative:
             return self
@@ -127,9 +128,8 @@ class Plan(PassLayout):
         seen = {site: each if each.unread else self.dry_run.seen[site] for site, each in found.items()}
         dry_run = replace(self.dry_run, seen=seen)
         plan = replace(self, dry_run=dry_run, no_gradient=no_gradient, no_derivative=no_derivative)
-        if no_derivative:
-            check_associations(plan)
-        return plan
+        nowhere = check_associations(plan) if no_derivative else ()
+        return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *nowhere))))
 
     def unpaired(self, needs: Mapping[str, tuple[Layer, Need]]) -> str:
         """Why the rows of a layer cannot be paired with the target of each prediction; empty if they can."""

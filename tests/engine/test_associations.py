@@ -261,6 +261,24 @@ def test_predictions_without_a_derivative_are_an_error_in_one_line(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "data", "lacking", "reason"),
+    [
+        (network(), ["1", "3"], [x for x, _ in batches()], "backward_hess", "the loss needs labels, but the data have none: give"),
+        (cut("argmax"), ["a", "b"], batches(), "backward_jac", "but have no derivative there: .detach"),
+    ],
+    ids=["without labels", "argmax"],
+)
+def test_an_association_that_exists_at_no_layer_is_a_gap_where_others_go_on(model, layers, data, lacking, reason):
+    found = nl.analyze(model, data, ["forward_cov", lacking], analysis="modularity", layers=layers, groups=2)
+    assert {key[1] for key in found.matrices if not key[1].startswith("sorted_")} >= {"forward_cov", "forward_cov_se"}
+    assert not {key for key in found.matrices if key[1].startswith(lacking)}
+    (warning,) = (line for line in found.metadata["warnings"] if line.startswith(f"{lacking} of layer {layers[0]!r}: "))
+    assert reason in warning and "\n" not in warning
+    gaps = {row["layer"]: row["reason"] for row in found.metadata["missing"] if row["column"] == lacking}
+    assert set(gaps) == set(layers) and all(reason in text for text in gaps.values())
+
+
 class Twice(nn.Module):
     """A layer ``again`` that runs twice, behind a Linear that reads ``width`` inputs."""
 
