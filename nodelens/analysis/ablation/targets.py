@@ -21,6 +21,7 @@ from nodelens.pruning.surgery.mask import channel_dim
 from nodelens.statistics.sample_hash import generator
 
 Side = Literal["input", "output"]
+Key = tuple[nn.Module, str]  # a module, and input or output
 Units = Mapping[str, Sequence[int]]
 
 
