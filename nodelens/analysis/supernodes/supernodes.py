@@ -160,7 +160,7 @@ class Supernodes(Analysis):
             redundancy = self._redundancy(layout, sums, products[name])
             own = redundancy(sets.halo, sets.supernodes)
             rule = (self.protection, self.protection_floor, self.protection_rank_power)
-            table = unit_table(model, layout, sums, own, reads[name], rule)
+            table = unit_table(model, layout, sums, own, reads[name], rule, self.halo_fraction)
             if self.cores > 1:
                 table["core"], rows = self._cores(model, layout, sums, products[name], seed)
                 cores += rows
