@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nodelens as nl
 from nodelens.analysis.validity.combination import PRODUCT, _grid, _half, check_components, combination
 from nodelens.analysis.validity.validity_analysis import ValidityAnalysis
+from nodelens.report.validity_figures import figures_of
 from nodelens.results.findings import load_findings
 
 SCAR = ("scar_activation_power", "scar_taylor", "scar_curvature", "scar_loss_proxy")
@@ -114,6 +115,10 @@ def test_the_criterion_of_a_run_prunes(run, tmp_path):
     assert found["combination"]["n"].eq(24).all()
     assert "orders the other half of the units with Spearman" in found.summary()
     criterion = found.metadata["criterion"]
+    figure = next(plot for plot in figures_of(found) if plot.name == "combination").figure
+    drawn = {trace.name: list(trace.x) for trace in figure.data}
+    assert drawn["other half, 95 %"] == pytest.approx(found["combination"]["spearman"].tolist())
+    assert drawn["half of the search"] == pytest.approx(found["combination"]["fit"].tolist())
     assert sum(criterion["terms"].values()) == pytest.approx(1)
     pruned = nl.prune(model, criterion, 0.25, data=data, scope="ffn")
     product = np.exp(sum(np.log(result.units[name]) * exponent for name, exponent in criterion["terms"].items()))
