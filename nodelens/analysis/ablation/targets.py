@@ -65,6 +65,14 @@ class AblationTarget:
         )
 
     @classmethod
+    def read_by(cls, model: nn.Module, group: PruningGroup, width: int) -> "AblationTarget":
+        """What the linear layers that make a group's units read, ``width`` features, removed for these layers only."""
+        paths = dict.fromkeys(piece.module for piece in group.by_role("producer"))
+        index = torch.arange(width)[:, None]
+        places = tuple(UnitPlace(path, model.get_submodule(path), "input", -1, index) for path in paths)
+        return cls(f"{group.name}.input", width, group, places)
+
+    @classmethod
     def of_layer(cls, layer: Layer, path: str, shown: Any) -> "AblationTarget":
         """``shown``: what the layer's module reads or returns. Raises ValueError where that has no units."""
         tensor = tensor_of(shown)
