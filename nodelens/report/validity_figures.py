@@ -58,8 +58,8 @@ def combination(table: pd.DataFrame, exponents: Mapping[str, float]) -> Any:
     held = dots(table["spearman"], place, "other half, 95 %", marker={"size": 7}) | {"error_x": bars}
     fit = dots(table["fit"], place, "half of the search", marker={"color": GREY, "size": 5})
     powers = " ".join(f"{name}^{exponent:g}" for name, exponent in exponents.items())
-    axes = {"xaxis": {"title": {"text": "Spearman correlation with the damage"}}, "yaxis": rows_axis([powers, *table.index[1:]])}
-    return figure_of([fit, held], rows_height(len(table), 28), **axes, shapes=[at(0)])
+    axis = {"title": {"text": f"Spearman correlation with the damage<br>product: {text(powers)}"}}
+    return figure_of([fit, held], rows_height(len(table), 28), xaxis=axis, yaxis=rows_axis(list(table.index)), shapes=[at(0)])
 
 
 def growing(table: pd.DataFrame) -> Any:

@@ -75,9 +75,9 @@ def lines_of(found: pd.DataFrame, exponents: Mapping[str, float]) -> list[str]:
     product, best = found.loc[PRODUCT], found.iloc[1]
     powers = " ".join(f"{name}^{exponent:g}" for name, exponent in exponents.items())
     return [
-        f"the product {powers} orders the other half of the units with Spearman {product['spearman']:.2f} ({product['low']:.2f} to "
-        f"{product['high']:.2f}), its best metric, {found.index[1]}, with {best['spearman']:.2f}: {best['gain']:+.2f} "
-        f"({best['gain_low']:+.2f} to {best['gain_high']:+.2f})"
+        f"the product {powers}, searched on half of the units, orders the others with Spearman {product['spearman']:.2f} "
+        f"({product['low']:.2f} to {product['high']:.2f}); {found.index[1]}, the best metric of the first half, with "
+        f"{best['spearman']:.2f}: {best['gain']:+.2f} ({best['gain_low']:+.2f} to {best['gain_high']:+.2f})"
     ]
 
 

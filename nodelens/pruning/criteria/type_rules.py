@@ -49,7 +49,8 @@ class TypeRules:
         where = "finetune: types" if criterion == "finetune" else f"criterion {criterion!r}: types"
         if not isinstance(given, Mapping) or given.get("units") is None:
             raise ValueError(
-                f"{where} needs units, the folder of a run with analysis=[clusters], or a table of units; it is {given!r}"
+                f"{where} needs units, the folder of a run with analysis=[clusters], <run>/supernodes, or a table of units; it is "
+                f"{given!r}"
             )
         if unknown := sorted(set(given) - set(_KEYS)):
             raise ValueError(f"{where} has {', '.join(unknown)}; it takes {', '.join(_KEYS)}.{nearest(unknown[0], _KEYS)}")

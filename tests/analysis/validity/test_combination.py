@@ -113,7 +113,7 @@ def test_the_criterion_of_a_run_prunes(run, tmp_path):
     found = load_findings(result.analyses["validity"].save(tmp_path / "validity"))
     assert set(found["combination"].index) == {PRODUCT, *SCAR}
     assert found["combination"]["n"].eq(24).all()
-    assert "orders the other half of the units with Spearman" in found.summary()
+    assert "searched on half of the units, orders the others with Spearman" in found.summary()
     criterion = found.metadata["criterion"]
     figure = next(plot for plot in figures_of(found) if plot.name == "combination").figure
     drawn = {trace.name: list(trace.x) for trace in figure.data}

@@ -151,7 +151,7 @@ def test_the_labels_are_part_of_the_options(units):
     [
         (
             {},
-            "criterion 'magnitude': types needs units, the folder of a run with analysis=.clusters., or a table of units; it is {}",
+            r"'magnitude': types needs units, the folder of a run with analysis=\[clusters\], <run>/supernodes, or a table of",
         ),
         ({"rates": {"critical": -1}}, "types.rates.critical is -1; it is a number, 0 or more"),
         ({"protect": {"critical": 2}}, "types.protect.critical is 2; it is a share of the units of a type, from 0 to 1"),
