@@ -315,7 +315,7 @@ def test_it_says_whether_cells_share_passes(monkeypatch):
     def refuse(*given, **named):
         raise NotImplementedError
 
-    monkeypatch.setattr("nodelens.interventions.cells._joined", refuse)
+    monkeypatch.setattr("nodelens.interventions.cells.CellPasses._joined", refuse)
     alone = nl.patch(llama(), rows[0], rows[1], **options)
     assert alone.metadata["shares"] == ["nothing"]
     assert "the model ran whole for each cell of 1 of 1 prompts: it does not take shared passes" in alone.summary()
