@@ -147,13 +147,14 @@ def _ordered(table: pd.DataFrame) -> pd.DataFrame:
 
 def _lines(cells: pd.DataFrame) -> list[str]:
     """For each component the cell that recovers most, on average over pairs."""
-    lines = []
-    for component, table in cells.groupby("component", sort=False):
-        means = table.groupby(["layer", "head", "position"], dropna=False)["recovered"].mean()
-        if means.notna().any():
-            layer, head, position = means.idxmax()
-            which = "" if pd.isna(head) else f", head {head}"
-            lines.append(
-                f"{component}: layer {layer}{which}, position {position} recovers most, {means.max():.0%} of the difference"
-            )
+    means, lines = cells, []
+    if cells["pair"].nunique() > 1:
+        where = ["component", "layer", "head", "position"]
+        means = cells.groupby(where, dropna=False, sort=False, as_index=False)["recovered"].mean()
+    for component, table in means.groupby("component", sort=False):
+        if table["recovered"].notna().any():
+            best = table.loc[table["recovered"].idxmax()]
+            head = "" if pd.isna(best["head"]) else f", head {best['head']}"
+            at = f"layer {best['layer']}{head}, position {best['position']}"
+            lines.append(f"{component}: {at} recovers most, {best['recovered']:.0%} of the difference")
     return lines
