@@ -114,15 +114,15 @@ class CellPasses:
     def _is_right(self, cells: Sequence[GridCell], logits: Tensor) -> bool:
         """Whether the first and the last cell, and one without effect, have the logits of the whole model.
 
-        Asked once for each way of sharing, with and without a cache, part of a block and length of a prompt, on which masks and
-        positions may depend.
+        Asked once for each way of sharing, with and without a cache, part of a block, with and without effect, and length of a
+        prompt, on which masks and positions may depend.
         """
         cached = self._ways[0].cached and min(cell.position for cell in cells) > 0
-        asked = {(self._ways[0], cached, cell.part, len(self.ids)) for cell in cells}
+        idle = [self._without_effect(cell) for cell in cells]
+        asked = {(self._ways[0], cached, cell.part, each, len(self.ids)) for cell, each in zip(cells, idle, strict=True)}
         if asked <= self.model.compared:
             return True
-        idle = [k for k, cell in enumerate(cells) if self._without_effect(cell)]
-        some = sorted({0, len(cells) - 1, *idle[:1]})
+        some = sorted({0, len(cells) - 1, idle.index(max(idle))})
         few, whole = logits[some], repeated_logits(self.model, self.ids, [cells[k] for k in some])
         if few.shape != whole.shape or not bool((few - whole).abs().max() <= _SAME * whole.abs().max()):
             return False
