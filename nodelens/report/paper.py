@@ -14,14 +14,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
-from plotly.colors import sample_colorscale
+from matplotlib.path import Path as Outline
 
 from nodelens.results.files import write
 from nodelens.results.spreadsheets import csv_text
 
+from .paper_colours import map_of, shade_of, shades_of
 from .plot import FORMATS, GREY, Plot
 
 _STYLE: Any = {
@@ -35,9 +36,18 @@ _STYLE: Any = {
     "svg.hashsalt": "nodelens",  # the same figure is the same file
 }
 _DPI, _PIXELS = 200, 100  # of a PNG; of the page per inch of paper
-_EMPTY = "#eceff2"  # a cell without a value
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-_MARKERS = {"diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x", "line-ns": "|", "x": "x", "star": "*"}
+_MARKERS: dict[str, Any] = {
+    "diamond": "D",
+    "square": "s",
+    "cross": "P",
+    "triangle-up": "^",
+    "x-thin": "x",
+    "line-ns": "|",
+    "x": "x",
+    "star": "*",
+}
+_MARKERS["arrow"] = Outline([(-0.6, -1), (0, 1), (0.6, -1), (0, -0.6), (-0.6, -1)])  # points up
 
 
 def export(figure: Any, path: str | Path, table: pd.DataFrame | None = None, width: float = 6.5) -> Path:
@@ -143,13 +153,13 @@ def _scatter(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
     label, plain = name or None, shade if isinstance(shade, str) else GREY
     if "lines" in mode:
         style = _DASHES.get(line.get("dash", "solid"), "-")
-        axis.plot(x, y, linestyle=style, color=_shade(plain), linewidth=0.8 * line.get("width", 1.5), label=label)
+        axis.plot(x, y, linestyle=style, color=shade_of(plain), linewidth=0.8 * line.get("width", 1.5), label=label)
         label = None
     for letter in "xy":
         error = trace.get(f"error_{letter}")
         if error:
             reach: dict[str, Any] = {f"{letter}err": _reach(error)}
-            axis.errorbar(x, y, **reach, fmt="none", ecolor=_shade(plain), elinewidth=0.7, capsize=1.5)
+            axis.errorbar(x, y, **reach, fmt="none", ecolor=shade_of(plain), elinewidth=0.7, capsize=1.5)
     if "markers" in mode:
         _dots(axis, x, y, marker, label)
     if "text" in mode:
@@ -161,8 +171,8 @@ def _dots(axis: Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], labe
     symbols = np.broadcast_to(np.asarray(marker.get("symbol", "circle"), dtype=object), x.shape)
     angles = np.broadcast_to(_values(marker.get("angle", 0)), x.shape)
     scaled = not (shade is None or isinstance(shade, str) or (len(shade) and isinstance(shade[0], str)))
-    colours: Any = _values(shade) if scaled else _shades(GREY if shade is None else shade, len(x))
-    shown: dict[str, Any] = {"cmap": _map(marker.get("colorscale")), "norm": _norm(colours, marker)} if scaled else {}
+    colours: Any = _values(shade) if scaled else shades_of(GREY if shade is None else shade, len(x))
+    shown: dict[str, Any] = {"cmap": map_of(marker.get("colorscale")), "norm": _norm(colours, marker)} if scaled else {}
     drawn = None
     for symbol, angle in dict.fromkeys(zip(symbols, angles, strict=True)):
         of = (symbols == symbol) & (angles == angle)
@@ -190,15 +200,16 @@ def _scale(axis: Axes, drawn: Any, bar: dict[str, Any], place: dict[str, Any]) -
 
 def _names(axis: Axes, x: np.ndarray, y: np.ndarray, trace: dict[str, Any]) -> None:
     """Words beside the dots of a trace."""
-    place = str(trace.get("textposition") or "middle center")
-    up, align = (1 if "top" in place else -1 if "bottom" in place else 0), {1: "bottom", -1: "top", 0: "center"}
-    for words, across, height in zip(trace["text"], x, y, strict=True):
+    places, align = trace.get("textposition") or "middle center", {1: "bottom", -1: "top", 0: "center"}
+    places = [places] * len(x) if isinstance(places, str) else places
+    for words, across, height, place in zip(trace["text"], x, y, places, strict=True):
+        up = 1 if "top" in place else -1 if "bottom" in place else 0
         aside: dict[str, Any] = {"xytext": (0, 6 * up), "textcoords": "offset points", "ha": "center", "va": align[up]}
         axis.annotate(_plain(words), (across, height), fontsize=5, **aside)
 
 
 def _bars(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
-    shade, name = _shades((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), _plain(trace.get("name") or "")
+    shade, name = shades_of((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), _plain(trace.get("name") or "")
     if trace.get("orientation") == "h":
         place, size = _values(trace["y"]), _values(trace["x"])
         start = below.get("left", np.zeros(len(size)))
@@ -231,7 +242,7 @@ def _heatmap(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
     image = axis.imshow(
         z,
         aspect="auto",
-        cmap=_map(trace.get("colorscale")),
+        cmap=map_of(trace.get("colorscale")),
         vmin=trace.get("zmin"),
         vmax=trace.get("zmax"),
         interpolation="nearest",
@@ -283,28 +294,6 @@ def _values(given: Any) -> np.ndarray:
 def _reach(error: dict[str, Any]) -> np.ndarray:
     high = np.nan_to_num(_values(error["array"]))
     return np.stack([np.nan_to_num(_values(error["arrayminus"])), high]) if error.get("arrayminus") is not None else high
-
-
-def _shade(given: Any) -> Any:
-    """A colour of plotly as matplotlib takes it."""
-    found = re.fullmatch(r"rgba?\(([^)]*)\)", str(given))
-    if not found:
-        return given
-    numbers = [float(number) for number in found[1].split(",")]
-    return (*(number / 255 for number in numbers[:3]), *numbers[3:])
-
-
-def _shades(given: Any, count: int) -> list[Any]:
-    """The colours of so many dots or bars: a list of them, or one for all."""
-    return [_shade(each) for each in ([given] * count if isinstance(given, str) else given)]
-
-
-def _map(scale: Any) -> Any:
-    """A colour map of a plotly colour scale."""
-    if scale is None or isinstance(scale, str):
-        shades = [_shade(shade) for shade in sample_colorscale(scale or "Cividis", np.linspace(0, 1, 256))]
-        return ListedColormap(shades).with_extremes(bad=_EMPTY)
-    return LinearSegmentedColormap.from_list("", [(float(at), _shade(shade)) for at, shade in scale]).with_extremes(bad=_EMPTY)
 
 
 def _plain(words: object) -> str:
