@@ -64,6 +64,7 @@ def result():
     found = nl.analyze(model, data, ["taylor", "linear_cka"], layers, analysis=analyses)
     found.analyses |= nl.analyze(model, data, ["taylor"], list(nl.find_groups(model)), analysis=supernodes).analyses
     found.analyses["over_epochs"] = modules.over_epochs({0: found.analyses["modularity"], 1: found.analyses["modularity"]})
+    found.analyses["types_over_epochs"] = ClustersAnalysis().over_epochs(dict.fromkeys((0, 1), found.analyses["clusters"]))
     return found
 
 
