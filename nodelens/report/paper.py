@@ -4,7 +4,6 @@ plotly's own export starts a browser, which a compute node does not have. The fi
 these are drawn here.
 """
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.path import Path as Outline
 from nodelens.results.files import write
 from nodelens.results.spreadsheets import csv_text
 
+from .paper_axes import draw_axis, plain_text, share_axes
 from .paper_colours import map_of, shade_of, shades_of
 from .plot import FORMATS, GREY, Plot
 
@@ -124,6 +124,7 @@ def draw(figure: Any, width: float = 6.5) -> Figure:
                 _panel(axis, own, layout, tail)
             else:
                 axis.remove()
+        share_axes(axes, layout)
         _legend(drawn, axes)
     return drawn
 
@@ -133,19 +134,19 @@ def _panel(axis: Axes, traces: list[dict[str, Any]], layout: dict[str, Any], tai
     for k, trace in enumerate(traces):
         {"heatmap": _heatmap, "bar": _bars, "box": _boxes}.get(trace["type"], _scatter)(axis, trace, layout, below, k)
     for letter in "xy":
-        _axis(axis, letter, layout.get(f"{letter}axis{tail}") or {})
+        draw_axis(axis, letter, layout.get(f"{letter}axis{tail}") or {})
     for shape in layout.get("shapes") or []:
         line = axis.axvline if shape.get("yref") == "paper" else axis.axhline
         line(shape["x0"] if shape.get("yref") == "paper" else shape["y0"], color=GREY, linewidth=0.8, linestyle=":")
     for note in layout.get("annotations") or []:
         if note.get("xref") == f"x{tail} domain":
-            axis.set_title(_plain(note["text"]), fontsize=7)
+            axis.set_title(plain_text(note["text"]), fontsize=7)
 
 
 def _scatter(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
     x, y = _values(trace.get("x")), _values(trace.get("y"))
     line, marker, mode = trace.get("line") or {}, trace.get("marker") or {}, trace.get("mode", "lines")
-    name = _plain(trace.get("name") or "") if trace.get("showlegend", True) else ""
+    name = plain_text(trace.get("name") or "") if trace.get("showlegend", True) else ""
     shade = line.get("color") or marker.get("color")
     if trace.get("fill") == "toself":
         axis.fill(x, y, color=line.get("color", GREY), alpha=0.25, linewidth=0, label=name or None)
@@ -179,7 +180,7 @@ def _dots(axis: Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], labe
         style = MarkerStyle(_MARKERS.get(str(symbol).removesuffix("-open"), "o")).rotated(deg=-angle)  # plotly turns clockwise
         own = colours[of] if scaled else [each for each, chosen in zip(colours, of, strict=True) if chosen]
         filled = {"c": own} if not str(symbol).endswith("open") else {"facecolors": "none", "edgecolors": own}
-        drawn = axis.scatter(x[of], y[of], s=sizes[of], marker=style, linewidths=0.7, label=label, **filled, **shown)
+        drawn = axis.scatter(x[of], y[of], s=sizes[of], marker=style, linewidths=0.7, label=label, zorder=3, **filled, **shown)
         label = None
     if scaled and marker.get("showscale") and drawn is not None:
         below = (marker.get("colorbar") or {}).get("orientation") == "h"
@@ -194,7 +195,7 @@ def _norm(values: np.ndarray, marker: dict[str, Any]) -> Normalize:
 
 
 def _scale(axis: Axes, drawn: Any, bar: dict[str, Any], place: dict[str, Any]) -> None:
-    label = _plain((bar.get("title") or {}).get("text", ""))
+    label = plain_text((bar.get("title") or {}).get("text", ""))
     axis.figure.colorbar(drawn, ax=axis, label=label, **{"fraction": 0.03} | place)
 
 
@@ -202,14 +203,15 @@ def _names(axis: Axes, x: np.ndarray, y: np.ndarray, trace: dict[str, Any]) -> N
     """Words beside the dots of a trace."""
     places, align = trace.get("textposition") or "middle center", {1: "bottom", -1: "top", 0: "center"}
     places = [places] * len(x) if isinstance(places, str) else places
+    size = max(3.0, min(5.0, 85 / max(len(x), 1)))
     for words, across, height, place in zip(trace["text"], x, y, places, strict=True):
         up = 1 if "top" in place else -1 if "bottom" in place else 0
         aside: dict[str, Any] = {"xytext": (0, 6 * up), "textcoords": "offset points", "ha": "center", "va": align[up]}
-        axis.annotate(_plain(words), (across, height), fontsize=5, **aside)
+        axis.annotate(plain_text(words), (across, height), fontsize=size, zorder=4, **aside)
 
 
 def _bars(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
-    shade, name = shades_of((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), _plain(trace.get("name") or "")
+    shade, name = shades_of((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), plain_text(trace.get("name") or "")
     if trace.get("orientation") == "h":
         place, size = _values(trace["y"]), _values(trace["x"])
         start = below.get("left", np.zeros(len(size)))
@@ -252,33 +254,9 @@ def _heatmap(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
         for row, column in np.ndindex(z.shape):
             red, green, blue, _ = image.cmap(image.norm(z[row, column])) if np.isfinite(z[row, column]) else (1, 1, 1, 1)
             shade = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-            axis.text(column, row, _plain(words[row, column]), ha="center", va="center", fontsize=5, color=shade)
+            axis.text(column, row, plain_text(words[row, column]), ha="center", va="center", fontsize=5, color=shade)
     if trace.get("showscale", True):
         _scale(axis, image, trace.get("colorbar") or {}, {})
-
-
-def _axis(axis: Axes, letter: str, about: dict[str, Any]) -> None:
-    both: dict[str, Any] = {
-        "x": (axis.set_xlabel, axis.set_xticks, axis.set_xlim, axis.set_xscale),
-        "y": (axis.set_ylabel, axis.set_yticks, axis.set_ylim, axis.set_yscale),
-    }
-    label, ticks, limits, scale = both[letter]
-    label(_plain((about.get("title") or {}).get("text") or ""))
-    if about.get("type") == "log":
-        scale("log")
-    if about.get("range") is not None and about.get("type") != "log":
-        limits(*about["range"])
-    if about.get("tickvals") is not None:
-        turned: dict[str, Any] = (
-            {"rotation": 45, "ha": "right"} if letter == "x" and (about.get("tickangle") or len(about["tickvals"]) > 8) else {}
-        )
-        ticks(list(about["tickvals"]), [_plain(word) for word in about.get("ticktext", about["tickvals"])], fontsize=6, **turned)
-        if about.get("type") == "log":
-            axis.minorticks_off()
-    if about.get("visible") is False:
-        (axis.xaxis if letter == "x" else axis.yaxis).set_visible(False)
-    if about.get("autorange") == "reversed" and not (axis.yaxis_inverted() if letter == "y" else axis.xaxis_inverted()):
-        axis.invert_yaxis() if letter == "y" else axis.invert_xaxis()
 
 
 def _legend(drawn: Figure, axes: np.ndarray) -> None:
@@ -294,8 +272,3 @@ def _values(given: Any) -> np.ndarray:
 def _reach(error: dict[str, Any]) -> np.ndarray:
     high = np.nan_to_num(_values(error["array"]))
     return np.stack([np.nan_to_num(_values(error["arrayminus"])), high]) if error.get("arrayminus") is not None else high
-
-
-def _plain(words: object) -> str:
-    """The text of a label: entities as characters; a dollar would begin a formula."""
-    return html.unescape(str(words).replace("<br>", "\n")).replace("$", r"\$")

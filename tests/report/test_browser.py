@@ -195,6 +195,22 @@ def test_dark_pages_have_bright_letters(show):
     page.emulate_media(color_scheme="light")
 
 
+def test_numbers_and_names_are_short_and_told_apart(show):
+    page = show("run").page
+    shown = "[4.4544e-6, -0.00012345, 0, 1234567.8, 0.5, 12].map(nodelens.shown)"
+    assert page.evaluate(shown) == ["4.454e-6", "-0.0001235", "0", "1.235e6", "0.5", "12"]
+    names = [
+        "model.layers.11.self_attn.q_proj",
+        "conditional_rayleigh_quotient",
+        "fc1 → model.layers.111.self_attn.q_proj",
+        "&lt;b&gt;, x",
+    ]
+    layout = page.evaluate("(names) => nodelens.fit({ height: 150, yaxis: { ticktext: names } }, 390)", names)
+    found = ["…11.self_attn.q_proj", "conditional…_quotient", "fc1<br>→ …111.self_attn.q_proj", "&lt;b&gt;,<br>x"]
+    assert layout["yaxis"]["ticktext"] == found
+    assert layout["height"] > 200, "names in two lines need room"
+
+
 def css(words):
     """Words as a quoted value of a selector."""
     return '"' + words.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -60,8 +60,11 @@
 
   // of a path the end is kept, of other names both ends
   function cut(words) {
-    if (words.length <= 19) return escaped(words);
-    return escaped(/[.…]/.test(words) ? `…${words.replace(/^…/, "").slice(-18)}` : `${words.slice(0, 9)}…${words.slice(-8)}`);
+    if (words.length <= 21) return escaped(words);
+    if (!/[.…]/.test(words)) return escaped(`${words.slice(0, 11)}…${words.slice(-9)}`);
+    let at = words.length - 19;
+    while (at > words.length - 24 && /^\d\d/.test(words.slice(at - 1))) at -= 1;  // no number of a layer is cut
+    return escaped(`…${words.slice(at)}`);
   }
 
   // panels side by side become panels one below the other
