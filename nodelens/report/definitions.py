@@ -89,7 +89,8 @@ def missing(result: Result) -> str:
 
 
 def _gaps(entries: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    for (column, reason), rows in entries.assign(count=entries.get("count", 1)).groupby(["column", "reason"], sort=False):
+    counted = entries.assign(count=entries["count"].fillna(1) if "count" in entries else 1)
+    for (column, reason), rows in counted.groupby(["column", "reason"], sort=False):
         yield {
             "column": column,
             "values missing": f"{int(rows['count'].sum()):,}",

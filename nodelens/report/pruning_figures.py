@@ -30,8 +30,7 @@ def curves(sweep: pd.DataFrame) -> Plot:
     """Accuracy or perplexity against the share removed, a line per criterion; a menu has the other combinations."""
     measure = measure_of(sweep)
     found, order = curve_of(sweep), areas(sweep)["area"]
-    by = order.groupby(level="criterion", sort=False)
-    best = [str(name) for name in best_first(by.max() if measure == "accuracy" else by.min(), measure).index]
+    best = _ordered(order, measure)
     ways = list(dict.fromkeys(key[1:] for key in order.index))
     dense = float(sweep[f"dense_{measure}"].iloc[0])
     top = _top([dense, *found["mean"]])
@@ -55,6 +54,17 @@ def curves(sweep: pd.DataFrame) -> Plot:
     return Plot("curves", "What each criterion costs", _CURVES, figure, found.reset_index())
 
 
+def _ordered(area: pd.Series, measure: str) -> list[str]:
+    """The criteria, that of the best curve first."""
+    by = area.groupby(level="criterion", sort=False)
+    return [str(name) for name in best_first(by.max() if measure == "accuracy" else by.min(), measure).index]
+
+
+def _shade(criterion: str, k: int) -> str:
+    """The colour of the k-th criterion."""
+    return GREY if criterion == "random" else colour(k)
+
+
 def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float) -> list[dict[str, Any]]:
     """The band and the line of one criterion, from the dense model on; values that are not finite are crosses at the top."""
     curve = curve.sort_values("saved")
@@ -62,7 +72,7 @@ def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float
     spread = np.nan_to_num(np.concatenate([[0.0], curve["std"].fillna(0)]))
     mean = np.where(np.isfinite(mean), mean, np.nan)
     known = np.isfinite(mean)
-    shade = GREY if criterion == "random" else colour(k)
+    shade = _shade(criterion, k)
     style: dict[str, Any] = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
     amounts = [
         "dense",
@@ -92,7 +102,7 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
     costs = {name: words for name in (*_COSTS, *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
     if not len(done) or not costs:
         return None
-    criteria = list(dict.fromkeys(done["criterion"]))
+    criteria = _ordered(areas(sweep)["area"], measure)
     own = criteria if len(criteria) <= len(COLOURS) else [None]  # more colours could not be told apart
     traces: list[dict[str, Any]] = []
     fronts = []
@@ -100,7 +110,7 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
         front = front_of(done[name].to_numpy(float, na_value=np.nan), done[measure].to_numpy(float), lower=measure != "accuracy")
         of = [_cells(done if each is None else done[done["criterion"] == each], name, words, measure, each) for each in own]
         for place, trace in enumerate(of):
-            trace["marker"] |= {"color": GREY if own == [None] else colour(place)}
+            trace["marker"] |= {"color": GREY if own == [None] else _shade(criteria[place], place)}
         style: dict[str, Any] = {"color": _FRONT, "width": 2, "shape": "hv"}
         best = of[0] | _cells(done.loc[front], name, words, measure, "Pareto front") | {"mode": "lines+markers", "line": style}
         best |= {"type": "scatter", "marker": {"color": _FRONT, "size": 6}}

@@ -197,7 +197,7 @@ def test_dark_pages_have_bright_letters(show):
 
 def test_numbers_and_names_are_short_and_told_apart(show):
     page = show("run").page
-    shown = "[4.4544e-6, -0.00012345, 0, 1234567.8, 0.5, 12].map(nodelens.shown)"
+    shown = "[4.4544e-6, -0.00012346, 0, 1234567.8, 0.5, 12].map(nodelens.shown)"
     assert page.evaluate(shown) == ["4.454e-6", "-0.0001235", "0", "1.235e6", "0.5", "12"]
     names = [
         "model.layers.11.self_attn.q_proj",
