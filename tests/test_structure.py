@@ -248,7 +248,7 @@ def test_objects_are_built_in_one_place():
 
 
 def test_what_a_notebook_imports_is_light():
-    heavy = "lightning hydra wandb matplotlib plotly datasets transformers".split()
+    heavy = ["lightning", "hydra", "wandb", "matplotlib", "plotly", "datasets", "transformers"]
     steps = ["import nodelens", "import nodelens.engine.analyze", "import nodelens as nl; nl.analyze, nl.get_metric, nl.load"]
     show = f"print([m for m in [*{heavy}, 'torch'] if m in sys.modules])\n"
     found = subprocess.run(
