@@ -249,7 +249,8 @@ def test_objects_are_built_in_one_place():
 
 def test_what_a_notebook_imports_is_light():
     heavy = ["lightning", "hydra", "wandb", "matplotlib", "plotly", "datasets", "transformers"]
-    steps = ["import nodelens", "import nodelens.engine.analyze", "import nodelens as nl; nl.analyze, nl.get_metric, nl.load"]
+    steps = ["import nodelens", "import nodelens.data, nodelens.models", "import nodelens.engine.analyze"]
+    steps += ["import nodelens as nl; nl.analyze, nl.get_metric, nl.load"]
     show = f"print([m for m in [*{heavy}, 'torch'] if m in sys.modules])\n"
     found = subprocess.run(
         [sys.executable, "-c", "import sys\n" + "".join(f"{step}\n{show}" for step in steps)],
@@ -259,7 +260,7 @@ def test_what_a_notebook_imports_is_light():
         timeout=60,
         check=True,
     ).stdout
-    assert found.splitlines() == ["[]", "['torch']", "['torch']"]
+    assert found.splitlines() == ["[]", "['torch']", "['torch']", "['torch']"]
 
 
 def test_no_file_is_out_of_hand():
