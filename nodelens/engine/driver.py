@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.network.batch import Batch
-from nodelens.network.batch_forms import read
+from nodelens.network.batch_forms import few, read
 from nodelens.network.eval_mode import differentiable, eval_mode
 from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
+from nodelens.statistics.processes import first_of, world
 
 from .overwritten import why_overwritten
 
 _UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError)  # what data sets raise
+_FEW = 8  # samples
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -146,6 +148,16 @@ def first_of_data(data: Iterable[Any], objective: Objective) -> tuple[Any, Itera
         if samples:
             return batch, itertools.chain(before, batches)
     return None, ()
+
+
+def shared_first(data: Iterable[Any], objective: Objective) -> tuple[Any, Iterable[Any]]:
+    """As ``first_of_data``; a process without data gets a few samples of another one's first batch. Collective.
+
+    The first batch is None if no process has data.
+    """
+    first, whole = first_of_data(data, objective)
+    there = first_of(None if first is None or world()[1] == 1 else few(first, _FEW))
+    return (there if first is None else first), whole
 
 
 def numbered(data: Iterable[Any]) -> Iterator[Any]:

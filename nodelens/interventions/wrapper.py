@@ -108,15 +108,24 @@ class ModelWrapper:
                 weights[f"{layer.name}_bias"] = bias.detach()
         return weights
 
-    def apply_structured_dropout(self, dropout_masks: Mapping[str, Tensor]) -> None:
+    def apply_structured_dropout(
+        self,
+        dropout_masks: Mapping[str, Tensor],
+        mode: Literal["multiplicative", "zeroing"] = "multiplicative",
+        permanent: bool = False,
+    ) -> None:
         """Multiplies the outputs of units by masks, {layer: (units,)}, in every call of the model until ``restore_weights``.
 
-        The weights themselves are not changed, and a unit whose mask is 0 puts out 0, whatever its bias. A second call adds to the
-        first. Raises ValueError for an unknown layer, and when the model runs for a mask of another length.
+        The weights themselves are not changed, and a unit whose mask is 0 puts out 0, whatever its bias. mode: ``zeroing`` takes
+        every mask that is not 0 for 1. A second call adds to the first. Raises ValueError for an unknown layer or mode, for
+        ``permanent``, and when the model runs for a mask of another length.
         """
-        self._dropout.enter_context(
-            applied(self.model, [Edit(name, "scale", value=mask.float()) for name, mask in dropout_masks.items()])
-        )
+        if mode not in ("multiplicative", "zeroing"):
+            raise ValueError(f"mode is {mode!r}; it must be 'multiplicative' or 'zeroing'")
+        if permanent:
+            raise ValueError("permanent=True changes weights, which a wrapper does not do: nl.prune(...) removes units")
+        masks = {name: mask if mode == "multiplicative" else mask != 0 for name, mask in dropout_masks.items()}
+        self._dropout.enter_context(applied(self.model, [Edit(name, "scale", value=mask.float()) for name, mask in masks.items()]))
 
     def restore_weights(self) -> None:
         """Ends ``apply_structured_dropout``."""
@@ -145,21 +154,21 @@ class ModelWrapper:
         """Names of the tracked layers; the same as ``layers``."""
         return self.layers
 
-    def get_layer(self, name: str) -> nn.Module:
+    def get_layer(self, layer_name: str) -> nn.Module:
         """The module of one layer, tracked or not. Raises ValueError for a name that no module has, or a pattern of several."""
-        found = find_layers(self.model, name)
+        found = find_layers(self.model, layer_name)
         if len(found) > 1:
-            raise ValueError(f"{name!r} names {len(found)} layers: {', '.join(layer.name for layer in found[:4])}; give one")
+            raise ValueError(f"{layer_name!r} names {len(found)} layers: {', '.join(layer.name for layer in found[:4])}; give one")
         return found[0].module
 
-    def get_layer_info(self, name: str | None = None) -> dict[str, Any]:
+    def get_layer_info(self, layer_name: str | None = None) -> dict[str, Any]:
         """Type, parameters and sizes of a layer, or {layer: these} of all tracked ones. Raises ValueError as ``get_layer`` does."""
-        if name is None:
+        if layer_name is None:
             return {layer: self.get_layer_info(layer) for layer in self.layers}
-        module = self.get_layer(name)
+        module = self.get_layer(layer_name)
         counts = {p: p.numel() for p in module.parameters()}
         info = {
-            "name": name,
+            "name": layer_name,
             "type": type(module).__name__,
             "total_params": sum(counts.values()),
             "trainable_params": sum(n for p, n in counts.items() if p.requires_grad),

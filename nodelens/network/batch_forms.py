@@ -60,6 +60,17 @@ def with_samples(batches: Iterable[Any], required: Collection[str] = ()) -> Iter
     return (batch for batch in batches if len(read(batch, required).first))
 
 
+def few(batch: Any, samples: int) -> Any:
+    """The first samples of a batch in any of its forms, on the CPU."""
+    if isinstance(batch, Tensor):
+        return batch[:samples].cpu() if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {name: few(value, samples) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(few(value, samples) for value in batch))
+    return type(batch)(few(value, samples) for value in batch) if isinstance(batch, (list, tuple)) else batch
+
+
 def _read_dict(rest: dict[str, Any], required: Collection[str]) -> Given:
     labels = next((rest.pop(k) for k in _LABELS if k in rest and k not in required), None)
     ids = next((rest.pop(k) for k in _IDS if k in rest and k not in required), None)

@@ -142,7 +142,7 @@ def plan_removal(
     without = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
     mode, first, types = options.mode, dict[str, Sequence[int]](), options.criterion.types
     if types is not None:
-        labels = types.labels(context.groups)
+        labels = types.labels(context.groups, options.seed)
         protect = _with(protect, types.protected(scores, labels), removed)
         first = _without(types.removed_first(labels), protect)
         scores = types.paced(random_scores(scores.index, options.seed) if mode == "random" else scores, labels, mode == "high")

@@ -1,6 +1,6 @@
 """Plots of the analysis ``validity``, made from its tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ def figures_of(found: Findings) -> Iterator[Plot]:
     """The plots of an analysis."""
     if len(found["ranking"]):
         yield Plot("ranking", "Which metric predicts the damage of a removal?", _RANKING, ranking(found), found["ranking"])
+    if "combination" in found.frames:
+        figure = combination(found["combination"], found.metadata["criterion"]["terms"])
+        yield Plot("combination", "Does a product of metrics predict it better?", _COMBINATION, figure, found["combination"])
     if len(found["growing"]):
         figure = growing(found["growing"])
         yield Plot("growing", "Which order of removal hurts least?", _GROWING, figure, found["growing"])
@@ -45,6 +48,18 @@ def ranking(found: Findings) -> Any:
     axis = {"title": {"text": "Spearman correlation with the damage"}}
     height = rows_height(len(table), 20, most=1400)
     return figure_of([single, mean], height, xaxis=axis, yaxis=rows_axis(list(table.index)), shapes=[at(0)])
+
+
+def combination(table: pd.DataFrame, exponents: Mapping[str, float]) -> Any:
+    """Correlation of the product and of each metric with the damage, on the half of the search and on the other."""
+    place = np.arange(len(table))
+    low, high = ((table["spearman"] - table[side]).abs().fillna(0) for side in ("low", "high"))
+    bars = {"array": high, "arrayminus": low, "symmetric": False, "thickness": 1, "width": 2}
+    held = dots(table["spearman"], place, "other half, 95 %", marker={"size": 7}) | {"error_x": bars}
+    fit = dots(table["fit"], place, "half of the search", marker={"color": GREY, "size": 5})
+    powers = " ".join(f"{name}^{exponent:g}" for name, exponent in exponents.items())
+    axis = {"title": {"text": f"Spearman correlation with the damage<br>product: {text(powers)}"}}
+    return figure_of([fit, held], rows_height(len(table), 28), xaxis=axis, yaxis=rows_axis(list(table.index)), shapes=[at(0)])
 
 
 def growing(table: pd.DataFrame) -> Any:
@@ -75,6 +90,10 @@ def pairs(table: pd.DataFrame) -> Any:
 _RANKING = (
     "Spearman correlation of each metric with the change of the loss when a unit is removed, over all units, with its 95 % "
     "bootstrap interval. Grey dots are single layers."
+)
+_COMBINATION = (
+    "The exponents of the product are those that order half of the units best. On the other half, with 95 % bootstrap intervals "
+    "over units, it is compared with its metrics; the columns of gain tell by how much it is above each."
 )
 _GROWING = (
     "Change of the loss when growing shares of the units of each layer are removed, lowest score first. The band spans the random "

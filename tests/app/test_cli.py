@@ -203,7 +203,9 @@ def test_help_needs_no_torch_and_names_the_groups(tmp_path):
     assert "metrics: activation, activation_" in ended.stdout
     listed = dict(line.split(": ", 1) for line in ended.stdout.splitlines() if ", " in line)
     assert {*nl.list_metrics(), "default", "edges"} <= set(listed["metrics"].split(", "))
-    assert {*from_registry()["criterion"], "composite", "random", "cluster_aware"} == set(listed["criterion"].split(", "))
+    assert {*from_registry()["criterion"], "composite", "random", "cluster_aware", "generalized_importance", "read_halo"} == set(
+        listed["criterion"].split(", ")
+    )
     assert "relative: true" in ended.stdout
 
 

@@ -47,7 +47,7 @@ def tasks_with(group):
 
 SETS = {"none", "default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
 WRITTEN = {"composite", "random", "scar_prot", "scar_conn", "supernode_protection_score", "supernode_connectivity_score"}
-WRITTEN |= {"cluster_aware"}
+WRITTEN |= {"cluster_aware", "generalized_importance", "read_halo"}
 ALONE = {"experiment", "pruning", "text"}  # groups and options that choose those of other groups
 
 
@@ -176,7 +176,9 @@ def every_criterion():
 def test_every_metric_and_every_criterion_can_be_chosen_at_once(every_metric, every_criterion):
     check(resolved(every_metric)["metrics"], "metrics")
     assert list(every_metric.metrics) == nl.list_metrics()
-    assert list(every_criterion.criterion) == CRITERIA
+    controls = ["read_halo_control"]  # comes with read_halo
+    assert [name for name in every_criterion.criterion if name not in controls] == CRITERIA
+    assert {*controls} <= {*every_criterion.criterion}
 
 
 @pytest.mark.parametrize("name", ["rq", "scar_prot", "composite", "redundancy"])
@@ -187,7 +189,7 @@ def test_a_criterion_that_is_chosen_alone_is_the_only_one(every_criterion, name)
 @pytest.mark.parametrize("name", CRITERIA)
 def test_a_criterion_reads_its_metric_and_says_which_way(every_criterion, name):
     terms = resolved(every_criterion)["criterion"][name]
-    if name not in ("random", "composite", "cluster_aware"):
+    if name not in ("random", "composite", "cluster_aware", "generalized_importance", "read_halo"):
         terms = terms.get("terms", terms)
         assert set(terms) == {name}
         assert abs(terms[name]) == 1

@@ -116,6 +116,9 @@ def test_masked_units_put_out_zero_until_the_weights_are_restored(mlp, x):
     assert (outputs[:, 2] == 0).all()
     wrapper.restore_weights()
     wrapper.restore_weights()
+    wrapper.apply_structured_dropout({"fc2": torch.tensor([1.0, 0.5, 0.0])}, mode="zeroing", permanent=False)
+    assert_close(mlp(x), clean * torch.tensor([1.0, 1, 0]), rtol=0, atol=0)
+    wrapper.restore_weights()
     assert_close(mlp(x), clean, rtol=0, atol=0)
     assert hooks(mlp) == 0
     assert all(torch.equal(v, before[k]) for k, v in mlp.state_dict().items())
@@ -199,6 +202,12 @@ def test_keyword_tensors_and_outputs_with_fields():
         ),
         (lambda m, x: ModelWrapper(m, ["fc1"]).forward_with_activations([x]), "a tensor or a mapping .* not a list"),
         (lambda m, x: ModelWrapper(m).preprocess_activations({}, mode="mean"), "mode is 'mean'; it must be 'flatten' or 'none'"),
+        (lambda m, x: ModelWrapper(m).apply_structured_dropout({}, mode="rows"), "mode is 'rows'; it must be 'multiplicative' or"),
+        (
+            lambda m, x: ModelWrapper(m).apply_structured_dropout({}, permanent=True),
+            "permanent=True changes weights, which a wrapper",
+        ),
+        (lambda m, x: ModelWrapper(m).get_layer_info(layer_name="fc7"), "no layer matches 'fc7'"),
         (lambda m, x: ModelWrapper(m).apply_structured_dropout({"fc8": torch.ones(5)}), "no layer matches 'fc8'"),
     ],
     ids=label,

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from nodelens.engine.driver import Driver, device_of, first_of_data
+from nodelens.engine.driver import Driver, device_of, shared_first
 from nodelens.engine.identity import identity
 from nodelens.engine.request import Layers
 from nodelens.engine.saved_work import SavedWork
@@ -51,10 +51,12 @@ def ablate(
     A unit is removed where it is read, as a pruning mask removes it, in eval mode. The part of the network before a unit's place
     runs once per batch and not once per unit, and several units share a pass.
 
-    data:        batches as for ``nl.analyze``, with labels; read twice for how=mean
+    data:        batches as for ``nl.analyze``, with labels; read twice for how=mean and how=resample. Under a process group each
+                 process gives its own share, which may be empty
     units:       {layer: ids}, or a table with the index (layer, unit), such as ``result.units``; default all
-    how:         ``zero``; ``mean``, the unit's mean over the data; ``resample``, its value in another sample of the batch, drawn
-                 from the seed, at the same position (for texts, at the real token of the same number)
+    how:         ``zero``; ``mean``, the unit's mean over the data; ``resample``, its value in another sample, one of up to 64
+                 that the seed draws from the data, at the same position (for texts, at the real token of the same number). Neither
+                 depends on the batches or on the number of processes
     layers:      names, globs or roles as for ``nl.analyze``, or pruning groups; default the pruning groups of the model, under
                  the names by which they are pruned. The units of a layer are removed from its output
     sample:      number of units per layer, drawn uniformly without replacement from the seed, instead of all
@@ -66,8 +68,8 @@ def ablate(
     of the paired difference; layers with the number of units and their mean, largest and summed damage. The metadata tell the loss
     of the whole model, the number of predictions and samples, and the layers for which the whole model had to run.
 
-    Raises ValueError for layers or units that are not there, data without labels or readable only once, and how=resample with
-    batches of one sample.
+    Raises ValueError for layers or units that are not there, data without labels or readable only once, and how=resample where
+    all samples are equal or differ in size.
     """
     setting = Setting.of(model, data, layers, task=task, output=output, loss=loss)
     index = setting.chosen(sample, seed, units)
@@ -167,11 +169,12 @@ class Setting:
         model = uncompiled(model)
         check_arguments("nl.ablate", model, data)
         objective = Objective.of(model, output, task, loss)
-        first, data = first_of_data(data, objective) if iter(data) is data else (first_of_data(data, objective)[0], data)
+        first, whole = shared_first(data, objective)
         if first is None:
             raise ValueError("the data are empty: there is nothing to predict, so ablation cannot be measured")
         objective = objective.settled(model, first)
-        return cls(model, data, objective, ()), objective.batch(first).head(2).to(device_of(model))
+        own = iter(whole) if iter(data) is data else data
+        return cls(model, own, objective, ()), objective.batch(first).head(2).to(device_of(model))
 
     @property
     def layers(self) -> list[Layer | PruningGroup]:
@@ -201,12 +204,12 @@ class Setting:
                 check_units(by_name, name, ids)
         if predictions is not None and predictions < 1:
             raise ValueError(f"predictions is {predictions}; it is a number of predictions, 1 or more, or None for all data")
-        self._check_how(how, {name for units in removed for name in units})
-        lesions = [Lesion.of(by_name, units) for units in removed]
-        driver = Driver(self.model, self.objective)
+        used = {name for units in removed for name in units}
+        self._check_how(how, used)
+        lesions, driver = [Lesion.of(by_name, units) for units in removed], Driver(self.model, self.objective)
         with torch.inference_mode(False), eval_mode(self.model):
-            values = Replacement.of(how, driver, self.data, self.targets)
-        options: dict[str, Any] = {"predictions": predictions, "seed": seed, "replay": replay, "progress": progress}
+            values = Replacement.of(how, driver, self.data, [by_name[name] for name in by_name if name in used], seed)
+        options: dict[str, Any] = {"predictions": predictions, "replay": replay, "progress": progress}
         options["saved"] = self.saved
         options["what"] = identity([how, predictions, replay, removed, contrasts])
         return damage_of(self.model, self.data, lesions, values, objective=self.objective, contrasts=contrasts, **options)
@@ -224,8 +227,8 @@ class Setting:
         }
 
     def _check_how(self, how: str, names: set[str]) -> None:
-        if how == "mean" and iter(self.data) is self.data:
-            raise ValueError("how=mean reads the data twice, but they are an iterator: give a loader or a list of batches")
+        if how in ("mean", "resample") and iter(self.data) is self.data:
+            raise ValueError(f"how={how} reads the data twice, but they are an iterator: give a loader or a list of batches")
         held = [target.name for target in self.targets if target.weights is not None and target.name in names]
         if how != "zero" and held:
             raise ValueError(f"how={how}: the units of {held[0]} are experts that share a tensor, which can only be zeroed")

@@ -16,7 +16,7 @@ from nodelens.interventions.replay import RecordedCall, Recording, largest_outpu
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.objective import Objective
-from nodelens.statistics.processes import reduce_tensor, world
+from nodelens.statistics.processes import gathered, reduce_tensor, world
 
 from .folding import Folds
 from .lesions import Lesion
@@ -60,7 +60,6 @@ def damage_of(
     contrasts: Sequence[Mapping[int, float]] = (),
     predictions: int | None = None,
     replay: bool = True,
-    seed: int = 0,
     progress: Progress = iter,
     saved: SavedWork | None = None,
     what: Any = None,
@@ -71,8 +70,8 @@ def damage_of(
     of the paired difference over samples. With ``replay`` the part of the model before a lesion's first place runs once per batch,
     and several lesions share a pass; the first batch shows whether that gives the numbers of the whole model, and where it does
     not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of their own. saved:
-    where the sums of an unfinished reading are kept; what: plain values that tell
-    these lesions from others. Raises ValueError if there is nothing to predict.
+    where the sums of an unfinished reading are kept; what: plain values that tell these lesions from others. Raises ValueError if
+    there is nothing to predict.
     """
     sums = _Sums.of(len(lesions) + len(contrasts))
     passes = _Passes(model, objective, lesions, values, replay, contrasts)
@@ -84,11 +83,11 @@ def damage_of(
             if left <= 0:
                 break
             whole = batch.head(int((batch.predicted.cumsum(0) < left).sum()) + 1)  # up to the sample that reaches the limit
-            values.begin(whole, seed, passes.batches)
             passes.measure(whole, sums)
             if passes.predictions >= limit:  # before another batch is loaded
                 break
-    return sums.reduced(device_of(model)).damage(tuple(sorted(passes.whole)), len(lesions))
+    whole_model = {number for own in gathered(sorted(passes.whole)) for number in own}  # a process without data has found none
+    return sums.reduced(device_of(model)).damage(tuple(sorted(whole_model)), len(lesions))
 
 
 @dataclass
@@ -133,12 +132,11 @@ class _Unfinished:
 
     def state_dict(self) -> dict[str, Any]:
         choices = {name: sorted(getattr(self.passes, name)) for name in _CHOICES}
-        counts = {"batches": self.passes.batches, "predictions": self.passes.predictions}
-        return {"total": self.sums.total, "each": self.sums.each, **counts, **choices}
+        return {"total": self.sums.total, "each": self.sums.each, "predictions": self.passes.predictions, **choices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.total, self.sums.each = state["total"], state["each"]
-        self.passes.batches, self.passes.predictions = state["batches"], state["predictions"]
+        self.passes.predictions = state["predictions"]
         for name in _CHOICES:
             setattr(self.passes, name, set(state[name]))
 
@@ -159,8 +157,7 @@ class _Passes:
     alone: set[int] = field(default_factory=set)  # and of those that cannot share a pass
     folds: Folds = field(default_factory=Folds)
     rows: int = 0  # samples in a pass of the whole model
-    batches: int = 0  # measured so far
-    predictions: int = 0  # of this process, in them
+    predictions: int = 0  # of this process, measured so far
 
     @cached_property
     def readers(self) -> set[nn.Module]:
@@ -168,10 +165,11 @@ class _Passes:
         return {module for lesion in self.lesions for module, side in lesion.places if side == "input" and len(lesion.places) == 1}
 
     def measure(self, batch: Batch, sums: _Sums) -> None:
-        self.batches, self.predictions = self.batches + 1, self.predictions + int(batch.predicted.sum())
+        self.predictions += int(batch.predicted.sum())
         if not self.replay:
             self.whole = set(range(len(self.lesions)))
         for part in self._parts(batch):
+            self.values.begin(part)
             recording = Recording.of(self.model, partial(self.objective.run, self.model, part), self.readers)
             dense, counts = loss_by_sample(self.objective, recording.output, part)
             sums.add(dense, counts)
@@ -184,8 +182,8 @@ class _Passes:
             sums.add_changes(torch.cat([d, torch.stack(more)]) if more else d, counts)
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
-        """The batch in parts whose tensors stay in the cache; whole where samples get values from each other."""
-        if self.values.how == "resample" or not len(batch):
+        """The batch in parts whose tensors stay in the cache."""
+        if not len(batch):
             yield batch
             return
         if not self.rows:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from nodelens.network.batch import tensor_of
 from nodelens.network.hooks import edit
 from nodelens.pruning.surgery.mask import masked
 
-from .replacement import Key, Replacement
-from .targets import AblationTarget, Units
+from .replacement import Replacement
+from .targets import AblationTarget, Key, Units
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -55,7 +56,7 @@ def removed(model: nn.Module, lesions: Sequence[Lesion], values: Replacement) ->
     edits: dict[str, dict[nn.Module, Any]] = {"input": {}, "output": {}}
     for key in lesions[0].places:
         if len(lesions[0].places[key]):
-            edits[key[1]][key[0]] = partial(_replaced, lesions, key, values)
+            edits[key[1]][key[0]] = partial(_replaced, lesions, key, values, count())
     with ExitStack() as stack:
         for target, ids in lesions[0].weights:
             assert target.weights is not None
@@ -105,11 +106,11 @@ def _columns(module: Any, weight: Any, d: Tensor, places: Tensor) -> Tensor:
     return functional.linear(d, weight[:, places] if isinstance(module, nn.Linear) else weight[places].T)
 
 
-def _replaced(lesions: Sequence[Lesion], key: Key, values: Replacement, x: Tensor) -> Tensor:
-    """A tensor of several copies of a batch, each without the units of its lesion."""
-    changed = x.clone()
+def _replaced(lesions: Sequence[Lesion], key: Key, values: Replacement, calls: Iterator[int], x: Tensor) -> Tensor:
+    """A tensor of several copies of a batch, each without the units of its lesion. calls: numbers of the calls in the pass."""
+    changed, call = x.clone(), next(calls)
     dim = lesions[0].dims[key]
     for share, lesion in zip(changed.unflatten(0, (len(lesions), -1)), lesions, strict=True):
         places = lesion.places[key].to(x.device)
-        share.index_copy_(dim % share.ndim, places, values.new(share, key, dim, places))
+        share.index_copy_(dim % share.ndim, places, values.new(share, key, dim, places, call))
     return changed

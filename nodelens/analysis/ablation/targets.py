@@ -21,6 +21,7 @@ from nodelens.pruning.surgery.mask import channel_dim
 from nodelens.statistics.sample_hash import generator
 
 Side = Literal["input", "output"]
+Key = tuple[nn.Module, str]  # a module, and input or output
 Units = Mapping[str, Sequence[int]]
 
 
@@ -62,6 +63,14 @@ class AblationTarget:
             group,
             tuple(UnitPlace(piece.module, module, "input", channel_dim(module), piece.places) for piece, module in modules),
         )
+
+    @classmethod
+    def read_by(cls, model: nn.Module, group: PruningGroup, width: int) -> "AblationTarget":
+        """What the linear layers that make a group's units read, ``width`` features, removed for these layers only."""
+        paths = dict.fromkeys(piece.module for piece in group.by_role("producer"))
+        index = torch.arange(width)[:, None]
+        places = tuple(UnitPlace(path, model.get_submodule(path), "input", -1, index) for path in paths)
+        return cls(f"{group.name}.input", width, group, places)
 
     @classmethod
     def of_layer(cls, layer: Layer, path: str, shown: Any) -> "AblationTarget":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.analyze import analyze
-from nodelens.engine.driver import device_of, first_of_data
+from nodelens.engine.driver import device_of, shared_first
 from nodelens.metrics import get_metric
 from nodelens.metrics.fanout import input_sizes
 from nodelens.network.batch import Batch
@@ -65,7 +65,7 @@ def next_layers(
     reason. Raises ValueError for empty data.
     """
     settings = Objective.of(model, objective.get("output"), objective.get("task"), objective.get("loss"))
-    first, _ = first_of_data(data, settings)
+    first, _ = shared_first(data, settings)
     if first is None:
         raise ValueError("the data are empty: not one batch to follow the units with")
     batch = settings.batch(first).head(2).to(device_of(model))

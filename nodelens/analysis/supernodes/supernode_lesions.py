@@ -1,7 +1,8 @@
 """The analysis ``supernode_lesions``: supernodes, their halo and what reads them are removed as sets, each against a control."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,19 @@ from torch import nn
 from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.damage import Damage
 from nodelens.analysis.ablation.replacement import HOW, How
+from nodelens.analysis.ablation.targets import AblationTarget
 from nodelens.analysis.base import Analysis, AnalysisCall
+from nodelens.network.groups import PruningGroup
 from nodelens.results.findings import Findings
 from nodelens.statistics.sample_hash import generator
 
 from .supernode_result import SupernodesResult
+from .supernode_tables import GroupConnectivity
 
 CORE, SIZE, WEIGHT = "supernodes", "random, equal size", "random, equal weight"
 HALO, OUTSIDE = "halo", "matched outside"
 READERS, OTHERS = "readers", "random readers"
+BUS, OUTPUTS = "bus", "random outputs"
 COLUMNS = ["layer", "set", "control", "given", "damage", "control_damage", "low", "high", "p", "draws"]
 
 
@@ -47,11 +52,12 @@ class SupernodeLesions(Analysis):
     Controls: of the supernodes, random sets of other units, as many (equal size), or those nearest to each supernode in weight
     among a random half (equal weight). Of the halo, sets outside matched in loss proxy, with the supernodes in place and with them
     removed: the change of the loss beyond that of the supernodes. Of the readers, which are the units of the next layer with the
-    largest share of weight on outputs to which the supernodes write, random units of that layer.
+    largest share of weight on outputs to which the supernodes write, random units of that layer. Of the bus, which are these
+    outputs themselves, removed where the next layer reads them, as many other outputs.
 
     Tables: ``sets``, one row per layer, set and control: damage, that of the control with the 95 % interval of its draws, and p;
     ``dose``, damage by share of supernodes; ``dose_summary``, its slope per layer with a bootstrap interval. A layer without enough
-    other units, or without a next layer, is listed in ``metadata["missing"]``.
+    other units or outputs, or without a next layer, is listed in ``metadata["missing"]``.
     """
 
     how: How = "zero"
@@ -79,6 +85,8 @@ class SupernodeLesions(Analysis):
         for name, after in zip(names, [*names[1:], None], strict=True):
             drawn, gaps = self._of_layer(own.units.loc[name], name, own.units.loc[after] if after else None, after, seed)
             parts, missing = parts + drawn, missing + gaps
+        buses, drawn, gaps = self._buses(setting, own, {part.layer for part in parts}, seed)
+        setting, parts, missing = replace(setting, targets=[*setting.targets, *buses]), parts + drawn, missing + gaps
         sets = [part.units for part in parts]
         found = setting.damage(sets, how=self.how, predictions=self.predictions, seed=seed, progress=call.progress)
         table = _table(parts, found)
@@ -140,6 +148,33 @@ class SupernodeLesions(Analysis):
         for draw in range(self.draws):
             yield _Part(name, OTHERS, {after: _order(rest, seed, "readers", name, draw)[:count]}, draw=draw)
 
+    def _buses(
+        self, setting: Setting, own: SupernodesResult, layers: set[str], seed: int
+    ) -> tuple[list[AblationTarget], list[_Part], list[dict[str, str]]]:
+        """What the layers behind read, as targets; the sets of these outputs; and what cannot be had."""
+        options, targets = own.metadata["options"], list[AblationTarget]()
+        parts, missing = list[_Part](), list[dict[str, str]]()
+        for target, after in pairwise(setting.targets):
+            name, group, reader = target.name, target.source, after.source
+            if name not in layers or own.units.loc[after.name, "read_connectivity"].isna().all():
+                continue
+            if not isinstance(group, PruningGroup) or not isinstance(reader, PruningGroup):
+                continue
+            core = torch.tensor(own.units.loc[name].index[own.units.loc[name, "supernode"]].tolist())
+            sizes = (options["connectivity_topk"], options["connectivity_mass_fraction"])
+            layout = GroupConnectivity.of(setting.model, group, core, *sizes)
+            support, outside = layout.support.tolist(), sorted({*range(layout.width)} - {*layout.support.tolist()})
+            if len(outside) < len(support):
+                reason = f"the supernodes write to {len(support)} of {layout.width} outputs: too few others; set connectivity_topk"
+                missing.append({"layer": name, "what": BUS, "reason": reason})
+                continue
+            targets.append(AblationTarget.read_by(setting.model, reader, layout.width))
+            parts.append(_Part(name, BUS, {targets[-1].name: support}))
+            for draw in range(self.draws):
+                drawn = _order(outside, seed, "bus", name, draw)[: len(support)]
+                parts.append(_Part(name, OUTPUTS, {targets[-1].name: drawn}, draw=draw))
+        return targets, parts, missing
+
 
 def _order(units: Sequence[int], seed: int, word: str, layer: str, draw: int) -> list[int]:
     """The units in an order drawn from the seed."""
@@ -169,7 +204,7 @@ def _controlled(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for layer, own in table.groupby("layer", sort=False):
         alone = own.loc[own["set"] == CORE, "damage"].iloc[0]
-        for name, control in ((CORE, SIZE), (CORE, WEIGHT), (HALO, OUTSIDE), (READERS, OTHERS)):
+        for name, control in ((CORE, SIZE), (CORE, WEIGHT), (HALO, OUTSIDE), (READERS, OTHERS), (BUS, OUTPUTS)):
             for given in own.loc[own["set"] == name, "given"]:
                 pair = (own[(own["set"] == which) & (own["given"] == given)]["damage"] for which in (name, control))
                 value, drawn = (part.to_numpy() - (alone if given == CORE else 0) for part in pair)
@@ -203,11 +238,12 @@ def _slopes(dose: pd.DataFrame, seed: int, draws: int = 200) -> pd.DataFrame:
 def _lines(frames: dict[str, pd.DataFrame]) -> list[str]:
     lines = []
     for (name, control, given), own in frames["sets"].groupby(["set", "control", "given"], sort=False):
-        beyond = int((own["p"] <= 0.05).sum())
+        least = 1 / (1 + int(own["draws"].max()))
+        beyond = f"p <= 0.05 in {int((own['p'] <= 0.05).sum())}" if least <= 0.05 else f"p is {least:.2g} or more with so few draws"
         where = f" beyond the {given}" if given else ""
         lines.append(
             f"{name}{where}: damage {own['damage'].mean():.4g}, {control} {own['control_damage'].mean():.4g} (mean of {len(own)} "
-            f"layers; p <= 0.05 in {beyond})"
+            f"layers; {beyond})"
         )
     slopes = frames["dose_summary"]
     if len(slopes):

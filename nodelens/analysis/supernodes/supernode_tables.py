@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.metrics import get_metric
-from nodelens.metrics.supernode import concentration, concentration_curve, connectivity, gini, largest, overlap, protection, support
+from nodelens.metrics.supernode import (
+    concentration,
+    concentration_curve,
+    connectivity,
+    gini,
+    largest,
+    overlap,
+    protection,
+    share_of,
+    support,
+)
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.groups import PruningGroup
 
@@ -89,8 +99,12 @@ def unit_table(
     redundancy: Tensor,
     reads: Tensor,
     rule: tuple[Any, float, float],
+    halo_fraction: float,
 ) -> pd.DataFrame:
-    """One row per unit. redundancy (halo,) of halo units; reads (units,), read connectivity; rule: options of ``protection``."""
+    """One row per unit. redundancy (halo,) of halo units; reads (units,), read connectivity; rule: options of ``protection``.
+
+    halo_fraction: share of the units in the read halo.
+    """
     group, controls, conn = layout.group, layout.controls, layout.connectivity
     found = unit_scores(group, sums)
     every = torch.full((group.n,), torch.nan, dtype=torch.float64)
@@ -101,6 +115,7 @@ def unit_table(
         "magnitude": get_metric("group_l2")(GroupLayer.of(model, group)).sqrt(),
         "connectivity": conn,
         "read_connectivity": reads,
+        "read_halo": read_halo(reads, halo_fraction),
         "supernode": torch.zeros(group.n, dtype=torch.bool).index_fill(0, controls.supernodes, True),
         "halo": torch.zeros(group.n, dtype=torch.bool).index_fill(0, controls.halo, True),
         "redundancy_to_core": every,
@@ -153,6 +168,15 @@ def concentration_table(name: str, proxy: pd.Series) -> pd.DataFrame:
     """The curve of a layer: share of its units, largest first, and their share of its loss proxy."""
     share, held = concentration_curve(torch.tensor(proxy.to_numpy()))
     return pd.DataFrame({"layer": name, "share": share.numpy(), "held": held.numpy()})
+
+
+def read_halo(reads: Tensor, fraction: float) -> Tensor:
+    """Which units have the largest read connectivity, a share of all, (units,) bool; none where it is not known."""
+    members = torch.zeros(len(reads), dtype=torch.bool)
+    known = reads.isfinite()
+    if not known.any():
+        return members
+    return members.index_fill(0, largest(reads.where(known, -torch.inf), share_of(len(reads), fraction)), True)
 
 
 def read_connectivity(model: nn.Module, layouts: Sequence[GroupConnectivity]) -> dict[str, Tensor]:

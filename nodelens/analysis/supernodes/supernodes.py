@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nodelens.analysis.ablation.ablate import Setting
 from nodelens.analysis.ablation.targets import AblationTarget, sample_units
 from nodelens.analysis.base import Analysis, AnalysisCall
-from nodelens.engine.driver import device_of, first_of_data
+from nodelens.engine.driver import device_of, shared_first
 from nodelens.metrics.gradient import LossReduction
 from nodelens.metrics.supernode import correlations, halo, largest, redundancy_to_supernodes, share_of
 from nodelens.network.group_layer import GroupLayer
@@ -98,7 +98,7 @@ class Supernodes(Analysis):
         if isinstance(data, Iterator):
             raise ValueError("supernodes reads its data twice, but they are an iterator: give a loader or a list of batches")
         objective, seed, progress = Objective.of(model, **call.objective), call.seed, call.progress
-        first, _ = first_of_data(data, objective)
+        first, _ = shared_first(data, objective)
         objective = objective if first is None else objective.settled(model, first)
         groups, device = self._groups(model, objective, first), device_of(model)
         for group in groups:
@@ -160,7 +160,7 @@ class Supernodes(Analysis):
             redundancy = self._redundancy(layout, sums, products[name])
             own = redundancy(sets.halo, sets.supernodes)
             rule = (self.protection, self.protection_floor, self.protection_rank_power)
-            table = unit_table(model, layout, sums, own, reads[name], rule)
+            table = unit_table(model, layout, sums, own, reads[name], rule, self.halo_fraction)
             if self.cores > 1:
                 table["core"], rows = self._cores(model, layout, sums, products[name], seed)
                 cores += rows

@@ -1,15 +1,17 @@
 """Every metric of units of the catalogue, measured where a model and its data allow it."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from nodelens.analysis.ablation.ablate import Setting
 from nodelens.engine.analyze import analyze as measure_units
 from nodelens.engine.driver import first_of_data
 from nodelens.metrics import Metric, get_metric, list_metrics
+from nodelens.network.batch_forms import few
+from nodelens.statistics.processes import first_of
 
 _FEW = 8  # samples
 _REFUSED = (ValueError, TypeError, MemoryError, RuntimeError)
@@ -33,12 +35,13 @@ def all_scores(
     Which are refused is seen on a few samples; the others are measured in one call. known: columns that are there already.
     """
     layers = setting.layers
-    first, _ = first_of_data(data, setting.objective)
+    own, _ = first_of_data(data, setting.objective)
+    first = first_of(None if own is None else few(own, _FEW))  # the same samples in every process, also in one without data
     options = {"seed": seed, "groups": 1, **objective}
     accepted, missing = dict[str, Metric](), []
     for name, metric in catalogue(known).items():
         try:
-            measure_units(model, [_few(first)], {name: metric}, layers, **options)
+            measure_units(model, [first], {name: metric}, layers, **options)
             accepted[name] = metric
         except _REFUSED as error:
             missing.append({"layer": "all layers", "what": name, "reason": str(error).splitlines()[0]})
@@ -46,14 +49,3 @@ def all_scores(
         return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=["layer", "unit"])), missing
     units = measure_units(model, data, accepted, layers, **options).units
     return units[[name for name in accepted if name in units]], missing
-
-
-def _few(batch: Any) -> Any:
-    """The first samples of a batch in any of its forms."""
-    if isinstance(batch, Tensor):
-        return batch[:_FEW] if batch.ndim else batch
-    if isinstance(batch, Mapping):
-        return {name: _few(value) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(_few, batch))
-    return type(batch)(map(_few, batch)) if isinstance(batch, (list, tuple)) else batch

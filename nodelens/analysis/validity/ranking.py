@@ -25,10 +25,10 @@ def agreement(table: pd.DataFrame, metrics: Sequence[str], truth: str = "damage"
     by_layer = [(str(layer), rows) for layer, rows in table.groupby(level="layer", sort=False)]
     rows: list[dict[str, Any]] = []
     for metric in metrics:
-        found = {layer: _resampled(part[metric], part[truth], draws, seed, layer) for layer, part in by_layer}
+        found = {layer: resampled(part[metric], part[truth], draws, seed, layer) for layer, part in by_layer}
         rows += [_row(layer, metric, *each) for layer, each in found.items()]
         if len(by_layer) > 1:
-            rows.append(_row(POOLED, metric, *_resampled(table[metric], table[truth], draws, seed, POOLED)))
+            rows.append(_row(POOLED, metric, *resampled(table[metric], table[truth], draws, seed, POOLED)))
             known = [(value, drawn) for _, value, drawn in found.values() if np.isfinite(value)]
             mean = np.mean([value for value, _ in known]) if known else np.nan
             drawn = np.mean([drawn for _, drawn in known], 0) if known else np.zeros(0)
@@ -72,8 +72,8 @@ def ranking(
     return ranked.sort_values("spearman", ascending=False, kind="stable") if len(ranked) else ranked
 
 
-def _resampled(score: pd.Series, truth: pd.Series, draws: int, seed: int, layer: str) -> tuple[int, float, np.ndarray]:
-    """Number of units, Spearman's correlation, and that of each draw; the same draws for all metrics of a layer."""
+def resampled(score: pd.Series, truth: pd.Series, draws: int, seed: int, layer: str) -> tuple[int, float, np.ndarray]:
+    """Number of units, Spearman's correlation, and that of each draw, (draws,); the same draws for all metrics of a layer."""
     a, b = score.to_numpy(float), truth.to_numpy(float)
     known = np.isfinite(a) & np.isfinite(b)
     a, b = a[known], b[known]
@@ -81,17 +81,23 @@ def _resampled(score: pd.Series, truth: pd.Series, draws: int, seed: int, layer:
     if n < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return n, float("nan"), np.full(draws, np.nan)
     at = torch.randint(n, (draws, n), generator=generator(seed, "bootstrap", layer)).numpy()
-    return n, spearman(a, b), _correlations(rankdata(a[at], axis=1), rankdata(b[at], axis=1))
+    return n, spearman(a, b), correlations(rankdata(a[at], axis=1), rankdata(b[at], axis=1))
 
 
-def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's correlation of each row, (draws, n) -> (draws,); NaN for a constant row."""
     a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
     size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
     return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)
 
 
-def _row(layer: str, metric: str, n: int, value: float, drawn: np.ndarray) -> dict[str, Any]:
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The bounds of the 95 % interval of draws; NaN for fewer than two that are numbers."""
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) > 1 else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def _row(layer: str, metric: str, n: int, value: float, drawn: np.ndarray) -> dict[str, Any]:
+    low, high = interval(drawn)
     return {"layer": layer, "metric": metric, "n": n, "spearman": value, "low": low, "high": high}

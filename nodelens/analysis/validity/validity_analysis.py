@@ -18,6 +18,7 @@ from nodelens.results.findings import Findings
 from nodelens.results.result import Result, values_of
 
 from .catalogue import all_scores
+from .combination import check_components, combination, criterion_of, lines_of
 from .ranking import agreement, ranking
 
 RANDOM = "random"
@@ -33,10 +34,13 @@ class ValidityAnalysis(Analysis):
     predictions on which the loss is taken; None: all of the evaluation data. budgets: shares of the units for the recall; the
     first is that of the ranking. pairs: number of pairs of units of one layer that are removed together. shares, curves, draws: of
     the units of each layer, these shares are removed lowest score first, for the damage itself, as many of the best metrics as
-    curves says, and as many random orders as draws says. resamples: of the bootstrap over units.
+    curves says, and as many random orders as draws says. resamples: of the bootstrap over units. combine: 2 to 6 metrics, none of
+    them below 0; the exponents of the product that orders the units best by their damage are searched on one half of the units, and
+    judged on the other (see ``combination``).
 
     Units are removed as their layer is named: of a pruning group of that name, where they are read; of any other layer, from its
-    output. Tables: ``ranking``, one row per metric, the best first; ``agreement`` and ``recall``, by layer; ``pairs``; ``growing``.
+    output. Tables: ``ranking``, one row per metric, the best first; ``agreement`` and ``recall``, by layer; ``pairs``; ``growing``;
+    with ``combine`` also ``combination``, and the product as a criterion for ``nl.prune`` in ``metadata["criterion"]``.
     Columns of units: ``damage`` and ``damage_se``. What cannot be ablated or measured is in ``metadata["missing"]``.
     """
 
@@ -50,6 +54,7 @@ class ValidityAnalysis(Analysis):
     curves: int = 6
     draws: int = 10
     resamples: int = 200
+    combine: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.scores not in ("measured", "all"):
@@ -72,6 +77,8 @@ class ValidityAnalysis(Analysis):
             raise ValueError(f"validity: no layer of the table can be ablated: {missing[0]['layer']}: {missing[0]['reason']}")
         table, refused = self._scored(model, data, result, setting, seed, call.objective)
         missing += refused
+        if self.combine:
+            check_components(table, self.combine)
         units = setting.chosen(self.sample, seed)
         pairs = random_pairs(pd.DataFrame(index=units), self.pairs, seed)
         found = self._single_and_pairs(setting, units, pairs, seed, call.progress)
@@ -89,6 +96,9 @@ class ValidityAnalysis(Analysis):
         }
         about = {"options": asdict(self), "missing": missing, "ablation": setting.about(found, units), "seed": seed}
         lines = _lines(frames, table, found, self.budgets[0])
+        if self.combine:
+            frames["combination"], exponents = combination(table, self.combine, TRUTH, self.resamples, seed)
+            about["criterion"], lines = criterion_of(exponents), lines + lines_of(frames["combination"], exponents)
         return Findings("validity", frames, lines, units=table[[TRUTH, f"{TRUTH}_se"]], metadata=about)
 
     def _scored(

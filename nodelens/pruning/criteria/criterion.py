@@ -33,7 +33,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Criterion:
-    """score(u) = sum over terms of weight N(T(u)), or, with ``combine: product``, exp of the sum of weight log T(u), T > 0.
+    """score(u) = sum over terms of weight N(T(u)), or, with ``combine: product``, the product of T(u)^weight, T >= 0.
 
     T is a column of the score table, N a normalisation within each group. The default is ``rank``, from 0 (smallest) to 1 with ties
     averaged, because a sum of quantities in different units would follow the one with the widest range; it is ``none`` for a single
@@ -111,8 +111,8 @@ class Criterion:
     def score(self, table: pd.DataFrame, seed: int = 0) -> pd.Series:
         """One score per unit of a table with index (group, unit); NaN if a term is NaN.
 
-        ``random`` is drawn separately for each seed and group. Raises ValueError for a missing column, a product with terms that
-        are not positive, and a group whose scores are all NaN.
+        ``random`` is drawn separately for each seed and group. Raises ValueError for a missing column, a product with terms below
+        0, and a group whose scores are all NaN.
         """
         missing = [column for column in self.columns if column != RANDOM and column not in table]
         if missing:
@@ -123,14 +123,20 @@ class Criterion:
             values = random_scores(table.index, seed) if column == RANDOM else table[column].astype(float)
             values = _transformed(values, term.transform)
             if self.combine == "product":
-                if bool((values <= 0).any()):
-                    raise ValueError(f"criterion {self.name!r} multiplies, {column} has values of 0 or less: use combine: sum")
-                parts.append(np.log(values) * term.weight)
+                parts.append(self._power(column, values, term.weight))
             else:
                 parts.append(normalized(values, self.normalize) * term.weight)
         total = sum(parts[1:], parts[0])
         total = np.exp(total) if self.combine == "product" else total
         return self._checked(total)
+
+    def _power(self, column: str, values: pd.Series, weight: float) -> pd.Series:
+        """The logarithm of a column to the power of its weight; -inf where the column is 0."""
+        if bool((values < 0).any()) or (weight < 0 and bool((values == 0).any())):
+            least = "below 0" if bool((values < 0).any()) else "of 0, and a weight below 0"
+            raise ValueError(f"criterion {self.name!r} multiplies, and {column} has values {least}: use combine: sum")
+        with np.errstate(divide="ignore"):
+            return np.log(values) * weight if weight else values * 0.0
 
     def _checked(self, score: pd.Series) -> pd.Series:
         found = score.groupby(level="group", sort=False).count()

@@ -10,24 +10,28 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from nodelens.messages import nearest
 from nodelens.network.groups import PruningGroup, listed
 from nodelens.results.result import load
+from nodelens.statistics.sample_hash import generator
 
 Labels = Mapping[str, np.ndarray]  # {group: label of each unit, (units,) strings}
-_KEYS = ("units", "column", "rates", "protect", "first")
+_KEYS = ("units", "column", "rates", "protect", "first", "permuted")
 
 
 @dataclass(frozen=True, eq=False)
 class TypeRules:
     """How many units of each type are removed from a group.
 
-    units: the folder of a finished run whose table of units has the types, such as one of ``analysis=[clusters]``, or a table with
-    index (layer, unit). column: the column of labels. rates: {type: rate}, how strongly a type is pruned: in every group, the
-    removed shares of its types are proportional to their rates, until a type is used up; types that are not named have rate 1, and
-    with rate 0 all units stay. Within a type, the scores decide. protect: {type: share} of a type's units, those with the highest
-    scores, that are never removed. first: types that are removed before all others.
+    units: the folder of a finished run whose table of units has the types, such as one of ``analysis=[clusters]``, the folder
+    ``supernodes`` in one of ``analysis=[supernodes]``, or a table with index (layer, unit). column: the column of labels. rates:
+    {type: rate}, how strongly a type is pruned: in every group, the removed shares of its types are proportional to their rates,
+    until a type is used up; types that are not named have rate 1, and with rate 0 all units stay. Within a type, the scores decide.
+    protect: {type: share} of a type's units, those with the highest scores, that are never removed. first: types that are removed
+    before all others. permuted: the types are permuted within each group, from the seed of the pruning: a control that treats as
+    many random units in the same way.
     """
 
     units: str | Path | pd.DataFrame
@@ -35,6 +39,7 @@ class TypeRules:
     rates: Mapping[str, float] = field(default_factory=dict)
     protect: Mapping[str, float] = field(default_factory=dict)
     first: Sequence[str] = ()
+    permuted: bool = False
 
     @classmethod
     def of(cls, criterion: str, given: Any) -> "TypeRules":
@@ -44,7 +49,8 @@ class TypeRules:
         where = "finetune: types" if criterion == "finetune" else f"criterion {criterion!r}: types"
         if not isinstance(given, Mapping) or given.get("units") is None:
             raise ValueError(
-                f"{where} needs units, the folder of a run with analysis=[clusters], or a table of units; it is {given!r}"
+                f"{where} needs units, the folder of a run with analysis=[clusters], <run>/supernodes, or a table of units; it is "
+                f"{given!r}"
             )
         if unknown := sorted(set(given) - set(_KEYS)):
             raise ValueError(f"{where} has {', '.join(unknown)}; it takes {', '.join(_KEYS)}.{nearest(unknown[0], _KEYS)}")
@@ -58,7 +64,10 @@ class TypeRules:
                 raise ValueError(f"{where}.protect.{name} is {share!r}; it is a share of the units of a type, from 0 to 1")
         first = given.get("first") or ()
         first = (first,) if isinstance(first, str) else tuple(map(str, first))
-        return cls(given["units"], given.get("column") or "unit_type", rates, protect, first)
+        permuted = given.get("permuted", False)
+        if not isinstance(permuted, bool):
+            raise ValueError(f"{where}.permuted is {permuted!r}; it is true or false")
+        return cls(given["units"], given.get("column") or "unit_type", rates, protect, first, permuted)
 
     @cached_property
     def column_of_units(self) -> pd.Series:
@@ -68,7 +77,7 @@ class TypeRules:
         if self.column not in table:
             raise ValueError(
                 f"{where} has no column {self.column!r}.{nearest(self.column, map(str, table))} Run analyze.py with "
-                "analysis=[clusters], or name the column of another label"
+                "analysis=[clusters], or name the column of another label; those of supernodes are in <run>/supernodes"
             )
         if table.index.nlevels != 2:
             raise ValueError(f"{where} has no units: its index is (layer, unit)")
@@ -85,20 +94,22 @@ class TypeRules:
             "rates": dict(self.rates),
             "protect": dict(self.protect),
             "first": list(self.first),
+            "permuted": self.permuted,
             "labels": hashlib.sha256(text.encode()).hexdigest()[:16],
         }
 
-    def labels(self, groups: Iterable[PruningGroup]) -> Labels:
+    def labels(self, groups: Iterable[PruningGroup], seed: int = 0) -> Labels:
         """The labels of the units of each group, from the layer of the group's name or the first that makes its units.
 
-        Raises ValueError for a group without labels, and for a type that no unit has.
+        seed: of the permutation, where the types are ``permuted``. Raises ValueError for a group without labels, and for a type
+        that no unit has.
         """
         found = {group.name: self._of(group) for group in groups}
         there = sorted({label for labels in found.values() for label in labels})
         unknown = next((name for name in (*self.rates, *self.protect, *self.first) if name not in there), None)
         if unknown is not None:
             raise ValueError(f"no unit has the {self.column} {unknown!r}.{nearest(unknown, there)} There are {', '.join(there)}")
-        return found
+        return {name: self._permuted(name, own, seed) for name, own in found.items()} if self.permuted else found
 
     def protected(self, scores: pd.Series, labels: Labels) -> dict[str, list[int]]:
         """{group: units that are never removed}: types of rate 0, and the best of each type with a protected share."""
@@ -133,6 +144,9 @@ class TypeRules:
             best = np.argsort(-np.nan_to_num(scores[units], nan=-np.inf), kind="stable")
             kept.update(units[best[: math.floor(share * len(units) + 0.5)]].tolist())
         return sorted(kept)
+
+    def _permuted(self, group: str, labels: np.ndarray, seed: int) -> np.ndarray:
+        return labels[torch.randperm(len(labels), generator=generator(seed, "types", group)).numpy()]
 
     def _of(self, group: PruningGroup) -> np.ndarray:
         layers = [group.name, *dict.fromkeys(piece.module for piece in group.by_role("producer"))]

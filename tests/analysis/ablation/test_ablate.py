@@ -6,15 +6,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ids import label
 from real import cifar_images, folder, resnet20
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import nodelens as nl
-from nodelens.analysis.ablation import damage
+from nodelens.analysis.ablation import damage, donor_pool
+from nodelens.engine.driver import Driver
 from nodelens.evaluation.evaluate import evaluate
+from nodelens.network.batch import Batch
 from nodelens.network.hooks import edit
+from nodelens.network.objective import Objective
 from nodelens.pruning.surgery.mask import channel_dim, masked
+from nodelens.statistics.sample_hash import content_hashes, mix
 
 SIZE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -181,9 +186,9 @@ def test_mean_and_resample():
     dense = evaluate(net, data)["loss"]
     mean = nl.ablate(net, data, how="mean", layers=[group]).units["damage"]
     other = nl.ablate(net, data, how="resample", layers=[group], seed=4).units["damage"]
-    order = torch.randperm(12, generator=nl_generator(4))
-    donors = torch.empty(12, dtype=torch.long).index_put_((order,), order.roll(1))
+    donors = donors_of(data[0][0], 4)
     assert (donors != torch.arange(12)).all()
+    assert len(donors.unique()) > 4
     for unit in range(group.n):
         with replaced(net, group, unit, lambda x, places: x[places].mean((1, 2, 3), keepdim=True)):
             assert mean["a", unit] == pytest.approx(evaluate(net, data)["loss"] - dense, abs=1e-9)
@@ -193,10 +198,102 @@ def test_mean_and_resample():
     np.testing.assert_allclose(parts, mean, atol=1e-9)
 
 
-def nl_generator(seed):
-    from nodelens.statistics.sample_hash import generator
+def donors_of(x, seed):
+    """The slow and obvious way: every sample's donor, by hashes of contents."""
+    hashes = content_hashes(x).tolist()
+    pool = sorted(hashes, key=lambda own: int(mix(torch.tensor([own]), seed)))[:64]
+    found = []
+    for own in hashes:
+        k = int(mix(torch.tensor([own]), seed, 1)) % len(pool)
+        found.append(hashes.index(pool[k] if pool[k] != own else pool[(k + 1) % len(pool)]))
+    return torch.tensor(found)
 
-    return generator(seed, "resample", "0")
+
+def test_donors_do_not_depend_on_batches_and_their_order():
+    net, net_of_texts = branches(), llama()
+    wanted = nl.ablate(net, images(13, 13), how="resample", seed=2).units
+    for data in (images(13, 1), images(13, 5), images(13, 4)[::-1]):
+        found = nl.ablate(net, data, how="resample", seed=2)
+        pd.testing.assert_frame_equal(found.units, wanted, rtol=0, atol=1e-9)
+        assert found.metadata["whole_model"] == []
+    assert not np.allclose(nl.ablate(net, images(13, 13), how="resample", seed=3).units["damage"], wanted["damage"])
+    wanted = nl.ablate(net_of_texts, texts([9, 12, 10, 5, 7], 5), sample=4, how="resample").units
+    for size in (1, 2):
+        found = nl.ablate(net_of_texts, texts([9, 12, 10, 5, 7], size), sample=4, how="resample").units
+        pd.testing.assert_frame_equal(found, wanted, rtol=0, atol=1e-9)
+
+
+def test_texts_without_a_mask_give_values_to_texts_of_another_length():
+    net, lengths = llama(), [9, 12, 10, 5, 7]
+    masked = nl.ablate(net, texts(lengths, 2), sample=3, how="resample").units
+    bare = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in texts(lengths, 1)]
+    pd.testing.assert_frame_equal(nl.ablate(net, bare, sample=3, how="resample").units, masked, rtol=0, atol=1e-9)
+
+
+def test_there_are_at_most_as_many_donors_as_are_kept(monkeypatch):
+    net, data = branches(), images(13, 4)
+    batches = [objective_batch(x, y) for x, y in data]
+    monkeypatch.setattr(donor_pool, "_MOST", 3)
+    driver = Driver(net, Objective.of(net, None, "classification", None))
+    donors = donor_pool.Donors.of(driver, data, {}, 7)
+    every = torch.cat([batch.hashes for batch in batches])
+    wanted = every[mix(every, 7).argsort()[:3]].tolist()
+    assert [int(sample.hashes) for sample in donors.samples] == wanted
+    donors.begin(batches[0])
+    own = [int(donors.samples[k].hashes) for k in donors.chosen]
+    assert not set(zip(own, batches[0].hashes.tolist(), strict=True)) & {(h, h) for h in wanted}
+
+
+def objective_batch(x, y):
+    return Batch.of((x, y), task="classification")
+
+
+class Twice(nn.Module):
+    """One linear layer that is called twice, and chooses rows that belong to no sample where it is asked to."""
+
+    def __init__(self, rows=None):
+        super().__init__()
+        self.rows, self.fc, self.head = rows, nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.rows is not None:
+            self.fc(x[: self.rows])
+        return self.head(self.fc(self.fc(x).relu()).relu())
+
+
+def test_each_call_of_a_layer_gets_the_donor_s_values_of_that_call():
+    net = seeded(Twice)
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    y = torch.arange(10) % 3
+    donors = donors_of(x, 0)
+    dense = evaluate(net, [(x, y)])["loss"]
+    found = nl.ablate(net, [(x[:6], y[:6]), (x[6:], y[6:])], layers="fc", how="resample").units["damage"]
+    calls = [net.fc(x), net.fc(net.fc(x).relu())]  # of the clean pass, whose values donors give
+    for unit in range(6):
+        with torch.no_grad():
+            first = net.fc(x)
+            first[:, unit] = calls[0][donors, unit]
+            second = net.fc(first.relu())
+            second[:, unit] = calls[1][donors, unit]
+            loss = nn.functional.cross_entropy(net.head(second.relu()), y).item()
+        assert found["fc", unit] == pytest.approx(loss - dense, abs=1e-9)
+
+
+def test_rows_that_belong_to_no_sample_are_refused():
+    x, y = torch.randn(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64), torch.arange(4) % 3
+    with pytest.raises(
+        ValueError, match=r"fc.output shows 3 rows for a batch of 4 samples: rows must belong to samples; use how=mean"
+    ):
+        nl.ablate(seeded(lambda: Twice(3)), [(x, y)], layers="fc", how="resample")
+
+
+def test_maps_of_other_sizes_are_refused():
+    net, data = branches(), images(4, 4)
+    small = (data[0][0][:, :, 1:, 1:], data[0][1])
+    with pytest.raises(
+        ValueError, match=r"shows \(\d, \d, \d\) for a sample and \(\d, \d, \d\) for the one .* give samples of one size"
+    ):
+        nl.ablate(net, [data[0], small], how="resample")
 
 
 def test_padding_has_no_part_in_means_and_donors():
@@ -337,7 +434,8 @@ def test_what_does_not_fit_is_said():
         (lambda: nl.ablate(net, data, ["a"]), "units is list; it is {layer: "),
         (lambda: nl.ablate(net, data, how="median"), "how is 'median'; it is zero, mean, resample"),
         (lambda: nl.ablate(net, iter(data), how="mean"), "how=mean reads the data twice"),
-        (lambda: nl.ablate(net, [(x[:1], y[:1])], how="resample"), "a batch has 1 sample: give batches of several"),
+        (lambda: nl.ablate(net, iter(data), how="resample"), "how=resample reads the data twice"),
+        (lambda: nl.ablate(net, [(x[:1], y[:1])] * 2, how="resample"), "all samples of the data are equal: give others"),
         (lambda: nl.ablate(net, []), "the data are empty"),
         (lambda: nl.ablate(net, [x]), "the loss needs labels"),
         (lambda: nl.ablate(net, data, predictions=0), "predictions is 0; it is a number of predictions"),
@@ -409,28 +507,46 @@ def test_a_trained_network_gives_the_numbers_of_the_loop():
     assert found.metadata["whole_model"] == []
 
 
-def _share(rank, home, how):
+def _share(rank, home, how, shares):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
-    every = texts([9, 14, 11, 12, 7], 1)
-    found = nl.ablate(llama(), every[:3] if rank else every[3:], how=how, sample=5)
-    sets = nl.ablate_sets(llama(), every[:3] if rank else every[3:], {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
-    if rank:
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=len(shares))
+    start = sum(shares[:rank])
+    own = texts([9, 14, 11, 12, 7], 1)[start : start + shares[rank]]
+    found = nl.ablate(llama(), own, how=how, sample=5)
+    sets = nl.ablate_sets(llama(), iter(own) if how == "zero" else own, {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
+    if rank == 0:
         found.save(f"{home}/found")
         sets.to_csv(f"{home}/sets.csv")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("how", ["zero", "mean"])
-def test_two_processes_equal_one(tmp_path, how):
-    mp.start_processes(_share, (str(tmp_path), how), 2, start_method="spawn" if torch.cuda.is_initialized() else "fork")
-    every = texts([9, 14, 11, 12, 7], 1)
+@pytest.mark.parametrize("shares", [[2, 3], [0, 4, 1]], ids=label)
+@pytest.mark.parametrize("how", ["zero", "mean", "resample"])
+def test_processes_equal_one_also_where_one_has_no_data(tmp_path, how, shares):
+    method = "spawn" if torch.cuda.is_initialized() else "fork"
+    mp.start_processes(_share, (str(tmp_path), how, shares), len(shares), start_method=method)
+    every = texts([9, 14, 11, 12, 7], 5)
     alone, found = nl.ablate(llama(), every, how=how, sample=5), nl.load(tmp_path / "found")
     pd.testing.assert_frame_equal(found.units, alone.units, rtol=1e-9, atol=1e-12)
     for name in ("loss", "predictions", "samples"):
         assert found.metadata[name] == pytest.approx(alone.metadata[name], rel=1e-12)
     sets = nl.ablate_sets(llama(), every, {"two": {"model.layers.0.mlp": [1, 3]}}, how=how)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sets.csv", index_col="set"), sets, rtol=1e-9, atol=1e-12)
+
+
+def _odd_share(rank, home):
+    """The second process, which has no data, gets the same list of layers for which the whole model runs."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+    found = nl.ablate(llama(), [] if rank else texts([9, 7], 1), sample=1, replay=False)
+    assert len(found.metadata["whole_model"]) == 4
+    with pytest.raises(ValueError, match="the data are empty"):
+        nl.ablate(llama(), [])
+    dist.destroy_process_group()
+
+
+def test_a_process_without_data_knows_what_the_others_found(tmp_path):
+    mp.start_processes(_odd_share, (str(tmp_path),), 2, start_method="spawn" if torch.cuda.is_initialized() else "fork")
 
 
 def test_numbers_of_predictions_and_sets_are_checked():

@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nodelens as nl
-from nodelens.analysis.supernodes.supernode_lesions import CORE, HALO, OUTSIDE, SIZE, SupernodeLesions, _nearest
+from nodelens.analysis.supernodes.supernode_lesions import CORE, HALO, OUTSIDE, SIZE, SupernodeLesions, _nearest, _order
 from nodelens.analysis.supernodes.supernodes import Supernodes
+from nodelens.evaluation.evaluate import evaluate
 from nodelens.report.supernode_lesions_figures import figures_of
 from nodelens.results.findings import load_findings
 
@@ -46,7 +47,43 @@ def test_supernodes_against_random_sets(run, tmp_path):
     both = nl.ablate_sets(model, data, {"both": {first: [*core, *halo]}})["damage"].iloc[0]
     assert table.loc[(first, HALO, OUTSIDE, CORE), "damage"] == pytest.approx(both - wanted, abs=1e-6)
     assert {row["what"] for row in found.metadata["missing"]} == {"readers"}, "the last layer has no next one"
+    assert "p is 0.17 or more with so few draws" in found.summary()
     assert (first, "readers", "random readers", "") in table.index
+
+
+def test_the_bus_is_removed_where_the_next_layer_reads_it(run):
+    model, data, result = run
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    units = result.analyses["supernodes"].units.loc["model.layers.0.mlp"]
+    core = units.index[units["supernode"]]
+    support = first.down_proj.weight.detach().abs()[:, core].sum(1).topk(4).indices
+    row = result.analyses["sets"]["sets"].query("layer == 'model.layers.0.mlp' and set == 'bus'")
+    assert row[["control", "draws"]].to_numpy().tolist() == [["random outputs", 5]]
+    dense, damaged = evaluate(model, data)["loss"], []
+    others = [unit for unit in range(16) if unit not in support.tolist()]
+    for outputs in [support, *(torch.tensor(_order(others, 0, "bus", "model.layers.0.mlp", draw)[:4]) for draw in range(5))]:
+        zeroed = [
+            module.register_forward_pre_hook(lambda _, x, at=outputs: x[0].index_fill(-1, at, 0)) for module in readers(second)
+        ]
+        damaged.append(evaluate(model, data)["loss"] - dense)
+        for handle in zeroed:
+            handle.remove()
+    assert row["damage"].iloc[0] == pytest.approx(damaged[0], abs=1e-6)
+    assert row["control_damage"].iloc[0] == pytest.approx(np.mean(damaged[1:]), abs=1e-6)
+    assert row["damage"].iloc[0] != 0
+
+
+def readers(mlp):
+    return mlp.gate_proj, mlp.up_proj
+
+
+def test_a_bus_as_wide_as_the_layer_has_no_control(run):
+    model, data, _ = run
+    wide = nl.get_analysis("supernodes", supernode_fraction=0.125, connectivity_topk=10, resamples=2, draws=2)
+    few = dataclasses.replace(QUICK, draws=2, dose=())
+    found = nl.analyze(model, data, ["taylor"], list(nl.find_groups(model)), analysis={"supernodes": wide, "sets": few})
+    missing = {row["what"]: row["reason"] for row in found.analyses["sets"].metadata["missing"]}
+    assert missing["bus"] == "the supernodes write to 10 of 16 outputs: too few others; set connectivity_topk"
 
 
 def test_the_dose_runs_from_none_to_all_supernodes(run):

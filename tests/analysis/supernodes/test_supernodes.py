@@ -400,6 +400,9 @@ def test_what_the_next_layer_reads_of_where_the_core_writes():
     gate, up = (getattr(net.model.layers[1].mlp, name).weight.detach().abs() for name in ("gate_proj", "up_proj"))
     wanted = (gate[:, support] + up[:, support]).sum(1) / (gate + up).sum(1)
     assert_close(column(result, second, "read_connectivity"), wanted, rtol=1e-9, atol=0)
+    halo = result.units["read_halo"]
+    assert not halo.loc[first].any()
+    assert set(halo.loc[second].index[halo.loc[second]]) == set(wanted.topk(2).indices.tolist()), "a tenth of 24"
 
 
 def test_a_whole_analysis_is_saved_read_said_and_drawn(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from scipy.stats import spearmanr
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nodelens as nl
 from nodelens.analysis.ablation.draws import _pair, at_random, lowest_first, random_pairs
 from nodelens.analysis.supernodes.agreement import MEAN, POOLED
+from nodelens.analysis.validity import catalogue
 from nodelens.analysis.validity.ranking import agreement, ranking
 from nodelens.analysis.validity.validity_analysis import ValidityAnalysis
 from nodelens.report.validity_figures import figures_of
@@ -196,3 +199,30 @@ def test_the_config_holds_the_defaults():
     assert options.pop("_target_") == f"{ValidityAnalysis.__module__}.ValidityAnalysis"
     plain = {name: value if value is None or isinstance(value, (str, int)) else tuple(value) for name, value in options.items()}
     assert plain == vars(ValidityAnalysis())
+
+
+def _share(rank, home):
+    """The first process has no data."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+    model, data = net(), images(30, 10)
+    found = scored(model, data if rank else [], list(nl.find_groups(model, data[0])))
+    if rank == 0:
+        found.save(f"{home}/found")
+    dist.destroy_process_group()
+
+
+def scored(model, data, groups):
+    validity = dataclasses.replace(QUICK, scores="all", sample=4, how="resample")
+    return nl.analyze(model, data, ["taylor"], groups, analysis={"validity": validity})
+
+
+def test_a_process_without_data_takes_part(tmp_path, monkeypatch):
+    few = {name: nl.get_metric(name) for name in ("activation_variance", "delta_alignment", "rq")}
+    monkeypatch.setattr(catalogue, "catalogue", lambda known: few)
+    mp.start_processes(_share, (str(tmp_path),), 2, start_method="spawn" if torch.cuda.is_initialized() else "fork")
+    found, (model, data) = nl.load(tmp_path / "found").analyses["validity"], (net(), images(30, 10))
+    alone = scored(model, data, list(nl.find_groups(model, data[0]))).analyses["validity"]
+    assert [row["what"] for row in found.metadata["missing"]] == [row["what"] for row in alone.metadata["missing"]]
+    for name in ("ranking", "pairs", "growing"):
+        pd.testing.assert_frame_equal(found[name], alone[name], rtol=1e-5, atol=1e-7, check_names=False)

@@ -4,6 +4,7 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cases_criteria import EVERY, NOT_OF_MAPS, OF_EXPERTS, OF_WEIGHTS, SCAR, ConvNet, conv_data, conv_groups, conv_net, linear, of
@@ -16,6 +17,7 @@ from nodelens.metrics import get_metric, list_metrics
 from nodelens.metrics import model_sums as per_weight
 from nodelens.metrics.feature_maps import HRank
 from nodelens.network.groups import GroupSlice, PruningGroup, identity
+from nodelens.pruning.criteria.criterion import Criterion
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.statistics import map_ranks as of_maps
 
@@ -491,3 +493,15 @@ class Bypassing(nn.Module):
 def test_a_consumer_that_is_never_called_stops_the_run(name):
     with pytest.raises(ValueError, match=r"layer 'read.input' is never called by Bypassing.*leave its group out .freeze=."):
         of(linear("make", identity(3), "read"), Bypassing(), name, [(torch.ones(2, 2), torch.tensor([0, 1]))])
+
+
+def test_a_product_takes_zeros_but_nothing_below():
+    index = pd.MultiIndex.from_product([["g"], range(4)], names=["group", "unit"])
+    table = pd.DataFrame({"a": [0.0, 1, 4, 9], "b": [2.0, 2, 0, 1], "c": [-1.0, 1, 1, 1]}, index=index)
+    product = Criterion.of({"terms": {"a": 0.5, "b": 2.0, "c": 0.0}, "combine": "product"})
+    with pytest.raises(ValueError, match=r"multiplies, and c has values below 0: use combine: sum"):
+        product.score(table)
+    found = product.score(table.assign(c=[0.0, 1, 1, 1]))
+    np.testing.assert_allclose(found, [0, 4, 0, 3], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"multiplies, and b has values of 0, and a weight below 0: use combine: sum"):
+        Criterion.of({"terms": {"a": 1, "b": -1}, "combine": "product"}).score(table)

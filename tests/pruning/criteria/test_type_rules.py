@@ -31,7 +31,7 @@ def units():
 
 def pruned(net, amount=0.5, criterion="magnitude", **options):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    rules = {name: options.pop(name) for name in ("units", "rates", "protect", "first", "column") if name in options}
+    rules = {name: options.pop(name) for name in ("units", "rates", "protect", "first", "column", "permuted") if name in options}
     spec = {"terms": {criterion: 1.0}, "types": rules}
     return nl.prune(net, spec, amount, example_inputs=x, **options)
 
@@ -102,6 +102,23 @@ def test_a_protected_share_keeps_the_best_of_a_type(net, units):
         assert not best & set(removed), mode
 
 
+def test_permuted_types_keep_as_many_units_that_are_drawn_anew_for_each_seed(net, units):
+    names = units["unit_type"].unique()
+    rules = {"units": units, "rates": {"critical": 0}, "permuted": True}
+    labels = [TypeRules.of("a", rules).labels(nl.find_groups(net, torch.ones(2, 6)), seed) for seed in (0, 0, 1)]
+    for group, own in labels[0].items():
+        assert {name: (own == name).sum() for name in names} == dict.fromkeys(names, 10)
+        assert (own == labels[1][group]).all()
+        assert (own != labels[2][group]).any()
+        assert (own != units.loc[group, "unit_type"].to_numpy()).any()
+    for seed in (0, 3):
+        kept = TypeRules.of("a", rules).labels(nl.find_groups(net, torch.ones(2, 6)), seed)["0"] == "critical"
+        found = pruned(net, 0.75, **rules, seed=seed)
+        assert set(found.plan.removed["0"]) == set(np.flatnonzero(~kept))
+        assert found.plan.about["terms"]["types"]["permuted"]
+    assert not Criterion.of({"terms": {"rq": 1.0}, "types": {"units": units}}).spec["types"]["permuted"]
+
+
 def test_plans_of_several_steps_are_nested(net, units):
     found = pruned(net, 0.3, units=units, rates={"critical": 0, "redundant": 3, "background": 2}, schedule="iterative")
     assert counts(found, units)["2"] == {"redundant": 6, "background": 4, "synergistic": 2}
@@ -134,14 +151,15 @@ def test_the_labels_are_part_of_the_options(units):
     [
         (
             {},
-            "criterion 'magnitude': types needs units, the folder of a run with analysis=.clusters., or a table of units; it is {}",
+            r"'magnitude': types needs units, the folder of a run with analysis=\[clusters\], <run>/supernodes, or a table of",
         ),
         ({"rates": {"critical": -1}}, "types.rates.critical is -1; it is a number, 0 or more"),
         ({"protect": {"critical": 2}}, "types.protect.critical is 2; it is a share of the units of a type, from 0 to 1"),
         (
             {"rate": {}},
-            "criterion 'magnitude': types has rate; it takes units, column, rates, protect, first. Did you mean 'rates'",
+            "criterion 'magnitude': types has rate; it takes units, column, rates, protect, first, permuted. Did you mean 'rates'",
         ),
+        ({"permuted": 1}, "types.permuted is 1; it is true or false"),
         ({"column": "type"}, "the table of units has no column 'type'.*Run analyze.py with analysis=.clusters."),
         ({"rates": {"criticl": 1}}, "no unit has the unit_type 'criticl'. Did you mean 'critical'. There are background, critical"),
     ],
