@@ -1,5 +1,6 @@
 """What tests share: where real data lie, an environment that reaches no network."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,13 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; processes 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+gc.disable()  # until everything is collected
+
+
+def pytest_collection_finish():
+    """Modules and tests live to the end: the garbage collector need not visit their millions of objects again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

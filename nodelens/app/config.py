@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError
 from omegaconf.resolvers import oc
 
 from .checks import check
-from .entries import store_entries
+from .entries import share_nodes, store_entries
 from .explain import ERRORS, explain, parsed_overrides
 from .renamed import rename_in_files, taken_warnings, with_new_keys
 from .search_path import CONF, SEARCHPATH, config_folders
@@ -174,11 +175,16 @@ class Prune(Common):
 
 def register(folders: Sequence[Path] = (CONF,), imports: bool = True) -> None:
     """Makes the schema and the entries of metrics and criteria known to Hydra; ``folders`` and ``imports`` as ``store_entries``."""
-    store = ConfigStore.instance()
-    for node in (Train, Analyze, Prune):
-        store.store(name=f"{node.task}_schema", node=node)
+    _store_schemas()
     store_entries(folders, imports)
     rename_in_files()
+    share_nodes()
+
+
+@cache
+def _store_schemas() -> None:
+    for node in (Train, Analyze, Prune):
+        ConfigStore.instance().store(name=f"{node.task}_schema", node=node)
 
 
 def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -32,7 +32,18 @@ def store_entries(folders: Sequence[Path], imports: bool = True) -> None:
 
 class _Node(ConfigNode):
     def __deepcopy__(self, memo: Any) -> "_Node":
-        return self  # Hydra copies the whole store for each composition; it copies what it loads once more
+        return self  # Hydra copies the whole store for each composition and listing; it copies what it loads once more
+
+
+def share_nodes() -> None:
+    """From now on the nodes that are in Hydra's store are not copied with it: ``--help`` copies the store a hundred times."""
+    groups = [ConfigStore.instance().repo]
+    for group in groups:
+        for name, node in group.items():
+            if isinstance(node, dict):
+                groups.append(node)
+            elif type(node) is ConfigNode:
+                group[name] = _Node(**vars(node))
 
 
 @cache

@@ -33,7 +33,8 @@ class TokenModel:
         self._by_name = "input_ids" in parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         self.keeps_last = "logits_to_keep" in parameters
-        self.compared: set[tuple[int, str, int]] = set()  # ways of sharing passes that gave the logits of the whole model
+        self._last: dict[str, Any] = {"logits_to_keep": 1} if self.keeps_last else {}
+        self.compared: set[tuple[Any, ...]] = set()  # ways of sharing passes that gave the logits of the whole model
 
     @classmethod
     def checked(cls, call: str, model: Any) -> "TokenModel":
@@ -53,14 +54,19 @@ class TokenModel:
 
     def logits(self, ids: Tensor, last: bool = False, cache: Any = None) -> Tensor:
         """The model's logits (B, T, V); with ``last`` those of the last position, (B, V). cache: of the tokens before these."""
-        options = self._options | ({"logits_to_keep": 1} if last and self.keeps_last else {})
-        logits = answer_of(self._run(ids, options if cache is None else options | _cached(cache)), None, self.name)
+        options = self._options | (self._last if last else {})
+        logits = self._checked(ids, self._run(ids, options if cache is None else options | _cached(cache)))
+        return logits[:, -1] if last else logits
+
+    def _checked(self, ids: Tensor, output: Any) -> Tensor:
+        """The logits (B, T, V) of an output."""
+        logits = answer_of(output, None, self.name)
         if logits.ndim != 3:
             raise ValueError(
                 f"{self.name} puts out {tuple(logits.shape)} for token ids {tuple(ids.shape)}: a lens needs logits (B, T, V) of a "
                 "causal language model"
             )
-        return logits[:, -1] if last else logits
+        return logits
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -79,7 +85,7 @@ class TokenModel:
 
     def cache(self, ids: Tensor) -> Any:
         """The model's key-value cache after token ids (B, T). Raises AttributeError for a model that makes none."""
-        return self._run(ids, {"use_cache": True} | ({"logits_to_keep": 1} if self.keeps_last else {})).past_key_values
+        return self._run(ids, {"use_cache": True} | self._last).past_key_values
 
     def check_tokens(self, ids: Tensor) -> None:
         """Raises ValueError for ids that are not in the vocabulary."""
@@ -102,6 +108,19 @@ class TokenModel:
 
         Raises ValueError for a layer that never runs or that does not show one row per token.
         """
+        with self._shown(ids, layers) as shown:
+            logits = self.logits(ids, last)
+        return shown, logits
+
+    def read_and_cache(self, ids: Tensor, layers: Iterable[Layer]) -> tuple[dict[str, Tensor], Tensor, Any]:
+        """As ``read``, with the logits of the last position, (B, V), and the key-value cache; None for a model that makes none."""
+        with self._shown(ids, layers) as shown:
+            output = self._run(ids, self._last | ({"use_cache": True} if self._options else {}))
+        return shown, self._checked(ids, output)[:, -1], getattr(output, "past_key_values", None)
+
+    @contextmanager
+    def _shown(self, ids: Tensor, layers: Iterable[Layer]) -> Iterator[dict[str, Tensor]]:
+        """Inside, what passes at the layers is kept by their names."""
         shown: dict[str, Tensor] = {}
         sites = [Site(layer, layer.side) for layer in layers]
 
@@ -110,11 +129,10 @@ class TokenModel:
 
         with Capture(sites, keep) as capture:
             capture.gate = True
-            logits = self.logits(ids, last)
+            yield shown
         silent = next((site.layer.name for site in sites if site.layer.name not in shown), None)
         if silent is not None:
             raise ValueError(f"{silent!r} never runs in {self.name}: choose other {option('layers')}")
-        return shown, logits
 
     def blocks(self, layers: str | int | Sequence[int] = "all") -> list[int]:
         """Indices of the chosen blocks. Raises ValueError for an expression or index out of range, and a model without blocks."""

@@ -58,10 +58,11 @@ def boxes(found: Sequence[dict[str, Any] | None], name: object = "", shade: str 
     return {"type": "box", **columns, **style, "name": text(name), "showlegend": False, **more}
 
 
-def box_rows(values: dict[Hashable, Any], title: str) -> "Figure":
-    """One horizontal box per entry."""
+def box_rows(values: dict[Hashable, Any], title: str, rows: str = "layer", limits: tuple[float, float] | None = None) -> "Figure":
+    """One horizontal box per entry. rows: what the entries are; limits: of the axis, for values that may all be equal."""
     found = [box(each, k) for k, each in enumerate(values.values())]
-    return figure_of([boxes(found)], rows_height(len(values)), xaxis={"title": {"text": title}}, yaxis=rows_axis(list(values)))
+    axis = {"title": {"text": title}, "showgrid": True} | ({"range": list(limits)} if limits else {})
+    return figure_of([boxes(found)], rows_height(len(values)), xaxis=axis, yaxis=rows_axis(list(values), rows))
 
 
 def grid(
@@ -74,12 +75,16 @@ def grid(
     limits: tuple[float, float] | None = None,
     diverging: bool = False,
     hover: pd.DataFrame | None = None,
+    most: int = 18,
 ) -> "Figure":
-    """A heatmap of a table, its first row on top. words: what stands in the cells; hover: what a pointer shows beside the value."""
+    """A heatmap of a table, its first row on top.
+
+    words: what stands in the cells; hover: what a pointer shows beside the value; most: characters of a column's name
+    """
     numbers = values.to_numpy(float)
     finite = np.abs(numbers[np.isfinite(numbers)])
-    most = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    low, high = limits or ((-most, most) if diverging else (None, None))
+    largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    low, high = limits or ((-largest, largest) if diverging else (None, None))
     trace = heat(numbers, label, low, high, DIVERGING if diverging else SEQUENTIAL)
     if words is not None:
         trace |= {"text": [[text(cell) for cell in row] for row in words.to_numpy()], "texttemplate": "%{text}"}
@@ -90,7 +95,7 @@ def grid(
         for row, cells in zip(rows, beside.to_numpy(), strict=True)
     ]
     trace["hovertemplate"] = f"%{{customdata}}<br>{text(label)} %{{z:.4g}}<extra></extra>"
-    axis = names_axis(list(values.columns), x, most=18) if ticks is None else names_axis(ticks, x)
+    axis = names_axis(list(values.columns), x, most=most) if ticks is None else names_axis(ticks, x)
     height = max(rows_height(len(values)), 130 + 7 * len(label))  # so that the label fits beside the colours
     return figure_of([trace], height, xaxis=axis, yaxis=rows_axis(list(values.index), y))
 
@@ -114,7 +119,8 @@ def panels(
 ) -> "Figure":
     """Small charts side by side, at most twelve, evenly chosen from first to last. A name of the legend stands there once.
 
-    draw: the traces of one name; shared: whether all panels have the same vertical axis
+    draw: the traces of one name; shared: whether all panels have the same vertical axis. Panels that share none and have no label y
+    are named by their axes.
     """
     chosen = spread(names, PANELS)
     across = min(across, max(1, len(chosen)))
@@ -129,14 +135,22 @@ def panels(
             seen.add(trace.get("name"))
             linked = {"legendgroup": trace.get("name"), "showlegend": fresh and trace.get("showlegend", True)}
             traces.append({**trace, **linked, "xaxis": f"x{tail}", "yaxis": f"y{tail}"})
-        layout[f"xaxis{tail}"] = {"title": {"text": x if k >= len(chosen) - across else ""}, **(axes or {}).get("x", {})}
-        layout[f"yaxis{tail}"] = {"title": {"text": y if k % across == 0 else ""}, **(axes or {}).get("y", {})}
+        named = text(name) if not (shared or y) else ""
+        layout[f"xaxis{tail}"] = {**(axes or {}).get("x", {}), "title": {"text": x if k >= len(chosen) - across else ""}}
+        layout[f"yaxis{tail}"] = {**(axes or {}).get("y", {}), "title": {"text": named or (y if k % across == 0 else "")}}
         if "ticktext" in layout[f"yaxis{tail}"]:
             layout[f"yaxis{tail}"]["showticklabels"] = k % across == 0  # inner ones would cover the panel beside them
         if shared and k:
             layout[f"yaxis{tail}"]["matches"] = "y"
         notes.append(
-            {"text": text(name), "xref": f"x{tail} domain", "yref": f"y{tail} domain", "x": 0.5, "y": 1.0, "yanchor": "bottom"}
+            {
+                "text": "" if named else text(name),
+                "xref": f"x{tail} domain",
+                "yref": f"y{tail} domain",
+                "x": 0.5,
+                "y": 1.0,
+                "yanchor": "bottom",
+            }
         )
     layout["annotations"] = [{**note, "showarrow": False, "font": {"size": 11}} for note in notes]
     return figure_of(traces, 90 + height * down, margin={"t": 34}, **layout)

@@ -93,7 +93,9 @@ def ablations(found: Findings) -> Any:
     """Agreement with fewer features, one box per set of features over the layers."""
     table = found["ablations"]
     sets = list(dict.fromkeys(table["features"]))[1:]
-    return box_rows({name: table[table["features"] == name]["ari"] for name in sets}, "adjusted Rand index with all features")
+    return box_rows(
+        {name: table[table["features"] == name]["ari"] for name in sets}, "adjusted Rand index with all features", "features"
+    )
 
 
 def numbers(found: Findings) -> Any:

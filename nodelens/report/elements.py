@@ -38,8 +38,8 @@ def cards(values: Mapping[str, Any]) -> str:
 def table(frame: pd.DataFrame, words: bool = False, titles: Mapping[str, str] | None = None) -> str:
     """A table that is sorted by its headings. words: cells hold text that may wrap; titles: what columns mean."""
     known, names = titles or {}, [frame.index.name or "", *frame.columns]
-    head = "".join(f"<th title='{html.escape(known.get(str(c), ''))}'>{html.escape(str(c))}</th>" for c in names)
     kind = " class='words'" if words else ""
+    head = "".join(f"<th{kind} title='{html.escape(known.get(str(c), ''))}'>{html.escape(str(c))}</th>" for c in names)
     shown = frame.head(ROWS)
     body = "".join(
         f"<tr><td>{html.escape(str(i))}</td>" + "".join(f"<td{kind}>{cell(v)}</td>" for v in row) + "</tr>"

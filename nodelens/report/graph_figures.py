@@ -11,6 +11,8 @@ from .metric_figures import means_of_layers
 from .plot import GREY, SEQUENTIAL, Plot, figure_of, menu, short, text
 
 _NAMED = 40  # layers whose names stand in the picture
+_STEP = 60  # pixels between two layers with names
+_WAVE = 0.18  # of layers in a row, which would hide each other's names
 
 
 def network(result: Result) -> Plot | None:
@@ -23,13 +25,17 @@ def network(result: Result) -> Plot | None:
     nodes = nodes.loc[:, nodes.notna().any()]
     columns = [c for c in values_of(result.edges) if result.edges[c].notna().any()]
     ends = np.array([[*place[a], *place[b]] for a, b in pairs], dtype=float)
-    of_nodes, of_pairs = _nodes(place, nodes), _arrows(ends, pairs, result.edges, columns)
+    depth, beside = max(x for x, _ in place.values()), max(abs(y) for _, y in place.values()) + 0.5
+    height = int(min(700, 210 + 110 * 2 * beside))
+    slope = (height - 150) / (2 * beside) / (1000 / (depth + 1))  # of a pair on the screen: pixels of a step up and to the right
+    of_nodes, of_pairs = _nodes(place, nodes), _arrows(ends, pairs, result.edges, columns, slope)
     traces = [_lines(ends), *of_pairs, *of_nodes]
     figure = figure_of(
         traces,
-        430,
-        xaxis={"visible": False},
-        yaxis={"visible": False},
+        height,
+        xaxis={"visible": False, "range": [-0.7, depth + 0.7]},
+        yaxis={"visible": False, "range": [-beside, beside]},
+        meta={"least": 160 + _STEP * int(depth)} if len(place) <= _NAMED else None,
         showlegend=False,
         updatemenus=[
             *([_menu("arrows", columns, 1, len(of_pairs), len(traces))] if len(columns) > 1 else []),
@@ -51,9 +57,8 @@ def _places(pairs: list[tuple[str, str]]) -> dict[str, tuple[float, float]]:
     beside: dict[int, list[str]] = {}
     for name, deep in depth.items():
         beside.setdefault(deep, []).append(name)
-    wave = 0.18  # layers in a row would hide each other's names
     return {
-        name: (deep, k - (len(names) - 1) / 2 + wave * (-1) ** deep)
+        name: (deep, k - (len(names) - 1) / 2 + _WAVE * (-1) ** deep)
         for deep, names in sorted(beside.items())
         for k, name in enumerate(names)
     }
@@ -65,35 +70,39 @@ def _lines(ends: np.ndarray) -> dict:
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "line": {"color": GREY, "width": 1}, "hoverinfo": "skip"}
 
 
-def _arrows(ends: np.ndarray, pairs: list[tuple[str, str]], table: pd.DataFrame, columns: list[str]) -> list[dict]:
-    """Triangles half way between layers, one trace per metric of pairs."""
+def _arrows(ends: np.ndarray, pairs: list[tuple[str, str]], table: pd.DataFrame, columns: list[str], slope: float) -> list[dict]:
+    """Arrows half way between layers, one trace per metric of pairs, of the pairs that have a value."""
     middle = (ends[:, :2] + ends[:, 2:]) / 2
-    angle = 90 - np.degrees(np.arctan2(ends[:, 3] - ends[:, 1], ends[:, 2] - ends[:, 0]))
+    angle = 90 - np.degrees(np.arctan2(slope * (ends[:, 3] - ends[:, 1]), ends[:, 2] - ends[:, 0]))
     found = []
     for k, column in enumerate(columns):
-        hover = [f"{text(a)} → {text(b)}<br>{text(column)} {v:.4g}" for (a, b), v in zip(pairs, table[column], strict=True)]
+        values = table[column].to_numpy(float)
+        known = np.flatnonzero(np.isfinite(values))
+        hover = [f"{text(pairs[i][0])} → {text(pairs[i][1])}<br>{text(column)} {values[i]:.4g}" for i in known]
         bar = {"title": {"text": text(column), "side": "right"}, "thickness": 10, "x": 1.0, "len": 0.9}
         marker = {
-            "symbol": "triangle-up",
-            "size": 13,
-            "angle": angle,
-            "color": table[column].to_numpy(float),
+            "symbol": "arrow",
+            "size": 15 if len(pairs) <= _NAMED else 5,
+            "angle": angle[known],
+            "color": values[known],
             "colorscale": "Plasma",
         }
-        found.append(_marks(middle, hover, marker | {"showscale": True, "colorbar": bar}, k == 0))
+        found.append(_marks(middle[known], hover, marker | {"showscale": True, "colorbar": bar}, k == 0))
     return found
 
 
 def _nodes(place: dict[str, tuple[float, float]], nodes: pd.DataFrame) -> list[dict]:
     """Dots of layers, one trace per metric; plain ones without metrics."""
     where = np.array(list(place.values()), dtype=float)
-    names = {"mode": "markers+text", "text": [text(short(name, 18)) for name in place], "textposition": "bottom center"}
+    names = {"mode": "markers+text", "text": [text(short(name, 18)) for name in place]}
+    names["textposition"] = ["top center" if deep % 2 == 0 else "bottom center" for deep, _ in place.values()]
     names = names if len(place) <= _NAMED else {}
     found = []
     for k, column in enumerate(nodes):
         hover = [f"{text(layer)}<br>{text(column)} {value:.4g}" for layer, value in nodes[column].items()]
         bar = {"title": {"text": text(column), "side": "top"}, "orientation": "h", "thickness": 8, "y": -0.25, "len": 0.5}
-        marker = {"size": 15, "color": nodes[column].to_numpy(float), "colorscale": SEQUENTIAL, "line": {"color": GREY, "width": 1}}
+        style = {"size": 15, "line": {"color": GREY, "width": 1}} if names else {"size": 5}
+        marker = style | {"color": nodes[column].to_numpy(float), "colorscale": SEQUENTIAL}
         found.append(_marks(where, hover, marker | {"showscale": True, "colorbar": bar}, k == 0) | names)
     return found or [_marks(where, [text(name) for name in place], {"size": 14, "color": GREY}, True) | names]
 
@@ -114,5 +123,5 @@ def _menu(name: str, columns: list[str], first: int, count: int, every: int) -> 
 
 _CAPTION = (
     "Data flow from left to right. Dots are layers, coloured by a metric (means over units); arrows are pairs of layers, coloured "
-    "by a metric of pairs."
+    "by a metric of pairs; a pair without an arrow has no value."
 )

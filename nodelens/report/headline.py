@@ -2,33 +2,27 @@
 
 import html
 import math
-import re
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
-from nodelens.metrics import get_metric
-from nodelens.metrics.base import section_of
 from nodelens.results.notices import notices
 from nodelens.results.result import Result
 
-from .elements import cards, command, table
+from .elements import cards, command
 
 
-def head(folder: Path, result: Result) -> list[str]:
-    """Title, headlines, warnings and the command."""
+def head(folder: Path, result: Result, more: Mapping[str, str] | None = None) -> list[str]:
+    """Title, headlines, warnings and the command. more: headlines that come first."""
     m = result.metadata
     task = str((m.get("config") or {}).get("task", ""))
-    lead = [str((m.get("model") or {}).get("class", "model")), *_data_words(m)]
-    if m.get("config") and not _has_weights(m):
-        lead.append("no checkpoint was given")
+    lead = [str((m.get("model") or {}).get("class", "model")), *data_words(m)]
     parts = [f"<h1>nodelens {html.escape(task)}</h1><p class='lead'>{html.escape('; '.join(lead))}</p>"]
-    parts += [f"<p class='warning'>Warning: {html.escape(line)}</p>" for line in notices(m)]
-    parts.append(cards(_cards(result)))
+    parts += [f"<p class='warning'>Warning: {html.escape(line)}</p>" for line in _warnings(m)]
+    parts.append(cards({**(more or {}), **_cards(result)}))
     words = command_of(folder, task)
     return [*parts, command(words)] if words else parts
 
@@ -65,8 +59,7 @@ def _cards(result: Result) -> dict[str, str]:
         found["time"] = f"{sum(seconds):.1f} s"
     if m.get("seed") is not None:
         found["seed"] = str(m["seed"])
-    warned = len(notices(m))
-    return found | {"warnings": str(warned)}
+    return found | {"warnings": str(len(_warnings(m)))}
 
 
 def scores(found: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +77,8 @@ def scores(found: Mapping[str, Any]) -> dict[str, str]:
     return scores or {f"loss, {on}": f"{values['loss']:.4f}"}
 
 
-def _data_words(m: Mapping[str, Any]) -> list[str]:
+def data_words(m: Mapping[str, Any]) -> list[str]:
+    """The data set and the split of a run, from its metadata."""
     data = (m.get("config") or {}).get("dataset") or {}
     target = str(data.get("_target_", "")).rpartition(".")[2]
     path = data.get("path")
@@ -93,57 +87,12 @@ def _data_words(m: Mapping[str, Any]) -> list[str]:
     return [word for word in (named, f"measured on the split {split}" if split else "") if word]
 
 
+def _warnings(m: Mapping[str, Any]) -> list[str]:
+    random = "no checkpoint was given: the weights are random, unless the model reads its own"
+    return [*([random] if m.get("config") and not _has_weights(m) else []), *notices(m)]
+
+
 def _has_weights(m: Mapping[str, Any]) -> bool:
     model = (m.get("config") or {}).get("model") or {}
     stored = [model.get("weights"), *((model.get("net") or {}).get(key) for key in ("path", "pretrained"))]
     return bool((m.get("weights") or {}).get("ckpt_path") or any(stored))
-
-
-def definitions_of(result: Result) -> dict[str, str]:
-    """{column: what it is}: the first words of the metric's description, its unit, options and source."""
-    return {column: _definition(about) for column, about in (result.metadata.get("metrics") or {}).items()}
-
-
-def _definition(about: Mapping[str, Any]) -> str:
-    try:
-        described = type(get_metric(about["metric"])).__doc__ or ""
-    except (ValueError, TypeError):  # a metric of one's own, or one with required options
-        described = ""
-    first = " ".join(re.split(r"\n\s*\n|\n\s*\w+:", described)[0].split()).replace("``", "")
-    options = ", ".join(f"{k}={v}" for k, v in about["options"].items())
-    unit, source = section_of(described, "Unit").replace("``", "").rstrip("."), about.get("source", "")
-    words = [
-        first,
-        f"Unit: {unit}." if unit else "",
-        f"Options: {options}." if options else "",
-        f"Source: {source}." if source else "",
-    ]
-    return " ".join(word for word in words if word)
-
-
-def definitions(result: Result) -> str:
-    """A table of the columns: metric, options, what it reads, source."""
-    rows = {
-        column: {
-            "metric": m["metric"],
-            "options": ", ".join(f"{k}={v}" for k, v in m["options"].items()) or "none",
-            "reads": (", ".join(m["needs"].values()) or "weights") + _without_activation(m),
-            "source": m.get("source", ""),
-        }
-        for column, m in result.metadata["metrics"].items()
-    }
-    return table(pd.DataFrame(rows).T.rename_axis("column"), words=True)
-
-
-def _without_activation(metric: dict[str, Any]) -> str:
-    """At which layers a metric that reads behind the activation read the layer's own output."""
-    layers = [layer for layer, behind in metric.get("read_behind", {}).items() if not behind]
-    return f"; no activation follows {', '.join(layers)}: read at the output" if layers else ""
-
-
-def missing(result: Result) -> str:
-    """Which values are missing, and why."""
-    entries = result.metadata.get("missing", [])
-    if not entries:
-        return "<p>None: every unit and layer has a value for every metric.</p>"
-    return table(pd.DataFrame(entries).set_index("layer"), words=True)

@@ -10,13 +10,14 @@ import pandas as pd
 from nodelens.results.result import BESIDE, Result, values_of
 
 from .charts import box, boxes, dots, grid, heat
-from .plot import COLOURS, Plot, figure_of, menu, names_axis, one_of, rows_axis, rows_height, text
+from .definitions import definitions_of, label
+from .plot import COLOURS, Plot, figure_of, menu, names_axis, one_of, rows_axis, rows_height, short, text
 
 
 def overview(result: Result) -> Plot | None:
     """Layers against metrics, coloured by the rank of the layer within the metric."""
     found = means_of_layers(result)
-    found = found.loc[:, found.notna().any()]
+    found = found.loc[:, found.notna().sum() > 1]  # one value alone is neither high nor low
     if len(found) < 2 or not len(found.columns):
         return None
     ranks = (found.rank() - 1) / (found.notna().sum() - 1).clip(lower=1)
@@ -28,7 +29,8 @@ def overview(result: Result) -> Plot | None:
     ]
     trace["hovertemplate"] = "%{customdata}<br>rank %{z:.2f}<extra></extra>"
     axis = names_axis(list(found.columns), most=26, tickangle=-45)
-    figure = figure_of([trace], rows_height(len(found), 20, 190), xaxis=axis, yaxis=rows_axis(list(found.index), "layer"))
+    rows = rows_axis(list(found.index), "layer")
+    figure = figure_of([trace], rows_height(len(found), 20, 190), xaxis=axis, yaxis=rows, meta={"least": 170 + 16 * len(columns)})
     return Plot("overview", "Which layers are high and low in each metric", _OVERVIEW, figure, found)
 
 
@@ -60,13 +62,14 @@ def distributions(result: Result, first: str | None = None) -> Plot:
         hover = [text(layer) for layer in by_layer]
         traces.append(dots(mean, list(range(len(mean))), "mean", error=error, marker=marker, text=hover, showlegend=False))
         traces[-1]["hovertemplate"] = "%{text}<br>mean %{x:.4g}<extra></extra>"
-        layouts.append({"xaxis.title.text": text(name)})
+        layouts.append({"xaxis.title.text": text(label(result, name))})
     visible = [[k // 2 == one for k in range(len(traces))] for one in range(len(columns))]
     for trace, shown in zip(traces, visible[0] if visible else [], strict=False):
         trace["visible"] = shown
-    menus = [menu(columns, visible, layouts) | {"name": "metric"}] if len(columns) > 1 else []
-    axis = {"title": {"text": text(columns[0]) if columns else ""}}
-    figure = figure_of(traces, rows_height(len(by_layer), 26), xaxis=axis, yaxis=rows_axis(list(by_layer)), updatemenus=menus)
+    menus = [menu(columns, visible, layouts, definitions_of(result)) | {"name": "metric"}] if len(columns) > 1 else []
+    axis = {"title": {"text": text(label(result, columns[0])) if columns else ""}, "showgrid": True}
+    up = rows_axis(list(by_layer), "layer")
+    figure = figure_of(traces, rows_height(len(by_layer), 26), xaxis=axis, yaxis=up, updatemenus=menus)
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return Plot("units", "How each metric is spread over the units of a layer", _UNITS, figure, table)
 
@@ -87,8 +90,10 @@ def agreement(result: Result) -> Plot | None:
     mean = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
     table = pd.DataFrame(mean, pd.Index(columns, name="metric"), columns)
     words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}").replace("-0.00", "0.00") if len(columns) <= 24 else None
-    figure = grid(table, "Spearman correlation", y="", words=words, limits=(-1, 1), diverging=True)
-    figure.update_layout(height=rows_height(len(columns), 30, 150), xaxis_tickangle=-45)
+    figure = grid(table, "Spearman correlation", y="", words=words, most=26, limits=(-1, 1), diverging=True)
+    figure.update_layout(
+        height=max(290, rows_height(len(columns), 30, 150)), xaxis_tickangle=-45, meta={"least": 200 + 16 * len(columns)}
+    )
     return Plot("agreement", "Which metrics rank units alike", _AGREEMENT, figure, table)
 
 
@@ -96,27 +101,29 @@ def layers(result: Result, first: str | None = None) -> Plot:
     """Metrics of layers with standard errors."""
     columns = _first(layer_metrics(result), first)
     names = [f"{name} ({units})" for name, units in result.layers["units"].items()] if "units" in result.layers else None
-    figure = _dots(result.layers, columns, names or list(result.layers.index))
-    return Plot("layers", "Metrics of layers", _LAYERS, figure, _with_errors(result.layers, columns))
+    figure = _dots(result, result.layers, columns, names or list(result.layers.index), "layer (units)" if names else "layer")
+    return Plot("layers", "How the layers differ in each metric", _LAYERS, figure, _with_errors(result.layers, columns))
 
 
 def edges(result: Result, first: str | None = None) -> Plot:
     """Metrics of pairs of layers with standard errors."""
     columns = _first([c for c in values_of(result.edges) if result.edges[c].notna().any()], first)
-    figure = _dots(result.edges, columns, [f"{a} → {b}" for a, b in result.edges.index])
-    return Plot("pairs", "Metrics of pairs of layers", _EDGES, figure, _with_errors(result.edges, columns))
+    figure = _dots(result, result.edges, columns, [f"{a} → {b}" for a, b in result.edges.index], "pair of layers")
+    brief = [f"{short(a, 24)} → {short(b, 24)}" for a, b in result.edges.index]
+    figure.update_layout(yaxis=rows_axis(brief, "pair of layers", most=51))
+    return Plot("pairs", "How the pairs of layers differ in each metric", _EDGES, figure, _with_errors(result.edges, columns))
 
 
-def _dots(table: pd.DataFrame, columns: list[str], names: list[Any]) -> Any:
-    traces = []
+def _dots(result: Result, table: pd.DataFrame, columns: list[str], names: list[Any], rows: str) -> Any:
+    traces, labels = [], [text(label(result, column)) for column in columns]
     for column in columns:
         value = table[column].where(np.isfinite(table[column]))
         traces.append(dots(value, list(range(len(table))), column, error=table.get(f"{column}_se"), showlegend=False))
         traces[-1] |= {"text": [text(name) for name in names], "hovertemplate": "%{text}<br>%{x:.4g}<extra></extra>"}
-    menus = one_of(traces, columns, [{"xaxis.title.text": text(column)} for column in columns])
-    axis = {"title": {"text": text(columns[0])}}
+    menus = one_of(traces, columns, [{"xaxis.title.text": words} for words in labels], definitions_of(result))
+    axis = {"title": {"text": labels[0]}}
     named = [each | {"name": "metric"} for each in menus]
-    return figure_of(traces, rows_height(len(table)), xaxis=axis, yaxis=rows_axis(names), updatemenus=named)
+    return figure_of(traces, rows_height(len(table)), xaxis=axis, yaxis=rows_axis(names, rows), updatemenus=named)
 
 
 def _with_errors(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -151,7 +158,7 @@ def spectra(result: Result) -> Iterator[Plot]:
     names = dict.fromkeys(name for (_, name), values in result.matrices.items() if values.ndim == 1 and not name.endswith(BESIDE))
     for name in names:
         lines = {layer: values for (layer, each), values in result.matrices.items() if each == name and values.ndim == 1}
-        yield Plot(f"spectrum-{name}", f"{name} by layer", _SPECTRA, curves(lines, name), longest(lines))
+        yield Plot(f"spectrum-{name}", f"How fast {name} fall off in each layer", _SPECTRA, curves(lines, name), longest(lines))
 
 
 def curves(lines: dict[str, np.ndarray], label: str, most: int = 60, points: int = 200) -> Any:

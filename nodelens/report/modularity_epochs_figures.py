@@ -3,63 +3,69 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nodelens.results.findings import Findings
 
-from .charts import line, panels
-from .plot import COLOURS, Plot, figure_of, names_axis, text, whole_ticks
+from .charts import grid, line, panels
+from .epoch_pictures import epoch_ticks, pictures, ranked
+from .plot import COLOURS, GREY, Plot, whole_ticks
 
-_UNITS = 300  # rows of the picture of units
+_COLOURED = 6  # modules of a picture with colours of their own
 
 
 def figures_of(found: Findings) -> Iterator[Plot]:
     """The plots over the epochs of a training."""
     if not len(found["modules"]):
         return
-    yield Plot("q", "Do modules emerge?", _Q, _lines(found["modules"], "epoch", ["q", "modules"]), found["modules"])
+    yield Plot("q", "Do modules emerge?", _Q, _lines(found["modules"]), found["modules"])
     if len(found["stability"]):
-        figure = _lines(found["stability"], "epoch_b", ["ami", "alignment"])
-        yield Plot("stability", "Do units stay in their modules?", _STABILITY, figure, found["stability"])
-    for (layer, name), rows in found["labels"].groupby(["layer", "association"], sort=False):
-        caption = f"Colours are modules by {name}, units in order of their last module; empty: in none."
-        yield Plot(f"modules-{layer}-{name}", f"The module of each unit over epochs: {layer}, {name}", caption, units(rows), rows)
+        yield Plot("stability", "Do units stay in their modules?", _STABILITY, _stability(found["stability"]), found["stability"])
+    if len(found["labels"]):
+        yield Plot("units", "Which units stay together?", _UNITS, _units(found["labels"]), found["labels"])
 
 
-def units(rows: pd.DataFrame) -> Any:
-    """The module of each unit after each epoch, as colours; units in order of their last module."""
-    table = rows.pivot(index="unit", columns="epoch", values="module")
-    table = table.sort_values(list(table.columns[::-1]), kind="stable").iloc[:_UNITS]
-    numbers = table.to_numpy(float)
-    count = len(COLOURS)
-    steps = [[edge, shade] for k, shade in enumerate(COLOURS) for edge in (k / count, (k + 1) / count)]
-    shown = np.where(numbers < 0, np.nan, numbers % count)
-    hover = [[f"unit {text(unit)}: module {number:g}" for number in row] for unit, row in zip(table.index, numbers, strict=True)]
-    trace = {"type": "heatmap", "z": shown, "zmin": -0.5, "zmax": count - 0.5, "colorscale": steps, "showscale": False}
-    trace |= {"customdata": hover, "hovertemplate": "%{customdata}<extra></extra>", "hoverongaps": False}
-    axis = names_axis(list(table.columns), "epoch")
-    return figure_of([trace], 320, xaxis=axis, yaxis={"title": {"text": "units"}, "showticklabels": False, "autorange": "reversed"})
+def _units(labels: pd.DataFrame) -> Any:
+    """The module of each unit after each epoch, one picture per layer and association."""
+    tables, words = {}, {}
+    for (layer, name), rows in labels.groupby(["layer", "association"], sort=False):
+        numbers = rows.pivot(index="unit", columns="epoch", values="module")
+        tables[f"{layer}, {name}"] = ranked(numbers, _COLOURED)
+        words[f"{layer}, {name}"] = numbers.map(lambda module: "in no module" if module < 0 else f"module {module:g}")
+    return pictures(tables, words, (*COLOURS[:_COLOURED], GREY), "modules of")
 
 
-def _lines(table: pd.DataFrame, epoch: str, columns: list[str]) -> Any:
-    """One panel per column, one line per layer and association."""
+def _stability(table: pd.DataFrame) -> Any:
+    """Adjusted mutual information of the modules of consecutive epochs: one row per layer and association."""
+    rows = table.assign(row=table["layer"] + ", " + table["association"])
+    values = rows.pivot(index="row", columns="epoch_b", values="ami").loc[list(dict.fromkeys(rows["row"]))]
+    figure = grid(values, "adjusted mutual information", "epoch", "layer, association", limits=(0, 1))
+    return figure.update_layout(xaxis=epoch_ticks(list(values.columns)))
 
-    def draw(column: Any) -> list[dict[str, Any]]:
+
+def _lines(table: pd.DataFrame) -> Any:
+    """Modularity and the number of modules, one line per layer and association."""
+
+    def draw(words: Any) -> list[dict[str, Any]]:
         found = []
         for k, ((layer, name), rows) in enumerate(table.groupby(["layer", "association"], sort=False)):
-            found.append(line(rows[epoch], rows[column], f"{layer}, {name}", k))
-            if f"{column}_null" in rows:
+            found.append(line(rows["epoch"], rows[_COLUMNS[words]], f"{layer}, {name}", k))
+            if _COLUMNS[words] == "q" and "q_null" in rows:
                 null: dict[str, Any] = {"mode": "lines", "showlegend": False, "opacity": 0.7}
-                found.append(line(rows[epoch], rows[f"{column}_null"], f"{layer}, {name}", k, **null))
+                found.append(line(rows["epoch"], rows["q_null"], f"{layer}, {name}", k, **null))
                 found[-1]["line"] = found[-1]["line"] | {"dash": "dot"}
         return found
 
-    return panels(columns, draw, "epoch", height=280, shared=False, axes={"x": whole_ticks(table[epoch])})
+    return panels(list(_COLUMNS), draw, "epoch", height=320, shared=False, axes={"x": whole_ticks(table["epoch"])})
 
 
+_COLUMNS = {"modularity Q": "q", "number of modules": "modules"}
 _Q = "Modularity and number of modules after each epoch. Dotted: modularity found in random graphs of the null model."
 _STABILITY = (
-    "How alike the modules of an epoch and those of the one before are: adjusted mutual information, and share of units in matched "
-    "modules. 1: no unit moved. Dotted: alignment of shuffled units."
+    "How alike the modules of an epoch and those of the one before are: adjusted mutual information. 1: no unit moved; 0: no more "
+    "alike than by chance."
+)
+_UNITS = (
+    "One row per unit, one column per epoch. A module keeps its colour while its units stay; the six largest modules, those of the "
+    "last epoch first, have colours of their own, all others are grey. Empty: in no module."
 )

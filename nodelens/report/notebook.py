@@ -11,6 +11,7 @@ from nodelens.results.result import Result, values_of
 from . import metric_figures as figures
 from .analysis_plots import kind_of, plots_of
 from .charts import dots
+from .definitions import label
 from .page import plots_of_result
 from .plot import Plot, figure_of, text
 from .unit_data import sample
@@ -87,7 +88,7 @@ def scatter(result: Result, x: str | None = None, y: str | None = None, layer: s
     table = table if layer is None else table.loc[[layer]]
     shown = table if len(table) <= _MOST else sample(table, _MOST)
     traces = [_dots(rows, x, y, str(name), k) for k, (name, rows) in enumerate(shown.groupby(level="layer", sort=False))]
-    axes = {"xaxis": {"title": {"text": text(x)}}, "yaxis": {"title": {"text": text(y)}}}
+    axes = {f"{axis}axis": {"title": {"text": text(label(result, name))}} for axis, name in (("x", x), ("y", y))}
     figure = figure_of(traces, 480, **axes, showlegend=1 < len(traces) <= 40)
     return Plot("scatter", f"{y} against {x}", "One dot per unit.", figure, table)
 

@@ -13,10 +13,11 @@ from nodelens.results.result import Result, load, values_of
 
 from . import metric_figures as drawn
 from .analysis_plots import plots_of, title_of
+from .definitions import definitions, definitions_of, missing
 from .document import Document
 from .elements import ROWS, contents, section, table
 from .graph_figures import network
-from .headline import definitions, definitions_of, head, missing
+from .headline import head
 from .plot import Plot
 from .unit_data import explorer
 
@@ -83,18 +84,21 @@ def _measured(document: Document, result: Result) -> list[str]:
     return [part for title, inner in by.items() for part in section(title, inner)]
 
 
-def analyses(document: Document, folder: Path, names: Iterable[str]) -> list[str]:
-    """One section per analysis in a subfolder: what it found, its figures, and what is missing."""
+def analyses(document: Document, folder: Path, names: Iterable[str], title: str | None = None) -> list[str]:
+    """One section per analysis in a subfolder: what it found, its figures, and what is missing. title: None is that of its kind."""
     from nodelens.analysis.registry import load_analysis
 
     parts: list[str] = []
     for name in names:
         found: Any = load_analysis(folder / name)
-        words = "".join(f"<p>{html.escape(line)}</p>" for line in found.summary().splitlines())
+        words = "".join(f"<li>{html.escape(line)}</li>" for line in found.summary().splitlines())
         gaps = found.metadata.get("missing") if isinstance(found, Findings) else None
         lost = [table(pd.DataFrame(gaps).set_index("layer"), words=True)] if gaps else []
         plots = [replace(plot, name=f"{name}-{plot.name}") for plot in plots_of(found)]
-        parts += section(title_of(found, name), [f"<div>{words}</div>", *map(document.plot, plots), *lost])
+        parts += section(
+            title or title_of(found, name),
+            [f"<ul>{words}</ul>" if words else "", *map(document.plot, plots), *lost],
+        )
     return parts
 
 

@@ -4,7 +4,6 @@ plotly's own export starts a browser, which a compute node does not have. The fi
 these are drawn here.
 """
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,14 +13,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
-from plotly.colors import sample_colorscale
+from matplotlib.path import Path as Outline
 
 from nodelens.results.files import write
 from nodelens.results.spreadsheets import csv_text
 
+from .paper_axes import draw_axis, plain_text, share_axes
+from .paper_colours import map_of, shade_of, shades_of
 from .plot import FORMATS, GREY, Plot
 
 _STYLE: Any = {
@@ -35,9 +36,18 @@ _STYLE: Any = {
     "svg.hashsalt": "nodelens",  # the same figure is the same file
 }
 _DPI, _PIXELS = 200, 100  # of a PNG; of the page per inch of paper
-_EMPTY = "#eceff2"  # a cell without a value
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-_MARKERS = {"diamond": "D", "square": "s", "cross": "P", "triangle-up": "^", "x-thin": "x", "line-ns": "|", "x": "x", "star": "*"}
+_MARKERS: dict[str, Any] = {
+    "diamond": "D",
+    "square": "s",
+    "cross": "P",
+    "triangle-up": "^",
+    "x-thin": "x",
+    "line-ns": "|",
+    "x": "x",
+    "star": "*",
+}
+_MARKERS["arrow"] = Outline([(-0.6, -1), (0, 1), (0.6, -1), (0, -0.6), (-0.6, -1)])  # points up
 
 
 def export(figure: Any, path: str | Path, table: pd.DataFrame | None = None, width: float = 6.5) -> Path:
@@ -114,6 +124,7 @@ def draw(figure: Any, width: float = 6.5) -> Figure:
                 _panel(axis, own, layout, tail)
             else:
                 axis.remove()
+        share_axes(axes, layout)
         _legend(drawn, axes)
     return drawn
 
@@ -123,19 +134,19 @@ def _panel(axis: Axes, traces: list[dict[str, Any]], layout: dict[str, Any], tai
     for k, trace in enumerate(traces):
         {"heatmap": _heatmap, "bar": _bars, "box": _boxes}.get(trace["type"], _scatter)(axis, trace, layout, below, k)
     for letter in "xy":
-        _axis(axis, letter, layout.get(f"{letter}axis{tail}") or {})
+        draw_axis(axis, letter, layout.get(f"{letter}axis{tail}") or {})
     for shape in layout.get("shapes") or []:
         line = axis.axvline if shape.get("yref") == "paper" else axis.axhline
         line(shape["x0"] if shape.get("yref") == "paper" else shape["y0"], color=GREY, linewidth=0.8, linestyle=":")
     for note in layout.get("annotations") or []:
         if note.get("xref") == f"x{tail} domain":
-            axis.set_title(_plain(note["text"]), fontsize=7)
+            axis.set_title(plain_text(note["text"]), fontsize=7)
 
 
 def _scatter(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
     x, y = _values(trace.get("x")), _values(trace.get("y"))
     line, marker, mode = trace.get("line") or {}, trace.get("marker") or {}, trace.get("mode", "lines")
-    name = _plain(trace.get("name") or "") if trace.get("showlegend", True) else ""
+    name = plain_text(trace.get("name") or "") if trace.get("showlegend", True) else ""
     shade = line.get("color") or marker.get("color")
     if trace.get("fill") == "toself":
         axis.fill(x, y, color=line.get("color", GREY), alpha=0.25, linewidth=0, label=name or None)
@@ -143,13 +154,13 @@ def _scatter(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
     label, plain = name or None, shade if isinstance(shade, str) else GREY
     if "lines" in mode:
         style = _DASHES.get(line.get("dash", "solid"), "-")
-        axis.plot(x, y, linestyle=style, color=_shade(plain), linewidth=0.8 * line.get("width", 1.5), label=label)
+        axis.plot(x, y, linestyle=style, color=shade_of(plain), linewidth=0.8 * line.get("width", 1.5), label=label)
         label = None
     for letter in "xy":
         error = trace.get(f"error_{letter}")
         if error:
             reach: dict[str, Any] = {f"{letter}err": _reach(error)}
-            axis.errorbar(x, y, **reach, fmt="none", ecolor=_shade(plain), elinewidth=0.7, capsize=1.5)
+            axis.errorbar(x, y, **reach, fmt="none", ecolor=shade_of(plain), elinewidth=0.7, capsize=1.5)
     if "markers" in mode:
         _dots(axis, x, y, marker, label)
     if "text" in mode:
@@ -161,15 +172,15 @@ def _dots(axis: Axes, x: np.ndarray, y: np.ndarray, marker: dict[str, Any], labe
     symbols = np.broadcast_to(np.asarray(marker.get("symbol", "circle"), dtype=object), x.shape)
     angles = np.broadcast_to(_values(marker.get("angle", 0)), x.shape)
     scaled = not (shade is None or isinstance(shade, str) or (len(shade) and isinstance(shade[0], str)))
-    colours: Any = _values(shade) if scaled else _shades(GREY if shade is None else shade, len(x))
-    shown: dict[str, Any] = {"cmap": _map(marker.get("colorscale")), "norm": _norm(colours, marker)} if scaled else {}
+    colours: Any = _values(shade) if scaled else shades_of(GREY if shade is None else shade, len(x))
+    shown: dict[str, Any] = {"cmap": map_of(marker.get("colorscale")), "norm": _norm(colours, marker)} if scaled else {}
     drawn = None
     for symbol, angle in dict.fromkeys(zip(symbols, angles, strict=True)):
         of = (symbols == symbol) & (angles == angle)
         style = MarkerStyle(_MARKERS.get(str(symbol).removesuffix("-open"), "o")).rotated(deg=-angle)  # plotly turns clockwise
         own = colours[of] if scaled else [each for each, chosen in zip(colours, of, strict=True) if chosen]
         filled = {"c": own} if not str(symbol).endswith("open") else {"facecolors": "none", "edgecolors": own}
-        drawn = axis.scatter(x[of], y[of], s=sizes[of], marker=style, linewidths=0.7, label=label, **filled, **shown)
+        drawn = axis.scatter(x[of], y[of], s=sizes[of], marker=style, linewidths=0.7, label=label, zorder=3, **filled, **shown)
         label = None
     if scaled and marker.get("showscale") and drawn is not None:
         below = (marker.get("colorbar") or {}).get("orientation") == "h"
@@ -184,21 +195,23 @@ def _norm(values: np.ndarray, marker: dict[str, Any]) -> Normalize:
 
 
 def _scale(axis: Axes, drawn: Any, bar: dict[str, Any], place: dict[str, Any]) -> None:
-    label = _plain((bar.get("title") or {}).get("text", ""))
+    label = plain_text((bar.get("title") or {}).get("text", ""))
     axis.figure.colorbar(drawn, ax=axis, label=label, **{"fraction": 0.03} | place)
 
 
 def _names(axis: Axes, x: np.ndarray, y: np.ndarray, trace: dict[str, Any]) -> None:
     """Words beside the dots of a trace."""
-    place = str(trace.get("textposition") or "middle center")
-    up, align = (1 if "top" in place else -1 if "bottom" in place else 0), {1: "bottom", -1: "top", 0: "center"}
-    for words, across, height in zip(trace["text"], x, y, strict=True):
+    places, align = trace.get("textposition") or "middle center", {1: "bottom", -1: "top", 0: "center"}
+    places = [places] * len(x) if isinstance(places, str) else places
+    size = max(3.0, min(5.0, 85 / max(len(x), 1)))
+    for words, across, height, place in zip(trace["text"], x, y, places, strict=True):
+        up = 1 if "top" in place else -1 if "bottom" in place else 0
         aside: dict[str, Any] = {"xytext": (0, 6 * up), "textcoords": "offset points", "ha": "center", "va": align[up]}
-        axis.annotate(_plain(words), (across, height), fontsize=5, **aside)
+        axis.annotate(plain_text(words), (across, height), fontsize=size, zorder=4, **aside)
 
 
 def _bars(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: dict[Any, Any], k: int) -> None:
-    shade, name = _shades((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), _plain(trace.get("name") or "")
+    shade, name = shades_of((trace.get("marker") or {}).get("color", GREY), len(trace["x"])), plain_text(trace.get("name") or "")
     if trace.get("orientation") == "h":
         place, size = _values(trace["y"]), _values(trace["x"])
         start = below.get("left", np.zeros(len(size)))
@@ -231,7 +244,7 @@ def _heatmap(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
     image = axis.imshow(
         z,
         aspect="auto",
-        cmap=_map(trace.get("colorscale")),
+        cmap=map_of(trace.get("colorscale")),
         vmin=trace.get("zmin"),
         vmax=trace.get("zmax"),
         interpolation="nearest",
@@ -241,33 +254,9 @@ def _heatmap(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
         for row, column in np.ndindex(z.shape):
             red, green, blue, _ = image.cmap(image.norm(z[row, column])) if np.isfinite(z[row, column]) else (1, 1, 1, 1)
             shade = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-            axis.text(column, row, _plain(words[row, column]), ha="center", va="center", fontsize=5, color=shade)
+            axis.text(column, row, plain_text(words[row, column]), ha="center", va="center", fontsize=5, color=shade)
     if trace.get("showscale", True):
         _scale(axis, image, trace.get("colorbar") or {}, {})
-
-
-def _axis(axis: Axes, letter: str, about: dict[str, Any]) -> None:
-    both: dict[str, Any] = {
-        "x": (axis.set_xlabel, axis.set_xticks, axis.set_xlim, axis.set_xscale),
-        "y": (axis.set_ylabel, axis.set_yticks, axis.set_ylim, axis.set_yscale),
-    }
-    label, ticks, limits, scale = both[letter]
-    label(_plain((about.get("title") or {}).get("text") or ""))
-    if about.get("type") == "log":
-        scale("log")
-    if about.get("range") is not None and about.get("type") != "log":
-        limits(*about["range"])
-    if about.get("tickvals") is not None:
-        turned: dict[str, Any] = (
-            {"rotation": 45, "ha": "right"} if letter == "x" and (about.get("tickangle") or len(about["tickvals"]) > 8) else {}
-        )
-        ticks(list(about["tickvals"]), [_plain(word) for word in about.get("ticktext", about["tickvals"])], fontsize=6, **turned)
-        if about.get("type") == "log":
-            axis.minorticks_off()
-    if about.get("visible") is False:
-        (axis.xaxis if letter == "x" else axis.yaxis).set_visible(False)
-    if about.get("autorange") == "reversed" and not (axis.yaxis_inverted() if letter == "y" else axis.xaxis_inverted()):
-        axis.invert_yaxis() if letter == "y" else axis.invert_xaxis()
 
 
 def _legend(drawn: Figure, axes: np.ndarray) -> None:
@@ -283,30 +272,3 @@ def _values(given: Any) -> np.ndarray:
 def _reach(error: dict[str, Any]) -> np.ndarray:
     high = np.nan_to_num(_values(error["array"]))
     return np.stack([np.nan_to_num(_values(error["arrayminus"])), high]) if error.get("arrayminus") is not None else high
-
-
-def _shade(given: Any) -> Any:
-    """A colour of plotly as matplotlib takes it."""
-    found = re.fullmatch(r"rgba?\(([^)]*)\)", str(given))
-    if not found:
-        return given
-    numbers = [float(number) for number in found[1].split(",")]
-    return (*(number / 255 for number in numbers[:3]), *numbers[3:])
-
-
-def _shades(given: Any, count: int) -> list[Any]:
-    """The colours of so many dots or bars: a list of them, or one for all."""
-    return [_shade(each) for each in ([given] * count if isinstance(given, str) else given)]
-
-
-def _map(scale: Any) -> Any:
-    """A colour map of a plotly colour scale."""
-    if scale is None or isinstance(scale, str):
-        shades = [_shade(shade) for shade in sample_colorscale(scale or "Cividis", np.linspace(0, 1, 256))]
-        return ListedColormap(shades).with_extremes(bad=_EMPTY)
-    return LinearSegmentedColormap.from_list("", [(float(at), _shade(shade)) for at, shade in scale]).with_extremes(bad=_EMPTY)
-
-
-def _plain(words: object) -> str:
-    """The text of a label: entities as characters; a dollar would begin a formula."""
-    return html.unescape(str(words).replace("<br>", "\n")).replace("$", r"\$")

@@ -52,20 +52,25 @@ def figure_of(traces: Sequence[Mapping[str, Any]], height: int = 380, **layout: 
     """A plotly figure of traces and layout, in the style of the report. plotly is imported when the first figure is made."""
     from plotly.graph_objects import Figure
 
+    for axis in (value for name, value in layout.items() if name[1:5] == "axis" and value.get("type") == "log"):
+        axis.setdefault("nticks", 4)  # more would label each ninth of a decade
     return Figure([dict(trace) for trace in traces], {"template": _TEMPLATE, "height": height, **layout})
 
 
 def text(value: object) -> str:
-    """A name as plotly shows it. plotly reads a few HTML tags in texts: names are not meant to have any."""
-    return html.escape(str(value), quote=False)
+    """A name as plotly shows it. plotly reads a few HTML tags in texts, and fills in values such as %{x}: names have neither."""
+    return html.escape(str(value), quote=False).replace("%{", "&#37;{")
 
 
 def short(name: object, most: int = 40) -> str:
-    """A long name shortened to its end, cut at a dot."""
+    """A long name shortened: of a path the end is kept, cut at a dot; of other names, such as those of metrics, both ends."""
     name = str(name)
     while len(name) > most and "." in name.lstrip("…"):
         name = "…" + name.lstrip("…").split(".", 1)[1]
-    return name if len(name) <= most else "…" + name[-most + 1 :]
+    if len(name) <= most:
+        return name
+    head = 0 if name.startswith("…") else (most - 1) // 2
+    return name[:head] + "…" + name[len(name) - most + 1 + head :]
 
 
 def names_axis(names: Sequence[object], title: str = "", most: int = 32, **more: Any) -> dict[str, Any]:
@@ -73,12 +78,12 @@ def names_axis(names: Sequence[object], title: str = "", most: int = 32, **more:
     step = max(1, -(-len(names) // _TICKS))
     shown = range(0, len(names), step)
     ticks = {"tickvals": list(shown), "ticktext": [text(short(names[k], most)) for k in shown]}
-    return {"title": {"text": title}, "range": [-0.6, len(names) - 0.4], "zeroline": False, **ticks, **more}
+    return {"title": {"text": title, "standoff": 14}, "range": [-0.6, len(names) - 0.4], "zeroline": False, **ticks, **more}
 
 
-def rows_axis(names: Sequence[object], title: str = "", **more: Any) -> dict[str, Any]:
+def rows_axis(names: Sequence[object], title: str = "", most: int = 32, **more: Any) -> dict[str, Any]:
     """An axis of names from top to bottom."""
-    return names_axis(names, title, range=[len(names) - 0.4, -0.6], **more)
+    return names_axis(names, title, most, range=[len(names) - 0.4, -0.6], **more)
 
 
 def whole_ticks(values: Iterable[int]) -> dict[str, Any]:
@@ -97,24 +102,40 @@ def rows_height(count: int, per_row: int = 22, around: int = 110, most: int = 90
     return int(min(most, max(260, around + per_row * count)))
 
 
-def menu(choices: Sequence[str], visible: Sequence[Sequence[bool]], layouts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def menu(
+    choices: Sequence[str],
+    visible: Sequence[Sequence[bool]],
+    layouts: Sequence[Mapping[str, Any]] = (),
+    notes: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """A menu that shows other traces of a figure. A page shows it as a select box.
 
-    choices: the labels; visible: for each, which traces it shows; layouts: for each, what changes in the layout
+    choices: the labels; visible: for each, which traces it shows; layouts: for each, what changes in the layout; notes:
+    {label: what a page says below the menu when it is chosen}
     """
     changes = layouts or [{}] * len(choices)
     buttons = [
-        {"label": text(label), "method": "update", "args": [{"visible": list(shown)}, dict(change)]}
+        {
+            "label": text(label),
+            "method": "update",
+            "args": [{"visible": list(shown)}, dict(change)],
+            "name": (notes or {}).get(label, ""),
+        }
         for label, shown, change in zip(choices, visible, changes, strict=True)
     ]
     return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "showactive": True}
 
 
-def one_of(traces: list[dict[str, Any]], choices: Sequence[str], layouts: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def one_of(
+    traces: list[dict[str, Any]],
+    choices: Sequence[str],
+    layouts: Sequence[Mapping[str, Any]] = (),
+    notes: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
     """The menus of a figure that shows one trace of several; hides all but the first."""
     for k, trace in enumerate(traces):
         trace["visible"] = k == 0
-    return [menu(choices, np.eye(len(traces), dtype=bool).tolist(), layouts)] if len(traces) > 1 else []
+    return [menu(choices, np.eye(len(traces), dtype=bool).tolist(), layouts, notes)] if len(traces) > 1 else []
 
 
 def colour(k: int) -> str:

@@ -30,8 +30,7 @@ def curves(sweep: pd.DataFrame) -> Plot:
     """Accuracy or perplexity against the share removed, a line per criterion; a menu has the other combinations."""
     measure = measure_of(sweep)
     found, order = curve_of(sweep), areas(sweep)["area"]
-    by = order.groupby(level="criterion", sort=False)
-    best = [str(name) for name in best_first(by.max() if measure == "accuracy" else by.min(), measure).index]
+    best = _ordered(order, measure)
     ways = list(dict.fromkeys(key[1:] for key in order.index))
     dense = float(sweep[f"dense_{measure}"].iloc[0])
     top = _top([dense, *found["mean"]])
@@ -55,6 +54,17 @@ def curves(sweep: pd.DataFrame) -> Plot:
     return Plot("curves", "What each criterion costs", _CURVES, figure, found.reset_index())
 
 
+def _ordered(area: pd.Series, measure: str) -> list[str]:
+    """The criteria, that of the best curve first."""
+    by = area.groupby(level="criterion", sort=False)
+    return [str(name) for name in best_first(by.max() if measure == "accuracy" else by.min(), measure).index]
+
+
+def _shade(criterion: str, k: int) -> str:
+    """The colour of the k-th criterion."""
+    return GREY if criterion == "random" else colour(k)
+
+
 def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float) -> list[dict[str, Any]]:
     """The band and the line of one criterion, from the dense model on; values that are not finite are crosses at the top."""
     curve = curve.sort_values("saved")
@@ -62,7 +72,7 @@ def _curve(curve: pd.DataFrame, dense: float, criterion: str, k: int, top: float
     spread = np.nan_to_num(np.concatenate([[0.0], curve["std"].fillna(0)]))
     mean = np.where(np.isfinite(mean), mean, np.nan)
     known = np.isfinite(mean)
-    shade = GREY if criterion == "random" else colour(k)
+    shade = _shade(criterion, k)
     style: dict[str, Any] = {"color": shade, "dash": "dash" if criterion == "random" else dash(k), "width": 1.8}
     amounts = [
         "dense",
@@ -92,27 +102,36 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
     costs = {name: words for name in (*_COSTS, *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
     if not len(done) or not costs:
         return None
-    criteria = list(dict.fromkeys(done["criterion"]))
-    shade = [colour(criteria.index(name)) for name in done["criterion"]]
-    hover = [text(name) for name in done["name"]]
-    traces, shown, fronts = [], [], []
-    for k, name in enumerate(costs):
-        cost = done[name].to_numpy(float, na_value=np.nan)
-        front = front_of(cost, done[measure].to_numpy(float), lower=measure != "accuracy")
-        cells = dots(cost, done[measure], "cells", marker={"color": shade, "size": 6, "opacity": 0.6}, text=hover, customdata=hover)
-        cells["hovertemplate"] = f"%{{text}}<br>%{{x:.4g}}, {measure} %{{y:.4g}}<extra></extra>"
-        style: dict[str, Any] = {"color": COLOURS[1], "width": 2, "shape": "hv"}
-        best = line(cost[front], done[measure].to_numpy(float)[front], "Pareto front", line=style, text=[hover[i] for i in front])
-        best |= {"customdata": [hover[i] for i in front], "hovertemplate": cells["hovertemplate"]}
+    criteria = _ordered(areas(sweep)["area"], measure)
+    own = criteria if len(criteria) <= len(COLOURS) else [None]  # more colours could not be told apart
+    traces: list[dict[str, Any]] = []
+    fronts = []
+    for k, (name, words) in enumerate(costs.items()):
+        front = front_of(done[name].to_numpy(float, na_value=np.nan), done[measure].to_numpy(float), lower=measure != "accuracy")
+        of = [_cells(done if each is None else done[done["criterion"] == each], name, words, measure, each) for each in own]
+        for place, trace in enumerate(of):
+            trace["marker"] |= {"color": GREY if own == [None] else _shade(criteria[place], place)}
+        style: dict[str, Any] = {"color": _FRONT, "width": 2, "shape": "hv"}
+        best = of[0] | _cells(done.loc[front], name, words, measure, "Pareto front") | {"mode": "lines+markers", "line": style}
+        best |= {"type": "scatter", "marker": {"color": _FRONT, "size": 6}}
         dense = dots([float(done[f"dense_{name}"].iloc[0])], [float(done[f"dense_{measure}"].iloc[0])], "dense model", marker=_STAR)
-        traces += [{**trace, "visible": k == 0} for trace in (cells, best, dense)]
-        shown.append([k * 3 <= each < k * 3 + 3 for each in range(3 * len(costs))])
+        traces += [{**trace, "visible": k == 0} for trace in (*of, best, dense)]
         fronts.append(done.loc[front, ["name", name, measure]].rename(columns={name: "cost"}).assign(of=name))
+    each = len(own) + 2
+    shown = [[k * each <= place < (k + 1) * each for place in range(each * len(costs))] for k in range(len(costs))]
     labels = list(costs.values())
     menus = [menu(labels, shown, [{"xaxis.title.text": each} for each in labels]) | {"name": "cost"}] if len(costs) > 1 else []
     axes = {"xaxis": {"title": {"text": labels[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
     table = pd.concat(fronts, ignore_index=True)
     return Plot("pareto", f"The best {measure} for each cost", _PARETO, figure_of(traces, 460, **axes, updatemenus=menus), table)
+
+
+def _cells(rows: pd.DataFrame, cost: str, words: str, measure: str, name: str | None) -> dict[str, Any]:
+    """Dots of cells, which are chosen by a click."""
+    hover = [text(cell) for cell in rows["name"]]
+    x = rows[cost].to_numpy(float, na_value=np.nan)
+    found = dots(x, rows[measure].to_numpy(float), name or "cells", marker={"opacity": 0.6}, text=hover, customdata=hover)
+    return found | {"hovertemplate": f"%{{text}}<br>{text(words)} %{{x:.4g}}, {measure} %{{y:.4g}}<extra></extra>"}
 
 
 def front_of(cost: np.ndarray, value: np.ndarray, lower: bool = False) -> list[int]:
@@ -133,14 +152,15 @@ def ranking(sweep: pd.DataFrame) -> Plot:
     table = pd.DataFrame(every)
     table = table.loc[areas(sweep).index.intersection(table.index, sort=False)]
     found = pd.DataFrame([intervals(row) for _, row in table.iterrows()], index=table.index, columns=["area", "half_width"])
-    names = [", ".join(str(part) for part in key) for key in found.index][:_RANKED]
+    parts = [name for name in KEY if name == "criterion" or found.index.unique(name).size > 1]
+    names = [", ".join(map(str, key)) for key in found.reset_index()[parts].itertuples(index=False)][:_RANKED]
     shown = found.head(_RANKED)
     trace = dots(
         shown["area"], np.arange(len(shown)), "area", error=shown["half_width"], text=[text(n) for n in names], marker={"size": 8}
     )
     trace["hovertemplate"] = "%{text}<br>%{x:.4g}<extra></extra>"
     axis = {"title": {"text": f"mean {measure} along the curve"}}
-    figure = figure_of([trace], rows_height(len(shown), 18), xaxis=axis, yaxis=rows_axis(names))
+    figure = figure_of([trace], rows_height(len(shown), 18), xaxis=axis, yaxis=rows_axis(names, ", ".join(parts), most=48))
     return Plot("ranking", "Which criterion is best", _RANKING, figure, found.reset_index())
 
 
@@ -191,6 +211,7 @@ def _cost_words(name: str) -> str:
 
 _CLEAR = 8  # criteria whose bands can be told apart
 _RANKED = 60  # combinations in the ranking
+_FRONT = "#c1272d"  # a colour that no criterion has
 _STAR = {"symbol": "star", "size": 13, "color": COLOURS[4], "line": {"width": 1, "color": GREY}}
 _CURVES = (
     "Test accuracy (language models: perplexity) against the share of multiply-accumulates (MACs) removed. Bands are one standard "
@@ -198,7 +219,7 @@ _CURVES = (
     "number."
 )
 _PARETO = (
-    "Each dot is a cell of the sweep, coloured by criterion; on the line are those that no cheaper cell equals. Choose a dot to "
+    "Each dot is a cell of the sweep, up to seven criteria in colours; no cheaper cell equals those on the line. Choose a dot to "
     "see its command and the units that it keeps."
 )
 _RANKING = (

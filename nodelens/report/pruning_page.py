@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nodelens.pruning.sweep.ranking import areas, curves
+from nodelens.pruning.sweep.ranking import areas, curves, measure_of
 from nodelens.results.files import read_json, reading
 from nodelens.results.result import Result, load, values_of
 
 from . import metric_figures as drawn
+from .definitions import definitions, definitions_of
 from .document import Document, block
 from .elements import contents, section, table
-from .headline import command_of, definitions, definitions_of, head
+from .headline import command_of, head
 from .pruning_figures import latencies, plots_of_sweep
 from .unit_data import explorer
 
@@ -55,7 +56,15 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
         plots = [drawn.distributions(result), *([agree] if agree else [])]
         parts += section("Scores", [*map(document.plot, plots), explorer(document, result, known)])
         parts += section("Definitions", [definitions(result)])
-    return document.write([*head(folder, result), contents(parts), *parts], f"nodelens: {folder.name}")
+    return document.write([*head(folder, result, _numbers(sweep)), contents(parts), *parts], f"nodelens: {folder.name}")
+
+
+def _numbers(sweep: pd.DataFrame) -> dict[str, str]:
+    """Headlines of a sweep: cells, and the dense model's accuracy or perplexity."""
+    measure, done = measure_of(sweep), int((sweep["status"] == "done").sum())
+    dense = float(sweep[f"dense_{measure}"].iloc[0])
+    found = {"cells finished": f"{done:,} of {len(sweep):,}", "criteria": f"{sweep['criterion'].nunique():,}"}
+    return found | {f"test {measure}, dense": f"{100 * dense:.2f} %" if measure == "accuracy" else f"{dense:.3f}"}
 
 
 def means_by_amount(sweep: pd.DataFrame) -> pd.DataFrame:

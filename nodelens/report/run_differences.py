@@ -26,9 +26,10 @@ def differences(document: Document, units: pd.DataFrame, metrics: Sequence[str])
     errors = [name for name in metrics if f"{name}_se" in kept]
     document.embed("runs", {"runs": runs, "pieces": pieces, "metrics": list(metrics), "errors": errors})
     return (
-        "<div data-widget='differences'><div class='menus'></div><p class='soft'>Each dot is a unit. On the dotted line both runs "
-        "have the same value. The table lists the largest differences first, in standard errors of the difference where they are "
-        "known, as if both runs had been measured on different samples. Units correspond if both runs are of the same weights.</p>"
+        "<div data-widget='differences'><div class='menus'></div><p class='soft'>Each dot is a unit, dark in early layers. On the "
+        "dotted line both runs have the same value. The table lists the largest differences first, in standard errors of the "
+        "difference where they are known, as if both runs had been measured on different samples. Units correspond if both runs "
+        "are of the same weights.</p>"
         "<div class='canvas' style='min-height:460px' role='img' tabindex='0' aria-label='Two runs, unit by unit'></div>"
         "<div class='rows'></div></div>"
     )

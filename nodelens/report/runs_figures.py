@@ -89,7 +89,7 @@ def stability(table: pd.DataFrame, of: str) -> Plot:
     """Ranks across seeds, as a heatmap."""
     words = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}") if table.shape[1] <= 24 else None
     figure = grid(table, "Spearman correlation", words=words, limits=(-1, 1), diverging=True)
-    figure.update_layout(xaxis_tickangle=-45)
+    figure.update_layout(xaxis_tickangle=-45, height=figure.layout.height + 50)
     return Plot("ranks", f"Do other seeds rank the {of}s alike?", _RANKS[of], figure, table)
 
 

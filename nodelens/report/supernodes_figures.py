@@ -28,11 +28,13 @@ def figures_of(found: SupernodesResult) -> Iterator[Plot]:
         yield Plot("hits", "Which score finds the harmful units?", _HITS, hits(found), found.pooled("hits"))
     if len(found.robustness):
         table = found.robustness
-        for column, title in (("jaccard", "supernodes, Jaccard"), ("spearman", "loss proxy, Spearman")):
+        for column, what, label in (
+            ("jaccard", "Are the supernodes the same in other texts?", "Jaccard index of the supernodes"),
+            ("spearman", "Is the order by loss proxy the same in other texts?", "Spearman correlation of the loss proxy"),
+        ):
             by = {layer: rows[column] for layer, rows in table.groupby("layer", sort=False)}
-            yield Plot(
-                f"robustness-{column}", f"Are they the same in other texts? {title}", _ROBUSTNESS, box_rows(by, title), table
-            )
+            limits = (-0.02, 1.02) if column == "jaccard" else None
+            yield Plot(f"robustness-{column}", what, _ROBUSTNESS, box_rows(by, label, limits=limits), table)
 
 
 def concentration(result: SupernodesResult) -> Any:
@@ -109,7 +111,7 @@ def controls(result: SupernodesResult) -> Any:
     halo = table.drop_duplicates("layer").set_index("layer").reindex(layers)["halo"]
     traces.append(dots(halo, place, "halo to its supernodes", 0, marker={"size": 9}))
     axis = {"title": {"text": "redundancy, nats"}}
-    return figure_of(traces, rows_height(len(layers), 30), xaxis=axis, yaxis=rows_axis(layers))
+    return figure_of(traces, rows_height(len(layers), 30), xaxis=axis, yaxis=rows_axis(layers, "layer"))
 
 
 _CONCENTRATION = (

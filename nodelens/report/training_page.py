@@ -15,7 +15,7 @@ from nodelens.results.trends import common_metrics, epoch_tables, trends_of
 from .charts import band, line, lines_of, panels, spread
 from .document import Document, block
 from .elements import cards, command, contents, section
-from .headline import command_of, scores
+from .headline import command_of, data_words, scores
 from .page import analyses
 from .plot import Plot, colour, figure_of, menu, text, whole_ticks
 
@@ -41,8 +41,17 @@ def write_training_page(folder: str | Path, plotly: str = "shared", figures: Seq
     if tables:
         parts += section("Units over epochs", [*map(document.plot, over_epochs(tables)), _units(document, tables)])
         parts += section("Emergence of structure", [document.plot(plot) for plot in _stability(tables)])
-    parts += analyses(document, folder / "epochs", sorted(path.parent.name for path in folder.glob("epochs/*/metadata.json")))
+    over = sorted(path.parent.name for path in folder.glob("epochs/*/metadata.json"))
+    parts += analyses(document, folder / "epochs", over)
+    for name, last in _last_epochs(folder / "epochs", over).items():
+        parts += analyses(document, folder / "epochs" / name, [last], f"{name.capitalize()}, after epoch {int(last)}")
     return document.write([*_head(folder, tables), contents(parts), *parts], f"nodelens: {folder.name}")
+
+
+def _last_epochs(folder: Path, over: Sequence[str]) -> dict[str, str]:
+    """{analysis: folder of its last epoch}, of those that say nothing about all epochs."""
+    found = sorted(path.parent for path in folder.glob("*/*/metadata.json") if path.parent.name.isdecimal())
+    return {place.parent.name: place.name for place in found if place.parent.name not in over}
 
 
 def history_of(folder: Path) -> pd.DataFrame:
@@ -68,13 +77,14 @@ def history_of(folder: Path) -> pd.DataFrame:
 
 def progress(history: pd.DataFrame) -> Plot:
     """Loss and accuracy by epoch, for training and validation."""
-    kinds = list(dict.fromkeys(str(c).partition("/")[2] for c in history if "/" in str(c)))
+    kinds = {_WORDS.get(kind, kind): kind for kind in (str(c).partition("/")[2] for c in history if "/" in str(c))}
 
-    def draw(kind: Any) -> list[dict[str, Any]]:
+    def draw(words: Any) -> list[dict[str, Any]]:
+        kind = kinds[words]
         sides = [side for side in ("train", "val") if f"{side}/{kind}" in history]
         return [line(history.index, history[f"{side}/{kind}"], side, k) for k, side in enumerate(sides)]
 
-    figure = panels(kinds, draw, "epoch", height=280, shared=False, axes={"x": whole_ticks(history.index)})
+    figure = panels(list(kinds), draw, "epoch", height=280, shared=False, axes={"x": whole_ticks(history.index)})
     return Plot("progress", "How the training went", f"Means over each epoch.{_resumed(history)}", figure, history.reset_index())
 
 
@@ -136,8 +146,8 @@ def _units(document: Document, tables: Mapping[int, pd.DataFrame]) -> str:
     document.embed("epochs", {"metrics": names, "layers": layers, "epochs": list(tables), "ticks": whole_ticks(tables)})
     return (
         "<div data-widget='epochs'><h3>Every unit over epochs</h3><div class='menus'></div>"
-        "<p class='soft'>One line per unit, at most "
-        "200 evenly chosen by their last value; the thick line is the median.</p>"
+        "<p class='soft'>One line per unit, "
+        "blue where its last value is low and orange where it is high; of many, 200 are drawn. The thick line is the median.</p>"
         "<div class='canvas' style='min-height:440px' role='img' tabindex='0' aria-label='Units over epochs'></div></div>"
     )
 
@@ -162,10 +172,22 @@ def _head(folder: Path, tables: Mapping[int, pd.DataFrame]) -> list[str]:
     numbers = {f"test {name}": value for name, value in scores(found | {"split": "test"}).items()}
     numbers |= {"epochs": str(found.get("epochs", "?")), "epochs measured": str(len(tables))}
     words = command_of(folder, "train")
-    lead = f"<p class='lead'>{html.escape(str(found.get('checkpoint') or 'no checkpoint'))}</p>"
+    about = [*_settings_words(folder), f"checkpoint {found['checkpoint']}" if found.get("checkpoint") else "no checkpoint"]
+    lead = f"<p class='lead'>{html.escape('; '.join(about))}</p>"
     return ["<h1>nodelens train</h1>", lead, cards(numbers), *([command(words)] if words else [])]
 
 
+def _settings_words(folder: Path) -> list[str]:
+    """Model and data of a training, from its settings; nothing where they cannot be read."""
+    try:
+        config = read_json(folder / "settings.json")
+    except (OSError, ValueError):
+        return []
+    net = str(((config.get("model") or {}).get("net") or {}).get("_target_", "")).rpartition(".")[2]
+    return [*([net] if net else []), *data_words({"config": config})]
+
+
+_WORDS = {"acc": "accuracy", "ppl": "perplexity"}  # of what is logged under a short name
 _EPOCHS = "Lines are means over the units of a layer, bands reach from the lower to the upper quartile of the units."
 _STABILITY = (
     "Means over layers. Left: rank correlation of the units' values with those of the last epoch. Right: share of the last epoch's "

@@ -7,6 +7,7 @@ import pandas as pd
 
 from nodelens.results.result import Result, values_of
 
+from .definitions import label
 from .document import Document, block
 
 VALUES = 750_000  # of one piece
@@ -28,7 +29,8 @@ def explorer(document: Document, result: Result, definitions: Mapping[str, str])
         "rows": len(table),
         "pieces": [[str(name) for name in dict.fromkeys(piece.index.get_level_values("layer"))] for piece in pieces],
         "sampled": sampled,
-        "metrics": values_of(result.units),
+        "metrics": (metrics := values_of(result.units)),
+        "axes": {name: label(result, name) for name in metrics},
         "labels": [str(name) for name in table if not pd.api.types.is_float_dtype(table[name])],
         "definitions": dict(definitions),
     }

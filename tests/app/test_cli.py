@@ -170,7 +170,7 @@ def started(*words, cwd):
 
 
 def test_a_mistake_in_a_process_of_its_own_from_another_folder(tmp_path):
-    ended = started("analyze", "model=resnet18", "model.net.channels=3", cwd=tmp_path)
+    ended = started("analyze", "model=cnn", "model.net.channels=3", cwd=tmp_path)
     assert ended.returncode == 1
     assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
     assert "cannot take the data" in ended.stderr

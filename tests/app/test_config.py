@@ -1,10 +1,13 @@
+import copy
 import dataclasses
 import re
 import tomllib
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from ids import label
 from omegaconf import OmegaConf
 
@@ -45,17 +48,40 @@ def tasks_with(group):
 SETS = {"none", "default", "forward", "activation", "information", "scar", "spectrum", "normalization_ablation", "edges"}
 WRITTEN = {"composite", "random", "scar_prot", "scar_conn", "supernode_protection_score", "supernode_connectivity_score"}
 WRITTEN |= {"cluster_aware", "generalized_importance", "read_halo"}
-EVERY = [(task, group, option) for group in GROUPS for option in options(group) for task in tasks_with(group)]
+ALONE = {"experiment", "pruning", "text"}  # groups and options that choose those of other groups
 
 
-@pytest.mark.parametrize(("task", "group", "option"), EVERY, ids=map("-".join, EVERY))
-def test_every_option_composes_and_fits_its_code(task, group, option):
-    more = ["model.net._target_=torch.nn.Identity"] if option == "custom" else []
-    more += ["allocation.dict.shares={fc1:0.5}"] if option == "dict" else []
-    more += ["dataset.path=somewhere"] if option in ("npz", "imagefolder") else []
-    more += ["model=tiny_lm"] if option == "text" else ["model.path=somewhere"] if option == "causal_lm" else []
-    more += ["model.name=a_name"] if option in ("timm", "torchvision") else []
-    cfg = nl.load_config(task, [f"{group}={option}", *more])
+def chosen_together():
+    """Tasks and options of their groups, each option at least once: composing takes a while."""
+    for task in TASKS:
+        groups = [[(group, option) for option in options(group)] for group in GROUPS if task in tasks_with(group)]
+        yield from ((task, [choice]) for group in groups for choice in group if ALONE & {*choice})
+        together = [[choice for choice in group if not ALONE & {*choice}] for group in groups]
+        yield from ((task, [choice for choice in row if choice]) for row in zip_longest(*together))
+
+
+EVERY = list(chosen_together())
+MORE = {
+    "custom": "model.net._target_=torch.nn.Identity",
+    "dict": "allocation.dict.shares={fc1:0.5}",
+    "npz": "dataset.path=somewhere",
+    "imagefolder": "dataset.path=somewhere",
+    "text": "model=tiny_lm",
+    "causal_lm": "model.path=somewhere",
+    "timm": "model.name=a_name",
+    "torchvision": "model.name=a_name",
+}
+
+
+def test_every_option_of_every_task_is_among_them():
+    wanted = {(task, group, option) for group in GROUPS for option in options(group) for task in tasks_with(group)}
+    assert {(task, *choice) for task, choices in EVERY for choice in choices} == wanted
+
+
+@pytest.mark.parametrize(("task", "choices"), EVERY, ids=[" ".join([t, *map("=".join, choices)]) for t, choices in EVERY])
+def test_every_option_composes_and_fits_its_code(task, choices):
+    more = [MORE[option] for _, option in choices if option in MORE]
+    cfg = nl.load_config(task, [*map("=".join, choices), *more])
     for part in ("dataset", "model", "trainer", "metrics", "logger", "callbacks"):
         if part in cfg:
             check(resolved(cfg)[part], part)
@@ -287,6 +313,19 @@ def test_the_default_set_has_a_metric_of_every_family():
 def test_an_experiment_holds_what_differs_and_the_command_line_has_the_last_word():
     assert nl.load_config("train", ["experiment=quick"]).trainer.max_epochs == 2
     assert nl.load_config("train", ["experiment=quick", "trainer.max_epochs=3"]).trainer.max_epochs == 3
+
+
+def test_compositions_share_the_nodes_of_the_store_and_do_not_change_them():
+    first = nl.load_config("prune", ["criterion=rq"])
+    first.criterion.rq.rq, first.budget.width = 7.0, 7
+    second = nl.load_config("prune", ["criterion=rq"])
+    assert (second.criterion.rq.rq, second.budget.width) == (1.0, 4096)
+    repo = ConfigStore.instance().repo
+    copied = copy.deepcopy(repo)
+    assert copied["hydra"] is not repo["hydra"]
+    for name in ("prune_schema.yaml", "_dummy_empty_config_.yaml"):
+        assert copied[name] is repo[name]
+    assert copied["hydra"]["config.yaml"] is repo["hydra"]["config.yaml"], "Hydra's own"
 
 
 def test_callbacks_join():

@@ -1,10 +1,12 @@
 """Runs that are stopped, and runs that meet another one in their folder."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -16,14 +18,6 @@ import nodelens as nl
 ANALYZE = ("metrics=[rq,redundancy]", "dataset.calibration=200", "dataset.batch_size=20", "logger=none")
 PRUNE = ("criterion=[taylor,magnitude]", "amounts=[0.25]", "dataset.calibration=200", "dataset.batch_size=20", "latency.batches=[]")
 PRUNE = (*PRUNE, "logger=none")
-HOLD = """
-import sys, time
-from pathlib import Path
-from nodelens.app.tasks.run_lock import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -106,15 +100,25 @@ def test_several_processes_stop_and_continue_together(quiet_home):
     assert_frame_equal(nl.load("run").units, nl.load("whole").units, check_exact=True)
 
 
+def _hold(folder, told):
+    from nodelens.app.tasks.run_lock import locked
+
+    with locked(folder):
+        told.send("held")
+        time.sleep(60)
+
+
 @pytest.fixture
 def held(tmp_path):
     """A folder in which another process runs, and that process."""
-    folder = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield folder, process
+    context = multiprocessing.get_context("fork")  # a new interpreter would import for seconds
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_hold, args=(tmp_path / "run", theirs))
+    process.start()
+    assert ours.recv() == "held"
+    yield tmp_path / "run", process
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def test_two_runs_do_not_share_a_folder(held, quiet_home):
@@ -135,7 +139,7 @@ def test_two_runs_do_not_share_a_folder(held, quiet_home):
 def test_the_lock_of_a_dead_process_is_taken_over(held, quiet_home):
     folder, process = held
     process.kill()
-    process.wait()
+    process.join()
     part = folder / f".units.parquet.{process.pid}@{socket.gethostname()}.part"
     part.touch()
     assert (folder / ".lock.json").is_file()

@@ -72,7 +72,11 @@ def measured(request, texts):
 
 @pytest.mark.parametrize("size", [3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pad", [0, 257, 258], ids=["pad 0", "pad equal to eos", "pad of its own"])
+@pytest.mark.parametrize(
+    "pad",
+    [0, 257, pytest.param(258, marks=pytest.mark.slow)],
+    ids=["pad 0", "pad equal to eos", "pad of its own"],
+)
 def test_padding_and_batches_change_no_number(measured, size, side, pad, texts):
     net, score, truth = measured
     padded = texts(size, side, pad)

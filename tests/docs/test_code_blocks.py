@@ -13,12 +13,14 @@ NODELENS_UPDATE_DOCS=1 rewrites the outputs and errors in place.
 """
 
 import contextlib
+import copy
 import io
 import math
 import os
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,19 @@ def blocks_of(text):
 def trained_cnn():
     """The small convolutional network after three epochs on the embedded digits, and loaders of its splits."""
     from nodelens.data import Digits
+
+    digits = Digits()
+    digits.setup()
+    model, state = _trained()
+    torch.set_rng_state(state)
+    loaders = {"loader": "calibration", "train": "train", "val": "val", "test": "test"}
+    return {"model": copy.deepcopy(model)} | {name: digits.loader(split) for name, split in loaders.items()}
+
+
+@cache  # a dozen pages start with it
+def _trained():
+    """The network, and the state of the generator behind its training."""
+    from nodelens.data import Digits
     from nodelens.models import cnn
 
     digits = Digits()
@@ -67,8 +82,8 @@ def trained_cnn():
             optimizer.zero_grad()
             functional.cross_entropy(model(batch.x), batch.y).backward()
             optimizer.step()
-    loaders = {"loader": "calibration", "train": "train", "val": "val", "test": "test"}
-    return {"model": model.eval()} | {name: digits.loader(split) for name, split in loaders.items()}
+    optimizer.zero_grad()
+    return model.eval(), torch.get_rng_state()
 
 
 def tiny_llama():

@@ -55,7 +55,7 @@ def whole(request):
     return request.param, nl.analyze(network(request.param), batches(), many(request.param), layers=["1", "3"])
 
 
-@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7, 60])
 def test_batches_change_nothing_not_even_random_vectors(whole, size):
     smooth, found = whole
     near(nl.analyze(network(smooth), batches(size=size), many(smooth), layers=["1", "3"]), found)

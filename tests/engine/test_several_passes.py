@@ -292,7 +292,7 @@ def fits(net, found, name, metric, dry_run):
 
 @pytest.mark.parametrize("kind", ["cnn", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_plan_takes_the_bytes_it_says(kind):
-    net, data = (build(Mixed), batches(*images(n=640), 64)) if kind == "cnn" else llama()
+    net, data = (build(Mixed), batches(*images(n=192), 64)) if kind == "cnn" else llama()
     layers = CNN if kind == "cnn" else LLAMA
     found, groups = find_layers(net, layers), 3
     dry_run = DryRun.of(net, found, Batch.of(data[0], groups))

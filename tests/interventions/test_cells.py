@@ -1,12 +1,14 @@
 """Cells of a grid: many in one pass, each as if the model had run for it alone."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 from lens_models import CAUSAL, family, hooks, ids, llama, stories
 from torch import nn
 from torch.testing import assert_close
 
-from nodelens.interventions.cells import CellPasses, GridCell, repeated_logits
+from nodelens.interventions.cells import _PASS, WAYS, CellPasses, GridCell, _parts, repeated_logits
 from nodelens.interventions.patching.grid import COMPONENTS, GridOptions, grid_sites
 from nodelens.interventions.token_model import TokenModel
 
@@ -72,7 +74,7 @@ def test_shared_ways_are_used_where_the_model_takes_them():
     with model.running():
         passes = CellPasses(model, TOKENS)
         gathered(passes, all_cells(model))
-        assert len(passes._ways) == 2  # with the cache, and without
+        assert passes._ways == list(WAYS)
 
 
 def test_a_model_that_takes_no_more_rows_runs_whole():
@@ -164,3 +166,97 @@ def test_ways_are_compared_once_for_each_length_of_a_prompt(monkeypatch):
                 gathered(CellPasses(model, tokens), cells)
     assert sorted(set(compared)) == [6, 7]
     assert len(compared) == 2 * len({cell.part for cell in cells}), compared
+
+
+def test_cells_behind_a_cache_are_compared_too():
+    """A first pass from position 0 on needs no cache, and says nothing about one."""
+
+    class Forgetful(nn.Module):
+        """Its logits depend on whether there is a cache."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = llama(), llama().config
+
+        def forward(self, input_ids, past_key_values=None, use_cache=False):
+            out = self.inner(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+            out.logits = out.logits + (past_key_values is not None)
+            return out
+
+    model = TokenModel(Forgetful().eval())
+    with model.running():
+        cells = all_cells(model, ("residual",))
+        looped = torch.cat([repeated_logits(model, TOKENS, [cell]) for cell in cells])
+        passes = CellPasses(model, TOKENS)
+        for position in (0, 3):
+            chosen = [k for k, cell in enumerate(cells) if cell.position == position]
+            found = gathered(passes, [cells[k] for k in chosen])
+            assert_close(found, looped[chosen], rtol=1e-5, atol=1e-5 * float(looped.abs().max()))
+        assert passes.shares == "blocks"
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_cells_of_a_pass_take_the_least_time(start, monkeypatch):
+    """Against all ways to cut the positions: a pass takes a while, and all tokens from its first position on."""
+    monkeypatch.setitem(_PASS, "cpu", 9)
+    model, blocks = TokenModel(llama()), 3
+    with model.running():
+        cells = [cell for cell in all_cells(model, ("residual", "attention")) if cell.position >= start]
+
+    def time(parts):
+        return sum(
+            9 * blocks + (blocks + sum(blocks - cells[k].start for k in part)) * (7 - min(cells[k].position for k in part))
+            for part in parts
+        )
+
+    found = list(_parts(model, 7, cells))
+    assert sorted(k for part in found for k in part) == list(range(len(cells)))
+    assert len(found) > 1
+    inner = range(start + 1, 7)
+    every = [(start, *cuts, 7) for n in range(len(inner) + 1) for cuts in combinations(inner, n)]
+    ways = [[[k for k, c in enumerate(cells) if a <= c.position < b] for a, b in pairwise(w)] for w in every]
+    assert time(found) == min(map(time, ways))
+
+
+def test_the_prompt_runs_once_for_the_caches_of_all_passes(monkeypatch):
+    monkeypatch.setitem(_PASS, "cpu", -99)  # as many passes as there are positions
+    model, made = TokenModel(llama()), []
+    whole = model.cache
+    monkeypatch.setattr(model, "cache", lambda tokens: made.append(len(tokens[0])) or whole(tokens))
+    with model.running():
+        cells = all_cells(model, ("residual", "mlp"))
+        assert len(list(_parts(model, 7, cells))) == 7
+        looped = torch.cat([repeated_logits(model, TOKENS, [cell]) for cell in cells])
+        assert_close(gathered(CellPasses(model, TOKENS), cells), looped, rtol=1e-5, atol=1e-5 * float(looped.abs().max()))
+        assert made == [7]
+        passes = CellPasses(model, TOKENS)
+        passes.read([])
+        gathered(passes, cells)
+        assert made == [7]  # reading the prompt gives the cache
+
+
+@pytest.mark.parametrize("name", ["llama 8/4", "gemma3", "gpt oss", "qwen3 next"])
+def test_passes_from_each_position_on_are_the_loop(name, monkeypatch):
+    """Caches that can be cropped, and sliding windows and recurrent states that cannot."""
+    monkeypatch.setitem(_PASS, "cpu", -99)  # as many passes as there are positions
+    check(family(name), components=present(name))
+
+
+def test_a_model_that_mixes_tokens_after_its_last_block_runs_whole():
+    class Summing(nn.Module):
+        """Its logits depend on the final states of all tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = llama(), llama().config
+
+        def forward(self, input_ids, past_key_values=None, use_cache=False):
+            out = self.inner(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+            out.logits = out.logits.cumsum(1)
+            return out
+
+    check(Summing().eval())
+    passes = CellPasses(TokenModel(Summing().eval()), TOKENS)
+    with passes.model.running():
+        gathered(passes, all_cells(passes.model))
+    assert passes.shares == "blocks"

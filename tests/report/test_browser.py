@@ -3,14 +3,11 @@
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
-from hostile import NAMES, hostile_result
+from hostile import NAMES, hostile_result, hostile_sweep, hostile_training
 
 import nodelens as nl
 from nodelens.report import write_page, write_pruning_page, write_training_page
-from nodelens.results.files import write_json
-from nodelens.results.result import Result
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install nodelens[dev]")
 WIDTHS = (1400, 390)
@@ -77,69 +74,10 @@ def pages(tmp_path_factory):
         result.save(runs / f"run{seed}")
     return {
         "run": write_page(runs / "run0"),
-        "pruning": write_pruning_page(sweep(home / "prune")),
-        "training": write_training_page(training(home / "train")),
+        "pruning": write_pruning_page(hostile_sweep(home / "prune")),
+        "training": write_training_page(hostile_training(home / "train")),
         "runs": nl.compare(f"{runs}/*", home / "compared"),
     }
-
-
-def sweep(folder):
-    """A sweep of two criteria, three amounts and two seeds, with fine-tuning."""
-    rows = []
-    for criterion in ("taylor", "=cmd()"):
-        for amount in (0.25, 0.5, 0.75):
-            for seed in (0, 1):
-                name = f"{criterion}-uniform-none-low-{amount:g}-{seed}"
-                share, score = 1 - amount, 0.9 - amount**2 / (2 if criterion == "taylor" else 1.5) + seed / 50
-                row = {
-                    "name": name,
-                    "status": "done",
-                    "criterion": criterion,
-                    "allocation": "uniform",
-                    "compensate": "none",
-                    "mode": "low",
-                }
-                row |= {
-                    "amount": amount,
-                    "seed": seed,
-                    "units": 20,
-                    "units_removed": int(20 * amount),
-                    "accuracy": score,
-                    "loss": 1 - score,
-                }
-                row |= {
-                    "macs": 100 * share,
-                    "macs_share": share,
-                    "params": 50 * share,
-                    "params_share": share,
-                    "carried_out_as": name,
-                }
-                row |= {"val_pruned_accuracy": score - 0.1, "val_accuracy": score, "val_pruned_loss": 1.0, "val_loss": 0.5}
-                rows.append(row | {"dense_accuracy": 0.92, "dense_macs": 100.0, "dense_params": 50.0, "latency_batch1_ms": share})
-                write_json(folder / "cells" / f"{name}.json", {"removed": {"fc1": list(range(int(10 * amount)))}})
-    units = pd.DataFrame({"taylor": np.random.default_rng(0).random(20)})
-    units.index = pd.MultiIndex.from_product([["fc1", "fc2"], range(10)], names=["layer", "unit"])
-    layers = pd.DataFrame({"kind": "channel", "units": [10, 10]}, index=pd.Index(["fc1", "fc2"], name="layer"))
-    about = {"metric": "taylor", "options": {}, "needs": {}, "source": ""}
-    metadata = {"schema_version": 1, "metrics": {"taylor": about}, "config": {"task": "prune"}, "seed": 0}
-    Result(units, layers, {}, metadata).save(folder)
-    pd.DataFrame(rows).to_parquet(folder / "sweep.parquet")
-    return folder
-
-
-def training(folder):
-    """Three epochs of two layers, with a log."""
-    index = pd.MultiIndex.from_product([NAMES[:2], range(12)], names=["layer", "unit"])
-    (folder / "epochs").mkdir(parents=True)
-    for epoch in range(3):
-        rng = np.random.default_rng(epoch)
-        table = pd.DataFrame({"rq": rng.random(24), "taylor": rng.random(24) * epoch}, index=index)
-        table.to_parquet(folder / f"epochs/units_{epoch:03d}.parquet")
-    (folder / "csv/version_0").mkdir(parents=True)
-    log = pd.DataFrame({"epoch": [0, 0, 1, 1, 2], "train/loss": [2, None, 1, None, 0.5], "val/loss": [None, 2.1, None, 1.2, 0.7]})
-    log.to_csv(folder / "csv/version_0/metrics.csv", index=False)
-    write_json(folder / "result.json", {"accuracy": 0.9, "loss": 0.3, "samples": 100, "checkpoint": "<b>best.ckpt", "epochs": 3})
-    return folder
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -194,7 +132,7 @@ def test_a_heatmap_has_tokens_in_its_cells_and_the_table_behind_it(show):
     figure.scroll_into_view_if_needed()
     page.wait_for_selector("figure[data-name='lens-tokens-0'][data-drawn]")
     cells = figure.locator(".hm text, .heatmaplayer text").all_inner_texts()
-    assert len(cells) == 18
+    assert len(cells) == 3 * len(NAMES)
     figure.locator("summary").click()
     figure.locator("td").first.wait_for()  # the table is made when it is opened
     assert "<script>alert(1)</script>" in figure.locator("td").all_inner_texts()
@@ -245,7 +183,7 @@ def test_two_runs_are_compared_unit_by_unit(show):
     page.wait_for_function("document.querySelector('[data-widget=differences] td')")
     sizes = [abs(float(cell)) for cell in widget.locator("tbody td:nth-child(6)").all_inner_texts()]
     assert sizes == sorted(sizes, reverse=True)
-    assert "240" in widget.locator(".rows .soft").inner_text()
+    assert f"{40 * len(NAMES)}" in widget.locator(".rows .soft").inner_text()
 
 
 def test_dark_pages_have_bright_letters(show):
@@ -255,6 +193,22 @@ def test_dark_pages_have_bright_letters(show):
     page.wait_for_function("document.querySelector('figure[data-name=overview] .canvas')._fullLayout.font.color === '#e6e8eb'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
     page.emulate_media(color_scheme="light")
+
+
+def test_numbers_and_names_are_short_and_told_apart(show):
+    page = show("run").page
+    shown = "[4.4544e-6, -0.00012346, 0, 1234567.8, 0.5, 12].map(nodelens.shown)"
+    assert page.evaluate(shown) == ["4.454e-6", "-0.0001235", "0", "1.235e6", "0.5", "12"]
+    names = [
+        "model.layers.11.self_attn.q_proj",
+        "conditional_rayleigh_quotient",
+        "fc1 → model.layers.111.self_attn.q_proj",
+        "&lt;b&gt;, x",
+    ]
+    layout = page.evaluate("(names) => nodelens.fit({ height: 150, yaxis: { ticktext: names } }, 390)", names)
+    found = ["…11.self_attn.q_proj", "conditional…_quotient", "fc1<br>→ …111.self_attn.q_proj", "&lt;b&gt;,<br>x"]
+    assert layout["yaxis"]["ticktext"] == found
+    assert layout["height"] > 200, "names in two lines need room"
 
 
 def css(words):

@@ -23,9 +23,9 @@ from nodelens.analysis.supernodes.supernodes import Supernodes
 from nodelens.analysis.validity.validity_analysis import ValidityAnalysis
 from nodelens.report import paper
 from nodelens.report.analysis_plots import kind_of, plots_of
-from nodelens.report.charts import dots
+from nodelens.report.charts import dots, panels
 from nodelens.report.page import plots_of_result
-from nodelens.report.plot import Plot, figure_of
+from nodelens.report.plot import Plot, figure_of, names_axis
 from nodelens.results.findings import Findings
 
 REPORT = Path(paper.__file__).parent
@@ -64,6 +64,7 @@ def result():
     found = nl.analyze(model, data, ["taylor", "linear_cka"], layers, analysis=analyses)
     found.analyses |= nl.analyze(model, data, ["taylor"], list(nl.find_groups(model)), analysis=supernodes).analyses
     found.analyses["over_epochs"] = modules.over_epochs({0: found.analyses["modularity"], 1: found.analyses["modularity"]})
+    found.analyses["types_over_epochs"] = ClustersAnalysis().over_epochs(dict.fromkeys((0, 1), found.analyses["clusters"]))
     return found
 
 
@@ -168,3 +169,18 @@ def test_a_correlation_that_is_undefined_is_said(result):
     found.metadata["spearman"] = None
     (plot,) = [plot for plot in plots_of(found) if plot.name == "exact"]
     assert "Spearman undefined" in plot.caption
+
+
+def test_many_names_stand_upright_and_panels_share_what_they_share_on_the_page():
+    figure = figure_of([dots([0.0], [1.0])], xaxis=names_axis([f"metric_{k}" for k in range(40)], tickangle=-45))
+    ticks = paper.draw(figure).axes[0].get_xticklabels()
+    assert {tick.get_rotation() for tick in ticks} == {90}
+    assert max(tick.get_fontsize() for tick in ticks) < 7.1
+    shared = panels(
+        ["a", "b"], lambda name: [dots([0.0, 1.0], [1.0, 2.0 if name == "a" else 9.0])], axes={"y": {"rangemode": "tozero"}}
+    )
+    first, second = paper.draw(shared).axes
+    assert first.get_ylim() == second.get_ylim()
+    assert first.get_ylim()[0] == 0
+    own = panels(["a", "b"], lambda name: [dots([0.0], [1.0])], shared=False)
+    assert [axis.get_ylabel() for axis in paper.draw(own).axes] == ["a", "b"]

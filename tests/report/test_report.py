@@ -161,5 +161,5 @@ def test_the_terminal_shows_every_number_within_its_width(width, run):
 
 def test_long_names_are_cut_at_a_dot():
     assert short("resnet.encoder.stages.0.layers.0.layer.0.convolution") == "…stages.0.layers.0.layer.0.convolution"
-    assert short("a" * 50) == "…" + "a" * 39
+    assert short("a" * 30 + "b" * 30) == "a" * 19 + "…" + "b" * 20, "of a name that is no path both ends stay"
     assert short("fc1") == "fc1"

@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,15 @@ def test_a_training_that_stopped_early_is_not_continued(tmp_path):
     assert torch.equal(again, weights)
 
 
-@pytest.mark.parametrize("signum", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("step", [3, 7, 8])
+@pytest.mark.parametrize(
+    ("step", "signum"),
+    [(3, signal.SIGTERM), (7, signal.SIGUSR1), (8, signal.SIGUSR2)]
+    + [
+        pytest.param(step, signum, marks=pytest.mark.slow)
+        for step, signum in product((3, 7, 8), SIGNALS)
+        if SIGNALS.index(signum) != (3, 7, 8).index(step)
+    ],
+)
 def test_a_signal_saves_the_step_in_progress_and_stops(signum, step, tmp_path):
     handlers = [signal.getsignal(s) for s in SIGNALS]
     whole, seen = fit(tmp_path / "whole", keep=keep(tmp_path / "whole"))

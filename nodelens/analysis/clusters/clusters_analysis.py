@@ -1,6 +1,6 @@
 """The analysis ``clusters``: the units of each layer divided by their metrics, with types, stability and ablations."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,7 @@ from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.results.files import plain
 from nodelens.results.findings import Findings
 
+from .epochs import follow_types
 from .features import Features, distinct
 from .metric_space import LOGARITHMS, ROLES, MetricSpaceClustering, Mode, UnitClusters, features_of, score_of
 from .partition import means_by_cluster
@@ -87,6 +88,10 @@ class ClustersAnalysis(Analysis):
         tables = {name: pd.concat(parts) if parts else pd.DataFrame() for name, parts in frames.items()}
         about = {"options": plain(vars(self)), "seed": seed, "missing": missing}
         return Findings("clusters", tables, _lines(tables, missing), labels.add_suffix(self.suffix), metadata=about)
+
+    def over_epochs(self, found: Mapping[int, Findings]) -> Findings:
+        """How the clusters change during training, from what was found after each epoch."""
+        return follow_types(found)
 
     def _of_layer(self, features: Features, units: pd.DataFrame, call: AnalysisCall, frames: Frames) -> UnitClusters:
         """The clusters of a layer; adds its rows to the tables."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ def attribution_grid(model: TokenModel, pairs: Iterable[PromptPair], options: At
     """The change of a metric by each patch to first order, (source - target) . gradient in the target run, and exactly for some.
 
     One backward pass gives all cells of a pair. The exact change comes from patching the cells of largest absolute attribution.
-    The table ``cells`` has the columns attribution and exact (NaN where it was not patched); ``runs`` is as in ``nl.patch``.
+    The table ``cells`` has the columns attribution and exact (NaN where it was not patched, 0 where the change is below rounding);
+    ``runs`` is as in ``nl.patch``.
 
     Source: Nanda 2023, Attribution patching; Syed et al. 2023, 2310.10348
     """
@@ -48,7 +50,7 @@ def attribution_grid(model: TokenModel, pairs: Iterable[PromptPair], options: At
     tables, runs = list[pd.DataFrame](), list[dict[str, Any]]()
     with model.running():
         for k, pair in enumerate(pairs):
-            both = TwoRuns.of(model, pair, sites, options.into)
+            both = TwoRuns(model, pair, sites, options.into)
             if options.metric == "logit_difference" and both.contrast.wrong is None:
                 token = both.contrast.tokens(pair.clean)["answer"]
                 raise ValueError(
@@ -58,7 +60,7 @@ def attribution_grid(model: TokenModel, pairs: Iterable[PromptPair], options: At
             runs += both.rows(k)
             table, cells = both.grid(options.positions)
             table["attribution"] = _attributions(model, both, options.metric, cells)
-            table["exact"] = _exact(model, both, options, cells, table["attribution"])
+            table["exact"] = _exact(both, options, cells, table["attribution"])
             tables.append(table.assign(pair=k))
     every = pd.concat(tables, ignore_index=True)
     every = every[["pair", *(name for name in every if name != "pair")]]
@@ -103,16 +105,14 @@ def _adding(zero: Tensor) -> Change:
     return lambda state: state + zero.reshape(state.shape)
 
 
-def _exact(
-    model: TokenModel, both: TwoRuns, options: AttributionOptions, cells: Sequence[GridCell], scores: pd.Series
-) -> pd.Series:
-    """The change of the metric when the cells of largest attribution are patched; NaN for the others."""
+def _exact(both: TwoRuns, options: AttributionOptions, cells: Sequence[GridCell], scores: pd.Series) -> pd.Series:
+    """The change of the metric when the cells of largest attribution are patched, 0 below rounding; NaN for the others."""
     count = len(cells) if options.exact == "all" else int(options.exact)
     best = scores.abs().nlargest(count).index
     found = pd.Series(float("nan"), index=scores.index)
     if len(best):
-        patched = both.patched(model, [cells[k] for k in best])[options.metric]
-        found[best] = patched.to_numpy() - both.base[options.metric]
+        change = both.patched([cells[k] for k in best])[options.metric].to_numpy() - both.base[options.metric]
+        found[best] = np.where(abs(change) > both.rounding, change, 0)  # in ranks, rounding would order what changes nothing
     return found
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nodelens.interventions.cells import CellPasses, GridCell, whole_passes
 from nodelens.interventions.lenses.lens import about
@@ -18,6 +18,7 @@ from .grid import GridOptions, GridSite, grid_sites
 from .pairs import METRICS, Contrast, PromptPair, read_pairs
 
 PATCHING = "patching"  # the kind of these findings
+_ROUNDING = 32  # units in the last place of the largest logit
 
 
 @one_at_a_time
@@ -63,11 +64,11 @@ def patch_grid(model: TokenModel, pairs: Iterable[PromptPair], options: GridOpti
     cells, runs, shared = list[pd.DataFrame](), list[dict[str, Any]](), list[str]()
     with model.running():
         for k, pair in enumerate(pairs):
-            both = TwoRuns.of(model, pair, sites, options.into)
+            both = TwoRuns(model, pair, sites, options.into)
             runs += both.rows(k)
             table, grid = both.grid(options.positions)
-            cells.append(pd.concat([table, both.patched(model, grid)], axis=1).assign(pair=k))
-            shared.append(both.shares)
+            cells.append(pd.concat([table, both.patched(grid)], axis=1).assign(pair=k))
+            shared.append(both.passes.shares)
             if both.contrast.wrong is None:
                 missing.append({"layer": "", "what": f"logit_difference of pair {k}", "reason": _SAME})
     frames = {"cells": _ordered(pd.concat(cells, ignore_index=True)), "runs": pd.DataFrame(runs)}
@@ -81,23 +82,26 @@ _SAME = "both runs have the same first choice: give answer= and wrong="
 class TwoRuns:
     """The clean and the corrupt run of a pair: states at the sites, logits of the last position, and what is compared."""
 
-    def __init__(self, pair: PromptPair, sites: Sequence[GridSite], states: tuple, logits: tuple[Tensor, Tensor], into: str):
-        self.pair, self.sites, self.logits = pair, sites, logits
-        self.shares = "nothing"  # the cells of a pass; see ``CellPasses``
-        self.contrast = Contrast.of(pair, *logits, into)
+    def __init__(self, model: TokenModel, pair: PromptPair, sites: Sequence[GridSite], into: str):
+        self.pair, self.sites = pair, sites
         forward = into == "corrupt"
+        layers = {site.layer.name: site.layer for site in sites}.values()
+        passes = [CellPasses(model, prompt.ids) for prompt in (pair.clean, pair.corrupt)]
+        states, logits = zip(*(each.read(layers) for each in passes), strict=True)
+        self.logits = logits[0][0], logits[1][0]
+        self.contrast = Contrast.of(pair, *self.logits, into)
         self.source, self.target = states if forward else states[::-1]
         self.changed = pair.corrupt if forward else pair.clean
-        of_source, of_target = logits if forward else logits[::-1]
+        self.passes = passes[forward]
+        of_source, of_target = self.logits if forward else self.logits[::-1]
         self.base = {name: float(v) for name, v in self.contrast(of_target[None]).items()}
         self.goal = {name: float(v) for name, v in self.contrast(of_source[None]).items()}
 
-    @classmethod
-    def of(cls, model: TokenModel, pair: PromptPair, sites: Sequence[GridSite], into: str) -> "TwoRuns":
-        """Runs both prompts."""
-        layers = {site.layer.name: site.layer for site in sites}.values()
-        read = [model.read(prompt.ids[None], layers, last=True) for prompt in (pair.clean, pair.corrupt)]
-        return cls(pair, sites, tuple(states for states, _ in read), (read[0][1][0], read[1][1][0]), into)
+    @property
+    def rounding(self) -> float:
+        """Changes of logits that are no larger may come from another order of sums."""
+        largest = max(float(each.abs().max()) for each in self.logits)
+        return _ROUNDING * torch.finfo(self.logits[0].dtype).eps * largest
 
     def grid(self, positions: Positions) -> tuple[pd.DataFrame, list[GridCell]]:
         """Where each cell is, as a table, and the cells."""
@@ -109,19 +113,17 @@ class TwoRuns:
             table[name] = [prompt.tokens[k] for k in table["position"]]
         return table, [cell for _, cell in found]
 
-    def patched(self, model: TokenModel, cells: Sequence[GridCell]) -> pd.DataFrame:
+    def patched(self, cells: Sequence[GridCell]) -> pd.DataFrame:
         """The metrics of each cell, and the part of the logit difference that it recovers.
 
         Cells that write what is there already are not run: nothing changes.
         """
         found = torch.tensor([list(self.base.values())], dtype=torch.float64).repeat(len(cells), 1)
         change = [k for k, cell in enumerate(cells) if not self._has_already(cell)]
-        passes = CellPasses(model, self.changed.ids)
-        for part, logits in passes([cells[k] for k in change]):
+        for part, logits in self.passes([cells[k] for k in change]):
             rows = torch.tensor([change[k] for k in part])
             found[rows] = torch.stack([*self.contrast(logits).values()], 1).double().cpu()
         table = pd.DataFrame(found.numpy(), columns=list(METRICS))
-        self.shares = passes.shares
         span = self.goal["logit_difference"] - self.base["logit_difference"]
         gained = table["logit_difference"] - self.base["logit_difference"]
         return table.assign(recovered=gained / span if span else float("nan"))
@@ -145,13 +147,14 @@ def _ordered(table: pd.DataFrame) -> pd.DataFrame:
 
 def _lines(cells: pd.DataFrame) -> list[str]:
     """For each component the cell that recovers most, on average over pairs."""
-    lines = []
-    for component, table in cells.groupby("component", sort=False):
-        means = table.groupby(["layer", "head", "position"], dropna=False)["recovered"].mean()
-        if means.notna().any():
-            layer, head, position = means.idxmax()
-            which = "" if pd.isna(head) else f", head {head}"
-            lines.append(
-                f"{component}: layer {layer}{which}, position {position} recovers most, {means.max():.0%} of the difference"
-            )
+    means, lines = cells, []
+    if cells["pair"].nunique() > 1:
+        where = ["component", "layer", "head", "position"]
+        means = cells.groupby(where, dropna=False, sort=False, as_index=False)["recovered"].mean()
+    for component, table in means.groupby("component", sort=False):
+        if table["recovered"].notna().any():
+            best = table.loc[table["recovered"].idxmax()]
+            head = "" if pd.isna(best["head"]) else f", head {best['head']}"
+            at = f"layer {best['layer']}{head}, position {best['position']}"
+            lines.append(f"{component}: {at} recovers most, {best['recovered']:.0%} of the difference")
     return lines

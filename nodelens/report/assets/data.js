@@ -44,7 +44,9 @@ window.nodelens = (() => {
   function shown(found) {
     if (typeof found !== "number") return found;
     if (!Number.isFinite(found)) return Number.isNaN(found) ? "NaN" : found > 0 ? "inf" : "-inf";
-    return Number.isInteger(found) && Math.abs(found) < 1e9 ? String(found) : String(Number(found.toPrecision(4)));
+    if (Number.isInteger(found) && Math.abs(found) < 1e9) return String(found);
+    const size = Math.abs(found);
+    return size < 1e-4 || size >= 1e6 ? found.toExponential(3).replace(/\.?0*e\+?/, "e") : String(Number(found.toPrecision(4)));
   }
   // a spreadsheet takes words that begin like a formula for one
   function cell(found) {
@@ -78,6 +80,6 @@ window.nodelens = (() => {
     box.addEventListener("change", () => change(box.value));
     return element("label", {}, label, box);
   }
-  const escaped = (words) => String(words).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const escaped = (words) => String(words).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("%{", "&#37;{");  // plotly fills in %{x}
   return { put, data, unpack, value, exact, shown, csv, save, element, select, escaped, drawn: 0, failed: [] };
 })();

@@ -31,13 +31,15 @@
     };
   }
 
-  // on a narrow screen names are cut, and the legend goes below
+  // on a narrow screen names are cut, those of two parts stand in two lines, and the legend goes below
   function fit(layout, width, entries = 0) {
-    const narrow = width < 600;
+    const narrow = width < 600, two = (axis) => axis.ticktext?.some((words) => words.includes("<br>"));
     for (const key of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
       const axis = layout[key];
-      if (axis.ticktext && narrow) axis.ticktext = axis.ticktext.map((words) => cut(plain(words)));
+      if (axis.ticktext && narrow) axis.ticktext = axis.ticktext.map((words) => plain(words).split(" → ").map(half).join("<br>→ "));
+      if (axis.title?.text && narrow && key[0] === "x") axis.title = { ...axis.title, text: wrapped(axis.title.text) };
     }
+    if (narrow && layout.yaxis && two(layout.yaxis)) layout.height = Math.max(layout.height, 110 + 30 * layout.yaxis.ticktext.length);
     const below = { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom" };
     layout.legend = { ...layout.legend, font: { size: 11 }, ...(narrow ? below : {}) };
     if (narrow) layout.margin = { ...layout.margin, l: 40, r: 8 };
@@ -46,7 +48,24 @@
     return layout;
   }
 
-  const cut = (words) => escaped(words.length > 15 ? `…${words.replace(/^…/, "").slice(-13)}` : words);
+  function half(words) {
+    const [first, ...rest] = words.split(", ");
+    return rest.length ? `${cut(first)},<br>${cut(rest.join(", "))}` : cut(words);
+  }
+
+  function wrapped(words) {
+    const at = words.length > 24 ? words.lastIndexOf(" ", words.length / 2 + 4) : -1;
+    return at > 0 ? `${words.slice(0, at)}<br>${words.slice(at + 1)}` : words;
+  }
+
+  // of a path the end is kept, of other names both ends
+  function cut(words) {
+    if (words.length <= 21) return escaped(words);
+    if (!/[.…]/.test(words)) return escaped(`${words.slice(0, 11)}…${words.slice(-9)}`);
+    let at = words.length - 19;
+    while (at > words.length - 24 && /^\d\d/.test(words.slice(at - 1))) at -= 1;  // no number of a layer is cut
+    return escaped(`…${words.slice(at)}`);
+  }
 
   // panels side by side become panels one below the other
   function stack(layout) {
@@ -56,7 +75,7 @@
     layout.grid = { ...layout.grid, rows: count, columns: 1 };
     const first = layout.yaxis.title, last = Object.entries(layout).filter(([name, axis]) => /^xaxis\d*$/.test(name) && axis.title?.text).pop();
     for (const [name, axis] of Object.entries(layout)) {
-      if (/^yaxis\d+$/.test(name) && axis.title) axis.title = first;
+      if (/^yaxis\d+$/.test(name) && axis.title && !axis.title.text) axis.title = first;
       if (/^yaxis\d*$/.test(name) && axis.ticktext) axis.showticklabels = true;
       if (/^xaxis\d*$/.test(name) && last) axis.title = { text: name === `xaxis${count > 1 ? count : ""}` ? last[1].title.text : "" };
     }
@@ -69,14 +88,16 @@
     delete layout.title;
     const entries = new Set(figure.data.filter((trace) => trace.visible !== false && trace.showlegend !== false && trace.name).map((trace) => trace.name)).size;
     const cells = figure.data.find((trace) => trace.type === "heatmap" && trace.texttemplate && trace.text.length && !layout.grid);
-    if (cells) canvas.style.minWidth = `${Math.min(3200, 130 + 42 * cells.text[0].length)}px`;
+    const least = Math.max(layout.meta?.least || 0, cells ? 130 + 42 * cells.text[0].length : 0);
+    if (least) canvas.style.minWidth = `${Math.min(3200, least)}px`;  // a narrower screen scrolls within the figure
     fit(layout, canvas.clientWidth, entries > 1 ? entries : 0);
     canvas.style.minHeight = `${layout.height}px`;
     await Plotly.newPlot(canvas, figure.data, layout, config);
     await Plotly.relayout(canvas, theme());
     for (const menu of menus) {
-      const options = menu.buttons.map((button, k) => [String(k), plain(button.label)]);
-      holder.querySelector(".menus").append(select(menu.name || "show", options, "0", (k) => choose(canvas, menu.buttons[Number(k)])));
+      const options = menu.buttons.map((button, k) => [String(k), plain(button.label), button.name]), note = element("p", { className: "definition", textContent: menu.buttons[0].name || "" });
+      holder.querySelector(".menus").append(select(menu.name || "show", options, "0", (k) => { choose(canvas, menu.buttons[Number(k)]); note.textContent = menu.buttons[Number(k)].name || ""; }));
+      if (menu.buttons.some((button) => button.name)) holder.querySelector(".menus").after(note);
     }
     canvas.on("plotly_click", (event) => {
       const found = event.points[0]?.customdata;
@@ -189,7 +210,7 @@
         const button = element("button", { type: "button", textContent: each, title: titles[each] || "" });
         if (state.sort === each) button.dataset.sort = state.up ? "up" : "down";
         button.onclick = () => { state.up = state.sort === each ? !state.up : Boolean(found.columns.get(each).words); state.sort = each; state.first = 0; update(); };
-        head.append(element("th", { ariaSort: state.sort === each ? (state.up ? "ascending" : "descending") : "none" }, button));
+        head.append(element("th", { className: found.columns.get(each).words ? "text" : "", ariaSort: state.sort === each ? (state.up ? "ascending" : "descending") : "none" }, button));
       }
       const rows = element("table", {}, element("thead", {}, head)), lines = element("tbody");
       for (const row of state.rows.slice(state.first, last)) {

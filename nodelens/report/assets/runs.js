@@ -23,7 +23,7 @@
       const [a, b] = [await read(about, state.a), await read(about, state.b)], name = state.metric, rows = [];
       for (const [key, row] of a.units) {
         if (!b.units.has(key)) continue;
-        const other = b.units.get(key), [layer, unit] = key.split("\n"), x = a.part.columns.get(name).values[row], y = b.part.columns.get(name).values[other];
+        const other = b.units.get(key), at = key.lastIndexOf("\n"), layer = key.slice(0, at), unit = key.slice(at + 1), x = a.part.columns.get(name).values[row], y = b.part.columns.get(name).values[other];
         const error = about.errors.includes(name) ? Math.hypot(a.part.columns.get(`${name}_se`).values[row], b.part.columns.get(`${name}_se`).values[other]) : NaN;
         rows.push({ layer, unit: Number(unit), x, y, difference: y - x, errors: (y - x) / error });
       }

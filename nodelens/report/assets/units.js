@@ -53,13 +53,13 @@
   }
 
   // one trace per choice of a label or per layer, else one with a scale of colours
-  function traces(found, { x, y, colour }) {
+  function traces(found, { x, y, colour }, titled) {
     const rows = every(found), column = found.columns.get(colour), words = column?.words;
     if (words && words.length <= 21) {
       return words.map((word, code) => points(found, rows.filter((row) => column.values[row] === code), x, y, { name: escaped(word),
         marker: { color: COLOURS[code % 7], symbol: SYMBOLS[Math.floor(code / 7) % 5], size: 6, opacity: 0.8 } })).filter((trace) => trace.x.length);
     }
-    const scale = { color: rows.map((row) => column.values[row]), colorscale: "Viridis", size: 6, opacity: 0.8, colorbar: { title: { text: escaped(words ? `${colour}, by depth` : colour), side: "right" }, thickness: 12 } };
+    const scale = { color: rows.map((row) => column.values[row]), colorscale: "Viridis", size: 6, opacity: 0.8, colorbar: { title: { text: escaped(words ? `${colour}, by depth` : titled(colour)), side: "right" }, thickness: 12 } };
     return [points(found, rows, x, y, { marker: scale, name: "" })];
   }
 
@@ -67,7 +67,7 @@
     const about = await data("units"), menus = holder.querySelector(".menus"), canvas = holder.querySelector(".canvas"), titles = about.definitions;
     const all = await read(about, ALL);
     const state = { x: about.metrics[0], y: about.metrics[1] || about.metrics[0], colour: "layer", layer: ALL };
-    const options = (names) => names.map((name) => [name, name, titles[name]]);
+    const titled = (name) => about.axes[name] || name, options = (names) => names.map((name) => [name, name, titles[name]]);
     const set = (key) => (chosen) => { state[key] = chosen; update(); };
     menus.append(
       select("horizontal", options(about.metrics), state.x, set("x")),
@@ -90,7 +90,7 @@
 
     const update = latest(holder, async () => {
       found = state.layer === ALL ? all : await read(about, state.layer);
-      const shapes = traces(found, state), behind = state.layer === ALL ? [] : [points(all, every(all), state.x, state.y, { name: "other layers", marker: { color: "#9aa2ad", size: 4, opacity: 0.35 }, customdata: null })];
+      const shapes = traces(found, state, titled), behind = state.layer === ALL ? [] : [points(all, every(all), state.x, state.y, { name: "other layers", marker: { color: "#9aa2ad", size: 4, opacity: 0.35 }, customdata: null })];
       const layout = fit({ height: 520, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", dragmode: "zoom", margin: { l: 60, r: 20, t: 10, b: 50 },
         font: { family: "system-ui, sans-serif", size: 12, color: theme()["font.color"] }, showlegend: shapes.length + behind.length > 1,
         xaxis: axis(state.x), yaxis: axis(state.y) }, canvas.clientWidth, shapes.length + behind.length);
@@ -106,7 +106,7 @@
         canvas.on("plotly_deselect", () => listed.only(null));
       }
     });
-    const axis = (name) => ({ title: { text: escaped(name) }, type: state.scale || "linear", automargin: true, gridcolor: "rgba(128,136,148,0.25)", zerolinecolor: "rgba(128,136,148,0.5)" });
+    const axis = (name) => ({ title: { text: escaped(titled(name)) }, type: state.scale || "linear", nticks: state.scale === "log" ? 4 : 0, automargin: true, gridcolor: "rgba(128,136,148,0.25)", zerolinecolor: "rgba(128,136,148,0.5)" });
     await update();
     nodelens.drawn += 1;
   }

@@ -89,7 +89,7 @@ def test_stability_is_printed_and_drawn(trained):
     page = (folder / "report.html").read_text()
     assert "data-name='modularity-q'" in page
     assert "data-name='modularity-stability'" in page
-    assert "data-name='modularity-modules-" in page
+    assert "data-name='modularity-units'" in page
     assert "modularity: " in ended.out
     assert "AMI between epochs 0 and 1" in ended.out
 

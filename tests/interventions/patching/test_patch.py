@@ -135,6 +135,18 @@ def test_several_pairs_have_answers_of_their_own():
     np.testing.assert_allclose(two["recovered"], one["recovered"])
 
 
+def test_the_summary_names_the_best_cell_on_average_over_pairs():
+    rows = ids(4, 6)
+    found = nl.patch(llama(), rows[:2], rows[2:], answer=5, wrong=9, components=["residual", "heads"])
+    means: dict[tuple, list[float]] = {}
+    for row in found["cells"].itertuples():
+        head = "" if row.component == "residual" else f", head {row.head}"
+        means.setdefault((row.component, f"layer {row.layer}{head}, position {row.position}"), []).append(row.recovered)
+    for component in ("residual", "heads"):
+        value, where = max((sum(v) / 2, where) for (own, where), v in means.items() if own == component)
+        assert f"{component}: {where} recovers most, {value:.0%} of the difference" in found.summary()
+
+
 def test_attribution_is_the_derivative_along_the_difference():
     net, model = llama(), TokenModel(llama())
     options = AttributionOptions(["residual", "attention", "mlp", "heads"], exact="all")
@@ -315,7 +327,7 @@ def test_it_says_whether_cells_share_passes(monkeypatch):
     def refuse(*given, **named):
         raise NotImplementedError
 
-    monkeypatch.setattr("nodelens.interventions.cells._joined", refuse)
+    monkeypatch.setattr("nodelens.interventions.cells.CellPasses._joined", refuse)
     alone = nl.patch(llama(), rows[0], rows[1], **options)
     assert alone.metadata["shares"] == ["nothing"]
     assert "the model ran whole for each cell of 1 of 1 prompts: it does not take shared passes" in alone.summary()

@@ -1,10 +1,6 @@
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +10,7 @@ from pandas.testing import assert_frame_equal
 from torch import nn
 
 import nodelens as nl
+from nodelens.app.tasks.prune import SweepEvaluator
 from nodelens.network.batch import Batch
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.criterion import Criterion
@@ -21,7 +18,6 @@ from nodelens.pruning.removal_plan import RemovalPlan
 from nodelens.pruning.sweep.ranking import areas
 from nodelens.pruning.sweep.sweep import Sweep, cells
 
-ROOT = Path(__file__).parents[3]
 TWELVE = ("criterion=[rq,random]", "amounts=[0.25,0.5,0.75]", "seeds=[0,1]", "dataset.calibration=64", "logger=none")
 
 
@@ -38,25 +34,21 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+def _prune_slowly(folder):
+    torch.set_num_threads(1)  # threads do not survive a fork
+    evaluate = SweepEvaluator.__call__
+    SweepEvaluator.__call__ = lambda *args: time.sleep(0.3) or evaluate(*args)
+    command("prune", *TWELVE, f"hydra.run.dir={folder}")
+
+
 def test_a_killed_sweep_goes_on_and_ends_with_the_same_table(undisturbed, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = (
-        "import time, nodelens.evaluation.evaluate as e; once = e.evaluate\n"
-        "def slow(*a, **k): time.sleep(.3); return once(*a, **k)\n"
-        "e.evaluate = slow\nimport nodelens.app.cli; nodelens.app.cli.prune()"
-    )
-    started = subprocess.Popen(
-        [sys.executable, "-c", code, *TWELVE, f"hydra.run.dir={tmp_path}/run"],
-        env=env,
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    started = multiprocessing.get_context("fork").Process(target=_prune_slowly, args=(tmp_path / "run",))
+    started.start()  # a fork: a new interpreter would import for seconds
     deadline = time.monotonic() + 90
     while len(list(tmp_path.glob("run/cells/*.json"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    started.kill()
+    started.join()
     done = snapshot(tmp_path / "run/cells")
     assert 4 <= len([name for name in done if name.endswith(".json") and not name.startswith(".")]) < 12
     measured = (tmp_path / "run/units.parquet").stat().st_mtime_ns
@@ -126,6 +118,7 @@ def test_every_choice_in_one_command(quiet_home):
         "finetune.epochs=1",
         "latency.batches=[]",
         "dataset.calibration=64",
+        "dataset.batch_size=400",
         "hydra.run.dir=run",
         "save=l2-global-bias-low-0.5-0",
     )
