@@ -11,6 +11,7 @@ from nodelens.network.eval_mode import uncompiled
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, identity
 from nodelens.network.objective import Objective
 
+from .adapters import adapters_in_the_way
 from .families import family_groups
 from .graph import graph_groups
 
@@ -37,7 +38,8 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
     custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)
     replaced = {group.name for group in custom}
     opt_in = tuple(g for g in found.opt_in if g.name not in replaced)
-    return PruningGroups((*(g for g in found if g.name not in replaced), *custom), found.frozen, opt_in)
+    groups = (*(g for g in found if g.name not in replaced), *custom)
+    return PruningGroups(groups, (*adapters_in_the_way(model, groups), *found.frozen), opt_in)
 
 
 def _batch(model: nn.Module, given: Any) -> Batch:

@@ -17,6 +17,7 @@ from nodelens.pruning.surgery.mask import masked
 from nodelens.pruning.surgery.slice import slice_units
 from nodelens.statistics.linalg import exact_products
 
+from .adapters import freeze_ranks, tie_idle
 from .graph_ids import Ids
 from .graph_products import settle
 from .graph_rules import follow
@@ -76,6 +77,7 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
             f"torch.export cannot trace the forward pass of {type(model).__name__}: {_first_line(error)}; "
             "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
         ) from error
+    read |= tie_idle(ids, model, read)
     if unread(model, read):
         ids.evaluated = frozenset(ids.places)
         why = ""
@@ -88,6 +90,7 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
         else:
             _follow(model, found, ids, read)
         freeze_unread(ids, model, unread(model, read), why)
+    freeze_ranks(ids, model)
     return ids
 
 
