@@ -38,6 +38,11 @@ def in_adapter(name: str) -> bool:
     return _PART.search(name) is not None
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a layer of a model is wrapped by an adapter of any kind."""
+    return any("base_layer" in module._modules for module in model.modules())
+
+
 def adapters_of(wrapper: nn.Module) -> list[Adapter]:
     """The adapters of low rank beside the base layer of a wrapper. Raises ValueError for any other kind of adapter."""
     inside: dict[str, Any] = {name: dict(part.named_children()) for name, part in wrapper.named_children() if name in _SIDES}
