@@ -89,11 +89,11 @@ def why_unclear(model: nn.Module, batch: Batch) -> str:
 
 
 def _recorded(model: nn.Module, batch: Batch) -> Operations:
-    recorder = _Recorder(model)
+    recorder, batch = _Recorder(model), batch.copied()
     inputs = [recorder.placeholder("input", value).name for value in tree_leaves((batch.args, batch.kwargs))]
     whole = torch._C._AutoDispatchBelowAutograd()  # above autograd, operations that consist of others would come in parts
     with torch.no_grad(), entered(model, recorder.stack), _Inside(recorder), whole, recorder:
-        output = batch.run(model)
+        output = model(*batch.args, **batch.kwargs)
     return Operations(recorder.finish(output), recorder.stored, inputs)
 
 
