@@ -1,14 +1,20 @@
-"""Interleaved timing: every contestant once a round, medians over rounds, ratios to the first."""
+"""Interleaved timing: every contestant once a round, medians or means over rounds, ratios to the first."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 
-def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int = 9, processor: bool = False) -> dict[str, float]:
-    """Median seconds of each, run in turn so that a slow moment of the machine meets them all.
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int = 9,
+    processor: bool = False,
+    average: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Seconds of each, averaged over rounds, run in turn so that a slow moment of the machine meets them all.
 
-    processor: of the process on all cores, which other programs disturb less, not of the clock on the wall.
+    processor: of the process on all cores, which other programs disturb less, not of the clock on the wall
+    average:   ``statistics.fmean`` for work of which a part is done in some rounds only, which a median would leave out
     """
     clock = time.process_time if processor else time.perf_counter
     for run in contestants.values():
@@ -19,7 +25,7 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int = 9
             start = clock()
             run()
             seconds[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: average(times) for name, times in seconds.items()}
 
 
 def cells(values: Mapping[str, object], head: bool = False) -> str:

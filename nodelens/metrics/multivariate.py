@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import Gram
-from nodelens.statistics.base import derived
-from nodelens.statistics.linalg import entropy_bias, spectrum
+from nodelens.statistics.base import derived, is_derived
+from nodelens.statistics.linalg import SOLVER, entropy_bias, spectrum
 
 from .base import Metric
-from .covariances import constant_units, correlation_of, eigenvalues_of, rounding_of
+from .covariances import axes_of, constant_units, correlation_of, eigenvalues_of, rounding_of
 from .need import Need, View
 
 ROWS_PER_UNIT = 3  # with fewer rows the error of a determinant is large
@@ -173,15 +173,40 @@ def entropies_of(y: Gram, shrinkage: str) -> Entropies:
     live = ~constant_units(y)
     units, rest = int(live.sum()), torch.zeros_like(y.shift)
     r = correlation_of(y)[live][:, live]
+    rounding = rounding_of(y, True)[live]
     if shrinkage == "schaefer_strimmer":
         r = shrunk(r, y.n)
-        values = spectrum(r, rounding_of(y, True)[live])
+        found = None if int(y.n) < 2 else _by_cholesky(r, rounding) or _by_eigenvalues(r, spectrum(r, rounding))
+    elif int(y.n) <= max(1, units):
+        found = None
     else:
-        values = eigenvalues_of(y, True)[:units]  # those of constant units are 0 and come last
-    if int(y.n) < 2 or (shrinkage == "none" and int(y.n) <= units) or not bool((values > 0).all()):
-        return Entropies(values.new_full((), torch.nan), torch.full_like(rest, torch.nan).where(live | (y.n < 2), 0.0))
-    rest[live] = 0.5 * torch.linalg.inv(r).diagonal().log()
-    return Entropies(0.5 * values.log().sum(), rest)
+        known = is_derived(eigenvalues_of, y, True) or is_derived(axes_of, y, True)
+        found = None if known else _by_cholesky(r, rounding)
+        found = found or _by_eigenvalues(r, eigenvalues_of(y, True)[:units])  # those of constant units are 0 and come last
+    if found is None:
+        return Entropies(rest.new_full((), torch.nan), torch.full_like(rest, torch.nan).where(live | (y.n < 2), 0.0))
+    rest[live] = 0.5 * found[1].log()
+    return Entropies(0.5 * found[0], rest)
+
+
+def _by_cholesky(r: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The logarithm of det R, (), and the diagonal of the inverse, (d,), of correlations (d, d), faster than by eigenvalues.
+
+    None unless rounding surely hides no eigenvalue: the smallest is at least 1/|P|, |P| the Frobenius norm of the inverse.
+    """
+    factor, failed = torch.linalg.cholesky_ex(r)
+    if int(failed) or not len(r):
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    floor = torch.maximum(rounding.max(), SOLVER * r.trace())  # the trace is no less than the largest eigenvalue
+    if not bool(1 / inverse.norm() > floor):
+        return None
+    return 2 * factor.diagonal().log().sum(), inverse.diagonal()
+
+
+def _by_eigenvalues(r: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same where eigenvalues (d,) are known, 0 for those that rounding hides; None if there is such a one."""
+    return (values.log().sum(), torch.linalg.inv(r).diagonal()) if bool((values > 0).all()) else None
 
 
 def shrunk(r: Tensor, n: Tensor) -> Tensor:

@@ -225,7 +225,9 @@ def tensor_of(value: Any) -> Tensor | None:
 
 
 def _content_hashes(first: Tensor, mask: Any) -> Tensor:
-    """Hashes of the content of the samples without padding, (B,) int64 on the CPU."""
+    """Hashes of the content of the samples without padding, (B,) int64 on the CPU; their numbers where the content is on meta."""
+    if first.is_meta:
+        return mix(torch.arange(len(first)))
     if not isinstance(mask, Tensor) or mask.shape != first.shape or bool(mask.all()):
         return content_hashes(first).cpu()
     rows = zip(first.cpu(), mask.bool().cpu(), strict=True)

@@ -189,6 +189,23 @@ def test_bytes_lie_where_the_blocks_do():
     assert all(row["fits"] == (row["total"] <= 24e9) for row in found.devices)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_network_without_weights_is_planned_from_a_batch_on_either_device(device):
+    def cost(net, batch):
+        return estimate_cost(net, ["rq", "effective_rank"], "*", batch=batch, rows=100)
+
+    def made():
+        return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+
+    with torch.device("meta"):
+        net = made()
+    found, expected = (
+        cost(net, (torch.ones(6, 5, device=device), torch.ones(6, device=device).long())),
+        cost(made(), (torch.ones(6, 5), torch.ones(6).long())),
+    )
+    assert (found.bytes, found.forward) == (expected.bytes, expected.forward)
+
+
 def test_what_finds_no_room_says_so():
     found = estimate_cost(large("8b"), ["activation_variance"], "blocks.input", machine=Machine(devices=2, memory=5e9))
     assert found.devices[-1]["device"] is None

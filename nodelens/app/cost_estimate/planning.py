@@ -45,8 +45,8 @@ def estimate_cost(
     """Estimates the cost of ``nl.analyze`` from shapes alone, on the meta device, without weights or data.
 
     model:   a transformers config of a causal language model, or any network, such as one from ``meta_model``
-    batch:   a batch in any form that ``nl.analyze`` takes, of the size to come, on the network's device; None: ``samples`` texts
-             of ``length`` tokens. Two of its samples are run
+    batch:   a batch in any form that ``nl.analyze`` takes, of the size to come, on any device; None: ``samples`` texts of
+             ``length`` tokens. Two of its samples are run
     rows:    number of tokens to read; for images, number of samples
     machine: the machine it will run on; initial: whether the weights before training will be given
     options: those of ``nl.analyze``, by name, as ``AnalyzeOptions`` lists them
@@ -62,7 +62,8 @@ def estimate_cost(
     objective = Objective.of(net, settings.output, settings.task, settings.loss)
     if batch is not None:
         objective = objective.settled(net, batch)
-    batch = objective.batch(token_batch(samples, length, device_of(net)) if batch is None else batch, settings.groups)
+    given = token_batch(samples, length, device_of(net)) if batch is None else batch
+    batch = objective.batch(given, settings.groups).to(device_of(net))
     start = net.state_dict() if initial else None
     found = as_layers(net, layers, start)
     members = find_members(net, found, chosen, start)
