@@ -30,6 +30,16 @@ EVERY = list(load_config("analyze", ["metrics=forward"]).metrics)
 FORWARD = [name for name in metric_set("default") if name not in ("taylor", "magnitude")]
 
 
+def plan_of(
+    model: nn.Module, batch: Any, metrics: list[str], positions: int | None = None, groups: int = 8, layers: str | list[str] = "*"
+) -> tuple[Plan, Objective]:
+    """The plan of a pass over batches like this one, and what is made of the model's answers."""
+    found = find_layers(model, layers)
+    objective = Objective.of(model).settled(model, batch)
+    dry_run = DryRun.of(model, found, objective.batch(batch, groups), objective)
+    return Plan.of(model, found, as_metrics(metrics), dry_run, groups, positions), objective
+
+
 def overhead(
     model: nn.Module,
     batch: Any,
@@ -43,10 +53,7 @@ def overhead(
 
     Buffers hold up to 1,024 samples: 16 rounds of 64 samples, and 32 of 32, fill each of them a whole number of times.
     """
-    found = find_layers(model, layers)
-    objective = Objective.of(model).settled(model, batch)
-    prepared = objective.batch(batch, groups)
-    plan = Plan.of(model, found, as_metrics(metrics), DryRun.of(model, found, prepared, objective), groups, positions)
+    plan, objective = plan_of(model, batch, metrics, positions, groups, layers)
     taken = Pass(plan, objective)
     driver = Driver(model, objective, groups, graph=plan.gradients, answers=plan.gradients or plan.reads_predictions)
     capture = Capture(plan.sites(), taken.see, plan.overwritten)
@@ -70,6 +77,7 @@ def overhead(
     with eval_mode(model):
         for _ in range(3):
             measured()
+        taken.flush()  # the memory of all sums is taken before the rounds
         seconds = interleaved({"bare": bare, "measured": measured}, rounds, processor=True, average=statistics.fmean)
     return seconds["bare"], seconds["measured"] / seconds["bare"]
 

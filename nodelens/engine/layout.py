@@ -26,7 +26,6 @@ from .firing import BEHIND
 from .members import Members, of_groups_only, side_of
 
 GROUPED_WIDTH = 1024  # wider pair statistics are not kept per group of samples, so they have no standard error
-BALANCE = 32.0  # float32 operations in the time of one byte of rows, fitted to ResNet-18 at 32, 64 and 224 pixels
 _SITES = ("next", "input")  # targets that are rows of another site
 Reduce = Literal["sum", "mean", "max", "prod", "first"]
 REDUCTIONS: dict[Reduce, Callable[[Tensor], Tensor]] = {  # over the last axis
@@ -255,10 +254,10 @@ class PassLayout:
     def groups_of(self, layer: Layer, need: Need) -> int:
         if need.port == "model":
             return 1
-        wide = need.statistic in SQUARE and max(self._widths(layer, need)) > GROUPED_WIDTH
+        wide = need.statistic in SQUARE and max(self.widths(layer, need)) > GROUPED_WIDTH
         return 1 if wide else self.groups
 
-    def _widths(self, layer: Layer, need: Need) -> tuple[int, int]:
+    def widths(self, layer: Layer, need: Need) -> tuple[int, int]:
         """Units at a need's port, and columns of its paired target."""
         width = self.seen(layer, need.port).width
         if layer.geometry is not None and need.statistic.entries:
@@ -276,14 +275,15 @@ class PassLayout:
         """Bytes of a statistic's sums over all groups of samples."""
         if need.port == "model":
             return need.statistic.size_of(self.members.groups, *need.options)  # type: ignore[attr-defined]
-        width, columns = self._widths(layer, need)
+        width, columns = self.widths(layer, need)
         repeats = getattr(layer.module, "groups", 1)
         positions = self.seen(layer, need.port).positions
         folds = need.options[0].folds if need.port.startswith(ASSOCIATION) else 1
         count = folds * numbers(need.statistic, width, columns, self.dry_run.classes, repeats, positions)
         return 8 * self.groups_of(layer, need) * (count - folds + 1)
 
-    def _rows_per_sample(self, layer: Layer, need: Need) -> int:
+    def rows_per_sample(self, layer: Layer, need: Need) -> int:
+        """Rows that a need reads of one sample, at most: one per position, or those that are drawn."""
         if need.view == "samples" or need.port == "model":
             return 1
         positions = self.seen(layer, need.port).positions

@@ -15,15 +15,15 @@ from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION, Layer, pairs_of
 from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
-from nodelens.statistics.costs import PAIRS
 
 from .association_methods import vector_bytes
 from .associations import check_associations, with_stack
 from .buffered import buffer_bytes, held, held_bytes
 from .covariance import CovariancePolicy
 from .dry_run import DryRun
-from .layout import BALANCE, PassLayout, Place, Reduce
+from .layout import PassLayout, Place, Reduce
 from .members import Members, UnreadableGroupsError
+from .overhead import extra_operations
 from .validation import check_parameter, measurable
 from .wide_sites import check_width, omit_products, restrict_needs
 
@@ -207,18 +207,7 @@ class Plan(PassLayout):
 
     def overhead(self) -> float:
         """Estimated extra cost of the pass, as a share of a bare forward pass (and backward pass if gradients are needed)."""
-        extra = 0.0
-        for layer in self.read:
-            for need in self.needs(layer):
-                if need.port == "model":
-                    continue
-                seen = self.seen(layer, need.port)
-                rows = self._rows_per_sample(layer, need)
-                width, columns = self._widths(layer, need)
-                columns = columns if isinstance(need.target, Other) else width
-                products = 2 * width * columns * rows if need.statistic in PAIRS else 0
-                extra += products + BALANCE * seen.nbytes * rows / seen.positions
-        return extra / max(1, self.dry_run.flops * (3 if self.gradients else 1))
+        return extra_operations(self) / max(1, self.dry_run.flops * (3 if self.gradients else 1))
 
     @property
     def total_bytes(self) -> int:
@@ -247,7 +236,7 @@ class Plan(PassLayout):
                 "layer": layer.name,
                 "statistic": str(need),
                 "width": None if need.port == "model" else self.seen(layer, need.port).width,
-                "rows_per_sample": self._rows_per_sample(layer, need),
+                "rows_per_sample": self.rows_per_sample(layer, need),
                 "groups": self.groups_of(layer, need),
                 "bytes": self.nbytes(layer, need),
                 "waits_for": str(getattr(need.target, "__name__", need.target)) if self.is_held(need) else None,
