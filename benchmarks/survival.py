@@ -279,6 +279,7 @@ def survive(
     """The trials in a folder, with ``rounds`` places of each kind at most."""
     found = Survival(home, rounds)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and the forked runs would ignore it, too
     for task in tasks:
         finished = home / f"whole_{task}"
         imported(task, finished)

@@ -118,6 +118,81 @@ IN_PYTHON = {  # a call, and parts of its message
     "a metric that is no name": (lambda: nl.get_metric(["rq"]), "a metric is given by its name, such as 'rq', not as list"),
     "a number for metrics": (lambda: nl.analyze(NET, DATA, 3), "metrics is int; it takes names such as 'rq', metric objects"),
     "no metrics": (lambda: nl.analyze(NET, DATA, None), "metrics is None; it takes names"),
+    "an empty list of metrics": (lambda: nl.analyze(NET, DATA, []), "metrics is empty: give names, such as ['rq'], or a set, such"),
+    "an empty dict of metrics": (lambda: nl.analyze(NET, DATA, {}), "metrics is empty", "or ask for an analysis, analysis="),
+    "pairs as a number": (lambda: nl.analyze(NET, DATA, ["cka"], pairs=3), "pairs is int; it is consecutive, all, or a list of"),
+    "bias in words": (lambda: nl.analyze(NET, DATA, ["rq"], bias="yes"), "bias is 'yes'; it is True or False"),
+    "a number on a plan": (lambda: nl.analyze(NET, DATA, ["rq"], on_plan=3), "on_plan is int; it is a function, such as print"),
+    "a number as progress": (lambda: nl.analyze(NET, DATA, ["rq"], progress=3), "progress is int; it is a function"),
+    "a negative budget": (lambda: nl.analyze(NET, DATA, ["rq"], budget=-1), "budget is -1; it takes bytes, or a size such as 4GB"),
+    "a budget of nothing": (lambda: nl.analyze(NET, DATA, ["rq"], budget="0GB"), "budget is '0GB'; it takes bytes", "more than 0"),
+    "an option of a metric in words": (
+        lambda: nl.get_metric("rq", relative="yes"),
+        "rayleigh_quotient: relative is 'yes'; it is True or",
+    ),
+    "an option of a metric as a list": (lambda: nl.get_metric("rq", regularization=[1]), "regularization is [1]; it is a number"),
+    "a precision's typing error": (
+        lambda: nl.analyze(NET, DATA, ["rq"], precision="float8"),
+        "precision is 'float8'; products are",
+    ),
+    "a reduction's typing error": (lambda: nl.analyze(NET, DATA, ["rq"], reduce="avg"), "reduce is 'avg'; it is sum, mean, max"),
+    "no pass": (lambda: nl.analyze(NET, DATA, ["rq"], max_passes=0), "max_passes is 0; it is how often the data may be read"),
+    "a negative width": (lambda: nl.analyze(NET, DATA, ["rq"], width=-5), "width is -5; it is a number of units, 1 or more"),
+    "negative labels": (lambda: nl.analyze(NET, [(X, Y - 2)], ["taylor"]), "has 3 classes, but labels run from -2 to 0"),
+    "labels without a number": (
+        lambda: nl.analyze(NET, [(X, Y * float("nan"))], ["taylor"]),
+        "labels (20,) float32, which are no",
+    ),
+    "labels in words": (lambda: nl.analyze(NET, [(X, ["a"] * 20)], ["taylor"]), "labels of a batch are a list of 20: (str,"),
+    "only infinity": (lambda: nl.analyze(NET, [(X * float("inf"), Y)]), "has no finite number, only NaN or infinity"),
+    "a text as a batch": (
+        lambda: nl.analyze(NET, ["abc"], ["rq"]),
+        "a batch is a tensor, an (x, y) pair or a dict of tensors, not a",
+    ),
+    "an empty batch": (lambda: nl.analyze(NET, [()], ["rq"]), "not a tuple of 0: ()"),
+    "batches without rows": (lambda: nl.analyze(NET, [(X[:0], Y[:0])], ["rq"]), "the data are empty: not one batch to measure"),
+    "initial weights of another network": (
+        lambda: nl.analyze(NET, DATA, ["delta_alignment"], initial=Conv()),
+        "layer 'fc1' has a weight (6, 8), but the start has none: give weights of the same network",
+    ),
+    "a protected unit in words": (lambda: nl.prune(NET, protect={"fc1": ["a"]}, **PRUNE), "protect.fc1 is ['a']; it is a list of"),
+    "a protected number": (
+        lambda: nl.prune(NET, protect={"fc1": 3}, **PRUNE),
+        "protect.fc1 is 3; it is a list of numbers of units",
+    ),
+    "a gate in words": (lambda: nl.prune(NET, gate="a", apply="scale", **PRUNE), "gate is 'a'; it is a number by which removed"),
+    "a name as custom groups": (
+        lambda: nl.prune(NET, custom_groups="fc1", **PRUNE),
+        "custom_groups has the text 'fc1'; it is a list",
+    ),
+    "numbers as custom groups": (
+        lambda: nl.prune(NET, custom_groups=[3], **PRUNE),
+        "custom_groups has int; it is a list of groups",
+    ),
+    "an amount in words": (lambda: nl.prune(NET, amount="half", **PRUNE), "amount is half: a share to remove"),
+    "no amount at all": (lambda: nl.prune(NET, amount=float("nan"), **PRUNE), "amount is nan: a share to remove"),
+    "a way of removal's typing error": (lambda: nl.prune(NET, apply="slise", **PRUNE), "apply is 'slise'; it is slice, mask or sc"),
+    "a schedule's typing error": (
+        lambda: nl.prune(NET, schedule="iterativ", **PRUNE),
+        "schedule.kind is 'iterativ'; it is one_sho",
+    ),
+    "an allocation's typing error": (
+        lambda: nl.prune(NET, allocation="globl", **PRUNE),
+        "allocation.kind is 'globl'; there are un",
+    ),
+    "a compensation's typing error": (lambda: nl.prune(NET, compensate="biass", **PRUNE), "compensate is 'biass'; it is none, bia"),
+    "a criterion without a term": (lambda: nl.prune(NET, {}, data=DATA), "criterion '' has no term: it is a metric's name, or"),
+    "scores of another length": (lambda: nl.prune(NET, {"fc1": torch.ones(3)}, data=DATA), "gives scores of the shape (3,), group"),
+    "no steps": (lambda: nl.Schedule("iterative", 0), "steps is 0: a schedule has at least one"),
+    "numbers as overrides": (lambda: nl.load_config("analyze", [3]), "overrides has int in it; it is a list of texts, such as"),
+    "tensors under another name": (
+        lambda: nl.get_metric("rq").compute(input=X, weights=torch.ones(3, 8)),
+        "a convolution's geometry, not input. Did you mean 'inputs'?",
+    ),
+    "one row of no axis": (
+        lambda: nl.get_metric("rq").compute(inputs=X[0], weights=torch.ones(3, 8)),
+        "inputs is (8,); it has two",
+    ),
     "a metric's class": (lambda: nl.analyze(NET, DATA, [RQ]), "has the class RayleighQuotient in it: give an object, Rayle"),
     "a metric's class alone": (lambda: nl.analyze(NET, DATA, RQ), "metrics is the class RayleighQuotient; it takes names"),
     "a metric's class in a dict": (lambda: nl.analyze(NET, DATA, {"a": RQ}), "give an object, RayleighQuotient()"),
@@ -259,6 +334,23 @@ ON_THE_COMMAND_LINE = [  # words, and a part of the line
     ("analyze --cfg jobs", "invalid choice: 'jobs'", "--hydra-help"),
     ("analyze =3", "'=3' sets nothing: settings are key=value"),
     ("analyze hydra.run.dir=", "hydra.run.dir is empty: give a folder"),
+    ("analyze metrics=[]", "no metric is chosen: give some, as in 'metrics=[rq,synergy]'"),
+    ("analyze dataset.batch_size=0", "dataset.batch_size is 0; give a count of samples, 1 or more"),
+    ("analyze dataset.workers=-1", "dataset.workers is -1; give a count of processes, 0 to read without any"),
+    ("analyze model=tiny_lm dataset=text dataset.path=texts.txt dataset.batch_size=-3", "dataset.batch_size is -3; give a count"),
+    ("train model.optimizer.lr=-1 logger=none", "model.optimizer.lr: Invalid learning rate: -1"),
+    ("train model.optimizer.weight_decay=-2 logger=none", "model.optimizer.weight_decay: Invalid weight_decay value: -2"),
+    ("train model.net.hidden=[8,-3]", "model.net.hidden is [8, -3]; every width is 1 or more"),
+    ("train model.optimizer.lrr=0.1", "no key 'model.optimizer.lrr' in the config of train. Did you mean 'model.optimizer.lr'?"),
+    ("analyze budget.memmory=1GB", "no key 'budget.memmory' in the config of analyze. Did you mean 'budget.memory'?"),
+    ("analyze budget.memory=-1", "budget.memory is '-1'; it takes bytes, or a size such as 4GB"),
+    ("analyze objective.task=regresion", "objective.task is 'regresion'; it is classification, multilabel, regression"),
+    ("analyze metrics=[rq] metrics.rq.relative=yes", "metrics.rq.relative is 'yes'; nodelens.metrics.RayleighQuotient takes bool"),
+    ("analyze analysis=[foo]", "analysis: no option 'foo'. Available: "),
+    ("analyze results=nope", "nope has no finished run: metadata.json is missing"),
+    ("prune amounts=[]", "the sweep has no amount: give at least one"),
+    ("prune criterion=[]", "the sweep has no criterion: give at least one"),
+    ("prune sweep.workers=0", "sweep.workers is 0; it is a number of processes, 1 or more"),
     ("analyze trainer=gpus", "trainer: no option 'gpus'. Did you mean 'gpu'?"),
 ]
 
@@ -279,6 +371,7 @@ def files(quiet_home):
     (quiet_home / "empty").mkdir()
     (quiet_home / "broken.npz").write_text("no archive")
     np.savez("nan.npz", x=np.full((60, 8, 8), np.nan, np.float32), y=np.arange(60) % 10)
+    (quiet_home / "texts.txt").write_text("some words\n" * 40)
     np.savez("keys.npz", a=np.zeros((60, 8, 8)))
     return quiet_home
 

@@ -63,6 +63,10 @@ def analyze(
         names = ", ".join(analyses)
         raise ValueError(f"{names} may read the data again, but they are an iterator: give a loader or a list of batches")
     every = with_metrics(as_metrics(metrics), analyses)
+    if not every and not analyses:
+        raise ValueError(
+            "metrics is empty: give names, such as ['rq'], or a set, such as 'default', or ask for an analysis, analysis="
+        )
     result = measure_units(model, data, every, layers, initial=initial, options=settings, on_plan=on_plan, progress=progress)
     given = {"task": settings.task, "output": settings.output, "loss": settings.loss}
     objective: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -15,6 +15,8 @@ from omegaconf import MISSING, BooleanNode, DictConfig, FloatNode, IntegerNode, 
 from omegaconf.errors import InterpolationKeyError
 from omegaconf.resolvers import oc
 
+from nodelens.messages import kind_of
+
 from .checks import check
 from .entries import share_nodes, store_entries
 from .explain import ERRORS, explain, parsed_overrides
@@ -197,6 +199,8 @@ def load_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ValueError(f"no task is called {task!r}; there are {', '.join(TASKS)}")
     if isinstance(overrides, str):
         raise TypeError(f"overrides is the text {overrides!r}; give a list, as [{overrides!r}]")
+    if wrong := [each for each in overrides if not isinstance(each, str)]:
+        raise TypeError(f"overrides has {kind_of(wrong[0])} in it; it is a list of texts, such as ['metrics=[rq]']")
     taken_warnings()  # those of an earlier composition
     overrides = with_custom_model(with_new_keys(overrides))
     parsed = parsed_overrides(overrides)

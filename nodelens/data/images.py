@@ -16,7 +16,7 @@ from .batch import ImageBatch
 from .convert import Convert
 from .order import SeededDraws, TrainingOrder, current_epoch
 from .source import Images, Source, check_labels
-from .splits import make_splits, pick, shard, write_splits
+from .splits import check_loading, make_splits, pick, shard, write_splits
 
 
 class ImageData(lightning.LightningDataModule):
@@ -48,6 +48,7 @@ class ImageData(lightning.LightningDataModule):
         workers: int = 0,
     ):
         super().__init__()
+        check_loading(batch_size, workers)
         self.classes, self.channels, self.size = classes, channels, size
         self.mean, self.std, self.batch_size, self.workers, self.seed = mean, std, batch_size, workers, seed
         self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}

@@ -14,6 +14,14 @@ from nodelens.results.files import write
 NAMES = ("train", "val", "test", "calibration", "all")
 
 
+def check_loading(batch_size: int, workers: int) -> None:
+    """Raises ValueError for a batch without samples or a negative number of worker processes."""
+    if batch_size < 1:
+        raise ValueError(f"{setting('dataset.batch_size')} is {batch_size}; give a count of samples, 1 or more")
+    if workers < 0:
+        raise ValueError(f"{setting('dataset.workers')} is {workers}; give a count of processes, 0 to read without any")
+
+
 def make_splits(rows: int, own_test: int, val: float, test: float, calibration: int, seed: int) -> dict[str, Tensor]:
     """Sorted sample numbers (int64) of train, val, test and calibration; each number occurs once.
 

@@ -19,7 +19,7 @@ from .cache import Parts, cached
 from .corpus import Corpus
 from .order import SeededDraws, TrainingOrder, current_epoch
 from .selectors import Selector, check_exact
-from .splits import make_splits, pick, shard, write_splits
+from .splits import check_loading, make_splits, pick, shard, write_splits
 from .textstream import Blocks, TextStream, nothing_selected
 from .tokens import Tokenizer, open_tokenizer
 
@@ -89,6 +89,7 @@ class Text(lightning.LightningDataModule):
         self.mode, self.length, self.stride, self.remainder = mode, length, stride, remainder
         self.bos, self.eos, self.side, self.classes = bos, eos, side, classes
         self.select, self.special, self.cache = select, special, cache
+        check_loading(batch_size, workers)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
         self.source: Samples | None = None

@@ -99,6 +99,9 @@ def measure(
     check_kind("nl.analyze", options, AnalyzeOptions)
     check_arguments("nl.analyze", model, data)
     settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
+    for name, given in {"on_plan": on_plan or iter, "progress": progress}.items():
+        if not callable(given):
+            raise TypeError(f"{name} is {kind_of(given)}; it is a function, such as print for on_plan= and tqdm for progress=")
     asked = _Request.of(model, data, as_metrics(metrics), layers, initial, settings)
     plan, objective = _planned(model, asked, layers == "*", settings)
     parts = divided(plan, in_bytes(settings.budget), settings.max_passes)

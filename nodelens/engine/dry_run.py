@@ -22,7 +22,7 @@ from nodelens.network.tasks import BY_VALUE
 from .association_methods import Facts
 from .firing import BEHIND, Firing, FiringTracer, Place, place_of, stored_tensors
 from .members import Members
-from .sample_axis import without_samples
+from .sample_axis import warn_of_shared, without_samples
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -98,7 +98,7 @@ class DryRun:
         batch_norms = [Layer(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
         sites = [Site(layer, port) for layer in layers for port in ("input", "output") if port == "output" or not _reads_ids(layer)]
         readers = [Site(norm, "input") for norm in batch_norms]
-        batch = batch.head(2).map(torch.clone)  # tensors made in inference mode have no version to compare
+        whole, batch = batch, batch.head(2).map(torch.clone)  # tensors made in inference mode have no version to compare
         tracer = FiringTracer(model)
 
         def see(site: Site, tensor: Any) -> None:
@@ -112,8 +112,9 @@ class DryRun:
             with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter, tracer:
                 output = batch.run(model)
         except Exception:  # a forward pass may raise anything; an error of a hook is raised as it is
-            check_forward(model, batch)
+            check_forward(model, whole)
             raise
+        warn_of_shared(model, whole, objective)
         shown = {site: captured[site][0][0] for site in sites if site in captured}
         unread = without_samples(model, batch, shown, optional)
         answer, aligned, refusal = _predictions(objective, output, batch)

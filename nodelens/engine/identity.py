@@ -4,8 +4,9 @@ import hashlib
 import re
 from functools import partial
 from pathlib import Path
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -14,24 +15,29 @@ from torch import Tensor, nn
 from nodelens.results.result import Result, fingerprint
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_DEEP = 8  # levels of values inside values
+_DEEP = 32  # levels of values inside values
 
 
-def identity(value: Any, depth: int = 0) -> Any:
+def identity(value: Any, around: tuple[int, ...] = ()) -> Any:
     """A value as nested lists of plain values, for a key under which work is kept.
 
     Functions are their code with constants, defaults and what they close over; modules their options and weights; tensors, arrays
-    and tables their content; other objects their text, or the values inside them where the text is only an address.
+    and tables their content; other objects their text, or the values inside them where the text is only an address. A value inside
+    itself is the number of levels between both. A value below 32 levels equals none, not even itself another time.
+
+    around: the ids of the values that this one is inside
     """
-    inner = depth + 1
+    if id(value) in around and not isinstance(value, _PLAIN):
+        return f"{len(around) - around.index(id(value))} levels above"
+    inner = (*around, id(value))
     if isinstance(value, _PLAIN):
         return value if isinstance(value, (int, str, type(None))) else repr(value)
     if isinstance(value, (type, Path)):
         return str(value)
     if isinstance(value, (Tensor, np.ndarray, pd.DataFrame, pd.Series)):
         return _content(value)
-    if depth >= _DEEP:
-        return type(value).__qualname__
+    if len(around) >= _DEEP:
+        return f"{type(value).__qualname__} {uuid4().hex}"
     if isinstance(value, dict):
         return [[identity(k, inner), identity(v, inner)] for k, v in value.items()]
     if isinstance(value, (list, tuple)):
@@ -46,13 +52,21 @@ def identity(value: Any, depth: int = 0) -> Any:
     if isinstance(value, CodeType):
         return [value.co_code.hex(), list(value.co_names), identity(value.co_consts, inner)]
     if (code := getattr(value, "__code__", None)) is not None:
-        closed = [cell.cell_contents for cell in value.__closure__ or ()]
+        closed = [_held(cell) for cell in value.__closure__ or ()]
         of = [code, value.__defaults__, value.__kwdefaults__, closed, getattr(value, "__self__", None)]
         return [value.__module__, value.__qualname__, identity(of, inner)]
     text = str(value)
     if re.search(r" at 0x[0-9a-f]+", text):
         return [type(value).__qualname__, identity(vars(value), inner) if hasattr(value, "__dict__") else ""]
     return text
+
+
+def _held(cell: CellType) -> Any:
+    """What a variable that a function closes over holds; a text where it holds nothing yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "<unset>"
 
 
 def identity_of_result(result: Result | None) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from nodelens.messages import check_folder, check_names, shown, with_new_names
+from nodelens.messages import check_folder, check_names, kind_of, shown, with_new_names
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 
@@ -68,6 +68,10 @@ class AnalyzeOptions:
             check_folder("save_to", self.save_to)
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce is {self.reduce!r}; it is {', '.join(get_args(Reduce))}")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"bias is {self.bias!r}; it is True or False")
+        if not isinstance(self.pairs, (str, Sequence)):
+            raise TypeError(f"pairs is {kind_of(self.pairs)}; it is consecutive, all, or a list of pairs of layer names")
         if not self.save_minutes >= 0:
             raise ValueError(f"save_minutes is {self.save_minutes}; it is 0 (after every batch) or more")
 

@@ -24,11 +24,12 @@ def why_overwritten(model: nn.Module, batch: Batch, objective: Objective, error:
     """
     if "modified by an inplace operation" not in str(error):
         return ""
-    path = _saved_in(model, batch, objective)
-    where = type(model).__name__ if not path else f"{path} ({type(model.get_submodule(path)).__name__})"
+    path, name = _saved_in(model, batch, objective), type(model).__name__
+    what = f"{path} ({type(model.get_submodule(path)).__name__})" if path else "its own code"
+    before = f"{path} and the layers before it" if path else "the layers before that line"
     return (
-        f"{where} writes in place into a tensor that the gradient of the loss needs, so no backward pass of it works: write that "
-        "operation as x = x * 2 instead of x.mul_(2), or choose metrics without gradients"
+        f"{name} overwrites in place what {what} needs for the gradient of the loss, which gets no further: leave out {before} "
+        "(layers=), choose metrics without gradients, or write that operation as x = x * 2 instead of x.mul_(2)"
     )
 
 

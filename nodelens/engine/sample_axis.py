@@ -1,5 +1,6 @@
 """The axis of samples: a layer's first axis has to be that of the data's samples."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
+from nodelens.network.objective import Objective
 
 _WAY_OUT = "give data and modules with samples first (batch_first=True)"
 _VERBS = {"input": "reads", "output": "puts out"}
@@ -39,7 +41,13 @@ def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]
     timed = [Site(layer, "output") for layer in time_first]
     try:
         again = _shapes(model, batch.map(lambda tensor: torch.cat([tensor, tensor[:1]])), [*shown, *timed])
-    except Exception:  # a model that takes batches of this size only: no other size to compare with
+    except Exception as error:  # no other size to compare with
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        warnings.warn(
+            f"{type(model).__name__} takes batches of {size} but not of {size + 1} samples ({cause}): "
+            "that the first axis of each layer is the samples is not checked",
+            stacklevel=2,
+        )
         return {}
     few, more = _WORDS[size]
     found = {
@@ -58,6 +66,31 @@ def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]
                 f"but the first axis of the data is its time: {_WAY_OUT}"
             )
     return {layer: str(NoSampleAxisError({layer: shown})) for layer, shown in found.items()}
+
+
+def warn_of_shared(model: nn.Module, batch: Batch, objective: Objective) -> None:
+    """Warns if an input with one row per sample may be shared by all of them: the samples then have other predictions without it.
+
+    The rows of such an input are counted as samples where a batch is cut into parts. Without such inputs nothing is run.
+    """
+    names = batch.coincident
+    if len(batch) < 3 or not names:
+        return
+    try:
+        with eval_mode(model), torch.inference_mode(False), torch.no_grad():
+            few, every = (objective.answer(part.run(model)).double() for part in (batch.head(2), batch))
+    except Exception:  # a forward pass may raise anything, which the pass over the data names; or no predictions can be read
+        return
+    same = few.shape == every[: len(few)].shape and torch.allclose(
+        few, every[: len(few)], rtol=1e-3, atol=1e-3 * float(few.abs().max())
+    )
+    if not same:
+        warnings.warn(
+            f"the predictions of the first two samples change with the others in the batch: if {' or '.join(names)}, which has "
+            f"{len(batch)} rows for {len(batch)} samples, is shared by all of them, give batches of another size, or keep it "
+            "in the model",
+            stacklevel=2,
+        )
 
 
 def _shapes(model: nn.Module, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Size]:

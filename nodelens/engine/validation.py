@@ -105,15 +105,22 @@ _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def in_bytes(size: str | int | float | None, key: str | None = None) -> float | None:
-    """Bytes of '4GB', '512 MiB' or a number; None means no limit. Raises ValueError, naming the key, for anything else."""
+    """Bytes of '4GB', '512 MiB' or a number; None means no limit. Raises ValueError, naming the key, for anything else,
+    and for 0 or less.
+    """
     if size is None:
         return None
     text = str(size).replace(" ", "").upper()
     number = text.rstrip("BGIKM")
     try:
-        return float(number) * _SIZES[text[len(number) :]]
+        found = float(number) * _SIZES[text[len(number) :]]
+        if not found > 0:
+            raise ValueError
+        return found
     except (ValueError, KeyError):
-        raise ValueError(f"{key or option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB") from None
+        raise ValueError(
+            f"{key or option('budget')} is {size!r}; it takes bytes, or a size such as 4GB or 512MiB, more than 0"
+        ) from None
 
 
 def check_classes(metrics: Mapping[str, Metric], batch: Batch, tokens: bool) -> None:

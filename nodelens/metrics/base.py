@@ -3,15 +3,18 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
+from nodelens.messages import shown
 from nodelens.network.group_layer import GroupLayer
 
 from .from_tensors import compute
 from .need import Need
 
+_PLAIN: Mapping[Any, tuple[type, str]] = {bool: (bool, "True or False"), int: (Integral, "an integer"), float: (Real, "a number")}
 _SECTIONS = ("Formula", "Shapes", "Unit", "NaN", "Raises", "Source")
 
 
@@ -46,6 +49,8 @@ class Metric:
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 fit = ", ".join(map(repr, get_args(hint)))
                 raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {fit}")
+            if hint in _PLAIN and not isinstance(getattr(self, name), _PLAIN[hint][0]):
+                raise TypeError(f"{self.names[0]}: {name} is {shown(getattr(self, name))}; it is {_PLAIN[hint][1]}")
 
     def needs(self) -> dict[str, Need]:
         """The statistics that ``__call__`` takes, by argument name."""

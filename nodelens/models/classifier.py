@@ -74,10 +74,20 @@ class Classifier(lightning.LightningModule):
                     "set model.optimizer, as {_target_: torch.optim.AdamW, _partial_: true, lr: 0.001}",
                 )
             )
-        optimizer = self.make_optimizer(p for p in self.net.parameters() if p.requires_grad)
+        optimizer = self._optimizer(self.make_optimizer)
         if self.make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "monitor": "val/loss"}}
+
+    def _optimizer(self, make: Callable[..., Optimizer]) -> Optimizer:
+        """The optimizer. Raises ValueError, with the key, for an option that its class refuses."""
+        try:
+            return make(p for p in self.net.parameters() if p.requires_grad)
+        except ValueError as error:
+            given = getattr(make, "keywords", {})
+            refused = [name for name, value in given.items() if str(error).endswith(str(value))]
+            key = f"model.optimizer.{refused[0]}" if refused else "model.optimizer"
+            raise ValueError(f"{either(key.removeprefix('model.'), key)}: {error}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.config is not None:

@@ -52,6 +52,8 @@ class CNN(nn.Module):
 
 def mlp(classes: int, channels: int, size: int, hidden: Sequence[int] = (64, 64), dropout: float = 0.0) -> MLP:
     """An MLP for images of `channels` x `size` x `size`, with the arguments of every image model here."""
+    if any(width < 1 for width in hidden):
+        raise ValueError(f"{setting('model.net.hidden')} is {list(hidden)}; every width is 1 or more")
     return MLP(channels * size * size, classes, hidden, dropout)
 
 

@@ -143,6 +143,17 @@ class Batch:
             decoder_mask=each(self.decoder_mask),
         )
 
+    @property
+    def coincident(self) -> list[str]:
+        """The names of inputs that may have as many rows as there are samples by chance, as a table that all samples share.
+
+        These are all but the first, and but those that have an entry for each of its tokens or positions.
+        """
+        named = {**{f"input {k}": value for k, value in enumerate(self.args)}, **self.kwargs}
+        own = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(self)}
+        first = next(iter(own.values()), None)
+        return [k for k, v in own.items() if first is not None and (v.ndim < 2 or v.shape[:2] != first.shape[:2])]
+
     def contents(self) -> Tensor:
         """A hash of all inputs of each sample without padding, (B,) int64 on the CPU, whatever its id."""
         mask = self.kwargs.get("attention_mask")
@@ -159,9 +170,15 @@ class Batch:
         moved = self.map(lambda t: t.to(device, non_blocking=True))
         return replace(moved, hashes=self.hashes, group=self.group)
 
+    def copied(self) -> "Batch":
+        """The batch with copies of all inputs."""
+        args, kwargs = tuple(map(_copy, self.args)), {name: _copy(value) for name, value in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs)
+
     def run(self, model: nn.Module) -> Any:
-        """The model's output for this batch."""
-        return model(*self.args, **self.kwargs)
+        """The model's output for this batch. The model gets copies, because it may write into its inputs."""
+        own = self.copied()
+        return model(*own.args, **own.kwargs)
 
     def wrong_dtype(self, model: nn.Module, error: Exception) -> str:
         """What is wrong with the inputs if an error of the model is about their dtype; empty for other errors."""
@@ -185,6 +202,10 @@ class Batch:
         return ", ".join(
             f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in named.items() if isinstance(v, Tensor)
         )
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def tensor_of(value: Any) -> Tensor | None:

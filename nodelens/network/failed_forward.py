@@ -21,7 +21,7 @@ _SHAPES = re.compile(
 @torch.no_grad()
 def check_forward(model: nn.Module, batch: Batch) -> None:
     """Raises ValueError, in one line that says what to change, if the model cannot take the first two samples of a batch."""
-    batch = batch.head(2).map(torch.clone)  # the model may write into its inputs
+    whole, batch = batch, batch.head(2)
     try:
         with eval_mode(model):
             batch.run(model)
@@ -30,7 +30,25 @@ def check_forward(model: nn.Module, batch: Batch) -> None:
         told = isinstance(error, (RuntimeError, TypeError, ValueError, IndexError)) and cause
         cause = cause if told else f"{type(error).__name__} {cause}".rstrip()
         name = type(model).__name__
-        raise ValueError(f"{name} cannot take the data, {batch.describe()}: {cause}; {_advice(model, batch, error)}") from error
+        raise ValueError(
+            f"{name} cannot take the data, {batch.describe()}: {cause}; {_shared(model, whole) or _advice(model, batch, error)}"
+        ) from error
+
+
+def _shared(model: nn.Module, whole: Batch) -> str:
+    """What to change where the model takes a batch, but not two of its samples: an input may belong to no sample."""
+    names = whole.coincident
+    if not names or len(whole) < 3:
+        return ""
+    try:
+        with eval_mode(model):
+            whole.run(model)
+    except Exception:  # it is not the cut
+        return ""
+    return (
+        f"it takes all {len(whole)} samples: {' or '.join(names)} has {len(whole)} rows, too, and was cut as if each were of one "
+        "sample; if it is shared by all samples, give batches of another size, or keep it in the model"
+    )
 
 
 def check_finite(batch: Batch) -> None:

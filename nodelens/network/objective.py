@@ -63,7 +63,7 @@ class Objective:
     def of(cls, model: nn.Module, output: Output = None, task: str | None = None, loss: Loss | None = None) -> "Objective":
         """From a model's class and config, unless the task is given. Raises ValueError for an unknown task."""
         if task is not None and task not in TASKS:
-            raise ValueError(f"task is {task!r}; it is {', '.join(TASKS)}")
+            raise ValueError(f"{option('task')} is {task!r}; it is {', '.join(TASKS)}")
         inner = unwrapped(model)
         found = task or task_of(inner)
         shift = decoder_shift(inner) if found == "seq2seq" else None

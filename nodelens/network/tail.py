@@ -86,7 +86,7 @@ def linear_entry(edges: Sequence[GradientEdge], leaf: Tensor) -> tuple[GradientE
             weight = getattr(at, "_saved_mat2", None)
             plain = at.next_functions[-2][0] is not None and getattr(at, "_saved_alpha", 1) == 1  # reads the leaf, and no multiple
             return (GradientEdge(at, 0), weight) if plain and isinstance(weight, Tensor) else None
-        if name_of(at) not in ("View", "Reshape", "ReshapeAlias", "UnsafeView"):
+        if name_of(at) not in ("Clone", "View", "Reshape", "ReshapeAlias", "UnsafeView"):
             return None
     return None
 

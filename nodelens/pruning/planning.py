@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -97,6 +98,11 @@ class PruningOptions:
             if not isinstance(given := getattr(self, name), kind):
                 takes = _TAKES.get(name, f"a name or nl.{kind.__name__}(...)")
                 raise TypeError(f"{name} is {kind_of(given)}; it takes {takes}")
+        for name, units in self.protect.items():
+            if isinstance(units, str) or not isinstance(units, Sequence) or not all(isinstance(u, Integral) for u in units):
+                raise TypeError(f"protect.{name} is {units!r}; it is a list of numbers of units, as {{{name!r}: [0, 3]}}")
+        if not isinstance(self.gate, Real):
+            raise TypeError(f"gate is {self.gate!r}; it is a number by which removed units are multiplied, for apply='scale'")
         if self.apply not in get_args(Apply):
             raise ValueError(f"apply is {self.apply!r}; it is slice, mask or scale")
         check_removal(self.amount, self.mode)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pandas.testing import assert_series_equal
+from pandas.testing import assert_frame_equal, assert_series_equal
 from torch import nn
 
 import nodelens as nl
@@ -203,7 +203,10 @@ class OneSize(TwoRows):
 
 
 def test_a_network_that_takes_one_size_of_batch_only_is_measured():
-    found = nl.analyze(built(OneSize), [(torch.randn(2, 3), torch.arange(2))], ["activation_mean"], ["hidden"])
+    with pytest.warns(
+        UserWarning, match=r"OneSize takes batches of 2 but not of 3 samples .*: that the first axis of each layer is the"
+    ):
+        found = nl.analyze(built(OneSize), [(torch.randn(2, 3), torch.arange(2))], ["activation_mean"], ["hidden"])
     assert found.units["activation_mean"].notna().all()
 
 
@@ -235,13 +238,84 @@ class InPlace(nn.Module):
 def test_a_network_that_overwrites_what_its_gradient_needs_is_named():
     model = built(lambda: nn.Sequential(nn.Linear(3, 4), InPlace(), nn.Linear(4, 3)))
     batches = [(batch["x"], batch["labels"]) for batch in data([[1] * 4] * 2)]
-    words = r"^batch 0 of the data \(counted from 0\): 1 \(InPlace\) writes in place into a tensor that the gradient of the loss"
+    words = (
+        r"^batch 0 of the data \(counted from 0\): Sequential overwrites in place what 1 \(InPlace\) needs for the gradient of the"
+    )
     with pytest.raises(ValueError, match=words) as raised:
         nl.analyze(model, batches, ["taylor"])
-    assert str(raised.value).endswith("write that operation as x = x * 2 instead of x.mul_(2), or choose metrics without gradients")
+    assert "loss, which gets no further: leave out 1 and the layers before it (layers=), choose metrics" in str(raised.value)
+    assert str(raised.value).endswith("without gradients, or write that operation as x = x * 2 instead of x.mul_(2)")
+    assert nl.analyze(model, batches, ["taylor"], "2").units["taylor"].notna().all()  # which runs after it
     assert all(parameter.grad is None for parameter in model.parameters())
     assert nl.analyze(model, batches, ["rq"]).units["rq"].notna().all()
     loose = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
     loose.forward = lambda x: loose[1](InPlace().forward(loose[0](x)))
-    with pytest.raises(ValueError, match="Sequential writes in place into a tensor"):
+    with pytest.raises(ValueError, match=r"overwrites in place what its own code needs .*leave out the layers before that"):
         nl.analyze(loose, batches, ["taylor"])
+
+
+class WritesInput(nn.Module):
+    """Doubles its input in place, and lets the activation write into the output of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x *= 2
+        return self.b(self.a(x).relu_())
+
+
+class Doubles(WritesInput):
+    def forward(self, x):
+        return self.b(self.a(x * 2).relu())
+
+
+def test_a_network_that_writes_into_its_inputs_changes_no_data():
+    model, other = built(WritesInput), built(Doubles)
+    other.load_state_dict(model.state_dict())
+    batches = [(batch["x"], batch["labels"]) for batch in data([[1] * 4] * 2)]
+    before = [x.clone() for x, _ in batches]
+    for metrics in (["rq", "activation_mean"], ["taylor"], ["gradient_alignment"]):
+        found, twin = nl.analyze(model, batches, metrics).units, nl.analyze(other, batches, metrics).units
+        assert_frame_equal(found, twin)
+    assert nl.evaluate(model, batches) == nl.evaluate(other, batches)
+    pruned = nl.prune(model, "taylor", 0.5, data=batches)
+    assert pruned.plan.removed == nl.prune(other, "taylor", 0.5, data=batches).plan.removed
+    assert all(torch.equal(x, kept) for (x, _), kept in zip(batches, before, strict=True))
+
+
+class Shared(nn.Module):
+    """Reads a table that all samples share."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.a, self.b, self.use = nn.Linear(3, 5), nn.Linear(5, 3), use
+
+    def forward(self, x, table):
+        return self.b(self.use(self.a(x), table))
+
+
+def shared(samples, rows=5):
+    generator = torch.Generator().manual_seed(0)
+    x, table = torch.randn(samples, 3, generator=generator), torch.randn(rows, 5, generator=generator)
+    return [{"x": x, "table": table, "labels": torch.arange(samples) % 3}]
+
+
+def test_a_table_with_as_many_rows_as_samples_is_not_taken_for_one_row_per_sample(recwarn):
+    model = built(lambda: Shared(lambda y, table: y @ table.T))
+    with pytest.raises(
+        ValueError, match="it takes all 5 samples: table has 5 rows, too, and was cut as if each were of one sample"
+    ):
+        nl.analyze(model, shared(5), ["rq"])
+    assert nl.analyze(model, shared(7), ["rq"]).units["rq"].notna().all()  # the way out
+    summed = built(lambda: Shared(lambda y, table: y + table.sum(0)))
+    nl.analyze(summed, shared(6), ["rq"])
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match="if table, which has 5 rows for 5 samples, is shared by all of them, give batches of another"
+    ):
+        nl.analyze(summed, shared(5), ["rq"])
+    own = built(lambda: Shared(lambda y, table: y + table))
+    nl.analyze(own, shared(5), ["rq"])
+    assert not recwarn.list

@@ -103,7 +103,7 @@ def _torch_group(path: str, owner: nn.MultiheadAttention) -> PruningGroup:
         GroupSlice(path, name, 2, span(n, width), "tied") for name in ("bias_k", "bias_v") if getattr(owner, name) is not None
     ]
     counts = (StoredCount(path, "num_heads", 1),)
-    return PruningGroup(path, "head", n, (*pieces, out.consumer(span(n, width))), counts, attention_macs=2 * width)
+    return PruningGroup(path, "head", n, (*pieces, *out.consumers(span(n, width))), counts, attention_macs=2 * width)
 
 
 def _attention_group(path: str, owner: nn.Module, names: list[str], blocks: bool = True) -> PruningGroup:
@@ -120,7 +120,7 @@ def _attention_group(path: str, owner: nn.Module, names: list[str], blocks: bool
         path,
         "head" if heads.rep == 1 else "kv_group",
         heads.groups,
-        (*producers, *tied, out.consumer(span(heads.groups, heads.rep * heads.value))),
+        (*producers, *tied, *out.consumers(span(heads.groups, heads.rep * heads.value))),
         _stored_counts(holder_path, holder, heads),
         exact,
         attention_macs=heads.rep * (heads.width + heads.value),

@@ -7,9 +7,11 @@ from itertools import accumulate
 
 from torch import nn
 
+from nodelens.network.adapters import in_adapter
 from nodelens.network.architecture import UnclearError
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, identity, listed, offsets
 
+from .adapters import RANKS
 from .attention import attention_groups
 from .expert_channels import expert_channel_groups
 from .projections import Projection, has, join
@@ -89,7 +91,7 @@ def _ffn(path: str, module: nn.Module, names: tuple[str, ...], down: str) -> lis
     tied = _norms(path, module, {name.partition(".")[0] for name in (*names, down)}, n, ups[0].inputs, rows.numel())
     exact = not tied and not getattr(module, "activation_sparsity", 0)  # Gemma 3n thresholds at a mean over the units
     producers = [piece for part in ups for piece in part.producers(rows)]
-    return [PruningGroup(path, "ffn", n, (*producers, *tied, out.consumer(each)), exact=exact)]
+    return [PruningGroup(path, "ffn", n, (*producers, *tied, *out.consumers(each)), exact=exact)]
 
 
 def _norms(path: str, module: nn.Module, used: set[str], n: int, residual: int, fused: int) -> list[GroupSlice]:
@@ -132,6 +134,7 @@ def _unmatched(model: nn.Module, groups: Sequence[PruningGroup], frozen: Sequenc
     experts = {group.equal_count.rpartition(".")[0] for group in groups if group.equal_count is not None}
     reported, left_out = {f.what for f in frozen}, set(excluded)
     outside: dict[str, None] = {}
+    adapted = False
     inside: dict[str, dict[str, None]] = {}
     for name, parameter in model.named_parameters():
         owner, _, tensor = name.rpartition(".")
@@ -143,7 +146,9 @@ def _unmatched(model: nn.Module, groups: Sequence[PruningGroup], frozen: Sequenc
             or not left_out.isdisjoint(["", *accumulate(owner.split("."), join)])
         ):
             continue
-        if any(part.isdigit() for part in name.split(".")):
+        if in_adapter(name):
+            adapted = True
+        elif any(part.isdigit() for part in name.split(".")):
             inside.setdefault(holder, {})[part] = None
         else:
             outside[owner] = None
@@ -156,6 +161,8 @@ def _unmatched(model: nn.Module, groups: Sequence[PruningGroup], frozen: Sequenc
         why = "groups are searched in transformer blocks only; convolutions outside them need custom_groups="
         report.append(Frozen(listed(convolutions, 6), why))
         outside = {owner: None for owner in outside if owner not in convolutions}
+    if adapted:
+        report.append(Frozen("adapters", RANKS))
     if outside:
         report.append(Frozen(listed(list(outside), 6), "embeddings and output heads are not pruned"))
     return [*report, Frozen("the residual width", "norms reduce over it")]

@@ -5,12 +5,14 @@ from typing import Any, get_args
 
 from torch import nn
 
+from nodelens.messages import kind_of
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import uncompiled
 from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, Role, identity
 from nodelens.network.objective import Objective
 
+from .adapters import adapters_in_the_way
 from .families import family_groups
 from .graph import graph_groups
 
@@ -34,10 +36,24 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
         found = graph_groups(model, _batch(model, batch))
     elif batch is not None and _others(model, found):
         found = _with_the_rest(model, found, _batch(model, batch))
-    custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in extra)
+    custom = tuple(group if isinstance(group, PruningGroup) else custom_group(model, group) for group in _listed(extra))
     replaced = {group.name for group in custom}
     opt_in = tuple(g for g in found.opt_in if g.name not in replaced)
-    return PruningGroups((*(g for g in found if g.name not in replaced), *custom), found.frozen, opt_in)
+    groups = (*(g for g in found if g.name not in replaced), *custom)
+    return PruningGroups(groups, (*adapters_in_the_way(model, groups), *found.frozen), opt_in)
+
+
+def _listed(extra: Any) -> Any:
+    """The custom groups. Raises TypeError for anything but a list of groups."""
+    wrong = (
+        extra if isinstance(extra, (str, Mapping)) else next((e for e in extra if not isinstance(e, (PruningGroup, Mapping))), None)
+    )
+    if wrong is not None:
+        raise TypeError(
+            f"custom_groups has {kind_of(wrong)}; it is a list of groups, as [{{'name': 'a', 'producer': ['fc1.weight'], "
+            "'consumer': ['fc2.weight']}]"
+        )
+    return extra
 
 
 def _batch(model: nn.Module, given: Any) -> Batch:

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from nodelens.network.adapters import MERGE, has_adapters
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import copy_of, eval_mode, training_mode
 from nodelens.network.failed_forward import check_forward
@@ -17,13 +18,15 @@ from nodelens.pruning.surgery.mask import masked
 from nodelens.pruning.surgery.slice import slice_units
 from nodelens.statistics.linalg import exact_products
 
+from .adapters import freeze_ranks, tie_idle
 from .graph_ids import Ids
 from .graph_products import settle
 from .graph_rules import follow
 from .graph_walk import Walk
 from .off_path import freeze_unread, unread
-from .recorded import Operations, operations
+from .recorded import Operations, operations, why_unclear
 
+WAY_OUT = "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
 _CLOSE = 0.01  # of the largest output: a wrong slice changes far more, rounding on a GPU about a thousandth
 
 
@@ -72,10 +75,12 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
         check_forward(model, batch)
         if wrong := batch.wrong_dtype(model, error):
             raise ValueError(wrong) from error
+        why = why_unclear(model, batch) or _first_line(error)
         raise ValueError(
-            f"torch.export cannot trace the forward pass of {type(model).__name__}: {_first_line(error)}; "
-            "give its groups yourself (custom_groups=), or prune a submodule that can be exported"
+            f"torch.export cannot trace the forward pass of {type(model).__name__}: {why}; "
+            f"{MERGE if has_adapters(model) else WAY_OUT}"
         ) from error
+    read |= tie_idle(ids, model, read)
     if unread(model, read):
         ids.evaluated = frozenset(ids.places)
         why = ""
@@ -88,6 +93,7 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
         else:
             _follow(model, found, ids, read)
         freeze_unread(ids, model, unread(model, read), why)
+    freeze_ranks(ids, model)
     return ids
 
 

@@ -5,27 +5,37 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nodelens.network.adapters import Adapter, adapters_of
 from nodelens.network.architecture import UnclearError
-from nodelens.network.groups import GroupSlice
+from nodelens.network.groups import GroupSlice, Role
 from nodelens.network.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A linear layer and its path in the model; GPT-2's ``Conv1D`` stores the transposed weight."""
+    """A linear layer and its path in the model; GPT-2's ``Conv1D`` stores the transposed weight.
+
+    adapters: those beside it, with paths in the model
+    """
 
     path: str
     module: nn.Module
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
     def of(cls, path: str, owner: nn.Module, name: str) -> "Projection":
         """The layer with a dotted name below ``owner``, which is at ``path``. Raises UnclearError if it cannot be sliced."""
-        module = child(owner, name)
+        module, adapters = child(owner, name), tuple[Adapter, ...]()
+        inner = None if module is None else child(module, "base_layer")
+        if module is not None and inner is not None:
+            adapters = _adapters(join(path, name), module, name)
+            module, path = inner, join(path, name)
+            name = "base_layer"
         if module is None or isinstance(module, nn.modules.conv._ConvNd) or Layer(name, module).weight is None:
             raise UnclearError(f"{name} is a {type(module).__name__}, not a linear layer")
         if not plain(module._parameters.get("weight")) or set(module._parameters) - {"weight", "bias"}:
             raise UnclearError(f"the weight of {name} is quantized or computed from other tensors")
-        return cls(join(path, name), module)
+        return cls(join(path, name), module, adapters)
 
     @property
     def transposed(self) -> bool:
@@ -45,13 +55,27 @@ class Projection:
         return tuple(weight.shape)
 
     def producers(self, index: Tensor) -> list[GroupSlice]:
-        """Slices of the outputs at the units' positions, (units, span): the weight and, if there is one, the bias."""
+        """Slices of the outputs at the units' positions, (units, span): the weights and the biases, those of adapters too."""
         slices = [GroupSlice(self.path, "weight", int(self.transposed), index, "producer")]
-        return slices if self.module.bias is None else [*slices, GroupSlice(self.path, "bias", 0, index, "producer")]
+        slices += [] if self.module.bias is None else [GroupSlice(self.path, "bias", 0, index, "producer")]
+        for each in self.adapters:
+            names = ["weight", *(["bias"] if each.biased else [])]
+            slices += [GroupSlice(each.up, name, 0, index, "tied") for name in names]
+        return slices
 
-    def consumer(self, index: Tensor) -> GroupSlice:
-        """The slice of the inputs at the units' positions, (units, span)."""
-        return GroupSlice(self.path, "weight", 1 - int(self.transposed), index, "consumer")
+    def consumers(self, index: Tensor) -> list[GroupSlice]:
+        """Slices of the inputs at the units' positions, (units, span); adapters that do not run read nothing."""
+        own = GroupSlice(self.path, "weight", 1 - int(self.transposed), index, "consumer")
+        roles: list[Role] = ["consumer" if each.runs else "tied" for each in self.adapters]
+        return [own, *(GroupSlice(a.down, "weight", 1, index, role) for a, role in zip(self.adapters, roles, strict=True))]
+
+
+def _adapters(path: str, wrapper: nn.Module, name: str) -> tuple[Adapter, ...]:
+    try:
+        found = adapters_of(wrapper)
+    except ValueError as error:
+        raise UnclearError(f"{name} {error}") from error
+    return tuple(each._replace(down=join(path, each.down), up=join(path, each.up)) for each in found)
 
 
 def plain(weight: Tensor | None) -> bool:

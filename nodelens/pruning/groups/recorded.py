@@ -1,8 +1,11 @@
 """The operations of a forward pass: recorded while it runs or, where values decide what runs, exported."""
 
+import io
+import logging
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -22,7 +25,7 @@ _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device
 
 
 class _UnclearError(Exception):
-    """One run does not tell the operations of all."""
+    """One run does not tell the operations of all: the path of the module where, and why."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -72,17 +75,30 @@ def operations(model: nn.Module, batch: Batch) -> Operations:
         return _exported(model, batch)
 
 
+def why_unclear(model: nn.Module, batch: Batch) -> str:
+    """Where and why one run of the model does not tell its operations; "" if it does, or fails in another way."""
+    try:
+        _recorded(model, batch)
+    except _UnclearError as error:
+        path, why = error.args
+        owner = model.get_submodule(path)
+        return f"in {path} ({type(owner).__name__}), {why}" if path else why
+    except Exception:  # a forward pass may raise anything
+        pass
+    return ""
+
+
 def _recorded(model: nn.Module, batch: Batch) -> Operations:
-    recorder = _Recorder(model)
+    recorder, batch = _Recorder(model), batch.copied()
     inputs = [recorder.placeholder("input", value).name for value in tree_leaves((batch.args, batch.kwargs))]
     whole = torch._C._AutoDispatchBelowAutograd()  # above autograd, operations that consist of others would come in parts
-    with torch.no_grad(), entered(model, recorder.stack), _Inside(), whole, recorder:
-        output = batch.run(model)
+    with torch.no_grad(), entered(model, recorder.stack), _Inside(recorder), whole, recorder:
+        output = model(*batch.args, **batch.kwargs)
     return Operations(recorder.finish(output), recorder.stored, inputs)
 
 
 def _exported(model: nn.Module, batch: Batch) -> Operations:
-    with warnings.catch_warnings():  # recurrent layers keep their weights in a list, too, which the program does not read
+    with _quiet(), warnings.catch_warnings():  # recurrent layers keep their weights in a list, too, which the program does not read
         warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
         program = torch.export.export(model, batch.args, batch.kwargs)
     signature = program.graph_signature
@@ -90,12 +106,29 @@ def _exported(model: nn.Module, batch: Batch) -> Operations:
     return Operations(list(program.graph.nodes), {**signature.inputs_to_parameters, **signature.inputs_to_buffers}, inputs)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the terminal the pages of a graph that ``torch.export`` prints about a model that it cannot trace."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 class _Inside(TorchFunctionMode):
     """Stops where the content of a tensor leaves PyTorch without an operation."""
 
+    def __init__(self, recorder: "_Recorder"):
+        super().__init__()
+        self.recorder = recorder
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _OUTSIDE:
-            raise _UnclearError
+            raise self.recorder.unclear(f"{function.__name__} takes values out of a tensor, and they may decide what runs")
         return function(*args, **kwargs) if kwargs else function(*args)
 
 
@@ -111,6 +144,10 @@ class _Recorder(TorchDispatchMode):
             for name, tensor in named(remove_duplicate=False):
                 self.own.setdefault(id(tensor), name)
         self.constants: set[int] | None = None
+
+    def unclear(self, why: str) -> _UnclearError:
+        """The error for what happens in the module that runs."""
+        return _UnclearError(self.stack[-1], why)
 
     def placeholder(self, name: str, value: Any) -> Operation:
         """Adds a value that no operation makes."""
@@ -133,7 +170,7 @@ class _Recorder(TorchDispatchMode):
             return node
         name = self.own.get(id(value))
         if name is None and id(value) not in self._constants():
-            raise _UnclearError
+            raise self.unclear("a tensor is read that neither an operation of this run nor a parameter is")
         node = self.placeholder(name or "constant", value)
         self.stored |= {node.name: name} if name else {}
         return node
@@ -150,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         if function is torch.ops.aten.lift_fresh.default:  # of torch.tensor(...): a new constant
             self.placeholder("constant", args[0])
         if _by_value(function, args):
-            raise _UnclearError
+            raise self.unclear(f"{str(function).removeprefix('aten.').partition('.')[0]} lets values decide what runs, or a shape")
         sources: list[Operation] = []
         node_args, node_kwargs = self._nodes(args, sources), self._nodes(kwargs, sources)
         found = function(*args, **kwargs)
@@ -159,7 +196,7 @@ class _Recorder(TorchDispatchMode):
             for k, part in enumerate(found):
                 self._add("call_function", getitem, part, (node, k), sources=[node])
         elif not isinstance(found, Tensor) and found is not None:
-            raise _UnclearError
+            raise self.unclear(f"{function} returns {type(found).__name__}")
         return found
 
     def _nodes(self, value: Any, sources: list[Operation]) -> Any:
@@ -176,8 +213,8 @@ class _Recorder(TorchDispatchMode):
     def finish(self, output: Any) -> list[Operation]:
         """The operations and, last, what the model puts out."""
         leaves = tree_leaves(output)
-        if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
-            raise _UnclearError
+        if other := [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]:
+            raise self.unclear(f"the output has {other[0]} in it")
         sources: list[Operation] = []
         made = self._nodes(leaves, sources)
         self._add("output", "output", None, (made,), sources=sources)

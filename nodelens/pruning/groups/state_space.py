@@ -1,5 +1,7 @@
 """The channels and heads of selective state spaces (Mamba, Mamba 2), found by the attribute names of their modules."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from nodelens.network.architecture import UnclearError
@@ -28,12 +30,12 @@ def state_space_groups(path: str, module: nn.Module) -> list[PruningGroup]:
     if different := {name: width for name, width in widths.items() if width != n}:
         name, width = next(iter(different.items()))
         raise UnclearError(f"{name} has {width} channels, out_proj reads {n}")
-    per_channel = [(f"conv1d.{name}", part) for name, part in convolution.named_parameters()]  # type: ignore[union-attr]
-    per_channel += [(f"dt_proj.{name}", part) for name, part in steps.module.named_parameters()]
-    tied = [*(name for name, _ in per_channel), "A_log", "D"]
+    tied = [*(f"conv1d.{name}" for name, _ in convolution.named_parameters()), "A_log", "D"]  # type: ignore[union-attr]
     slices = [GroupSlice(join(path, name.rpartition(".")[0]), name.rpartition(".")[2], 0, each, "tied") for name in tied]
+    slices += [replace(piece, role="tied") for piece in steps.producers(each)]
     counts = (StoredCount(path, "intermediate_size", 1), StoredCount(join(path, "conv1d"), "groups", 1))
-    return [PruningGroup(path, "channel", n, (*first.producers(both), *slices, reads.consumer(each), out.consumer(each)), counts)]
+    pieces = (*first.producers(both), *slices, *reads.consumers(each), *out.consumers(each))
+    return [PruningGroup(path, "channel", n, pieces, counts)]
 
 
 def state_space_heads(path: str, module: nn.Module) -> list[PruningGroup]:
@@ -79,5 +81,5 @@ def state_space_heads(path: str, module: nn.Module) -> list[PruningGroup]:
     counts.append(StoredCount(join(path, "conv1d"), "groups", groups * width))
     if type(getattr(norm, "group_size", None)) is int:
         counts.append(StoredCount(join(path, "norm"), "group_size", width))
-    pieces = (*first.producers(rows), *tied, out.consumer(channels))
+    pieces = (*first.producers(rows), *tied, *out.consumers(channels))
     return [PruningGroup(path, "head", heads // groups, pieces, tuple(counts), exact=norm is None)]

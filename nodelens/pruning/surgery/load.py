@@ -227,7 +227,7 @@ def _fill(net: nn.Module, saved: SavedModel) -> None:
                 done |= {} if old is None else {id(old): getattr(module, tensor)}
             changed.add(path)
     for path in changed:
-        update_sizes(net.get_submodule(path))
+        update_sizes(net, path)
 
 
 def _put(module: nn.Module, name: str, old: torch.Tensor | None, value: torch.Tensor) -> None:

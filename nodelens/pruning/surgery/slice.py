@@ -40,7 +40,7 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
         for attribute, value in attributes.items():
             set_count(model.get_submodule(path), attribute, value)
     for path in {path for path, _ in slices}:
-        update_sizes(model.get_submodule(path))
+        update_sizes(model, path)
     keep_open(model, {path for path, _ in slices})
     _drop_caches(model)
     return model
@@ -96,8 +96,15 @@ def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module._non_persistent_buffers_set.discard(name)  # it cannot be computed from the config any more
 
 
-def update_sizes(module: nn.Module) -> None:
-    """Sets the sizes that a module stores to those of its tensors."""
+def update_sizes(model: nn.Module, path: str) -> None:
+    """Sets the sizes that a module stores, and the adapter around it, to those of its tensors."""
+    _update_sizes(model.get_submodule(path))
+    around, _, name = path.rpartition(".")
+    if name == "base_layer":
+        _update_sizes(model.get_submodule(around))
+
+
+def _update_sizes(module: nn.Module) -> None:
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return

@@ -47,12 +47,12 @@ def _forward_ms(model: nn.Module, batch: Batch) -> float:
         if device_of(model).type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            batch.run(model)
+            model(*batch.args, **batch.kwargs)
             end.record()
             torch.cuda.synchronize()
             return start.elapsed_time(end)
         started = time.perf_counter()
-        batch.run(model)
+        model(*batch.args, **batch.kwargs)
         return 1e3 * (time.perf_counter() - started)
 
 

@@ -495,3 +495,49 @@ def test_a_router_that_answers_otherwise_is_an_error():
         masked(model, groups.opt_in, {groups.opt_in[1].name: [0]}),
     ):
         logits(model)
+
+
+def jetmoe():
+    config = transformers.JetMoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.JetMoeForCausalLM(config).eval()
+        for weight in model.parameters():
+            nn.init.normal_(weight, 0.0, 0.2)
+    return model
+
+
+def test_experts_whose_weights_two_modules_hold_are_pruned_and_saved(tmp_path):
+    model, ids = jetmoe(), torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    pruned = nl.prune(model, "magnitude", 0.5, data=[{"input_ids": ids}])
+    assert [(group.name, group.kind, group.n) for group in pruned.groups] == [
+        (f"model.layers.0.mlp[{e}]", "moe_ffn", 48) for e in range(4)
+    ]
+    with torch.no_grad(), masked(model, pruned.groups, pruned.plan.removed):
+        expected = model(input_ids=ids).logits
+    with torch.no_grad():
+        found = pruned.model(input_ids=ids).logits
+        same(found, expected)
+        assert not torch.allclose(found, model(input_ids=ids).logits, rtol=0.01)
+        assert torch.equal(nl.load_pruned(pruned.save(tmp_path))(input_ids=ids).logits, found)
+    experts = pruned.model.model.layers[0].mlp
+    assert experts.input_linear.weight.shape == (4, experts.input_linear.output_size, 32) == (4, 2 * experts.hidden_size, 32)
+    with pytest.raises(ValueError, match=r"no hook captures the units of group 'model.layers.0.mlp\[0\]': its experts share one"):
+        nl.prune(model, "taylor", 0.5, data=[{"input_ids": ids}])
+
+
+def test_two_modules_of_other_shapes_are_no_experts_and_quantized_ones_are_named():
+    model = jetmoe()
+    mixture = model.model.layers[0].mlp
+    mixture.input_linear.weight = nn.Parameter(torch.ones(4, 40, 32))
+    assert not family_groups(model)
+    mixture.input_linear.weight = nn.Parameter(torch.ones(4, 96, 32, dtype=torch.int8), requires_grad=False)
+    assert any("the experts' weights are quantized or computed" in f.reason for f in family_groups(model).frozen)

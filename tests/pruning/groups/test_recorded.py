@@ -141,3 +141,36 @@ def test_an_error_of_the_model_stays_what_it_is():
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         recorded.operations(nn.Linear(5, 2), Batch.of(X))
     assert not nn.modules.module._global_forward_hooks
+
+
+class Routed(nn.Module):
+    def __init__(self, choose):
+        super().__init__()
+        self.router, self.experts, self.choose = nn.Linear(8, 2), nn.ModuleList([nn.Linear(8, 8) for _ in range(2)]), choose
+
+    def forward(self, x):
+        counts = self.choose(self.router(x).argmax(1))
+        return torch.cat([expert(part) for expert, part in zip(self.experts, x.split(counts), strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("choose", "operation"),
+    [
+        (lambda chosen: torch.bincount(chosen, minlength=2).tolist(), "bincount"),
+        (lambda chosen: [int((chosen == k).sum()) for k in range(2)], "item"),
+    ],
+)
+def test_the_module_that_cannot_be_traced_is_named_with_the_way_out(choose, operation, capfd):
+    model = nn.Sequential(nn.Linear(8, 8), Routed(choose), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"torch.export cannot trace the forward pass of Sequential: in 1 \(Routed\), ") as raised:
+        graph_groups(model, Batch.of(torch.randn(6, 8)))
+    message = str(raised.value)
+    assert f"{operation} lets values decide what runs, or a shape" in message
+    assert message.endswith("; give its groups yourself (custom_groups=), or prune a submodule that can be exported")
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""  # torch.export prints its graph otherwise
+
+
+def test_what_runs_one_way_is_not_unclear():
+    assert recorded.why_unclear(Mixed().eval(), Batch.of(X)) == ""
+    assert recorded.why_unclear(nn.Linear(2, 2), Batch.of(X)) == ""  # it fails in another way

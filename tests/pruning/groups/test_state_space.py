@@ -89,20 +89,3 @@ def test_widths_that_are_not_those_of_mamba_2_are_frozen_with_the_reason():
     assert [g.name for g in found] == ["backbone.layers.1.mixer"]
     reasons = {f.what: f.reason for f in found.frozen}
     assert reasons["backbone.layers.0.mixer"] == "in_proj has 152 outputs: they are not those of 8 heads and 3 groups of Mamba 2"
-
-
-@pytest.mark.slow
-def test_sizes_that_depend_on_values_end_in_one_line():
-    options = {
-        "num_key_value_heads": 2,
-        "kv_channels": 8,
-        "intermediate_size": 48,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    }
-    model = transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**SMALL, **options)).eval()
-    with pytest.raises(
-        ValueError, match=r"torch.export cannot trace the forward pass of JetMoeForCausalLM: .*data-dependent"
-    ) as error:
-        nl.find_groups(model, {"input_ids": IDS})
-    assert "\n" not in str(error.value)
