@@ -1,5 +1,6 @@
 """Images in memory: the digits of scikit-learn, and .npz files."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ class Digits(ImageData):
     """scikit-learn's 1,797 handwritten digits, 8x8, one channel in [0, 1]; bundled, no download."""
 
     def read(self) -> Source:
-        from sklearn.datasets import load_digits  # imported here, because it takes a second that no other source needs
-
-        images, labels = load_digits(return_X_y=True)
+        images, labels = _digits()
         x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
-        return ArraySource(x, torch.from_numpy(labels).long())
+        return ArraySource(x, torch.from_numpy(labels).to(torch.long, copy=True))
+
+
+@cache  # a text file, compressed
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits  # imported here, because it takes a second that no other source needs
+
+    return load_digits(return_X_y=True)
 
 
 class Npz(ImageData):
