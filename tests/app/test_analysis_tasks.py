@@ -149,10 +149,11 @@ def test_the_geometry_takes_the_budget_and_the_width_of_the_run(tmp_path, monkey
 def test_a_finished_run_is_analysed_again_without_measuring(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("logger=none", "model.net.hidden=[12]", "metrics=[rq,activation_mean]")
-    ended = command("analyze", *words, "analysis=clusters", "hydra.run.dir=first")
+    clusters = ("analysis=clusters", "analysis.clusters.draws=2")
+    ended = command("analyze", *words, *clusters, "hydra.run.dir=first")
     assert ended.code == 0, ended.err
     again = ("logger=none", "model.net.hidden=[12]", "results=first")
-    ended = command("analyze", *again, "analysis=clusters", "analysis.clusters.n_clusters=5", "hydra.run.dir=second")
+    ended = command("analyze", *again, *clusters, "analysis.clusters.n_clusters=5", "hydra.run.dir=second")
     assert ended.code == 0, ended.err
     first, second = nl.load("first"), nl.load("second")
     pd.testing.assert_series_equal(first.units["activation_mean"], second.units["activation_mean"])

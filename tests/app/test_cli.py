@@ -169,11 +169,19 @@ def started(*words, cwd):
     )
 
 
-def test_a_mistake_in_a_process_of_its_own_from_another_folder(tmp_path):
-    ended = started("analyze", "model=cnn", "model.net.channels=3", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ckpt_path=nope.ckpt"], "ckpt_path: there is nothing at"),
+        pytest.param(["model=cnn", "model.net.channels=3"], "cannot take the data", marks=pytest.mark.slow),  # imports for seconds
+    ],
+    ids=["before torch is imported", "with a model"],
+)
+def test_a_mistake_in_a_process_of_its_own_from_another_folder(words, said, tmp_path):
+    ended = started("analyze", *words, cwd=tmp_path)
     assert ended.returncode == 1
     assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
-    assert "cannot take the data" in ended.stderr
+    assert said in ended.stderr
     assert not list(tmp_path.iterdir())
 
 

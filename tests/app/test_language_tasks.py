@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -70,16 +71,17 @@ def measured(request, texts):
     return net, evaluate(net, bare), nl.analyze(net, bare, METRICS)
 
 
-@pytest.mark.parametrize("size", [3, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("side", ["left", "right"])
+PADS = {"pad 0": 0, "pad equal to eos": 257, "pad of its own": 258}
+FAST = [(3, "left", "pad equal to eos"), (3, "right", "pad 0")]  # either pad and side: the others are slow
+
+
 @pytest.mark.parametrize(
-    "pad",
-    [0, 257, pytest.param(258, marks=pytest.mark.slow)],
-    ids=["pad 0", "pad equal to eos", "pad of its own"],
+    ("size", "side", "pad"),
+    [pytest.param(*how, marks=() if how in FAST else pytest.mark.slow) for how in product((3, 8), ("left", "right"), PADS)],
 )
 def test_padding_and_batches_change_no_number(measured, size, side, pad, texts):
     net, score, truth = measured
-    padded = texts(size, side, pad)
+    padded = texts(size, side, PADS[pad])
     assert all("attention_mask" in batch for batch in padded)
     assert evaluate(net, padded) == pytest.approx(score, rel=1e-5)
     found = nl.analyze(net, padded, METRICS)

@@ -45,6 +45,11 @@ def refused(task, *words, said):
     assert kept(Path("run")) == before
 
 
+def told_by(first):
+    """The tasks; those beside the first, which compare by the same code, are slow."""
+    return [first, *(pytest.param(task, marks=pytest.mark.slow) for task in WORDS if task != first)]
+
+
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("slurm-123.out", ".units.parquet.77.part")]
 
 
@@ -103,7 +108,7 @@ def weights(path, seed):
     torch.save({k: torch.randn(v.shape, generator=generator) for k, v in net.state_dict().items()}, path)
 
 
-@pytest.mark.parametrize("task", ["analyze", "prune"])
+@pytest.mark.parametrize("task", ["analyze", pytest.param("prune", marks=pytest.mark.slow)])  # of prune, the next test
 def test_a_checkpoint_that_was_replaced_is_another_network(task, quiet_home):
     weights("net.pt", 0)
     words = (*WORDS[task], "ckpt_path=net.pt")
@@ -139,7 +144,7 @@ def test_a_sweep_does_not_mix_cells_of_two_networks(quiet_home, monkeypatch):
     assert command("prune", *words, "hydra.run.dir=run").code == 0
 
 
-@pytest.mark.parametrize("task", WORDS)
+@pytest.mark.parametrize("task", told_by("train"))
 def test_other_data_at_the_same_path_are_other_data(task, quiet_home):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 255, (300, 8, 8), dtype=np.uint8), np.arange(300) % 3
@@ -153,7 +158,7 @@ def test_other_data_at_the_same_path_are_other_data(task, quiet_home):
     refused(task, *words, said=["run holds results of data with fingerprint ", "former data back"])
 
 
-@pytest.mark.parametrize("task", WORDS)
+@pytest.mark.parametrize("task", told_by("prune"))
 def test_other_code_is_not_continued(task, quiet_home, monkeypatch):
     assert command(task, *WORDS[task], "hydra.run.dir=run").code == 0
     now = code_version()

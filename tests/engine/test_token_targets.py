@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -193,10 +194,8 @@ def first_logit(logits, labels):
     return logits[:, :, 0]
 
 
-@pytest.mark.parametrize("size", [1, 3, 10])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("positions", [None, 3])
-def test_neither_batches_nor_padding_change_a_value_an_error_or_a_control(size, side, positions):
+@cache
+def measured(positions, *how):
     metrics = {
         "mi": get_metric("mi", permutations=9),
         "synergy": get_metric("synergy"),
@@ -205,10 +204,14 @@ def test_neither_batches_nor_padding_change_a_value_an_error_or_a_control(size, 
         "redundancy": get_metric("redundancy"),
         "cka": get_metric("linear_cka"),
     }
-    truth, found = (
-        nl.analyze(Toy(), padded(texts(), *how), metrics, ["hidden", "head"], positions=positions)
-        for how in ((10, 0, "right"), (size, 3, side))
-    )
+    return nl.analyze(Toy(), padded(texts(), *how), metrics, ["hidden", "head"], positions=positions)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", [None, 3])
+def test_neither_batches_nor_padding_change_a_value_an_error_or_a_control(size, side, positions):
+    truth, found = measured(positions, 10, 0, "right"), measured(positions, size, 3, side)
     for a, b in ((truth.units, found.units), (truth.edges, found.edges)):
         for column in a.select_dtypes("number"):
             np.testing.assert_allclose(b[column], a[column], rtol=1e-8, atol=1e-9, err_msg=column)

@@ -67,7 +67,10 @@ def one_batch():
     return measured(convolutional(), rows(90, (3, 9, 9)), NAMES, 90, bias=True)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(7, marks=pytest.mark.slow), 64])
+SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 7, 64)]
+
+
+@pytest.mark.parametrize("size", [89, *SLOW])  # 89 samples, then one alone
 def test_batches_change_no_value_no_error_no_bias(size, one_batch):
     found = measured(convolutional(), rows(90, (3, 9, 9)), NAMES, size, bias=True)
     for table in ("units", "layers", "edges"):

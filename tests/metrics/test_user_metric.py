@@ -91,6 +91,7 @@ def test_it_runs_in_a_process_of_its_own_started_in_the_folder(own):
         [sys.executable, "-P", "-c", script, *words], cwd=own, env=env, capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == "", "no warning of a package, on the way in or out"
     assert columns(own) == ["snr", "snr_se"]
 
 

@@ -49,7 +49,7 @@ def result():
         "sets": SupernodeLesions(draws=3, predictions=None),
     }
     analyses = {
-        "clusters": ClustersAnalysis(),
+        "clusters": ClustersAnalysis(draws=2),
         "halo": HaloAnalysis(permutations=20),
         "cascade": CascadeAnalysis(counts=(1, 2), draws=3, pairs=3, resamples=20),
         "validity": ValidityAnalysis(pairs=6, shares=(0.2, 0.4), curves=2, draws=3, resamples=20, predictions=None),
