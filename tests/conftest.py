@@ -22,6 +22,7 @@ gc.disable()  # until everything is collected
 def pytest_collection_finish():
     """Modules and tests live to the end: the garbage collector need not visit their millions of objects again and again."""
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # visits of young objects would take three seconds of a hundred
     gc.enable()
 
 

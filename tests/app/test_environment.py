@@ -31,6 +31,7 @@ def hints(seen):
     return [str(warning.message) for warning in seen if "srun" in str(warning.message)]
 
 
+@pytest.mark.slow  # the first runs below give no hint at all
 @pytest.mark.parametrize("words", [("train", "trainer.max_epochs=1"), ("analyze",)], ids=["train", "analyze"])
 def test_a_command_on_a_login_node_gives_no_hint_about_srun(words, login_node, quiet_home):
     ended = command(*words, *SHORT, "hydra.run.dir=run")

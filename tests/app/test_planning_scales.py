@@ -67,10 +67,10 @@ def calls(work, model):
 @pytest.mark.parametrize(
     ("build", "work", "size"),
     [
-        (dense, analyze_layers, 5),
+        pytest.param(dense, analyze_layers, 5, marks=pytest.mark.slow),  # the next has the same blocks, and experts
+        (deep, analyze_layers, 3),
         (dense, show_prune, 8),
         (dense, choose_units, 8),
-        (deep, analyze_layers, 3),
         (wide, analyze_experts, 16),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -27,7 +27,6 @@ def peak(run):
     return int(held.cumsum(0).max())
 
 
-@pytest.mark.parametrize("make", [perceptron, convolutional])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -38,6 +37,7 @@ def peak(run):
         ("backward_hess", {"method": "hutchinson"}),
     ],
 )
+@pytest.mark.parametrize("make", [perceptron, pytest.param(convolutional, marks=pytest.mark.slow)])
 def test_a_plan_counts_the_vectors_of_derivatives(make, name, options):
     """Measured: 0.5 to 1.3 times what the plan says."""
     torch.manual_seed(0)

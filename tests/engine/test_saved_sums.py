@@ -269,7 +269,11 @@ def _process(rank, folder, at):
         os._exit(0)
 
 
-@pytest.mark.parametrize("at", [(3, 4), (7, 3), (7, 8)], ids=["first round", "one process ahead", "second round"])
+@pytest.mark.parametrize(
+    "at",
+    [pytest.param((3, 4), marks=pytest.mark.slow), (7, 3), (7, 8)],
+    ids=["first round", "one process ahead", "second round"],
+)
 def test_several_processes_continue_together(at, tmp_path):
     """Each saves its own sums. A process that had already begun the second round goes back to the round of the others."""
     folder = tmp_path / "stopped"

@@ -31,9 +31,9 @@ quiet = pytest.mark.filterwarnings("ignore")  # of Lightning, on workers, interv
     [
         (STEPS, {}, (1, 7, 8, 9, 13)),
         (BEST, {}, (5, 9, 23)),
-        ({"save_on_train_epoch_end": True}, {}, (8, 20)),
-        (BEST, {"val_check_interval": 3}, (5, 12)),
-        (STEPS, {"accumulate_grad_batches": 3}, (2, 4)),
+        pytest.param({"save_on_train_epoch_end": True}, {}, (8, 20), marks=pytest.mark.slow),
+        pytest.param(BEST, {"val_check_interval": 3}, (5, 12), marks=pytest.mark.slow),
+        pytest.param(STEPS, {"accumulate_grad_batches": 3}, (2, 4), marks=pytest.mark.slow),
         (STEPS, {"data": PlainLoader}, (3, 11)),
         ({"save_on_train_epoch_end": True}, {"data": PlainLoader}, (11,)),
         (STEPS, {"workers": 2}, (11,)),

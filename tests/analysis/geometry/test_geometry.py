@@ -239,9 +239,7 @@ def test_residual_outputs_are_the_next_inputs(net):
     assert set(both.eigenvalues) == {f"{name}.layer_{k:02d}" for name in points for k in range(3)}
 
 
-@pytest.mark.parametrize(
-    "limit", [None, 40, pytest.param(64, marks=pytest.mark.slow), 105, pytest.param(500, marks=pytest.mark.slow)], ids=label
-)
+@pytest.mark.parametrize("limit", [None, 40, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (64, 105, 500))], ids=label)
 def test_padding_batches_and_their_order_change_nothing(net, limit):
     options = {"max_tokens": limit, "sample_limit": 30, "novelty_k": 6}
     alone = nl.analyze_model(net, batches(), **options)

@@ -1,5 +1,7 @@
 """Parts of a model that gradients do not reach: a refusal that names the layer and the reason, never a score of 0."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ class Net(nn.Module):
         return self.head(self.mid(self.enc[2](h) + (z.detach() if self.how == "side, detach" else z)).relu())
 
 
+@cache
 def scores(how: str, criterion: str, **options) -> Tensor:
     return torch.tensor(nl.prune(Net(how), criterion, 0.5, data=DATA, **options).table[criterion].to_numpy())
 
