@@ -183,7 +183,7 @@ def test_class_information_and_taylor_are_their_definitions(net):
         )
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7, 64])  # 1 in float64 below
 def test_batch_size_changes_no_column_of_any_table(net, result, size):
     other = nl.analyze(net, batches(*images(), size))
     values = [c for c in result.units if not c.endswith("_se")]

@@ -92,7 +92,7 @@ def smallest(plan, passes):
     return high
 
 
-@pytest.mark.parametrize("passes", [2, 3])
+@pytest.mark.parametrize("passes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_passes_give_the_result_of_one(net, data, whole, passes):
     budget = smallest(plan_of(net, data, METRICS_ASKED), passes)
     found = nl.analyze(net, data, METRICS_ASKED, budget=budget, max_passes=passes)
