@@ -112,9 +112,11 @@ def language(rounds: int) -> Iterator[Row]:
     for width in (64, 384, 1024):
         seconds = seconds_of(8192, min(rounds, 3), width, processor=True)
         bare = seconds["bare, blocks"]
-        yield Row(f"geometry of every block, 6 x {width}", seconds["nodelens"] / bare, "x the blocks", 1.05)
+        yield Row(f"geometry of every block, 6 x {width}, 8,192 tokens", seconds["nodelens"] / bare, "x the blocks", 1.05)
         if "representation-geometry" in seconds:
-            yield Row(f"representation-geometry, 6 x {width}", seconds["representation-geometry"] / bare, "x the blocks")
+            yield Row(
+                f"representation-geometry, 6 x {width}, 8,192 tokens", seconds["representation-geometry"] / bare, "x the blocks"
+            )
 
 
 def measured(parts: Iterable[tuple[str, Callable[[], Iterator[Row]]]], minutes: float) -> Iterator[Row]:
