@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from nodelens.messages import check_folder
+
 from .files import reading
 from .findings import Findings
 from .result import values_of
@@ -30,6 +32,7 @@ def score_trends(folder: str | Path, columns: str | Sequence[str] | None = None,
     Raises FileNotFoundError without tables of epochs, and ValueError for fewer than two epochs, tables of different units, and an
     unknown column.
     """
+    check_folder("nl.score_trends", folder)
     if not 0 < top <= 1:
         raise ValueError(f"top is {top}; it is a share of the units of a layer, above 0 and at most 1")
     return trends_of(_several(Path(folder)), columns, top)
