@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from nodelens.messages import as_seed
+
 from .graph import NONE, Graph, compact, connected_parts, modularity_matrix, quality, soft_num_clusters
 from .leiden import leiden_labels
 from .louvain import louvain_matrix
@@ -73,8 +75,9 @@ def find_modules(
     >>> found.number, round(found.q, 4), found.labels.tolist()
     (3, 0.6667, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
     """
+    rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(as_seed(seed))
     graph = Graph.of(association, absolute, sparse=sparsify)
-    return modules_of(graph, method, gamma, starts, np.random.default_rng(seed))
+    return modules_of(graph, method, gamma, starts, rng)
 
 
 def modules_of(graph: Graph, method: Method, gamma: float, starts: int, rng: np.random.Generator) -> Modules:
