@@ -378,6 +378,15 @@ ON_THE_COMMAND_LINE = [  # words, and a part of the line
     ("analyze metrics=[rq] metrics.rq.regularization=-1", "nodelens: metrics.rq.regularization is -1; it must be 0 or more"),
     ("analyze metrics=[mi] metrics.mi.target=lable", "nodelens: metrics.mi.target is 'lable'; "),
     ("analyze analysis=clusters analysis.clusters.draws=-1", "nodelens: analysis.clusters.draws is -1 and most 8; they are"),
+    (
+        "analyze metrics=[rq,eigenvalue_alignment]",
+        "no option 'eigenvalue_alignment', a name of NodeLens that is left out: take spectral_al",
+    ),
+    (
+        "prune criterion=two_halo",
+        "criterion: no option 'two_halo', a name of NodeLens that is left out: take the criterion read_halo",
+    ),
+    ("train callbacks=measure callbacks.measure.seed=-1 logger=none", "nodelens: callbacks.measure.seed is -1; it is an integer"),
     ("analyze seed=-1", "nodelens: seed is -1; it is an integer from 0 to 2**63 - 1"),
     ("train dataset.seed=-1", "nodelens: dataset.seed is -1; it is an integer from 0 to"),
     ("prune seeds=[0,-1]", "nodelens: seeds[1] is -1; it is an integer from 0 to"),
