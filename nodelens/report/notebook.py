@@ -66,8 +66,9 @@ def lines_of(result: Result) -> list[str]:
     folder = result.folder
     if folder is not None and (folder / "sweep.parquet").is_file():
         numbers = numbers_of(read_sweep(folder))
-    elif "epochs_measured" in result.metadata:
-        numbers = numbers_of_training(result.metadata["evaluation"], len(result.metadata["epochs_measured"]))
+    elif (epochs := result.metadata.get("epochs_measured")) is not None:
+        numbers = numbers_of_training(result.metadata["evaluation"], len(epochs))
+        numbers |= {"units are those after epoch": str(epochs[-1])} if epochs else {}
     lines = ["; ".join(f"{name}: {value}" for name, value in numbers.items())] if numbers else []
     kinds = kinds_of(result)
     return [*lines, *([f"plots: {', '.join(kinds)}"] if kinds else [])]

@@ -76,7 +76,7 @@ def test_a_training_lists_and_draws_the_figures_of_its_page(training, tmp_path):
     own = ["loss", "epochs", "units_over_epochs", "stability"]
     check_kinds(training, [*own, *OF_UNITS, "scatter"], tmp_path)
     result = nl.load(training)
-    assert "epochs: 2; epochs measured: 2" in result.summary()
+    assert "epochs: 2; epochs measured: 2; units are those after epoch: 1" in result.summary()
     pd.testing.assert_frame_equal(result.units, pd.read_parquet(training / "epochs/units_001.parquet"))
     assert result.metadata["evaluation"]["accuracy"] == json.loads((training / "result.json").read_text())["accuracy"]
     assert result.plot("epochs", metric="taylor").layout.yaxis.title.text == "taylor"
