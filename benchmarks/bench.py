@@ -112,9 +112,11 @@ def language(rounds: int) -> Iterator[Row]:
     for width in (64, 384, 1024):
         seconds = seconds_of(8192, min(rounds, 3), width, processor=True)
         bare = seconds["bare, blocks"]
-        yield Row(f"geometry of every block, 6 x {width}", seconds["nodelens"] / bare, "x the blocks", 1.05)
+        yield Row(f"geometry of every block, 6 x {width}, 8,192 tokens", seconds["nodelens"] / bare, "x the blocks", 1.05)
         if "representation-geometry" in seconds:
-            yield Row(f"representation-geometry, 6 x {width}", seconds["representation-geometry"] / bare, "x the blocks")
+            yield Row(
+                f"representation-geometry, 6 x {width}, 8,192 tokens", seconds["representation-geometry"] / bare, "x the blocks"
+            )
 
 
 def measured(parts: Iterable[tuple[str, Callable[[], Iterator[Row]]]], minutes: float) -> Iterator[Row]:
@@ -157,12 +159,12 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     parts = [
         ("ResNet-18, 32 px", lambda: passes(options.rounds, 32)),
-        ("pruning", lambda: pruning(3)),
         ("memory", memory),
-        ("language models", lambda: language(8)),
         ("the whole call", whole_call),
+        ("pruning", lambda: pruning(3)),
         ("ResNet-18, 64 px", lambda: passes(options.rounds, 64)),
-        ("ResNet-18, 224 px", lambda: passes(8, 224)),
+        ("language models", lambda: language(4)),
+        ("ResNet-18, 224 px", lambda: passes(4, 224)),
     ]
     rows = report(measured(parts, 0.7 * options.minutes), before["rows"])  # the last part may take the rest
     text = json.dumps({**about, "rows": rows}, indent=1) + "\n"

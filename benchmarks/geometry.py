@@ -7,12 +7,12 @@ blocks (no cache, the head for one token only) and over the whole forward; repre
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import torch
+from memory import largest
 from timing import interleaved
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,7 +76,7 @@ def overhead(tokens: int, rounds: int) -> None:
 def peak(tokens: int) -> float:
     """Largest resident set, MiB."""
     nl.analyze_model(llama(), texts(tokens), max_tokens=tokens)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return largest()
 
 
 def flat() -> None:

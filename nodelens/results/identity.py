@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from .files import checked, holds_results, read_json, write_json
-from .result import commit
 
 _WAYS = {
     "model": ("a model with fingerprint", "put the former weights back"),
@@ -20,7 +19,7 @@ _WAYS = {
 
 
 def code_version(model: nn.Module | None = None) -> str:
-    """Version and commit of nodelens, and a hash of its source files and those that define the modules of a model.
+    """Version of nodelens, and a hash of its source files and those that define the modules of a model.
 
     Modules of torch, and classes without a file, as in a notebook, are not part of the hash.
     """
@@ -32,7 +31,7 @@ def code_version(model: nn.Module | None = None) -> str:
         version = packages.version("nodelens")
     except packages.PackageNotFoundError:  # a checkout that is not installed
         version = "of a checkout"
-    return f"nodelens {version}{f' at {found}' if (found := commit()) else ''}, sources {digest.hexdigest()[:12]}"
+    return f"nodelens {version}, sources {digest.hexdigest()[:12]}"
 
 
 def check_identity(folder: Path, identity: Mapping[str, str], write: bool = True) -> None:

@@ -239,13 +239,16 @@ def _installed(name: str) -> bool:
     return True
 
 
+@cache
 def commit() -> str | None:
-    """The commit of the code, if it is in a checkout."""
-    here = Path(__file__).parent
+    """The commit of the code, if it is in a checkout; asked once, since a process keeps the code with which it began."""
+    home = Path(__file__).parents[2]
+    if not (home / ".git").exists():
+        return None
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
+            cwd=home,
             capture_output=True,
             text=True,
             timeout=5,
@@ -253,4 +256,4 @@ def commit() -> str | None:
         )
     except OSError:  # no git on this machine
         return None
-    return run.stdout.strip() or None if (here.parent / ".git").exists() else None
+    return run.stdout.strip() or None

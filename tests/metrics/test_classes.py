@@ -312,7 +312,7 @@ def test_a_control_asks_for_the_samples_and_changes_no_value():
         (lambda: get_metric("class_mi", bins=0), "bins is 0; it must be a whole number, 2 or more"),
         (lambda: get_metric("class_synergy", bins=1), "bins is 1; it must be a whole number, 2 or more"),
         (lambda: get_metric("class_synergy", covariance="pooled"), "covariance: pooled is for method: gaussian; set it, or leave"),
-        (lambda: get_metric("synergy_gaussian_mmi", permutations=1.5), "permutations is 1.5; it must be a number of permutations"),
+        (lambda: get_metric("synergy_gaussian_mmi", permutations=-1), "permutations is -1; it must be a number of permutations"),
         (lambda: get_metric("synergy_gaussian_mmi").compute(outputs=torch.ones(3, 2)), "needs outputs= and labels="),
     ],
     ids=label,
