@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from importlib import metadata
+from numbers import Integral
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -114,6 +115,16 @@ def kind_of(value: Any) -> str:
     shape = getattr(value, "shape", None)
     sized = f" {tuple(shape)}" if isinstance(shape, tuple) else ""
     return "None" if value is None else f"{type(value).__name__}{sized}"
+
+
+def as_seed(seed: Any, name: str = "seed") -> int:
+    """A seed as an int. Raises TypeError for what is no integer, ValueError for one that torch or NumPy would refuse."""
+    if not isinstance(seed, Integral):
+        raise TypeError(f"{name} is {shown(seed)}; it is an integer")
+    number = int(seed)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name} is {shown(number)}; it is an integer from 0 to 2**63 - 1")
+    return number
 
 
 def check_texts(name: str, given: Any, example: str) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nodelens as nl
+from nodelens.data import Digits
 
 
 class Net(nn.Module):
@@ -215,11 +216,40 @@ IN_PYTHON = {  # a call, and parts of its message
     "costs without a batch": (lambda: nl.estimate_cost(NET), "Net takes no token ids: give one batch of the size to come, batch="),
     "costs without a model": (lambda: nl.estimate_cost(), "missing a required argument: 'model'"),
     "a seed in words": (lambda: nl.analyze(NET, DATA, ["rq"], seed="a"), "seed is 'a'; it is an integer"),
+    "a negative seed": (lambda: nl.analyze(NET, DATA, ["rq"], seed=-1), "seed is -1; it is an integer from 0 to 2**63 - 1"),
+    "a seed of 80 bits": (lambda: nl.analyze(NET, DATA, ["rq"], seed=1 << 80), "it is an integer from 0 to 2**63 - 1"),
+    "a seed of 400 bits": (lambda: nl.prune(NET, seed=1 << 400, **PRUNE), "seed is an integer of more than 60 digits; it is an"),
+    "a seed of a pruning": (lambda: nl.prune(NET, seed=-1, **PRUNE), "seed is -1; it is an integer from 0 to"),
+    "a seed as a fraction": (lambda: nl.prune(NET, seed=0.5, **PRUNE), "seed is 0.5; it is an integer"),
+    "a seed of a strategy": (lambda: nl.PruningConfig(seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of an ablation": (lambda: nl.ablate(NET, DATA, seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of sets": (lambda: nl.ablate_sets(NET, DATA, {}, seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of modules": (lambda: nl.find_modules(torch.ones(4, 4), seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of compared modules": (lambda: nl.compare_modules([], seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of an analysis": (lambda: nl.get_analysis("clusters")(NET, DATA, seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of an edit": (lambda: nl.Edit("fc1", "resample", seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of fine-tuning": (lambda: nl.Finetune(DATA, DATA, seed=-1), "seed is -1; it is an integer from 0 to"),
+    "a seed of data": (lambda: Digits(seed=-1), "seed is -1; it is an integer from 0 to"),
+    "an output of a single tensor": (
+        lambda: nl.analyze(NET, DATA, ["taylor"], output=3),
+        "output=3: Net returns one tensor (",
+        ", 3), without parts: leave output out, or give a function of it",
+    ),
+    "an output by another name": (
+        lambda: nl.evaluate(NET, DATA, output="logits"),
+        "output='logits': Net returns one tensor (20, 3), without parts",
+    ),
+    "no patterns of runs": (lambda: nl.load_runs([]), "the list of patterns of runs is empty: give folders of runs, such as"),
+    "a pattern without runs": (lambda: nl.load_runs("nope/*"), "no finished run matches 'nope/*': give the folder of"),
     "a number for a folder": (lambda: nl.analyze(NET, DATA, ["rq"], save_to=3), "save_to takes the path of a folder"),
     "a number for weights": (lambda: nl.analyze(NET, DATA, ["rq"], initial=3), "initial is int; it is the network before training"),
     "a number for a config": (lambda: nl.run(3), "nl.run takes the config of a task, as nl.load_config(", "not int"),
     "a number for a run": (lambda: nl.load(3), "nl.load takes the path of a folder, such as 'outputs/run', not int"),
     "a number for a model": (lambda: nl.load_pruned(3), "nl.load_pruned takes the path of a folder"),
+    "a list for a training": (
+        lambda: nl.score_trends([]),
+        "nl.score_trends takes the path of a folder, such as 'outputs/run', not list",
+    ),
     "a number for a bundle": (lambda: nl.load_bundle(3), "nl.load_bundle takes the path of a folder"),
     "a number for runs": (
         lambda: nl.load_runs(3),
@@ -345,6 +375,22 @@ ON_THE_COMMAND_LINE = [  # words, and a part of the line
     ("analyze budget.memmory=1GB", "no key 'budget.memmory' in the config of analyze. Did you mean 'budget.memory'?"),
     ("analyze budget.memory=-1", "budget.memory is '-1'; it takes bytes, or a size such as 4GB"),
     ("analyze objective.task=regresion", "objective.task is 'regresion'; it is classification, multilabel, regression"),
+    ("analyze metrics=[rq] metrics.rq.regularization=-1", "nodelens: metrics.rq.regularization is -1; it must be 0 or more"),
+    ("analyze metrics=[mi] metrics.mi.target=lable", "nodelens: metrics.mi.target is 'lable'; "),
+    ("analyze analysis=clusters analysis.clusters.draws=-1", "nodelens: analysis.clusters.draws is -1 and most 8; they are"),
+    (
+        "analyze metrics=[rq,eigenvalue_alignment]",
+        "no option 'eigenvalue_alignment', a name of NodeLens that is left out: take spectral_al",
+    ),
+    (
+        "prune criterion=two_halo",
+        "criterion: no option 'two_halo', a name of NodeLens that is left out: take the criterion read_halo",
+    ),
+    ("train callbacks=measure callbacks.measure.seed=-1 logger=none", "nodelens: callbacks.measure.seed is -1; it is an integer"),
+    ("analyze seed=-1", "nodelens: seed is -1; it is an integer from 0 to 2**63 - 1"),
+    ("train dataset.seed=-1", "nodelens: dataset.seed is -1; it is an integer from 0 to"),
+    ("prune seeds=[0,-1]", "nodelens: seeds[1] is -1; it is an integer from 0 to"),
+    ("analyze metrics=[taylor] objective.output=3", "objective.output=3: ", "leave objective.output out, or give a function of it"),
     ("analyze metrics=[rq] metrics.rq.relative=yes", "metrics.rq.relative is 'yes'; nodelens.metrics.RayleighQuotient takes bool"),
     ("analyze analysis=[foo]", "analysis: no option 'foo'. Available: "),
     ("analyze results=nope", "nope has no finished run: metadata.json is missing"),

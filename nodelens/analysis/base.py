@@ -10,7 +10,7 @@ from torch import nn
 
 from nodelens.engine.identity import identity, identity_of_result
 from nodelens.engine.saved_work import SavedWork
-from nodelens.messages import check_names
+from nodelens.messages import as_seed, check_names
 from nodelens.metrics import Metric
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
 from nodelens.results.result import Result
@@ -102,6 +102,7 @@ class Analysis:
         continues; save_minutes: how often sums are saved. objective: task, output and loss, as in ``nl.analyze``.
         """
         name, model, own = type(self).__name__, uncompiled(model), data if evaluation is None else evaluation
+        seed = as_seed(seed)
         check_names(name, objective, ("task", "output", "loss"))
         about = () if save_to is None else (name, identity(vars(self)), seed, identity(objective), identity_of_result(result))
         saved = SavedWork.of(save_to, save_minutes, model, *about)

@@ -1,6 +1,7 @@
 """The config schema; composition by Hydra; construction of the objects that a config names."""
 
 import datetime
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from .renamed import rename_in_files, taken_warnings, with_new_keys
 from .search_path import CONF, SEARCHPATH, config_folders
 
 TASKS = ("train", "analyze", "prune")
+_KEY = re.compile(r"^full_key: (.+)$", re.MULTILINE)  # in Hydra's errors: where in the config an object is
+_OPTION = re.compile(r"(?:\w+: )?(\w+)( is .*)", re.DOTALL)  # how objects name an option that they refuse
 
 
 @dataclass
@@ -242,11 +245,21 @@ def build(node: Any, path: str, **more: Any) -> Any:
         return instantiate(container, _convert_="all", **more)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, (ValueError, OSError, MemoryError)):
+        if isinstance(cause, ValueError):
+            raise _with_key(cause, container, path, _KEY.search(str(error))) from None
+        if isinstance(cause, (OSError, MemoryError)):
             raise cause from None
         if isinstance(cause, (RuntimeError, ImportError)) or type(cause).__name__ == "MisconfigurationException":
             raise ValueError(f"{path}: {cause}") from cause
         raise
+
+
+def _with_key(error: ValueError, node: Any, path: str, key: re.Match[str] | None) -> ValueError:
+    """An object's error with the full key of the option that it begins with, as ``rq: regularization is -1``, if there is one."""
+    for part in key[1].split(".") if key else ():
+        node, path = node.get(part) if isinstance(node, dict) else None, f"{path}.{part}"
+    named = _OPTION.fullmatch(str(error))
+    return ValueError(f"{path}.{named[1]}{named[2]}") if named and isinstance(node, dict) and named[1] in node else error
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:

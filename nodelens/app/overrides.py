@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
 from omegaconf import DictConfig
 
+from nodelens.compat.names import LEFT_OUT
 from nodelens.messages import nearest
 
 from .config import register
@@ -80,6 +81,8 @@ def _check_choice(override: Override, folders: list[Path]) -> None:
             name = name.text if isinstance(name, QuotedString) else name
             if name is None and group != "experiment":
                 raise MistakeError(f"{group}=null chooses nothing: choose one of {_listed(options)}")
+            if name in LEFT_OUT and name not in options and group in ("metrics", "criterion"):
+                raise MistakeError(f"{group}: no option {name!r}, a name of NodeLens that is left out: {LEFT_OUT[name]}")
             if name is not None and str(name) not in options:
                 available = f"Available: {_listed(options)}" + (f"; {_ZOO}" if group == "model" else "")
                 raise MistakeError(f"{group}: no option {str(name)!r}.{nearest(str(name), options)} {available}")

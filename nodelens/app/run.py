@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Run(NamedTuple):
     """A run that has ended.
 
-    result: the tables in its folder, as ``nl.load`` reads them: of units for analyze, of scores for prune; None for train
+    result: what is in its folder, as ``nl.load`` reads it: units for analyze, scores for prune, units of the last epoch that was
+            measured for train; None for a dry run
     folder: where everything is that it wrote, such as the checkpoints of train and the table ``sweep.parquet`` of prune
     score:  the accuracy of train and analyze, the area under the best curve of prune
     """
@@ -32,12 +33,13 @@ class Run(NamedTuple):
 
 def run(cfg: DictConfig) -> Run:
     """Runs the task that a config names, and returns its result and its folder."""
-    from nodelens.results.result import load
+    from nodelens.analysis.load import load
 
     if not isinstance(cfg, DictConfig):
         raise TypeError(f"nl.run takes the config of a task, as nl.load_config('analyze', ['model=mlp']), not {kind_of(cfg)}")
     score, folder = run_task(cfg), Path(cfg.paths.output_dir)
-    return Run(load(folder) if (folder / "metadata.json").is_file() else None, folder, score)
+    finished = any((folder / name).is_file() for name in ("metadata.json", "result.json"))
+    return Run(load(folder) if finished else None, folder, score)
 
 
 def run_task(cfg: DictConfig) -> float:

@@ -2,7 +2,8 @@
 
 The registry of metrics reads METRIC_ALIASES. A name that stands in it is found by ``get_metric`` and wherever else a metric is
 named; ``list_metrics`` and the catalogue show the standard names. RENAMED says which names of the first edition of nodelens were
-taken for two different quantities or said nothing, and what they are called now; all of them are aliases too.
+taken for two different quantities or said nothing, and what they are called now; all of them are aliases too. LEFT_OUT has the
+names that are not offered.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,34 @@ RENAMED: dict[str, str] = {  # old name: new name
     "mi_in_proxy": "relative_channel_information",  # noise of the size of the layer's own variances
     # dimensions of a spectrum: shares of eigenvalues here, of singular values in effective_rank
     "d_entropy": "entropy_dimension",  # exp of the entropy of the eigenvalues' shares
+}
+
+_NO_INPUT = "it replaced missing inputs with made-up ones"
+LEFT_OUT: dict[str, str] = {  # names of NodeLens that are no metrics here: what to take instead, or why there is nothing
+    "adaptive_importance": "take nl.score_trends",
+    "classification_alignment": _NO_INPUT,
+    "connected_information": "take o_information",
+    "eigenvalue_alignment": "take spectral_alignment or weight_activation_alignment",
+    "eigenvalue_entropy": "take entropy_dimension",
+    "feature_importance": _NO_INPUT,
+    "interaction_information": "take o_information",
+    "language_model_alignment": _NO_INPUT,
+    "mi_fast": "take mutual_information_gaussian",
+    "multi_supernode": "take the analysis supernodes with cores=2",
+    "multi_supernode_importance": "take the analysis supernodes with cores=2",
+    "normalized_delta_alignment": "take delta_alignment",
+    "power_iteration": "take top_share",
+    "reinforcement_learning_alignment": _NO_INPUT,
+    "representation_quality": _NO_INPUT,
+    "rq_fast": "take rayleigh_quotient",
+    "rq_spatial": "take rayleigh_quotient",
+    "spectral_clustering": "take the analysis modularity with method=spectral",
+    "spectral_clustering_score": "take the analysis modularity with method=spectral",
+    "supernode_read_halo_score": "take the criterion read_halo",
+    "synergistic_information": "take o_information",
+    "task_alignment": _NO_INPUT,
+    "two_halo": "take the criterion read_halo",
+    "vision_task_alignment": _NO_INPUT,
 }
 
 _PART = "pairwise_redundancy_gaussian"  # the parts of the composites are columns: they keep the names of their system

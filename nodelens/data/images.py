@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nodelens.messages import setting
+from nodelens.messages import as_seed, setting
 
 from .batch import ImageBatch
 from .convert import Convert
@@ -50,7 +50,8 @@ class ImageData(lightning.LightningDataModule):
         super().__init__()
         check_loading(batch_size, workers)
         self.classes, self.channels, self.size = classes, channels, size
-        self.mean, self.std, self.batch_size, self.workers, self.seed = mean, std, batch_size, workers, seed
+        self.mean, self.std, self.batch_size, self.workers = mean, std, batch_size, workers
+        self.seed = as_seed(seed, setting("dataset.seed"))
         self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
         self.source: Source | None = None
         self.indices: dict[str, Tensor] = {}

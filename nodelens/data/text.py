@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nodelens.messages import either, setting
+from nodelens.messages import as_seed, either, setting
 
 from .blocks import Reader, Samples, TokenStream, packed, separate, unused
 from .cache import Parts, cached
@@ -90,7 +90,7 @@ class Text(lightning.LightningDataModule):
         self.bos, self.eos, self.side, self.classes = bos, eos, side, classes
         self.select, self.special, self.cache = select, special, cache
         check_loading(batch_size, workers)
-        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.batch_size, self.workers, self.seed = batch_size, workers, as_seed(seed, setting("dataset.seed"))
         self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
         self.source: Samples | None = None
         self.blocks: Blocks | None = None  # of a streamed text

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from nodelens.messages import check_folder, check_names, kind_of, shown, with_new_names
+from nodelens.messages import as_seed, check_folder, check_names, kind_of, with_new_names
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
 
@@ -37,7 +37,7 @@ class AnalyzeOptions:
                 the same to the bit. Delete the folder when the result is saved. None: an unfinished pass starts again
     save_minutes: how often the sums are saved. They are also saved before SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ends the process
 
-    Raises ValueError for an unknown ``reduce``, fewer than one group or a negative ``save_minutes``.
+    Raises ValueError for an unknown ``reduce``, fewer than one group, a negative seed or negative ``save_minutes``.
     """
 
     seed: int = 0
@@ -62,8 +62,7 @@ class AnalyzeOptions:
             raise ValueError(f"groups is {self.groups!r}; it must be 1 or more: groups of samples, for the jackknife")
         if self.positions is not None and (not isinstance(self.positions, int) or self.positions < 1):
             raise ValueError(f"positions is {self.positions!r}; it must be 1 or more, or None for all positions of an image")
-        if not isinstance(self.seed, int):
-            raise TypeError(f"seed is {shown(self.seed)}; it is an integer")
+        object.__setattr__(self, "seed", as_seed(self.seed))
         if self.save_to is not None:
             check_folder("save_to", self.save_to)
         if self.reduce not in get_args(Reduce):

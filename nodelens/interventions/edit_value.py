@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import as_seed
+
 from .operations import OPERATIONS, WITHOUT_VALUE
 from .selection import PHASES
 
@@ -60,6 +62,7 @@ class Edit:
         for name, known in (("operation", OPERATIONS), ("port", ("output", "input")), ("phase", PHASES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
+        object.__setattr__(self, "seed", as_seed(self.seed))
         self._check_value()
 
     def _check_value(self) -> None:

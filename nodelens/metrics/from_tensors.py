@@ -95,7 +95,9 @@ def _check_given(metric: Any, tensors: dict[str, Any]) -> None:
     if missing:
         order = sorted(dict.fromkeys(wanted), key=_TENSORS.index)
         given = ", ".join(f"{name}=" for name in tensors if name in _TENSORS) or "nothing"
-        other = "" if "logits" not in missing else ", or targets= in place of logits= and labels="
+        kept = {name for need in needs for name in _targets(need.target, {"targets": True})}
+        spared = [f"{name}=" for name in ("logits", "labels") if name in wanted and name not in kept]
+        other = "" if "logits" not in missing else f", or targets= in place of {_and(spared)}"
         raise ValueError(f"{metric.names[0]} needs {_and([f'{name}=' for name in order])}{other}; given: {given}")
 
 

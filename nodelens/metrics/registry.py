@@ -7,6 +7,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any, TypeVar
 
+from nodelens.compat.names import LEFT_OUT
 from nodelens.messages import either
 
 from .base import Metric
@@ -109,6 +110,8 @@ def get_metric(name: str, **options: Any) -> Metric:
     """
     if not isinstance(name, str):
         raise TypeError(f"a metric is given by its name, such as 'rq', not as {type(name).__name__}")
+    if name in LEFT_OUT and name not in _BY_NAME:
+        raise ValueError(f"no metric is called {name!r}, a name of NodeLens that is left out: {LEFT_OUT[name]}")
     if name not in _BY_NAME:
         every = either("nl.list_metrics() has", "--help lists")
         raise ValueError(f"no metric is called {name!r}{_nearest(name, _BY_NAME)}; {every} them all")

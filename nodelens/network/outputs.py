@@ -64,16 +64,26 @@ def _chosen(output: Any, which: Any, model: str) -> Tensor:
     if callable(which):
         value, named = which(output), getattr(which, "__name__", str(which))
     else:
-        parts = {0: output} if isinstance(output, Tensor) else parts_of(output)
+        parts: Mapping[str | int, Any] = {0: output} if isinstance(output, Tensor) else parts_of(output)
         listed = list(parts.values())
         by_index = isinstance(which, int) and which not in parts and -len(listed) <= which < len(listed)
         value, named = listed[which] if by_index else parts.get(which), repr(which)
         if value is None:
-            raise ValueError(f"{option('output')}={named}: {model} returns {', '.join(map(str, parts)) or type(output).__name__}")
+            raise ValueError(f"{option('output')}={named}: {model} returns {_instead(output, parts)}")
     if not isinstance(value, Tensor) or not value.ndim:
         shown = "a single number" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{option('output')}={named} gives {shown}; predictions are a tensor (B, ...)")
     return value
+
+
+def _instead(output: Any, parts: Mapping[str | int, Any]) -> str:
+    """What a model returns in place of the part that was asked for, and how to choose."""
+    if isinstance(output, Tensor):
+        return f"one tensor {tuple(output.shape)}, without parts: leave {option('output')} out, or give a function of it"
+    if not parts:
+        return f"{type(output).__name__}, whose parts have no names: give a function of it"
+    listed = ", ".join(f"{name} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for name, v in parts.items())
+    return f"{listed}: give {option('output')}={_quoted({name: v for name, v in parts.items() if isinstance(v, Tensor)} or parts)}"
 
 
 def _is_answer(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from nodelens.messages import kind_of
+from nodelens.messages import as_seed, kind_of
 from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.network.loss_scale import Loss
 from nodelens.network.outputs import Output
@@ -105,6 +105,7 @@ class PruningOptions:
             raise TypeError(f"gate is {self.gate!r}; it is a number by which removed units are multiplied, for apply='scale'")
         if self.apply not in get_args(Apply):
             raise ValueError(f"apply is {self.apply!r}; it is slice, mask or scale")
+        object.__setattr__(self, "seed", as_seed(self.seed))
         check_removal(self.amount, self.mode)
         check_compensate(self.compensate)
         if self.budget not in ("units", "params", "macs"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.members import of_groups_only
-from nodelens.messages import kind_of, nearest
+from nodelens.messages import as_seed, kind_of, nearest
 from nodelens.metrics import Metric, get_metric, list_metrics
 from nodelens.metrics.need import Units
 from nodelens.network.find_layers import find_layers
@@ -35,7 +35,7 @@ class PruningConfig:
 
     structured: whole units; else single weights (``magnitude`` and ``random`` alone). min_keep: units that stay; multiple: of which
     the number kept has to be. Scores are ranked by sign, never by size; ties fall by a permutation of the seed. Raises ValueError
-    for an amount outside [0, 1) or an unknown mode.
+    for an amount outside [0, 1), an unknown mode or a negative seed.
     """
 
     amount: float = 0.5
@@ -46,6 +46,7 @@ class PruningConfig:
     multiple: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", as_seed(self.seed))
         check_removal(self.amount, self.pruning_mode)
 
 

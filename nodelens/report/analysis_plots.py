@@ -14,7 +14,13 @@ TITLES = {"geometry": "Geometry of the residual stream"}  # where it is not the 
 
 def plots_of(found: Any) -> list[Plot]:
     """The plots of what an analysis found; none for a kind without figures."""
-    return list(_drawing(kind_of(found))(found))
+    draw = _drawing(kind_of(found))
+    return list(draw(found)) if draw is not None else []
+
+
+def has_figures(found: Any) -> bool:
+    """Whether results of this kind of analysis are drawn."""
+    return _drawing(kind_of(found)) is not None
 
 
 def title_of(found: Any, name: str = "") -> str:
@@ -33,8 +39,8 @@ def kind_of(found: Any) -> str:
     return found.kind if isinstance(found, Findings) else type(found).__name__.removesuffix("Result").lower()
 
 
-def _drawing(kind: str) -> Callable[[Any], Iterable[Plot]]:
+def _drawing(kind: str) -> Callable[[Any], Iterable[Plot]] | None:
     if not kind.isidentifier() or importlib.util.find_spec(f"nodelens.report.{kind}_figures") is None:
-        return lambda found: ()
+        return None
     module = importlib.import_module(f"nodelens.report.{kind}_figures")
-    return getattr(module, "figures_of", lambda found: ())
+    return getattr(module, "figures_of", None)

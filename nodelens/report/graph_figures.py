@@ -15,11 +15,9 @@ _STEP = 60  # pixels between two layers with names
 _WAVE = 0.18  # of layers in a row, which would hide each other's names
 
 
-def network(result: Result) -> Plot | None:
+def network(result: Result) -> Plot:
     """The graph of the pairs of layers; menus choose the metric that colours the dots and the one that colours the arrows."""
     pairs = [(str(a), str(b)) for a, b in result.edges.index]
-    if not pairs:
-        return None
     place = _places(pairs)
     nodes = means_of_layers(result).reindex(list(place))
     nodes = nodes.loc[:, nodes.notna().any()]

@@ -1,12 +1,12 @@
 """Plots of what a pass measured: units, layers and pairs of layers."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from nodelens.messages import nearest
 from nodelens.results.result import BESIDE, Result, values_of
 
 from .charts import box, boxes, dots, grid, heat
@@ -14,12 +14,9 @@ from .definitions import definitions_of, label
 from .plot import COLOURS, Plot, figure_of, menu, names_axis, one_of, rows_axis, rows_height, short, text
 
 
-def overview(result: Result) -> Plot | None:
+def overview(result: Result) -> Plot:
     """Layers against metrics, coloured by the rank of the layer within the metric."""
-    found = means_of_layers(result)
-    found = found.loc[:, found.notna().sum() > 1]  # one value alone is neither high nor low
-    if len(found) < 2 or not len(found.columns):
-        return None
+    found = comparable(result)
     ranks = (found.rank() - 1) / (found.notna().sum() - 1).clip(lower=1)
     trace = heat(ranks.to_numpy(float), "rank", 0, 1)
     layers, columns = [text(name) for name in found.index], [text(name) for name in found.columns]
@@ -34,6 +31,12 @@ def overview(result: Result) -> Plot | None:
     return Plot("overview", "Which layers are high and low in each metric", _OVERVIEW, figure, found)
 
 
+def comparable(result: Result) -> pd.DataFrame:
+    """The means of layers, of the metrics that two or more layers have: one value alone is neither high nor low."""
+    found = means_of_layers(result)
+    return found.loc[:, found.notna().sum() > 1]
+
+
 def means_of_layers(result: Result) -> pd.DataFrame:
     """One row per layer: the mean over units of each metric of units, and the metrics of layers."""
     units = result.units[values_of(result.units)]
@@ -46,9 +49,9 @@ def layer_metrics(result: Result) -> list[str]:
     return [c for c in values_of(result.layers) if result.layers[c].notna().any()]
 
 
-def distributions(result: Result, first: str | None = None) -> Plot:
-    """The distribution of a metric over the units of each layer; the first metric is shown, the others are in a menu."""
-    columns = _first(values_of(result.units), first)
+def distributions(result: Result, metric: str | None = None) -> Plot:
+    """The distribution of a metric over the units of each layer; one metric is shown, the others are in a menu."""
+    columns = first_of(values_of(result.units), metric)
     by_layer = dict(list(result.units.groupby(level="layer", sort=False)))
     traces, tables, layouts = [], [], []
     for name in columns:
@@ -74,11 +77,9 @@ def distributions(result: Result, first: str | None = None) -> Plot:
     return Plot("units", "How each metric is spread over the units of a layer", _UNITS, figure, table)
 
 
-def agreement(result: Result) -> Plot | None:
-    """Rank correlations between metrics."""
+def agreement(result: Result) -> Plot:
+    """Rank correlations between the metrics of units, of which there are two or more."""
     columns = values_of(result.units)
-    if len(columns) < 2:
-        return None
     total, weight = np.zeros((len(columns),) * 2), np.zeros((len(columns),) * 2)
     for _, rows in result.units[columns].groupby(level="layer", sort=False):
         with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
@@ -97,17 +98,17 @@ def agreement(result: Result) -> Plot | None:
     return Plot("agreement", "Which metrics rank units alike", _AGREEMENT, figure, table)
 
 
-def layers(result: Result, first: str | None = None) -> Plot:
+def layers(result: Result, metric: str | None = None) -> Plot:
     """Metrics of layers with standard errors."""
-    columns = _first(layer_metrics(result), first)
+    columns = first_of(layer_metrics(result), metric)
     names = [f"{name} ({units})" for name, units in result.layers["units"].items()] if "units" in result.layers else None
     figure = _dots(result, result.layers, columns, names or list(result.layers.index), "layer (units)" if names else "layer")
     return Plot("layers", "How the layers differ in each metric", _LAYERS, figure, _with_errors(result.layers, columns))
 
 
-def edges(result: Result, first: str | None = None) -> Plot:
+def edges(result: Result, metric: str | None = None) -> Plot:
     """Metrics of pairs of layers with standard errors."""
-    columns = _first([c for c in values_of(result.edges) if result.edges[c].notna().any()], first)
+    columns = first_of([c for c in values_of(result.edges) if result.edges[c].notna().any()], metric)
     figure = _dots(result, result.edges, columns, [f"{a} → {b}" for a, b in result.edges.index], "pair of layers")
     brief = [f"{short(a, 24)} → {short(b, 24)}" for a, b in result.edges.index]
     figure.update_layout(yaxis=rows_axis(brief, "pair of layers", most=51))
@@ -130,13 +131,15 @@ def _with_errors(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     return table[[each for column in columns for each in (column, f"{column}_se") if each in table]]
 
 
-def _first(columns: list[str], first: str | None) -> list[str]:
-    """The columns, with one of them in front. Raises ValueError if it is not among them."""
-    if first is None:
-        return columns
-    if first not in columns:
-        raise ValueError(f"no metric {first!r} to plot; there are {', '.join(columns) or 'none'}")
-    return [first, *(column for column in columns if column != first)]
+def first_of(names: list[str], chosen: str | None, what: str = "metric") -> list[str]:
+    """The names, with a chosen one in front. Raises ValueError if it is not among them. what: they are names of."""
+    if chosen is None:
+        return names
+    if chosen not in names:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        known = f"{', '.join(map(str, names[:_LISTED])) or 'none'}{more}"
+        raise ValueError(f"no {what} {chosen!r} to plot.{nearest(chosen, names)} There are {known}")
+    return [chosen, *(name for name in names if name != chosen)]
 
 
 def _typical(errors: pd.Series | None) -> float:
@@ -153,12 +156,16 @@ def _quartiles(names: list[str], found: list[dict[str, float] | None], metric: s
     return pd.DataFrame(rows)
 
 
-def spectra(result: Result) -> Iterator[Plot]:
-    """Values per input feature that a metric keeps beside the tables, such as singular values: one line per layer."""
-    names = dict.fromkeys(name for (_, name), values in result.matrices.items() if values.ndim == 1 and not name.endswith(BESIDE))
-    for name in names:
-        lines = {layer: values for (layer, each), values in result.matrices.items() if each == name and values.ndim == 1}
-        yield Plot(f"spectrum-{name}", f"How fast {name} fall off in each layer", _SPECTRA, curves(lines, name), longest(lines))
+def spectra(result: Result) -> list[str]:
+    """The metrics that keep values per input feature beside the tables, such as singular values."""
+    found = (name for (_, name), values in result.matrices.items() if values.ndim == 1 and not name.endswith(BESIDE))
+    return list(dict.fromkeys(found))
+
+
+def spectrum(result: Result, name: str) -> Plot:
+    """Values per input feature: one line per layer."""
+    lines = {layer: values for (layer, each), values in result.matrices.items() if each == name and values.ndim == 1}
+    return Plot(f"spectrum-{name}", f"How fast {name} fall off in each layer", _SPECTRA, curves(lines, name), longest(lines))
 
 
 def curves(lines: dict[str, np.ndarray], label: str, most: int = 60, points: int = 200) -> Any:
@@ -190,6 +197,7 @@ def longest(lines: dict[str, np.ndarray], most: int = 20_000) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True).head(most) if rows else pd.DataFrame()
 
 
+_LISTED = 20  # names in an error
 _OVERVIEW = (
     "Each column ranks the layers by one metric, from 0 (lowest) to 1 (highest): means over units of metrics of units, and metrics "
     "of layers. The pointer shows the value."

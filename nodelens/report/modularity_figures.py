@@ -28,10 +28,11 @@ def figures_of(found: Findings) -> Iterator[Plot]:
         for row in list(modules.itertuples())[:_GRAPHS]
     }
     yield Plot("graphs", "The modules as blocks", _GRAPHS_CAPTION, pictures(graphs), modules)
-    for layer, rows in found["comparison"].groupby("layer", sort=False):
-        if len(rows) > 1:
-            title = f"Do associations find the same modules? {layer}"
-            yield Plot(f"alignment-{layer}", title, _ALIGNED, alignment(rows), rows)
+    compared = found["comparison"]
+    compared = compared[compared.groupby("layer")["layer"].transform("size") > 1]  # one pair is no picture
+    if len(compared):
+        of = "" if compared["layer"].nunique() > 1 else f" {compared['layer'].iloc[0]}"  # where no menu names it
+        yield Plot("alignment", f"Do associations find the same modules?{of}", _ALIGNED, alignment(compared), compared)
 
 
 def q_bars(modules: pd.DataFrame) -> Any:
@@ -64,14 +65,24 @@ def pictures(graphs: dict[str, np.ndarray]) -> Any:
     return figure_of(traces, 480, xaxis=hidden | {"constrain": "domain"}, yaxis=square, updatemenus=menus)
 
 
-def alignment(rows: pd.DataFrame) -> Any:
-    """Alignment between the associations of one layer."""
-    names = list(dict.fromkeys(rows[["association_a", "association_b"]].to_numpy().T.ravel()))
-    mean, chance = (pd.DataFrame(np.nan, index=names, columns=names) for _ in range(2))
-    for row in rows.itertuples():
-        for a, b in ((row.association_a, row.association_b), (row.association_b, row.association_a)):
-            mean.loc[a, b], chance.loc[a, b] = row.alignment, row.alignment_null
-    return squares(mean, chance, "alignment score")
+def alignment(table: pd.DataFrame) -> Any:
+    """Alignment between the associations of a layer, one layer at a time, chosen in a menu."""
+    names = list(dict.fromkeys(table[["association_a", "association_b"]].to_numpy().T.ravel()))
+    by_layer = list(table.groupby("layer", sort=False))
+    figures = [squares(_square(rows, "alignment", names), _square(rows, "alignment_null", names), _SCORE) for _, rows in by_layer]
+    traces = [figure.data[0].to_plotly_json() for figure in figures]
+    menus = [each | {"name": "layer"} for each in one_of(traces, [str(layer) for layer, _ in by_layer])]
+    first = figures[0].layout
+    axes = {name: first[name].to_plotly_json() for name in ("xaxis", "yaxis")}
+    return figure_of(traces, first.height, **axes, updatemenus=menus)
+
+
+def _square(rows: pd.DataFrame, value: str, names: Sequence[str]) -> pd.DataFrame:
+    """A value of pairs of associations as a symmetric table."""
+    found = pd.DataFrame(np.nan, index=names, columns=names)
+    for a, b, number in zip(rows["association_a"], rows["association_b"], rows[value], strict=True):
+        found.loc[a, b] = found.loc[b, a] = number
+    return found
 
 
 def squares(mean: pd.DataFrame, chance: pd.DataFrame | None, label: str) -> Any:
@@ -105,4 +116,5 @@ _Q = "Modularity Q of the modules found. Grey: mean of random graphs, with two s
 _GRAPHS_CAPTION = (
     "Weights between units, in order of modules, largest first. Bright: strong. Wide layers are averaged over blocks of units."
 )
+_SCORE = "alignment score"
 _ALIGNED = "Alignment: share of units in matched modules; in parentheses that of shuffled units."

@@ -1,6 +1,8 @@
 """``result.plot``: the figures of the page in a notebook."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import pandas as pd
@@ -8,44 +10,79 @@ import pandas as pd
 from nodelens.messages import nearest
 from nodelens.results.result import Result, values_of
 
-from . import metric_figures as figures
-from .analysis_plots import kind_of, plots_of
+from .analysis_plots import has_figures, kind_of, plots_of
 from .charts import dots
 from .definitions import label
-from .page import plots_of_result
+from .metric_figures import first_of
+from .page import drawings_of_result
 from .plot import Plot, figure_of, text
+from .pruning_page import drawings_of_pruning, numbers_of, read_sweep
+from .training_figures import drawings_of_training
+from .training_page import numbers_of as numbers_of_training
 from .unit_data import sample
 
-_FIRST = {"units": figures.distributions, "layers": figures.layers, "pairs": figures.edges}
 _MOST = 50_000  # points of a scatter
 
 
-def plot(
-    result: Result, kind: str, x: str | None = None, y: str | None = None, layer: str | None = None, metric: str | None = None
-) -> Any:
-    """The plotly figure of a result, as on its page.
+def plot(result: Result, kind: str | None = None, **options: Any) -> Any:
+    """The plotly figure of a result, as on its page. kind, options: as for ``Result.plot``.
 
-    kind: ``scatter``, of the metrics x and y over the units of a layer (None: all layers); a figure of the page: overview, units,
-    agreement, layers, network, pairs, spectrum-<name>; or an analysis and one of its figures, such as ``clusters.composition``.
-    metric: which one units, layers and pairs show first
-
-    The data behind the figure are in ``figure._table``. Raises ValueError for another kind or metric, and for a kind that takes no
-    such option.
+    The data behind the figure are in ``figure._table``. Raises ValueError for another kind, metric, layer or cell, and for a kind
+    that takes no such option.
     """
-    if kind == "scatter":
-        _only(kind, {"metric": metric})
-        return finished(scatter(result, x, y, layer))
-    _only(kind, {"x": x, "y": y, "layer": layer} | ({} if kind in _FIRST else {"metric": metric}))
-    if metric is not None:
-        return finished(_FIRST[kind](result, metric))
+    drawings = drawings_of(result)
+    known = [*drawings, *_analyses(result)]
+    kind = next(iter(known), "overview") if kind is None else str(kind)
+    given = {name: value for name, value in options.items() if value is not None}
     analysis, _, name = kind.partition(".")
     if analysis in result.analyses:
+        _check_options(kind, given, drawings)
         return chosen(result.analyses[analysis], name, analysis)
-    found = {each.name: each for each in plots_of_result(result)}
-    if kind not in found:
-        known = [*(["scatter"] if values_of(result.units) else []), *found, *result.analyses]
+    if kind not in drawings:
         raise ValueError(f"this result has no plot {kind!r}.{nearest(kind, known)} It has {', '.join(known) or 'none'}")
-    return finished(found[kind])
+    _check_options(kind, given, drawings)
+    return finished(drawings[kind](**given))
+
+
+def drawings_of(result: Result) -> dict[str, Callable[..., Plot]]:
+    """How each plot of a result is drawn, by kind, those of its page first. The keywords are options of the kind."""
+    found = drawings_of_pruning(result) | drawings_of_training(result) | drawings_of_result(result)
+    return found | ({"scatter": partial(scatter, result)} if values_of(result.units) else {})
+
+
+def kinds_of(result: Result) -> list[str]:
+    """What ``result.plot`` draws, and the analyses whose figures it draws, as in ``clusters.composition``."""
+    return [*drawings_of(result), *_analyses(result)]
+
+
+def _analyses(result: Result) -> list[str]:
+    """The names of analyses that are drawn."""
+    return [name for name, found in result.analyses.items() if has_figures(found)]
+
+
+def lines_of(result: Result) -> list[str]:
+    """What a summary says about the sweep or the training behind a result, and about its plots."""
+    numbers: dict[str, str] = {}
+    folder = result.folder
+    if folder is not None and (folder / "sweep.parquet").is_file():
+        numbers = numbers_of(read_sweep(folder))
+    elif (epochs := result.metadata.get("epochs_measured")) is not None:
+        numbers = numbers_of_training(result.metadata["evaluation"], len(epochs))
+        numbers |= {"units are those after epoch": str(epochs[-1])} if epochs else {}
+    lines = ["; ".join(f"{name}: {value}" for name, value in numbers.items())] if numbers else []
+    kinds = kinds_of(result)
+    return [*lines, *([f"plots: {', '.join(kinds)}"] if kinds else [])]
+
+
+def _check_options(kind: str, given: Mapping[str, Any], drawings: Mapping[str, Callable[..., Plot]]) -> None:
+    """Raises ValueError for an option that a kind of plot does not take, and names the kinds that take it."""
+    of = {each: list(signature(draw).parameters) for each, draw in drawings.items()}
+    for name in given:
+        if name not in of.get(kind, []):
+            takes = ", ".join(each for each, options in of.items() if name in options)
+            raise ValueError(
+                f"plot({kind!r}) takes no {name}: {f'it is an option of {takes}' if takes else 'no plot has this option'}"
+            )
 
 
 def chosen(found: Any, name: str | None = None, kind: str = "") -> Any:
@@ -75,17 +112,10 @@ def finished(plot: Plot) -> Any:
 def scatter(result: Result, x: str | None = None, y: str | None = None, layer: str | None = None) -> Plot:
     """Two metrics of units against each other, one colour per layer."""
     metrics = values_of(result.units)
-    if len(metrics) < 1:
-        raise ValueError("this result has no metric of units to plot")
-    x, y = x or metrics[0], y or metrics[min(1, len(metrics) - 1)]
-    for name in (x, y):
-        if name not in metrics:
-            raise ValueError(f"no metric {name!r} to plot.{nearest(name, metrics)} There are {', '.join(metrics)}")
+    x, y = first_of(metrics, x)[0], first_of(metrics, y or metrics[min(1, len(metrics) - 1)])[0]
     table = result.units[list(dict.fromkeys([x, y]))]
     layers = list(dict.fromkeys(table.index.get_level_values("layer")))
-    if layer is not None and layer not in layers:
-        raise ValueError(f"no layer {layer!r} to plot.{nearest(layer, layers)} There are {', '.join(map(str, layers[:20]))}")
-    table = table if layer is None else table.loc[[layer]]
+    table = table if layer is None else table.loc[first_of(layers, layer, "layer")[:1]]
     shown = table if len(table) <= _MOST else sample(table, _MOST)
     traces = [_dots(rows, x, y, str(name), k) for k, (name, rows) in enumerate(shown.groupby(level="layer", sort=False))]
     axes = {f"{axis}axis": {"title": {"text": text(label(result, name))}} for axis, name in (("x", x), ("y", y))}
@@ -97,9 +127,3 @@ def _dots(rows: pd.DataFrame, x: str, y: str, name: str, k: int) -> dict[str, An
     units = [f"{text(name)} {unit}" for unit in rows.index.get_level_values("unit")]
     hover = {"text": units, "hovertemplate": f"%{{text}}<br>{text(x)} %{{x:.4g}}<br>{text(y)} %{{y:.4g}}<extra></extra>"}
     return dots(rows[x].to_numpy(), rows[y].to_numpy(), name, k, **hover)
-
-
-def _only(kind: str, options: Mapping[str, Any]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"plot({kind!r}) takes no {given[0]}: x, y and layer are of scatter; metric is of units, layers and pairs")

@@ -1,8 +1,9 @@
 """The HTML report page of a finished run."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,23 @@ def write_page(folder: str | Path, plotly: str = "shared", figures: Sequence[str
 
 def plots_of_result(result: Result) -> list[Plot]:
     """The plots of what a pass measured, in the order of the page."""
-    has_units, has_layers = bool(values_of(result.units)), bool(drawn.layer_metrics(result))
-    pairs = len(result.edges) and result.edges[values_of(result.edges)].notna().any(axis=None)
-    found = [
-        drawn.overview(result) if has_units or has_layers else None,
-        drawn.distributions(result) if has_units else None,
-        drawn.agreement(result) if has_units else None,
-        drawn.layers(result) if has_layers else None,
-        *((network(result), drawn.edges(result)) if pairs else ()),
-        *drawn.spectra(result),
-    ]
-    return [plot for plot in found if plot is not None]
+    return [draw() for draw in drawings_of_result(result).values()]
+
+
+def drawings_of_result(result: Result) -> dict[str, Callable[..., Plot]]:
+    """How each plot of what a pass measured is drawn, by name. Its keywords are options of ``result.plot``."""
+    of_units, found = values_of(result.units), dict[str, Callable[..., Plot]]()
+    if (of_units or drawn.layer_metrics(result)) and len(drawn.comparable(result).columns):
+        found["overview"] = partial(drawn.overview, result)
+    if of_units:
+        found["units"] = partial(drawn.distributions, result)
+    if len(of_units) > 1:
+        found["agreement"] = partial(drawn.agreement, result)
+    if drawn.layer_metrics(result):
+        found["layers"] = partial(drawn.layers, result)
+    if len(result.edges) and result.edges[values_of(result.edges)].notna().any(axis=None):
+        found |= {"network": partial(network, result), "pairs": partial(drawn.edges, result)}
+    return found | {f"spectrum-{name}": partial(drawn.spectrum, result, name) for name in drawn.spectra(result)}
 
 
 _SECTIONS = {

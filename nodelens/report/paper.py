@@ -154,7 +154,9 @@ def _scatter(axis: Axes, trace: dict[str, Any], layout: dict[str, Any], below: d
     label, plain = name or None, shade if isinstance(shade, str) else GREY
     if "lines" in mode:
         style = _DASHES.get(line.get("dash", "solid"), "-")
-        axis.plot(x, y, linestyle=style, color=shade_of(plain), linewidth=0.8 * line.get("width", 1.5), label=label)
+        steps = "steps-post" if line.get("shape") == "hv" else "default"
+        width = 0.8 * line.get("width", 1.5)
+        axis.plot(x, y, linestyle=style, drawstyle=steps, color=shade_of(plain), linewidth=width, label=label)
         label = None
     for letter in "xy":
         error = trace.get(f"error_{letter}")

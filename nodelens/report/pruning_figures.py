@@ -1,6 +1,7 @@
 """Plots of a pruning sweep: curves over the share removed, the Pareto front, ranking of criteria, and fine-tuning."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,22 @@ from .runs_figures import intervals
 _COSTS = {"macs": "MACs", "params": "parameters"}
 
 
-def plots_of_sweep(sweep: pd.DataFrame) -> Iterator[Plot]:
+def plots_of_sweep(sweep: pd.DataFrame) -> list[Plot]:
     """The plots of a sweep. sweep: the table ``sweep.parquet``."""
-    yield curves(sweep)
-    if (sweep["status"] == "done").any():
-        front = pareto(sweep)
-        yield from [front] if front is not None else []
-        yield ranking(sweep)
-        yield from recovery(sweep)
+    return [draw() for draw in drawings_of_sweep(sweep).values()]
+
+
+def drawings_of_sweep(sweep: pd.DataFrame) -> dict[str, Callable[..., Plot]]:
+    """How each plot of a sweep is drawn, by name, in the order of the page."""
+    found: dict[str, Callable[..., Plot]] = {"curves": partial(curves, sweep)}
+    if not (sweep["status"] == "done").any():
+        return found
+    if _costs(sweep):
+        found["pareto"] = partial(pareto, sweep)
+    found["ranking"] = partial(ranking, sweep)
+    if len(_finetuned(sweep)):
+        found["recovery"] = partial(recovery, sweep)
+    return found
 
 
 def curves(sweep: pd.DataFrame) -> Plot:
@@ -95,13 +104,10 @@ def _top(values: list[float]) -> float:
     return 1.1 * max(finite) if finite else 1.0
 
 
-def pareto(sweep: pd.DataFrame) -> Plot | None:
+def pareto(sweep: pd.DataFrame) -> Plot:
     """Every cell, and the front of those that no other cell beats in both cost and accuracy or perplexity."""
     measure = measure_of(sweep)
-    done = sweep[(sweep["status"] == "done") & np.isfinite(sweep[measure].to_numpy(float, na_value=np.nan))].reset_index(drop=True)
-    costs = {name: words for name in (*_COSTS, *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
-    if not len(done) or not costs:
-        return None
+    done, costs = _scored(sweep), _costs(sweep)
     criteria = _ordered(areas(sweep)["area"], measure)
     own = criteria if len(criteria) <= len(COLOURS) else [None]  # more colours could not be told apart
     traces: list[dict[str, Any]] = []
@@ -124,6 +130,18 @@ def pareto(sweep: pd.DataFrame) -> Plot | None:
     axes = {"xaxis": {"title": {"text": labels[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
     table = pd.concat(fronts, ignore_index=True)
     return Plot("pareto", f"The best {measure} for each cost", _PARETO, figure_of(traces, 460, **axes, updatemenus=menus), table)
+
+
+def _scored(sweep: pd.DataFrame) -> pd.DataFrame:
+    """The finished cells with a finite accuracy or perplexity."""
+    finite = np.isfinite(sweep[measure_of(sweep)].to_numpy(float, na_value=np.nan))
+    return sweep[(sweep["status"] == "done") & finite].reset_index(drop=True)
+
+
+def _costs(sweep: pd.DataFrame) -> dict[str, str]:
+    """{column: its words} of the costs that such cells have."""
+    done = _scored(sweep)
+    return {name: words for name in (*_COSTS, *latencies(sweep)) if (words := _cost_words(name)) and _known(done, name)}
 
 
 def _cells(rows: pd.DataFrame, cost: str, words: str, measure: str, name: str | None) -> dict[str, Any]:
@@ -164,15 +182,9 @@ def ranking(sweep: pd.DataFrame) -> Plot:
     return Plot("ranking", "Which criterion is best", _RANKING, figure, found.reset_index())
 
 
-def recovery(sweep: pd.DataFrame) -> Iterator[Plot]:
-    """Accuracy on validation data before and after fine-tuning, where there was one."""
-    done = sweep[sweep["status"] == "done"]
-    before, after = (
-        ("val_pruned_accuracy", "val_accuracy") if done["val_accuracy"].notna().any() else ("val_pruned_loss", "val_loss")
-    )
-    known = done.dropna(subset=[before, after])
-    if not len(known) or (known[before] == known[after]).all():
-        return
+def recovery(sweep: pd.DataFrame) -> Plot:
+    """Accuracy on validation data before and after fine-tuning, of a sweep that has one."""
+    known, (before, after) = _finetuned(sweep), _around(sweep)
     traces = []
     for k, (criterion, rows) in enumerate(known.groupby("criterion", sort=False)):
         hover: dict[str, Any] = {
@@ -187,13 +199,33 @@ def recovery(sweep: pd.DataFrame) -> Iterator[Plot]:
         "yaxis": {"title": {"text": f"validation {what} after fine-tuning"}},
     }
     table = known[["name", *KEY, "amount", "seed", before, after]]
-    yield Plot(
-        "recovery",
-        "What fine-tuning recovers",
-        _RECOVERY,
-        figure_of([diagonal(both.min(), both.max()), *traces], 440, **axes),
-        table,
-    )
+    figure = figure_of([diagonal(both.min(), both.max()), *traces], 440, **axes)
+    return Plot("recovery", "What fine-tuning recovers", _RECOVERY, figure, table)
+
+
+def _around(sweep: pd.DataFrame) -> tuple[str, str]:
+    """The columns before and after fine-tuning."""
+    of = "accuracy" if sweep.loc[sweep["status"] == "done", "val_accuracy"].notna().any() else "loss"
+    return f"val_pruned_{of}", f"val_{of}"
+
+
+def _finetuned(sweep: pd.DataFrame) -> pd.DataFrame:
+    """The finished cells with values before and after fine-tuning; none where no value has changed."""
+    columns = list(_around(sweep))
+    known = sweep[sweep["status"] == "done"].dropna(subset=columns)
+    return known.iloc[:0] if (known[columns[0]] == known[columns[1]]).all() else known
+
+
+def kept(shares: pd.Series, cell: str) -> Plot:
+    """The share of its units that each group keeps in a cell. shares: by group"""
+    names = list(shares.index)
+    style: dict[str, Any] = {"type": "bar", "orientation": "h", "marker": {"color": COLOURS[0]}, "textposition": "none"}
+    hover: dict[str, Any] = {"text": [text(name) for name in names], "hovertemplate": "%{text}: %{x:.3f}<extra></extra>"}
+    trace = {**style, **hover, "x": shares.to_numpy(float), "y": list(range(len(names)))}
+    axis = {"title": {"text": "share of the units kept"}, "range": [0, 1]}
+    figure = figure_of([trace], rows_height(len(names), 20, 90), xaxis=axis, yaxis=rows_axis(names, "group"))
+    table = shares.rename("share").rename_axis("group").reset_index().assign(cell=cell)
+    return Plot("kept", f"Units kept by group: {cell}", _KEPT, figure, table)
 
 
 def latencies(sweep: pd.DataFrame) -> list[str]:
@@ -227,3 +259,4 @@ _RANKING = (
     "are compared up to the share that every curve of a seed reaches."
 )
 _RECOVERY = "Each dot is a cell. Above the dotted line fine-tuning helped (below it for a loss)."
+_KEPT = "Share of the units that a cell of the sweep keeps. A group is a set of units that are removed together."

@@ -1,21 +1,24 @@
 """The HTML page of a pruning run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from nodelens.pruning.sweep.ranking import areas, curves, measure_of
+from nodelens.pruning.sweep.ranking import areas, best_cell, curves, measure_of
 from nodelens.results.files import read_json, reading
 from nodelens.results.result import Result, load, values_of
 
-from . import metric_figures as drawn
 from .definitions import definitions, definitions_of
 from .document import Document, block
 from .elements import contents, section, table
 from .headline import command_of, head
-from .pruning_figures import latencies, plots_of_sweep
+from .metric_figures import first_of
+from .page import drawings_of_result
+from .plot import Plot
+from .pruning_figures import drawings_of_sweep, kept, latencies, plots_of_sweep
 from .unit_data import explorer
 
 _OF_CELL = {"criterion", "allocation", "compensate", "mode", "amounts", "seeds", "save", "hydra.run.dir", "report.plotly"}
@@ -42,8 +45,7 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
     """
     folder = Path(folder)
     result = load(folder)
-    with reading(folder / "sweep.parquet") as path:
-        sweep = pd.read_parquet(path)
+    sweep = read_sweep(folder)
     document = Document(folder / "report.html", plotly, figures)
     means = f"<h3>Means over seeds by amount</h3>{document.table(means_by_amount(sweep), 'means')}"
     parts = section("Sweep", [*map(document.plot, plots_of_sweep(sweep)), means])
@@ -52,14 +54,46 @@ def write_pruning_page(folder: str | Path, plotly: str = "shared", figures: Sequ
     frozen = result.metadata.get("frozen") or []
     parts += section("Frozen groups", [table(pd.DataFrame(frozen).set_index("what"), words=True)]) if frozen else []
     if values_of(result.units):
-        known, agree = definitions_of(result), drawn.agreement(result)
-        plots = [drawn.distributions(result), *([agree] if agree else [])]
+        known, drawings = definitions_of(result), drawings_of_result(result)
+        plots = [drawings[name]() for name in ("units", "agreement") if name in drawings]
         parts += section("Scores", [*map(document.plot, plots), explorer(document, result, known)])
         parts += section("Definitions", [definitions(result)])
-    return document.write([*head(folder, result, _numbers(sweep)), contents(parts), *parts], f"nodelens: {folder.name}")
+    return document.write([*head(folder, result, numbers_of(sweep)), contents(parts), *parts], f"nodelens: {folder.name}")
 
 
-def _numbers(sweep: pd.DataFrame) -> dict[str, str]:
+def read_sweep(folder: Path) -> pd.DataFrame:
+    """The table of the cells of a pruning run. Raises FileNotFoundError without one, and ValueError for a damaged file."""
+    with reading(folder / "sweep.parquet") as path:
+        return pd.read_parquet(path)
+
+
+def drawings_of_pruning(result: Result) -> dict[str, Callable[..., Plot]]:
+    """How each plot of a pruning run is drawn, by name. result: as ``nl.load`` returns it; none for other results."""
+    folder = result.folder
+    if folder is None or not (folder / "sweep.parquet").is_file():
+        return {}
+    sweep, units = read_sweep(folder), result.layers["units"]
+    found, best = drawings_of_sweep(sweep), best_cell(sweep)
+    names = [str(row.name) for row in _done(sweep)] if (folder / "cells").is_dir() else []
+    order = first_of(names, best["name"]) if names and best is not None else names
+    first = next((name for name in order if len(_kept_by(folder, sweep, units, name))), None)
+    return found if first is None else found | {"kept": partial(_kept, folder, sweep, units, first_of(order, first))}
+
+
+def _kept(folder: Path, sweep: pd.DataFrame, units: pd.Series, names: list[str], cell: str | None = None) -> Plot:
+    """The units that a cell keeps; of the first of the names without one. Raises ValueError for a cell that cannot be shown."""
+    name = first_of(names, cell, "finished cell")[0]
+    shares = _kept_by(folder, sweep, units, name)
+    if not len(shares):
+        raise ValueError(f"what cell {name!r} removed cannot be read in {folder / 'cells'}: choose another cell")
+    return kept(shares.iloc[0], name)
+
+
+def _kept_by(folder: Path, sweep: pd.DataFrame, units: pd.Series, cell: str) -> pd.DataFrame:
+    return kept_shares(folder, sweep[sweep["name"] == cell], units)
+
+
+def numbers_of(sweep: pd.DataFrame) -> dict[str, str]:
     """Headlines of a sweep: cells, and the dense model's accuracy or perplexity."""
     measure, done = measure_of(sweep), int((sweep["status"] == "done").sum())
     dense = float(sweep[f"dense_{measure}"].iloc[0])
@@ -77,11 +111,13 @@ def means_by_amount(sweep: pd.DataFrame) -> pd.DataFrame:
 def _cells(document: Document, folder: Path, sweep: pd.DataFrame, result: Result) -> str:
     """The cells as a table, in which one is chosen: its command, and the share of units that it keeps in each group."""
     shown = [c for c in (*_SHOWN, *latencies(sweep), "error") if c in sweep and sweep[c].notna().any()]
-    kept = kept_shares(folder, sweep, result.layers["units"]) if len(sweep) * len(result.layers) <= _MOST else None
+    few = len(sweep) * len(result.layers) <= _MOST
+    shares = kept_shares(folder, sweep, result.layers["units"]) if few else pd.DataFrame()
     document.embed("cells", {"table": block(sweep.set_index("name")[shown]), "command": command_of(folder, "prune", _OF_CELL)})
-    if kept is not None and len(kept.columns):
-        document.embed("kept", block(kept.rename_axis("name")))
-    having = " data-kept" if kept is not None and len(kept.columns) else ""
+    if len(shares.columns):
+        document.embed("kept", block(shares.rename_axis("name")))
+        document.embed("cell", kept(shares.iloc[0], str(shares.index[0])).figure.to_json())
+    having = " data-kept" if len(shares.columns) else ""
     return (
         f"<div data-widget='cells'{having}><p class='soft'>Choose a cell, here "
         "or in the Pareto front, to see its command and the units that it keeps in each group.</p><div class='chosen'></div>"

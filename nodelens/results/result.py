@@ -32,7 +32,8 @@ class Result:
 
     units: index (layer, unit), one column per metric and its standard error ``<metric>_se``; layers: one row per layer; matrices:
     {(layer, name): (units, units)}, or (inputs,) for one value per input feature; metadata: definitions, rows seen, reasons for
-    NaN, versions, config; edges: index (layer, next), one row per layer pair; analyses: the results of further analyses by name.
+    NaN, versions, config; edges: index (layer, next), one row per layer pair; analyses: the results of further analyses by name;
+    folder: of the run that it was loaded from, where ``plot`` finds the sweep or the epochs.
     """
 
     units: pd.DataFrame
@@ -41,6 +42,7 @@ class Result:
     metadata: dict[str, Any] = field(default_factory=dict)
     edges: pd.DataFrame = field(default_factory=pd.DataFrame)
     analyses: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tables, each analysis to a subfolder of its name, then the metadata, which marks the folder complete.
@@ -90,22 +92,24 @@ class Result:
             return pd.DataFrame({"low": value / factor, "high": value * factor})
         return pd.DataFrame({"low": value - reach, "high": value + reach})
 
-    def plot(self, kind: str = "overview", **options: Any) -> Any:
+    def plot(self, kind: str | None = None, **options: Any) -> Any:
         """An interactive plotly figure, as on the page of a run; ``nl.export`` writes it as PNG, SVG or PDF with its data.
 
-        kind: ``overview``, ``units``, ``agreement``, ``layers``, ``pairs``, ``network``; ``scatter`` with x, y and layer; or an
-        analysis and one of its figures, such as ``clusters.composition``. options: metric= chooses the metric of units, layers and
-        pairs. Raises ValueError for what this result does not have.
+        kind: ``overview``, ``units``, ``agreement``, ``layers``, ``pairs``, ``network``, ``scatter``; of a sweep also ``curves``,
+        ``pareto``, ``ranking``, ``recovery``, ``kept``; of a training also ``loss``, ``epochs``, ``units_over_epochs``,
+        ``stability``; or an analysis and one of its figures, such as ``clusters.composition``. None: the first one on the page.
+        options: x, y and layer of scatter; metric of units, layers, pairs and epochs; metric and layer of units_over_epochs; cell
+        of kept. Raises ValueError for what this result does not have, and says what it has; ``summary`` lists the kinds as well.
         """
-        found: Any = import_module("nodelens.report.notebook").plot(self, kind, **options)  # a room that may import this one
+        found: Any = _notebook().plot(self, kind, **options)
         return found
 
     def summary(self) -> str:
-        """What is there, in a few lines: layers, units, samples, metrics, matrices and values without an answer."""
+        """What is there, in a few lines: layers, units, samples, metrics, matrices, values without an answer, and plots."""
         samples, missing = self.metadata.get("samples"), self.metadata.get("missing") or []
         counts = [(len(self.layers), "layer"), (len(self.units), "unit"), *([(samples, "sample")] if samples else [])]
         tables = {"units": self.units, "layers": self.layers, "pairs of layers": self.edges}
-        lines = [", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counts)]
+        lines = [", ".join(f"{n:,} {word}{'s' * (n != 1)}" for n, word in counts)]
         lines += [f"metrics of {kind}: {', '.join(names)}" for kind, table in tables.items() if (names := values_of(table))]
         if self.matrices:
             lines.append(f"matrices: {', '.join(sorted({name for _, name in self.matrices}))}")
@@ -114,14 +118,18 @@ class Result:
         if missing:
             places = sorted({f"{m['column']} of {m['layer']}" for m in missing})
             lines.append(f"missing: {', '.join(places[:4])}{f' and {len(places) - 4} more' if len(places) > 4 else ''}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_notebook().lines_of(self)])
 
     def __repr__(self) -> str:
         return f"Result: {self.summary()}"
 
     def _repr_html_(self) -> str:
         """The summary, and the first units, for a notebook."""
-        return f"<pre>{html.escape(repr(self))}</pre>{self.units.head().to_html()}"
+        return f"<pre>{html.escape(repr(self))}</pre>{self.units.head().to_html() if len(self.units) else ''}"
+
+
+def _notebook() -> Any:
+    return import_module("nodelens.report.notebook")  # a room that may import this one
 
 
 def values_of(frame: pd.DataFrame) -> list[str]:
@@ -148,7 +156,7 @@ def load(folder: str | Path) -> Result:
             matrices[layer, name] = array
     units, layers, edges = (read_table(folder, kind, metadata) for kind in _INDEX)
     check_sizes(folder, units, layers)
-    return Result(units, layers, matrices, metadata, edges)
+    return Result(units, layers, matrices, metadata, edges, folder=folder.resolve())
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -166,11 +174,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def read_table(folder: Path, kind: str, metadata: Mapping[str, Any]) -> pd.DataFrame:
-    """One table of a finished run: units, layers, or edges, which is empty where there are none. Raises as ``load``."""
+def read_table(folder: Path, kind: str, metadata: Mapping[str, Any], tail: str = "") -> pd.DataFrame:
+    """One table of a finished run: units, layers, or edges, which is empty where there are none. Raises as ``load``.
+
+    tail: of the name of the file, such as ``_002`` in the epochs of a training
+    """
     if kind == "edges" and not is_there(folder / "edges.parquet"):
         return pd.DataFrame()
-    return _table(folder / f"{kind}.parquet", _INDEX[kind], metadata.get("metrics") or {})
+    return _table(folder / f"{kind}{tail}.parquet", _INDEX[kind], metadata.get("metrics") or {})
 
 
 def _table(file: Path, index: Sequence[str], metrics: Mapping[str, Any]) -> pd.DataFrame:

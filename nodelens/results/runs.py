@@ -34,18 +34,22 @@ def load_runs(pattern: str | Path | Sequence[str | Path], rows: str = "units") -
 
     ``epochs/`` of a training and the folders of analyses are no runs; a run that several links lead to is loaded once. A run
     that cannot be read is left out, with a warning that says why. Raises FileNotFoundError if no run matches, and ValueError for
-    another kind of rows.
+    another kind of rows or an empty list.
     """
     every = [pattern] if isinstance(pattern, (str, PathLike)) else pattern
     if not isinstance(every, Sequence) or not all(isinstance(each, (str, PathLike)) for each in every):
         raise TypeError(f"nl.load_runs takes a pattern of folders, such as 'outputs/**', or a list of them, not {kind_of(pattern)}")
+    if not every:
+        raise ValueError("the list of patterns of runs is empty: give folders of runs, such as ['outputs/**']")
     if rows not in KINDS and not _OF_ANALYSIS.fullmatch(rows):
         raise ValueError(f"rows is {rows!r}; it is {', '.join(KINDS)}, or a table of an analysis as in modularity.modules")
     folders = find_runs(pattern)
     read = {folder: found for folder in folders if (found := _read(folder, rows)) is not None}
     if not read:
         raise FileNotFoundError(
-            f"no finished run matches {_listed(pattern)}" if not folders else f"no run of {_listed(pattern)} can be read"
+            f"no finished run matches {_listed(pattern)}: give the folder of a finished task, or a pattern such as 'outputs/**'"
+            if not folders
+            else f"no run of {_listed(pattern)} can be read: the warnings say why"
         )
     taken = {"run", *(str(column) for table, _ in read.values() for column in table)}
     named = {folder: _named(about, taken) for folder, (_, about) in read.items()}

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from nodelens.messages import check_folder
+
 from .files import reading
 from .findings import Findings
 from .result import values_of
@@ -30,6 +32,7 @@ def score_trends(folder: str | Path, columns: str | Sequence[str] | None = None,
     Raises FileNotFoundError without tables of epochs, and ValueError for fewer than two epochs, tables of different units, and an
     unknown column.
     """
+    check_folder("nl.score_trends", folder)
     if not 0 < top <= 1:
         raise ValueError(f"top is {top}; it is a share of the units of a layer, above 0 and at most 1")
     return trends_of(_several(Path(folder)), columns, top)
@@ -56,13 +59,13 @@ def epoch_tables(folder: str | Path) -> dict[int, pd.DataFrame]:
 
     Raises FileNotFoundError without tables of epochs, and ValueError for tables of different units.
     """
-    folder = Path(folder)
-    place = folder / "epochs" if (folder / "epochs").is_dir() else folder
-    files = {int(match[1]): path for path in sorted(place.glob("units_*.parquet")) if (match := _FILE.fullmatch(path.name))}
+    files = epoch_files(folder)
     if not files:
-        raise FileNotFoundError(f"{place} has no tables of epochs (units_000.parquet and so on): train with callbacks=measure")
+        raise FileNotFoundError(
+            f"{_place(Path(folder))} has no tables of epochs (units_000.parquet and so on): train with callbacks=measure"
+        )
     tables = {}
-    for epoch, path in sorted(files.items()):
+    for epoch, path in files.items():
         with reading(path) as file:
             tables[epoch] = pd.read_parquet(file)
     first = next(iter(tables.values())).index
@@ -72,12 +75,20 @@ def epoch_tables(folder: str | Path) -> dict[int, pd.DataFrame]:
     return tables
 
 
+def epoch_files(folder: str | Path) -> dict[int, Path]:
+    """{epoch: the file of its table of units} of a training or its folder ``epochs``, in order; none without callbacks=measure."""
+    found = {int(match[1]): path for path in _place(Path(folder)).glob("units_*.parquet") if (match := _FILE.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def _place(folder: Path) -> Path:
+    return folder / "epochs" if (folder / "epochs").is_dir() else folder
+
+
 def _several(folder: Path) -> dict[int, pd.DataFrame]:
     tables = epoch_tables(folder)
     if len(tables) < 2:
-        raise ValueError(
-            f"{folder / 'epochs' if (folder / 'epochs').is_dir() else folder} has one epoch: a trend needs two or more"
-        )
+        raise ValueError(f"{_place(folder)} has one epoch: a trend needs two or more")
     return tables
 
 

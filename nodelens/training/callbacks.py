@@ -22,6 +22,7 @@ from nodelens.engine.plan import Plan
 from nodelens.engine.several_passes import check_bytes
 from nodelens.engine.validation import in_bytes
 from nodelens.evaluation.evaluate import evaluate
+from nodelens.messages import as_seed
 from nodelens.metrics import Metric
 from nodelens.models import load_weights
 from nodelens.network.batch import Batch
@@ -73,7 +74,7 @@ class Measure(Callback):
         self.analyses, self.save_minutes = EpochAnalyses.of(analysis), save_minutes
         metrics = with_metrics(metrics, self.analyses.analyses)
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
-        self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, seed
+        self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, as_seed(seed)
         self.pairs, self.bias, self.covariance, self.width, self.passes = pairs, bias, covariance, width, max_passes
         self.start: dict[str, Tensor] | None = None  # the weights before training, for metrics of their change
         self.sums: dict[str, Tensor] | None = None  # of the epoch in which training continues

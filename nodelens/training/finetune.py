@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.messages import LIGHTNING_HINTS
+from nodelens.messages import LIGHTNING_HINTS, as_seed
 from nodelens.network.batch_forms import with_samples
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.network.groups import PruningGroup
@@ -57,7 +57,7 @@ class Finetune:
         if epochs < 1 or lr <= 0:
             raise ValueError(f"fine-tuning takes at least 1 epoch and a positive lr, not {epochs} and {lr}")
         self.train, self.val, self.epochs, self.lr = train, val, epochs, lr
-        self.optimizer, self.seed = optimizer, seed
+        self.optimizer, self.seed = optimizer, None if seed is None else as_seed(seed)
         self.task, self.output, self.loss = task, output, None if loss is None else as_sum(loss)
         self.types = None if types is None else TypeRules.of("finetune", types)
         if self.types is not None and (self.types.protect or self.types.first or not self.types.rates):

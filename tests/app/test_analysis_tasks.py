@@ -95,14 +95,14 @@ def test_an_analysis_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
 
 def test_lines_say_the_largest_step_and_the_busiest_expert():
     metrics = pd.DataFrame(
-        {"hook_point": "residual_input", "layer": [0, 1], "d_pr": [2.0, 3.5], "hidden_dim": 8, "tokens_observed": 10}
+        {"hook_point": "residual_input", "layer": [0, 1], "d_pr": [2.0, 3.5], "hidden_dim": 8, "tokens_observed": 100_000}
     )
     novelty = pd.DataFrame(
         {"hook_point": "residual_input", "transition": ["0->1", "1->2"], "linear_cka_debiased": [0.9, 0.4]},
     )
     router = pd.DataFrame({"layer": [0, 3], "load_imbalance": [1.1, 2.25]})
     lines = nl.GeometryResult(metrics, novelty, router).summary().splitlines()
-    assert lines[0].endswith("participation ratio 2.0 at layer 0, 3.5 at layer 1, out of 8 dimensions; 10 tokens")
+    assert lines[0].endswith("participation ratio 2.0 at layer 0, 3.5 at layer 1, out of 8 dimensions; 100,000 tokens")
     assert lines[1].endswith("largest change from layer 1->2, debiased CKA 0.400")
     assert "layer 3" in lines[2]
     assert "2.25 times" in lines[2]

@@ -115,7 +115,7 @@ def test_a_finished_training_is_not_repeated(trained):
 def test_an_interrupted_training_goes_on_from_its_last_epoch(quiet_home):
     words = ["trainer.max_epochs=4", "callbacks=measure", "metrics=[rq]", "dataset.calibration=64"]
     whole = nl.load_config("train", [*words, "paths.output_dir=whole"])
-    nl.run(whole)
+    assert nl.run(whole).result.metadata["epochs_measured"] == [0, 1, 2, 3]
 
     class StopHereError(Exception):
         """In place of a kill."""

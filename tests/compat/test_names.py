@@ -4,8 +4,8 @@ import pytest
 import torch
 from nets import generator
 
-from nodelens.compat.names import METRIC_ALIASES, RENAMED
-from nodelens.metrics import get_metric
+from nodelens.compat.names import LEFT_OUT, METRIC_ALIASES, RENAMED
+from nodelens.metrics import get_metric, list_metrics
 from nodelens.metrics.registry import find_metrics
 
 IN_CALLS = [
@@ -54,9 +54,17 @@ def test_an_alias_that_is_taken_or_stands_for_nothing_is_refused():
         find_metrics("none", [], {"fresh": ("stale", {})})
 
 
-def test_every_metric_of_the_calls_is_computed_from_tensors():
-    from nodelens.metrics import list_metrics
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_name_that_is_left_out_says_what_to_take(name):
+    assert name not in list_metrics()
+    with pytest.raises(ValueError, match=f"no metric is called '{name}', a name of NodeLens that is left out: {LEFT_OUT[name]}"):
+        get_metric(name)
+    instead = LEFT_OUT[name].removeprefix("take ").split(" or ")
+    if not any(" " in each or "." in each for each in instead):  # metrics, no analysis, criterion or function
+        assert set(instead) <= set(list_metrics())
 
+
+def test_every_metric_of_the_calls_is_computed_from_tensors():
     seed = generator()
     weights, start = torch.randn(3, 4, generator=seed), torch.randn(3, 4, generator=seed)
     inputs, labels = torch.randn(60, 4, generator=seed), torch.arange(60) % 2

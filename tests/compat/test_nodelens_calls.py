@@ -1,5 +1,6 @@
 """The calls that users of NodeLens 0.2 write, quoted as they write them."""
 
+import numpy as np
 import pytest
 import torch
 from nets import build, generator
@@ -118,3 +119,52 @@ def test_wrapper_pruning_and_metrics_in_one_script(model, inputs):
     assert not torch.equal(before, after)
     mask = get_pruning_strategy("rayleigh_quotient", config=PruningConfig(amount=0.5)).prune(model.fc, inputs=torch.randn(20, 8))
     assert mask.sum() == 2
+
+
+def test_clusters_and_halo_of_a_network(model):
+    from nodelens import ModelWrapper
+    from nodelens.analysis.clustering import CrossLayerHaloAnalysis, MetricSpaceClustering
+    from nodelens.metrics import get_metric
+
+    inputs = torch.randn(64, 3, 5, 5, generator=generator())
+    w = ModelWrapper(model, tracked_layers=["layer1.0.conv1", "fc"])
+    outputs, activations = w.forward_with_activations(inputs)
+    weights = w.get_layer_weights(layers=["layer1.0.conv1", "fc"])
+    conv = {"inputs": inputs, "weights": weights["layer1.0.conv1"], "padding": 1}
+    rq_scores = get_metric("rayleigh_quotient", relative=True, regularization=1e-6).compute(**conv)
+    redundancy_scores = get_metric("average_redundancy").compute(**conv)
+    synergy_scores = get_metric("gaussian_pid_synergy_mmi").compute(outputs=activations["layer1.0.conv1"], targets=outputs[:, 0])
+    found = MetricSpaceClustering(n_clusters=4, seed=42).fit(rq_scores, redundancy_scores, synergy_scores, layer_name="conv1")
+    assert set(found.types) == {"critical", "redundant", "synergistic", "background"}
+    cluster_indices = np.flatnonzero(found.types == "critical")
+    halo = CrossLayerHaloAnalysis(percentile=90.0, use_activation_weight=True)
+    read = activations["layer1.0.conv1"].relu().mean((2, 3))
+    influence = halo.compute_influence(weights["fc"], read)
+    np.testing.assert_allclose(influence, weights["fc"].abs() * read.std(0, correction=0), rtol=1e-5)
+    indices, relative = halo.find_halo(influence, cluster_indices)
+    np.testing.assert_allclose(relative, influence[:, cluster_indices].sum(1) / influence.sum(1))
+    assert indices.tolist() == [int(relative.argmax())]
+
+
+def test_masks_and_sparsity_of_a_strategy(model):
+    from nodelens.pruning import PruningConfig, get_pruning_strategy
+
+    strategy = get_pruning_strategy("magnitude", config=PruningConfig(amount=0.5, structured=False))
+    mask = strategy.create_pruning_mask(model.fc.weight.abs(), amount=0.5, structured=False)
+    before = model.fc.weight.detach().clone()
+    strategy.apply_pruning(model.fc, mask)
+    assert strategy.get_sparsity(model.fc) == 0.5
+    strategy.clear_pruning_state(model.fc)
+    assert torch.equal(model.fc.weight, before)
+    strategy.apply_pruning(model.fc, mask)
+    strategy.remove_pruning(model.fc)
+    assert torch.equal(model.fc.weight != 0, mask)
+    assert strategy.prune_model(model, 0.25).keys() == {"layer1.0.conv1", "fc"}
+    scores = torch.arange(4.0)
+    for mode, kept in {"low": [2, 3], "high": [0, 1]}.items():
+        config = PruningConfig(amount=0.5, pruning_mode=mode)
+        found = get_pruning_strategy("precomputed", config=config, scores=scores).prune(model.fc)
+        assert found.nonzero()[:, 0].tolist() == kept
+    configs = [PruningConfig(amount=0.5, pruning_mode="random", seed=seed) for seed in range(9)]
+    random = [get_pruning_strategy("precomputed", config=config, scores=scores) for config in configs]
+    assert len({tuple(each.prune(model.fc, apply=False).tolist()) for each in random}) > 2

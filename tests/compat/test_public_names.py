@@ -8,6 +8,7 @@ import types
 import typing
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_a_result_says_what_is_there():
     result = Result(
         pd.DataFrame({"rq": [0.1, 0.2], "rq_se": [0.01, 0.01]}, index=index),
         pd.DataFrame({"units": [2], "effective_rank": [1.5]}, index=pd.Index(["fc<1>"], name="layer")),
-        {("fc<1>", "redundancy"): None},
+        {("fc<1>", "redundancy"): np.eye(2)},
         {"samples": 64, "missing": [{"layer": "fc<1>", "column": "rq", "count": 1, "reason": "constant"}]},
     )
     assert result.summary().splitlines() == [
@@ -96,6 +97,7 @@ def test_a_result_says_what_is_there():
         "metrics of layers: effective_rank",
         "matrices: redundancy",
         "missing: rq of fc<1>",
+        "plots: units, layers, scatter",
     ]
     assert repr(result) == f"Result: {result.summary()}"
     page = result._repr_html_()

@@ -266,8 +266,14 @@ def test_pruning_follows_the_task_and_the_output():
     ("options", "message"),
     {
         "task": ({"task": "tagging"}, "task is 'tagging'; it is classification, multilabel, regression"),
-        "name": ({"output": "logit"}, r"output='logit': Parts returns features, scores"),
-        "index": ({"output": 4}, r"output=4: Parts returns features, scores"),
+        "name": (
+            {"output": "logit"},
+            r"output='logit': Parts returns features \(\d+, 12\), scores \(\d+, 4\): give output='features' or 'scores'",
+        ),
+        "index": (
+            {"output": 4},
+            r"output=4: Parts returns features \(\d+, 12\), scores \(\d+, 4\): give output='features' or 'scores'",
+        ),
         "none": ({"output": "scores", "task": "none"}, "task is none, so there is no loss"),
         "shape": ({"output": "features", "task": "regression"}, r"the shape of the predictions, \(24, 12\), not \(24, 1\)"),
         "number": ({"output": lambda out: out["scores"].sum()}, "gives a single number; predictions are a tensor"),

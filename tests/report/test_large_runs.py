@@ -9,10 +9,11 @@ import pytest
 from nodelens.report import write_page
 from nodelens.report.pruning_figures import front_of
 from nodelens.report.pruning_page import kept_shares
-from nodelens.report.training_page import history_of, write_training_page
+from nodelens.report.training_page import write_training_page
 from nodelens.report.unit_data import sample
 from nodelens.results.files import write_json
 from nodelens.results.result import Result
+from nodelens.results.training_history import history_of
 
 SIZES = {"a": 3, "b": 30_000, "c": 2_000}
 
@@ -96,5 +97,5 @@ def test_an_analysis_without_figures_says_so():
     table = pd.DataFrame({"layer": [0], "precision_at_1": [0.5], "precision_at_1_se": [0.1]})
     with pytest.raises(ValueError, match=r"lens has no figure 'x'. It has lens"):
         Findings("lens", {"layers": table}).plot("x")
-    with pytest.raises(ValueError, match="this result has no metric of units to plot"):
+    with pytest.raises(ValueError, match=r"this result has no plot .scatter.. It has none"):
         Result(pd.DataFrame(), pd.DataFrame()).plot("scatter")

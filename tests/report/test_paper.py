@@ -184,3 +184,9 @@ def test_many_names_stand_upright_and_panels_share_what_they_share_on_the_page()
     assert first.get_ylim()[0] == 0
     own = panels(["a", "b"], lambda name: [dots([0.0], [1.0])], shared=False)
     assert [axis.get_ylabel() for axis in paper.draw(own).axes] == ["a", "b"]
+
+
+def test_a_front_has_steps_on_paper_as_on_the_page():
+    front = {"type": "scatter", "mode": "lines", "x": [1, 2], "y": [0.5, 0.9]}
+    steps, straight = (paper.draw(figure_of([front | {"line": style}])).axes[0].lines[0] for style in ({"shape": "hv"}, {}))
+    assert (steps.get_drawstyle(), straight.get_drawstyle()) == ("steps-post", "default")

@@ -134,10 +134,10 @@ def test_figures_for_papers_are_pdf_and_svg(run, tmp_path):
     ("kind", "options", "words"),
     [
         ("unit", {}, "this result has no plot 'unit'.*units"),
-        ("units", {"metric": "rqq"}, "no metric 'rqq' to plot; there are activation_mean"),
+        ("units", {"metric": "rqq"}, "no metric 'rqq' to plot. Did you mean 'rq'. There are activation_mean"),
         ("scatter", {"x": "rqq"}, "no metric 'rqq' to plot.*rq"),
         ("scatter", {"layer": "conv"}, "no layer 'conv' to plot"),
-        ("overview", {"x": "rq"}, r"plot\('overview'\) takes no x"),
+        ("overview", {"x": "rq"}, r"plot\('overview'\) takes no x: it is an option of scatter"),
         ("scatter", {"metric": "rq"}, r"plot\('scatter'\) takes no metric"),
     ],
 )

@@ -9,9 +9,9 @@ import pytest
 import nodelens as nl
 from nodelens.report import training_page, write_training_page
 from nodelens.report.plot import whole_ticks
-from nodelens.report.training_page import history_of
 from nodelens.results import trends
 from nodelens.results.findings import Findings
+from nodelens.results.training_history import history_of
 
 
 def log(folder, **columns):

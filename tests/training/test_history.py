@@ -5,8 +5,8 @@ from command import command
 from interrupted import BATCHES, fit
 from pandas.testing import assert_frame_equal
 
-from nodelens.report.training_page import history_of, progress
-from nodelens.results.training_history import HISTORY, read_history
+from nodelens.report.training_figures import loss
+from nodelens.results.training_history import HISTORY, history_of, read_history
 from nodelens.training.history import History
 
 STEPS = {"every_n_train_steps": 1, "save_top_k": -1}
@@ -39,7 +39,7 @@ def test_a_resumed_training_has_the_rows_of_the_undisturbed_one(tmp_path):
     assert_frame_equal(within.loc[[0, 2]], whole.loc[[0, 2]])
     assert within["val/loss"][1] == whole["val/loss"][1]
     assert 0 < within["batches"][1] < BATCHES
-    assert "resumed within epoch 1:" in progress(within).caption
+    assert "resumed within epoch 1:" in loss(within).caption
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ from nodelens.engine.driver import Driver, device_of, shared_first
 from nodelens.engine.identity import identity
 from nodelens.engine.request import Layers
 from nodelens.engine.saved_work import SavedWork
+from nodelens.messages import as_seed
 from nodelens.network.arguments import check_arguments
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode, one_at_a_time, uncompiled
@@ -71,6 +72,7 @@ def ablate(
     Raises ValueError for layers or units that are not there, data without labels or readable only once, and how=resample where
     all samples are equal or differ in size.
     """
+    seed = as_seed(seed)
     setting = Setting.of(model, data, layers, task=task, output=output, loss=loss)
     index = setting.chosen(sample, seed, units)
     if not len(index):
@@ -107,7 +109,7 @@ def ablate_sets(
         raise ValueError(f"sets is {type(sets).__name__}; it is {{name: units}}, such as {{'all': {{'fc1': [0, 1]}}}}")
     setting = Setting.of(model, data, layers, task=task, output=output, loss=loss)
     given = {name: as_mapping(units) for name, units in sets.items()}
-    found = setting.damage(list(given.values()), how=how, predictions=predictions, seed=seed)
+    found = setting.damage(list(given.values()), how=how, predictions=predictions, seed=as_seed(seed))
     counts = [sum(len(ids) for ids in units.values()) for units in given.values()]
     table = {"units": counts, "damage": found.change, "damage_se": found.error}
     return pd.DataFrame(table, index=pd.Index(list(given), name="set"))

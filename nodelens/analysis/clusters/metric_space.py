@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from nodelens.messages import as_seed
+
 from .features import Features, as_column
 from .partition import ClusterRule, NearestCentroid, ScoreQuantiles, means_by_cluster, silhouette
 from .unit_types import NONE, TYPES, mapping_of, types_by_centroid, types_by_score
@@ -72,7 +74,7 @@ class MetricSpaceClustering:
     >>> print(*MetricSpaceClustering().fit(rq, redundancy, synergy, layer_name="conv1").types)
     critical critical redundant redundant synergistic synergistic background background
 
-    Raises ValueError for an unknown mapping, or fewer than two clusters.
+    Raises ValueError for an unknown mapping, a negative seed, or fewer than two clusters.
     """
 
     n_clusters: int = 4
@@ -81,6 +83,7 @@ class MetricSpaceClustering:
 
     def __post_init__(self) -> None:
         mapping_of(self.type_mapping_mode)
+        object.__setattr__(self, "seed", as_seed(self.seed))
         if isinstance(self.n_clusters, bool) or not isinstance(self.n_clusters, int) or self.n_clusters < 2:
             raise ValueError(f"n_clusters is {self.n_clusters!r}; it is a whole number, 2 or more")
 

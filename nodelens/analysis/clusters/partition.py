@@ -34,7 +34,7 @@ class NearestCentroid:
         scale = Scale.of(values)
         points = scale(values)
         points = points[np.lexsort(points.T)]  # the starts are drawn by row number
-        found = KMeans(clusters, n_init=STARTS, random_state=seed).fit(points)
+        found = KMeans(clusters, n_init=STARTS, random_state=seed % 2**32).fit(points)
         return cls(scale, found.cluster_centers_)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:

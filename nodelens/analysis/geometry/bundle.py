@@ -82,7 +82,7 @@ class GeometryResult(Plotted):
             if "d_pr" in table:
                 found.append(
                     f"{point}: participation ratio {first.d_pr:.1f} at layer {first.layer}, {last.d_pr:.1f} at layer {last.layer}, "
-                    f"out of {first.hidden_dim} dimensions; {first.tokens_observed} tokens"
+                    f"out of {first.hidden_dim} dimensions; {first.tokens_observed:,} tokens"
                 )
             steps = steps_of.get(point, pd.DataFrame())
             if "linear_cka_debiased" in steps and steps.linear_cka_debiased.notna().any():

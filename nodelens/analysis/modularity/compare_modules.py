@@ -8,6 +8,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from nodelens.engine.associations import ALL_LAYERS
+from nodelens.messages import as_seed
 from nodelens.results.result import Result
 
 from .columns import every_labels
@@ -47,6 +48,7 @@ def compare_modules(
     """
     if across not in get_args(Across):
         raise ValueError(f"across is {across!r}; it is one of {', '.join(get_args(Across))}")
+    seed = as_seed(seed)
     named = _named(results)
     if units is not None and (across != "runs" or len(named) != 2):
         raise ValueError(f"units= says how two runs correspond, and there are {len(named)} with across={across!r}")

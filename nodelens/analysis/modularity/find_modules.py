@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from nodelens.messages import as_seed
+
 from .graph import NONE, Graph, compact, connected_parts, modularity_matrix, quality, soft_num_clusters
 from .leiden import leiden_labels
 from .louvain import louvain_matrix
@@ -12,6 +14,7 @@ from .monte_carlo import monte_carlo_matrix
 from .spectral import spectral_matrix
 
 Method = Literal["louvain", "spectral", "monte_carlo", "leiden"]
+ROUNDING = 1e-12  # of the largest entry of a modularity matrix: smaller ones are no links
 STEPS = 20  # of the Monte-Carlo search, per unit and start
 
 
@@ -73,8 +76,9 @@ def find_modules(
     >>> found.number, round(found.q, 4), found.labels.tolist()
     (3, 0.6667, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
     """
+    rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(as_seed(seed))
     graph = Graph.of(association, absolute, sparse=sparsify)
-    return modules_of(graph, method, gamma, starts, np.random.default_rng(seed))
+    return modules_of(graph, method, gamma, starts, rng)
 
 
 def modules_of(graph: Graph, method: Method, gamma: float, starts: int, rng: np.random.Generator) -> Modules:
@@ -91,7 +95,11 @@ def modules_of_matrix(matrix: np.ndarray, live: np.ndarray, method: Method, star
     """The modules of a modularity matrix of live units, of any null model. Raises ValueError for leiden, which reads a graph."""
     if method == "leiden":
         raise ValueError("method=leiden finds modules of graphs, and null_model=correlation has none: take method=louvain")
-    labels = compact(_searched(matrix, method, starts, rng))
+    labels = _searched(matrix, method, starts, rng)
+    links = matrix > ROUNDING * matrix.max(initial=0)
+    if links.any():  # parts of a module without such a link are modules of their own: rounding joined them
+        labels = connected_parts(links, labels)
+    labels = compact(labels)
     every = np.full(len(live), NONE)
     every[live] = labels
     return Modules(every, quality(matrix, labels))

@@ -1,7 +1,7 @@
 """The modules of one layer by one association, beside those of a null model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from .correlation_null import correlation_matrix, groups_matrix, random_correlations
 from .find_modules import Method, Modules, modules_of, modules_of_matrix
-from .graph import Graph, as_matrix
+from .graph import Graph, as_matrix, connected_parts
 from .shuffles import shuffled
 from .significance import Significance
 
@@ -43,7 +43,8 @@ class Search:
         """Modules of what a random correlation matrix does not explain, and those of random ones."""
         graph = Graph.of(covariance, absolute=False, signed=True)
         correlations = correlation_matrix(as_matrix(covariance)[np.ix_(graph.live, graph.live)])
-        found = self._in_correlations(correlations, graph.live, rows, rng)
+        components = int(connected_parts(graph.weights).max()) + 1
+        found = replace(self._in_correlations(correlations, graph.live, rows, rng), components=components)
         drawn = random_correlations(len(correlations), rows, self.shuffles, rng)
         null = Significance.of(found.q, (self._in_correlations(each, graph.live, rows, rng).q for each in drawn))
         return LayerModules(found, null, Graph(correlations - np.eye(len(correlations)), graph.live), "correlation")

@@ -18,7 +18,7 @@ from nodelens.app.checks import check
 from nodelens.app.config import build, resolved, unset
 from nodelens.engine.signals import passing_on, stopping
 from nodelens.engine.validation import in_bytes
-from nodelens.messages import LIGHTNING_HINTS
+from nodelens.messages import LIGHTNING_HINTS, as_seed
 from nodelens.models import find_weights, load_weights
 from nodelens.results.files import plain
 
@@ -45,6 +45,9 @@ def verify(cfg: DictConfig) -> None:
     for key, least in (("groups", 1), ("positions", 1)):
         if values[key] is not None and values[key] < least:
             raise ValueError(f"{key} is {values[key]}; it is {least} or more{', or null for all' if key == 'positions' else ''}")
+    as_seed(values["seed"])
+    for k, seed in enumerate(values.get("seeds", [])):
+        as_seed(seed, f"seeds[{k}]")
     in_bytes(cfg.budget.memory)
     from nodelens.report.document import check_options
 

@@ -1,10 +1,11 @@
 // The cells of a sweep: a table in which one is chosen, its command, and the units that it keeps.
 (() => {
-  const { data, unpack, element, escaped, theme, fit, keys, config, table, value } = nodelens;
+  const { data, unpack, element, theme, fit, keys, config, table, value } = nodelens;
   const quoted = (words) => (/^[\w=.,:/@%+-]+$/.test(words) ? words : `'${words.replaceAll("'", "'\\''")}'`);
 
   async function cells(holder) {
     const about = await data("cells"), found = unpack(about.table), kept = "kept" in holder.dataset ? unpack(await data("kept")) : null;
+    const figure = kept && await data("cell");  // of one of them
     const names = found.columns.get("name"), row = new Map(Array.from({ length: found.rows }, (_, k) => [value(names, k), k]));
     const canvas = holder.querySelector(".canvas"), chosen = holder.querySelector(".chosen");
     keys(canvas);
@@ -29,12 +30,10 @@
     function draw(name) {
       const at = kept.columns.get("name"), line = Array.from({ length: kept.rows }, (_, k) => k).find((k) => value(at, k) === name);
       if (line === undefined) { Plotly.purge(canvas); canvas.style.minHeight = ""; return; }
-      const groups = kept.names.filter((each) => each !== "name"), shares = groups.map((each) => kept.columns.get(each).values[line]);
-      const step = Math.ceil(groups.length / 60), ticks = groups.map((_, k) => k).filter((k) => k % step === 0), height = Math.min(900, Math.max(220, 90 + 20 * groups.length));
-      const layout = fit({ height, margin: { l: 60, r: 20, t: 10, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size: 12, color: theme()["font.color"] },
-        xaxis: { title: { text: "share of the units kept" }, range: [0, 1], gridcolor: "rgba(128,136,148,0.25)" }, yaxis: { tickvals: ticks, ticktext: ticks.map((k) => escaped(groups[k].length > 32 ? `…${groups[k].slice(-31)}` : groups[k])), range: [groups.length - 0.4, -0.6], automargin: true, title: { text: "group", standoff: 14 } } }, canvas.clientWidth);
-      canvas.style.minHeight = `${height}px`;
-      Plotly.react(canvas, [{ type: "bar", orientation: "h", x: shares, y: groups.map((_, k) => k), marker: { color: "#0072b2" }, text: groups.map(escaped), textposition: "none", hovertemplate: "%{text}: %{x:.3f}<extra></extra>" }], layout, config).then(() => Plotly.relayout(canvas, theme())).catch((error) => nodelens.fail(holder, error));
+      const shares = kept.names.filter((each) => each !== "name").map((each) => kept.columns.get(each).values[line]);
+      const layout = fit(structuredClone(figure.layout), canvas.clientWidth);
+      canvas.style.minHeight = `${layout.height}px`;
+      Plotly.react(canvas, [{ ...figure.data[0], x: shares }], layout, config).then(() => Plotly.relayout(canvas, theme())).catch((error) => nodelens.fail(holder, error));
     }
 
     table(holder.querySelector(".rows"), found, { name: "cells", pick: { column: "name", choose } });

@@ -8,7 +8,7 @@
     const set = (key) => (chosen) => { state[key] = chosen; update(); };
     menus.append(select("metric", about.metrics.map((name, k) => [String(k), name]), "0", set("metric")), select("layer", about.layers.map((name) => [name, name]), state.layer, set("layer")));
     keys(canvas);
-    const middle = (values) => { const known = values.filter((each) => Number.isFinite(each)).sort((a, b) => a - b); return known.length ? known[Math.floor(known.length / 2)] : null; };
+    const middle = (values) => { const known = values.filter((each) => Number.isFinite(each)).sort((a, b) => a - b); return known.length ? (known[Math.floor(known.length / 2)] + known[Math.ceil(known.length / 2) - 1]) / 2 : null; };
 
     const update = latest(holder, async () => {
       const found = unpack(await data(`epochs-${state.metric}`)), layer = found.columns.get("layer"), code = layer.words.indexOf(state.layer);

@@ -1,5 +1,8 @@
 """analysis=[modularity]: tables, columns and pictures of planted associations, what is missing, and options."""
 
+import itertools
+
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
@@ -215,6 +218,41 @@ def test_modules_of_a_network_join_its_result():
     assert adjusted_rand_score(labels, expected.labels) == 1
     assert result.analyses["modularity"].metadata["missing"][0]["layer"] == "2"
     assert "modularity: 0, redundancy: " in result.summary()
+
+
+class Separate(nn.Module):
+    """Three groups of units, each of inputs of its own; whole numbers, so that the sums over all inputs of +-1 are exact."""
+
+    def __init__(self, sizes=(5, 4, 6)):
+        super().__init__()
+        self.fc, self.out = nn.Linear(9, sum(sizes)), nn.Linear(sum(sizes), 2)
+        parts = [torch.randint(1, 4, (size, 3), generator=torch.Generator().manual_seed(size)).float() for size in sizes]
+        self.fc.weight.data, self.fc.bias.data = torch.block_diag(*parts), torch.zeros(sum(sizes))
+        self.blocks = np.repeat(range(len(sizes)), sizes)
+
+    def forward(self, x):
+        return self.out(self.fc(x).relu())
+
+
+@pytest.mark.parametrize("method", ["louvain", "spectral", "monte_carlo"])
+def test_modules_of_a_disconnected_graph_are_those_of_its_components(method):
+    net, every = Separate(), torch.tensor(list(itertools.product([-1.0, 1.0], repeat=9)))
+    analysis = ModularityAnalysis(associations="forward_cov", shuffles=3, method=method)
+    result = nl.analyze(net, every.split(100), metrics=["forward_cov"], analysis=analysis, layers="fc")
+    matrix = np.abs(result.matrices["fc", "forward_cov"])
+    np.fill_diagonal(matrix, 0)
+    graph = nx.from_numpy_array(matrix)
+    parts = list(nx.connected_components(graph))
+    assert {frozenset(part) for part in parts} == {frozenset(np.flatnonzero(net.blocks == k)) for k in range(3)}
+    labels = result.units.loc["fc", "module_forward_cov"].to_numpy(int)
+    assert all(len(set(net.blocks[labels == k])) == 1 for k in range(labels.max() + 1))
+    row = result.analyses["modularity"]["modules"].iloc[0]
+    modules = [set(np.flatnonzero(labels == k)) for k in range(labels.max() + 1)]
+    assert row["components"] == 3
+    assert row["q"] == pytest.approx(nx.community.modularity(graph, modules), abs=1e-12)
+    best = max(nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed)) for seed in range(5))
+    assert row["q"] >= best - 1e-12 or method == "spectral"
+    assert "fc, forward_cov: the graph has 3 components without links between them" in result.summary()
 
 
 @pytest.mark.parametrize(

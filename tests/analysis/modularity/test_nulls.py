@@ -147,6 +147,17 @@ def test_the_common_mode_is_no_module():
     assert found.null.p == 1 / 10
 
 
+@pytest.mark.parametrize("method", ["louvain", "spectral", "monte_carlo"])
+def test_separate_blocks_of_correlations_are_modules_of_their_own(method):
+    labels = np.repeat(range(3), (5, 4, 6))
+    for shared in (0.5, 0.7, 0.9):
+        correlations = np.where(labels[:, None] == labels, shared, 0.0) + (1 - shared) * np.eye(15)
+        found = Search(False, 1.0, method, 2, None, 3, "correlation").of_correlations(correlations, 500, np.random.default_rng(0))
+        assert found.modules.labels.tolist() == labels.tolist()
+        assert found.modules.components == 3
+        assert found.modules.q == pytest.approx(groups_matrix(correlations, 500)[labels[:, None] == labels].sum())
+
+
 def test_eigenvalues_of_the_groups_are_those_above_the_noise():
     correlations = correlation_matrix(np.cov(blocks(500, np.random.default_rng(2)).T))
     values = np.linalg.eigvalsh(groups_matrix(correlations, 500) * correlations.sum())
