@@ -137,15 +137,15 @@ def test_the_environment_says_where_a_run_is_filed(quiet_home, monkeypatch):
 
 def test_the_runs_of_a_multirun_form_a_group(quiet_home, monkeypatch):
     words = ("metrics=[rq]", "logger=wandb", "dataset.calibration=64")
-    ended = command("analyze", "-m", "seed=1,2", *words, "hydra.sweep.dir=deep/sweeps/lr")
+    ended = command("analyze", "-m", "seed=1,2,3,4", *words, "hydra.sweep.dir=deep/sweeps/lr")
     assert ended.code == 0, ended.err
-    runs = [wandb_run.about(run_of(quiet_home / f"deep/sweeps/lr/{job}")[0]) for job in range(2)]
+    runs = [wandb_run.about(run_of(quiet_home / f"deep/sweeps/lr/{job}")[0]) for job in range(4)]
     assert [(run["group"], run["config"]["seed"], run["job_type"]) for run in runs] == [
-        ("sweeps/lr", seed, "analyze") for seed in (1, 2)
+        ("sweeps/lr", seed, "analyze") for seed in (1, 2, 3, 4)
     ]
-    assert [run["name"].split()[0] for run in runs] == ["0", "1"]
+    assert [run["name"].split()[0] for run in runs] == ["0", "1", "2", "3"]
     assert all(f"seed={run['config']['seed']}" in run["name"] for run in runs)
-    assert len({run["id"] for run in runs}) == 2
+    assert len({run["id"] for run in runs}) == 4
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
     assert command("analyze", "-m", "seed=1", *words, "hydra.sweep.dir=again").code == 0
     assert wandb_run.about(run_of(quiet_home / "again/0")[0])["group"] == "mine"
