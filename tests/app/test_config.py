@@ -101,6 +101,7 @@ def test_every_large_model_builds_without_its_weights(name):
         assert build(nl.load_config("analyze", [f"model={name}"]).model.net, "model.net")
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # which MLflow asks of SQLAlchemy 2.1
 @pytest.mark.parametrize("name", options("logger"))
 def test_every_logger_builds(name, quiet_home):
     if name in ("tensorboard", "mlflow"):
