@@ -32,8 +32,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         )
     console.print(table)
     console.print(
-        f"sums and buffers take at most {plan.total_bytes / 2**20:,.1f} MiB; estimated overhead over the bare "
-        f"{'forward and backward' if plan.gradients else 'forward'} pass {100 * plan.overhead():+.0f} %"
+        f"sums and buffers take at most {plan.total_bytes / 2**20:,.1f} MiB; estimated time {1 + plan.overhead():.3g} times "
+        f"that of the bare {'forward and backward' if plan.gradients else 'forward'} pass"
     )
     for note in plan.notes:
         console.print(note, markup=False)
