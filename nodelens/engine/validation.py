@@ -9,11 +9,23 @@ from nodelens.metrics import Metric
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
+from nodelens.network.sharded import check_whole
 from nodelens.network.tasks import BY_TOKEN
 
+from .associations import differentiates
 from .dry_run import DryRun
 from .layout import PassLayout
 from .members import Members, of_groups_only
+
+
+def check_sharded(model: nn.Module, metrics: Mapping[str, Metric]) -> None:
+    """Raises ValueError for metrics that need the whole of a model in one process, if the model is sharded over processes.
+
+    These differentiate the loss with respect to weights or the model with respect to its units, or train a copy of it.
+    """
+    for name, metric in metrics.items():
+        if differentiates([metric]) or any(need.port == "model" for need in metric.needs().values()):
+            check_whole(f"metric {name!r}", model)
 
 
 def check_groups(layers: Sequence[Layer], metrics: Mapping[str, Metric]) -> None:
