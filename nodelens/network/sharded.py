@@ -6,6 +6,7 @@ plain tensors, of the samples of each process.
 """
 
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,12 +14,35 @@ from torch import Tensor, nn
 from nodelens.messages import either
 
 _FSDP, _TENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"  # imported by whoever shards a model
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _PREFIX = "FSDP"  # of the classes that ``fully_shard`` makes
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of a model are distributed over processes."""
     return bool(_sharded_modules(model)) or any(is_part(p) for p in model.parameters())
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """Shards a model in place over the processes of a mesh: each of its blocks by itself, and what is left together.
+
+    Blocks are modules with parts in a list, a dictionary or a sequence, such as those of a transformer or a residual network.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies the tensors of a whole model into a model; of a sharded one, each process gets its part. Collective then."""
+    if not is_sharded(model):
+        model.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -64,6 +88,15 @@ def check_data_parallel(call: str, model: nn.Module) -> None:
     kept = next((n for n, p in model.named_parameters() if is_part(p) and not (shards and _by_samples(p))), None)
     if kept is not None:
         raise ValueError(f"{call}: {kept} of {name} is sharded by tensor parallelism, within which samples are shared: {way_out}")
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with parts that are in a list, a dictionary or a sequence."""
+    for child in model.children():
+        if isinstance(model, _LISTS) and not isinstance(child, _LISTS) and next(child.children(), None) is not None:
+            yield child
+        else:
+            yield from _blocks(child)
 
 
 def _by_samples(parameter: Any) -> bool:

@@ -216,8 +216,13 @@ def _versions() -> dict[str, str]:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of all that is in the state of a model; equal weights have equal hashes. Collective for a sharded model."""
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Any]) -> str:
+    """A hash of tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):  # what a module stores with get_extra_state
             digest.update(f"{name}{tensor!r}".encode())
             continue

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases_metrics import NAMES_PLAIN, OF_NORMS, batches, convolutional, rows, start_of
-from compare import near
+from compare import close, near
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing import assert_close
 
 import nodelens as nl
-from nodelens.network.sharded import check_data_parallel, class_name, full, is_sharded
+from nodelens.network.sharded import check_data_parallel, class_name, full, is_sharded, load_state
+from nodelens.network.sharded import shard as shard_blocks
 
 FEW = [
     "rq",
@@ -36,6 +37,14 @@ CASES = [([3, 1], FEW), ([4, 0], FEW), EVERY]  # batches of each process, and me
 
 def data():
     return batches(rows(60, (3, 9, 9)), 16)
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
 
 
 def shard(net):
@@ -76,6 +85,14 @@ def refusals(net, groups):
     return said
 
 
+def of_buffers(net, rank):
+    """What is said where the processes have other buffers."""
+    net[1].running_mean += rank
+    with pytest.raises(ValueError) as error:
+        nl.analyze(net, data(), "rq")
+    return str(error.value)
+
+
 def _work(rank, folder, share, names):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -88,11 +105,19 @@ def _work(rank, folder, share, names):
     kept = [p.requires_grad and p.grad is None for p in net.parameters()]
     after = gradients(net)
     said = refusals(net.eval(), groups)
+    buffers = of_buffers(net, rank)
     if rank == 1:  # every process has the whole table
         of_layers.save(f"{folder}/layers")
         of_groups.save(f"{folder}/groups")
         torch.save(after, f"{folder}/gradients.pt")
-        about = {"scores": scores, "class": class_name(net), "sharded": is_sharded(net), "kept": all(kept), "said": said}
+        about = {
+            "scores": scores,
+            "class": class_name(net),
+            "sharded": is_sharded(net),
+            "kept": all(kept),
+            "said": said,
+            "buffers": buffers,
+        }
         Path(folder, "about.json").write_text(json.dumps(about))
     dist.destroy_process_group()
 
@@ -159,6 +184,63 @@ def test_calls_that_need_the_whole_model_say_so(found):
             "model, options=StateDictOptions(full_state_dict=True)), and load them into the model in one process; nl.analyze and "
             "nl.evaluate take it as it is"
         )
+
+
+def test_buffers_that_differ_are_no_model(found):
+    about = json.loads((found[0] / "about.json").read_text())
+    assert about["buffers"] == (
+        "the processes have other buffers of Sequential, such as running statistics of batch norms, which fully_shard leaves to "
+        "each process: copy those of the first one, torch.distributed.broadcast(buffer, 0) for each"
+    )
+
+
+def _of_language(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net = llama()
+    shard_blocks(net, init_device_mesh("cpu", (2,)))
+    result = nl.analyze(net, texts()[rank:] if rank else texts()[:1], "default")
+    if rank == 0:
+        result.save(f"{folder}/result")
+    dist.destroy_process_group()
+
+
+def texts():
+    ids = torch.randint(30, (12, 7), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": part, "labels": part} for part in ids.split(3)]
+
+
+@pytest.mark.slow
+def test_a_language_model_that_is_sharded_by_blocks(tmp_path):
+    expected = nl.analyze(llama(), texts(), "default")
+    mp.start_processes(_of_language, (str(tmp_path),), 2, start_method="fork")
+    result = nl.load(tmp_path / "result")
+    assert result.metadata["model"] == expected.metadata["model"]
+    for table in ("units", "layers"):
+        close(getattr(result, table), getattr(expected, table), 2e-5)
+
+
+def test_blocks_are_sharded_by_themselves(tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Block(), Block()), nn.ModuleDict({"head": nn.Linear(4, 2)}))
+    whole = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        shard_blocks(net, init_device_mesh("cpu", (1,)))
+        assert [name for name, module in net.named_modules() if isinstance(module, FSDPModule)] == [
+            "",
+            "1.0",
+            "1.1",
+        ]
+        load_state(net, {name: tensor + 1 for name, tensor in whole.items()})
+        for name, tensor in net.state_dict().items():
+            assert_close(full(tensor), whole[name] + 1)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_other_kinds_of_sharding_are_refused(tmp_path):
