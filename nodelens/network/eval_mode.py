@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .open_attention import opened
+from .sharded import reshard
 
 _CONTAINERS = (dict, OrderedDict, set)
 _LOCK = threading.RLock()  # hooks, modes of modules, torch's switches and random generators belong to the whole process
@@ -56,6 +57,7 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
     inference mode, which no gradient can pass, are replaced by copies. On exit, every module and parameter gets its previous flag
     back.
     """
+    reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -66,6 +68,7 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
         with _as_written(model) if as_written else nullcontext(), _copies_of_inference_tensors(model):
             yield
     finally:
+        reshard(model)
         for p in trainable:
             with torch.inference_mode(p.is_inference()):  # where alone the flag of a tensor made there can be set
                 p.requires_grad_(True)
