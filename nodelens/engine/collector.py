@@ -23,7 +23,7 @@ from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
 from nodelens.statistics.sample_sums import SampleSums
 
-from .buffered import CAPACITY, MAX_BYTES, buffer_rows
+from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
 from .firing import BEHIND
 from .plan import Plan
 
@@ -61,7 +61,7 @@ class Collector:
         self.needs_means = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
         self.shift: dict[str, tuple[Tensor, bool]] = {}
-        self.buffers: dict[str, Buffer] = {}
+        self.buffers: dict[Any, Buffer] = {}  # by kind
         self.grid: tuple[int, ...] = ()
         self.means: list[Rows] = []  # of the current batch, one entry per call of the module
         self.unread = ""  # why no rows could be made of what the site showed
@@ -141,11 +141,10 @@ class Collector:
         self.grid = rows.grid
         self._buffer("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "hash": batch.hashes, **label})
 
-    def _buffer(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
-        positions = tables["raw"].shape[2] if kind == "rows" else 1
+    def _buffer(self, kind: Any, group: Tensor, tables: dict[str, Tensor]) -> None:
         tables = {"group": group, **tables}
         if kind not in self.buffers:
-            self.buffers[kind] = Buffer(buffer_rows(kind, sum(t[:1].nbytes for t in tables.values()), positions))
+            self.buffers[kind] = Buffer(self._capacity(kind, tables))
         buffer = self.buffers[kind]
         if not buffer.fits(**tables):
             self._process_buffer(kind)
@@ -153,7 +152,11 @@ class Collector:
         if buffer.full:
             self._process_buffer(kind)
 
-    def _process_buffer(self, kind: str) -> None:
+    def _capacity(self, kind: Any, tables: dict[str, Tensor]) -> int:
+        """How many samples a buffer holds."""
+        return buffer_rows(kind, bytes_of(tables), tables["raw"].shape[2] if kind == "rows" else 1)
+
+    def _process_buffer(self, kind: Any) -> None:
         """Empties one kind of buffer into the sums, its samples sorted by group."""
         tables = self.buffers[kind].take()
         group = tables.pop("group")
