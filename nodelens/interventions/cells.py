@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nodelens.engine.driver import device_of
@@ -43,23 +44,30 @@ class CellPasses:
     cell; ``shares`` tells.
     """
 
-    def __init__(self, model: TokenModel, ids: Tensor, shared: bool = True):
+    def __init__(self, model: TokenModel, ids: Tensor, shared: bool = True, cache: Any = None):
         self.model, self.ids = model, ids
         self._ways = list(WAYS) if shared else []
-        self._cache: Any = None  # of the whole prompt
+        self._cache = cache  # of the whole prompt
 
     @property
     def shares(self) -> str:
         """What the cells of a pass share: ``cache and blocks``, ``blocks``, or ``nothing``, when the whole model runs for each."""
         return self._ways[0].shares if self._ways else "nothing"
 
-    def read(self, layers: Iterable[Layer]) -> tuple[dict[str, Tensor], Tensor]:
-        """{layer: what passes there, (1, T, width)} and the last logits (1, V) of the prompt, whose cache the passes then use."""
+    @classmethod
+    def read(
+        cls, model: TokenModel, prompts: Tensor, layers: Iterable[Layer], row: int
+    ) -> tuple[dict[str, Tensor], Tensor, "CellPasses"]:
+        """Runs prompts (n, T): {layer: what passes there, (n, T, width)}, the last logits (n, V), and passes of one of them.
+
+        The passes use the cache of this run.
+        """
+        layers = list(layers)
         try:
-            shown, logits, self._cache = self.model.read_and_cache(self.ids[None], layers)
+            shown, logits, cache = model.read_and_cache(prompts, layers)
         except _REFUSES:
-            shown, logits = self.model.read(self.ids[None], layers, last=True)
-        return shown, logits
+            shown, logits, cache = *model.read(prompts, layers, last=True), None
+        return shown, logits, cls(model, prompts[row], cache=_row(cache, row))
 
     def __call__(self, cells: Sequence[GridCell]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The logits of the last position with each cell written: (indices of some of the cells, their logits (n, V)).
@@ -190,14 +198,29 @@ def _near(model: TokenModel, length: int, cells: Sequence[GridCell]) -> Iterator
         yield int(positions[start]), [k for each in own[start:end] for k in each]
 
 
+def _row(cache: Any, row: int) -> Any:
+    """The cache of one row of a batch; the cache as it is, where it cannot be cropped and is not used."""
+    if not getattr(cache, "is_croppable", False):
+        return cache
+    found = _copied(cache)
+    found.batch_select_indices(torch.tensor([row]))
+    return found
+
+
 def _cropped(cache: Any, tokens: int) -> Any:
     """A cache without its last tokens, which shares its tensors; None for one that cannot be cropped, such as recurrent states."""
     if not getattr(cache, "is_croppable", False):
         return None
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found = _copied(cache)
     try:
         found.crop(-tokens)
     except RuntimeError:  # a sliding window has dropped tokens that were needed
         return None
+    return found
+
+
+def _copied(cache: Any) -> Any:
+    """A cache with layers of its own, which share their tensors."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
     return found
