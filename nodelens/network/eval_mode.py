@@ -5,6 +5,7 @@ import random
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .open_attention import opened
 from .sharded import reshard
 
+_CONTAINERS = (dict, OrderedDict, set)
 _LOCK = threading.RLock()  # hooks, modes of modules, torch's switches and random generators belong to the whole process
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -138,9 +140,11 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
     shared: tensors that are not copied.
     """
-    held = [value for module in model.modules() for own in (vars(module), module._buffers) for value in _leaves(list(own.values()))]
-    states = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
-    return copy.deepcopy(model, states | {id(tensor): tensor for tensor in shared})
+    attributes = [value for module in model.modules() for own in (vars(module), module._buffers) for value in own.values()]
+    states = {id(v): v.detach().clone() for v in _leaves(attributes) if isinstance(v, Tensor) and not v.is_leaf}
+    # each module has a dozen empty dictionaries, for hooks, with which deepcopy would spend most of its time
+    empty = {id(v): copy.copy(v) for v in attributes if type(v) in _CONTAINERS and not v}
+    return copy.deepcopy(model, empty | states | {id(tensor): tensor for tensor in shared})
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -40,9 +40,9 @@ def _work(rank, world, folder, shares):
     assert traffic.sent == round(2 * (world - 1) / world * held) + (world - 1) * merged
     images_, labels = images()
     share = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-    result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 16) if shares[rank] else [])
+    result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 32) if shares[rank] else [])
     data = {k: t[share] for k, t in rows(100, (3, 9, 9)).items()}
-    every = analyze(convolutional(), in_batches(data, 16) if shares[rank] else [], NAMES_CONVOLUTIONAL)
+    every = analyze(convolutional(), in_batches(data, 32) if shares[rank] else [], NAMES_CONVOLUTIONAL)
     if rank == world - 1:
         every.save(f"{folder}/every")
         torch.save({k: a.state_dict() for k, a in sums.items()}, f"{folder}/sums.pt")
@@ -53,8 +53,8 @@ def _work(rank, world, folder, shares):
 @pytest.fixture(scope="module")
 def alone():
     """What one process finds: the default metrics of one network, every metric of another."""
-    data = in_batches(rows(100, (3, 9, 9)), 16)
-    return nl.analyze(build(Mixed), batches(*images(), 16)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
+    data = in_batches(rows(100, (3, 9, 9)), 40)
+    return nl.analyze(build(Mixed), batches(*images(), 40)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
 
 
 SLOW = [pytest.param(shares, marks=pytest.mark.slow) for shares in ([60, 0, 40], [13, 12, 12, 13, 0, 20, 15, 15])]
