@@ -76,6 +76,9 @@ def refusals(net, groups):
         "analysis": lambda: nl.analyze(net, data(), analysis="modularity"),
         "ablate": lambda: nl.ablate(net, data(), layers="0"),
         "object": lambda: nl.get_analysis("modularity")(net, data()),
+        "geometry": lambda: nl.analyze_model(net, data()),
+        "strategy": lambda: nl.get_pruning_strategy("magnitude").prune(net[3]),
+        "wrapper": lambda: nl.ModelWrapper(net),
     }
     said = {}
     for name, call in calls.items():
@@ -177,11 +180,15 @@ def test_calls_that_need_the_whole_model_say_so(found):
         "analysis": "analysis modularity",
         "ablate": "nl.ablate",
         "object": "ModularityAnalysis",
+        "geometry": "nl.analyze_model",
+        "strategy": "a mask",
+        "wrapper": "nl.ModelWrapper",
     }
     for name, said in about["said"].items():
+        model = "Conv2d" if name == "strategy" else "Sequential"
         assert said == (
-            f"{begins[name]}: Sequential is sharded over processes (fully_shard): gather its weights by get_model_state_dict("
-            "model, options=StateDictOptions(full_state_dict=True)), and load them into the model in one process; nl.analyze and "
+            f"{begins[name]}: {model} is sharded over processes (fully_shard): gather its weights by get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)), and load them into the model in one process; nl.analyze and "
             "nl.evaluate take it as it is"
         )
 

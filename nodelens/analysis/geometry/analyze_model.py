@@ -19,6 +19,7 @@ from nodelens.engine.validation import in_bytes
 from nodelens.engine.wide_sites import describe as describe_covariance
 from nodelens.network.architecture import config_of
 from nodelens.network.eval_mode import one_at_a_time
+from nodelens.network.sharded import check_whole
 from nodelens.results.left_out import warn_of_rows
 from nodelens.results.result import provenance
 from nodelens.statistics.processes import world
@@ -107,6 +108,7 @@ def measure_geometry(
     Each statistic that is biased at small n has a debiased counterpart: d_pr_debiased, linear_cka_debiased. ``nl.analyze`` gives
     standard errors of the same metrics. Raises ValueError, with the way out, for what does not fit; MemoryError over the budget.
     """
+    check_whole("nl.analyze_model", model)
     started, options = time.perf_counter(), options or GeometryOptions()
     diagnostics = [options.diagnostics] if isinstance(options.diagnostics, str) else list(options.diagnostics or ())
     columns = columns_of(options.metrics, diagnostics, options.novelty_k, options.sample_limit is not None)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nodelens.network.layers import Layer
+from nodelens.network.sharded import check_whole
 
 _TENSORS = ("weight", "bias")
 
@@ -71,6 +72,7 @@ def unit_dim(module: nn.Module) -> int:
 def _masks(module: nn.Module, keep: Tensor) -> dict[str, Tensor]:
     """{tensor: mask of its shape}."""
     layer: Any = module
+    check_whole("a mask", module)
     if Layer(type(module).__name__, module).tensor is None:
         raise ValueError(f"{type(module).__name__} has no weights of its own: mask a Linear layer or a convolution")
     weight, keep = layer.weight, keep.to(layer.weight.device) != 0
