@@ -23,7 +23,7 @@ from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
 from nodelens.statistics.sample_sums import SampleSums
 
-from .buffered import CAPACITY, MAX_BYTES, buffer_rows
+from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
 from .firing import BEHIND
 from .plan import Plan
 
@@ -61,7 +61,7 @@ class Collector:
         self.needs_means = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
         self.shift: dict[str, tuple[Tensor, bool]] = {}
-        self.buffers: dict[str, Buffer] = {}
+        self.buffers: dict[Any, Buffer] = {}  # by kind
         self.grid: tuple[int, ...] = ()
         self.means: list[Rows] = []  # of the current batch, one entry per call of the module
         self.unread = ""  # why no rows could be made of what the site showed
@@ -98,7 +98,8 @@ class Collector:
         elif self._large_enough(rows):
             sums, order = self._process_rows(rows, batch.group, batch.hashes, label)
             if self.reduced:
-                self._buffer("sums", taken(batch.group, order), sums.tables() | {k: taken(t, order) for k, t in label.items()})
+                ordered = {k: taken(t, order) for k, t in {"group": batch.group, **label}.items()}
+                self._buffer("sums", **sums.tables(), **ordered)
             back = None if order is None else order.argsort()
             self.means += [self._sums_to_samples(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
         else:
@@ -126,7 +127,7 @@ class Collector:
         if rows is not None and self.by_sample:
             tables = {f"target{k}": targets[target] for k, target in enumerate(self.targets)}
             hashes = {"hash": batch.hashes} if any(need.statistic.takes_hashes for need in self.by_sample) else {}
-            self._buffer("samples", batch.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **tables, **hashes})
+            self._buffer("samples", group=batch.group, raw=rows.raw[:, :, 0], keep=rows.mask()[:, 0], **tables, **hashes)
 
     def flush(self) -> None:
         """Adds all buffered rows."""
@@ -139,13 +140,11 @@ class Collector:
         if rows.grid != self.grid and "rows" in self.buffers:
             self._process_buffer("rows")  # maps of different sizes cannot share a buffer
         self.grid = rows.grid
-        self._buffer("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "hash": batch.hashes, **label})
+        self._buffer("rows", group=batch.group, raw=rows.raw, keep=rows.mask(), hash=batch.hashes, **label)
 
-    def _buffer(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
-        positions = tables["raw"].shape[2] if kind == "rows" else 1
-        tables = {"group": group, **tables}
+    def _buffer(self, kind: Any, **tables: Tensor) -> None:
         if kind not in self.buffers:
-            self.buffers[kind] = Buffer(buffer_rows(kind, sum(t[:1].nbytes for t in tables.values()), positions))
+            self.buffers[kind] = Buffer(self._capacity(kind, tables))
         buffer = self.buffers[kind]
         if not buffer.fits(**tables):
             self._process_buffer(kind)
@@ -153,7 +152,10 @@ class Collector:
         if buffer.full:
             self._process_buffer(kind)
 
-    def _process_buffer(self, kind: str) -> None:
+    def _capacity(self, kind: Any, tables: dict[str, Tensor]) -> int:
+        return buffer_rows(kind, bytes_of(tables), tables["raw"].shape[2] if kind == "rows" else 1)
+
+    def _process_buffer(self, kind: Any) -> None:
         """Empties one kind of buffer into the sums, its samples sorted by group."""
         tables = self.buffers[kind].take()
         group = tables.pop("group")
@@ -221,7 +223,7 @@ class Collector:
         sums = patch_sums(rows, self.site.layer.geometry)
         if count:
             self._count(rows, group, sums.masked)
-        self._buffer("entries", group, sums.tables() | label)
+        self._buffer("entries", group=group, **sums.tables(), **label)
 
     def _add_maps(self, rows: Rows, group: Tensor, count: bool) -> None:
         """Adds samples of a convolution's input to the sums of maps, which are restarted if the image size changes."""
@@ -244,8 +246,7 @@ class Collector:
         """Adds rows of one group to the statistics that need whole rows, or those at the positions drawn."""
         for need in self.products:
             chosen = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
-            sums = self.sums[need]
-            sums.add_rows(chosen, group if len(sums.parts) > 1 else 0)
+            self.sums[need].add_rows(chosen, group if len(self.sums[need].parts) > 1 else 0)
 
     def _add_sums(self, needs: list[Need], sums: SampleSums, group: Tensor, label: dict[str, Tensor]) -> None:
         for g, a, b in group_slices(group) if needs else ():

@@ -129,12 +129,19 @@ def spectrum(covariance: Tensor, rounding: Tensor) -> Tensor:
 
 
 def eigenvalues(covariance: Tensor, rounding: Tensor) -> Tensor | None:
-    """The same where no eigenvector is needed: all are resolved, or the covariance is not finite; otherwise None."""
+    """The same where no eigenvector is needed, otherwise None: none is needed for eigenvalues outside the range of ``rounding``.
+
+    A unit whose variance is exactly 0 has no part in the other eigenvectors, so that its rounding does not count.
+    """
     if not covariance.isfinite().all():
         return torch.full_like(covariance.diagonal(), torch.nan)
-    values = torch.linalg.eigvalsh(covariance).flip(0)
-    resolved = len(values) and values[-1] > torch.maximum(rounding.max(), SOLVER * values[0])
-    return values if resolved else None
+    if not len(covariance):
+        return None
+    values, varies = torch.linalg.eigvalsh(covariance).flip(0), covariance.diagonal() != 0
+    floor = SOLVER * values[0]
+    resolved = values > torch.maximum(rounding.where(varies, 0).amax(), floor)
+    hidden = values <= torch.maximum(rounding.where(varies, torch.inf).amin(), floor)
+    return values.where(resolved, 0) if bool((resolved | hidden).all()) else None
 
 
 def entropy_count(weights: Tensor) -> Tensor:
