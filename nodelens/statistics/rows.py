@@ -218,7 +218,7 @@ class Rows:
         (_, width, positions), other_width = x.shape, z.shape[1]
         with exact_products():
             if positions >= min(width, other_width) and not (side_by_side(x) and side_by_side(z)):
-                return x.new_zeros(width, other_width).addbmm_(x, z.transpose(1, 2)).double()
+                return x.new_empty(width, other_width).addbmm_(x, z.transpose(1, 2), beta=0).double()
             flat = by_unit(x)
             return (gram_of_rows(flat) if z is x else flat @ by_unit(z).T).double()
 
