@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
+from nodelens.statistics import Accumulator
 
 from .layout import Place
 from .metric_sums import MetricSums, SampleCounts, SharedSums, Sums
 from .plan import Plan
 from .wide_sites import KnownUnits, known_units, reason_left_out
+
+FEW_BYTES = 1 << 22  # of sums: of fewer, threads take longer to start and to wait for each other than they save
 
 
 @dataclass
@@ -133,12 +136,14 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
             shared.release(done.get(k, ()))
 
     without(None)
-    _in_threads(without, sorted({group for estimator in estimators for group in estimator.groups}))
+    read = {id(a): a for estimator in estimators for a in estimator.sums.accumulators.values()}
+    nbytes = sum(a.nbytes for a in read.values() if isinstance(a, Accumulator))
+    threads = torch.get_num_threads() if nbytes > FEW_BYTES else 1
+    _in_threads(without, sorted({group for estimator in estimators for group in estimator.groups}), threads)
 
 
-def _in_threads(function: Callable[[int], None], items: Sequence[int]) -> None:
-    """Calls a function on each item, in as many threads as torch has, each of which then computes on its own."""
-    threads = torch.get_num_threads()
+def _in_threads(function: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+    """Calls a function on each item, in several threads, each of which then computes on its own."""
     if min(threads, len(items)) < 2:
         for item in items:
             function(item)
