@@ -137,14 +137,15 @@ class CellPasses:
     def _new_kinds(self, cells: Sequence[GridCell]) -> dict[tuple[Any, ...], tuple[GridCell, ...]]:
         """The first and the last cell of a pass of each kind that was not compared with the whole model yet.
 
-        A kind is a way of sharing, with and without a cache, a part of a block, with and without effect, and a length of a prompt,
-        on which masks and positions may depend.
+        A kind is a way of sharing, with and without a cache, a part of a block, and a length of a prompt, on which masks and
+        positions may depend. Cells without effect have the logits of the prompt itself: one of each part is enough.
         """
         cached, kinds = self._ways[0].cached and min(cell.position for cell in cells) > 0, dict[tuple[Any, ...], list[GridCell]]()
         for cell in cells:
-            kind = (self._ways[0], cached, cell.part, self._without_effect(cell), len(self.ids))
-            kinds.setdefault(kind, []).append(cell)
-        return {kind: (own[0], own[-1]) for kind, own in kinds.items() if kind not in self.model.compared}
+            case = "without effect" if self._without_effect(cell) else cached
+            kinds.setdefault((self._ways[0], case, cell.part, len(self.ids)), []).append(cell)
+        new = {kind: own for kind, own in kinds.items() if kind not in self.model.compared}
+        return {kind: (own[-1],) if kind[1] == "without effect" else (own[0], own[-1]) for kind, own in new.items()}
 
     def _joined(self, way: Way, cells: Sequence[GridCell]) -> Tensor:
         """Logits (cells, V) of cells in the order of their starts. Row 0 is the prompt itself; cells without effect are like it."""
