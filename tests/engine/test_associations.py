@@ -55,7 +55,7 @@ def whole(request):
     return request.param, nl.analyze(network(request.param), batches(), many(request.param), layers=["1", "3"])
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7, 60])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 25, pytest.param(7, marks=pytest.mark.slow), 60])
 def test_batches_change_nothing_not_even_random_vectors(whole, size):
     smooth, found = whole
     near(nl.analyze(network(smooth), batches(size=size), many(smooth), layers=["1", "3"]), found)
@@ -188,7 +188,7 @@ def unpadded():
     return nl.analyze(llama(), texts(1), OF_TEXTS, layers=LAYERS)
 
 
-@pytest.mark.parametrize(("size", "side", "extra"), [(6, "left", 0), (4, "right", 3)])
+@pytest.mark.parametrize(("size", "side", "extra"), [pytest.param(6, "left", 0, marks=SLOW), (4, "right", 3)])
 def test_padding_changes_no_association_of_a_language_model(unpadded, size, side, extra):
     found = nl.analyze(llama(), texts(size, side, extra), OF_TEXTS, layers=LAYERS)
     assert len({layer for layer, _ in found.matrices}) == 3
@@ -349,8 +349,15 @@ def test_a_loss_of_the_users_has_a_hessian_and_an_empirical_curvature_but_no_gau
         nl.analyze(network(), batches(), ["backward_ggn"], layers="3", loss=loss)
 
 
-@pytest.mark.parametrize("task", ["regression", "multilabel"])
-@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+KNOWN = [
+    ("regression", "exact"),
+    ("multilabel", "exact"),
+    ("multilabel", "sampled"),
+    pytest.param("regression", "sampled", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("task", "curvature"), KNOWN)
 def test_the_curvature_of_other_tasks_is_the_hessian_behind_a_linear_layer(task, curvature):
     g, (x, _) = torch.Generator().manual_seed(2), rows()
     y = torch.randn(60, 4, generator=g, dtype=torch.float64)

@@ -13,7 +13,7 @@ from nodelens.interventions.cells import _PASS, WAYS, CellPasses, GridCell, _par
 from nodelens.interventions.patching.grid import COMPONENTS, GridOptions, grid_sites
 from nodelens.interventions.token_model import TokenModel
 
-FAST = ["gpt2", "falcon alibi", "bloom", "mixtral", "gemma2"]
+FAST = ["gpt2", "bloom", "mixtral", "gemma2"]
 TOKENS = ids(1, 7)[0]
 
 

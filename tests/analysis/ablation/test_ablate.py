@@ -101,7 +101,7 @@ def by_masks(net, data, groups, index, **options):
     return np.array(found)
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, mixtral, branches], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), mixtral, branches], ids=lambda f: f.__name__)
 def test_the_damage_is_that_of_a_pruning_mask(make):
     net, data = make(), images() if make is branches else texts([9, 12, 10, 5, 7], 2)
     groups = nl.find_groups(net, data[0])
@@ -540,8 +540,13 @@ def _share(rank, home, how, shares):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[2, 3], [0, 4, 1]], ids=label)
-@pytest.mark.parametrize("how", ["zero", "mean", "resample"])
+FAST = [("zero", [2, 3]), ("mean", [0, 4, 1]), ("resample", [0, 4, 1])]
+SHARES = [(how, shares) for how in ("zero", "mean", "resample") for shares in ([2, 3], [0, 4, 1])]
+
+
+@pytest.mark.parametrize(
+    ("how", "shares"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in SHARES], ids=label
+)
 def test_processes_equal_one_also_where_one_has_no_data(tmp_path, how, shares):
     method = "spawn" if torch.cuda.is_initialized() else "fork"
     mp.start_processes(_share, (str(tmp_path), how, shares), len(shares), start_method=method)
