@@ -698,14 +698,17 @@ def _work(rank, world, where, shares):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[5, 7], [0, 12]], ids=label)
+SHARES = [[5, 0, 7], *(pytest.param(shares, marks=pytest.mark.slow) for shares in ([5, 7], [0, 12]))]
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=label)
 def test_processes_add_up(tmp_path, mixtral, shares):
     start = "fork" if not torch.cuda.is_initialized() else "spawn"
-    mp.start_processes(_work, (2, str(tmp_path), shares), 2, start_method=start)
+    mp.start_processes(_work, (len(shares), str(tmp_path), shares), len(shares), start_method=start)
     alone = nl.analyze_model(mixtral, batches(), sample_limit=30, novelty_k=6, max_tokens=None)
     found = load_bundle(tmp_path / "run")
     same(found, alone)
-    assert found.metadata["processes"] == 2
+    assert found.metadata["processes"] == len(shares)
     assert found.metadata["tokens_observed"] == 105
     assert load_bundle(tmp_path / "short").metadata["tokens_observed"] == 41
 
