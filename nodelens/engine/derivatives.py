@@ -165,7 +165,7 @@ class Derivatives:
         for fold, v in unit_vectors(call, derivative, keep, self.batch, self.seed, self._size([call])):
             product = times(v)
             y = call.rows(torch.zeros_like(v) if product is None else product)
-            target.collector.add(target.need, self.batch, call.rows(v), keep, y, first, fold=fold, folds=derivative.folds)
+            target.collector.add(target.need, self.batch, call.rows(v), keep, y, first, fold=fold)
             first = False
 
     def _distribute(
@@ -191,7 +191,7 @@ class Derivatives:
             if len(target.calls) > 1 or target.collector is not target.calls[0].collector:
                 x = target.collector.chosen_units(x)
             keep = self._kept(target, derivative)
-            target.collector.add(target.need, self.batch, x, keep, first=first, fold=fold, folds=derivative.folds)
+            target.collector.add(target.need, self.batch, x, keep, first=first, fold=fold)
 
     def _kept(self, target: SumTarget, derivative: Derivative) -> Tensor:
         """The rows that count, (samples, positions): of a loss those of samples with a label."""

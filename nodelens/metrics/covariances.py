@@ -7,6 +7,8 @@ from nodelens.statistics import Gram, Moments
 from nodelens.statistics.base import derived, is_derived
 from nodelens.statistics.linalg import constant, correlation, eigenvalues, principal_axes
 
+EVEN = 4  # largest ratio of the rounding errors of units that counts as even
+
 
 @derived
 def constant_units(y: Gram | Moments) -> Tensor:
@@ -37,11 +39,12 @@ def rounding_of(y: Gram, standardized: bool) -> Tensor:
 @derived
 def eigenvalues_of(y: Gram, standardized: bool) -> Tensor:
     """Eigenvalues of the covariance, or of the correlations, (units,), largest first; 0 for those that rounding hides."""
-    live = int((~constant_units(y)).sum())
-    singular = int(y.n) <= live or live < len(y.shift)  # then some eigenvalues are hidden, which eigenvectors tell
-    found = None
-    if not singular and not is_derived(axes_of, y, standardized):
-        found = eigenvalues(_matrix(y, standardized), rounding_of(y, standardized))
+    found, rounding = None, rounding_of(y, standardized)
+    of_units = rounding[~constant_units(y)]
+    # with no more rows than units some eigenvalues are hidden: only eigenvectors tell which, unless the rounding is even
+    uneven = 0 < int(y.n) <= len(of_units) and bool(of_units.amax() > EVEN * of_units.amin())
+    if not uneven and not is_derived(axes_of, y, standardized):
+        found = eigenvalues(_matrix(y, standardized), rounding)
     return axes_of(y, standardized)[0] if found is None else found
 
 

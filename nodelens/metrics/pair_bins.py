@@ -1,11 +1,14 @@
 """Information that pairs of units carry about a class, from histograms whose bins hold equal shares of the rows."""
 
 import math
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # cells of joint histograms counted at once
+_BLOCK = 1 << 18  # counts formed at once: they stay in the cache of a core
+_MOST = 1000  # bits of a product in float64: it overflows beyond 1,023
 _ROUNDING = 1e-5  # of a column's range: differences that float32 activations of the same input may have
 
 
@@ -15,17 +18,17 @@ def quantile_bins(x: Tensor, bins: int) -> Tensor:
     Equal entries share a bin, so all zeros of a unit behind a ReLU are in one bin. Entries are equal if they differ by less than
     1e-5 of the column's range: edges lie between entries that rounding cannot exchange, so that batches change no bin.
     """
-    n = len(x)
+    n, columns = len(x), x.T.contiguous()  # (d, n)
     places = (torch.arange(1, bins, device=x.device) * n + bins - 1) // bins - 1  # of order statistics
-    ordered = torch.cat([x.sort(0).values, x.new_full((1, x.shape[1]), torch.inf)])
-    apart = ordered.diff(dim=0) > _ROUNDING * (ordered[n - 1] - ordered[0])  # (n, d); the last is always true
-    gap = torch.where(apart, torch.arange(n, device=x.device)[:, None], n - 1).flip(0).cummin(0).values.flip(0)  # the next one
-    below = gap[places.clamp_min(0)]
-    edges = (0.5 * (ordered.gather(0, below) + ordered.gather(0, below + 1))).T.contiguous()  # (d, bins - 1)
+    ordered = torch.cat([columns.sort(1).values, x.new_full((len(columns), 1), torch.inf)], 1)
+    apart = ordered.diff(dim=1) > _ROUNDING * (ordered[:, n - 1 : n] - ordered[:, :1])  # (d, n); the last is always true
+    gap = torch.where(apart, torch.arange(n, device=x.device), n - 1).flip(1).cummin(1).values.flip(1)  # the next one
+    below = gap[:, places.clamp_min(0)]
+    edges = 0.5 * (ordered.gather(1, below) + ordered.gather(1, below + 1))  # (d, bins - 1)
     first = torch.ones_like(edges, dtype=torch.bool)
     first[:, 1:] = edges[:, 1:] > edges[:, :-1]
     edges = edges.where(first, torch.inf).sort(1).values  # equal quantiles count once
-    return torch.searchsorted(edges, x.T.contiguous()).T
+    return torch.searchsorted(edges, columns).T
 
 
 def class_information_of_pairs(bins_of_units: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -33,43 +36,78 @@ def class_information_of_pairs(bins_of_units: Tensor, label: Tensor, bins: int) 
 
     Shapes: bins_of_units (n, d) and label (n,), int64, from 0. I = H(c) + H(bins) - H(c, bins)
     """
-    n, d = bins_of_units.shape
-    kinds = label.unique(return_inverse=True)[1]
-    within = [bins_of_units[kinds == c] for c in range(int(kinds.max()) + 1)]
-    step, pairs = max(1, _BLOCK // (d * bins * bins)), torch.zeros(d, d, dtype=torch.float64, device=label.device)
-    for a in range(0, d, step):
-        block = -_of_counts(bins_of_units, bins, a, a + step)
-        for rows in within:
-            block += _of_counts(rows, bins, a, a + step)
-        pairs[a : a + step, a:] = block
-    sizes = kinds.bincount().double()
-    pairs = (pairs.triu() + pairs.triu(1).T - torch.special.xlogy(sizes, sizes).sum() + n * math.log(n)) / n
-    return pairs.diagonal().clone(), pairs
+    rows, n = bins_of_units.cpu(), len(label)
+    kinds = label.cpu().unique(return_inverse=True)[1]
+    sizes = kinds.bincount()
+    within = rows[kinds.argsort(stable=True)].split(sizes.tolist())
+    pairs = _sum_over_rows([each for each in within if len(each) < bins * bins], rows.shape[1])
+    for each in within:
+        if len(each) >= bins * bins:
+            pairs += _sum_over_cells(each, bins)
+    pairs -= _sum_over_cells(rows, bins)
+    pairs = (pairs.triu() + pairs.triu(1).T - torch.special.xlogy(sizes, sizes.double()).sum() + n * math.log(n)) / n
+    return pairs.diagonal().to(label.device, copy=True), pairs.to(label.device)
 
 
-def _of_counts(rows: Tensor, bins: int, first: int, last: int) -> Tensor:
-    """The sum of m ln m over the joint bins of two units, m the rows in the bin, for units first .. last - 1 and first .. d - 1.
+def _sum_over_cells(rows: Tensor, bins: int) -> Tensor:
+    """The sum of m ln m over the joint bins of two units, m the rows in the bin, (d, d), in the upper triangle.
 
-    It equals the sum of ln m over the rows, m the rows in the same joint bin. The shorter of the two sums is computed.
+    Bins are masks of rows. The bits that two have in common are counted faster than by a product of matrices of zeros and ones.
     """
-    if len(rows) < bins * bins:
-        same = (rows[:, None, first:] == rows[:, first:]).float()  # (n, n, d - first)
-        return _sum_of_logs(same[:, :, : last - first].mT @ same, len(rows))
-    numbers = torch.arange(len(rows) + 1, dtype=torch.float64, device=rows.device)
-    member = torch.nn.functional.one_hot(rows[:, first:], bins).transpose(1, 2).float()  # (n, bins, d - first)
-    terms = _looked_up(torch.special.xlogy(numbers, numbers), member[:, :, : last - first].flatten(1).T @ member.flatten(1))
-    return terms.unflatten(0, (bins, -1)).sum(0).unflatten(1, (bins, -1)).sum(1)  # one axis after the other, which is faster
+    n, d = rows.shape
+    numbers = torch.arange(n + 1, dtype=torch.float64)
+    terms, masks, found = torch.special.xlogy(numbers, numbers), _masks(rows, bins), torch.zeros(d, d, dtype=torch.float64)
+    for a, b in _blocks(d, bins * bins):
+        first, second = masks[:, :, a].reshape(len(masks), -1, 1), masks[:, :, b].reshape(len(masks), 1, -1)
+        count = np.bitwise_count(first[0] & second[0]).astype(np.uint8 if n < 256 else np.int32, copy=False)
+        for left, right in zip(first[1:], second[1:], strict=True):
+            count += np.bitwise_count(left & right)
+        cells = terms.index_select(0, torch.from_numpy(count).int().flatten()).view(bins, -1)
+        found[a, b] = cells.sum(0).view(a.stop - a.start, bins, -1).sum(1)  # one axis after the other, which is faster
+    return found
 
 
-def _sum_of_logs(count: Tensor, most: int) -> Tensor:
-    """The sum over the first axis of ln m, m whole numbers from 1 to ``most`` in float32. Products of them need few logs."""
+def _masks(rows: Tensor, bins: int) -> np.ndarray:
+    """For each 64 rows, bin and unit the rows that are in the bin, as bits of a number: (n / 64, bins, d) uint64."""
+    member = (rows[:, None] == torch.arange(bins)[:, None]).numpy()
+    packed = np.zeros((-(-len(rows) // 64) * 8, bins, rows.shape[1]), np.uint8)
+    packed[: -(-len(rows) // 8)] = np.packbits(member, axis=0)
+    return np.ascontiguousarray(np.moveaxis(packed.reshape(-1, 8, *packed.shape[1:]), 1, -1)).view(np.uint64)[..., 0]
+
+
+def _sum_over_rows(classes: Sequence[Tensor], width: int) -> Tensor:
+    """The same, added over classes: it equals the sum of ln m over the rows, which is shorter where rows are few.
+
+    Logarithms are taken of products of the m, of as many as float64 holds.
+    """
+    found, product, bits = torch.zeros(width, width, dtype=torch.float64), torch.ones(width, width, dtype=torch.float64), 0.0
+    for rows in classes:
+        each = math.log2(max(2, len(rows)))  # bits of the largest m
+        for some in rows.split(int(_MOST / each)):
+            if bits + len(some) * each > _MOST:
+                found, bits = found + product.log(), 0.0
+                product.fill_(1)
+            same = (some[:, None] == rows).float()  # (some, n, d)
+            for a, b in _blocks(width, len(some)):
+                product[a, b] *= _product(same[:, :, a].mT @ same[:, :, b], len(rows))
+            bits += len(some) * each
+    return found + product.log()
+
+
+def _product(count: Tensor, most: int) -> Tensor:
+    """The product over the first axis, of whole numbers from 1 to ``most`` in float32, in float64."""
     exact = max(1, int(24 / math.log2(max(2, most))))  # so many factors have a product without rounding in float32
-    partial = [part.prod(0) for part in count.split(exact)]
-    whole = max(1, int(1000 / math.log2(max(2, most))) // exact)  # so many of these do not overflow in float64
-    chunks = [partial[a : a + whole] for a in range(0, len(partial), whole)]
-    return torch.stack([torch.stack(chunk).prod(0, dtype=torch.float64).log() for chunk in chunks]).sum(0)
+    first, *rest = (part.prod(0) for part in count.split(exact))
+    product = first.double()
+    for part in rest:
+        product *= part
+    return product
 
 
-def _looked_up(table: Tensor, count: Tensor) -> Tensor:
-    """The entries of a table at counts (..., columns): gather is several times faster than indexing."""
-    return table.expand(count[..., 0].numel(), -1).gather(1, count.flatten(0, -2).long()).view(count.shape)
+def _blocks(width: int, each: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks (rows, columns) over the upper triangle of a matrix of this width, ``each`` counts per entry."""
+    first = 0
+    while first < width:
+        last = min(width, first + max(1, _BLOCK // (each * (width - first))))
+        yield slice(first, last), slice(first, width)
+        first = last

@@ -56,8 +56,8 @@ class ByClass(ClassStatistic):
         """From rows or their per-sample sums; target (samples,) holds class numbers from 0, below 0 for no class."""
         rows = _sample_sums(x, "squares", weights, shift)
         member = _one_hot(rows, target)
-        squares = rows.tables()["squares"]
-        return cls(_class_counts(member, rows), rows.shift, member.T @ rows.sums.double(), member.T @ squares.double())
+        total, square = (_in_classes(member, table) for table in (rows.sums, rows.tables()["squares"]))
+        return cls(_class_counts(member, rows), rows.shift, total, square)
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n[:, None]
@@ -96,7 +96,7 @@ class ClassSizes(ClassStatistic):
         """From rows or their per-sample sums; target (samples,) holds class numbers from 0, below 0 for no class."""
         rows = _sample_sums(x, "absolutes", weights, shift)
         member = _one_hot(rows, target)
-        return cls(_class_counts(member, rows), member.T @ rows.tables()["absolutes"].double())
+        return cls(_class_counts(member, rows), _in_classes(member, rows.tables()["absolutes"]))
 
     @property
     def mean(self) -> Tensor:
@@ -247,6 +247,16 @@ def _one_hot(rows: Rows | SampleSums, target: Tensor) -> Tensor:
     keep = (target >= 0) & (rows.counts[:, 0] > 0)
     classes = int(target.max()) + 1 if len(target) else 0
     return torch.nn.functional.one_hot(target.clamp_min(0).long(), max(classes, 1)).where(keep[:, None], 0).double()
+
+
+def _in_classes(member: Tensor, table: Tensor) -> Tensor:
+    """Sums over the samples of each class, (K, d) float64, given their membership, (samples, K)."""
+    table = table.double()
+    if table.device.type != "cpu":  # where index_add_ would add in a random order
+        return member.T @ table
+    kept = member.sum(1) > 0
+    table, member = (table, member) if bool(kept.all()) else (table[kept], member[kept])
+    return table.new_zeros(member.shape[1], table.shape[1]).index_add_(0, member.argmax(1), table)
 
 
 def _class_counts(member: Tensor, rows: Rows | SampleSums) -> Tensor:

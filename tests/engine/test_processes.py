@@ -1,6 +1,5 @@
 """One process and three, one of them empty: the same tables, for every statistic and every metric."""
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +7,7 @@ import torch.multiprocessing as mp
 from cases_metrics import NAMES_PLAIN as NAMES_CONVOLUTIONAL
 from cases_metrics import batches as in_batches
 from cases_metrics import convolutional, rows, start_of
-from compare import close, same
+from compare import close, near, same
 from ids import label
 from laws import drifting, make
 from nets import Mixed, batches, build, images
@@ -88,11 +87,3 @@ def test_processes_add_up(tmp_path, shares, alone):
 
 def analyze(net, data, names):
     return nl.analyze(net, data, names, initial=start_of(net))
-
-
-def near(a, b):
-    """Equal up to the rounding of sums in float64 in another order, which a difference of leave-outs shows more."""
-    assert list(a.columns) == list(b.columns)
-    for column in a.select_dtypes("number"):
-        scale = float(b[column.removesuffix("_se")].abs().max())
-        np.testing.assert_allclose(a[column], b[column], rtol=1e-6, atol=1e-9 * scale + 1e-12, err_msg=column)

@@ -11,7 +11,7 @@ from planted import equal, golden_cases, planted
 from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
-from nodelens.metrics.pair_bins import _sum_of_logs, quantile_bins
+from nodelens.metrics.pair_bins import class_information_of_pairs, quantile_bins
 from nodelens.statistics import ByClass, ClassGram, Gram, Sample
 from nodelens.statistics.rows import Rows
 
@@ -322,8 +322,16 @@ def test_mistakes_are_named(call, words):
         call()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 13, 35, 1600])
-def test_sums_of_logs_of_counts_do_not_overflow_and_lose_no_digits(rows):
-    counts = torch.randint(1, rows + 1, (rows, 4, 5), generator=torch.Generator().manual_seed(0)).float()
-    counts[:, 0, 0] = rows
-    assert_close(_sum_of_logs(counts, rows), counts.double().log().sum(0), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize(("rows", "bins", "classes"), [(40, 3, 2), (90, 8, 3), (400, 6, 40), (700, 40, 2), (300, 2, 1)])
+def test_information_of_pairs_is_that_of_a_slow_loop(rows, bins, classes):
+    """Classes of one row to 700; few and many rows per bin; products of counts that would overflow."""
+    generator = torch.Generator().manual_seed(0)
+    y, label = torch.randint(bins, (rows, 5), generator=generator), torch.randint(classes, (rows,), generator=generator)
+    y[:, 0] = 1  # one bin holds all rows
+    y[:, 1] = y[:, 1].clamp_max(1)
+    y[:, 2] = label % bins
+    label[0] = classes  # a class of one row
+    single, pairs = class_information_of_pairs(y, label, bins)
+    units, c = y.T.tolist(), label.tolist()
+    near(single, [plug_in(unit, c) for unit in units], 1e-12)
+    near(pairs, [[plug_in(one, other, c) for other in units] for one in units], 1e-12)

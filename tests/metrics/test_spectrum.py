@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
 from nodelens.statistics import Gram
-from nodelens.statistics.linalg import spectrum
+from nodelens.statistics.linalg import eigenvalues, principal_axes, spectrum
 
 SHARES = ["top1_share", "top10_share", "top32_share"]
 COLUMNS = ["d_pr", "d_pr_norm", "d_entropy", "d_entropy_norm", "stable_rank", *SHARES, "k90", "k95", "log_spectrum_slope_10_200"]
@@ -317,3 +317,19 @@ def test_a_dead_unit_and_a_single_one():
 def test_mistakes_are_named(name, options, words):
     with pytest.raises(ValueError, match=words):
         get_metric(name, **options)
+
+
+@pytest.mark.parametrize("uneven", [1.0, 1e4], ids=["even", "uneven"])
+@pytest.mark.parametrize("rank", [0, 3, 9, 10])
+def test_eigenvalues_need_eigenvectors_only_where_the_rounding_of_units_differs(rank, uneven):
+    x = torch.randn(40, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.nn.functional.pad(x @ torch.randn(rank, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64), (0, 2))
+    c = x.T @ x  # the last two units are always 0, and have no part in the other axes
+    rounding = torch.full((12,), 1e-8, dtype=torch.float64)
+    rounding[0], rounding[-1] = 1e-8 * uneven, 1e9
+    found, expected = eigenvalues(c, rounding), principal_axes(c, rounding.where(c.diagonal() > 0, 1e-8))[0]
+    assert int((expected > 0).sum()) == rank
+    assert_close(found, expected, rtol=1e-9, atol=0)
+    between = c + 1e-6 * torch.eye(12, dtype=torch.float64)  # eigenvalues above the rounding of one unit, below that of another
+    if rank in (3, 9) and uneven > 1:
+        assert eigenvalues(between, rounding) is None
