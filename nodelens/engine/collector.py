@@ -98,7 +98,8 @@ class Collector:
         elif self._large_enough(rows):
             sums, order = self._process_rows(rows, batch.group, batch.hashes, label)
             if self.reduced:
-                self._buffer("sums", taken(batch.group, order), sums.tables() | {k: taken(t, order) for k, t in label.items()})
+                ordered = {k: taken(t, order) for k, t in {"group": batch.group, **label}.items()}
+                self._buffer("sums", **sums.tables(), **ordered)
             back = None if order is None else order.argsort()
             self.means += [self._sums_to_samples(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
         else:
@@ -126,7 +127,7 @@ class Collector:
         if rows is not None and self.by_sample:
             tables = {f"target{k}": targets[target] for k, target in enumerate(self.targets)}
             hashes = {"hash": batch.hashes} if any(need.statistic.takes_hashes for need in self.by_sample) else {}
-            self._buffer("samples", batch.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **tables, **hashes})
+            self._buffer("samples", group=batch.group, raw=rows.raw[:, :, 0], keep=rows.mask()[:, 0], **tables, **hashes)
 
     def flush(self) -> None:
         """Adds all buffered rows."""
@@ -139,10 +140,9 @@ class Collector:
         if rows.grid != self.grid and "rows" in self.buffers:
             self._process_buffer("rows")  # maps of different sizes cannot share a buffer
         self.grid = rows.grid
-        self._buffer("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "hash": batch.hashes, **label})
+        self._buffer("rows", group=batch.group, raw=rows.raw, keep=rows.mask(), hash=batch.hashes, **label)
 
-    def _buffer(self, kind: Any, group: Tensor, tables: dict[str, Tensor]) -> None:
-        tables = {"group": group, **tables}
+    def _buffer(self, kind: Any, **tables: Tensor) -> None:
         if kind not in self.buffers:
             self.buffers[kind] = Buffer(self._capacity(kind, tables))
         buffer = self.buffers[kind]
@@ -153,7 +153,6 @@ class Collector:
             self._process_buffer(kind)
 
     def _capacity(self, kind: Any, tables: dict[str, Tensor]) -> int:
-        """How many samples a buffer holds."""
         return buffer_rows(kind, bytes_of(tables), tables["raw"].shape[2] if kind == "rows" else 1)
 
     def _process_buffer(self, kind: Any) -> None:
@@ -222,7 +221,7 @@ class Collector:
         sums = patch_sums(rows, self.site.layer.geometry)
         if count:
             self._count(rows, group, sums.masked)
-        self._buffer("entries", group, sums.tables() | label)
+        self._buffer("entries", group=group, **sums.tables(), **label)
 
     def _add_maps(self, rows: Rows, group: Tensor, count: bool) -> None:
         """Adds samples of a convolution's input to the sums of maps, which are restarted if the image size changes."""
@@ -245,8 +244,7 @@ class Collector:
         """Adds rows of one group to the statistics that need whole rows, or those at the positions drawn."""
         for need in self.products:
             chosen = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
-            sums = self.sums[need]
-            sums.add_rows(chosen, group if len(sums.parts) > 1 else 0)
+            self.sums[need].add_rows(chosen, group if len(self.sums[need].parts) > 1 else 0)
 
     def _add_sums(self, needs: list[Need], sums: SampleSums, group: Tensor, label: dict[str, Tensor]) -> None:
         for g, a, b in group_slices(group) if needs else ():

@@ -117,7 +117,7 @@ class DerivativeCollector(Collector):
         if gram is not None and (held is None or not torch.equal(held, gram)):
             self._process_buffer(kind)
             self.grams[kind] = gram
-        self._buffer(kind, batch.group, tables)
+        self._buffer(kind, group=batch.group, **tables)
 
     def _capacity(self, kind: Any, tables: dict[str, Tensor]) -> int:
         _, k, width, positions = tables["x"].shape
