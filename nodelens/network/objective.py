@@ -100,7 +100,7 @@ class Objective:
         """
         if self.task == "seq2seq":
             return replace(self, decoder=decoder_sites(model, self.batch(given)))
-        batch = Batch.of(given, task=self.task, required=self.required)
+        batch = Batch.of(given, task=self.task, required=self.required, hashes=torch.empty(0, dtype=torch.int64))  # read by nothing
         y, task = batch.labels, self.task
         if y is None or (self.loss is not None and task):
             return self
