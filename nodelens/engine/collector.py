@@ -101,7 +101,8 @@ class Collector:
                 ordered = {k: taken(t, order) for k, t in {"group": batch.group, **label}.items()}
                 self._buffer("sums", **sums.tables(), **ordered)
             back = None if order is None else order.argsort()
-            self.means += [self._sums_to_samples(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
+            per_sample = totals_of if "grad" in self.site.port else means_of
+            self.means += [per_sample(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
         else:
             self._buffer_rows(rows, batch, label)
             self.means += [self._to_samples(rows.finite())] if self.needs_means else []
@@ -160,21 +161,23 @@ class Collector:
         tables = self.buffers[kind].take()
         group = tables.pop("group")
         if not len(group):
-            return
+            return None
         if kind == "rows":
-            self._add_rows(tables, group)
-            return
+            return self._add_rows(tables, group)
         order = sorting(group)
         tables, group = {k: taken(t, order) for k, t in tables.items()}, taken(group, order)
         label = {"label": tables.pop("label")} if "label" in tables else {}
         if kind == "samples":
             raw, keep = tables.pop("raw"), tables.pop("keep")
             self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, tables)
-            return
-        shift = self.shift["positions"][0]
-        per_unit = tables["sums"].shape[1] // len(shift)
-        sums = SampleSums.of_tables(tables, shift.repeat_interleave(per_unit))
+            return None
+        shift, shifted = self.shift["positions"]
+        if kind == "entries":  # the same tensor each time, so that sums are added in place
+            of_entries = shift.repeat_interleave(tables["sums"].shape[1] // len(shift))
+            shift, shifted = self.shift.setdefault(kind, (of_entries, shifted))
+        sums = SampleSums.of_tables(tables, shift)
         self._add_sums(self.reduced if kind == "sums" else self.entries, sums, group, label)
+        return None
 
     def _add_rows(self, tables: dict[str, Tensor], group: Tensor) -> None:
         """Adds buffered rows."""
@@ -251,7 +254,7 @@ class Collector:
             part = sums.map(lambda t, a=a, b=b: t[a:b])  # type: ignore[misc]
             for need in needs:
                 target = [label["label"][a:b]] if need.target else []
-                self.put(need, g, need.statistic.of(part, *target))  # type: ignore[attr-defined]
+                self.sums[need].add_rows(part, g if len(self.sums[need].parts) > 1 else 0, *target)
 
     def _add_samples(self, rows: Rows, group: Tensor, tables: Mapping[str, Tensor]) -> None:
         """Adds one row per sample, in float64: there are few rows, and standard errors are small differences."""
@@ -315,6 +318,3 @@ class Collector:
         if "grad" in self.site.port:
             return rows.sample_totals()
         return rows.copy() if rows.raw.shape[2] == 1 else rows.sample_means()
-
-    def _sums_to_samples(self, sums: SampleSums) -> Rows:
-        return totals_of(sums) if "grad" in self.site.port else means_of(sums)

@@ -129,9 +129,11 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
     for key, k in last.items():
         done.setdefault(k, []).append(key)
 
+    values: dict[tuple[str, str], dict] = {}  # of the weights, which are the same without any group
+
     @torch.no_grad()
     def without(group: int | None) -> None:
-        shared = SharedSums(plan, group)
+        shared = SharedSums(plan, group, values)
         for k, estimator in enumerate(estimators):
             estimator.evaluate(shared, samples)
             shared.release(done.get(k, ()))

@@ -1,7 +1,8 @@
 """Sums per class: moments, absolute values, and second moments of pairs within each class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,9 +28,16 @@ class ClassStatistic(Statistic):
         classes = max(len(self.n), len(other.n))
         return Statistic.__add__(self.widen(classes), other.widen(classes))
 
+    @classmethod
+    def added(cls, parts: Sequence[Self]) -> Self:
+        classes = max(len(part.n) for part in parts)
+        return super().added([part.widen(classes) for part in parts])
+
     def widen(self, classes: int) -> Self:
         """The same sums, padded with zeros to a larger number of classes."""
         more = classes - len(self.n)
+        if not more:
+            return self
         return type(self)(**{k: t if k in self.shifts else _padded(t, more) for k, t in self.tensors().items()})
 
     def only(self, classes: Tensor) -> Self:
@@ -56,8 +64,14 @@ class ByClass(ClassStatistic):
         """From rows or their per-sample sums; target (samples,) holds class numbers from 0, below 0 for no class."""
         rows = _sample_sums(x, "squares", weights, shift)
         member = _one_hot(rows, target)
-        total, square = (_in_classes(member, table) for table in (rows.sums, rows.tables()["squares"]))
-        return cls(_class_counts(member, rows), rows.shift, total, square)
+        squares = rows.tables()["squares"]
+        return cls(_class_counts(member, rows), rows.shift, member.T @ rows.sums.double(), member.T @ squares.double())
+
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
+        if not isinstance(rows, SampleSums) or rows.shift is not self.shift:
+            return False
+        values = rows.counts[:, 0], rows.sums, rows.tables()["squares"]
+        return _index_add(target[0], rows, list(zip((self.n, self.total, self.square), values, strict=True)))
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n[:, None]
@@ -96,7 +110,12 @@ class ClassSizes(ClassStatistic):
         """From rows or their per-sample sums; target (samples,) holds class numbers from 0, below 0 for no class."""
         rows = _sample_sums(x, "absolutes", weights, shift)
         member = _one_hot(rows, target)
-        return cls(_class_counts(member, rows), _in_classes(member, rows.tables()["absolutes"]))
+        return cls(_class_counts(member, rows), member.T @ rows.tables()["absolutes"].double())
+
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
+        if not isinstance(rows, SampleSums):
+            return False
+        return _index_add(target[0], rows, [(self.n, rows.counts[:, 0]), (self.absolute, rows.tables()["absolutes"])])
 
     @property
     def mean(self) -> Tensor:
@@ -249,14 +268,18 @@ def _one_hot(rows: Rows | SampleSums, target: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(target.clamp_min(0).long(), max(classes, 1)).where(keep[:, None], 0).double()
 
 
-def _in_classes(member: Tensor, table: Tensor) -> Tensor:
-    """Sums over the samples of each class, (K, d) float64, given their membership, (samples, K)."""
-    table = table.double()
-    if table.device.type != "cpu":  # where index_add_ would add in a random order
-        return member.T @ table
-    kept = member.sum(1) > 0
-    table, member = (table, member) if bool(kept.all()) else (table[kept], member[kept])
-    return table.new_zeros(member.shape[1], table.shape[1]).index_add_(0, member.argmax(1), table)
+def _index_add(target: Tensor, rows: SampleSums, tables: list[tuple[Tensor, Tensor]]) -> bool:
+    """Adds each sample to its class, for pairs of sums (K, ...) and values (samples, ...), in place; returns whether it did.
+
+    It is not done for a class that the sums do not have, or on a GPU, where index_add_ would add in a random order.
+    """
+    if rows.counts.device.type != "cpu" or (len(target) and int(target.max()) >= len(tables[0][0])):
+        return False
+    keep = (target >= 0) & (rows.counts[:, 0] > 0)
+    every = bool(keep.all())
+    for sums, values in tables:
+        sums.index_add_(0, target if every else target[keep], (values if every else values[keep]).to(sums.dtype))
+    return True
 
 
 def _class_counts(member: Tensor, rows: Rows | SampleSums) -> Tensor:
@@ -264,7 +287,7 @@ def _class_counts(member: Tensor, rows: Rows | SampleSums) -> Tensor:
 
 
 def _padded(table: Tensor, more: int) -> Tensor:
-    return torch.cat([table, table.new_zeros(more, *table.shape[1:])]) if more else table
+    return torch.cat([table, table.new_zeros(more, *table.shape[1:])])
 
 
 def _centred_squares(square: Tensor, total: Tensor, n: Tensor) -> Tensor:

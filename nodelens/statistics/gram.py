@@ -29,7 +29,7 @@ class Gram(Statistic):
         total, outer = rows.total, rows.outer
         return cls(rows.n, rows.shift, total, outer, rounding_error(rows, total, outer.diagonal()))
 
-    def add_rows_in_place(self, rows: Any) -> bool:
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         if rows.shift is not self.shift:
             return False
         self._add(rows)
@@ -37,7 +37,8 @@ class Gram(Statistic):
 
     def _add(self, rows: Rows) -> None:
         total, outer = rows.total, rows.outer
-        self.n.add_(rows.n)
+        samples, _, positions = rows.raw.shape
+        self.n.add_(samples * positions if rows.keep is None else rows.n)
         self.total.add_(total)
         self.outer.add_(outer)
         self.rounding.add_(rounding_error(rows, total, outer.diagonal()))
@@ -73,11 +74,13 @@ class Gram(Statistic):
 
 def rounding_error(rows: Rows, total: Tensor, square: Tensor) -> Tensor:
     """Error of sums of squares about the shift, (d,): that of the products, and that of rows which are float32 themselves."""
-    error = resolution(rows.product_dtype(rows), len(square)) * square
+    share = resolution(rows.product_dtype(rows), len(square))
     if rows.raw.dtype == torch.float64:
-        return error
-    uncentred = square + 2 * rows.shift * total + rows.n * rows.shift.square() if rows.shifted else square
-    return error + torch.finfo(rows.raw.dtype).eps ** 2 * uncentred
+        return share * square
+    of_rows = torch.finfo(rows.raw.dtype).eps ** 2
+    if not rows.shifted:
+        return (share + of_rows) * square
+    return share * square + of_rows * (square + 2 * rows.shift * total + rows.n * rows.shift.square())
 
 
 @dataclass(frozen=True, eq=False)

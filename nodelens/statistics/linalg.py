@@ -81,9 +81,10 @@ def sum_of_products(x: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
 
     Rows of another dtype are narrow: a few samples at a time are converted, and their products formed while they are in the cache.
     """
-    out = torch.zeros(x.shape[1], z.shape[1], dtype=dtype, device=x.device)
     if x.dtype == z.dtype == dtype or x.device.type != "cpu":
-        return out.addbmm_(x.to(dtype), z.to(dtype).mT).double()
+        out = torch.empty(x.shape[1], z.shape[1], dtype=dtype, device=x.device)
+        return out.addbmm_(x.to(dtype), z.to(dtype).mT, beta=0).double()
+    out = torch.zeros(x.shape[1], z.shape[1], dtype=dtype)
     step = max(1, CACHED // max(1, x[:1].numel() + z[:1].numel()))
     for a, b in zip(x.split(step), (x if z is x else z).split(step), strict=True):
         a = a.to(dtype)

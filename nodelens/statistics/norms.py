@@ -77,7 +77,7 @@ class Directions(Gram):
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         return cls(**Gram.of(Rows.of(x, weights, shift).directions).tensors())
 
-    def add_rows_in_place(self, rows: Any) -> bool:
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         self._add(rows.directions)
         return True
 

@@ -9,6 +9,7 @@ from .bins import BINS, DROPPED, LOW
 from .linalg import FEW, exact_products
 
 SUMS = ("sums", "squares", "cubes", "fourths", "absolutes", "nonzeros", "largest")
+PIECE = 1 << 18  # values whose bins are found at once, so that they stay in the cache
 _SIZES = {"absolutes", "nonzeros", "largest"}
 _POWERS = {"cubes", "fourths", "norms"}
 _LEADING = (1 << 31 - DROPPED) - 1  # the bits of a float32 that a bin reads, without the sign
@@ -84,8 +85,10 @@ def _over_positions(x: Tensor) -> Tensor:
 
 def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
     """Adds to counts, (width, BINS) of whole numbers, how many of the |values| of each unit lie in each bin, in place."""
-    places, flat = _bin_places(raw, keep), counts.view(-1)
-    flat.scatter_add_(0, places, flat.new_ones(len(places)))  # twice as fast as ones that are expanded
+    flat, step = counts.view(-1), max(1, PIECE // max(1, raw[:1].numel()))
+    for first in range(0, len(raw), step):
+        places = _bin_places(raw[first : first + step], None if keep is None else keep[first : first + step])
+        flat.scatter_add_(0, places, flat.new_ones(len(places)))  # twice as fast as ones that are expanded
     if keep is not None:
         counts[:, 0] -= keep.numel() - keep.sum()  # masked rows were counted as zeros
 
