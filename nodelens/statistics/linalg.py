@@ -10,6 +10,7 @@ MI_CEILING = 1 - 1e-6  # largest rho^2 that float32 products resolve; 6.908 nats
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # a standard deviation below this share of the mean is rounding
 FEW = 32  # positions of a sample that are few for a loop over them
 BAND = 32, 256  # smallest and largest number of units of a band of a product that is formed at once
+SMALL = 1 << 23  # multiplications of a product of which bands take longer to slice and copy than they save
 CACHED = 1 << 18  # numbers of rows that are converted to float64 at once
 SOLVER = 1e-14  # of the largest eigenvalue: error of a float64 eigensolver
 
@@ -65,7 +66,7 @@ def gram_of_rows(a: Tensor) -> Tensor:
     """
     width = len(a)
     step = min(max(-(-width // 64) * 16, BAND[0]), BAND[1])  # a quarter of the width
-    if a.device.type != "cpu" or width < 2 * step:
+    if a.device.type != "cpu" or width < 2 * step or width * a.numel() < SMALL:
         return a @ a.T
     out = a.new_empty(width, width)
     for first in range(0, width, step):
