@@ -430,6 +430,9 @@ ALIKE = {
     "prune amounts=[-0.1]",
     "analyze model=tiny_lm dataset=text dataset.path=texts.txt dataset.batch_size=-3",
     "analyze metrics=[rqq]",
+    "analyze budget.memmory=1GB",
+    "train model.optimizer.lrr=0.1",
+    "prune amount=0.5",
     "analyze metrics=[rq] metrics.rq.relative=yes",
 }
 

@@ -206,7 +206,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.seed,
         settings.reduce,
     )
-    hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective)
+    known = {} if batch is None else {id(asked.first): batch.hashes}
+    hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective, known)
     cuts = None if asked.weights_only else cuts_of(asked.again, hashes, settings.groups, settings.seed, objective)
     return replace(plan, cuts=cuts, hashes=hashes), objective
 
@@ -222,7 +223,7 @@ def run_pass(
     collected: Pass | None = None,
 ) -> Pass:
     """Runs the plan's collectors, or those given, over every batch and returns them. saved: where sums may be stored."""
-    collected = Pass(plan, objective, seed) if collected is None else collected
+    collected = Pass(plan, objective, seed, saves=saved is not None) if collected is None else collected
     begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
@@ -293,12 +294,14 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 
 
-def hashes_of(data: Any, objective: Objective) -> dict[int, Tensor]:
-    """The hashes of the samples of each batch of a list, by the id of the batch.
+def hashes_of(data: Any, objective: Objective, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The hashes of the samples of each batch of a list, by the id of the batch; ``known`` need not be computed.
 
     None of other data, and of subclasses of lists, which may make a batch when it is asked for: another one may have its id then.
     """
-    return {id(given): _hashes(k, given, objective) for k, given in enumerate(data)} if type(data) in (list, tuple) else {}
+    if type(data) not in (list, tuple):
+        return {}
+    return {id(given): known[id(given)] if id(given) in known else _hashes(k, given, objective) for k, given in enumerate(data)}
 
 
 def cuts_of(data: Any, hashes: Mapping[int, Tensor], groups: int, seed: int, objective: Objective) -> Tensor | None:

@@ -15,7 +15,7 @@ LABELS = 64  # the same for a curvature
 INPUTS = 1024  # of a sample, up to which the derivative with respect to each is taken
 MOST = 4096  # backward passes per batch
 FOLDS = 8
-CHUNK = 1 << 25  # bytes of the vectors at layers and predictions that are handled at once
+CHUNK = 1 << 24  # bytes of the vectors at layers and predictions that are handled at once: more do not stay in the cache
 ENOUGH = 256  # vectors of one group that are worth a product of their own, or as many as there are units
 BUFFER = 1 << 25  # bytes of buffered vectors of a layer
 COPIES = 3  # of the vectors at the widest layer: sorted by group, without masked rows, in float64
@@ -122,13 +122,14 @@ def _of_hessian(derivative: Derivative, layer: Layer, layout: Any) -> Derivative
 def vector_bytes(plan: Any) -> int:
     """Upper bound on the bytes of vectors: handled at once, by the kind of derivative that takes the most, and buffered."""
     layers: dict[Derivative, list[Layer]] = {}
-    waiting = 0
+    waiting = [0]
     for layer in plan.read:
         for need in plan.needs(layer):
             if need.port == ASSOCIATION:
                 layers.setdefault(need.options[0], []).append(layer)
-                waiting += _buffered(need.options[0], layer, plan.groups_of(layer, need), plan)
-    return waiting + max((_at_once(derivative, own, plan) for derivative, own in layers.items()), default=0)
+                waiting.append(_buffered(need.options[0], layer, plan.groups_of(layer, need), plan))
+    at_once = [_at_once(derivative, own, plan) for derivative, own in layers.items()]
+    return sum(waiting) + max(*at_once, COPIES * max(waiting)) if at_once else 0
 
 
 def _at_once(derivative: Derivative, layers: list[Layer], plan: Any) -> int:

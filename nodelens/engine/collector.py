@@ -101,7 +101,8 @@ class Collector:
                 ordered = {k: taken(t, order) for k, t in {"group": batch.group, **label}.items()}
                 self._buffer("sums", **sums.tables(), **ordered)
             back = None if order is None else order.argsort()
-            self.means += [self._sums_to_samples(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
+            per_sample = totals_of if "grad" in self.site.port else means_of
+            self.means += [per_sample(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
         else:
             self._buffer_rows(rows, batch, label)
             self.means += [self._to_samples(rows.finite())] if self.needs_means else []
@@ -315,6 +316,3 @@ class Collector:
         if "grad" in self.site.port:
             return rows.sample_totals()
         return rows.copy() if rows.raw.shape[2] == 1 else rows.sample_means()
-
-    def _sums_to_samples(self, sums: SampleSums) -> Rows:
-        return totals_of(sums) if "grad" in self.site.port else means_of(sums)

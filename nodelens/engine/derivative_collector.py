@@ -114,7 +114,7 @@ class DerivativeCollector(Collector):
             self._add(kind, tables, gram, *(batch.by_group if parts > 1 else (None, [(0, 0, len(keep))])))
             return
         held = self.grams.get(kind)
-        if gram is not None and (held is None or not torch.equal(held, gram)):
+        if gram is not None and gram is not held and (held is None or not torch.equal(held, gram)):
             self._process_buffer(kind)
             self.grams[kind] = gram
         self._buffer(kind, group=batch.group, **tables)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
+from nodelens.statistics import Accumulator
 
 from .layout import Place
 from .metric_sums import MetricSums, SampleCounts, SharedSums, Sums
 from .plan import Plan
 from .wide_sites import KnownUnits, known_units, reason_left_out
+
+FEW_BYTES = 1 << 22  # of sums: of fewer, threads take longer to start and to wait for each other than they save
 
 
 @dataclass
@@ -126,16 +129,20 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
     for key, k in last.items():
         done.setdefault(k, []).append(key)
 
+    values: dict[tuple[str, str], dict] = {}  # of the weights, which are the same without any group
+
     @torch.no_grad()
     def without(group: int | None) -> None:
-        shared = SharedSums(plan, group)
+        shared = SharedSums(plan, group, values)
         for k, estimator in enumerate(estimators):
             estimator.evaluate(shared, samples)
             shared.release(done.get(k, ()))
 
     without(None)
+    read = {id(a): a for estimator in estimators for a in estimator.sums.accumulators.values()}
+    few = sum(a.nbytes for a in read.values() if isinstance(a, Accumulator)) < FEW_BYTES
     groups = sorted({group for estimator in estimators for group in estimator.groups})
-    _in_threads(without, groups, 1 if plan.sharded else torch.get_num_threads())
+    _in_threads(without, groups, 1 if few or plan.sharded else torch.get_num_threads())
 
 
 def _in_threads(function: Callable[[int], None], items: Sequence[int], threads: int) -> None:

@@ -56,11 +56,11 @@ def rows_of(value: Any) -> int:
 class SharedSums:
     """Sums and weights that several metrics read, each formed once, when it is first read.
 
-    The sums are those over all samples, or over all but one group.
+    The sums are those over all samples, or over all but one group. What is computed once from weights is kept in ``values``.
     """
 
-    def __init__(self, plan: Plan, without: int | None = None):
-        self.plan, self.without = plan, without
+    def __init__(self, plan: Plan, without: int | None = None, values: dict[tuple[str, str], dict] | None = None):
+        self.plan, self.without, self.values = plan, without, {} if values is None else values
         self._formed: dict[int, Any] = {}  # by the id of the accumulator
         self._weights: dict[tuple[str, str], Any] = {}
 
@@ -76,7 +76,7 @@ class SharedSums:
         key = layer.name, metric.parameter
         if key not in self._weights:
             found = self.plan.parameter(layer, metric)
-            self._weights[key] = shared(found) if isinstance(found, Tensor) else found
+            self._weights[key] = shared(found, self.values.setdefault(key, {})) if isinstance(found, Tensor) else found
         return self._weights[key]
 
     def release(self, read: Sequence[tuple]) -> None:

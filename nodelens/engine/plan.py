@@ -13,7 +13,7 @@ from nodelens.metrics.sets import is_default
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION, Layer, pairs_of
-from nodelens.network.sharded import is_sharded
+from nodelens.network.sharded import class_name, is_sharded
 from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
 
@@ -70,7 +70,7 @@ class Plan(PassLayout):
             if never_called[0] in member_layers:
                 remedy = "leave its group out (freeze=), or score it by weights (magnitude)"
             why = (
-                f"is never called by {type(model).__name__}.forward (no token of the first samples goes to it, or its parent reads "
+                f"is never called by {class_name(model)}.forward (no token of the first samples goes to it, or its parent reads "
                 "its weight directly)"
             )
             raise UnreadableGroupsError(

@@ -1,7 +1,7 @@
 """Cells of a grid of interventions: a prompt is repeated once per cell, and each repetition has a state of its own replaced."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class CellPasses:
         self.model, self.ids = model, ids
         self._ways = list(WAYS) if shared else []
         self._cache = cache  # of the whole prompt
+        self._whole: dict[GridCell, Tensor] = {}  # logits (V,) of the whole model for cells by which passes are compared
 
     @property
     def shares(self) -> str:
@@ -74,15 +75,22 @@ class CellPasses:
 
         A pass has at most 4,096 tokens and 2^26 logits. Hooks are gone after each pass. Run it inside ``TokenModel.running``.
         """
-        for part in _parts(self.model, len(self.ids), cells):
-            own = [cells[k] for k in part]
+        passes = [(part, [cells[k] for k in part]) for part in _parts(self.model, len(self.ids), cells)]
+        self._compare([own for _, own in passes if len(own) > 1])
+        for part, own in passes:
             logits = self._shared(own) if len(own) > 1 else None
             if logits is not None:
                 yield part, logits
                 continue
-            size = max(1, min(TOKENS // len(self.ids), _LOGITS // _held(self.model, len(self.ids))))
-            for start in range(0, len(own), size):
-                yield part[start : start + size], repeated_logits(self.model, self.ids, own[start : start + size])
+            for some, logits in self._repeated(own):
+                yield [part[k] for k in some], logits
+
+    def _repeated(self, cells: Sequence[GridCell]) -> Iterator[tuple[range, Tensor]]:
+        """Indices and logits (n, V) of cells, for each of which the whole model runs."""
+        size = max(1, min(TOKENS // len(self.ids), _LOGITS // _held(self.model, len(self.ids))))
+        for start in range(0, len(cells), size):
+            some = range(start, min(start + size, len(cells)))
+            yield some, repeated_logits(self.model, self.ids, [cells[k] for k in some])
 
     def _shared(self, cells: Sequence[GridCell]) -> Tensor | None:
         """Logits (n, V) of cells in the order of their blocks; None if the model does not take what they share."""
@@ -96,24 +104,48 @@ class CellPasses:
             self._ways.pop(0)
         return None
 
-    def _is_right(self, cells: Sequence[GridCell], logits: Tensor) -> bool:
-        """Whether the first and the last cell of each kind have the logits of the whole model.
+    def _compare(self, passes: Sequence[Sequence[GridCell]]) -> None:
+        """Runs the whole model for the cells by which passes are compared, together: a small model takes long to start a pass."""
+        kinds: dict[tuple[Any, ...], tuple[GridCell, ...]] = {}
+        for own in passes if self._ways else ():
+            kinds = self._new_kinds(own) | kinds
+        try:
+            self._run_whole(kinds)
+        except _REFUSES:
+            self._ways.clear()
 
-        A kind is a way of sharing, with and without a cache, a part of a block, with and without effect, and a length of a prompt,
-        on which masks and positions may depend. Each is compared once.
-        """
-        cached, kinds = self._ways[0].cached and min(cell.position for cell in cells) > 0, dict[tuple[Any, ...], list[int]]()
-        for k, cell in enumerate(cells):
-            kind = (self._ways[0], cached, cell.part, self._without_effect(cell), len(self.ids))
-            kinds.setdefault(kind, []).append(k)
-        some = sorted({k for kind, own in kinds.items() if kind not in self.model.compared for k in (own[0], own[-1])})
-        if not some:
+    def _run_whole(self, kinds: Mapping[tuple[Any, ...], Sequence[GridCell]]) -> list[GridCell]:
+        """Runs the whole model for cells of kinds, where it has not yet, and returns them."""
+        cells = list(dict.fromkeys(cell for own in kinds.values() for cell in own))
+        new = [cell for cell in cells if cell not in self._whole]
+        for some, logits in self._repeated(new):
+            self._whole |= {new[k]: row for k, row in zip(some, logits, strict=True)}
+        return cells
+
+    def _is_right(self, cells: Sequence[GridCell], logits: Tensor) -> bool:
+        """Whether the first and the last cell of each kind that was not compared yet have the logits of the whole model."""
+        kinds = self._new_kinds(cells)
+        if not kinds:
             return True
-        few, whole = logits[some], repeated_logits(self.model, self.ids, [cells[k] for k in some])
+        some, at = self._run_whole(kinds), {cell: k for k, cell in enumerate(cells)}
+        few, whole = logits[[at[cell] for cell in some]], torch.stack([self._whole[cell] for cell in some])
         if few.shape != whole.shape or not bool((few - whole).abs().max() <= _SAME * whole.abs().max()):
             return False
         self.model.compared |= set(kinds)
         return True
+
+    def _new_kinds(self, cells: Sequence[GridCell]) -> dict[tuple[Any, ...], tuple[GridCell, ...]]:
+        """The first and the last cell of a pass of each kind that was not compared with the whole model yet.
+
+        A kind is a way of sharing, with and without a cache, a part of a block, and a length of a prompt, on which masks and
+        positions may depend. Cells without effect have the logits of the prompt itself: one of each part is enough.
+        """
+        cached, kinds = self._ways[0].cached and min(cell.position for cell in cells) > 0, dict[tuple[Any, ...], list[GridCell]]()
+        for cell in cells:
+            case = "without effect" if self._without_effect(cell) else cached
+            kinds.setdefault((self._ways[0], case, cell.part, len(self.ids)), []).append(cell)
+        new = {kind: own for kind, own in kinds.items() if kind not in self.model.compared}
+        return {kind: (own[-1],) if kind[1] == "without effect" else (own[0], own[-1]) for kind, own in new.items()}
 
     def _joined(self, way: Way, cells: Sequence[GridCell]) -> Tensor:
         """Logits (cells, V) of cells in the order of their starts. Row 0 is the prompt itself; cells without effect are like it."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -45,12 +46,19 @@ class Metric:
     higher_is_better: ClassVar[bool] = True  # as a pruning criterion: whether units with large values are kept
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in self._hints().items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 fit = ", ".join(map(repr, get_args(hint)))
                 raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {fit}")
             if hint in _PLAIN and not isinstance(getattr(self, name), _PLAIN[hint][0]):
                 raise TypeError(f"{self.names[0]}: {name} is {shown(getattr(self, name))}; it is {_PLAIN[hint][1]}")
+
+    @classmethod
+    @cache
+    def _hints(cls) -> Mapping[str, Any]:
+        """The types of the options."""
+        own, hints = {f.name for f in fields(cls)}, get_type_hints(cls)
+        return {name: hint for name, hint in hints.items() if name in own}
 
     def needs(self) -> dict[str, Need]:
         """The statistics that ``__call__`` takes, by argument name."""
@@ -119,8 +127,3 @@ def section_of(text: str, title: str) -> str:
     titles = "|".join(_SECTIONS)
     found = re.search(rf"^ *{title}:(.*?)(?=^ *(?:{titles}):|\Z)", text, re.DOTALL | re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
-
-
-def _hints(cls: type[Metric]) -> Mapping[str, Any]:
-    own = {f.name for f in fields(cls)}
-    return {k: v for k, v in get_type_hints(cls).items() if k in own}

@@ -1,5 +1,7 @@
 """Mutual information without a Gaussian assumption: histograms with bins of equal width."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -93,21 +95,23 @@ def binned_information(x: Tensor, among: Tensor, bins: int, kinds: int, correcte
     d = x.shape[1]
     place = (torch.arange(d, device=x.device) * kinds + among[:, None]) * bins + bins_of(x, bins)
     cells = torch.bincount(place.flatten(), minlength=d * kinds * bins).reshape(d, kinds, bins)
-    entropy = _corrected_entropy if corrected else _plug_in_entropy
+    entropy = (_corrected_entropy if corrected else _plug_in_entropy)(len(x), x.device)
     value = entropy(cells.sum(1)) + entropy(cells.sum(2)) - entropy(cells.flatten(1))
     informative = ~constant_columns(x) & (among != among[:1]).any()
     return value.where(informative, 0.0)
 
 
-def _plug_in_entropy(counts: Tensor) -> Tensor:
-    """Entropy of the shares of counts, (d, cells) int64 -> (d,)."""
-    return torch.special.entr(counts.double() / counts.sum(1, keepdim=True)).sum(1)
+def _plug_in_entropy(n: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Entropy of the shares of counts that add up to n, (d, cells) int64 -> (d,)."""
+    terms = torch.special.entr(torch.arange(n + 1, dtype=torch.float64, device=device) / n)
+    return lambda counts: terms[counts].sum(1)
 
 
-def _corrected_entropy(counts: Tensor) -> Tensor:
-    """Entropy from counts with little bias, (d, cells) int64 -> (d,). Grassberger 2003, physics/0307138."""
+def _corrected_entropy(n: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The same with little bias. Grassberger 2003, physics/0307138."""
+    counts = torch.arange(n + 1, device=device)
     m = counts.clamp_min(1).double()
     sign = 1 - 2 * (counts % 2)
     g = torch.digamma(m) + 0.5 * sign * (torch.digamma((m + 1) / 2) - torch.digamma(m / 2))
-    n = counts.sum(1).double()
-    return n.log() - (counts * g).sum(1) / n
+    terms = counts * g
+    return lambda counts: math.log(n) - terms[counts].sum(1) / n

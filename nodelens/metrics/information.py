@@ -180,7 +180,7 @@ class MutualInformation(Metric):
             r = with_targets(y, z)
             varying = (~constant_targets(z)).double().mean()
         if self.target_reduce == "joint" and x is None:
-            r = r @ whitening(z)  # type: ignore[arg-type]
+            r = r @ whitening(z)
             value, lean = gaussian_information(r.square().sum(1)), joint_bias(z.n, 1, r.shape[1])
         else:
             value, lean = gaussian_information(r.square()).mean(1), joint_bias(z.n, 1, 1) * varying

@@ -80,7 +80,7 @@ class TotalCorrelation(Metric):
     def _bias(self, y: Gram, live: Tensor) -> Tensor:
         """The bias of the estimate: the same function, of the biases of the entropies."""
         units = int(live.sum())
-        whole, alone, others = (entropy_bias(y.n, d)[0] for d in (units, 1, max(0, units - 1)))
+        whole, alone, others = entropy_biases(y, units)
         return self._of(Entropies(whole - units * alone, (alone + others - whole).where(live, 0.0)), units)
 
 
@@ -165,6 +165,13 @@ class MultiRedundancy(TotalCorrelation):
 
     def _of(self, h: Entropies, units: int) -> Tensor:
         return h.rest
+
+
+@derived
+def entropy_biases(y: Gram, units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The biases of the entropies of so many units together, of one, and of all but one, () each."""
+    whole, alone, others = (entropy_bias(y.n, d)[0] for d in (units, 1, max(0, units - 1)))
+    return whole, alone, others
 
 
 @derived

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from nodelens.network.targets import NAMES
 from nodelens.statistics import Cross, Moments, Sample
+from nodelens.statistics.base import derived
 from nodelens.statistics.linalg import constant, correlation
 
+from .covariances import constant_units
 from .need import Need, Target
 
 TARGETS = tuple(name for name in NAMES if name != "label")
@@ -51,6 +53,7 @@ def target_rows(z: Cross, target: Target) -> Cross:
     return z.project(torch.linalg.eigh(z.target_covariance).eigenvectors[:, -1:])
 
 
+@derived
 def constant_targets(z: Cross) -> Tensor:
     """Which targets are constant, (t,) bool."""
     return constant(z.target_covariance.diagonal(), z.target_mean)
@@ -65,19 +68,21 @@ def check_same_rows(units: Tensor, paired: Tensor) -> None:
         )
 
 
+@derived
 def with_targets(y: Moments, z: Cross) -> Tensor:
     """Correlations of units with targets, (units, t): 0 where either is constant, NaN below two rows.
 
     Raises ValueError as ``check_same_rows`` does.
     """
     check_same_rows(y.n, z.n)
-    live = ~constant(y.variance, y.mean)[:, None] & ~constant_targets(z)
+    live = ~constant_units(y)[:, None] & ~constant_targets(z)
     spread = z.target_covariance.diagonal().where(~constant_targets(z), 1.0).sqrt()
     scale = y.variance[:, None].where(live, 1.0).sqrt() * spread
     r = torch.where(live, z.covariance / scale, 0.0)
     return r.where((y.n > 1) & (z.n > 1), torch.nan)
 
 
+@derived
 def whitening(z: Cross) -> Tensor:
     """A whitening matrix of the standardized targets, (t, axes): constant and collinear targets add no axis."""
     among = correlation(z.target_covariance, constant_targets(z))

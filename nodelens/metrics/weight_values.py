@@ -9,10 +9,13 @@ from torch import Tensor
 SMALL = 1e-3  # of the largest singular value, from which the second one is read off products to 1e-10 of itself
 
 
-def shared(weight: Tensor) -> Tensor:
-    """The same weights, with which values of ``once`` are kept: a tensor that nobody writes into, and that is dropped after use."""
+def shared(weight: Tensor, values: dict[Callable, Tensor] | None = None) -> Tensor:
+    """The same weights, with which values of ``once`` are kept: a tensor that nobody writes into, and that is dropped after use.
+
+    values: those computed before from the same weights, to which new ones are added.
+    """
     alias = weight.detach()
-    alias.__dict__["_values"] = {}
+    alias.__dict__["_values"] = {} if values is None else values
     return alias
 
 

@@ -67,8 +67,13 @@ class Classifier(lightning.LightningModule):
         return self(_x_and_y(batch)[0])
 
     def configure_model(self) -> None:
-        """Shards the net where the strategy of the trainer asks for it (``trainer=fsdp``)."""
+        """Shards the net where the strategy of the trainer asks for it (``trainer=fsdp``). Raises ValueError with penalties."""
         if self._device_mesh is not None and not is_sharded(self.net):
+            if self.l1 or self.l2:
+                raise ValueError(
+                    f"{either('l1= and l2=', 'model.l1= and model.l2=')} read all weights in each step, but they are sharded over "
+                    "processes: use the weight decay of the optimizer, or train a copy of the model per process"
+                )
             shard(self.net, self._device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:

@@ -1,6 +1,6 @@
 """The base class of all statistics (sums over rows, as immutable values) and the accumulator that adds them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
 from inspect import signature
@@ -63,6 +63,34 @@ class Statistic:
             elif k not in self.shifts:
                 t.add_(theirs[k])
         return True
+
+    @classmethod
+    def added(cls, parts: Sequence[Self]) -> Self:
+        """The sum of two or more parts, in their order."""
+        found = cls._by_field(parts) if cls.add_in_place is Statistic.add_in_place else None
+        if found is not None:
+            return found
+        total = parts[0] + parts[1]
+        for part in parts[2:]:  # into the same memory, where shapes and shifts agree
+            total = total if total.add_in_place(part) else total + part
+        return total
+
+    @classmethod
+    def _by_field(cls, parts: Sequence[Self]) -> Self | None:
+        """The same with one addition per field, if shifts are the same and shapes agree, as they do within a pass."""
+        found = {}
+        for name in cls.names():
+            first, *others = [getattr(part, name) for part in parts]
+            if name in cls.shifts and all(each is first for each in others):
+                found[name] = first
+            elif name in cls.shifts or any(each.shape != first.shape for each in others):
+                return None
+            else:
+                add = torch.maximum if name in cls.maxima else torch.add
+                total = found[name] = add(first, others[0])
+                for each in others[1:]:
+                    add(total, each, out=total)
+        return cls(**found)
 
     def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         """Add rows in place if that is cheaper than computing their statistic first; returns whether it did."""
@@ -132,11 +160,20 @@ class Accumulator:
     @property
     def value(self) -> Statistic | None:
         """The sum over all groups; None before anything was added."""
-        return _sum(self.parts)
+        return _sum(self._with_one_shift())
 
     def without(self, group: int) -> Statistic | None:
         """The sum over all groups but one."""
-        return _sum(self.parts[:group] + self.parts[group + 1 :])
+        parts = self._with_one_shift()
+        return _sum(parts[:group] + parts[group + 1 :])
+
+    def _with_one_shift(self) -> list[Statistic | None]:
+        """The parts about the shifts of the first one, kept so that many sums take one conversion of each part."""
+        first = next((part for part in self.parts if part is not None), None)
+        if first is not None:
+            shifts = {name: getattr(first, name) for name in first.shifts}
+            self.parts = [None if part is None else _about(part, shifts) for part in self.parts]
+        return self.parts
 
     def to(self, device: torch.device) -> None:
         """Move all sums to a device."""
@@ -163,11 +200,16 @@ class Accumulator:
         self.parts = [self.statistic(**by_group[g]) if g in by_group else None for g in range(len(self.parts))]
 
 
+def _about(part: Statistic, shifts: Mapping[str, Tensor]) -> Statistic:
+    """A part about these shifts; the part itself if it has them."""
+    if all(getattr(part, name) is shift for name, shift in shifts.items()):
+        return part
+    same = all(torch.equal(getattr(part, name), shift) for name, shift in shifts.items())
+    return replace(part, **shifts) if same else part.about(**shifts)
+
+
 def _sum(parts: list[Statistic | None]) -> Statistic | None:
     held: list[Any] = [part for part in parts if part is not None]
     if len(held) < 2:
         return replace(held[0]) if held else None  # a copy, so that what is derived from the sum goes with the sum
-    total = held[0] + held[1]
-    for part in held[2:]:  # into the same memory, where shapes and shifts agree
-        total = total if total.add_in_place(part) else total + part
-    return total
+    return type(held[0]).added(held)

@@ -1,5 +1,6 @@
 """Sums per class: moments, absolute values, and second moments of pairs within each class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,9 +28,16 @@ class ClassStatistic(Statistic):
         classes = max(len(self.n), len(other.n))
         return Statistic.__add__(self.widen(classes), other.widen(classes))
 
+    @classmethod
+    def added(cls, parts: Sequence[Self]) -> Self:
+        classes = max(len(part.n) for part in parts)
+        return super().added([part.widen(classes) for part in parts])
+
     def widen(self, classes: int) -> Self:
         """The same sums, padded with zeros to a larger number of classes."""
         more = classes - len(self.n)
+        if not more:
+            return self
         return type(self)(**{k: t if k in self.shifts else _padded(t, more) for k, t in self.tensors().items()})
 
     def only(self, classes: Tensor) -> Self:
@@ -279,7 +287,7 @@ def _class_counts(member: Tensor, rows: Rows | SampleSums) -> Tensor:
 
 
 def _padded(table: Tensor, more: int) -> Tensor:
-    return torch.cat([table, table.new_zeros(more, *table.shape[1:])]) if more else table
+    return torch.cat([table, table.new_zeros(more, *table.shape[1:])])
 
 
 def _centred_squares(square: Tensor, total: Tensor, n: Tensor) -> Tensor:

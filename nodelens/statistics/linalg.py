@@ -10,6 +10,7 @@ MI_CEILING = 1 - 1e-6  # largest rho^2 that float32 products resolve; 6.908 nats
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # a standard deviation below this share of the mean is rounding
 FEW = 32  # positions of a sample that are few for a loop over them
 BAND = 32, 256  # smallest and largest number of units of a band of a product that is formed at once
+CACHED = 1 << 18  # numbers of rows that are converted to float64 at once
 SOLVER = 1e-14  # of the largest eigenvalue: error of a float64 eigensolver
 
 
@@ -72,6 +73,22 @@ def gram_of_rows(a: Tensor) -> Tensor:
         torch.mm(a[first:end], a[first:].T, out=out[first:end, first:])
         out[end:, first:end] = out[first:end, end:].T
     return out
+
+
+def sum_of_products(x: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over samples of x z', (samples, width, positions) each -> (width, other width) float64, formed in a dtype.
+
+    Rows of another dtype are narrow: a few samples at a time are converted, and their products formed while they are in the cache.
+    """
+    if x.dtype == z.dtype == dtype or x.device.type != "cpu":
+        out = torch.empty(x.shape[1], z.shape[1], dtype=dtype, device=x.device)
+        return out.addbmm_(x.to(dtype), z.to(dtype).mT, beta=0).double()
+    out = torch.zeros(x.shape[1], z.shape[1], dtype=dtype)
+    step = max(1, CACHED // max(1, x[:1].numel() + z[:1].numel()))
+    for a, b in zip(x.split(step), (x if z is x else z).split(step), strict=True):
+        a = a.to(dtype)
+        out += (a @ (a if z is x else b.to(dtype)).mT).sum(0)
+    return out.double()
 
 
 def constant(variance: Tensor, mean: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class Quantiles(Statistic):
     @property
     @derived
     def ends(self) -> Tensor:
-        """How many rows lie in a bin or below it, (d, BINS) int64."""
-        return self.counts.cumsum(1)
+        """How many rows lie in a bin or below it, (d, BINS) int32 or int64."""
+        return self.counts.cumsum(1, dtype=torch.int64 if self.counts.dtype == torch.int64 else torch.int32)
 
     def _order_statistic(self, rank: int) -> Tensor:
         """The value of a rank from 0, (d,), interpolated within its bin if the neighbouring bins are filled as well.

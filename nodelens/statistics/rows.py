@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .linalg import by_unit, exact_products, gram_of_rows, side_by_side
+from .linalg import by_unit, exact_products, gram_of_rows, side_by_side, sum_of_products
 from .reductions import reduce
 from .sample_sums import SampleSums
 
@@ -213,22 +213,23 @@ class Rows:
 
         Each is about its own shift, and masked rows are 0 at both. The kind of product depends on the memory layout.
         """
-        x = self.x.to(self.product_dtype(other))
-        z = x if other is self else other.x.to(x.dtype)
-        (_, width, positions), other_width = x.shape, z.shape[1]
+        x, z, dtype = self.x, other.x, self.product_dtype(other)
+        maps = x.shape[2] >= min(x.shape[1], z.shape[1]) and not (side_by_side(x) and side_by_side(z))
         with exact_products():
-            if positions >= min(width, other_width) and not (side_by_side(x) and side_by_side(z)):
-                return x.new_empty(width, other_width).addbmm_(x, z.transpose(1, 2), beta=0).double()
+            if maps:
+                return sum_of_products(x, z, dtype)
+            x = x.to(dtype)
+            z = x if other is self else z.to(dtype)
             flat = by_unit(x)
             return (gram_of_rows(flat) if z is x else flat @ by_unit(z).T).double()
 
     def products_by_run(self, other: "Rows", runs: Sequence[tuple[int, int]]) -> Tensor:
         """The same for each of some runs of consecutive samples, (first, end), (runs, width, other width) float64."""
-        x = self.x.to(self.product_dtype(other))
-        z, positions = x if other is self else other.x.to(x.dtype), x.shape[2]
-        if not (side_by_side(x) and side_by_side(z)):
+        if not (side_by_side(self.x) and side_by_side(other.x)):
             parts = [(self.take(a, b), other.take(a, b)) for a, b in runs]
             return torch.stack([mine.products(mine if other is self else theirs) for mine, theirs in parts])
+        x = self.x.to(self.product_dtype(other))
+        z, positions = x if other is self else other.x.to(x.dtype), x.shape[2]
         own, its = by_unit(x), None if z is x else by_unit(z)
         spans = [slice(a * positions, b * positions) for a, b in runs]
         with exact_products():

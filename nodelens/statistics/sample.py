@@ -1,5 +1,6 @@
 """A random sample of rows that does not depend on batches, their order or the number of processes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -57,10 +58,13 @@ class Sample(Statistic):
         return cls(hashes[first], chosen, z[place // positions].to(chosen), keep.sum().reshape(1))
 
     def __add__(self, other: Self) -> Self:
-        mine, theirs = self.tensors(), other.tensors()
-        both = {k: torch.cat([mine[k], theirs[k]]) for k in ("hashes", "rows", "target")}
-        first = torch.argsort(both["hashes"], stable=True)[:ROWS]
-        return type(self)(**{k: t[first] for k, t in both.items()}, seen=self.seen + other.seen)
+        return self.added([self, other])
+
+    @classmethod
+    def added(cls, parts: Sequence[Self]) -> Self:
+        every = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("hashes", "rows", "target")}
+        first = torch.argsort(every["hashes"], stable=True)[:ROWS]
+        return cls(**{name: t[first] for name, t in every.items()}, seen=torch.stack([part.seen for part in parts]).sum(0))
 
     def add_in_place(self, other: Self) -> bool:
         """Never in place: the rows held change with those added."""

@@ -104,6 +104,7 @@ ALIKE = {
     "train ckpt_path=code.ckpt",
     "prune amounts=[]",
     "prune +criterion.x=rand",
+    "analyze +trainer.max_epoch=3",
 }
 CASES = [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (case[0] in ALIKE)) for case in MISTAKES]
 

@@ -61,6 +61,32 @@ def test_batches_change_nothing_not_even_random_vectors(whole, size):
     near(nl.analyze(network(smooth), batches(size=size), many(smooth), layers=["1", "3"]), found)
 
 
+@pytest.mark.parametrize("layers", [["1", "3"], ["3"]])
+def test_derivatives_that_share_a_backward_pass_are_those_of_one_each(layers):
+    together = nl.analyze(network(), batches(), ["backward_jac", "backward_ggn"], layers=layers)
+    for name in ("backward_jac", "backward_ggn"):
+        alone = nl.analyze(network(), batches(), [name], layers=layers)
+        near(alone, type(alone)(**{**vars(together), "matrices": {key: together.matrices[key] for key in alone.matrices}}))
+
+
+class Scaled(nn.Linear):
+    """Its weight depends on the batch."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * (1 + x[:, 0].mean()).detach(), self.bias)
+
+
+def test_vectors_that_wait_for_another_batch_keep_the_weight_of_their_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(Scaled(9, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    data = batches(60, 20)
+    found = [
+        nl.analyze(net, own, ["forward_jac"], layers=["1"]).matrices["1", "forward_jac"] for own in (data, *([b] for b in data))
+    ]
+    np.testing.assert_allclose(found[0], np.mean(found[1:], 0), rtol=1e-12)
+    assert not np.allclose(found[1], found[2], rtol=0.1)
+
+
 def _work(rank, world, folder, shares):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)

@@ -8,6 +8,7 @@ from pandas.testing import assert_frame_equal
 from torch import nn
 
 import nodelens as nl
+from nodelens.engine import analyze
 from nodelens.engine.metric_sums import SharedSums
 from nodelens.statistics import Accumulator, Gram, Moments
 from nodelens.statistics.base import derived
@@ -60,6 +61,20 @@ def test_every_sum_is_formed_once_for_all_metrics(case, monkeypatch):
     nl.analyze(case[0], case[1], metrics=METRICS, groups=4)
     assert formed
     assert set(formed.values()) == {1}
+
+
+def test_norms_of_weights_are_taken_once_for_all_metrics_and_groups(case, monkeypatch):
+    taken, double = Counter(), torch.Tensor.double
+    places = {layer.weight.data_ptr() for layer in case[0] if isinstance(layer, nn.Linear)}
+    metrics, make = ["rayleigh_quotient", "conditional_rayleigh_quotient", "delta_rq"], analyze.make_table
+
+    def counted(*arguments):
+        monkeypatch.setattr(torch.Tensor, "double", lambda x: taken.update({x.data_ptr()} & places) or double(x))
+        return make(*arguments)
+
+    monkeypatch.setattr(analyze, "make_table", counted)
+    nl.analyze(case[0], case[1], metrics=metrics, groups=4)
+    assert dict(taken) == dict.fromkeys(places, 1)
 
 
 def test_sums_are_dropped_after_the_last_metric_that_reads_them(case, monkeypatch):

@@ -169,6 +169,23 @@ def test_ways_are_compared_once_for_each_length_of_a_prompt(monkeypatch):
     assert len(compared) == 2 * len({cell.part for cell in cells}), compared
 
 
+def test_all_passes_of_a_grid_are_compared_with_one_pass_of_the_whole_model(monkeypatch):
+    """The first and the last cell of each part, from a cache and without one, and one that has no effect."""
+    from nodelens.interventions import cells as module
+
+    monkeypatch.setitem(_PASS, "cpu", -99)  # as many passes as there are positions
+    model, compared = TokenModel(llama()), []
+    monkeypatch.setattr(module, "repeated_logits", lambda m, t, some: compared.append(some) or repeated_logits(m, t, some))
+    with model.running():
+        gathered(CellPasses(model, TOKENS), all_cells(model, ("residual", "mlp")))
+    assert len(compared) == 1
+    idle = [cell for cell in compared[0] if cell.start == 3 and cell.position < 6]
+    found = {(cell.part, cell.position > 0) for cell in compared[0] if cell not in idle}
+    assert found == {("output", False), ("output", True), ("mlp", False), ("mlp", True)}
+    assert sorted(cell.part for cell in idle) == ["mlp", "output"]
+    assert len(compared[0]) == 2 * 4 + 2
+
+
 def test_cells_behind_a_cache_are_compared_too():
     """A first pass from position 0 on needs no cache, and says nothing about one."""
 

@@ -43,6 +43,21 @@ def test_parts_add_to_the_whole(statistic, splits):
 
 
 @every
+@pytest.mark.parametrize("splits", [[30, 40, 31], [1, 1, 99], [20, 20, 20, 20, 21]], ids=label)
+def test_sums_without_a_group_are_sums_of_the_others(statistic, splits):
+    """Also of parts about other shifts, and with other numbers of classes."""
+    _, parts = whole_and_parts(statistic, splits)
+    accumulator = Accumulator(statistic, len(parts) + 1)  # nothing is added to the last group
+    for group, part in enumerate(parts):
+        accumulator.add(part, group)
+    for group in range(len(parts)):
+        others = parts[:group] + parts[group + 1 :]
+        same(accumulator.without(group), sum(others[1:], others[0]))
+    same(accumulator.value, sum(parts[1:], parts[0]))
+    same(accumulator.without(len(parts)), accumulator.value)
+
+
+@every
 def test_order_does_not_matter(statistic):
     whole, (a, b, c) = whole_and_parts(statistic, [20, 50, 31])
     same(whole, c + (a + b))

@@ -179,3 +179,18 @@ def test_samples_are_copied_in_the_order_of_their_groups_or_where_units_are_far_
     assert copy_order(tokens, ordered) is None
     assert taken(mixed, copy_order(many, mixed)).tolist() == [0, 0, 1, 1, 2]
     assert taken(mixed, None) is mixed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("width", "other"), [(7, 7), (7, 40), (40, 40)])
+def test_products_of_maps_are_those_of_all_their_rows(layout, width, other):
+    """Narrow rows are converted to float64 a few samples at a time."""
+    x, z = values(layout, samples=90, width=width), values(layout, samples=90, width=other) + 1
+    keep = torch.rand(90, 600, generator=torch.Generator().manual_seed(1)) > 0.2
+    mine, theirs = (Rows(t, keep, shifted=False) for t in (x, z))
+    kept = [t.double().where(keep[:, None], 0) for t in (x, z)]
+    tolerance = {"rtol": 1e-12, "atol": 1e-9} if width == 7 else {"rtol": 1e-4, "atol": 0.1}
+    assert_close(mine.products(theirs), torch.einsum("sip,sjp->ij", *kept), **tolerance)
+    assert_close(mine.products(mine), torch.einsum("sip,sjp->ij", kept[0], kept[0]), **tolerance)
+    first = torch.einsum("sip,sjp->ij", kept[0][:50], kept[1][:50])
+    assert_close(mine.products_by_run(theirs, [(0, 50), (50, 90)])[0], first, **tolerance)

@@ -153,11 +153,12 @@ def _lines(cells: pd.DataFrame) -> list[str]:
     if cells["pair"].nunique() > 1:
         by = ["component", "layer", "head", "position"]
         means = cells.groupby(by, dropna=False, sort=False, as_index=False)["recovered"].mean()
-    for component, table in means.groupby("component", sort=False):
-        if table["recovered"].notna().any():
-            at = table["recovered"].argmax()
-            best = {name: table[name].iat[at] for name in ("layer", "head", "position", "recovered")}
+    names = means["component"].to_numpy()
+    for component in dict.fromkeys(names):
+        gained = means["recovered"].where(names == component)
+        if gained.notna().any():
+            best = {name: means[name].iat[gained.argmax()] for name in ("layer", "head", "position", "recovered")}
             head = "" if pd.isna(best["head"]) else f", head {best['head']}"
-            where = f"layer {best['layer']}{head}, position {best['position']}"
-            lines.append(f"{component}: {where} recovers most, {best['recovered']:.0%} of the difference")
+            at = f"layer {best['layer']}{head}, position {best['position']}"
+            lines.append(f"{component}: {at} recovers most, {best['recovered']:.0%} of the difference")
     return lines

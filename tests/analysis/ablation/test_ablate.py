@@ -15,6 +15,7 @@ import nodelens as nl
 from nodelens.analysis.ablation import damage, donor_pool
 from nodelens.engine.driver import Driver
 from nodelens.evaluation.evaluate import evaluate
+from nodelens.interventions.replay import RecordedCall
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import edit
 from nodelens.network.objective import Objective
@@ -493,6 +494,25 @@ def test_the_size_of_a_pass_does_not_matter(cache, monkeypatch):
     wanted = nl.ablate(net, data).units
     monkeypatch.setattr(damage, "_CACHE", cache)
     pd.testing.assert_frame_equal(nl.ablate(net, data).units, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, branches], ids=lambda f: f.__name__)
+def test_single_precision_gives_the_numbers_of_the_loop_to_1e_6(make):
+    """Heads, FFN units, convolution channels and the inputs of a linear layer."""
+    net = make().float()
+    data = [(x.float(), y) for x, y in images()] if make is branches else texts([9, 12, 10, 5, 7], 2)
+    found = nl.ablate(net, data)
+    wanted = by_masks(net, data, nl.find_groups(net, data[0]), found.units.index)
+    assert np.abs(wanted).max() > 1e-3
+    np.testing.assert_allclose(found.units["damage"], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("threads", "samples"), [(1, 4), (2, 8), (3, 12), (10_000, 1024)])
+def test_each_thread_has_a_cache_of_its_own(threads, samples, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    passes = damage._Passes(nn.Linear(1, 1), None, [], None, True)
+    call = RecordedCall(nn.Linear(1, 1), None, 0, output=torch.zeros(1, 1 << 16))  # 256 KB
+    assert passes._fitting([call]) == samples
 
 
 def test_a_trained_network_gives_the_numbers_of_the_loop():
