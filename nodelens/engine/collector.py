@@ -157,27 +157,26 @@ class Collector:
         return buffer_rows(kind, bytes_of(tables), tables["raw"].shape[2] if kind == "rows" else 1)
 
     def _process_buffer(self, kind: Any) -> None:
-        """Empties one kind of buffer into the sums, its samples sorted by group."""
+        """Empties one kind of buffer into the sums."""
         tables = self.buffers[kind].take()
         group = tables.pop("group")
-        if not len(group):
-            return None
-        if kind == "rows":
-            return self._add_rows(tables, group)
+        if len(group):
+            self._add_rows(tables, group) if kind == "rows" else self._add_tables(kind, tables, group)
+
+    def _add_tables(self, kind: str, tables: dict[str, Tensor], group: Tensor) -> None:
+        """Adds buffered values, one for each sample, sorted by group."""
         order = sorting(group)
         tables, group = {k: taken(t, order) for k, t in tables.items()}, taken(group, order)
-        label = {"label": tables.pop("label")} if "label" in tables else {}
         if kind == "samples":
             raw, keep = tables.pop("raw"), tables.pop("keep")
             self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, tables)
-            return None
-        shift, shifted = self.shift["positions"]
+            return
+        label = {"label": tables.pop("label")} if "label" in tables else {}
+        shift = self.shift["positions"]
         if kind == "entries":  # the same tensor each time, so that sums are added in place
-            of_entries = shift.repeat_interleave(tables["sums"].shape[1] // len(shift))
-            shift, shifted = self.shift.setdefault(kind, (of_entries, shifted))
-        sums = SampleSums.of_tables(tables, shift)
-        self._add_sums(self.reduced if kind == "sums" else self.entries, sums, group, label)
-        return None
+            per_unit = tables["sums"].shape[1] // len(shift[0])
+            shift = self.shift.setdefault(kind, (shift[0].repeat_interleave(per_unit), shift[1]))
+        self._add_sums(self.reduced if kind == "sums" else self.entries, SampleSums.of_tables(tables, shift[0]), group, label)
 
     def _add_rows(self, tables: dict[str, Tensor], group: Tensor) -> None:
         """Adds buffered rows."""
@@ -195,8 +194,7 @@ class Collector:
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
-        by_slice = bool(self.products)
-        order = copy_order(rows.raw, group) if by_slice else None
+        order = copy_order(rows.raw, group) if self.products else None
         group, hashes, label = taken(group, order), taken(hashes, order), {k: taken(t, order) for k, t in label.items()}
         draws = self.plan.positions and self.products
         keep = rows.keep if order is None or rows.keep is None else rows.keep[order]
@@ -204,7 +202,7 @@ class Collector:
         only_entries = not self.tables and not self.products and not self.needs_means
         wanted: set[Any] = set() if only_entries else {"sums", *self.tables, *self.whole_rows}
         with exact_products():
-            for first, last, slices in chunks_of(group_slices(group, longest) if by_slice else [], len(rows), step):
+            for first, last, slices in chunks_of(group_slices(group, longest) if self.products else [], len(rows), step):
                 part = rows.take(first, last) if order is None else rows
                 part = part.prepared(wanted, None if order is None else order[first:last])
                 if self.entries:
