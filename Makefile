@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# a worker per core, at most four, each of one thread; NODELENS_DATA=<folder> adds the tests on real images and trained networks
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# a worker per core, at most four, each of one thread; NODELENS_DATA=<folder> adds the tests on real images and trained networks;
+# compiled files are kept even if the environment says otherwise, or each process that a test starts compiles the package again
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # a minute: runs from end to end, the order of the rooms, every metric through a pass, golden numbers, the laws
 CHECK = tests/app/test_tasks.py tests/test_structure.py tests/metrics/test_every_metric.py tests/test_golden.py \
 	tests/metrics/test_laws_metrics.py tests/statistics/test_laws_statistics.py

@@ -1,9 +1,10 @@
-"""Associations against one forward and backward pass, and a Hessian against a plain loop: python benchmarks/associations.py
+"""Associations against one forward and backward pass, and a Hessian against a loop: python benchmarks/associations.py [threads]
 
 Images of MNIST are read from NODELENS_DATA where it is set, else drawn at random: the time is the same.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def of_a_convolution(batch: int = 32, rows: int = 12) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
+    print(f"{torch.get_num_threads()} threads")
     for batch_size in (100, 250, 1_000):
         of_an_mlp(size=batch_size)
     of_a_convolution()

@@ -1,6 +1,7 @@
 """The command line inside the test's own process: a script's start costs seconds."""
 
 import contextlib
+import copy
 import io
 import logging
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 
 from nodelens.app import cli
 
@@ -25,7 +29,7 @@ def command(task: str, *words: str) -> Ended:
     argv, sys.argv = sys.argv, [f"{task}.py", *words]
     assert not any(word.startswith("hydra.mode") for word in words)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _no_composition_for_the_mode():
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _composed_once():
             cli.main(task)
         code = 0
     except SystemExit as end:
@@ -40,9 +44,47 @@ def command(task: str, *words: str) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def _no_composition_for_the_mode():
-    """Hydra composes the config once only to find that it sets no hydra.mode, a fifth of what a small run takes."""
-    return mock.patch.object(Hydra, "get_mode", return_value=None)
+@contextlib.contextmanager
+def _composed_once():
+    """A command composes its config for the checks, for Hydra's mode and for the run, each half of what a small run takes."""
+    with (
+        mock.patch.object(Hydra, "get_mode", return_value=None),
+        mock.patch.object(ConfigLoaderImpl, "load_configuration", _sharing(ConfigLoaderImpl.load_configuration)),
+        mock.patch.object(yaml, "load", _parsed_once),
+    ):
+        yield
+
+
+def _sharing(compose):
+    made, mode = {}, "hydra.mode=RUN"  # which Hydra appends to the words of the run
+
+    def load_configuration(self, config_name, overrides, run_mode, **more):
+        words = [word for word in overrides if word != mode]
+        places = [(each.provider, each.path) for each in self.get_search_path().get_path()]
+        key = (config_name, *words, run_mode, *places)
+        if key not in made:
+            made[key] = compose(self, config_name=config_name, overrides=words, run_mode=run_mode, **more)
+        cfg = copy.deepcopy(made[key])
+        if words != overrides:
+            cfg.hydra.mode = RunMode.RUN
+            cfg.hydra.overrides.hydra.append(mode)
+        return cfg
+
+    return load_configuration
+
+
+_load, _parsed = yaml.load, {}
+
+
+def _parsed_once(stream, Loader):
+    """YAML of the same text is parsed once."""
+    text = stream if isinstance(stream, str) else stream.read()
+    key = (text, Loader.__qualname__)
+    if key not in _parsed:
+        if stream is not text:
+            stream.seek(0)  # its name is part of an error
+        _parsed[key] = _load(stream, Loader)
+    return copy.deepcopy(_parsed[key])
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

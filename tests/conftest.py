@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from real import folder
 
 for name in list(os.environ):  # a user who is logged in to W&B, or within a Slurm job, is no part of the tests
     if name.startswith(("WANDB_", "SLURM_", "SUBMITIT_")) and name != "SLURM_CONF":
@@ -28,6 +27,8 @@ def pytest_collection_finish():
 
 @pytest.fixture
 def real_data() -> Path:
+    from real import folder  # imports torch, which the process that starts the workers does without
+
     return folder("NODELENS_DATA")
 
 

@@ -121,7 +121,10 @@ def through_a_pass(metric, arrays, geometry, size):
     return torch.tensor(found.matrices["units", "value"])
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
+SLOW = pytest.mark.slow  # batches of other sizes: tests/metrics/test_every_metric.py has them for every metric
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 7, pytest.param(64, marks=SLOW)])
 @pytest.mark.parametrize("name", FILES)
 def test_golden_numbers_agree_through_a_pass(name, size):
     doc = document(name)
@@ -160,7 +163,7 @@ def stacked(doc):
     return torch.stack([tensor(doc["inputs"][k]) for k in names], 1)
 
 
-@pytest.mark.parametrize("size", [1, 7, 72])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 7, pytest.param(72, marks=SLOW)])
 @pytest.mark.parametrize("name", ["spectrum", "sample_geometry", "layer_edges", "normalization_ablation"])
 def test_golden_columns_of_layers_and_edges_agree_through_a_pass(name, size):
     doc = document(name)

@@ -23,6 +23,7 @@ BESIDE = {"models", "data"}
 LEAVES = {
     "nodelens.statistics.seeding",
     "nodelens.network.expressions",
+    "nodelens.network.sharded",
     "nodelens.results.arrays",
     "nodelens.results.files",
     "nodelens.compat.names",

@@ -422,7 +422,25 @@ def files(quiet_home):
     return quiet_home
 
 
-@pytest.mark.parametrize(("words", "parts"), [(words, parts) for words, *parts in ON_THE_COMMAND_LINE])
+# others alike are above or in tests/app/test_cli.py and test_tasks.py
+ALIKE = {
+    "analyze metrics=[delta_alignment]",
+    "analyze model=cnn model.net.channels=3",
+    "train model.optimizer.weight_decay=-2 logger=none",
+    "prune amounts=[-0.1]",
+    "analyze model=tiny_lm dataset=text dataset.path=texts.txt dataset.batch_size=-3",
+    "analyze metrics=[rqq]",
+    "analyze budget.memmory=1GB",
+    "train model.optimizer.lrr=0.1",
+    "prune amount=0.5",
+    "analyze metrics=[rq] metrics.rq.relative=yes",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [pytest.param(words, parts, marks=[pytest.mark.slow] * (words in ALIKE)) for words, *parts in ON_THE_COMMAND_LINE],
+)
 def test_a_mistake_on_the_command_line_is_one_line(words, parts, files):
     ended = command(*words.split())
     assert ended.code in (1, 2)

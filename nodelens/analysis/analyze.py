@@ -14,6 +14,7 @@ from nodelens.engine.request import Layers, Metrics, as_metrics
 from nodelens.messages import keywords_of
 from nodelens.network.arguments import check_arguments
 from nodelens.network.eval_mode import uncompiled
+from nodelens.network.sharded import check_whole
 from nodelens.results.findings import Findings
 from nodelens.results.result import Result
 
@@ -56,9 +57,11 @@ def analyze(
     """
     model = uncompiled(model)
     check_kind("nl.analyze", options, AnalyzeOptions)
-    check_arguments("nl.analyze", model, data)
+    check_arguments("nl.analyze", model, data, sharded=True)
     settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
     analyses = as_analyses(analysis)
+    if analyses:
+        check_whole(f"analysis {', '.join(analyses)}", model)
     if analyses and data is not None and iter(data) is data:
         names = ", ".join(analyses)
         raise ValueError(f"{names} may read the data again, but they are an iterator: give a loader or a list of batches")

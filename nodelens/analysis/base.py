@@ -13,6 +13,7 @@ from nodelens.engine.saved_work import SavedWork
 from nodelens.messages import as_seed, check_names
 from nodelens.metrics import Metric
 from nodelens.network.eval_mode import one_at_a_time, uncompiled
+from nodelens.network.sharded import check_whole
 from nodelens.results.result import Result
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -103,6 +104,7 @@ class Analysis:
         """
         name, model, own = type(self).__name__, uncompiled(model), data if evaluation is None else evaluation
         seed = as_seed(seed)
+        check_whole(name, model)
         check_names(name, objective, ("task", "output", "loss"))
         about = () if save_to is None else (name, identity(vars(self)), seed, identity(objective), identity_of_result(result))
         saved = SavedWork.of(save_to, save_minutes, model, *about)

@@ -41,6 +41,7 @@ nodelens <task> --quiet      warnings and errors only; <task>.log in the run fol
 nodelens --version           the version
 
 nodelens analyze model=resnet18 dataset=cifar10 ckpt_path=best.ckpt 'metrics=[rq,synergy]'"""
+_TASK = "NODELENS_TASK"
 _failed: list[str] = []  # a line for each failed job of a multirun
 _there: list[Path] = []  # the nearest folder above the run's that existed before it
 
@@ -63,8 +64,11 @@ def prune() -> None:
 def script() -> None:
     """Entry of the console script: ``nodelens analyze ...``, ``nodelens --help``, ``nodelens --version``."""
     task = next((word for word in sys.argv[1:] if word != "--quiet"), "")
-    if task:
+    if task not in TASKS and "=" in task and "LOCAL_RANK" in os.environ:
+        task = os.environ.get(_TASK, task)  # a process that Lightning has started with the words of ours, which lack the task
+    elif task:
         sys.argv.remove(task)
+        os.environ[_TASK] = task
     if task in ("--version", "--help", "-h"):
         print(version() if task == "--version" else _USAGE)
         return

@@ -63,7 +63,7 @@ def _unknown_key(task: str, key: str, line: str, config: dict[str, Any], keys: l
         return f"{key}: {name} is not among the chosen {group} ({', '.join(chosen) or 'none'}); choose it too: '{group}=[{every}]'"
     if chosen == {} and rest:
         return f"{group} is empty: a new entry has a leading +, as in +{line}"
-    return f"no key {key!r} in the config of {task}.{nearest(key, keys)} (python {task}.py --cfg job lists all)"
+    return f"no key {key!r} in the config of {task}.{nearest(key, keys)} (--cfg job lists all)"
 
 
 def _reason(error: Exception, given: dict[str, str]) -> str:

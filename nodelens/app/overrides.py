@@ -51,7 +51,7 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
     """
     parsed = parsed_overrides(flags.overrides)
     folders = config_folders(parsed, flags.config_dir)
-    register(folders, imports=False)  # names are enough to see a typing error, and importing torch takes a second
+    register(folders, imports=False)  # the entries are the same, and importing torch takes a second
     for override in parsed:
         _check_choice(override, folders)
         if override.is_sweep_override() and not flags.multirun:
@@ -59,7 +59,6 @@ def configs(task: str, flags: Namespace) -> Iterator[DictConfig]:
                 f"{override.input_line} names several values: start with -m for one job per value, or write "
                 f"{override.key_or_group}=[...] for all of them in one job"
             )
-    register(folders)
     places = ",".join(f"'file://{folder.absolute()}'" for folder in folders[1:])
     search = [f"{SEARCHPATH}=[{places}]"] if places else []
     for lines in _jobs([override for override in parsed if override.key_or_group != SEARCHPATH]):

@@ -17,6 +17,7 @@ from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Capture
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
+from nodelens.network.sharded import class_name, is_sharded
 from nodelens.results.left_out import left_out_rows, warn_of_rows
 from nodelens.results.result import Result, fingerprint, provenance
 from nodelens.statistics import Accumulator
@@ -28,7 +29,7 @@ from .association_facts import facts_of
 from .associations import differentiates, methods_of, zero_associations
 from .collect import Pass
 from .covariance import CovariancePolicy
-from .driver import Driver, Progress, device_of, first_of_data, naming
+from .driver import Driver, Progress, device_of, first_of_data, naming, shared_first
 from .dry_run import DryRun, with_groups
 from .lost_gradients import check_gradients, check_weights, underived, unread_layers
 from .members import Members, UnreadableGroupsError
@@ -40,7 +41,7 @@ from .sample_axis import NoSampleAxisError
 from .saved_sums import SavedPass, key_of, saved_sums
 from .several_passes import check_again, divided, joined
 from .table import make_table
-from .validation import check_classes, find_members, in_bytes, targets_by_token
+from .validation import check_classes, check_sharded, find_members, in_bytes, targets_by_token
 from .wide_sites import describe as describe_covariance
 
 
@@ -76,7 +77,7 @@ def analyze(
     """
     model = uncompiled(model)
     result = measure(model, data, metrics, layers, initial=initial, options=options, on_plan=on_plan, progress=progress, **named)
-    result.metadata["model"] = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    result.metadata["model"] = {"class": class_name(model), "fingerprint": fingerprint(model)}
     return result
 
 
@@ -97,12 +98,14 @@ def measure(
     """The result of ``analyze`` without the model's fingerprint, for which all weights are read."""
     started, model = time.perf_counter(), uncompiled(model)
     check_kind("nl.analyze", options, AnalyzeOptions)
-    check_arguments("nl.analyze", model, data)
+    check_arguments("nl.analyze", model, data, sharded=True)
     settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
     for name, given in {"on_plan": on_plan or iter, "progress": progress}.items():
         if not callable(given):
             raise TypeError(f"{name} is {kind_of(given)}; it is a function, such as print for on_plan= and tqdm for progress=")
-    asked = _Request.of(model, data, as_metrics(metrics), layers, initial, settings)
+    chosen = as_metrics(metrics)
+    check_sharded(model, chosen)
+    asked = _Request.of(model, data, chosen, layers, initial, settings)
     plan, objective = _planned(model, asked, layers == "*", settings)
     parts = divided(plan, in_bytes(settings.budget), settings.max_passes)
     check_again(data is not None and iter(data) is data, len(parts) + plan.rounds - 1, device_of(model))
@@ -159,7 +162,8 @@ class _Request:
         weights_only = data is None or (not reads and all(isinstance(layer, GroupLayer) for layer in found))
         again: Any = () if weights_only else data
         members = find_members(model, found, metrics, start)
-        return cls(metrics, found, members, *first_of_data(again, Objective.of(model)), again, weights_only)
+        first = shared_first if is_sharded(model) and not weights_only else first_of_data
+        return cls(metrics, found, members, *first(again, Objective.of(model)), again, weights_only)
 
 
 def _planned(model: nn.Module, asked: _Request, optional: bool, settings: AnalyzeOptions) -> tuple[Plan, Objective]:
@@ -202,7 +206,8 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         settings.seed,
         settings.reduce,
     )
-    hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective)
+    known = {} if batch is None else {id(asked.first): batch.hashes}
+    hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective, known)
     cuts = None if asked.weights_only else cuts_of(asked.again, hashes, settings.groups, settings.seed, objective)
     return replace(plan, cuts=cuts, hashes=hashes), objective
 
@@ -218,7 +223,7 @@ def run_pass(
     collected: Pass | None = None,
 ) -> Pass:
     """Runs the plan's collectors, or those given, over every batch and returns them. saved: where sums may be stored."""
-    collected = Pass(plan, objective, seed) if collected is None else collected
+    collected = Pass(plan, objective, seed, saves=saved is not None) if collected is None else collected
     begun = None if saved is None else saved.restore(collected)
     weights = tuple({id(p): p for sums in collected.model_sums for p in sums.parameters}.values())
     graph = plan.gradients or bool(weights)
@@ -289,12 +294,14 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
     return Result(table.units, table.layers, table.matrices, metadata, table.edges)
 
 
-def hashes_of(data: Any, objective: Objective) -> dict[int, Tensor]:
-    """The hashes of the samples of each batch of a list, by the id of the batch.
+def hashes_of(data: Any, objective: Objective, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The hashes of the samples of each batch of a list, by the id of the batch; ``known`` need not be computed.
 
     None of other data, and of subclasses of lists, which may make a batch when it is asked for: another one may have its id then.
     """
-    return {id(given): _hashes(k, given, objective) for k, given in enumerate(data)} if type(data) in (list, tuple) else {}
+    if type(data) not in (list, tuple):
+        return {}
+    return {id(given): known[id(given)] if id(given) in known else _hashes(k, given, objective) for k, given in enumerate(data)}
 
 
 def cuts_of(data: Any, hashes: Mapping[int, Tensor], groups: int, seed: int, objective: Objective) -> Tensor | None:

@@ -15,7 +15,9 @@ LABELS = 64  # the same for a curvature
 INPUTS = 1024  # of a sample, up to which the derivative with respect to each is taken
 MOST = 4096  # backward passes per batch
 FOLDS = 8
-CHUNK = 1 << 25  # bytes of the vectors at layers and predictions that are handled at once
+CHUNK = 1 << 24  # bytes of the vectors at layers and predictions that are handled at once: more do not stay in the cache
+ENOUGH = 256  # vectors of one group that are worth a product of their own, or as many as there are units
+BUFFER = 1 << 25  # bytes of buffered vectors of a layer
 COPIES = 3  # of the vectors at the widest layer: sorted by group, without masked rows, in float64
 
 
@@ -118,13 +120,16 @@ def _of_hessian(derivative: Derivative, layer: Layer, layout: Any) -> Derivative
 
 
 def vector_bytes(plan: Any) -> int:
-    """Upper bound on the bytes of the vectors that are handled at once, by the kind of derivative that takes the most."""
+    """Upper bound on the bytes of vectors: handled at once, by the kind of derivative that takes the most, and buffered."""
     layers: dict[Derivative, list[Layer]] = {}
+    waiting = [0]
     for layer in plan.read:
         for need in plan.needs(layer):
             if need.port == ASSOCIATION:
                 layers.setdefault(need.options[0], []).append(layer)
-    return max((_at_once(derivative, own, plan) for derivative, own in layers.items()), default=0)
+                waiting.append(_buffered(need.options[0], layer, plan.groups_of(layer, need), plan))
+    at_once = [_at_once(derivative, own, plan) for derivative, own in layers.items()]
+    return sum(waiting) + max(*at_once, COPIES * max(waiting)) if at_once else 0
 
 
 def _at_once(derivative: Derivative, layers: list[Layer], plan: Any) -> int:
@@ -135,6 +140,28 @@ def _at_once(derivative: Derivative, layers: list[Layer], plan: Any) -> int:
     count = _number_of(derivative, plan, max(1, CHUNK // max(1, held)))
     pairs = 2 if derivative.of == "hessian" else 1  # each vector with its product
     return pairs * count * (held + COPIES * dry_run.samples * max(each))
+
+
+def enough(width: int) -> int:
+    """How many vectors of one group of samples are worth a product of their own."""
+    return max(width, ENOUGH)
+
+
+def capacity(groups: int, width: int) -> int:
+    """How many vectors a buffer holds: twice what is enough, because groups differ in size."""
+    return 2 * groups * enough(width)
+
+
+def _buffered(derivative: Derivative, layer: Layer, groups: int, plan: Any) -> int:
+    """The bytes of vectors that are buffered at a layer: none where batches are large enough for products of their own."""
+    seen, samples, facts = plan.seen(layer, "output"), plan.dry_run.samples, plan.dry_run.facts
+    inputs = 0 if facts is None else facts.inputs
+    basis = {"inputs": 1 if inputs == seen.width else inputs, "hessian": seen.width * seen.positions}
+    vectors = samples * seen.positions * derivative.folds * _number_of(derivative, plan, basis.get(derivative.of, MOST))
+    if vectors >= min(groups, samples) * enough(seen.width):
+        return 0
+    pairs = 2 if derivative.of == "hessian" else 1
+    return min(BUFFER, pairs * 4 * seen.width * capacity(groups, seen.width))
 
 
 def _number_of(derivative: Derivative, plan: Any, most: int) -> int:

@@ -1,5 +1,9 @@
 """Buffered rows: small batches are collected until there are enough for one large product, or until a paired site is known."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from nodelens.metrics.need import Other
 from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION
@@ -13,6 +17,11 @@ MAX_BYTES = 32 << 20  # bytes per kind and site: rows of a wide site fill a prod
 def buffer_rows(kind: str, nbytes: int, positions: int = 1) -> int:
     """How many samples a buffer holds, given the bytes and the positions of one sample."""
     return max(1, min(CAPACITY[kind] // positions, MAX_BYTES // max(1, nbytes)))
+
+
+def bytes_of(tables: Mapping[str, Tensor]) -> int:
+    """Bytes of one sample in a buffer."""
+    return sum(t[:1].nbytes for t in tables.values())
 
 
 def buffer_bytes(plan: PassLayout, site: Site) -> int:

@@ -73,8 +73,9 @@ _KINDS: dict[str, type[Collector]] = {
 class Pass:
     """The collectors of all sites, which see one batch after another."""
 
-    def __init__(self, plan: Plan, objective: Objective, seed: int = 0):
-        self.plan, self.objective, self.seed, self.round = plan, objective, seed, 0
+    def __init__(self, plan: Plan, objective: Objective, seed: int = 0, saves: bool = True):
+        """saves: whether its state may be saved, and with it which batches were seen."""
+        self.plan, self.objective, self.seed, self.saves, self.round = plan, objective, seed, saves, 0
         kinds = {site: _KINDS.get(site.port, Collector) for site in plan.sites()}
         self.collectors = {site: kind(site, plan, seed) for site, kind in kinds.items()}
         self.samples = torch.zeros(plan.groups, dtype=torch.int64)  # per group
@@ -117,7 +118,7 @@ class Pass:
                 sums.again()
 
     def begin(self, batch: Batch) -> None:
-        self.batch, self.seen = batch, self.seen.then(batch)
+        self.batch, self.seen = batch, self.seen.then(batch) if self.saves else self.seen
         if not self.round and batch.has_ids:
             self.repeats.add(batch.contents(), batch.hashes)
         for sums in self.model_sums:

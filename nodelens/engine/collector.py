@@ -17,13 +17,13 @@ from nodelens.network.targets import target_of
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.buffer import Buffer
 from nodelens.statistics.costs import PAIRS
-from nodelens.statistics.group_slices import chunks_of, draw, group_slices, sorting
+from nodelens.statistics.group_slices import chunks_of, copy_order, draw, group_slices, sorting, taken
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
 from nodelens.statistics.sample_sums import SampleSums
 
-from .buffered import CAPACITY, MAX_BYTES, buffer_rows
+from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
 from .firing import BEHIND
 from .plan import Plan
 
@@ -61,7 +61,7 @@ class Collector:
         self.needs_means = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
         self.shift: dict[str, tuple[Tensor, bool]] = {}
-        self.buffers: dict[str, Buffer] = {}
+        self.buffers: dict[Any, Buffer] = {}  # by kind
         self.grid: tuple[int, ...] = ()
         self.means: list[Rows] = []  # of the current batch, one entry per call of the module
         self.unread = ""  # why no rows could be made of what the site showed
@@ -83,7 +83,7 @@ class Collector:
         rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, mask)  # type: ignore[attr-defined]
         rows = rows.double() if self.plan.precision == "float64" else rows
         if "grad" in self.site.port and batch.labelled is not None:
-            rows = _only(rows, batch.labelled)
+            rows = rows.only(batch.labelled)
         if "/tokens" in self.site.port:
             share = 1 / batch.predicted.clamp_min(1).to(rows.raw)
             rows = Rows(rows.raw * share[:, None, None], rows.keep, rows.shift, rows.grid)
@@ -96,10 +96,13 @@ class Collector:
         if not (self.products or self.reduced or self.entries or self.patches):
             self.means += [self._to_samples(self._finite(rows, batch.group))] if self.needs_means else []
         elif self._large_enough(rows):
-            sums = self._process_rows(rows, batch.group, batch.hashes, label)
+            sums, order = self._process_rows(rows, batch.group, batch.hashes, label)
             if self.reduced:
-                self._buffer("sums", batch.group, sums.tables() | label)
-            self.means += [self._sums_to_samples(sums)] if self.needs_means else []
+                ordered = {k: taken(t, order) for k, t in {"group": batch.group, **label}.items()}
+                self._buffer("sums", **sums.tables(), **ordered)
+            back = None if order is None else order.argsort()
+            per_sample = totals_of if "grad" in self.site.port else means_of
+            self.means += [per_sample(sums.map(lambda t: taken(t, back)))] if self.needs_means else []
         else:
             self._buffer_rows(rows, batch, label)
             self.means += [self._to_samples(rows.finite())] if self.needs_means else []
@@ -125,7 +128,7 @@ class Collector:
         if rows is not None and self.by_sample:
             tables = {f"target{k}": targets[target] for k, target in enumerate(self.targets)}
             hashes = {"hash": batch.hashes} if any(need.statistic.takes_hashes for need in self.by_sample) else {}
-            self._buffer("samples", batch.group, {"raw": rows.raw[:, :, 0], "keep": rows.mask()[:, 0], **tables, **hashes})
+            self._buffer("samples", group=batch.group, raw=rows.raw[:, :, 0], keep=rows.mask()[:, 0], **tables, **hashes)
 
     def flush(self) -> None:
         """Adds all buffered rows."""
@@ -138,13 +141,11 @@ class Collector:
         if rows.grid != self.grid and "rows" in self.buffers:
             self._process_buffer("rows")  # maps of different sizes cannot share a buffer
         self.grid = rows.grid
-        self._buffer("rows", batch.group, {"raw": rows.raw, "keep": rows.mask(), "hash": batch.hashes, **label})
+        self._buffer("rows", group=batch.group, raw=rows.raw, keep=rows.mask(), hash=batch.hashes, **label)
 
-    def _buffer(self, kind: str, group: Tensor, tables: dict[str, Tensor]) -> None:
-        positions = tables["raw"].shape[2] if kind == "rows" else 1
-        tables = {"group": group, **tables}
+    def _buffer(self, kind: Any, **tables: Tensor) -> None:
         if kind not in self.buffers:
-            self.buffers[kind] = Buffer(buffer_rows(kind, sum(t[:1].nbytes for t in tables.values()), positions))
+            self.buffers[kind] = Buffer(self._capacity(kind, tables))
         buffer = self.buffers[kind]
         if not buffer.fits(**tables):
             self._process_buffer(kind)
@@ -152,37 +153,51 @@ class Collector:
         if buffer.full:
             self._process_buffer(kind)
 
-    def _process_buffer(self, kind: str) -> None:
+    def _capacity(self, kind: Any, tables: dict[str, Tensor]) -> int:
+        return buffer_rows(kind, bytes_of(tables), tables["raw"].shape[2] if kind == "rows" else 1)
+
+    def _process_buffer(self, kind: Any) -> None:
         """Empties one kind of buffer into the sums, its samples sorted by group."""
         tables = self.buffers[kind].take()
         group = tables.pop("group")
         if not len(group):
-            return
-        order = torch.argsort(group, stable=True)
-        tables, group = {k: t[order.to(t.device)] for k, t in tables.items()}, group[order]
-        label = {"label": tables.pop("label")} if "label" in tables else {}
-        if kind in ("sums", "entries"):
-            shift = self.shift["positions"][0]
-            per_unit = tables["sums"].shape[1] // len(shift)
-            sums = SampleSums.of_tables(tables, shift.repeat_interleave(per_unit))
-            self._add_sums(self.reduced if kind == "sums" else self.entries, sums, group, label)
-            return
-        raw, keep = tables.pop("raw"), tables.pop("keep")
+            return None
         if kind == "rows":
-            rows = Rows(raw, None if bool(keep.all()) else keep, raw.new_zeros(raw.shape[1]).double(), self.grid, False)
-            self._add_sums(self.reduced, self._process_rows(rows, group, tables["hash"], label), group, label)
-        else:
+            return self._add_rows(tables, group)
+        order = sorting(group)
+        tables, group = {k: taken(t, order) for k, t in tables.items()}, taken(group, order)
+        label = {"label": tables.pop("label")} if "label" in tables else {}
+        if kind == "samples":
+            raw, keep = tables.pop("raw"), tables.pop("keep")
             self._add_samples(Rows(raw[:, :, None], None if bool(keep.all()) else keep[:, None]), group, tables)
+            return None
+        shift, shifted = self.shift["positions"]
+        if kind == "entries":  # the same tensor each time, so that sums are added in place
+            of_entries = shift.repeat_interleave(tables["sums"].shape[1] // len(shift))
+            shift, shifted = self.shift.setdefault(kind, (of_entries, shifted))
+        sums = SampleSums.of_tables(tables, shift)
+        self._add_sums(self.reduced if kind == "sums" else self.entries, sums, group, label)
+        return None
 
-    def _process_rows(self, rows: Rows, group: Tensor, hashes: Tensor, label: dict[str, Tensor]) -> SampleSums:
-        """Adds products of rows, group by group, in cache-sized chunks; returns the sums of each sample for the rest."""
+    def _add_rows(self, tables: dict[str, Tensor], group: Tensor) -> None:
+        """Adds buffered rows."""
+        raw, keep, hashes = (tables.pop(name) for name in ("raw", "keep", "hash"))
+        rows = Rows(raw, None if bool(keep.all()) else keep, raw.new_zeros(raw.shape[1]).double(), self.grid, False)
+        sums, done = self._process_rows(rows, group, hashes, tables)
+        order = sorting(group) if done is None else done
+        sums = sums.map(lambda t: taken(t, order)) if done is None and self.reduced else sums
+        self._add_sums(self.reduced, sums, taken(group, order), {k: taken(t, order) for k, t in tables.items()})
+
+    def _process_rows(
+        self, rows: Rows, group: Tensor, hashes: Tensor, label: dict[str, Tensor]
+    ) -> tuple[SampleSums, Tensor | None]:
+        """Adds products of rows by group, in cache-sized chunks; returns the sums of each sample for the rest, and their order."""
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
         by_slice = bool(self.products)
-        order = sorting(group) if by_slice else None
-        if order is not None:
-            group, hashes, label = group[order], hashes[order], {k: t[order.to(t.device)] for k, t in label.items()}
+        order = copy_order(rows.raw, group) if by_slice else None
+        group, hashes, label = taken(group, order), taken(hashes, order), {k: taken(t, order) for k, t in label.items()}
         draws = self.plan.positions and self.products
         keep = rows.keep if order is None or rows.keep is None else rows.keep[order]
         drawn = draw(hashes, keep, rows.raw.shape[2], self.plan.positions, self.seed) if draws else None  # type: ignore[arg-type]
@@ -201,8 +216,7 @@ class Collector:
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
                 for g, a, b in slices if self.products else ():
                     self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
-        sums = SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
-        return sums if order is None or not parts else sums.map(lambda t: t[order.argsort().to(t.device)])
+        return SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample(), order
 
     def _buffer_patches(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
         """Buffers the sums over a convolution's patches, per sample."""
@@ -210,7 +224,7 @@ class Collector:
         sums = patch_sums(rows, self.site.layer.geometry)
         if count:
             self._count(rows, group, sums.masked)
-        self._buffer("entries", group, sums.tables() | label)
+        self._buffer("entries", group=group, **sums.tables(), **label)
 
     def _add_maps(self, rows: Rows, group: Tensor, count: bool) -> None:
         """Adds samples of a convolution's input to the sums of maps, which are restarted if the image size changes."""
@@ -233,15 +247,14 @@ class Collector:
         """Adds rows of one group to the statistics that need whole rows, or those at the positions drawn."""
         for need in self.products:
             chosen = rows if drawn is None or not self.plan.sampled(need) else rows.at(drawn)
-            sums = self.sums[need]
-            sums.add_rows(chosen, group if len(sums.parts) > 1 else 0)
+            self.sums[need].add_rows(chosen, group if len(self.sums[need].parts) > 1 else 0)
 
     def _add_sums(self, needs: list[Need], sums: SampleSums, group: Tensor, label: dict[str, Tensor]) -> None:
         for g, a, b in group_slices(group) if needs else ():
             part = sums.map(lambda t, a=a, b=b: t[a:b])  # type: ignore[misc]
             for need in needs:
                 target = [label["label"][a:b]] if need.target else []
-                self.put(need, g, need.statistic.of(part, *target))  # type: ignore[attr-defined]
+                self.sums[need].add_rows(part, g if len(self.sums[need].parts) > 1 else 0, *target)
 
     def _add_samples(self, rows: Rows, group: Tensor, tables: Mapping[str, Tensor]) -> None:
         """Adds one row per sample, in float64: there are few rows, and standard errors are small differences."""
@@ -250,7 +263,7 @@ class Collector:
         for g, a, b in group_slices(group):
             part = rows.take(a, b).finite()
             targets = {t: tables[f"target{k}"][a:b].to(rows.raw.device) for k, t in enumerate(self.targets)}
-            chosen = {t: _only(part, with_target(t, z)) for t, z in targets.items()} | {None: part}
+            chosen = {t: part.only(with_target(t, z)) for t, z in targets.items()} | {None: part}
             made: dict[tuple[Any, ...], Statistic] = {}
             for need in self.by_sample:
                 paired = [targets[need.target]] if need.target and need.statistic.paired() else []
@@ -305,13 +318,3 @@ class Collector:
         if "grad" in self.site.port:
             return rows.sample_totals()
         return rows.copy() if rows.raw.shape[2] == 1 else rows.sample_means()
-
-    def _sums_to_samples(self, sums: SampleSums) -> Rows:
-        return totals_of(sums) if "grad" in self.site.port else means_of(sums)
-
-
-def _only(rows: Rows, samples: Tensor) -> Rows:
-    """The rows of the chosen samples, (samples,) bool."""
-    if samples.device.type == "cpu" and bool(samples.all()):  # on a GPU the check would synchronise
-        return rows
-    return rows.kept(rows.mask() & samples[:, None])

@@ -1,7 +1,7 @@
 """The collectors of derivatives: they add products of vectors at the units of a layer, or of all layers side by side."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,16 @@ from nodelens.network.hooks import Site
 from nodelens.network.random_vectors import rows_of_tokens
 from nodelens.network.streams import side_of
 from nodelens.network.traced import Traced
-from nodelens.statistics.group_slices import draw
+from nodelens.statistics.group_slices import draw, group_slices, sorting
 from nodelens.statistics.products import Fold, Products, about_zero
 from nodelens.statistics.rows import Rows
 
+from .association_methods import BUFFER, capacity, enough
+from .buffered import bytes_of
 from .collector import Collector
 from .plan import Plan
+
+Kind = tuple[int, int, bool]  # of vectors: the number of their need, their fold, and whether they are the first of their rows
 
 
 class LayerCall(NamedTuple):
@@ -64,6 +68,7 @@ class DerivativeCollector(Collector):
         self.calls: list[LayerCall] = []
         self.failed: dict[Need, str] = {}  # why a derivative does not exist
         self.unreached: set[Need] = set()  # the graph of derivatives does not lead there
+        self.grams: dict[Any, Tensor] = {}  # of buffered vectors
         self.copies = plan.stack is not None and site.layer.name in plan.overwritten
 
     def rows_of(self, captured: Traced, batch: Batch) -> Traced:
@@ -95,26 +100,66 @@ class DerivativeCollector(Collector):
         first: bool = True,
         gram: Tensor | None = None,
         fold: int = 0,
-        folds: int = 1,
     ) -> None:
         """Adds the products of vectors x (k x samples, units, positions), or with partners y, where ``keep`` (samples, positions).
 
-        A row with an entry that is not finite in any of the vectors does not count. n counts the rows if ``first``.
+        A row with an entry that is not finite in any of the vectors does not count. n counts the rows if ``first``. Vectors of
+        small batches are buffered, so that one product is formed of those of several batches.
         gram: each x stands for vectors x * u, with any u of which u u' adds up to ``gram`` (units, units)
         """
-        x, sums, k = x.double() if self.plan.precision == "float64" else x, self.sums[need], len(x) // len(keep)
-        keep = self._where_finite(x if y is None else y, keep)
-        order, slices = batch.by_group if len(sums.parts) > 1 else (None, [(0, 0, len(keep))])
+        kind, parts = ([*self.sums].index(need), fold, first), len(self.sums[need].parts)
+        given = {"x": x} if y is None else {"x": x, "y": y}
+        tables = {name: _by_sample(t, len(keep)) for name, t in given.items()} | {"keep": keep}
+        if x[:, 0].numel() * need.options[0].folds >= min(parts, len(keep)) * enough(x.shape[1]):
+            self._add(kind, tables, gram, *(batch.by_group if parts > 1 else (None, [(0, 0, len(keep))])))
+            return
+        held = self.grams.get(kind)
+        if gram is not None and gram is not held and (held is None or not torch.equal(held, gram)):
+            self._process_buffer(kind)
+            self.grams[kind] = gram
+        self._buffer(kind, group=batch.group, **tables)
+
+    def _capacity(self, kind: Any, tables: dict[str, Tensor]) -> int:
+        _, k, width, positions = tables["x"].shape
+        need, sums = [*self.sums.items()][kind[0]]
+        samples = capacity(len(sums.parts), width) // (k * positions)
+        return max(1, min(samples, BUFFER // bytes_of(tables)) // need.options[0].folds)
+
+    def flush(self) -> None:
+        """Adds all buffered vectors."""
+        for kind in self.buffers:
+            self._process_buffer(kind)
+
+    def _process_buffer(self, kind: Any) -> None:
+        """Adds the buffered vectors of one need and fold, ``kind``, and empties the buffer."""
+        if kind not in self.buffers or not self.buffers[kind].filled:
+            return
+        tables = self.buffers[kind].take()
+        group = tables.pop("group")
+        if len([*self.sums.values()][kind[0]].parts) < 2:
+            group = torch.zeros_like(group)
+        order = sorting(group)
+        self._add(kind, tables, self.grams.get(kind), order, group_slices(group if order is None else group[order]))
+
+    def _add(
+        self, kind: Kind, tables: dict[str, Tensor], gram: Tensor | None, order: Tensor | None, slices: list[tuple[int, int, int]]
+    ) -> None:
+        """Adds the products of vectors x, and y, (samples, k, units, positions), in an order with slices of one group each."""
+        number, fold, first = kind
+        need, sums = [*self.sums.items()][number]
+        x, y, k, folds = tables["x"], tables.get("y"), tables["x"].shape[1], need.options[0].folds
+        keep = self._where_finite(x if y is None else y, tables["keep"])
         keep = keep if order is None else keep[order]
         masked = None if bool(keep.all()) else keep.to(x.device).repeat_interleave(k, 0)
-        rows, runs = Rows(_by_sample(x, k, order), masked), [(a * k, b * k) for _, a, b in slices]
+        rows, runs = Rows(_ordered(x, order), masked), [(a * k, b * k) for _, a, b in slices]
+        rows = rows.double() if self.plan.precision == "float64" else rows
         if need.statistic is not Products:
             rows = rows.about(*self._shift("positions", rows))
             for (g, *_), (a, b) in zip(slices, runs, strict=True):
                 sums.add_rows(rows.take(a, b), g)
             return
         rows = about_zero(rows)
-        outer = rows.products_by_run(rows if y is None else about_zero(Rows(_by_sample(y, k, order), masked)), runs)
+        outer = rows.products_by_run(rows if y is None else about_zero(Rows(_ordered(y, order), masked)), runs)
         outer = outer if y is None else (outer + outer.mT) / 2
         outer = outer if gram is None else outer * gram
         for (g, a, b), product in zip(slices, outer, strict=True):
@@ -129,10 +174,18 @@ class DerivativeCollector(Collector):
         """The rows to keep (samples, positions) without those that have an entry that is not finite in some vector."""
         if math.isfinite(float(x.sum())):
             return keep
-        return keep & x.isfinite().all(1).unflatten(0, (-1, len(keep))).all(0).cpu()
+        return keep & x.isfinite().all(2).all(1).cpu()
 
 
-def _by_sample(t: Tensor, k: int, order: Tensor | None) -> Tensor:
-    """Vectors (k x samples, ...) as (samples x k, ...), those of a sample together, of samples in an order."""
-    t = t.unflatten(0, (k, -1)).transpose(0, 1)
-    return (t if order is None else t.index_select(0, order.to(t.device))).flatten(0, 1)
+def _by_sample(t: Tensor, samples: int) -> Tensor:
+    """Vectors (k x samples, ...) as (samples, k, ...)."""
+    return t.unflatten(0, (-1, samples)).transpose(0, 1)
+
+
+def _ordered(t: Tensor, order: Tensor | None) -> Tensor:
+    """Vectors (samples, k, units, positions) as (samples x k, units, positions), of samples in an order; units stay contiguous."""
+    if order is None:
+        return t.flatten(0, 1)
+    order = order.to(t.device)
+    found = t.mT.index_select(0, order).mT if t.stride(2) == 1 else t.index_select(0, order)
+    return found.flatten(0, 1)

@@ -1,8 +1,9 @@
 """What is differentiated in one batch, while its graph is there: one kind of derivative after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,7 @@ class Derivatives:
 
     def add(self, targets: Sequence[SumTarget], derivative: Derivative) -> None:
         """Adds one kind of derivative at all layers that ask for it."""
-        calls = list({id(call): call for target in targets for call in target.calls}.values())
-        calls = [call for call in calls if call.traced.edge is not None or derivative.of == "values"]
+        calls = _distinct(targets, derivative)
         size = self._size(calls)
         if derivative.of == "values":
             self._distribute(targets, derivative, calls, [call.traced.value[None] for call in calls], 0, True)
@@ -59,6 +59,27 @@ class Derivatives:
             self._push(targets, derivative, calls, size)
         else:
             self._hessian(targets, derivative)
+
+    def add_together(self, wanted: Mapping[Derivative, Sequence[SumTarget]]) -> bool:
+        """Adds exact derivatives of predictions and of their loss, which differ in the vectors alone, in one backward pass.
+
+        Returns whether it did: it does where they are wanted of the same calls, and the vectors of all can be handled at once.
+        """
+        first, *others = [_distinct(targets, derivative) for derivative, targets in wanted.items()]
+        made = [Predictions.of(self.predictions, self.batch, self.objective, derivative.of == "loss") for derivative in wanted]
+        counts = [each.z[0].numel() for each in made]
+        same = all({*map(id, calls)} == {*map(id, first)} for calls in others)
+        if not same or sum(counts) > self._size(first) or not self.predictions.requires_grad:
+            return False
+        edges, spans, vectors = [call.traced.edge for call in first], _spans(counts), []
+        for derivative, each, span in zip(wanted, made, spans, strict=True):
+            ((_, (own,)),) = self._of_predictions(derivative, each, each.z[0].numel())
+            vectors.append(own.new_zeros(sum(counts), *own.shape[1:]))
+            vectors[-1][span] = own
+        found = self.method.pull([each.z for each in made], edges, vectors)  # type: ignore[arg-type]
+        for (derivative, targets), span in zip(wanted.items(), spans, strict=True):
+            self._distribute(targets, derivative, first, [None if v is None else v[span] for v in found], 0, True)
+        return True
 
     def _pull(self, targets: Sequence[SumTarget], derivative: Derivative, calls: Sequence[LayerCall], size: int) -> None:
         made = Predictions.of(self.predictions, self.batch, self.objective, derivative.of == "loss")
@@ -165,7 +186,7 @@ class Derivatives:
         for fold, v in unit_vectors(call, derivative, keep, self.batch, self.seed, self._size([call])):
             product = times(v)
             y = call.rows(torch.zeros_like(v) if product is None else product)
-            target.collector.add(target.need, self.batch, call.rows(v), keep, y, first, fold=fold, folds=derivative.folds)
+            target.collector.add(target.need, self.batch, call.rows(v), keep, y, first, fold=fold)
             first = False
 
     def _distribute(
@@ -191,7 +212,7 @@ class Derivatives:
             if len(target.calls) > 1 or target.collector is not target.calls[0].collector:
                 x = target.collector.chosen_units(x)
             keep = self._kept(target, derivative)
-            target.collector.add(target.need, self.batch, x, keep, first=first, fold=fold, folds=derivative.folds)
+            target.collector.add(target.need, self.batch, x, keep, first=first, fold=fold)
 
     def _kept(self, target: SumTarget, derivative: Derivative) -> Tensor:
         """The rows that count, (samples, positions): of a loss those of samples with a label."""
@@ -221,13 +242,28 @@ def differentiate(
         for need in collector.sums:
             for calls in _calls_of(collector, collectors):
                 wanted.setdefault(need.options[0], []).append(SumTarget(collector, need, calls))
+    exact = {d: targets for d, targets in wanted.items() if d.of in ("predictions", "loss") and d.method == "exact"}
+    together = exact if len(exact) > 1 and own.add_together(exact) else {}
     for derivative, targets in wanted.items():
-        own.add(targets, derivative)
+        if derivative not in together:
+            own.add(targets, derivative)
     for collector in collectors:
         for call in collector.calls:
             if call.traced.leaf is not None:
                 call.traced.leaf.requires_grad_(False)
         collector.calls = []
+
+
+def _distinct(targets: Sequence[SumTarget], derivative: Derivative) -> list[LayerCall]:
+    """The calls that targets read, each once, without those outside the graph."""
+    calls = {id(call): call for target in targets for call in target.calls}.values()
+    return [call for call in calls if call.traced.edge is not None or derivative.of == "values"]
+
+
+def _spans(counts: Sequence[int]) -> list[slice]:
+    """Consecutive spans of these lengths."""
+    ends = list(accumulate(counts))
+    return [slice(end - n, end) for n, end in zip(counts, ends, strict=True)]
 
 
 def _fewer_units(target: SumTarget, start: GraphStart) -> bool:

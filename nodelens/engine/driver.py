@@ -16,7 +16,8 @@ from nodelens.network.eval_mode import differentiable, eval_mode
 from nodelens.network.failed_forward import check_forward
 from nodelens.network.hooks import Capture, edit
 from nodelens.network.objective import Objective
-from nodelens.statistics.processes import first_of, world
+from nodelens.network.sharded import is_sharded
+from nodelens.statistics.processes import first_of, reduce_tensor, world
 
 from .overwritten import why_overwritten
 
@@ -75,6 +76,27 @@ class Driver:
             if len(batch):
                 yield batch.to(device)
 
+    def _in_step(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """The batches, and whether they are to be measured. Collective for a sharded model, which every process runs as often.
+
+        A process that has no more batches gets its last one again, or a sample of another process, which is not measured.
+        """
+        if world()[1] == 1 or not is_sharded(self.model):
+            yield from ((batch, True) for batch in batches)
+            return
+        device = device_of(self.model)
+        last: Any = None
+        for own in itertools.chain(batches, itertools.repeat(None)):
+            last = last if own is None else own
+            state = torch.tensor([own is not None, last is None], dtype=torch.int64, device=device)
+            there, lacking = reduce_tensor(state, largest=True).tolist()
+            if not there:
+                return
+            if lacking:
+                shared = first_of(None if own is None else own.head(1).to(torch.device("cpu")))
+                last = shared.to(device) if last is None else last
+            yield last, own is not None
+
     def run(self, data: Iterable[Any], watcher: Watcher, capture: Capture | None = None) -> None:
         """Runs every batch. The model's state is restored, also after an error."""
         opened: AbstractContextManager[Any] = nullcontext() if capture is None else capture
@@ -82,12 +104,16 @@ class Driver:
         plain = nullcontext() if self.on_graph is None else twice_differentiable()
         with torch.inference_mode(False), eval_mode(self.model), differentiable(self.weights), starts, opened, plain:
             last: Batch | None = None
-            for batch in self.batches(data):
+            for batch, measured in self._in_step(self.batches(data)):
                 self.embedded.clear()
                 batch = with_gradients(batch) if self.from_inputs else batch
                 with naming(self.number, partial(self._why, batch)):
-                    watcher.begin(batch)
-                    watcher.end(self._forward(batch, capture))
+                    if measured:
+                        watcher.begin(batch)
+                        watcher.end(self._forward(batch, capture))
+                    else:
+                        with nullcontext() if capture is None else capture.dropping():
+                            self._forward(batch, capture)
                 for tensor in self.weights:
                     tensor.grad = None
                 if last is None and self.on_first is not None:
@@ -132,8 +158,8 @@ class Driver:
 
 
 def opened(model: nn.Module, data: Iterable[Any], objective: Objective) -> tuple[Objective, Iterable[Any]]:
-    """The objective, settled by the first batch, and the data from their beginning."""
-    first, whole = first_of_data(data, objective)
+    """The objective, settled by the first batch, and the data from their beginning. Collective for a sharded model."""
+    first, whole = (shared_first if is_sharded(model) else first_of_data)(data, objective)
     return (objective, ()) if first is None else (objective.settled(model, first), whole)
 
 

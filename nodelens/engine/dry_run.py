@@ -68,7 +68,8 @@ class DryRun:
     predictions: int = 1  # of each sample
     decoder: frozenset[str] = frozenset()  # sites with one row per token of the decoder
     samples: int = 2  # in the batch that the two were taken from
-    norms: dict[str, Layer] = field(default_factory=dict)  # by layer: the batch norm that reads its output
+    norms: dict[str, str] = field(default_factory=dict)  # by layer: the path of the batch norm that reads its output
+    norm_modules: dict[str, nn.Module] = field(default_factory=dict)  # by layer: that norm, once bound to a model
     firing: dict[str, Firing] = field(default_factory=dict)  # by layer: the activation that follows
     task: str = ""
     refusal: str = ""  # why the predictions cannot be read from the output
@@ -79,7 +80,7 @@ class DryRun:
     @classmethod
     def of_weights(cls, layers: Iterable[Layer]) -> "DryRun":
         """A dry run that is derived from the shapes of weights; no model is run."""
-        widths = ((layer.name, len(layer.weight)) for layer in layers if layer.weight is not None)
+        widths = ((layer.name, layer.shape[0]) for layer in layers if layer.shape is not None)
         return cls({f"{name}.output": Seen(n, 1, True, 1, 4 * n) for name, n in widths}, 0, 0)
 
     @classmethod
@@ -123,7 +124,7 @@ class DryRun:
         seen |= {str(site): _unread(site, unread[site.layer.name]) for site in sites if site.layer.name in unread}
         if seen and all(each.unread for each in seen.values()):
             raise ValueError(next(iter(unread.values())))
-        read = {identity(captured[site][0][0]): site.layer for site in readers if site in captured}
+        read = {identity(captured[site][0][0]): site.layer.name for site in readers if site in captured}
         outputs = [site for site in sites if site in captured and site.port == "output"]
         norms = {site.layer.name: norm for site in outputs if (norm := read.get(identity(captured[site][0][0]))) is not None}
         firing = {}
@@ -139,9 +140,13 @@ class DryRun:
         return cls(seen, flops, classes, tokens, positions, objective.decoder, samples, **known)
 
     def bound(self, model: nn.Module) -> "DryRun":
-        """The same with the parameters of this process's model, which the activations' norms read."""
+        """The same with the norms of this process's model, and with the parameters that its activations' norms read.
+
+        Until then no part of a model is in it, so that processes can share it. Collective for a sharded model.
+        """
         tensors = stored_tensors(model)
-        return replace(self, firing={name: firing.bound(tensors) for name, firing in self.firing.items()})
+        firing = {name: firing.bound(tensors) for name, firing in self.firing.items()}
+        return replace(self, firing=firing, norm_modules={name: model.get_submodule(norm) for name, norm in self.norms.items()})
 
 
 def _predictions(objective: Objective, output: Any, batch: Batch) -> tuple[Tensor | None, Tensor | None, str]:
@@ -200,8 +205,8 @@ def _seen(
 
 def _unread(site: Site, reason: str) -> Seen:
     """A site without rows, as wide as the layer's weight is there."""
-    weight = site.layer.weight
-    return Seen(0 if weight is None else weight.shape[site.port == "input"], 1, True, 1, 0, unread=reason)
+    shape = site.layer.shape
+    return Seen(0 if shape is None else shape[site.port == "input"], 1, True, 1, 0, unread=reason)
 
 
 def _reads_ids(layer: Layer) -> bool:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
+from nodelens.statistics import Accumulator
 
 from .layout import Place
 from .metric_sums import MetricSums, SampleCounts, SharedSums, Sums
 from .plan import Plan
 from .wide_sites import KnownUnits, known_units, reason_left_out
+
+FEW_BYTES = 1 << 22  # of sums: of fewer, threads take longer to start and to wait for each other than they save
 
 
 @dataclass
@@ -118,7 +121,8 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
     """Evaluates metrics over all samples, then without each group.
 
     Estimators in an order that keeps those of one layer together: sums are formed once for all of them, and dropped after the last
-    one. Groups are evaluated in parallel threads, each with sums of its own.
+    one. Groups are evaluated in parallel threads, each with sums of its own; those of a sharded model one after another, since its
+    weights are gathered in the same order by every process.
     """
     last = {key: k for k, estimator in enumerate(estimators) for key in estimator.reads()}
     done: dict[int, list[tuple]] = {}
@@ -135,12 +139,14 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
             shared.release(done.get(k, ()))
 
     without(None)
-    _in_threads(without, sorted({group for estimator in estimators for group in estimator.groups}))
+    read = {id(a): a for estimator in estimators for a in estimator.sums.accumulators.values()}
+    few = sum(a.nbytes for a in read.values() if isinstance(a, Accumulator)) < FEW_BYTES
+    groups = sorted({group for estimator in estimators for group in estimator.groups})
+    _in_threads(without, groups, 1 if few or plan.sharded else torch.get_num_threads())
 
 
-def _in_threads(function: Callable[[int], None], items: Sequence[int]) -> None:
-    """Calls a function on each item, in as many threads as torch has, each of which then computes on its own."""
-    threads = torch.get_num_threads()
+def _in_threads(function: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+    """Calls a function on each item, in some threads, each of which then computes on its own."""
     if min(threads, len(items)) < 2:
         for item in items:
             function(item)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nodelens.network.sharded import full, is_part, is_sharded
+
 _ACTIVATIONS = (
     "relu", "hardtanh", "leaky_relu", "_prelu_kernel", "elu", "celu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "sigmoid",
     "tanh", "softplus", "threshold", "clamp", "clamp_min", "hardshrink", "softshrink", "log_sigmoid_forward",
@@ -67,10 +69,10 @@ class Firing:
         return x
 
     def bound(self, tensors: Mapping[str, Tensor]) -> "Firing":
-        """The same operations with the ``stored_tensors`` of a model."""
+        """The same operations with the ``stored_tensors`` of a model. Collective for a sharded model."""
 
         def value(given: Any) -> Any:
-            return tensors[given.name].detach().view(given.shape) if isinstance(given, Stored) else given
+            return full(tensors[given.name].detach()).view(given.shape) if isinstance(given, Stored) else given
 
         return Firing(tuple(step._replace(args=tuple(map(value, step.args))) for step in self.steps))
 
@@ -99,8 +101,8 @@ class FiringTracer(TorchDispatchMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        every = [*model.named_parameters(), *model.named_buffers()]
-        self.stored = {place_of(tensor)[0]: (name, tensor.shape) for name, tensor in every}
+        self.model, self.moves = model, is_sharded(model)
+        self.places = self._places()  # where parameters and buffers are: those of a sharded model only while its modules run
         self.values: dict[Place, _Value] = {}  # that an operation may still read
         self.outputs: dict[str, list[_Value]] = {}  # by layer, one per call
         self.last: tuple[str, Place | None] = ("", None)  # the last operation and its result
@@ -147,13 +149,18 @@ class FiringTracer(TorchDispatchMode):
         if step.operation in _BETWEEN:
             self.values[place_of(out)] = value.result
 
+    def _places(self) -> dict[Any, tuple[str, torch.Size]]:
+        every = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {place_of(tensor)[0]: (name, tensor.shape) for name, tensor in every if not is_part(tensor)}
+
     def _step(self, operation: str, overload: str, args: tuple, kwargs: dict[str, Any]) -> Step | None:
         """An operation of one value that keeps units apart; None for any other, and for tensors that the model does not store."""
         if operation not in _ACTIVATIONS + _BETWEEN or any(isinstance(value, Tensor) for value in kwargs.values()):
             return None
         own: list[Any] = []
+        places = self._places() if self.moves else self.places
         for arg in args[1:]:
-            stored = self.stored.get(place_of(arg)[0]) if isinstance(arg, Tensor) else None
+            stored = places.get(place_of(arg)[0]) if isinstance(arg, Tensor) else None
             if isinstance(arg, Tensor) and (stored is None or arg.numel() != stored[1].numel()):
                 return None
             own.append(arg if stored is None else Stored(stored[0], tuple(arg.shape)))

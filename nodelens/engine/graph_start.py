@@ -19,13 +19,15 @@ class GraphStart:
     """What layers are differentiated with respect to.
 
     places: the tensors, (B, ...) each; shapes: of one sample; basis: (r, units), where the place is the output of a Linear with
-    weight W, the rows R with R'R = WW', so that vectors R'e_k have the same products as the inputs' own basis; else None
+    weight W, the rows R with R'R = WW', so that vectors R'e_k have the same products as the inputs' own basis; gram: WW', (units,
+    units) float64; both None elsewhere
     """
 
     places: list[Place]
     shapes: list[torch.Size]
     like: Tensor
     basis: Tensor | None = None
+    gram: Tensor | None = None
 
     @classmethod
     def of(
@@ -39,19 +41,14 @@ class GraphStart:
             return None
         entry = linear_entry(edges, leaves[0]) if len(leaves) == 1 and leaves[0].is_leaf else None
         if entry is not None and leaves[0][0].numel() == entry[1].shape[0] > entry[1].shape[1]:  # it reads a sample whole
-            r = (roots or Roots()).of(entry[1])
-            return cls([entry[0]], [r.shape[1:]], leaves[0].detach(), r.to(leaves[0]))
+            r, gram = (roots or Roots()).of(entry[1])
+            return cls([entry[0]], [r.shape[1:]], leaves[0].detach(), r.to(leaves[0]), gram)
         return cls(list(leaves), [leaf.shape[1:] for leaf in leaves], leaves[0].detach())
 
     @property
     def count(self) -> int:
         """Number of vectors of a basis."""
         return sum(shape.numel() for shape in self.shapes) if self.basis is None else len(self.basis)
-
-    @property
-    def gram(self) -> Tensor | None:
-        """WW', (units, units) float64, where the place is the output of a Linear."""
-        return None if self.basis is None else self.basis.double().T @ self.basis.double()
 
     def vectors(self, derivative: Derivative, batch: Batch, seed: int, size: int) -> Iterator[tuple[int, list[Tensor]]]:
         """Vectors (k, B, *shape) for each place, at most ``size`` at once, with the fold that they belong to."""
@@ -68,7 +65,7 @@ class GraphStart:
 
     def weighted(self, slopes: list[Tensor]) -> list[Tensor]:
         """Vectors from slopes at the places, so that the product of both is that at the inputs."""
-        return slopes if self.basis is None else [slopes[0] @ (self.basis.T @ self.basis)]
+        return slopes if self.gram is None else [slopes[0] @ self.gram.to(slopes[0])]
 
     def _signs(self, batch: Batch, numbers: range, seed: int) -> Tensor:
         """Random signs, (k, B, count); of tokens, by their number without padding."""

@@ -14,6 +14,7 @@ from nodelens.metrics.need import Other, Target, Units
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import ASSOCIATION, Layer
+from nodelens.network.sharded import full
 from nodelens.network.targets import is_per_token, resolve_auto
 from nodelens.network.tasks import BY_VALUE
 from nodelens.statistics.costs import SAMPLED, SQUARE, numbers, supersets_of
@@ -66,6 +67,7 @@ class PassLayout:
     no_gradient: Mapping[str, str] = field(default_factory=dict)  # why no gradient reached a layer, by name
     stack: Layer | None = None  # all layers side by side, where a metric asks for one matrix of them
     no_derivative: Mapping[tuple[str, Need], str] = field(default_factory=dict)  # why a derivative does not exist, by layer
+    sharded: bool = False  # whether the model's parameters are distributed over processes
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)
@@ -93,14 +95,16 @@ class PassLayout:
         if metric.parameter == "units":
             return Units(layer.title, self.seen(layer, "output").width, self.seed)
         if metric.parameter == "norm" and not isinstance(layer, GroupLayer):
-            norm = self.dry_run.norms.get(layer.name)
-            return getattr(norm.module, "weight", None) if norm else None
+            scale = getattr(self.dry_run.norm_modules.get(layer.name), "weight", None)
+            return None if scale is None else full(scale)
         return getattr(layer, metric.parameter)
 
     def lacks(self, layer: Layer, metric: Metric) -> bool:
         """Whether a layer has nothing that the metric could read besides its sums."""
         if isinstance(layer, GroupLayer) and metric.parameter in ("weight", "norm"):
             return not layer.has(metric.parameter)  # without gathering the weights
+        if metric.parameter in ("weight", "tensor", "change"):
+            return layer.shape is None or (metric.parameter == "change" and layer.start is None)
         return self.stored(layer, metric) is None
 
     def parameter(self, layer: Layer, metric: Metric) -> Any:
@@ -265,7 +269,7 @@ class PassLayout:
         if isinstance(need.target, Other):
             return width, self.seen_at(*need.target).width
         if need.statistic is WeightSums:
-            return width, self.seen(layer, "input").width if layer.weight is None else layer.weight.shape[1]
+            return width, self.seen(layer, "input").width if layer.shape is None else layer.shape[1]
         if not need.statistic.paired():
             return width, 0
         parts = need.target.split("+") if isinstance(need.target, str) else [""] if need.target else []

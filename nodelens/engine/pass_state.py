@@ -15,6 +15,7 @@ from nodelens.statistics.patches import MapSums
 from nodelens.statistics.sample_hash import mix
 
 from .collector import Collector
+from .derivative_collector import DerivativeCollector
 from .other_collectors import ModelCollector
 
 _COUNTS = ("left_out", "rows_seen", "lost", "unread")
@@ -61,6 +62,7 @@ def collector_state(collector: Collector) -> State:
         "shift": dict(collector.shift),
         "buffers": {kind: buffer.state_dict() for kind, buffer in collector.buffers.items()},
         "grid": tuple(collector.grid),
+        **({"grams": dict(collector.grams)} if isinstance(collector, DerivativeCollector) else {}),
         "maps": None if collector.maps is None else collector.maps.state_dict(),
     }
 
@@ -75,6 +77,8 @@ def restore_collector(collector: Collector, state: Mapping[str, Any]) -> None:
         return
     collector.shift, collector.grid = dict(state["shift"]), state["grid"]
     collector.buffers = {kind: Buffer.of_state(saved) for kind, saved in state["buffers"].items()}
+    if isinstance(collector, DerivativeCollector):
+        collector.grams = dict(state["grams"])
     if state["maps"] is not None:
         geometry = collector.site.layer.geometry
         assert geometry is not None

@@ -13,6 +13,7 @@ from nodelens.metrics.sets import is_default
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION, Layer, pairs_of
+from nodelens.network.sharded import class_name, is_sharded
 from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
 
@@ -69,7 +70,7 @@ class Plan(PassLayout):
             if never_called[0] in member_layers:
                 remedy = "leave its group out (freeze=), or score it by weights (magnitude)"
             why = (
-                f"is never called by {type(model).__name__}.forward (no token of the first samples goes to it, or its parent reads "
+                f"is never called by {class_name(model)}.forward (no token of the first samples goes to it, or its parent reads "
                 "its weight directly)"
             )
             raise UnreadableGroupsError(
@@ -81,6 +82,7 @@ class Plan(PassLayout):
         settings = precision, frozenset(per_token), pairs_of(layers, pairs), covariance or CovariancePolicy()
         names = [layer.name for layer in never_called]
         more: dict[str, Any] = {"members": members, "seed": seed, "reduce": reduce, "optional": optional, "notes": unlabelled}
+        more |= {"sharded": is_sharded(model)}
         plan = omit_products(cls(layers, metrics, dry_run, groups, positions, names, *settings, **more), optional, default)
         plan = with_stack(plan)
         plan = replace(plan, notes=(*plan.notes, *check_associations(plan)))

@@ -12,6 +12,7 @@ from nodelens.network.eval_mode import eval_mode
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
+from nodelens.network.sharded import class_name
 
 _WAY_OUT = "give data and modules with samples first (batch_first=True)"
 _VERBS = {"input": "reads", "output": "puts out"}
@@ -44,7 +45,7 @@ def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]
     except Exception as error:  # no other size to compare with
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         warnings.warn(
-            f"{type(model).__name__} takes batches of {size} but not of {size + 1} samples ({cause}): "
+            f"{class_name(model)} takes batches of {size} but not of {size + 1} samples ({cause}): "
             "that the first axis of each layer is the samples is not checked",
             stacklevel=2,
         )

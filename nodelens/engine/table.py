@@ -14,6 +14,7 @@ from nodelens.metrics import Metric
 from nodelens.metrics.sampling import jackknife
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
+from nodelens.network.sharded import class_name
 
 from .error_reasons import no_error, why_missing
 from .estimate import Estimator, estimators_at, evaluate
@@ -70,7 +71,7 @@ def make_table(plan: Plan, sums: Sums, samples: SampleCounts, bias: bool = False
     for layer in plan.measured:
         width = plan.seen(layer, "output").width
         columns: dict[str, np.ndarray] = {}
-        kind = layer.group.kind if isinstance(layer, GroupLayer) else type(layer.module).__name__
+        kind = layer.group.kind if isinstance(layer, GroupLayer) else class_name(layer.module)
         row: dict[str, Any] = {"layer": layer.title, "type": kind, "units": width}
         for cell in of_layers[layer.name]:
             metric = plan.metrics[cell.name]
@@ -159,7 +160,7 @@ def _edges(table: Table, plan: Plan, of_pairs: dict[Place, list[_Cell]], bias: b
 
 def of_model(plan: Plan, layers: pd.DataFrame) -> dict[str, float]:
     """Totals over all layers, for metrics that define one."""
-    sizes = [0 if layer.tensor is None else layer.tensor.numel() for layer in plan.measured]
+    sizes = [0 if layer.shape is None else layer.shape.numel() for layer in plan.measured]
     found = {}
     for name, metric in plan.metrics.items():
         if metric.shape == "layer" and hasattr(metric, "of_model"):

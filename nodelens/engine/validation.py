@@ -9,11 +9,31 @@ from nodelens.metrics import Metric
 from nodelens.network.batch import Batch
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
+from nodelens.network.sharded import check_whole, class_name, is_sharded
 from nodelens.network.tasks import BY_TOKEN
+from nodelens.results.result import fingerprint_of
+from nodelens.statistics.processes import gathered
 
+from .associations import differentiates
 from .dry_run import DryRun
 from .layout import PassLayout
 from .members import Members, of_groups_only
+
+
+def check_sharded(model: nn.Module, metrics: Mapping[str, Metric]) -> None:
+    """Raises ValueError for metrics that need the whole of a model in one process, if the model is sharded over processes.
+
+    These differentiate the loss with respect to weights, or the model with respect to its units, or train a copy of it. Another
+    error is a model whose buffers differ between processes. Collective for a sharded model.
+    """
+    if is_sharded(model) and len(set(gathered(fingerprint_of(dict(model.named_buffers()))))) > 1:
+        raise ValueError(
+            f"the processes have other buffers of {class_name(model)}, such as running statistics of batch norms, which "
+            "fully_shard leaves to each process: copy those of the first one, torch.distributed.broadcast(buffer, 0) for each"
+        )
+    for name, metric in metrics.items():
+        if differentiates([metric]) or any(need.port == "model" for need in metric.needs().values()):
+            check_whole(f"metric {name!r}", model)
 
 
 def check_groups(layers: Sequence[Layer], metrics: Mapping[str, Metric]) -> None:

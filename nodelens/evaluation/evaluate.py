@@ -46,7 +46,7 @@ def evaluate(
 
     Raises ValueError for data without labels, without samples, or with nothing to predict.
     """
-    check_arguments("nl.evaluate", model, data)
+    check_arguments("nl.evaluate", model, data, sharded=True)
     objective, data = opened(model, data, Objective.of(model, output, task, loss))
     scores = _Classes(objective) if objective.task not in (*BY_VALUE, "none") else _Values(objective)
     Driver(model, objective).run(data, scores)

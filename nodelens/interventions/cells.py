@@ -1,49 +1,27 @@
 """Cells of a grid of interventions: a prompt is repeated once per cell, and each repetition has a state of its own replaced."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nodelens.engine.driver import device_of
-from nodelens.network.changed import Change
 from nodelens.network.hooks import edit
 from nodelens.network.layers import Layer
 
+from .grid_cell import GridCell, written
+from .joining import JoiningRows
 from .token_model import TokenModel
 
 TOKENS = 4096  # that one pass holds at most
 _LOGITS = 2**26  # logits that one pass holds at most
 _SAME = 1e-4  # difference between two ways of running a cell, of the largest logit
 _PASS = {"cpu": 128}  # tokens that take a block as long as starting it does, by the type of the device
-_STREAM = ("input", "output")
 _REFUSES = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)  # of a model or a cache
-
-
-@dataclass(frozen=True, eq=False)
-class GridCell:
-    """A state that is written at one position: ``value`` (width,), or (end - start,) where ``columns`` names a part of it.
-
-    layer: whose input or output is replaced; block, part: which part of which block it is, as in ``Roles``
-    """
-
-    layer: Layer
-    block: int
-    part: str
-    position: int
-    value: Tensor
-    columns: tuple[int, int] | None = None
-
-    @property
-    def start(self) -> int:
-        """The block that is the first to differ: the next one for the output of a block, otherwise the block itself."""
-        return self.block + (self.part == "output")
 
 
 class Way(NamedTuple):
@@ -66,38 +44,53 @@ class CellPasses:
     cell; ``shares`` tells.
     """
 
-    def __init__(self, model: TokenModel, ids: Tensor, shared: bool = True):
+    def __init__(self, model: TokenModel, ids: Tensor, shared: bool = True, cache: Any = None):
         self.model, self.ids = model, ids
         self._ways = list(WAYS) if shared else []
-        self._cache: Any = None  # of the whole prompt
+        self._cache = cache  # of the whole prompt
+        self._whole: dict[GridCell, Tensor] = {}  # logits (V,) of the whole model for cells by which passes are compared
 
     @property
     def shares(self) -> str:
         """What the cells of a pass share: ``cache and blocks``, ``blocks``, or ``nothing``, when the whole model runs for each."""
         return self._ways[0].shares if self._ways else "nothing"
 
-    def read(self, layers: Iterable[Layer]) -> tuple[dict[str, Tensor], Tensor]:
-        """{layer: what passes there, (1, T, width)} and the last logits (1, V) of the prompt, whose cache the passes then use."""
+    @classmethod
+    def read(
+        cls, model: TokenModel, prompts: Tensor, layers: Iterable[Layer], row: int
+    ) -> tuple[dict[str, Tensor], Tensor, "CellPasses"]:
+        """Runs prompts (n, T): {layer: what passes there, (n, T, width)}, the last logits (n, V), and passes of one of them.
+
+        The passes use the cache of this run.
+        """
+        layers = list(layers)
         try:
-            shown, logits, self._cache = self.model.read_and_cache(self.ids[None], layers)
+            shown, logits, cache = model.read_and_cache(prompts, layers)
         except _REFUSES:
-            shown, logits = self.model.read(self.ids[None], layers, last=True)
-        return shown, logits
+            shown, logits, cache = *model.read(prompts, layers, last=True), None
+        return shown, logits, cls(model, prompts[row], cache=_row(cache, row))
 
     def __call__(self, cells: Sequence[GridCell]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The logits of the last position with each cell written: (indices of some of the cells, their logits (n, V)).
 
         A pass has at most 4,096 tokens and 2^26 logits. Hooks are gone after each pass. Run it inside ``TokenModel.running``.
         """
-        for part in _parts(self.model, len(self.ids), cells):
-            own = [cells[k] for k in part]
+        passes = [(part, [cells[k] for k in part]) for part in _parts(self.model, len(self.ids), cells)]
+        self._compare([own for _, own in passes if len(own) > 1])
+        for part, own in passes:
             logits = self._shared(own) if len(own) > 1 else None
             if logits is not None:
                 yield part, logits
                 continue
-            size = max(1, min(TOKENS // len(self.ids), _LOGITS // _held(self.model, len(self.ids))))
-            for start in range(0, len(own), size):
-                yield part[start : start + size], repeated_logits(self.model, self.ids, own[start : start + size])
+            for some, logits in self._repeated(own):
+                yield [part[k] for k in some], logits
+
+    def _repeated(self, cells: Sequence[GridCell]) -> Iterator[tuple[range, Tensor]]:
+        """Indices and logits (n, V) of cells, for each of which the whole model runs."""
+        size = max(1, min(TOKENS // len(self.ids), _LOGITS // _held(self.model, len(self.ids))))
+        for start in range(0, len(cells), size):
+            some = range(start, min(start + size, len(cells)))
+            yield some, repeated_logits(self.model, self.ids, [cells[k] for k in some])
 
     def _shared(self, cells: Sequence[GridCell]) -> Tensor | None:
         """Logits (n, V) of cells in the order of their blocks; None if the model does not take what they share."""
@@ -111,36 +104,57 @@ class CellPasses:
             self._ways.pop(0)
         return None
 
-    def _is_right(self, cells: Sequence[GridCell], logits: Tensor) -> bool:
-        """Whether the first and the last cell, and one without effect, have the logits of the whole model.
+    def _compare(self, passes: Sequence[Sequence[GridCell]]) -> None:
+        """Runs the whole model for the cells by which passes are compared, together: a small model takes long to start a pass."""
+        kinds: dict[tuple[Any, ...], tuple[GridCell, ...]] = {}
+        for own in passes if self._ways else ():
+            kinds = self._new_kinds(own) | kinds
+        try:
+            self._run_whole(kinds)
+        except _REFUSES:
+            self._ways.clear()
 
-        Asked once for each way of sharing, with and without a cache, part of a block, with and without effect, and length of a
-        prompt, on which masks and positions may depend.
-        """
-        cached = self._ways[0].cached and min(cell.position for cell in cells) > 0
-        idle = [self._without_effect(cell) for cell in cells]
-        asked = {(self._ways[0], cached, cell.part, each, len(self.ids)) for cell, each in zip(cells, idle, strict=True)}
-        if asked <= self.model.compared:
+    def _run_whole(self, kinds: Mapping[tuple[Any, ...], Sequence[GridCell]]) -> list[GridCell]:
+        """Runs the whole model for cells of kinds, where it has not yet, and returns them."""
+        cells = list(dict.fromkeys(cell for own in kinds.values() for cell in own))
+        new = [cell for cell in cells if cell not in self._whole]
+        for some, logits in self._repeated(new):
+            self._whole |= {new[k]: row for k, row in zip(some, logits, strict=True)}
+        return cells
+
+    def _is_right(self, cells: Sequence[GridCell], logits: Tensor) -> bool:
+        """Whether the first and the last cell of each kind that was not compared yet have the logits of the whole model."""
+        kinds = self._new_kinds(cells)
+        if not kinds:
             return True
-        some = sorted({0, len(cells) - 1, idle.index(max(idle))})
-        few, whole = logits[some], repeated_logits(self.model, self.ids, [cells[k] for k in some])
+        some, at = self._run_whole(kinds), {cell: k for k, cell in enumerate(cells)}
+        few, whole = logits[[at[cell] for cell in some]], torch.stack([self._whole[cell] for cell in some])
         if few.shape != whole.shape or not bool((few - whole).abs().max() <= _SAME * whole.abs().max()):
             return False
-        self.model.compared |= asked
+        self.model.compared |= set(kinds)
         return True
 
-    def _joined(self, way: Way, cells: Sequence[GridCell]) -> Tensor:
-        """Logits (cells, V) of cells in the order of their blocks.
+    def _new_kinds(self, cells: Sequence[GridCell]) -> dict[tuple[Any, ...], tuple[GridCell, ...]]:
+        """The first and the last cell of a pass of each kind that was not compared with the whole model yet.
 
-        Row 0 is the prompt itself; the others join at the block they change.
+        A kind is a way of sharing, with and without a cache, a part of a block, and a length of a prompt, on which masks and
+        positions may depend. Cells without effect have the logits of the prompt itself: one of each part is enough.
         """
+        cached, kinds = self._ways[0].cached and min(cell.position for cell in cells) > 0, dict[tuple[Any, ...], list[GridCell]]()
+        for cell in cells:
+            case = "without effect" if self._without_effect(cell) else cached
+            kinds.setdefault((self._ways[0], case, cell.part, len(self.ids)), []).append(cell)
+        new = {kind: own for kind, own in kinds.items() if kind not in self.model.compared}
+        return {kind: (own[-1],) if kind[1] == "without effect" else (own[0], own[-1]) for kind, own in new.items()}
+
+    def _joined(self, way: Way, cells: Sequence[GridCell]) -> Tensor:
+        """Logits (cells, V) of cells in the order of their starts. Row 0 is the prompt itself; cells without effect are like it."""
         skip = min(cell.position for cell in cells) if way.cached else 0
-        later = [_later(cell, skip) for cell in cells]
         without = [way.short and self._without_effect(cell) for cell in cells]
-        changed = [cell for cell, idle in zip(later, without, strict=True) if not idle]
-        counts, outputs, inputs = _changes(self.model, changed, way.short)
-        before = self._prefix(skip, counts) if skip else None
-        with edit(outputs, inputs):
+        changed = [cell for cell, idle in zip(cells, without, strict=True) if not idle]
+        rows = JoiningRows.of(self.model, changed, skip, way.short)
+        before = self._prefix(skip, rows.counts) if skip else None
+        with edit(rows.outputs, rows.inputs):
             logits = self.model.logits(self.ids[None, skip:], last=True, cache=before).float()
         if len(logits) != len(changed) + 1:
             raise ValueError(f"the model puts out {len(logits)} rows, and not {len(changed) + 1}")
@@ -149,7 +163,7 @@ class CellPasses:
 
     def _without_effect(self, cell: GridCell) -> bool:
         """Whether a cell comes after the last attention, where tokens mix no more, and not at the last token."""
-        return cell.block == len(self.model.roles.blocks) - 1 and cell.part != "input" and cell.position < len(self.ids) - 1
+        return cell.start == len(self.model.roles.blocks) and cell.position < len(self.ids) - 1
 
     def _prefix(self, skip: int, counts: Sequence[int]) -> Any:
         """The key-value cache of the first tokens, for each block with its number of rows."""
@@ -175,42 +189,6 @@ def repeated_logits(model: TokenModel, ids: Tensor, cells: Sequence[GridCell]) -
     """Logits (cells, V) of the last position of the prompt, repeated once per cell, with each cell written in its row."""
     with written(list(enumerate(cells)), len(cells)):
         return model.logits(ids.expand(len(cells), -1), last=True).float()
-
-
-def written(cells: Sequence[tuple[int, GridCell]], batch: int) -> AbstractContextManager[None]:
-    """Inside, each cell is written in its row of a batch."""
-    outputs: dict[nn.Module, Change] = {}
-    inputs: dict[nn.Module, Change] = {}
-    for own in _by_layer(cells).values():
-        layer = own[0][1].layer
-        (inputs if layer.side == "input" else outputs)[layer.module] = writer(own, batch)
-    return edit(outputs, inputs)
-
-
-def writer(cells: Sequence[tuple[int, GridCell]], batch: int) -> Change:
-    """A function that writes cells into rows of a copy of a tensor, (B, T, width) or (B T, width), in the order given."""
-    groups: dict[tuple[int, int] | None, list[tuple[int, GridCell]]] = {}
-    for row, cell in cells:
-        groups.setdefault(cell.columns, []).append((row, cell))
-
-    def write(tensor: Tensor) -> Tensor:
-        new = tensor.clone()
-        by_row = new.view(batch, -1, new.shape[-1])
-        for columns, own in groups.items():
-            rows = torch.tensor([row for row, _ in own], device=new.device)
-            positions = torch.tensor([cell.position for _, cell in own], device=new.device)
-            values = torch.stack([cell.value for _, cell in own]).to(new)
-            by_row[rows, positions, slice(None) if columns is None else slice(*columns)] = values
-        return new
-
-    return write
-
-
-def _by_layer(cells: Sequence[tuple[int, GridCell]]) -> dict[str, list[tuple[int, GridCell]]]:
-    found: dict[str, list[tuple[int, GridCell]]] = {}
-    for row, cell in cells:
-        found.setdefault(cell.layer.name, []).append((row, cell))
-    return found
 
 
 def _held(model: TokenModel, length: int) -> int:
@@ -252,48 +230,20 @@ def _near(model: TokenModel, length: int, cells: Sequence[GridCell]) -> Iterator
         yield int(positions[start]), [k for each in own[start:end] for k in each]
 
 
-def _later(cell: GridCell, skip: int) -> GridCell:
-    """The cell in a pass without the first tokens."""
-    return replace(cell, position=cell.position - skip) if skip else cell
-
-
-def _changes(
-    model: TokenModel, cells: Sequence[GridCell], short: bool
-) -> tuple[list[int], dict[nn.Module, Change], dict[nn.Module, Change]]:
-    """The rows of each block, and the changes of outputs and inputs with which cells join a pass."""
-    rows, last = list(enumerate(cells, 1)), len(model.roles.blocks)
-    batch, counts, outputs, inputs = 1, list[int](), dict[nn.Module, Change](), dict[nn.Module, Change]()
-    inner = _by_layer([(row, cell) for row, cell in rows if cell.part not in _STREAM])
-    if short:
-        layer = model.part(last - 1, "mlp")
-        inputs[layer.module] = _last_token
-        inner |= {layer.name: [(row, replace(cell, position=-1)) for row, cell in inner.get(layer.name, ())]}
-    for block in range(last + 1):
-        own = [(row, cell) for row, cell in rows if cell.start == block]
-        batch += len(own)
-        if own:
-            layer = model.part(min(block, last - 1), "input" if block < last else "output")
-            join = _joining([(row, cell) for row, cell in own if cell.part in _STREAM], len(own), batch)
-            (inputs if block < last else outputs)[layer.module] = join
-        for each in inner.values():
-            if each and each[0][1].start == block:
-                layer = each[0][1].layer
-                (inputs if layer.side == "input" else outputs)[layer.module] = writer(each, batch)
-        counts.append(batch)
-    return counts, outputs, inputs
-
-
-def _last_token(stream: Tensor) -> Tensor:
-    """What the last block's MLP reads, (B, T, d), at the last token; the stream after it is right there, and only there used."""
-    return stream[:, -1:]
+def _row(cache: Any, row: int) -> Any:
+    """The cache of one row of a batch; the cache as it is, where it cannot be cropped and is not used."""
+    if not getattr(cache, "is_croppable", False):
+        return cache
+    found = _copied(cache)
+    found.batch_select_indices(torch.tensor([row]))
+    return found
 
 
 def _cropped(cache: Any, tokens: int) -> Any:
     """A cache without its last tokens, which shares its tensors; None for one that cannot be cropped, such as recurrent states."""
     if not getattr(cache, "is_croppable", False):
         return None
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found = _copied(cache)
     try:
         found.crop(-tokens)
     except RuntimeError:  # a sliding window has dropped tokens that were needed
@@ -301,13 +251,8 @@ def _cropped(cache: Any, tokens: int) -> Any:
     return found
 
 
-def _joining(cells: Sequence[tuple[int, GridCell]], more: int, batch: int) -> Change:
-    """A function that adds rows like the first to the stream (B, T, d), and writes the cells in theirs."""
-    write = writer(cells, batch)
-
-    def join(stream: Tensor) -> Tensor:
-        if len(stream) + more != batch:
-            raise ValueError(f"the residual stream has {len(stream)} rows, and not {batch - more}")
-        return write(torch.cat([stream, stream[:1].expand(more, *stream.shape[1:])]))
-
-    return join
+def _copied(cache: Any) -> Any:
+    """A cache with layers of its own, which share their tensors."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found

@@ -135,7 +135,7 @@ def tiled(output: Any, copies: int, samples: int) -> Any:
 
     def each(tensor: Tensor) -> Tensor:
         rows = tensor.ndim > 0 and len(tensor) == samples  # of tokens that a router chose, nobody knows whose they are
-        return tensor.repeat(copies, *[1] * (tensor.ndim - 1)) if rows else tensor
+        return torch.cat([tensor] * copies) if rows else tensor  # unlike repeat, it keeps the memory layout
 
     return output if copies == 1 else pytree.tree_map_only(Tensor, each, output)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.network.group_layer import GroupLayer
+from nodelens.network.sharded import full
 from nodelens.statistics import Moments
 
 from .base import Metric
@@ -18,7 +19,7 @@ CHUNK = 2**24  # distances in memory at once
 
 def input_sizes(module: nn.Module) -> Tensor:
     """Absolute weights by receiver and input, kernels summed, (receivers, inputs) float64 on the CPU; 0 across groups."""
-    weight: Any = module.weight.detach().double().abs().cpu()  # type: ignore[operator]
+    weight: Any = full(module.weight.detach()).double().abs().cpu()  # type: ignore[operator]
     if isinstance(module, nn.modules.conv._ConvNd):
         weight = torch.block_diag(*weight.flatten(2).sum(2).unflatten(0, (module.groups, -1)))
         return weight.T if module.transposed else weight  # a transposed convolution stores inputs first

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from nodelens.messages import either
+from nodelens.network.sharded import is_sharded, shard
 
 from .weights import load_weights
 
@@ -64,6 +65,16 @@ class Classifier(lightning.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(_x_and_y(batch)[0])
+
+    def configure_model(self) -> None:
+        """Shards the net where the strategy of the trainer asks for it (``trainer=fsdp``). Raises ValueError with penalties."""
+        if self._device_mesh is not None and not is_sharded(self.net):
+            if self.l1 or self.l2:
+                raise ValueError(
+                    f"{either('l1= and l2=', 'model.l1= and model.l2=')} read all weights in each step, but they are sharded over "
+                    "processes: use the weight decay of the optimizer, or train a copy of the model per process"
+                )
+            shard(self.net, self._device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         if self.make_optimizer is None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nodelens.network.sharded import load_state
 from nodelens.results.files import checked
 
 from .foreign import check_size, check_tensors
@@ -42,7 +43,7 @@ def load_weights(net: nn.Module, path: str | Path) -> dict[str, Any] | None:
     _check_names(state, own, file)
     _check_shapes(state, own, file)
     check_tensors(state, file, {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)})
-    net.load_state_dict(state)
+    load_state(net, state)
     return config if isinstance(config, dict) else None
 
 

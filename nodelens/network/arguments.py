@@ -8,16 +8,21 @@ from torch.utils.data import Dataset, IterableDataset
 
 from nodelens.messages import kind_of
 
+from .sharded import check_data_parallel, check_whole
+
 _BATCHES = "give batches: a DataLoader, or a list such as [(x, y)]"
 
 
-def check_arguments(call: str, model: Any, data: Any = None) -> None:
+def check_arguments(call: str, model: Any, data: Any = None, sharded: bool = False) -> None:
     """Raises TypeError for a model that is no module, and for data that are not batches; ValueError for data without weights.
 
-    None is allowed as data.
+    None is allowed as data. sharded: whether the call takes a model that is sharded over processes; ValueError otherwise.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{call} takes a model, a torch.nn.Module, and not {kind_of(model)}: {_way_to_a_model(model, data)}")
+    check_data_parallel(call, model)
+    if not sharded:
+        check_whole(call, model)
     if data is not None:
         check_data(call, data)
         if any(p.is_meta for p in model.parameters()):

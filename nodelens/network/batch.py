@@ -126,9 +126,10 @@ class Batch:
 
     def map(self, change: Any) -> "Batch":
         """The batch with a function applied to each tensor with one row per sample."""
+        samples = len(self)
 
         def each(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
+            return change(value) if isinstance(value, Tensor) and value.shape[:1] == (samples,) else value
 
         return replace(
             self,

@@ -17,13 +17,14 @@ class Roots:
     """R with R'R = WW' of the weight W of a Linear, (r, units), computed once for all batches with the same weight."""
 
     def __init__(self) -> None:
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def of(self, weight: Tensor) -> Tensor:
-        """From W' (inputs, units)."""
+    def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """R and WW', float64, from W' (inputs, units)."""
         if self.last is None or self.last[0].shape != weight.shape or not torch.equal(self.last[0], weight):
-            self.last = weight.detach().clone(), torch.linalg.qr(weight.detach().double(), mode="r").R
-        return self.last[1]
+            wide = weight.detach().double()
+            self.last = weight.detach().clone(), torch.linalg.qr(wide, mode="r").R, wide.T @ wide
+        return self.last[1:]
 
 
 class Differentiation:

@@ -5,6 +5,7 @@ import random
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .open_attention import opened
+from .sharded import reshard
 
+_CONTAINERS = (dict, OrderedDict, set)
 _LOCK = threading.RLock()  # hooks, modes of modules, torch's switches and random generators belong to the whole process
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -54,6 +57,7 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
     inference mode, which no gradient can pass, are replaced by copies. On exit, every module and parameter gets its previous flag
     back.
     """
+    reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -64,6 +68,7 @@ def eval_mode(model: nn.Module, train: bool = False, as_written: bool = True) ->
         with _as_written(model) if as_written else nullcontext(), _copies_of_inference_tensors(model):
             yield
     finally:
+        reshard(model)
         for p in trainable:
             with torch.inference_mode(p.is_inference()):  # where alone the flag of a tensor made there can be set
                 p.requires_grad_(True)
@@ -135,9 +140,11 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
     shared: tensors that are not copied.
     """
-    held = [value for module in model.modules() for own in (vars(module), module._buffers) for value in _leaves(list(own.values()))]
-    states = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
-    return copy.deepcopy(model, states | {id(tensor): tensor for tensor in shared})
+    attributes = [value for module in model.modules() for own in (vars(module), module._buffers) for value in own.values()]
+    states = {id(v): v.detach().clone() for v in _leaves(attributes) if isinstance(v, Tensor) and not v.is_leaf}
+    # each module has a dozen empty dictionaries, for hooks, with which deepcopy would spend most of its time
+    empty = {id(v): copy.copy(v) for v in attributes if type(v) in _CONTAINERS and not v}
+    return copy.deepcopy(model, empty | states | {id(tensor): tensor for tensor in shared})
 
 
 def _leaves(value: Any) -> Iterator[Any]:

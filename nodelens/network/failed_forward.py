@@ -11,6 +11,7 @@ from nodelens.messages import either
 
 from .batch import Batch
 from .eval_mode import eval_mode
+from .sharded import class_name
 
 _SHAPES = re.compile(
     r"cannot be multiplied|channel|image size|size mismatch|must match|[Ee]xpected .*(input|dim|[0-9]D)|too small|Kernel size|"
@@ -29,7 +30,7 @@ def check_forward(model: nn.Module, batch: Batch) -> None:
         cause = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         told = isinstance(error, (RuntimeError, TypeError, ValueError, IndexError)) and cause
         cause = cause if told else f"{type(error).__name__} {cause}".rstrip()
-        name = type(model).__name__
+        name = class_name(model)
         raise ValueError(
             f"{name} cannot take the data, {batch.describe()}: {cause}; {_shared(model, whole) or _advice(model, batch, error)}"
         ) from error
@@ -76,7 +77,7 @@ def _advice(model: nn.Module, batch: Batch, error: Exception) -> str:
 
 
 def _arguments(model: nn.Module, batch: Batch, cause: str) -> str:
-    if not re.match(rf"{re.escape(type(model).__name__)}\.forward\(\) (got an unexpected|got multiple|missing|takes)", cause):
+    if not re.match(rf"{re.escape(class_name(model))}\.forward\(\) (got an unexpected|got multiple|missing|takes)", cause):
         return ""
     names = ", ".join(inspect.signature(model.forward).parameters) or "nothing"
     given = f"the batch is a dict of {', '.join(batch.kwargs)}" if batch.kwargs else f"the batch has {len(batch.args)} input"

@@ -14,6 +14,7 @@ from .eval_mode import uncompiled
 from .experts import ExpertLayer, expert_layers
 from .layers import Layer
 from .roles import roles_of
+from .sharded import class_name, full
 
 
 def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Mapping[str, Tensor] | None = None) -> list[Layer]:
@@ -27,16 +28,16 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
     layer is named after its class. start: a state dict from before training. Raises ValueError for a pattern without a match, a
     role that is not found, or a start without the weights of this model.
     """
-    check_arguments("nl.find_layers", model)
+    check_arguments("nl.find_layers", model, sharded=True)
     check_texts("patterns", patterns, "'fc1', 'layer1.*' or '*'")
     model = uncompiled(model)
-    modules = {name or type(model).__name__: module for name, module in model.named_modules()}
+    modules = {name or class_name(model): module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     for name, module in modules.items():
         layers |= {name: Layer(name, module), f"{name}.input": Layer(f"{name}.input", module, "input")}
         layers |= {layer.name: layer for layer in expert_layers(name, module)}
     layers |= {name: Layer(name, module) for name, module in modules.items()}  # a submodule may itself be named input
-    weighted = [name for name, layer in layers.items() if layer.weight is not None]
+    weighted = [name for name, layer in layers.items() if layer.shape is not None]
     chosen: set[str] = set()
     roles = None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -61,7 +62,7 @@ def resolved(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, list[
 
 def _preferred(found: Sequence[Layer]) -> list[str]:
     """The names of the layers whose modules have weights; without any, of those whose modules have no parts; else all."""
-    weighted = [la.name for la in found if isinstance(la, ExpertLayer) or Layer(la.name, la.module).weight is not None]
+    weighted = [la.name for la in found if isinstance(la, ExpertLayer) or Layer(la.name, la.module).shape is not None]
     leaves = [layer.name for layer in found if not next(layer.module.children(), None)]
     return weighted or leaves or [layer.name for layer in found]
 
@@ -73,7 +74,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def with_start(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
     """The layer with its weight from before training."""
-    now = layer.tensor
+    now = layer.stored
     if now is None:
         return layer
     name = f"{layer.name}.weight" if f"{layer.name}.weight" in start else "weight"  # the model itself is the layer
@@ -82,7 +83,7 @@ def with_start(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
         raise ValueError(
             f"layer {layer.name!r} has a weight {tuple(now.shape)}, but the start {there}: give weights of the same network"
         )
-    return replace(layer, start=start[name].detach().clone())
+    return replace(layer, start=full(start[name].detach()).clone())
 
 
 def _no_match(pattern: str, names: list[str], weighted: list[str], roles: str) -> str:

@@ -12,6 +12,7 @@ from nodelens.statistics.rows import Rows
 from .experts import ExpertLayer, Experts, Routed
 from .groups import GroupSlice, PruningGroup, identity
 from .layers import Layer
+from .sharded import class_name
 
 _IMAGES = (nn.Conv2d, nn.ConvTranspose2d)
 _NORMS = nn.modules.batchnorm._BatchNorm
@@ -66,9 +67,9 @@ class GroupLayer(Layer):
         module = layer.module
         transposed = hasattr(module, "nf") or bool(getattr(module, "transposed", False))  # weight stored as (inputs, outputs)
         pieces: tuple[GroupSlice, ...] = ()
-        if layer.side == "output" and layer.weight is not None:
-            pieces = (GroupSlice(path, "weight", int(transposed), identity(len(layer.weight)), "producer"),)
-        elif layer.side == "input" and Layer(path, module).weight is not None:
+        if layer.side == "output" and layer.shape is not None:
+            pieces = (GroupSlice(path, "weight", int(transposed), identity(layer.shape[0]), "producer"),)
+        elif layer.side == "input" and Layer(path, module).shape is not None:
             weight: Any = module.weight
             width = int(getattr(module, "in_channels", None) or weight.shape[0 if transposed else 1])
             pieces = (GroupSlice(path, "weight", 0 if transposed else 1, identity(width), "consumer"),)
@@ -87,7 +88,7 @@ class GroupLayer(Layer):
 
     def pieces(self, *roles: str) -> list[GroupSlice]:
         """The group's slices of weights with these roles, without biases."""
-        return [piece for piece in self.group.by_role(*roles) if piece.of(self.module).ndim > 1]  # type: ignore[arg-type]
+        return [piece for piece in self.group.by_role(*roles) if piece.ndim(self.module) > 1]  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor | None:
@@ -161,7 +162,7 @@ class GroupLayer(Layer):
             if experts is None:
                 return Layer(name, module)  # no hook captures the units
             return ExpertLayer(f"{name}.hidden", module, "hidden", experts=experts, expert=piece.entry)
-        name = piece.module or type(self.module).__name__
+        name = piece.module or class_name(self.module)
         return Layer(f"{name}.input" if side == "input" else name, module, side)
 
 

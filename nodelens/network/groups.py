@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from nodelens.messages import check_texts, setting
 
+from .sharded import full
+
 Role = Literal["producer", "consumer", "tied"]
 KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn", "expert")
 
@@ -43,9 +45,13 @@ class GroupSlice:
         return self.index if self.reads is None else self.reads
 
     def of(self, model: nn.Module) -> Tensor:
-        """The tensor, or the expert's part of it."""
-        tensor = getattr(model.get_submodule(self.module), self.tensor).detach()
+        """The tensor, or the expert's part of it. Collective for a sharded model, whose tensor is gathered."""
+        tensor = full(getattr(model.get_submodule(self.module), self.tensor).detach())
         return tensor if self.entry is None else tensor[self.entry]
+
+    def ndim(self, model: nn.Module) -> int:
+        """The number of axes of ``of``."""
+        return getattr(model.get_submodule(self.module), self.tensor).ndim - (self.entry is not None)
 
     def by_unit(self, model: nn.Module) -> Tensor:
         """The entries of each unit, flattened, (units, entries): a view of the tensor where that is possible."""

@@ -129,6 +129,15 @@ class Capture(AbstractContextManager["Capture"]):
         product = value.to(wide) * gradient.to(wide)
         return product if self.scale == 1.0 else product * self.scale
 
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Inside, hooks do what they do elsewhere, and what they show is dropped."""
+        see, self.see = self.see, lambda site, captured: None
+        try:
+            yield
+        finally:
+            self.see = see
+
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -159,9 +168,7 @@ class Capture(AbstractContextManager["Capture"]):
             return None if read is tensor else changed_read(lambda _: read, module, args, kwargs)
         with torch.no_grad():
             if site.port.startswith("change"):
-                self.gate = False  # the module's own hooks
                 tensor = site.layer.apply(tensor, site.layer.tensor - site.layer.start)  # type: ignore[operator]
-                self.gate = True
             self.see(site, tensor.detach())
         return None
 

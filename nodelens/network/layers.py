@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from nodelens.statistics.convolution import ConvolutionGeometry
 from nodelens.statistics.rows import Rows
 
+from .sharded import class_name, full
+
 PORTS = ("input", "output", "grad", "output*grad", "change", "weight*grad", "association")
 ASSOCIATION = "association"  # the port of derivatives of, and with respect to, a layer's output
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,26 +50,41 @@ class Layer:
 
     @property
     def tensor(self) -> Tensor | None:
-        """The weight as it is stored, detached; None where no unit has weights of its own (a ReLU, a norm, a block)."""
+        """The weight as it is stored, detached; None where no unit has weights of its own (a ReLU, a norm, a block).
+
+        Collective for a sharded model, whose weight is gathered.
+        """
+        return None if self.stored is None else full(self.stored.detach())
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """The shape of ``weight``, (units, fan_in), which no process has to gather."""
+        return None if self.stored is None else self._by_unit(torch.empty(self.stored.shape, device="meta")).shape
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The ``tensor`` as the module holds it: of a sharded model, the part of this process."""
         weighs = isinstance(self.module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or _is_hf_conv1d(self.module)
         weight: Any = self.module.weight if weighs and self.side == "output" else None
-        return None if weight is None else weight.detach()
+        return weight
 
     @property
     def weight(self) -> Tensor | None:
         """(units, fan_in), detached; None where there is no ``tensor``."""
-        return None if self.tensor is None else self._by_unit(self.tensor)
+        tensor = self.tensor
+        return None if tensor is None else self._by_unit(tensor)
 
     @property
     def change(self) -> Tensor | None:
         """The weight less that at the start, (units, fan_in); None where either is not known."""
-        return None if self.tensor is None or self.start is None else self._by_unit(self.tensor - self.start.to(self.tensor))
+        tensor = None if self.start is None else self.tensor
+        return None if tensor is None or self.start is None else self._by_unit(tensor - self.start.to(tensor))
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the module would put out with another weight, as stored, and no bias."""
+        """What the module would put out with another weight, as stored, and no bias. Hooks of the module are not called."""
         bias = getattr(self.module, "bias", None)
-        other = {"weight": weight} | ({} if bias is None else {"bias": torch.zeros_like(bias)})
-        return torch.func.functional_call(self.module, other, (x,))
+        other = {"module.weight": weight} | ({} if bias is None else {"module.bias": torch.zeros_like(bias)})
+        return torch.func.functional_call(_WithoutHooks(self.module), other, (x,))
 
     def patches(self, x: Tensor) -> Tensor:
         """What the units read, row by row, (rows, groups x fan_in): costly, for what sums over samples cannot tell.
@@ -134,6 +151,17 @@ class Layer:
         return tensor.ndim >= 4 and not isinstance(self.module, (nn.Linear, nn.LayerNorm)) and not _is_hf_conv1d(self.module)
 
 
+class _WithoutHooks(nn.Module):
+    """Runs a module's forward pass and none of its hooks, such as those that gather the parameters of a sharded one."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module.forward(x)
+
+
 def pairs_of(layers: list[Layer], pairs: str | Sequence[Sequence[str]]) -> list[tuple[Layer, Layer]]:
     """Pairs of layers, in order. Raises ValueError for a name that is not among the layers, or another word."""
     if pairs == "consecutive":
@@ -152,4 +180,4 @@ def pairs_of(layers: list[Layer], pairs: str | Sequence[Sequence[str]]) -> list[
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return class_name(module) == "Conv1D" and hasattr(module, "nf")

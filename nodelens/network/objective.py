@@ -18,6 +18,7 @@ from .loss_scale import Loss, ScaledLoss, as_sum
 from .missing import IGNORE, which_count
 from .outputs import Output, answer_of
 from .positions import Positions
+from .sharded import class_name
 from .streams import decoder_sites
 from .tasks import (
     BY_TOKEN,
@@ -68,7 +69,7 @@ class Objective:
         found = task or task_of(inner)
         shift = decoder_shift(inner) if found == "seq2seq" else None
         classes: Any = "last" if found in BY_TOKEN and is_pretrained(inner) else ""
-        total, name = None if loss is None else as_sum(loss), type(inner).__name__
+        total, name = None if loss is None else as_sum(loss), class_name(inner)
         on_meta = any(p.is_meta for p in model.parameters())  # without a cache transformers read the values of positions
         caches = takes(inner, "use_cache") and not on_meta
         own: dict[str, Any] = {"positions": Positions.of(inner), "caches": caches, "model": name}
@@ -99,7 +100,7 @@ class Objective:
         """
         if self.task == "seq2seq":
             return replace(self, decoder=decoder_sites(model, self.batch(given)))
-        batch = Batch.of(given, task=self.task, required=self.required)
+        batch = Batch.of(given, task=self.task, required=self.required, hashes=torch.empty(0, dtype=torch.int64))  # read by nothing
         y, task = batch.labels, self.task
         if y is None or (self.loss is not None and task):
             return self

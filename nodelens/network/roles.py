@@ -13,6 +13,7 @@ from . import architecture
 from .experts import expert_layers
 from .expressions import parse_index
 from .layers import Layer
+from .sharded import class_name
 
 PARTS = ("input", "output", "attention", "heads", "mlp", "mlp.hidden")
 Hidden = tuple[Layer, ...]
@@ -102,7 +103,7 @@ def roles_of(model: nn.Module) -> Roles:
     tried = partial(_found_or_reason, names)
     listed = tried(architecture.list_of_blocks, model, config)
     if isinstance(listed, str):
-        return Roles(type(model).__name__, (), {}, listed)
+        return Roles(class_name(model), (), {}, listed)
     uses = Counter(module for block in listed for module in set(block.modules()))
     single = {
         "embedding": tried(architecture.embedding_of, model),
@@ -110,7 +111,7 @@ def roles_of(model: nn.Module) -> Roles:
         "head": tried(architecture.head_of, model, names[listed]),
     }
     return Roles(
-        type(model).__name__,
+        class_name(model),
         tuple(_block(block, config, names, uses) for block in listed),
         {role: tried(_layer, module, names, "output", 1) for role, module in single.items()},
     )
@@ -136,7 +137,7 @@ def _block(block: nn.Module, config: Any, names: Mapping[nn.Module, str], uses: 
     if len(fused) == 1:
         parts["mlp.hidden"] = tried(_mixture, mlp, fused[0], names, uses)
     n = None if isinstance(heads, str) else architecture.heads_of(attention, heads, config)
-    return Block(names[block], type(block).__name__, parts, n)
+    return Block(names[block], class_name(block), parts, n)
 
 
 def _layer(module: nn.Module, names: Mapping[nn.Module, str], side: str, blocks: int) -> Layer:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -104,7 +105,12 @@ def is_entrywise(edge: GradientEdge, start: GradientEdge) -> bool:
 
 def name_of(node: Node) -> str:
     """The operation of a node: ``Relu`` for a ReluBackward0. A function that a user defines has no number, and keeps its name."""
-    return re.sub(r"(Backward\d+|Backwards)$", "", node.name().rpartition("::")[2])
+    return _operation(node.name())
+
+
+@cache
+def _operation(name: str) -> str:
+    return re.sub(r"(Backward\d+|Backwards)$", "", name.rpartition("::")[2])
 
 
 def _piecewise_linear(node: Node, arguments: list[int]) -> bool:

@@ -16,6 +16,8 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from nodelens.network.sharded import full
+
 from .files import checked, is_there, read_json, reading, remove, write, write_json
 from .notices import notices
 from .validate import check_matrices, check_metadata, check_sizes, check_table
@@ -213,13 +215,18 @@ def _versions() -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of all that is in the state of a model; equal weights have equal hashes."""
+    """A hash of all that is in the state of a model; equal weights have equal hashes. Collective for a sharded model."""
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Any]) -> str:
+    """A hash of tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):  # what a module stores with get_extra_state
             digest.update(f"{name}{tensor!r}".encode())
             continue
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = full(tensor.detach()).cpu().contiguous().reshape(-1)
         digest.update(name.encode() + str((tuple(tensor.shape), tensor.dtype)).encode())
         digest.update(flat.view(dtype=_bytes()).numpy().data if flat.numel() else b"")
     return digest.hexdigest()[:16]

@@ -92,7 +92,7 @@ class Statistic:
                     add(total, each, out=total)
         return cls(**found)
 
-    def add_rows_in_place(self, rows: Any) -> bool:
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         """Add rows in place if that is cheaper than computing their statistic first; returns whether it did."""
         return False
 
@@ -144,11 +144,11 @@ class Accumulator:
         elif not held.add_in_place(value):
             self.parts[group] = held + value
 
-    def add_rows(self, rows: Any, group: int = 0) -> None:
-        """Add the statistic of rows."""
+    def add_rows(self, rows: Any, group: int = 0, *target: Tensor) -> None:
+        """Add the statistic of rows, and of their targets if it takes any."""
         held = self._writable(group)
-        if held is None or not held.add_rows_in_place(rows):
-            self.add(self.statistic.of(rows), group)  # type: ignore[attr-defined]
+        if held is None or not held.add_rows_in_place(rows, *target):
+            self.add(self.statistic.of(rows, *target), group)  # type: ignore[attr-defined]
 
     def _writable(self, group: int) -> Statistic | None:
         """The sums of a group, without what was derived from them, which no longer holds once they are added to."""

@@ -69,6 +69,6 @@ class Buffer:
 
 def _empty_like(table: Tensor, rows: int) -> Tensor:
     """Uninitialised memory for more rows in the memory layout of the table, so units stay contiguous if they are."""
-    if table.ndim == 3 and table.stride(1) == 1:
-        return table.new_empty(rows, table.shape[2], table.shape[1]).transpose(1, 2)
+    if table.ndim > 2 and table.stride(-2) == 1:
+        return table.new_empty(rows, *table.mT.shape[1:]).mT
     return torch.empty((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)

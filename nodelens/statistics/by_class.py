@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ class ByClass(ClassStatistic):
         squares = rows.tables()["squares"]
         return cls(_class_counts(member, rows), rows.shift, member.T @ rows.sums.double(), member.T @ squares.double())
 
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
+        if not isinstance(rows, SampleSums) or rows.shift is not self.shift:
+            return False
+        values = rows.counts[:, 0], rows.sums, rows.tables()["squares"]
+        return _index_add(target[0], rows, list(zip((self.n, self.total, self.square), values, strict=True)))
+
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n[:, None]
         square = self.square + 2 * step * self.total + n * step.square()
@@ -105,6 +111,11 @@ class ClassSizes(ClassStatistic):
         rows = _sample_sums(x, "absolutes", weights, shift)
         member = _one_hot(rows, target)
         return cls(_class_counts(member, rows), member.T @ rows.tables()["absolutes"].double())
+
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
+        if not isinstance(rows, SampleSums):
+            return False
+        return _index_add(target[0], rows, [(self.n, rows.counts[:, 0]), (self.absolute, rows.tables()["absolutes"])])
 
     @property
     def mean(self) -> Tensor:
@@ -255,6 +266,20 @@ def _one_hot(rows: Rows | SampleSums, target: Tensor) -> Tensor:
     keep = (target >= 0) & (rows.counts[:, 0] > 0)
     classes = int(target.max()) + 1 if len(target) else 0
     return torch.nn.functional.one_hot(target.clamp_min(0).long(), max(classes, 1)).where(keep[:, None], 0).double()
+
+
+def _index_add(target: Tensor, rows: SampleSums, tables: list[tuple[Tensor, Tensor]]) -> bool:
+    """Adds each sample to its class, for pairs of sums (K, ...) and values (samples, ...), in place; returns whether it did.
+
+    It is not done for a class that the sums do not have, or on a GPU, where index_add_ would add in a random order.
+    """
+    if rows.counts.device.type != "cpu" or (len(target) and int(target.max()) >= len(tables[0][0])):
+        return False
+    keep = (target >= 0) & (rows.counts[:, 0] > 0)
+    every = bool(keep.all())
+    for sums, values in tables:
+        sums.index_add_(0, target if every else target[keep], (values if every else values[keep]).to(sums.dtype))
+    return True
 
 
 def _class_counts(member: Tensor, rows: Rows | SampleSums) -> Tensor:

@@ -1,7 +1,7 @@
 """Second moments of all pairs: of the units of one site, and of the units with paired targets."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ class Gram(Statistic):
         rows = Rows.of(x, weights, shift)
         total, outer = rows.total, rows.outer
         return cls(rows.n, rows.shift, total, outer, rounding_error(rows, total, outer.diagonal()))
+
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
+        if rows.shift is not self.shift:
+            return False
+        self._add(rows)
+        return True
+
+    def _add(self, rows: Rows) -> None:
+        total, outer = rows.total, rows.outer
+        samples, _, positions = rows.raw.shape
+        self.n.add_(samples * positions if rows.keep is None else rows.n)
+        self.total.add_(total)
+        self.outer.add_(outer)
+        self.rounding.add_(rounding_error(rows, total, outer.diagonal()))
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n
@@ -60,11 +74,13 @@ class Gram(Statistic):
 
 def rounding_error(rows: Rows, total: Tensor, square: Tensor) -> Tensor:
     """Error of sums of squares about the shift, (d,): that of the products, and that of rows which are float32 themselves."""
-    error = resolution(rows.product_dtype(rows), len(square)) * square
+    share = resolution(rows.product_dtype(rows), len(square))
     if rows.raw.dtype == torch.float64:
-        return error
-    uncentred = square + 2 * rows.shift * total + rows.n * rows.shift.square()
-    return error + torch.finfo(rows.raw.dtype).eps ** 2 * uncentred
+        return share * square
+    of_rows = torch.finfo(rows.raw.dtype).eps ** 2
+    if not rows.shifted:
+        return (share + of_rows) * square
+    return share * square + of_rows * (square + 2 * rows.shift * total + rows.n * rows.shift.square())
 
 
 @dataclass(frozen=True, eq=False)

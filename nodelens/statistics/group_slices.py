@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .linalg import side_by_side
 from .sample_hash import mix
 
 
@@ -17,6 +18,21 @@ def group_slices(group: Tensor, step: int = 1 << 60) -> list[tuple[int, int, int
 def sorting(group: Tensor) -> Tensor | None:
     """The order that sorts samples by group, stable; None if they are sorted."""
     return None if bool((group.diff() >= 0).all()) else torch.argsort(group, stable=True)
+
+
+def copy_order(raw: Tensor, group: Tensor) -> Tensor | None:
+    """The order in which samples are copied for products of their rows, sorted by group; None if they need not be copied.
+
+    raw (samples, width, positions). Few positions that lie side by side are copied in any case, so that units do.
+    """
+    order = sorting(group)
+    few = 1 < raw.shape[2] <= raw.shape[1] and not side_by_side(raw)
+    return torch.arange(len(group)) if order is None and few else order
+
+
+def taken(table: Tensor, order: Tensor | None) -> Tensor:
+    """The entries of samples in an order, as copies; the table itself if there is none."""
+    return table if order is None else table.index_select(0, order.to(table.device))
 
 
 def chunks_of(slices: list[tuple[int, int, int]], samples: int, step: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:

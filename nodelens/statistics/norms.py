@@ -1,7 +1,7 @@
 """Statistics of row norms and row directions, which a Gram does not contain."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,15 +17,21 @@ from .rows import NARROW, Rows
 class NormedGram(Gram):
     """A Gram, and sums with the squared norm of each row, e = |x - shift|^2; the sum of e is the trace of ``outer``."""
 
-    by_row: ClassVar = ("norms",)
+    by_row: ClassVar = ("norms", "skews")
     skew: Tensor  # (d,)    float64  sum of e (x - shift)
     quartic: Tensor  # (1,)    float64  sum of e^2
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
-        e = squared_norms(rows)
-        return cls(**Gram.of(rows).tensors(), skew=weighted_sum(rows, e), quartic=e.outer[0])
+        skew, quartic = _norm_sums(rows)
+        return cls(**Gram.of(rows).tensors(), skew=skew, quartic=quartic)
+
+    def _add(self, rows: Rows) -> None:
+        super()._add(rows)
+        skew, quartic = _norm_sums(rows)
+        self.skew.add_(skew)
+        self.quartic.add_(quartic)
 
     def about(self, shift: Tensor) -> Self:
         """The squared norm of x + a is e + 2 a.x + |a|^2; the sums below are this expression, expanded."""
@@ -65,17 +71,28 @@ class Directions(Gram):
     """A Gram of the rows scaled to unit norm, about zero. Rows of norm zero are left out."""
 
     shifts: ClassVar = ()  # always about zero
-    by_row: ClassVar = ("norms",)
+    by_row: ClassVar = ("norms", "directions")
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
-        return cls(**Gram.of(directions(Rows.of(x, weights, shift))).tensors())
+        return cls(**Gram.of(Rows.of(x, weights, shift).directions).tensors())
+
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
+        self._add(rows.directions)
+        return True
 
     def about(self, shift: Tensor | None = None) -> Self:
         """The statistic itself. Raises ValueError for a shift other than zero."""
         if shift is not None and bool(shift.any()):
             raise ValueError("Directions are always about zero and cannot be shifted: use the covariance")
         return self
+
+
+def _norm_sums(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The sum of the rows about the shift times their squared norms, (width,), and that of the squared norms squared, (1,)."""
+    norms = squared_norms(rows)
+    ready = "skews" in rows.ready and rows.raw.shape[1] > NARROW
+    return rows.ready["skews"].sum(0, dtype=torch.float64) if ready else weighted_sum(rows, norms), norms.outer[0]
 
 
 def squared_norms(rows: Rows) -> Rows:
@@ -91,20 +108,3 @@ def weighted_sum(rows: Rows, by: Rows) -> Tensor:
         if side_by_side(x):
             return (by_unit(x) @ weights.flatten()).double()
         return (x @ weights.transpose(1, 2)).sum((0, 2), dtype=torch.float64)
-
-
-def directions(rows: Rows) -> Rows:
-    """Each row, not shifted, scaled to unit norm; rows of norm zero are masked."""
-    scale, keep = inverse_norms(rows)
-    unit = rows.raw * scale[:, None]
-    unit = unit if keep is None else unit.where(keep[:, None], 0)
-    return Rows(unit, keep, torch.zeros_like(rows.shift), rows.grid, False)
-
-
-def inverse_norms(rows: Rows) -> tuple[Tensor, Tensor | None]:
-    """1 / norm of each row, not shifted, (samples, positions), and the mask of rows with a non-zero norm; None if all have."""
-    square = Rows(rows.raw, rows.keep, shifted=False).squared_norms if rows.shifted else rows.squared_norms
-    nonzero = (square > 0) & square.isfinite()
-    keep = nonzero if rows.keep is None else nonzero & rows.keep
-    scale = square.where(nonzero, 1).rsqrt()
-    return scale, None if bool(keep.all()) else keep

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import Statistic, derived
 from .moments import free
-from .norms import inverse_norms, squared_norms, weighted_sum
+from .norms import squared_norms, weighted_sum
 from .rows import Rows
 
 
@@ -117,7 +117,7 @@ class Cosines(Statistic):
         rows, other = paired_rows(x, target, weights, shift)
         if rows.raw.shape[1] != other.raw.shape[1]:
             return cls(rows.n.new_zeros(1), rows.shift.new_zeros(1))
-        (scale, keep), (other_scale, other_keep) = inverse_norms(rows), inverse_norms(other)
+        (scale, keep), (other_scale, other_keep) = rows.inverse_norms, other.inverse_norms
         cosines = ((rows.raw * other.raw).sum(1) * scale * other_scale).double()
         if keep is None and other_keep is None:
             return cls(rows.n, cosines.sum().reshape(1))

@@ -14,6 +14,8 @@ from .moments import Moments
 from .rows import Rows
 from .sample_sums import SampleSums
 
+SMALL = 512  # positions of a map whose sums over all kernel offsets are formed by one product
+
 
 class Patches(Moments):
     """Moments of the inputs of a layer's units: (channels x kernel,) in the order of the flattened weight.
@@ -77,17 +79,14 @@ class MapSums:
         A sample with a masked or non-finite position is left out entirely, because every patch around it is affected.
         """
         dropped = torch.zeros(len(rows), dtype=torch.int64)
-        groups, member = torch.unique(group, return_inverse=True)
-        total = _by_group(rows.x, member, len(groups))
-        if rows.keep is not None or not bool(total.sum().isfinite()):
+        if rows.keep is not None or not bool(rows.x.sum().isfinite()):
             complete = _complete_samples(rows).mask()[:, 0]
             dropped = (rows.counts - rows.finite().counts)[:, 0]
             rows = Rows(rows.raw, None, rows.shift, rows.grid, rows.shifted).index(complete)
-            member = member[complete.to(member.device)]
-            total = _by_group(rows.x, member, len(groups))
-        self.sums[0].index_add_(0, groups.to(total.device), total)
-        self.sums[1].index_add_(0, groups.to(total.device), _by_group(rows.x.square(), member, len(groups)))
-        for g, count in zip(groups.tolist(), torch.bincount(member, minlength=len(groups)).tolist(), strict=True):
+            group = group[complete.to(group.device)]
+        _add_by_group(self.sums[0], rows.x, group)
+        _add_by_group(self.sums[1], rows.x.square(), group)
+        for g, count in enumerate(torch.bincount(group, minlength=len(self.samples)).tolist()):
             self.samples[g] += count
         return dropped
 
@@ -143,14 +142,14 @@ def patch_sums(rows: Rows, geometry: ConvolutionGeometry) -> SampleSums:
     return SampleSums(counts, shift, sums, rows.keep is not None, squares)
 
 
-def _by_group(x: Tensor, member: Tensor, groups: int) -> Tensor:
-    """Sums over the samples of each group, (groups, channels x positions), as a matrix product, which is the fastest reduction."""
-    weights = (member[:, None] == torch.arange(groups)).to(x)
+def _add_by_group(sums: Tensor, x: Tensor, group: Tensor) -> None:
+    """Adds the samples of each group to its sum, (groups, channels x positions), in place."""
+    if x.device.type == "cpu":
+        sums.index_add_(0, group, x.flatten(1))
+        return
+    weights = torch.nn.functional.one_hot(group.to(x.device), len(sums)).to(x)  # index_add_ of a GPU adds in a random order
     with exact_products():
-        found = weights.T @ x.flatten(1)
-    if groups > 1 and not bool(found.sum().isfinite()):  # a product would spread what is not finite over all groups
-        found = torch.zeros_like(found).index_add_(0, member.to(x.device), x.flatten(1))
-    return found
+        sums += weights.T @ x.flatten(1)
 
 
 def _complete_samples(rows: Rows) -> Rows:
@@ -172,13 +171,20 @@ def _outputs_and_padding(grid: tuple[int, ...], geometry: ConvolutionGeometry) -
 
 def _offset_sums(x: Tensor, grid: tuple[int, ...], geometry: ConvolutionGeometry) -> Tensor:
     """Sums of maps (samples, channels, positions) over the reads of each kernel offset, (samples, channels x kernel)."""
-    samples, channels = x.shape[:2]
+    samples, channels, positions = x.shape
+    entries, every = math.prod(geometry.kernel), _readers(grid, geometry, x.dtype)
     maps = x.reshape(samples * channels, *grid)
-    for dim, readers in reversed(list(enumerate(_readers(grid, geometry, x.dtype)))):
+    if positions <= SMALL:  # all offsets at once
+        kernel = every[0]
+        for readers in every[1:]:
+            kernel = (kernel[:, None, :, None] * readers[:, None]).flatten(2).flatten(0, 1)
+        sums = kernel.to(x.device) @ maps.reshape(-1, positions).T
+        return sums.T.reshape(samples, channels * entries)
+    for dim, readers in reversed(list(enumerate(every))):
         rest = math.prod(maps.shape[:-1])
         sums = readers.to(x.device) @ maps.reshape(rest, grid[dim]).T  # few rows first: 2.5 times faster than the transpose
         maps = sums.reshape(len(readers), *maps.shape[:-1])
-    return maps.reshape(math.prod(geometry.kernel), samples * channels).T.reshape(samples, channels * math.prod(geometry.kernel))
+    return maps.reshape(entries, samples * channels).T.reshape(samples, channels * entries)
 
 
 def _readers(grid: tuple[int, ...], geometry: ConvolutionGeometry, dtype: torch.dtype) -> list[Tensor]:

@@ -45,7 +45,7 @@ class Products(Statistic):
         every[x.fold], vectors[x.fold] = x.outer, x.vectors
         return cls(torch.full((1,), x.n, device=every.device), vectors, every)
 
-    def add_rows_in_place(self, rows: Any) -> bool:
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         if not isinstance(rows, Fold):
             return False
         whole = rows.folds == 1  # indexing takes longer than adding

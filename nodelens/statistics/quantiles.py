@@ -1,7 +1,7 @@
 """Quantiles of absolute values, from histogram counts that can be added."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Quantiles(Statistic):
         most = torch.iinfo(self.counts.dtype).max
         return self.counts.dtype == torch.int64 or (self.counts.device.type == "cpu" and int(self.n + rows) <= most)
 
-    def add_rows_in_place(self, rows: Rows) -> bool:
+    def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         if not self._fits(len(rows) * rows.raw.shape[2]):
             return False
         add_bins(self.counts, rows.raw, rows.keep)

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from .bins import BINS, DROPPED, LOW
+from .linalg import FEW, exact_products
 
 SUMS = ("sums", "squares", "cubes", "fourths", "absolutes", "nonzeros", "largest")
+PIECE = 1 << 18  # values whose bins are found at once, so that they stay in the cache
+_SIZES = {"absolutes", "nonzeros", "largest"}
+_POWERS = {"cubes", "fourths", "norms"}
+_LEADING = (1 << 31 - DROPPED) - 1  # the bits of a float32 that a bin reads, without the sign
 
 
 def reduce(
@@ -27,35 +32,63 @@ def reduce(
     sums, squares, cubes, fourths  (n, width)  sums of powers about the shift
     absolutes, nonzeros, largest   (n, width)  sums of |value|, number of non-zero values, largest |value|, none of them shifted
     norms      (n, positions)         squared norms of the rows about the shift
+    skews      (n, width)             sums of values about the shift times the squared norm of their row; only with ``norms``
 
     all in the dtype of the rows. A sum of squares of P float32 values has a relative error of at most 2^-24 (P + 3). A NaN or an
     infinity makes the sums of its unit and sample non-finite.
     """
     if samples is not None:
         samples = samples.to(raw.device)
-        raw, keep = raw[samples], None if keep is None else keep[samples]
+        raw, keep = _chosen(raw, samples), None if keep is None else keep[samples]
     x = raw if shift is None else raw - shift.to(raw.dtype)[:, None]
     x = x if keep is None else x.where(keep[:, None], 0)
-    found = {"x": x, "raw": raw}
+    return {"x": x, "raw": raw} | _powers(x, wanted) | (_sizes(raw, keep, wanted) if _SIZES & {*wanted} else {})
+
+
+def _chosen(raw: Tensor, samples: Tensor) -> Tensor:
+    """Copies of some samples. Where a unit has few positions its values are put side by side with those of the other units."""
+    if raw.stride(1) == 1 or 1 < raw.shape[2] <= raw.shape[1]:
+        return raw.transpose(1, 2).index_select(0, samples).transpose(1, 2)
+    return raw.index_select(0, samples)
+
+
+def _powers(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Sums of powers of values about the shift, each power formed once."""
+    found: dict[str, Tensor] = {}
     if "sums" in wanted:
-        found["sums"] = x[:, :, 0] if x.shape[2] == 1 else x.sum(2)
+        found["sums"] = _over_positions(x)
+    by_row = x.shape[2] > 1 and x.stride(1) == 1  # as in a map whose channels come last
+    if "squares" in wanted and not by_row and not _POWERS & {*wanted}:
+        return found | {"squares": torch.linalg.vector_norm(x, dim=2).square()}  # the only reduction of squares without a copy
+    square = x.square() if {"squares", *_POWERS} & {*wanted} else x
     if "squares" in wanted:
-        found["squares"] = torch.linalg.vector_norm(x, dim=2).square()  # the only reduction of squares without a copy
+        found["squares"] = _over_positions(square)
     if "cubes" in wanted or "fourths" in wanted:
-        square = x.square()
-        found["cubes"], found["fourths"] = (square * x).sum(2), torch.linalg.vector_norm(square, dim=2).square()
+        found["cubes"], found["fourths"] = _over_positions(square * x), _over_positions(square.square())
     if "norms" in wanted:
-        found["norms"] = x.square().sum(1)
-    return found | (_sizes(raw, keep, wanted) if {"absolutes", "nonzeros", "largest"} & {*wanted} else {})
+        found["norms"] = square.sum(1)
+        if "skews" in wanted:
+            found["skews"] = _over_positions(x * found["norms"][:, None])
+    return found
+
+
+def _over_positions(x: Tensor) -> Tensor:
+    """Sums over positions, (samples, width)."""
+    samples, width, positions = x.shape
+    if positions == 1:
+        return x[:, :, 0]
+    if x.device.type == "cpu" and 1 < positions <= FEW and x.is_contiguous():  # a sum over few numbers is slow
+        with exact_products():
+            return (x.new_ones(1, positions) @ x.view(-1, positions).T).view(samples, width)
+    return x.sum(2)
 
 
 def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
     """Adds to counts, (width, BINS) of whole numbers, how many of the |values| of each unit lie in each bin, in place."""
-    places, flat = _bin_places(raw, keep), counts.view(-1)
-    if len(places) < len(flat):  # value by value if there are fewer values than bins
-        flat.scatter_add_(0, places.long(), flat.new_ones(1).expand(len(places)))
-    else:
-        flat.add_(torch.bincount(places, minlength=len(flat)))
+    flat, step = counts.view(-1), max(1, PIECE // max(1, raw[:1].numel()))
+    for first in range(0, len(raw), step):
+        places = _bin_places(raw[first : first + step], None if keep is None else keep[first : first + step])
+        flat.scatter_add_(0, places, flat.new_ones(len(places)))  # twice as fast as ones that are expanded
     if keep is not None:
         counts[:, 0] -= keep.numel() - keep.sum()  # masked rows were counted as zeros
 
@@ -63,11 +96,11 @@ def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
 def _sizes(raw: Tensor, keep: Tensor | None, wanted: Collection[str]) -> dict[str, Tensor]:
     size, found = magnitude(raw, keep), {}
     if "absolutes" in wanted:
-        found["absolutes"] = size.sum(2)
-    if "nonzeros" in wanted:
-        found["nonzeros"] = _nonzeros(size, keep)
+        found["absolutes"] = _over_positions(size)
     if "largest" in wanted:
         found["largest"] = size.amax(2) if size.shape[2] else size.new_zeros(size.shape[:2])
+    if "nonzeros" in wanted:
+        found["nonzeros"] = _nonzeros(size, keep)
     return found
 
 
@@ -78,15 +111,17 @@ def magnitude(raw: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _nonzeros(size: Tensor, keep: Tensor | None) -> Tensor:
-    if keep is None and size.device.type == "cpu" and size.numel() and float(size.amin()) > 0:
+    """How many sizes are not 0, (samples, width); overwrites them."""
+    if keep is None and size.device.type == "cpu" and size.numel() and float(size[:1].amin()) > 0 and float(size.amin()) > 0:
         return size.new_full(size.shape[:2], size.shape[2])  # usual before an activation; saves one pass
-    return size.sign().sum(2)
+    return _over_positions(size.sign_())
 
 
 def _bin_places(raw: Tensor, keep: Tensor | None) -> Tensor:
-    """The flat index of the bin that counts each value, in a (units, BINS) table, int32."""
-    width = raw.shape[1]
-    first = torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=raw.device)[:, None]
-    # the leading bits of a float32 are a piecewise linear logarithm; the shift is a copy
-    bits = magnitude(raw, keep).float().contiguous().view(torch.int32) >> DROPPED
-    return bits.sub_(LOW - 1).clamp_(0, BINS - 1).add_(first).flatten()
+    """The flat index of the bin that counts each value, in a (units, BINS) table, in the order of the memory if that is dense."""
+    # the leading bits of a float32 are its sign and a piecewise linear logarithm of its size
+    bits = (raw.float().view(torch.int32) >> DROPPED).bitwise_and_(_LEADING).clamp_(LOW - 1, LOW + BINS - 2)
+    bits = bits if keep is None else bits.where(keep[:, None], LOW - 1)
+    first = torch.arange(1 - LOW, raw.shape[1] * BINS, BINS, dtype=torch.int32, device=raw.device)[: raw.shape[1]]
+    places = bits.add_(first[:, None])
+    return (places.transpose(1, 2) if places.stride(1) == 1 else places).flatten()

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .linalg import by_unit, exact_products, gram_of_rows, side_by_side
+from .linalg import by_unit, exact_products, gram_of_rows, side_by_side, sum_of_products
 from .reductions import reduce
 from .sample_sums import SampleSums
 
@@ -54,20 +54,25 @@ class Rows:
         keep = None if self.keep is None else self.keep[first:last]
         part = Rows(self.raw[first:last], keep, self.shift, self.grid, self.shifted)
         part.ready.update({name: t[first:last] for name, t in self.ready.items()})  # instead of computing them again
+        if "directions" in self.__dict__:
+            part.__dict__["directions"] = self.directions.take(first, last)
         return part
 
     def prepared(self, wanted: Collection[str], samples: Tensor | None = None) -> "Rows":
-        """The same rows with sums that are computed together, as ``reduce`` names them.
+        """The same rows with sums that are computed together, as ``reduce`` names them, and their ``directions`` if named.
 
         samples: as there; chosen samples are copied.
         """
+        rows, names = self, [name for name in wanted if name != "directions"]
         if samples is None:
-            self.sums(*wanted)
-            return self
-        found = self._reduce(wanted, samples)
-        keep = self.keep if self.keep is None else self.keep[samples.to(self.keep.device)]
-        rows = Rows(found.pop("raw"), keep, self.shift, self.grid, self.shifted)
-        rows.ready.update(found)
+            self.sums(*names)
+        else:
+            found = self._reduce(names, samples)
+            keep = self.keep if self.keep is None else self.keep[samples.to(self.keep.device)]
+            rows = Rows(found.pop("raw"), keep, self.shift, self.grid, self.shifted)
+            rows.ready.update(found)
+        if "directions" in wanted:
+            rows.directions.sums("sums")
         return rows
 
     @cached_property
@@ -88,10 +93,11 @@ class Rows:
         return reduce(self.raw, self.keep, self.shift if self.shifted else None, wanted, samples)
 
     def index(self, samples: Tensor) -> "Rows":
-        """The rows of some samples, as copies."""
+        """The rows of some samples, as copies; samples (n,) int64, or (samples,) bool."""
         samples = samples.to(self.raw.device)
+        samples = samples.nonzero()[:, 0] if samples.dtype == torch.bool else samples
         keep = None if self.keep is None else self.keep[samples]
-        return Rows(self.raw[samples], keep, self.shift, self.grid, self.shifted)
+        return Rows(self.raw.index_select(0, samples), keep, self.shift, self.grid, self.shifted)
 
     def at(self, places: Tensor) -> "Rows":
         """The rows at some positions of each sample, places (samples, count) int64, as copies."""
@@ -106,6 +112,12 @@ class Rows:
     def kept(self, keep: Tensor | None) -> "Rows":
         """The same rows with another mask, (samples, positions) bool."""
         return Rows(self.raw, keep, self.shift, self.grid, self.shifted)
+
+    def only(self, samples: Tensor) -> "Rows":
+        """The same rows with those of other samples masked, samples (samples,) bool."""
+        if samples.device.type == "cpu" and bool(samples.all()):  # on a GPU the check would synchronise
+            return self
+        return self.kept(self.mask() & samples[:, None])
 
     def double(self) -> "Rows":
         """The same rows in float64."""
@@ -158,6 +170,23 @@ class Rows:
         """Squared norm of each row about the shift, (samples, positions); 0 for masked rows."""
         return self.sums("norms")[0]
 
+    @cached_property
+    def inverse_norms(self) -> tuple[Tensor, Tensor | None]:
+        """1 / norm of each row, not shifted, (samples, positions), and the mask of rows with a non-zero norm; None if all have."""
+        square = Rows(self.raw, self.keep, shifted=False).squared_norms if self.shifted else self.squared_norms
+        nonzero = (square > 0) & square.isfinite()
+        keep = nonzero if self.keep is None else nonzero & self.keep
+        scale = square.where(nonzero, 1).rsqrt()
+        return scale, None if bool(keep.all()) else keep
+
+    @cached_property
+    def directions(self) -> "Rows":
+        """Each row, not shifted, scaled to unit norm; rows of norm zero are masked."""
+        scale, keep = self.inverse_norms
+        unit = self.raw * scale[:, None]
+        unit = unit if keep is None else unit.where(keep[:, None], 0)
+        return Rows(unit, keep, torch.zeros_like(self.shift), self.grid, False)
+
     @property
     def total(self) -> Tensor:
         """Sum about the shift, (width,) float64."""
@@ -184,22 +213,23 @@ class Rows:
 
         Each is about its own shift, and masked rows are 0 at both. The kind of product depends on the memory layout.
         """
-        x = self.x.to(self.product_dtype(other))
-        z = x if other is self else other.x.to(x.dtype)
-        (_, width, positions), other_width = x.shape, z.shape[1]
+        x, z, dtype = self.x, other.x, self.product_dtype(other)
+        maps = x.shape[2] >= min(x.shape[1], z.shape[1]) and not (side_by_side(x) and side_by_side(z))
         with exact_products():
-            if positions >= min(width, other_width) and not (side_by_side(x) and side_by_side(z)):
-                return x.new_zeros(width, other_width).addbmm_(x, z.transpose(1, 2)).double()
+            if maps:
+                return sum_of_products(x, z, dtype)
+            x = x.to(dtype)
+            z = x if other is self else z.to(dtype)
             flat = by_unit(x)
             return (gram_of_rows(flat) if z is x else flat @ by_unit(z).T).double()
 
     def products_by_run(self, other: "Rows", runs: Sequence[tuple[int, int]]) -> Tensor:
         """The same for each of some runs of consecutive samples, (first, end), (runs, width, other width) float64."""
-        x = self.x.to(self.product_dtype(other))
-        z, positions = x if other is self else other.x.to(x.dtype), x.shape[2]
-        if not (side_by_side(x) and side_by_side(z)):
+        if not (side_by_side(self.x) and side_by_side(other.x)):
             parts = [(self.take(a, b), other.take(a, b)) for a, b in runs]
             return torch.stack([mine.products(mine if other is self else theirs) for mine, theirs in parts])
+        x = self.x.to(self.product_dtype(other))
+        z, positions = x if other is self else other.x.to(x.dtype), x.shape[2]
         own, its = by_unit(x), None if z is x else by_unit(z)
         spans = [slice(a * positions, b * positions) for a, b in runs]
         with exact_products():

@@ -19,6 +19,8 @@ def mix(*parts: Tensor | int) -> Tensor:
 
 def groups_of(hashes: Tensor, groups: int, seed: int = 0, cuts: Tensor | None = None) -> Tensor:
     """The jackknife group of each sample, (B,) int64 in [0, groups): the remainder of its hash, or its place in ``cuts``."""
+    if groups == 1:
+        return torch.zeros_like(hashes)
     mixed = mix(hashes, seed)
     return mixed % groups if cuts is None else torch.searchsorted(cuts, mixed, right=True)
 

@@ -30,6 +30,7 @@ from nodelens.network.find_layers import find_layers
 from nodelens.network.hooks import Capture, Site
 from nodelens.network.layers import Layer
 from nodelens.network.objective import Objective
+from nodelens.network.sharded import full
 from nodelens.results.files import SUMS, write, write_json
 from nodelens.results.left_out import warn_of_rows
 from nodelens.results.loggers import close, histograms, log_result, scalars
@@ -89,7 +90,7 @@ class Measure(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         find_layers(pl_module.net, self.layers)  # type: ignore[arg-type]  # a pattern without a match stops before the first epoch
         if self.start is None and any(metric.parameter == "change" for metric in self.metrics.values()):
-            self.start = {k: v.detach().clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr]
+            self.start = {k: full(v.detach()).clone() for k, v in pl_module.net.state_dict().items()}  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
         """The weights before training, and the sums of an epoch in progress."""
@@ -272,6 +273,7 @@ class Outcome(Callback):
                 logger.log_metrics({f"test/{k}": v for k, v in score.items()})
                 if best and hasattr(logger, "log_files"):
                     logger.log_files("checkpoint", [Path(best)], ["best", "latest"], **score)
+        trainer.strategy.barrier()  # other processes read the file
         return score
 
 

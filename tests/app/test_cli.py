@@ -95,7 +95,21 @@ def files(quiet_home):
     return quiet_home
 
 
-@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=[words for words, _ in MISTAKES])
+# others alike are in MISTAKES or in tests/test_wrong_inputs.py
+ALIKE = {
+    "analyze budget.memory=1KB",
+    "analyze model=resnet18 model.net.channels=3",
+    "train callbacks=measure layers=conv*",
+    "analyze model.weights=code.ckpt",
+    "train ckpt_path=code.ckpt",
+    "prune amounts=[]",
+    "prune +criterion.x=rand",
+    "analyze +trainer.max_epoch=3",
+}
+CASES = [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (case[0] in ALIKE)) for case in MISTAKES]
+
+
+@pytest.mark.parametrize(("words", "said"), CASES)
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(words, said, files):
     before = snapshot(files)
     ended = command(*words.split())

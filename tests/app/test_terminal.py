@@ -91,7 +91,7 @@ def test_off_a_terminal_tables_are_plain_lines(quiet_home):
     assert re.search(r"^ *fc1 +64 ", ended.out, re.MULTILINE), ended.out
 
 
-@pytest.mark.parametrize("task", ["train", "analyze", "prune"])
+@pytest.mark.parametrize("task", [pytest.param("train", marks=pytest.mark.slow), "analyze", "prune"])
 def test_quiet_runs_say_warnings_only(task, quiet_home):
     own = {"train": ("trainer.max_epochs=1",), "prune": ("criterion=l1", "amounts=[0.5]", "latency.batches=[]")}.get(task, ())
     ended = command(task, "--quiet", *(word for word in SMALL if task != "prune" or "metrics" not in word), *own)

@@ -42,8 +42,13 @@ def test_a_single_parquet_file_is_read(stored):
     assert len(gathered(Hub(stored["parquet"] + "/train.parquet").loader("all")).y) == 41
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("workers", [0, 2])
+STREAMS = [(form, workers) for form in FORMS for workers in (0, 2)]
+FAST = [(form, 2 if form == "parquet" else 0) for form in FORMS]
+
+
+@pytest.mark.parametrize(
+    ("form", "workers"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in STREAMS]
+)
 def test_a_stream_equals_the_table(form, workers, stored):
     options = {"size": 8, "mean": 0.5, "std": 0.25, "batch_size": 4}
     table, stream = Hub(stored[form], **options), Hub(stored[form], streaming=True, workers=workers, **options)

@@ -47,6 +47,18 @@ def test_a_plan_counts_the_vectors_of_derivatives(make, name, options):
     assert plans[0].total_bytes / 2.5 < found < 1.5 * plans[0].total_bytes
 
 
+def test_a_plan_counts_the_vectors_of_small_batches_that_wait_for_more():
+    net, x, y = perceptron()
+    plans = []
+    for size in (4, 400):
+        data = list(zip(x.split(size), y.split(size), strict=True))
+        nl.analyze(net, data, ["backward_jac"], layers=["1", "3"], on_plan=plans.append)
+    few, many = (plan.vector_bytes / plan.dry_run.samples for plan in plans)
+    waiting = 2 * 4 * 256 * 4096  # bytes of both layers
+    assert waiting < plans[0].vector_bytes < 4 * waiting
+    assert few > 10 * many
+
+
 def test_vectors_that_exceed_the_budget_are_refused_before_the_data_are_read():
     net, x, y = convolutional()
     with pytest.raises(

@@ -55,10 +55,36 @@ def whole(request):
     return request.param, nl.analyze(network(request.param), batches(), many(request.param), layers=["1", "3"])
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7, 60])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 25, pytest.param(7, marks=pytest.mark.slow), 60])
 def test_batches_change_nothing_not_even_random_vectors(whole, size):
     smooth, found = whole
     near(nl.analyze(network(smooth), batches(size=size), many(smooth), layers=["1", "3"]), found)
+
+
+@pytest.mark.parametrize("layers", [["1", "3"], ["3"]])
+def test_derivatives_that_share_a_backward_pass_are_those_of_one_each(layers):
+    together = nl.analyze(network(), batches(), ["backward_jac", "backward_ggn"], layers=layers)
+    for name in ("backward_jac", "backward_ggn"):
+        alone = nl.analyze(network(), batches(), [name], layers=layers)
+        near(alone, type(alone)(**{**vars(together), "matrices": {key: together.matrices[key] for key in alone.matrices}}))
+
+
+class Scaled(nn.Linear):
+    """Its weight depends on the batch."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * (1 + x[:, 0].mean()).detach(), self.bias)
+
+
+def test_vectors_that_wait_for_another_batch_keep_the_weight_of_their_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(Scaled(9, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    data = batches(60, 20)
+    found = [
+        nl.analyze(net, own, ["forward_jac"], layers=["1"]).matrices["1", "forward_jac"] for own in (data, *([b] for b in data))
+    ]
+    np.testing.assert_allclose(found[0], np.mean(found[1:], 0), rtol=1e-12)
+    assert not np.allclose(found[1], found[2], rtol=0.1)
 
 
 def _work(rank, world, folder, shares):
@@ -188,7 +214,7 @@ def unpadded():
     return nl.analyze(llama(), texts(1), OF_TEXTS, layers=LAYERS)
 
 
-@pytest.mark.parametrize(("size", "side", "extra"), [(6, "left", 0), (4, "right", 3)])
+@pytest.mark.parametrize(("size", "side", "extra"), [pytest.param(6, "left", 0, marks=SLOW), (4, "right", 3)])
 def test_padding_changes_no_association_of_a_language_model(unpadded, size, side, extra):
     found = nl.analyze(llama(), texts(size, side, extra), OF_TEXTS, layers=LAYERS)
     assert len({layer for layer, _ in found.matrices}) == 3
@@ -349,8 +375,15 @@ def test_a_loss_of_the_users_has_a_hessian_and_an_empirical_curvature_but_no_gau
         nl.analyze(network(), batches(), ["backward_ggn"], layers="3", loss=loss)
 
 
-@pytest.mark.parametrize("task", ["regression", "multilabel"])
-@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+KNOWN = [
+    ("regression", "exact"),
+    ("multilabel", "exact"),
+    ("multilabel", "sampled"),
+    pytest.param("regression", "sampled", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("task", "curvature"), KNOWN)
 def test_the_curvature_of_other_tasks_is_the_hessian_behind_a_linear_layer(task, curvature):
     g, (x, _) = torch.Generator().manual_seed(2), rows()
     y = torch.randn(60, 4, generator=g, dtype=torch.float64)

@@ -77,7 +77,10 @@ def same(found, expected, rtol=1e-9):
         assert_frame_equal(one[values], other[values], rtol=rtol, atol=1e-12)
 
 
-@pytest.mark.parametrize("target", ["logit_margin", "given", "correct_logit", None])
+OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in ("correct_logit", None)]
+
+
+@pytest.mark.parametrize("target", ["logit_margin", "given", *OTHERS])
 def test_metrics_of_a_target_read_the_samples_that_have_one(net, batches, target):
     metrics = {}
     for name, options in OF_TARGETS.items():

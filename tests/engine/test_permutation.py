@@ -62,7 +62,7 @@ def test_pairs_have_a_null_a_pair(controlled):
     assert matrices["0", "pairs_null"].shape == matrices["0", "pairs_p"].shape == (3, 3)
 
 
-@pytest.mark.parametrize("size", [1, 64, 400])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 64, 400])
 def test_the_control_does_not_hang_on_batches_or_their_order(size, controlled):
     metrics, found = controlled
     turned = {k: t.flip(0) for k, t in rows().items()}

@@ -1,6 +1,5 @@
 """One process and three, one of them empty: the same tables, for every statistic and every metric."""
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +7,7 @@ import torch.multiprocessing as mp
 from cases_metrics import NAMES_PLAIN as NAMES_CONVOLUTIONAL
 from cases_metrics import batches as in_batches
 from cases_metrics import convolutional, rows, start_of
-from compare import close, same
+from compare import close, near, same
 from ids import label
 from laws import drifting, make
 from nets import Mixed, batches, build, images
@@ -41,9 +40,9 @@ def _work(rank, world, folder, shares):
     assert traffic.sent == round(2 * (world - 1) / world * held) + (world - 1) * merged
     images_, labels = images()
     share = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-    result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 16) if shares[rank] else [])
+    result = nl.analyze(build(Mixed), batches(images_[share], labels[share], 32) if shares[rank] else [])
     data = {k: t[share] for k, t in rows(100, (3, 9, 9)).items()}
-    every = analyze(convolutional(), in_batches(data, 16) if shares[rank] else [], NAMES_CONVOLUTIONAL)
+    every = analyze(convolutional(), in_batches(data, 32) if shares[rank] else [], NAMES_CONVOLUTIONAL)
     if rank == world - 1:
         every.save(f"{folder}/every")
         torch.save({k: a.state_dict() for k, a in sums.items()}, f"{folder}/sums.pt")
@@ -54,8 +53,8 @@ def _work(rank, world, folder, shares):
 @pytest.fixture(scope="module")
 def alone():
     """What one process finds: the default metrics of one network, every metric of another."""
-    data = in_batches(rows(100, (3, 9, 9)), 16)
-    return nl.analyze(build(Mixed), batches(*images(), 16)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
+    data = in_batches(rows(100, (3, 9, 9)), 40)
+    return nl.analyze(build(Mixed), batches(*images(), 40)), analyze(convolutional(), data, NAMES_CONVOLUTIONAL)
 
 
 SLOW = [pytest.param(shares, marks=pytest.mark.slow) for shares in ([60, 0, 40], [13, 12, 12, 13, 0, 20, 15, 15])]
@@ -88,11 +87,3 @@ def test_processes_add_up(tmp_path, shares, alone):
 
 def analyze(net, data, names):
     return nl.analyze(net, data, names, initial=start_of(net))
-
-
-def near(a, b):
-    """Equal up to the rounding of sums in float64 in another order, which a difference of leave-outs shows more."""
-    assert list(a.columns) == list(b.columns)
-    for column in a.select_dtypes("number"):
-        scale = float(b[column.removesuffix("_se")].abs().max())
-        np.testing.assert_allclose(a[column], b[column], rtol=1e-6, atol=1e-9 * scale + 1e-12, err_msg=column)

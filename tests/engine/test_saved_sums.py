@@ -75,7 +75,7 @@ def test_metrics_continue_to_the_bit(names, size, tmp_path):
     assert len(calls) - 2 < len(data) - 1, "batches in the sums are not run again, but for two calls of the plan"
 
 
-@pytest.mark.parametrize("at", [2, 5, 8, 11])
+@pytest.mark.parametrize("at", [2, pytest.param(5, marks=pytest.mark.slow), 8, pytest.param(11, marks=pytest.mark.slow)])
 def test_sums_over_the_whole_model_continue_in_any_round(at, tmp_path):
     """Gradients of weights, a copy in training, and products with supernodes, which read the data twice."""
     g = torch.Generator().manual_seed(5)
@@ -271,7 +271,7 @@ def _process(rank, folder, at):
 
 @pytest.mark.parametrize(
     "at",
-    [pytest.param((3, 4), marks=pytest.mark.slow), (7, 3), (7, 8)],
+    [pytest.param((3, 4), marks=pytest.mark.slow), (7, 3), pytest.param((7, 8), marks=pytest.mark.slow)],
     ids=["first round", "one process ahead", "second round"],
 )
 def test_several_processes_continue_together(at, tmp_path):

@@ -207,7 +207,7 @@ def measured(positions, *how):
     return nl.analyze(Toy(), padded(texts(), *how), metrics, ["hidden", "head"], positions=positions)
 
 
-@pytest.mark.parametrize("size", [1, 3, 10])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3, 10])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", [None, 3])
 def test_neither_batches_nor_padding_change_a_value_an_error_or_a_control(size, side, positions):

@@ -1,5 +1,6 @@
 """Cells of a grid: many in one pass, each as if the model had run for it alone."""
 
+import copy
 from itertools import combinations, pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from nodelens.interventions.cells import _PASS, WAYS, CellPasses, GridCell, _par
 from nodelens.interventions.patching.grid import COMPONENTS, GridOptions, grid_sites
 from nodelens.interventions.token_model import TokenModel
 
-FAST = ["gpt2", "falcon alibi", "bloom", "mixtral", "gemma2"]
+FAST = ["gpt2", "bloom", "mixtral", "gemma2"]
 TOKENS = ids(1, 7)[0]
 
 
@@ -168,6 +169,23 @@ def test_ways_are_compared_once_for_each_length_of_a_prompt(monkeypatch):
     assert len(compared) == 2 * len({cell.part for cell in cells}), compared
 
 
+def test_all_passes_of_a_grid_are_compared_with_one_pass_of_the_whole_model(monkeypatch):
+    """The first and the last cell of each part, from a cache and without one, and one that has no effect."""
+    from nodelens.interventions import cells as module
+
+    monkeypatch.setitem(_PASS, "cpu", -99)  # as many passes as there are positions
+    model, compared = TokenModel(llama()), []
+    monkeypatch.setattr(module, "repeated_logits", lambda m, t, some: compared.append(some) or repeated_logits(m, t, some))
+    with model.running():
+        gathered(CellPasses(model, TOKENS), all_cells(model, ("residual", "mlp")))
+    assert len(compared) == 1
+    idle = [cell for cell in compared[0] if cell.start == 3 and cell.position < 6]
+    found = {(cell.part, cell.position > 0) for cell in compared[0] if cell not in idle}
+    assert found == {("output", False), ("output", True), ("mlp", False), ("mlp", True)}
+    assert sorted(cell.part for cell in idle) == ["mlp", "output"]
+    assert len(compared[0]) == 2 * 4 + 2
+
+
 def test_cells_behind_a_cache_are_compared_too():
     """A first pass from position 0 on needs no cache, and says nothing about one."""
 
@@ -229,9 +247,8 @@ def test_the_prompt_runs_once_for_the_caches_of_all_passes(monkeypatch):
         looped = torch.cat([repeated_logits(model, TOKENS, [cell]) for cell in cells])
         assert_close(gathered(CellPasses(model, TOKENS), cells), looped, rtol=1e-5, atol=1e-5 * float(looped.abs().max()))
         assert made == [7]
-        passes = CellPasses(model, TOKENS)
-        passes.read([])
-        gathered(passes, cells)
+        _, _, passes = CellPasses.read(model, torch.stack([ids(1, 7, seed=1)[0], TOKENS]), [], row=1)
+        assert_close(gathered(passes, cells), looped, rtol=1e-5, atol=1e-5 * float(looped.abs().max()))
         assert made == [7]  # reading the prompt gives the cache
 
 
@@ -242,7 +259,9 @@ def test_passes_from_each_position_on_are_the_loop(name, monkeypatch):
     check(family(name), components=present(name))
 
 
-def test_a_model_that_mixes_tokens_after_its_last_block_runs_whole():
+def test_a_model_that_mixes_tokens_after_its_last_block_shares_no_cache(monkeypatch):
+    monkeypatch.setitem(_PASS, "cpu", -99)  # as many passes as there are positions
+
     class Summing(nn.Module):
         """Its logits depend on the final states of all tokens."""
 
@@ -260,3 +279,49 @@ def test_a_model_that_mixes_tokens_after_its_last_block_runs_whole():
     with passes.model.running():
         gathered(passes, all_cells(passes.model))
     assert passes.shares == "blocks"
+
+
+def test_a_model_that_mixes_tokens_behind_an_attention_runs_whole():
+    """A cell of an attention then changes later tokens of its block, too, and not only its own."""
+
+    class Shifting(nn.Module):
+        """An MLP that reads the token before its own as well, as in RWKV."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x + torch.cat([x[:, :1], x[:, :-1]], 1))
+
+    net = copy.deepcopy(llama())
+    for block in net.model.layers:
+        block.mlp = Shifting(block.mlp)
+    check(net, components=("residual", "attention"))
+    passes = CellPasses(TokenModel(net), TOKENS)
+    with passes.model.running():
+        cells = all_cells(passes.model, ("residual",))
+        gathered(passes, cells[: len(cells) - 7])  # before the last block, whose MLP reads the last token alone in the first way
+        shares = passes.shares
+        gathered(passes, all_cells(passes.model, ("attention",)))
+    assert shares != "nothing"
+    assert passes.shares == "nothing"
+
+
+def test_cells_inside_a_block_take_few_rows_there(monkeypatch):
+    """One extra row holds an attention at all positions; each cell has a row of its own from the next block on."""
+    from nodelens.interventions.joining import JoiningRows
+
+    model, counts = TokenModel(llama()), []
+    of = JoiningRows.of
+    monkeypatch.setattr(JoiningRows, "of", lambda *given: counts.append(of(*given).counts) or of(*given))
+    with model.running():
+        for component in ("residual", "attention", "mlp", "heads", "residual_input"):
+            gathered(CellPasses(model, TOKENS), all_cells(model, (component,)))
+    assert counts == [
+        [1, 8, 15, 16],  # residual: without those of the last block that change nothing
+        [2, 9, 16, 16],
+        [2, 9, 16, 16],
+        [5, 33, 61, 61],  # four heads, which need a row each at a position
+        [8, 15, 22, 22],
+    ]

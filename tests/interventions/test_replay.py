@@ -91,3 +91,6 @@ def test_only_tensors_with_one_row_per_sample_are_repeated():
     assert found["b"][0].shape == (3,)
     assert found["c"].shape == (1, 2)
     assert tiled(given, 1, 2) is given
+    maps = torch.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=torch.channels_last)
+    assert tiled(maps, 2, 2).is_contiguous(memory_format=torch.channels_last)
+    assert tiled(maps, 2, 2).equal(maps.repeat(2, 1, 1, 1))

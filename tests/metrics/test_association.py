@@ -114,7 +114,7 @@ def slow(net, k, x, y):
 CASES = {
     "mlp": (mlp, (7,), [0, 1, 2], 33),
     "smooth_mlp": (lambda: mlp(True), (7,), [0, 1], 33),
-    "convolutional": (convolutional, (2, 6, 6), [0, 4], 33),
+    "convolutional": (convolutional, (2, 6, 6), [0, 4], 17),
     "smooth_convolutional": (lambda: convolutional(True), (2, 6, 6), [0, 4], 5),
     "transformer": (transformer, (4, 3), [0, 2], 12),
 }
@@ -126,7 +126,7 @@ def expected(case, k):
     return slow(make(), k, *rows(n, shape))
 
 
-@pytest.mark.parametrize("size", [1, 32])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 16])  # of 33 or 17 samples one is left alone
 @pytest.mark.parametrize("case", CASES)
 def test_associations_are_what_full_jacobians_and_hessians_say(case, size):
     make, shape, layers, n = CASES[case]

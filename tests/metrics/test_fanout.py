@@ -57,7 +57,7 @@ def test_scaled_weights_of_the_reader_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)])
 def test_batches_change_no_value(name, size):
     net, (x, y) = conv_net().eval(), conv_data()
     data = list(zip(x.split(size), y.split(size), strict=True))

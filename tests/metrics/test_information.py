@@ -350,7 +350,10 @@ def test_entropies_of_bins_are_grassberger_s():
     near(of("mi_binning", y, z[:, 0]), slow, 1e-9)
 
 
-@pytest.mark.parametrize(("rho", "plain", "corrected"), [(0.0, 0.095, 0.013), (0.5, 0.083, 0.016), (0.9, 0.042, 0.003)])
+FEW = [(0.5, 0.083, 0.016), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.0, 0.095, 0.013), (0.9, 0.042, 0.003)))]
+
+
+@pytest.mark.parametrize(("rho", "plain", "corrected"), FEW)
 def test_bins_of_few_samples_tell_about_what_many_samples_in_the_same_bins_tell(rho, plain, corrected):
     g = torch.Generator().manual_seed(7)
 
@@ -381,7 +384,7 @@ def agrees(values, expected=0.0):
     assert abs(float(values.mean()) - expected) < 5 * float(values.std()) / math.sqrt(values.numel())
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.6])
+@pytest.mark.parametrize("rho", [pytest.param(0.0, marks=pytest.mark.slow), 0.6])
 def test_bias_of_pairs_and_of_one_target(rho):
     n, truth = 20, -0.5 * math.log(1 - rho**2)
     x = noise(n, 2) @ torch.linalg.cholesky(equal(2, rho)).T

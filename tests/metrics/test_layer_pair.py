@@ -66,7 +66,7 @@ def test_golden_edges_agree():
     assert seen == 8
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64, None])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 7, 64, None])
 @pytest.mark.parametrize("name", [*EDGES, *UNITS])
 def test_batches_agree(name, batch):
     x, y = layers()

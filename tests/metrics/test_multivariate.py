@@ -120,7 +120,9 @@ def test_shrinkage_is_that_of_schaefer_and_strimmer(n):
     near(shrunk(torch.eye(3, dtype=torch.float64), torch.tensor([n])), torch.eye(3), 0)
 
 
-@pytest.mark.parametrize(("n", "draws"), [(100, 400), (200, 200), (1_000, 100)])
+@pytest.mark.parametrize(
+    ("n", "draws"), [pytest.param(100, 400, marks=pytest.mark.slow), (200, 200), pytest.param(1_000, 100, marks=pytest.mark.slow)]
+)
 def test_independent_units_have_no_information_in_common(n, draws):
     """Of 64 units, the O-information without a correction is -5.4, -0.76 and -0.02."""
     g = torch.Generator().manual_seed(n)

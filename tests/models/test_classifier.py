@@ -124,3 +124,10 @@ def test_dropout_is_of_hidden_units_and_has_no_weights():
     assert net.state_dict().keys() == MLP(4, 3, [8, 8]).state_dict().keys()
     with pytest.raises(ValueError, match="dropout is 1; it is a probability from 0 to below 1"):
         MLP(4, 3, [8], dropout=1)
+
+
+def test_penalties_of_sharded_weights_are_refused():
+    module = Classifier(nn.Linear(2, 2), l2=0.1)
+    module._device_mesh = {"data_parallel": None}
+    with pytest.raises(ValueError, match=r"^l1= and l2= read all weights in each step, but they are sharded over processes:"):
+        module.configure_model()

@@ -177,3 +177,14 @@ def test_a_model_that_keeps_states_of_a_pass_in_a_tuple_is_copied():
     made = copy_of(model)
     assert all(not state.requires_grad and state.equal(own) for state, own in zip(made.states, model.states, strict=True))
     assert made.lstm.weight_ih_l0 is not model.lstm.weight_ih_l0
+
+
+def test_an_empty_dictionary_that_two_modules_share_is_copied_once():
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    model[0].seen = model[1].seen = {}
+    made = copy_of(model)
+    made[0].seen["a"] = 1
+    assert made[1].seen == {"a": 1}
+    assert model[0].seen == {}
+    made.register_forward_hook(lambda *_: None)
+    assert not model._forward_hooks

@@ -155,8 +155,11 @@ def close(found, expected, rtol=1e-5):  # norms and routers are taken in float32
         np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=1e-7 * size, err_msg=name)
 
 
+ALIKE = ("qwen3 moe", "olmoe")  # as mixtral, but for the norms of their queries and keys
+
+
 @PADDED
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES])
 def test_criteria_agree_with_those_of_separate_layers(name):
     model, twin, groups, same = build(name)
     batch = texts([9, 5, 7])
@@ -227,7 +230,7 @@ def test_q_is_the_slope_of_the_loss_in_a_gate(name):
 
 
 @PADDED
-@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_batches_padding_and_the_order_of_experts_do_not_matter(name):
     model, _, groups, _ = build(name)
     lengths = [9, 5, 7, 6]

@@ -37,7 +37,7 @@ def result():
     """A small language model with every analysis that has figures."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+        size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
         model = LlamaForCausalLM(LlamaConfig(**size, initializer_range=0.3)).eval()
     ids = torch.randint(1, 32, (16, 12), generator=torch.Generator().manual_seed(1))
     data = [{"input_ids": part, "labels": part} for part in ids.split(4)]
@@ -60,7 +60,7 @@ def result():
         "attributed": AttributionPatching(["residual", "heads"], **pair),
         "logits": LogitAttribution(prompts=[clean], answer=5),
     }
-    layers = [f"model.layers.{k}.mlp.{name}" for k in range(3) for name in ("gate_proj", "down_proj")]
+    layers = [f"model.layers.{k}.mlp.{name}" for k in range(2) for name in ("gate_proj", "down_proj")]
     found = nl.analyze(model, data, ["taylor", "linear_cka"], layers, analysis=analyses)
     found.analyses |= nl.analyze(model, data, ["taylor"], list(nl.find_groups(model)), analysis=supernodes).analyses
     found.analyses["over_epochs"] = modules.over_epochs({0: found.analyses["modularity"], 1: found.analyses["modularity"]})

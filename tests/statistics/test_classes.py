@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from compare import same
 from laws import drifting, labels, target
 from torch.testing import assert_close
 
-from nodelens.statistics import ByClass, ClassCross, ClassGram, ClassSizes
+from nodelens.statistics import Accumulator, ByClass, ClassCross, ClassGram, ClassSizes
 from nodelens.statistics.rows import Rows
 
 N = 90
@@ -43,6 +44,19 @@ def test_second_moments_of_a_class_are_those_of_its_rows():
     assert_close(grams.gram.covariance, torch.cov(X[Y >= 0].T), rtol=1e-11, atol=1e-11)
     for read_off in (grams.by_class, crosses.by_class):
         assert_close(read_off.variance(), ByClass.of(X, Y).variance(), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("statistic", [ByClass, ClassSizes])
+def test_sums_of_samples_are_added_in_place_unless_a_class_is_new(statistic):
+    rows = Rows.of(MANY.repeat(3, 1, 1), shift=torch.ones(5, dtype=torch.float64)).by_sample(statistic.by_sample)
+    y = torch.tensor([0, 1, 1, 0, -1, 1, 0, 0, 1, 0, 1, 0] * 2 + [2, 0, -1, 3, 1, 2, 0, 0, 1, 2, 3, 3])
+    accumulator, held = Accumulator(statistic), []
+    for a, b in ((0, 12), (12, 24), (24, 36)):
+        accumulator.add_rows(rows.map(lambda t, a=a, b=b: t[a:b]), 0, y[a:b])
+        held.append(accumulator.parts[0])
+    assert held[0] is held[1]
+    assert held[1] is not held[2]
+    same(statistic.of(rows, y), accumulator.value)
 
 
 @pytest.mark.parametrize("statistic", [ByClass, ClassSizes, ClassGram])

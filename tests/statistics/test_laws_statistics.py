@@ -7,7 +7,20 @@ from ids import label
 from laws import drifting, make
 from torch.testing import assert_close
 
-from nodelens.statistics import STATISTICS, Accumulator, ClassStatistic, Cosines, Cross, Gram, Moments, Pair, Quantiles, Sample
+from nodelens.statistics import (
+    STATISTICS,
+    Accumulator,
+    ClassStatistic,
+    Cosines,
+    Cross,
+    Directions,
+    Gram,
+    Moments,
+    NormedGram,
+    Pair,
+    Quantiles,
+    Sample,
+)
 from nodelens.statistics.rows import Rows
 
 every = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda s: s.__name__)
@@ -113,13 +126,27 @@ def test_an_accumulator_changes_no_value_it_was_given(statistic):
     same(first.value, second.value)
 
 
-@pytest.mark.parametrize("statistic", [Gram, Moments, Quantiles], ids=lambda s: s.__name__)
-def test_adding_rows_equals_the_statistic_of_all_rows(statistic):
-    x = drifting(300)
+@pytest.mark.parametrize("width", [5, 40])
+@pytest.mark.parametrize("statistic", [Gram, NormedGram, Directions, Moments, Quantiles], ids=lambda s: s.__name__)
+def test_adding_rows_equals_the_statistic_of_all_rows(statistic, width):
+    x = drifting(300, width)
     rows = Rows.of(x, torch.arange(300) % 7 != 0).about(x.mean(0))
     accumulator = Accumulator(statistic)
     for a, b in ((0, 5), (5, 6), (6, 250), (250, 300)):
         accumulator.add_rows(rows.take(a, b))
+    same(statistic.of(rows), accumulator.value)
+
+
+@pytest.mark.parametrize("statistic", [NormedGram, Directions], ids=lambda s: s.__name__)
+def test_rows_whose_sums_are_prepared_add_the_same(statistic):
+    """Of samples in another order, with several positions each, and one row of zeros."""
+    x = drifting(240, 40).reshape(20, 12, 40).transpose(1, 2).clone()
+    x[3, :, 5] = 0
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    rows = Rows(x, torch.arange(240).reshape(20, 12) % 7 != 0, x.mean((0, 2)))
+    accumulator, prepared = Accumulator(statistic), rows.prepared({"sums", *statistic.by_row}, order)
+    for a, b in ((0, 6), (6, 20)):
+        accumulator.add_rows(prepared.take(a, b))
     same(statistic.of(rows), accumulator.value)
 
 

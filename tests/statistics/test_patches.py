@@ -1,11 +1,12 @@
 """Sums of the patches that convolutions read."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nodelens.statistics.convolution import ConvolutionGeometry
-from nodelens.statistics.patches import MapSums, Patches
+from nodelens.statistics.patches import SMALL, MapSums, Patches, patch_sums
 from nodelens.statistics.rows import Rows
 
 
@@ -26,3 +27,16 @@ def test_a_sample_whose_squares_overflow_changes_its_own_group_only():
         for name, value in clean[g].tensors().items():
             assert_close(spoilt[g].tensors()[name], value)
     assert any(bool(value.isinf().any()) for value in spoilt[0].tensors().values())
+
+
+@pytest.mark.parametrize("size", [6, 31])
+@pytest.mark.parametrize("convolution", [{"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2}], ids=str)
+def test_sums_of_patches_are_those_of_unfolded_maps(size, convolution):
+    """Of maps with few positions, whose offsets are summed together, and with many."""
+    conv = nn.Conv2d(3, 4, 3, **convolution)
+    maps = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = Rows(maps.flatten(2), grid=(size, size), shift=torch.zeros(3, dtype=torch.float64), shifted=False)
+    found, patches = patch_sums(rows, ConvolutionGeometry.of(conv)), nn.functional.unfold(maps, 3, **convolution)
+    assert (size**2 <= SMALL) == (size == 6)
+    assert_close(found.sums, patches.sum(2), rtol=1e-10, atol=1e-10)
+    assert_close(found.squares, patches.square().sum(2), rtol=1e-10, atol=1e-10)

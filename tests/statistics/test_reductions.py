@@ -7,10 +7,12 @@ from torch.testing import assert_close
 
 from nodelens.statistics import Quantiles
 from nodelens.statistics.bins import BINS
+from nodelens.statistics.group_slices import copy_order, taken
+from nodelens.statistics.linalg import gram_of_rows
 from nodelens.statistics.reductions import SUMS, add_bins, reduce
 from nodelens.statistics.rows import Rows
 
-EVERY = (*SUMS, "norms")
+EVERY = (*SUMS, "norms", "skews")
 LAYOUTS = ("maps", "tokens", "slice")
 
 
@@ -29,12 +31,13 @@ def twin(raw, keep, shift, samples):
     """Loops of numpy in float64."""
     x, n = raw.double().numpy(), range(len(raw)) if samples is None else samples.tolist()
     about = np.zeros(raw.shape[1]) if shift is None else shift.to(raw.dtype).double().numpy()
-    found = {name: np.zeros((len(n), raw.shape[1])) for name in SUMS} | {"norms": np.zeros((len(n), raw.shape[2]))}
+    found = {name: np.zeros((len(n), raw.shape[1])) for name in (*SUMS, "skews")} | {"norms": np.zeros((len(n), raw.shape[2]))}
     for i, s in enumerate(n):
         for p in range(raw.shape[2]):
             if keep is not None and not keep[s, p]:
                 continue
             v, size = x[s, :, p] - about, np.abs(x[s, :, p])
+            found["skews"][i] += v * (v**2).sum()
             for power, name in enumerate(("sums", "squares", "cubes", "fourths"), 1):
                 found[name][i] += v**power
             found["absolutes"][i] += size
@@ -149,3 +152,45 @@ def test_products_of_copied_rows_are_those_of_the_rows(layout):
     copied = rows.prepared({"sums", "norms"}, torch.tensor([4, 1, 2]))
     assert_close(copied.outer, rows.index(torch.tensor([4, 1, 2])).double().outer, rtol=1e-5, atol=1e-4)
     assert_close(copied.take(1, 3).outer, rows.take(1, 3).double().outer, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["maps", "tokens"])
+def test_sums_over_few_positions_are_those_of_slow_loops(layout):
+    raw, samples = values(layout, samples=6, positions=9), torch.tensor([4, 1, 2])
+    found, expected = reduce(raw, None, None, EVERY, samples), twin(raw, None, None, samples)
+    assert found["raw"].stride(1) == 1  # copied with the units side by side
+    for name, value in expected.items():
+        assert_close(found[name].double(), value, rtol=1e-5, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("width", [63, 64, 100, 300, 1100])
+def test_a_product_in_bands_is_the_whole_product(width):
+    a = torch.randn(width, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = gram_of_rows(a)
+    assert_close(found, a @ a.T, rtol=1e-12, atol=1e-12)
+
+
+def test_samples_are_copied_in_the_order_of_their_groups_or_where_units_are_far_apart():
+    few, many, tokens = (values(layout, positions=p) for layout, p in (("maps", 9), ("maps", 40), ("tokens", 9)))
+    mixed, ordered = torch.tensor([1, 0, 1, 0, 2]), torch.tensor([0, 0, 1, 1, 2])
+    assert copy_order(many, mixed).tolist() == [1, 3, 0, 2, 4]
+    assert copy_order(few, ordered).tolist() == [0, 1, 2, 3, 4]
+    assert copy_order(many, ordered) is None
+    assert copy_order(tokens, ordered) is None
+    assert taken(mixed, copy_order(many, mixed)).tolist() == [0, 0, 1, 1, 2]
+    assert taken(mixed, None) is mixed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("width", "other"), [(7, 7), (7, 40), (40, 40)])
+def test_products_of_maps_are_those_of_all_their_rows(layout, width, other):
+    """Narrow rows are converted to float64 a few samples at a time."""
+    x, z = values(layout, samples=90, width=width), values(layout, samples=90, width=other) + 1
+    keep = torch.rand(90, 600, generator=torch.Generator().manual_seed(1)) > 0.2
+    mine, theirs = (Rows(t, keep, shifted=False) for t in (x, z))
+    kept = [t.double().where(keep[:, None], 0) for t in (x, z)]
+    tolerance = {"rtol": 1e-12, "atol": 1e-9} if width == 7 else {"rtol": 1e-4, "atol": 0.1}
+    assert_close(mine.products(theirs), torch.einsum("sip,sjp->ij", *kept), **tolerance)
+    assert_close(mine.products(mine), torch.einsum("sip,sjp->ij", kept[0], kept[0]), **tolerance)
+    first = torch.einsum("sip,sjp->ij", kept[0][:50], kept[1][:50])
+    assert_close(mine.products_by_run(theirs, [(0, 50), (50, 90)])[0], first, **tolerance)

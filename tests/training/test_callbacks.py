@@ -32,7 +32,7 @@ def test_the_probe_is_the_calibration_set_in_eval_mode(quiet_home):
     assert_close(torch.tensor(after.to_numpy()), torch.tensor(found.to_numpy()), rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_batches_are_measured_as_they_pass(accumulate, quiet_home):
     """With a learning rate of zero the weights stand still: streaming has to find what one pass over the training set finds."""
     words = ("model.optimizer.lr=0", "model.optimizer.weight_decay=0", "metrics=[taylor,activation_variance]")

@@ -118,7 +118,7 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("call", [2, 3])
+@pytest.mark.parametrize("call", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_training_continues_after_a_full_disk(call, whole, quiet_home, monkeypatch):
     """The second and third file are last.ckpt of the first epoch and best.ckpt of the second."""
     save, calls = torch.save, []

@@ -55,7 +55,7 @@ def with_sampler(digits):
 
 
 def with_workers(digits):
-    return DataLoader(pairs(digits), batch_size=100, shuffle=True, num_workers=2)
+    return DataLoader(pairs(digits), batch_size=100, shuffle=True, num_workers=1)
 
 
 def of_nodelens(digits):

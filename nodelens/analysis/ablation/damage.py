@@ -25,8 +25,8 @@ from .passes import Base, LesionSite, Replay
 from .replacement import Replacement
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-_CACHE = 1 << 20  # bytes of the largest tensor of a pass on a CPU: it should stay in a core's cache
-_MEMORY = 1 << 28  # on other devices
+_CACHE = 1 << 20  # bytes of the largest tensor of a pass on a CPU, per thread: they should stay in a core's cache
+_MEMORY = 1 << 28  # on other devices, and the most on a CPU
 _MOST_COPIES = 32
 _CHOICES = ("whole", "checked", "long", "alone")  # how lesions run, as the first batch showed
 
@@ -195,7 +195,8 @@ class _Passes:
 
     def _fitting(self, calls: Sequence[RecordedCall], samples: int = 1) -> int:
         """How many samples fit into a pass, at least one."""
-        limit = _CACHE if device_of(self.model).type == "cpu" else _MEMORY
+        cache = _CACHE * torch.get_num_threads() if device_of(self.model).type == "cpu" else _MEMORY
+        limit = min(cache, _MEMORY)
         return max(1, limit * samples // max(1, largest_output(calls)))
 
     def _by_site(self, recording: Recording) -> Iterator[tuple[LesionSite, list[int]]]:

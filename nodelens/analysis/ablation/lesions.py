@@ -32,7 +32,7 @@ class Lesion:
 
     @classmethod
     def of(cls, targets: Mapping[str, AblationTarget], removed: Units) -> "Lesion":
-        places: dict[Key, list[Tensor]] = {}
+        places: dict[Key, set[int]] = {}
         dims: dict[Key, int] = {}
         weights = []
         for name, ids in removed.items():
@@ -41,9 +41,9 @@ class Lesion:
                 weights.append((target, tuple(ids)))
             for place in target.places if len(ids) else ():
                 key: Key = (place.module, place.side)
-                places.setdefault(key, []).append(place.index[list(ids)].flatten())
+                places.setdefault(key, set()).update(place.index[list(ids)].flatten().tolist())
                 dims[key] = place.dim
-        return cls({key: torch.cat(every).unique() for key, every in places.items()}, dims, tuple(weights))
+        return cls({key: torch.tensor(sorted(own), dtype=torch.long) for key, own in places.items()}, dims, tuple(weights))
 
     def without(self, module: nn.Module) -> "Lesion":
         """The lesion without what the module reads."""

@@ -39,6 +39,7 @@ from .estimate_costs import estimate_costs
 from .media import result_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
+from .sharding import check_sharding, is_sharding, sharded
 from .show import show_plan, show_result
 from .show_cost import size
 from .splits import splits
@@ -46,6 +47,7 @@ from .splits import splits
 
 def analyze(cfg: DictConfig) -> float:
     """Measures, evaluates, saves and draws; returns the accuracy. A finished run in the same folder is shown again."""
+    check_sharding(cfg)
     with run_folder(cfg) as folder:
         if is_dry_run(cfg):
             estimate_costs(cfg, folder)
@@ -72,7 +74,7 @@ def _work(cfg: DictConfig, folder: Path, device: torch.device) -> float:
     startup.phase("settings and imports")
     with step("opening data and model"):
         data, module, trained_by = open_inputs(cfg, folder)
-    to_device(module.net, device)
+    (sharded if is_sharding(cfg) else to_device)(module.net, device)
     startup.phase("data and model")
     parts = splits(cfg, data, trained_by)
     done = folder / SUMS / "measured"

@@ -23,6 +23,7 @@ from nodelens.models import find_weights, load_weights
 from nodelens.results.files import plain
 
 from .progress import print_line
+from .sharding import is_sharding, launched_by
 
 
 def verify(cfg: DictConfig) -> None:
@@ -79,6 +80,8 @@ def launch(cfg: DictConfig, work: Callable[[torch.device], float]) -> float:
     """Runs work(device) on the trainer's accelerator, in its number of processes; returns the value of the first process."""
     quiet_lightning()
     wanted = {k: cfg.trainer[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if cfg.trainer.get(k) is not None}
+    if is_sharding(cfg):
+        wanted["strategy"] = launched_by(cfg)
     try:
         fabric = build({"_target_": "lightning.fabric.Fabric", **wanted}, "trainer")
     except ValueError as error:

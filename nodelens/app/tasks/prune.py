@@ -28,6 +28,7 @@ from .common import is_dry_run, launch, loggers_of, to_device
 from .media import sweep_figures
 from .progress import console, print_line, progress_bar, step
 from .run_folder import open_inputs, run_folder
+from .sharding import check_sharding
 from .show_pruning import show_groups, show_sweep
 from .sweep_evaluator import SweepEvaluator
 from .sweep_setup import context_of, context_of_shapes, requested_cells, sweep_of
@@ -40,6 +41,7 @@ def prune(cfg: DictConfig) -> Any:
     """Runs the sweep, or shows a finished one again; returns its score: the area under the best curve, or what ``score`` names."""
     requested_cells(cfg)
     check_workers(cfg)
+    check_sharding(cfg)
     with run_folder(cfg) as folder:
         if not ((folder / "sweep.parquet").is_file() and (folder / "report.html").is_file()):
             return launch(cfg, lambda device: _work(cfg, folder, device))

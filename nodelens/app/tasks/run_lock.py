@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where the processes of one run are started by torchrun, srun or Lightning
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where the processes of one run are started by torchrun, srun or Lightning
 
 
 @contextmanager
@@ -68,4 +68,4 @@ def _holder(folder: Path) -> str:
 
 def _is_first() -> bool:
     """Whether this is the first process of a run."""
-    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"

@@ -14,12 +14,14 @@ from .common import build_all, check_tokens, format_score, loggers_of, plain_wor
 from .media import training_figures
 from .progress import ProgressLines, is_quiet, print_line, step
 from .run_folder import check_same_inputs, run_folder
+from .sharding import check_sharding
 
 
 def train(cfg: DictConfig) -> float:
     """Trains and returns the test accuracy of the best checkpoint. Resumes from the last checkpoint in the folder."""
     from lightning.pytorch import seed_everything
 
+    check_sharding(cfg)
     with run_folder(cfg) as folder:
         quiet_lightning()
         seed_everything(cfg.seed, workers=True, verbose=False)
@@ -91,6 +93,8 @@ def _fit(cfg: DictConfig, folder: Path, module: Any, data: Any, loggers: list[An
     if not outcome.path.is_file():  # training had finished before its score was written
         outcome.score(trainer, module, data.loader("test"))
     found = read_json(outcome.path)
+    if world()[0]:  # the first process draws and prints for all that a launcher has started
+        return float(found["accuracy"])
     _draw(cfg, folder)
     opened = [logger for logger in loggers if getattr(logger, "_experiment", None) is not None]  # in this process
     score = {f"test/{name}": value for name, value in found.items() if name != "checkpoint"}

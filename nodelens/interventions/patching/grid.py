@@ -13,6 +13,7 @@ from nodelens.messages import nearest, option
 from nodelens.network.layers import Layer
 
 COMPONENTS = {"residual": "output", "residual_input": "input", "attention": "attention", "mlp": "mlp", "heads": "heads"}
+WHERE = ("component", "layer", "module", "head", "position")  # the columns that tell where a cell is
 
 
 @dataclass(frozen=True)

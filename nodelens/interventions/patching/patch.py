@@ -14,7 +14,7 @@ from nodelens.interventions.token_positions import Positions
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.results.findings import Findings
 
-from .grid import GridOptions, GridSite, grid_sites
+from .grid import WHERE, GridOptions, GridSite, grid_sites
 from .pairs import METRICS, Contrast, PromptPair, read_pairs
 
 PATCHING = "patching"  # the kind of these findings
@@ -67,11 +67,12 @@ def patch_grid(model: TokenModel, pairs: Iterable[PromptPair], options: GridOpti
             both = TwoRuns(model, pair, sites, options.into)
             runs += both.rows(k)
             table, grid = both.grid(options.positions)
-            cells.append(pd.concat([table, both.patched(grid)], axis=1).assign(pair=k))
+            cells.append(pd.concat([table, both.patched(grid)], axis=1))
+            cells[-1].insert(0, "pair", k)
             shared.append(both.passes.shares)
             if both.contrast.wrong is None:
                 missing.append({"layer": "", "what": f"logit_difference of pair {k}", "reason": _SAME})
-    frames = {"cells": _ordered(pd.concat(cells, ignore_index=True)), "runs": pd.DataFrame(runs)}
+    frames = {"cells": pd.concat(cells, ignore_index=True), "runs": pd.DataFrame(runs)}
     about_it = about(model) | {"into": options.into, "missing": missing, "shares": shared}
     return Findings(PATCHING, frames, [*_lines(frames["cells"]), *whole_passes(shared)], metadata=about_it)
 
@@ -84,15 +85,16 @@ class TwoRuns:
 
     def __init__(self, model: TokenModel, pair: PromptPair, sites: Sequence[GridSite], into: str):
         self.pair, self.sites = pair, sites
+        self._same: dict[tuple[str, Any], list[bool]] = {}  # whether both runs have the same state, by position
         forward = into == "corrupt"
         layers = {site.layer.name: site.layer for site in sites}.values()
-        passes = [CellPasses(model, prompt.ids) for prompt in (pair.clean, pair.corrupt)]
-        states, logits = zip(*(each.read(layers) for each in passes), strict=True)
-        self.logits = logits[0][0], logits[1][0]
+        prompts = torch.stack([pair.clean.ids, pair.corrupt.ids])
+        states, logits, self.passes = CellPasses.read(model, prompts, layers, int(forward))
+        self.logits = logits[0], logits[1]
         self.contrast = Contrast.of(pair, *self.logits, into)
-        self.source, self.target = states if forward else states[::-1]
+        both = [{name: state[k : k + 1] for name, state in states.items()} for k in range(2)]
+        self.source, self.target = both if forward else both[::-1]
         self.changed = pair.corrupt if forward else pair.clean
-        self.passes = passes[forward]
         of_source, of_target = self.logits if forward else self.logits[::-1]
         self.base = {name: float(v) for name, v in self.contrast(of_target[None]).items()}
         self.goal = {name: float(v) for name, v in self.contrast(of_source[None]).items()}
@@ -107,10 +109,11 @@ class TwoRuns:
         """Where each cell is, as a table, and the cells."""
         chosen = self.pair.clean.positions(positions)
         found = [each for site in self.sites for each in site.cells(self.source[site.layer.name][0], chosen)]
-        table = pd.DataFrame([where for where, _ in found])
-        table["head"] = table["head"].astype("Int64")
+        columns: dict[str, Any] = {name: [where[name] for where, _ in found] for name in WHERE}
+        columns["head"] = pd.array(columns["head"], dtype="Int64")
         for name, prompt in (("clean", self.pair.clean), ("corrupt", self.pair.corrupt)):
-            table[name] = [prompt.tokens[k] for k in table["position"]]
+            columns[name] = [prompt.tokens[k] for k in columns["position"]]
+        table = pd.DataFrame(columns)
         return table, [cell for _, cell in found]
 
     def patched(self, cells: Sequence[GridCell]) -> pd.DataFrame:
@@ -123,15 +126,18 @@ class TwoRuns:
         for part, logits in self.passes([cells[k] for k in change]):
             rows = torch.tensor([change[k] for k in part])
             found[rows] = torch.stack([*self.contrast(logits).values()], 1).double().cpu()
-        table = pd.DataFrame(found.numpy(), columns=list(METRICS))
+        table = dict(zip(METRICS, found.T.numpy(), strict=True))
         span = self.goal["logit_difference"] - self.base["logit_difference"]
         gained = table["logit_difference"] - self.base["logit_difference"]
-        return table.assign(recovered=gained / span if span else float("nan"))
+        return pd.DataFrame(table | {"recovered": gained / (span or float("nan"))})
 
     def _has_already(self, cell: GridCell) -> bool:
         """Whether the changed run has the very state that the cell writes, as before the first token in which prompts differ."""
-        row = self.target[cell.layer.name][0, cell.position]
-        return bool((row if cell.columns is None else row[slice(*cell.columns)]).equal(cell.value))
+        name, columns = cell.layer.name, slice(None) if cell.columns is None else slice(*cell.columns)
+        if (name, cell.columns) not in self._same:
+            same = self.target[name][0, :, columns] == self.source[name][0, :, columns]
+            self._same[name, cell.columns] = same.all(1).tolist()
+        return self._same[name, cell.columns][cell.position]
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         """Rows of the table of runs."""
@@ -141,19 +147,17 @@ class TwoRuns:
         ]
 
 
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    return table[["pair", *(name for name in table if name != "pair")]]
-
-
 def _lines(cells: pd.DataFrame) -> list[str]:
     """For each component the cell that recovers most, on average over pairs."""
     means, lines = cells, []
     if cells["pair"].nunique() > 1:
-        where = ["component", "layer", "head", "position"]
-        means = cells.groupby(where, dropna=False, sort=False, as_index=False)["recovered"].mean()
-    for component, table in means.groupby("component", sort=False):
-        if table["recovered"].notna().any():
-            best = table.loc[table["recovered"].idxmax()]
+        by = ["component", "layer", "head", "position"]
+        means = cells.groupby(by, dropna=False, sort=False, as_index=False)["recovered"].mean()
+    names = means["component"].to_numpy()
+    for component in dict.fromkeys(names):
+        gained = means["recovered"].where(names == component)
+        if gained.notna().any():
+            best = {name: means[name].iat[gained.argmax()] for name in ("layer", "head", "position", "recovered")}
             head = "" if pd.isna(best["head"]) else f", head {best['head']}"
             at = f"layer {best['layer']}{head}, position {best['position']}"
             lines.append(f"{component}: {at} recovers most, {best['recovered']:.0%} of the difference")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,11 +120,11 @@ class Ids:
         """Tied channels form one unit; units with equally many places in the same tensors form one group."""
         label, places = joined(self.count, self.ties), list(self.places.values())
         units, reasons = _Units.of(places, label), self._reasons(label)
-        alike: dict[Profile, list[int]] = {}
-        for k, (unit, profile) in enumerate(zip(units.ids, units.profiles, strict=True)):
-            roles = {places[place].role for place, _ in profile} if profile not in alike else ("producer", "consumer")
-            if unit not in reasons and "producer" in roles:
-                if "consumer" in roles:
+        alike: dict[int, list[int]] = {}
+        roles = [{places[place].role for place, _ in profile} for profile in units.profiles]
+        for k, (unit, profile) in enumerate(zip(units.ids, units.which, strict=True)):
+            if unit not in reasons and "producer" in roles[profile]:
+                if "consumer" in roles[profile]:
                     alike.setdefault(profile, []).append(k)
                 else:
                     reasons[unit] = "no layer reads them"
@@ -132,7 +133,8 @@ class Ids:
         groups = []
         for profile, members in alike.items():
             own = {units.ids[k] for k in members}
-            group = _group(places, profile, units.starts[members], units.positions, normalized.isdisjoint(own))
+            starts = units.starts[members]
+            group = _group(places, units.profiles[profile], starts, units.positions, normalized.isdisjoint(own))
             several = any(piece.index.shape[1] > 1 for piece in group.by_role("producer"))
             group = replace(group, product_macs=macs.get(units.ids[members[0]], 0.0))
             groups.append(group if heads.isdisjoint(own) or not several else replace(group, kind="head"))
@@ -178,11 +180,13 @@ def joined(count: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 class _Units:
     """Where the channels of each unit lie, units in the order of their first place.
 
-    ids: labels of the units; profiles: of each, ((place, number of its channels there), ...) in the order of the places;
+    ids: labels of the units; which: of each, the number of its profile; profiles: ((place, number of a unit's channels there), ...)
+    in the order of the places, each different from the others;
     positions: those of all channels in their places, sorted by unit and place; starts (units,): the first one of each unit
     """
 
     ids: list[int]
+    which: list[int]
     profiles: list[Profile]
     starts: Tensor
     positions: Tensor
@@ -191,7 +195,7 @@ class _Units:
     def of(cls, places: list[Place], label: Tensor) -> "_Units":
         lengths = torch.tensor([len(place.ids) for place in places])
         if not lengths.sum():
-            return cls([], [], lengths.new_empty(0), lengths.new_empty(0))
+            return cls([], [], [], lengths.new_empty(0), lengths.new_empty(0))
         labels = label[torch.cat([place.ids for place in places])]
         at = torch.arange(len(places)).repeat_interleave(lengths)
         positions = torch.arange(len(labels)) - (lengths.cumsum(0) - lengths)[at]
@@ -201,9 +205,13 @@ class _Units:
         first = parts.cumsum(0) - parts  # the first pair of each unit
         starts = (counts.cumsum(0) - counts)[first]
         rank = (pairs % len(places))[first].argsort(stable=True)
-        held = list(zip((pairs % len(places)).tolist(), counts.tolist(), strict=True))
+        held = torch.stack([pairs % len(places), counts], 1).numpy()
+        raw, size = held.tobytes(), held[0].nbytes  # bytes compare faster than tuples, of which there would be one per channel
         bounds = zip(first[rank].tolist(), (first + parts)[rank].tolist(), strict=True)
-        return cls(units[rank].tolist(), [tuple(held[a:b]) for a, b in bounds], starts[rank], positions[order])
+        known: dict[bytes, int] = {}
+        which = [known.setdefault(raw[a * size : b * size], len(known)) for a, b in bounds]
+        profiles = [tuple(map(tuple, np.frombuffer(key, held.dtype).reshape(-1, 2).tolist())) for key in known]
+        return cls(units[rank].tolist(), which, profiles, starts[rank], positions[order])
 
 
 def _group(places: list[Place], profile: Profile, starts: Tensor, positions: Tensor, exact: bool) -> PruningGroup:
@@ -237,11 +245,11 @@ def _named(groups: list[PruningGroup]) -> Iterable[PruningGroup]:
 def _report(places: list[Place], units: _Units, reasons: dict[int, str]) -> Iterable[Frozen]:
     """The frozen channels, by producer (or by consumer if no layer produces them) and reason."""
     counts: dict[tuple[str, str], int] = {}
-    for unit, profile in zip(units.ids, units.profiles, strict=True):
+    for unit, profile in zip(units.ids, units.which, strict=True):
         if unit not in reasons:
             continue
         for role in ("producer", "consumer"):
-            module = next((places[k].module for k, _ in profile if places[k].role == role), None)
+            module = next((places[k].module for k, _ in units.profiles[profile] if places[k].role == role), None)
             if module is not None:
                 key = (module if role == "producer" else f"the input of {module}", reasons[unit])
                 counts[key] = counts.get(key, 0) + 1

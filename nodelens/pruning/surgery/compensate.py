@@ -31,7 +31,7 @@ def norms_behind(model: nn.Module, groups: Sequence[PruningGroup], batch: Batch)
     """{consumer: batch norm that reads its output}, by path."""
     paths = dict.fromkeys(piece.module for group in groups for piece in group.by_role("consumer") if piece.entry is None)
     layers = [Layer(path, model.get_submodule(path)) for path in paths]
-    return {name: norm.name for name, norm in DryRun.of(model, layers, batch).norms.items()}
+    return DryRun.of(model, layers, batch).norms
 
 
 @torch.no_grad()

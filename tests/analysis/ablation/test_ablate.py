@@ -15,6 +15,7 @@ import nodelens as nl
 from nodelens.analysis.ablation import damage, donor_pool
 from nodelens.engine.driver import Driver
 from nodelens.evaluation.evaluate import evaluate
+from nodelens.interventions.replay import RecordedCall
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import edit
 from nodelens.network.objective import Objective
@@ -100,7 +101,7 @@ def by_masks(net, data, groups, index, **options):
     return np.array(found)
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, mixtral, branches], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow), mixtral, branches], ids=lambda f: f.__name__)
 def test_the_damage_is_that_of_a_pruning_mask(make):
     net, data = make(), images() if make is branches else texts([9, 12, 10, 5, 7], 2)
     groups = nl.find_groups(net, data[0])
@@ -495,6 +496,25 @@ def test_the_size_of_a_pass_does_not_matter(cache, monkeypatch):
     pd.testing.assert_frame_equal(nl.ablate(net, data).units, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [llama, gpt2, branches], ids=lambda f: f.__name__)
+def test_single_precision_gives_the_numbers_of_the_loop_to_1e_6(make):
+    """Heads, FFN units, convolution channels and the inputs of a linear layer."""
+    net = make().float()
+    data = [(x.float(), y) for x, y in images()] if make is branches else texts([9, 12, 10, 5, 7], 2)
+    found = nl.ablate(net, data)
+    wanted = by_masks(net, data, nl.find_groups(net, data[0]), found.units.index)
+    assert np.abs(wanted).max() > 1e-3
+    np.testing.assert_allclose(found.units["damage"], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("threads", "samples"), [(1, 4), (2, 8), (3, 12), (10_000, 1024)])
+def test_each_thread_has_a_cache_of_its_own(threads, samples, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    passes = damage._Passes(nn.Linear(1, 1), None, [], None, True)
+    call = RecordedCall(nn.Linear(1, 1), None, 0, output=torch.zeros(1, 1 << 16))  # 256 KB
+    assert passes._fitting([call]) == samples
+
+
 def test_a_trained_network_gives_the_numbers_of_the_loop():
     net, x = resnet20(), cifar_images(12)
     with np.load(folder("NODELENS_DATA") / "images/cifar10_test_first500.npz") as file:
@@ -520,8 +540,13 @@ def _share(rank, home, how, shares):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[2, 3], [0, 4, 1]], ids=label)
-@pytest.mark.parametrize("how", ["zero", "mean", "resample"])
+FAST = [("zero", [2, 3]), ("mean", [0, 4, 1]), ("resample", [0, 4, 1])]
+SHARES = [(how, shares) for how in ("zero", "mean", "resample") for shares in ([2, 3], [0, 4, 1])]
+
+
+@pytest.mark.parametrize(
+    ("how", "shares"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in SHARES], ids=label
+)
 def test_processes_equal_one_also_where_one_has_no_data(tmp_path, how, shares):
     method = "spawn" if torch.cuda.is_initialized() else "fork"
     mp.start_processes(_share, (str(tmp_path), how, shares), len(shares), start_method=method)

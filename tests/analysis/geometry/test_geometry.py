@@ -239,8 +239,16 @@ def test_residual_outputs_are_the_next_inputs(net):
     assert set(both.eigenvalues) == {f"{name}.layer_{k:02d}" for name in points for k in range(3)}
 
 
-@pytest.mark.parametrize("limit", [None, 40, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (64, 105, 500))], ids=label)
+@pytest.mark.parametrize("limit", [None, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (40, 64, 105, 500))], ids=label)
 def test_padding_batches_and_their_order_change_nothing(net, limit):
+    _check_padding_and_batches(net, limit)
+
+
+def test_padding_and_batches_change_no_sample_below_the_limit(mixtral):
+    _check_padding_and_batches(mixtral, 40)
+
+
+def _check_padding_and_batches(net, limit):
     options = {"max_tokens": limit, "sample_limit": 30, "novelty_k": 6}
     alone = nl.analyze_model(net, batches(), **options)
     assert alone.metadata["tokens_observed"] == alone.metrics["tokens_observed"][0] == min(limit or 105, 105)
@@ -698,14 +706,17 @@ def _work(rank, world, where, shares):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[5, 7], [0, 12]], ids=label)
+SHARES = [[5, 0, 7], *(pytest.param(shares, marks=pytest.mark.slow) for shares in ([5, 7], [0, 12]))]
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=label)
 def test_processes_add_up(tmp_path, mixtral, shares):
     start = "fork" if not torch.cuda.is_initialized() else "spawn"
-    mp.start_processes(_work, (2, str(tmp_path), shares), 2, start_method=start)
+    mp.start_processes(_work, (len(shares), str(tmp_path), shares), len(shares), start_method=start)
     alone = nl.analyze_model(mixtral, batches(), sample_limit=30, novelty_k=6, max_tokens=None)
     found = load_bundle(tmp_path / "run")
     same(found, alone)
-    assert found.metadata["processes"] == 2
+    assert found.metadata["processes"] == len(shares)
     assert found.metadata["tokens_observed"] == 105
     assert load_bundle(tmp_path / "short").metadata["tokens_observed"] == 41
 

@@ -165,7 +165,9 @@ def test_a_larger_gamma_gives_more_modules():
     assert find_modules(weights, gamma=0.2).number < find_modules(weights).number < find_modules(weights, gamma=3.0).number
 
 
-GRAPHS = [(units, kind) for units in (64, 96, 128) for kind in ("uniform", "binary", "heavy", "modular")]
+KINDS = ("uniform", "binary", "heavy", "modular")
+GRAPHS = [(units, kind) for units in (64, 96) for kind in KINDS]
+GRAPHS += [pytest.param(128, kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.mark.parametrize(("units", "kind"), GRAPHS)

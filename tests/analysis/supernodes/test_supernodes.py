@@ -187,7 +187,7 @@ def test_redundancy_by_hand_with_the_published_epsilon_and_reduction(reduction, 
     assert_close(numbers(table["conn"]), numbers(result.units["scar_conn"]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("size", "side"), [(1, "right"), (5, "left"), (2, "right")])
+@pytest.mark.parametrize(("size", "side"), [pytest.param(1, "right", marks=pytest.mark.slow), (5, "left"), (2, "right")])
 def test_batches_and_padding_change_nothing(size, side):
     net, every = llama(), texts([9, 14, 11, 12, 7])
     analysis = Supernodes(scope=["ffn", "heads"], supernode_fraction=0.1, connectivity_topk=4, groups=4)

@@ -1,5 +1,6 @@
 """A saved pruned model of transformers is a folder that transformers opens without nodelens."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def logits(model, x):
         return model(**x).logits
 
 
+@contextlib.contextmanager
+def without_nodelens():
+    """An import of nodelens, or of any of its modules, raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "nodelens"]:
+            patch.setitem(sys.modules, name, None)
+        yield
+
+
 @pytest.mark.parametrize(("kind", "how"), CASES)
 def test_transformers_opens_the_folder_and_gives_the_same_logits(kind, how, tmp_path):
     pruned, x = pruned_of(kind, how)
@@ -82,8 +92,9 @@ def test_transformers_opens_the_folder_and_gives_the_same_logits(kind, how, tmp_
     config = json.loads((folder / "config.json").read_text())
     assert (folder / "modeling_pruned.py").is_file() == ("auto_map" in config) == (fields is None)
     auto = getattr(transformers, f"AutoModelFor{KINDS[kind][2]}")
-    opened = auto.from_pretrained(folder, trust_remote_code=fields is None).eval()
-    assert torch.equal(logits(opened, x), expected)
+    with without_nodelens():
+        opened = auto.from_pretrained(folder, trust_remote_code=fields is None).eval()
+        assert torch.equal(logits(opened, x), expected)
     assert {name: getattr(opened.config, name) for name in fields or {}} == (fields or {})
     assert sum(p.numel() for p in opened.parameters()) == sum(p.numel() for p in pruned.model.parameters())
     assert torch.equal(logits(nl.load_pruned(folder), x), expected)
@@ -209,6 +220,7 @@ print(type(model).__name__, len(tokenizer.decode(text[0])) > 10)
 """
 
 
+@pytest.mark.slow  # a new interpreter; without_nodelens is the fast form
 def test_a_pruned_story_teller_opens_where_nodelens_cannot_be_imported(tmp_path):
     home = real.folder("NODELENS_DATA") / "models/stories260K"
     model = transformers.AutoModelForCausalLM.from_pretrained(home).eval()
