@@ -20,14 +20,16 @@ def constant_units(y: Gram | Moments) -> Tensor:
 def correlation_of(y: Gram) -> Tensor:
     """Correlations from a Gram, (units, units): 0 for constant units, NaN below two rows."""
     rho = correlation(y.covariance, constant_units(y))
-    return rho.where(y.n > 1, torch.nan)
+    return rho if int(y.n) > 1 else torch.full_like(rho, torch.nan)
 
 
 @derived
 def live_covariance(y: Gram) -> Tensor:
     """The covariance, (units, units), exactly 0 for constant units; NaN below two rows."""
     live = ~constant_units(y)
-    return y.covariance.where(live[:, None] & live, 0).where(y.n > 1, torch.nan)
+    if int(y.n) < 2:
+        return torch.full_like(y.covariance, torch.nan)
+    return y.covariance if bool(live.all()) else y.covariance.where(live[:, None] & live, 0)
 
 
 def rounding_of(y: Gram, standardized: bool) -> Tensor:

@@ -179,7 +179,7 @@ def entropies_of(y: Gram, shrinkage: str) -> Entropies:
     """The entropies of the units that vary; NaN where the determinant of their correlations is not resolved."""
     live = ~constant_units(y)
     units, rest = int(live.sum()), torch.zeros_like(y.shift)
-    r = correlation_of(y)[live][:, live]
+    r = correlation_of(y) if units == len(live) else correlation_of(y)[live][:, live]
     rounding = rounding_of(y, True)[live]
     if shrinkage == "schaefer_strimmer":
         r = shrunk(r, y.n)

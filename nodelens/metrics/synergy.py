@@ -55,11 +55,11 @@ class Synergy(Metric):
         rho, r = correlation_of(y), _correlations(y.moments, z, self.target, self.target_reduce)
         single = _single(r, self.target_reduce)
         better = torch.maximum(single[:, None], single)
-        pairs = (_joint(rho, r, self.target_reduce) - better).where(_distinct(rho) | ~rho.isfinite(), 0).fill_diagonal_(0)
+        pairs = (_joint(rho, r, self.target_reduce) - better).where(~_collinear(rho), 0).fill_diagonal_(0)
         return mean_of_partners(pairs) if self.reduce == "mean" else pairs
 
     def counts(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> dict[str, int]:
-        collinear = torch.triu(~_distinct(correlation_of(y)), 1)
+        collinear = torch.triu(_collinear(correlation_of(y)), 1)
         return {"constant": int(constant_units(y).sum()), "collinear": int(collinear.sum())}
 
 
@@ -144,8 +144,8 @@ def _single(r: Tensor, reduce: str) -> Tensor:
     return gaussian_information(r.square().sum(1)) if reduce == "joint" else gaussian_information(r.square()).mean(1)
 
 
-def _distinct(rho: Tensor) -> Tensor:
-    return 1 - rho.square() >= COLLINEAR
+def _collinear(rho: Tensor) -> Tensor:
+    return 1 - rho.square() < COLLINEAR
 
 
 def _joint(rho: Tensor, r: Tensor, reduce: str) -> Tensor:
@@ -165,7 +165,7 @@ def _together(rho: Tensor, b: Tensor) -> Tensor:
     """
     gap, shared = (1 - rho.square()).clamp_min(COLLINEAR), b @ b.T
     own = shared.diagonal()
-    trace = (own[:, None] + own - 2 * rho * shared) / gap
+    trace = (own[:, None] + own).sub_(rho * shared, alpha=2).div_(gap)
     if b.shape[1] < 2:
         return gaussian_information(trace)
     minor = (own.outer(own) - shared.square()) / gap

@@ -100,13 +100,13 @@ def constant(variance: Tensor, mean: Tensor) -> Tensor:
 def correlation(covariance: Tensor, is_constant: Tensor) -> Tensor:
     """Correlation matrix, (d, d); 0 for constant units, (d,) bool. There is no epsilon, which would depend on the scale."""
     std = covariance.diagonal().where(~is_constant, 1.0).sqrt()
-    varies = ~is_constant
-    return torch.where(varies[:, None] & varies, covariance / std.outer(std), 0.0)
+    found, varies = covariance / std.outer(std), ~is_constant
+    return found if bool(varies.all()) else found.where(varies[:, None] & varies, 0.0)
 
 
 def gaussian_information(rho2: Tensor) -> Tensor:
     """-0.5 ln(1 - rho^2) of squared correlations, in nats, in [0, 6.908]. Cover & Thomas 2006, ch. 8."""
-    return -0.5 * torch.log1p(-rho2.clamp_max(MI_CEILING))
+    return rho2.clamp_max(MI_CEILING).neg_().log1p_().mul_(-0.5)
 
 
 def entropy_bias(n: Tensor, width: int) -> Tensor:
