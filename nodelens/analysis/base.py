@@ -104,7 +104,8 @@ class Analysis:
         """
         name, model, own = type(self).__name__, uncompiled(model), data if evaluation is None else evaluation
         seed = as_seed(seed)
-        check_whole(name, model)
+        if model is not None:  # analyses of a table of units need none
+            check_whole(name, model)
         check_names(name, objective, ("task", "output", "loss"))
         about = () if save_to is None else (name, identity(vars(self)), seed, identity(objective), identity_of_result(result))
         saved = SavedWork.of(save_to, save_minutes, model, *about)
