@@ -22,22 +22,22 @@ FEW = ("model=cnn", "dataset.calibration=64", "logger=none")
 OF_UNITS = ["overview", "units", "agreement"]
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("notebook") / "prune"
-    words = ("criterion=[magnitude,taylor]", "amounts=[0.25,0.5]", "latency.batches=[]", f"hydra.run.dir={folder}")
-    ended = command("prune", *FEW, *words)
+def run(folder, task, *words):
+    ended = command(task, *FEW, *words, f"hydra.run.dir={folder}")
     assert ended.code == 0, ended.err
     return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    words = ("criterion=[magnitude,taylor]", "amounts=[0.25,0.5]", "latency.batches=[]")
+    return run(tmp_path_factory.mktemp("notebook") / "prune", "prune", *words)
 
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("notebook") / "train"
-    words = ("callbacks=measure", "metrics=[rq,taylor]", "trainer.max_epochs=2", f"hydra.run.dir={folder}")
-    ended = command("train", *FEW, *words)
-    assert ended.code == 0, ended.err
-    return folder
+    words = ("callbacks=measure", "metrics=[rq,taylor]", "trainer.max_epochs=2")
+    return run(tmp_path_factory.mktemp("notebook") / "train", "train", *words)
 
 
 def on_page(folder):
