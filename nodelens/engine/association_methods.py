@@ -160,8 +160,8 @@ def _buffered(derivative: Derivative, layer: Layer, groups: int, plan: Any) -> i
     vectors = samples * seen.positions * derivative.folds * _number_of(derivative, plan, basis.get(derivative.of, MOST))
     if vectors >= min(groups, samples) * enough(seen.width):
         return 0
-    pairs = 2 if derivative.of == "hessian" else 1
-    return min(BUFFER, pairs * 4 * seen.width * capacity(groups, seen.width))
+    pairs, number = 2 if derivative.of == "hessian" else 1, max(4, seen.nbytes // max(1, seen.width * seen.positions))
+    return min(BUFFER, pairs * number * seen.width * capacity(groups, seen.width))
 
 
 def _number_of(derivative: Derivative, plan: Any, most: int) -> int:

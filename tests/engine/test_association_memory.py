@@ -59,6 +59,16 @@ def test_a_plan_counts_the_vectors_of_small_batches_that_wait_for_more():
     assert few > 10 * many
 
 
+def test_vectors_of_float64_that_wait_take_twice_the_bytes():
+    net, x, y = perceptron()
+    plans = []
+    for dtype in (torch.float32, torch.float64):
+        data = list(zip(x.to(dtype).split(4), y.split(4), strict=True))
+        nl.analyze(net.to(dtype), data, ["backward_jac"], layers=["1", "3"], on_plan=plans.append)
+    single, double = (plan.vector_bytes for plan in plans)
+    assert 1.9 * single < double < 2.1 * single
+
+
 def test_vectors_that_exceed_the_budget_are_refused_before_the_data_are_read():
     net, x, y = convolutional()
     with pytest.raises(
