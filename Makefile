@@ -26,7 +26,7 @@ run: $(VENV)/.stamp  ## train the small default network, its units measured ever
 	$(BIN)/python analyze.py ckpt_path=$$run/train/checkpoints/best.ckpt hydra.run.dir=$$run/analyze
 
 check: $(VENV)/.stamp  ## the most telling tests, in about a minute
-	$(PYTEST) $(CHECK)
+	$(PYTEST) -m 'not slow' $(CHECK)
 
 test: $(VENV)/.stamp  ## all tests but the slow ones
 	$(PYTEST) -m 'not slow'
