@@ -34,7 +34,7 @@ def load(folder: str | Path) -> Any:
     if not known and (folder / "result.json").is_file():
         return _training(folder)
     if not known and (folder / HISTORY).is_file():
-        raise FileNotFoundError(f"{folder} has no finished training: result.json is missing")
+        raise FileNotFoundError(f"{folder} has no finished training: result.json is missing; run its command again to continue it")
     result: Result = load_result(folder)
     names = result.metadata.get("analyses") or []
     result.analyses = {name: load_analysis(folder / name) for name in names}

@@ -31,7 +31,7 @@ def write_training_page(folder: str | Path, plotly: str = "shared", figures: Seq
     """
     folder = Path(folder)
     if not (folder / "result.json").is_file():
-        raise FileNotFoundError(f"{folder} has no finished training: result.json is missing")
+        raise FileNotFoundError(f"{folder} has no finished training: result.json is missing; run its command again to continue it")
     document = Document(folder / "report.html", plotly, figures)
     history = history_of(folder)
     lead = "" if len(history) else "The run has no history.csv: an earlier version wrote it, without logger=csv."

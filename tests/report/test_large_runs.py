@@ -85,7 +85,7 @@ def test_the_last_start_of_a_training_counts(tmp_path):
         log.to_csv(tmp_path / f"csv/version_{version}/metrics.csv", index=False)
     assert history_of(tmp_path)["train/loss"].tolist() == [3.0, 1.0]
     assert list(history_of(tmp_path)) == ["train/loss"]
-    with pytest.raises(FileNotFoundError, match=r"has no finished training: result.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no finished training: result.json is missing; run its command again"):
         write_training_page(tmp_path)
 
 

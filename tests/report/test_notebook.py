@@ -92,7 +92,7 @@ def test_a_training_without_measurement_has_its_loss(tmp_path):
     assert "test accuracy, 3 samples of the split test: 50.00 %; epochs: 2" in result._repr_html_()
     assert list(result.plot("loss").data[0].y) == [2.0, 1.0]
     (tmp_path / "result.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no finished training: result.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no finished training: result.json is missing; run its command again"):
         nl.load(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()
     write_json(tmp_path / "result.json", [1])
