@@ -30,6 +30,13 @@ class Statistic:
         """The same sums about other shifts, exactly."""
         return self
 
+    def _moved(self, shifts: Mapping[str, Tensor]) -> Self:
+        """The same sums about these shifts; the statistic itself if it has them."""
+        if all(getattr(self, name) is shift for name, shift in shifts.items()):
+            return self
+        same = all(torch.equal(getattr(self, name), shift) for name, shift in shifts.items())
+        return replace(self, **shifts) if same else self.about(**shifts)
+
     @classmethod
     @cache
     def names(cls) -> tuple[str, ...]:
@@ -63,6 +70,12 @@ class Statistic:
             elif k not in self.shifts:
                 t.add_(theirs[k])
         return True
+
+    @classmethod
+    def aligned(cls, parts: Sequence[Self]) -> list[Self]:
+        """The same parts about the shifts of the first one, so that they add field by field."""
+        shifts = {name: getattr(parts[0], name) for name in cls.shifts}
+        return [part._moved(shifts) for part in parts] if shifts else [*parts]
 
     @classmethod
     def added(cls, parts: Sequence[Self]) -> Self:
@@ -160,19 +173,19 @@ class Accumulator:
     @property
     def value(self) -> Statistic | None:
         """The sum over all groups; None before anything was added."""
-        return _sum(self._with_one_shift())
+        return _sum(self._aligned())
 
     def without(self, group: int) -> Statistic | None:
         """The sum over all groups but one."""
-        parts = self._with_one_shift()
+        parts = self._aligned()
         return _sum(parts[:group] + parts[group + 1 :])
 
-    def _with_one_shift(self) -> list[Statistic | None]:
-        """The parts about the shifts of the first one, kept so that many sums take one conversion of each part."""
-        first = next((part for part in self.parts if part is not None), None)
-        if first is not None:
-            shifts = {name: getattr(first, name) for name in first.shifts}
-            self.parts = [None if part is None else _about(part, shifts) for part in self.parts]
+    def _aligned(self) -> list[Statistic | None]:
+        """The parts, aligned and kept so, because many sums are formed of the same parts."""
+        held: list[Any] = [part for part in self.parts if part is not None]
+        if held:
+            ready = iter(type(held[0]).aligned(held))
+            self.parts = [None if part is None else next(ready) for part in self.parts]
         return self.parts
 
     def to(self, device: torch.device) -> None:
@@ -198,14 +211,6 @@ class Accumulator:
         if by_group and max(by_group) >= len(self.parts):
             raise ValueError(f"the saved state has group {max(by_group)}, but this accumulator has {len(self.parts)} groups")
         self.parts = [self.statistic(**by_group[g]) if g in by_group else None for g in range(len(self.parts))]
-
-
-def _about(part: Statistic, shifts: Mapping[str, Tensor]) -> Statistic:
-    """A part about these shifts; the part itself if it has them."""
-    if all(getattr(part, name) is shift for name, shift in shifts.items()):
-        return part
-    same = all(torch.equal(getattr(part, name), shift) for name, shift in shifts.items())
-    return replace(part, **shifts) if same else part.about(**shifts)
 
 
 def _sum(parts: list[Statistic | None]) -> Statistic | None:

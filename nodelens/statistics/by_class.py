@@ -29,13 +29,19 @@ class ClassStatistic(Statistic):
         return Statistic.__add__(self.widen(classes), other.widen(classes))
 
     @classmethod
+    def aligned(cls, parts: Sequence[Self]) -> list[Self]:
+        """The same parts about the shifts of the first one, of one number of classes."""
+        classes = max(part.n.shape[0] for part in parts)
+        return super().aligned([part.widen(classes) for part in parts])
+
+    @classmethod
     def added(cls, parts: Sequence[Self]) -> Self:
-        classes = max(len(part.n) for part in parts)
+        classes = max(part.n.shape[0] for part in parts)
         return super().added([part.widen(classes) for part in parts])
 
     def widen(self, classes: int) -> Self:
         """The same sums, padded with zeros to a larger number of classes."""
-        more = classes - len(self.n)
+        more = classes - self.n.shape[0]
         if not more:
             return self
         return type(self)(**{k: t if k in self.shifts else _padded(t, more) for k, t in self.tensors().items()})
