@@ -20,15 +20,20 @@ def quantile_bins(x: Tensor, bins: int) -> Tensor:
     """
     n, columns = len(x), x.T.contiguous()  # (d, n)
     places = (torch.arange(1, bins, device=x.device) * n + bins - 1) // bins - 1  # of order statistics
-    ordered = torch.cat([columns.sort(1).values, x.new_full((len(columns), 1), torch.inf)], 1)
+    ordered = torch.cat([_sorted(columns), x.new_full((len(columns), 1), torch.inf)], 1)
     apart = ordered.diff(dim=1) > _ROUNDING * (ordered[:, n - 1 : n] - ordered[:, :1])  # (d, n); the last is always true
     gap = torch.where(apart, torch.arange(n, device=x.device), n - 1).flip(1).cummin(1).values.flip(1)  # the next one
     below = gap[:, places.clamp_min(0)]
     edges = 0.5 * (ordered.gather(1, below) + ordered.gather(1, below + 1))  # (d, bins - 1)
     first = torch.ones_like(edges, dtype=torch.bool)
     first[:, 1:] = edges[:, 1:] > edges[:, :-1]
-    edges = edges.where(first, torch.inf).sort(1).values  # equal quantiles count once
+    edges = _sorted(edges.where(first, torch.inf))  # equal quantiles count once
     return torch.searchsorted(edges, columns).T
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """Each row in ascending order; by numpy on a CPU, which is faster as it keeps no indices."""
+    return torch.from_numpy(np.sort(x.numpy(), axis=1)) if x.device.type == "cpu" else x.sort(1).values
 
 
 def class_information_of_pairs(bins_of_units: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
