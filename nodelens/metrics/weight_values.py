@@ -6,6 +6,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from nodelens.statistics.linalg import gram_of_rows, symmetric_eigenvalues
+
 SMALL = 1e-3  # of the largest singular value, from which the second one is read off products to 1e-10 of itself
 
 
@@ -48,8 +50,8 @@ def leading_singular_values(weight: Tensor) -> Tensor:
     small one, so a second value below 1e-3 of the first is computed from the weights themselves.
     """
     w = weight.double()
-    products = w @ w.T if len(w) < w.shape[1] else w.T @ w
-    values = torch.linalg.eigvalsh(products)[-2:].flip(0).clamp_min(0).sqrt()
+    products = gram_of_rows(w if len(w) < w.shape[1] else w.T)
+    values = symmetric_eigenvalues(products)[-2:].flip(0).clamp_min(0).sqrt()
     if len(values) == 2 and bool(values[1] < SMALL * values[0]):
         values = torch.linalg.svdvals(w)[:2]
     return torch.cat([values, values.new_zeros(2 - len(values))])

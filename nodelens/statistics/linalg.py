@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,11 +156,21 @@ def eigenvalues(covariance: Tensor, rounding: Tensor) -> Tensor | None:
         return torch.full_like(covariance.diagonal(), torch.nan)
     if not len(covariance):
         return None
-    values, varies = torch.linalg.eigvalsh(covariance).flip(0), covariance.diagonal() != 0
+    values, varies = symmetric_eigenvalues(covariance).flip(0), covariance.diagonal() != 0
     floor = SOLVER * values[0]
     resolved = values > torch.maximum(rounding.where(varies, 0).amax(), floor)
     hidden = values <= torch.maximum(rounding.where(varies, torch.inf).amin(), floor)
     return values.where(resolved, 0) if bool((resolved | hidden).all()) else None
+
+
+def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric matrix, (d,), smallest first. Raises LinAlgError where the solver fails.
+
+    numpy's LAPACK takes 30 to 50 % less time than torch's at widths from 256 on, where that is MKL on a CPU of another maker.
+    """
+    if matrix.device.type != "cpu" or matrix.requires_grad:
+        return torch.linalg.eigvalsh(matrix)
+    return torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
 
 
 def entropy_count(weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
 from nodelens.statistics import Gram
-from nodelens.statistics.linalg import eigenvalues, principal_axes, spectrum
+from nodelens.statistics.linalg import eigenvalues, principal_axes, spectrum, symmetric_eigenvalues
 
 SHARES = ["top1_share", "top10_share", "top32_share"]
 COLUMNS = ["d_pr", "d_pr_norm", "d_entropy", "d_entropy_norm", "stable_rank", *SHARES, "k90", "k95", "log_spectrum_slope_10_200"]
@@ -333,3 +333,12 @@ def test_eigenvalues_need_eigenvectors_only_where_the_rounding_of_units_differs(
     between = c + 1e-6 * torch.eye(12, dtype=torch.float64)  # eigenvalues above the rounding of one unit, below that of another
     if rank in (3, 9) and uneven > 1:
         assert eigenvalues(between, rounding) is None
+
+
+def test_eigenvalues_are_those_of_either_solver_and_have_gradients():
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = (x.T @ x).requires_grad_()
+    found = symmetric_eigenvalues(matrix.detach())
+    assert_close(found, torch.linalg.eigvalsh(matrix.detach()), rtol=1e-12, atol=0)
+    symmetric_eigenvalues(matrix).sum().backward()
+    assert_close(matrix.grad, torch.eye(12).double())
