@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
@@ -30,7 +31,7 @@ class Estimator:
     values: dict[int | None, Tensor] = field(default_factory=dict)  # by the group that is left out; None for the whole
     counts: dict[str, int] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)  # further columns, by suffix
-    reason: str = ""  # why there is no value
+    reason: str | None = None  # why there is no value; "" if there is one, None before it is known
 
     @property
     def metric(self) -> Metric:
@@ -66,16 +67,20 @@ class Estimator:
         weight = shared.weight(self.sums.place[0], self.metric)
         if not isinstance(weight, Tensor):
             return weight
-        return self.known.weight(weight, all(need.port != "input" for _, need in self.sums.resolved.values()))
+        return self.known.weight(weight, self._reads_no_input)
+
+    @cached_property
+    def _reads_no_input(self) -> bool:
+        return all(need.port != "input" for _, need in self.sums.resolved.values())
 
     def evaluate(self, shared: SharedSums, samples: SampleCounts) -> None:
         """Evaluates the metric without the group that the sums leave out, or over all samples."""
-        if self.reason or not (shared.without is None or shared.without in self.groups):
+        if not (shared.without is None or shared.without in self.groups):
             return
-        if shared.without is None:
+        if self.reason is None:
             self.reason = self._why_none(shared)
-            if self.reason:
-                return
+        if self.reason:
+            return
         weight = self.weight(shared)
         if self.metric.grouped:
             present = self.counted.nonzero().flatten().tolist()
@@ -118,41 +123,50 @@ def estimators_at(metric: Metric, plan: Plan, places: Sequence[Place], sums: Sum
 
 
 def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts) -> None:
-    """Evaluates metrics over all samples, then without each group.
+    """Evaluates metrics over all samples, and without each group.
 
     Estimators in an order that keeps those of one layer together: sums are formed once for all of them, and dropped after the last
-    one. Groups are evaluated in parallel threads, each with sums of its own; those of a sharded model one after another, since its
-    weights are gathered in the same order by every process.
+    one. The whole and the groups are evaluated in parallel threads, each with sums of its own; those of a sharded model one after
+    another, since its weights are gathered in the same order by every process. Metrics of weights alone come first.
     """
-    last = {key: k for k, estimator in enumerate(estimators) for key in estimator.reads()}
-    done: dict[int, list[tuple]] = {}
-    for key, k in last.items():
-        done.setdefault(k, []).append(key)
-
     values: dict[tuple[str, str], dict] = {}  # of the weights, which are the same without any group
-
-    @torch.no_grad()
-    def without(group: int | None) -> None:
-        shared = SharedSums(plan, group, values)
-        for k, estimator in enumerate(estimators):
-            estimator.evaluate(shared, samples)
-            shared.release(done.get(k, ()))
-
-    without(None)
+    of_weights = _with_last_reads([each for each in estimators if not each.sums.accumulators])
+    of_sums = _with_last_reads([each for each in estimators if each.sums.accumulators])
     read = {id(a): a for estimator in estimators for a in estimator.sums.accumulators.values()}
     few = sum(a.nbytes for a in read.values() if isinstance(a, Accumulator)) < FEW_BYTES
     groups = sorted({group for estimator in estimators for group in estimator.groups})
-    _in_threads(without, groups, 1 if few or plan.sharded else torch.get_num_threads())
+
+    @torch.no_grad()
+    def without(group: int | None, some: Sequence[tuple[Estimator, list[tuple]]] = of_sums) -> None:
+        shared = SharedSums(plan, group, values)
+        for estimator, unread in some:
+            estimator.evaluate(shared, samples)
+            shared.release(unread)
+
+    without(None, of_weights)
+    _in_threads(without, [None, *groups], 1 if few or plan.sharded else torch.get_num_threads())
 
 
-def _in_threads(function: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+def _with_last_reads(estimators: Sequence[Estimator]) -> list[tuple[Estimator, list[tuple]]]:
+    """Estimators, each with the keys of what none after it reads."""
+    last = {key: k for k, estimator in enumerate(estimators) for key in estimator.reads()}
+    unread: dict[int, list[tuple]] = {}
+    for key, k in last.items():
+        unread.setdefault(k, []).append(key)
+    return [(estimator, unread.get(k, [])) for k, estimator in enumerate(estimators)]
+
+
+def _in_threads(function: Callable[[int | None], None], items: Sequence[int | None], threads: int) -> None:
     """Calls a function on each item, in some threads, each of which then computes on its own."""
     if min(threads, len(items)) < 2:
         for item in items:
             function(item)
         return
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            threadpool_limits(1, user_api="blas"),  # of numpy; that of torch follows the number of its threads
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             for _ in pool.map(function, items):
                 pass
     finally:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nodelens.statistics import ByClass, Sample
+from nodelens.statistics.base import derived
 from nodelens.statistics.linalg import constant
 
 from .base import Metric
@@ -67,7 +68,7 @@ class ClassInformation(Metric):
 
     def __call__(self, weight: Tensor | None, y: ByClass | Sample, **_: Any) -> Tensor:
         if isinstance(y, Sample):
-            return self._binned(*labelled(y))
+            return _binned(y, self.bins)
         total, within, share = self._variances(y)
         small = (within < SMALLEST_VARIANCE * total).any(0)
         total, within = total + SMALLEST_VARIANCE * total * small, within + SMALLEST_VARIANCE * total * small
@@ -91,11 +92,6 @@ class ClassInformation(Metric):
             "classes_left_out": int((y.n == 1).sum()),
             "above_entropy": int((self(weight, y) > entropy(self._seen(y).n)).sum()),
         }
-
-    def _binned(self, rows: Tensor, label: Tensor) -> Tensor:
-        if len(rows) < 2:
-            return rows.new_full(rows.shape[1:], torch.nan)
-        return binned_information(rows, label, self.bins, int(label.max()) + 1)
 
     def _seen(self, y: ByClass) -> ByClass:
         return y.only(y.n > 1)
@@ -121,6 +117,16 @@ def entropy(n: Tensor) -> Tensor:
     return torch.special.entr(n / n.sum().double()).sum()
 
 
+@derived
+def _binned(y: Sample, bins: int) -> Tensor:
+    """Information of each unit about the class, (units,), from a histogram; also a part of composite_importance."""
+    rows, label = labelled(y)
+    if len(rows) < 2:
+        return rows.new_full(rows.shape[1:], torch.nan)
+    return binned_information(rows, label, bins, int(label.max()) + 1)
+
+
+@derived
 def labelled(y: Sample) -> tuple[Tensor, Tensor]:
     """Rows that have a class, (n, units), and their classes, (n,) int64."""
     label = y.target[:, 0].round().long()

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
+from threadpoolctl import threadpool_info
 from torch import nn
 
 import nodelens as nl
-from nodelens.engine import analyze
+from nodelens.engine import analyze, estimate
 from nodelens.engine.metric_sums import SharedSums
+from nodelens.metrics import classes
 from nodelens.statistics import Accumulator, Gram, Moments
 from nodelens.statistics.base import derived
 
@@ -76,6 +78,35 @@ def test_norms_of_weights_are_taken_once_for_all_metrics_and_groups(case, monkey
     monkeypatch.setattr(analyze, "make_table", counted)
     nl.analyze(case[0], case[1], metrics=metrics, groups=4)
     assert dict(taken) == dict.fromkeys(places, 1)
+
+
+def test_a_part_of_a_composite_is_not_binned_again(case, monkeypatch):
+    binned = Counter()
+    information = classes.binned_information
+
+    def counted(rows, *arguments):
+        binned[rows.numpy().tobytes()] += 1
+        return information(rows, *arguments)
+
+    monkeypatch.setattr(classes, "binned_information", counted)
+    nl.analyze(case[0], case[1], metrics=["class_mutual_information", "composite_importance"], groups=4)
+    assert len(binned) == 3 * 5  # all samples, and those without each of 4 groups, at three layers
+    assert set(binned.values()) == {1}
+
+
+def blas_threads():
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+
+def test_each_thread_computes_on_its_own():
+    before, threads, seen = blas_threads(), torch.get_num_threads(), {}
+    try:
+        estimate._in_threads(lambda item: seen.update({item: (torch.get_num_threads(), {*blas_threads()})}), [None, 0, 1], 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == dict.fromkeys([None, 0, 1], (1, {1}))
+    assert blas_threads() == before
 
 
 def test_sums_are_dropped_after_the_last_metric_that_reads_them(case, monkeypatch):
