@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nodelens.messages import check_texts, setting
+from nodelens.messages import check_texts, listed, setting
 
 from .sharded import full
 
@@ -231,9 +231,3 @@ def span(n: int, width: int, start: int = 0) -> Tensor:
 def offsets(parts: Iterable[Tensor]) -> Tensor:
     """Positions of the same units in several blocks of one tensor, (n, sum of the spans)."""
     return torch.cat(list(parts), 1)
-
-
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names on one line, at most ``most`` of them."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "") if names else "none"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nodelens.messages import nearest
+from nodelens.messages import listed, nearest
 from nodelens.results.result import BESIDE, Result, values_of
 
 from .charts import box, boxes, dots, grid, heat
@@ -136,9 +136,7 @@ def first_of(names: list[str], chosen: str | None, what: str = "metric") -> list
     if chosen is None:
         return names
     if chosen not in names:
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        known = f"{', '.join(map(str, names[:_LISTED])) or 'none'}{more}"
-        raise ValueError(f"no {what} {chosen!r} to plot.{nearest(chosen, names)} There are {known}")
+        raise ValueError(f"no {what} {chosen!r} to plot.{nearest(chosen, names)} There are {listed(names, _LISTED)}")
     return [chosen, *(name for name in names if name != chosen)]
 
 
