@@ -210,7 +210,6 @@ class AnalyticInformation(Metric):
     """
 
     names: ClassVar = ("noisy_channel_information",)
-    nan: ClassVar = "fewer than two rows"
     noise_std: float = 0.1
     view: View = "positions"
 
