@@ -13,7 +13,6 @@ from nodelens.messages import check_texts, listed, setting
 from .sharded import full
 
 Role = Literal["producer", "consumer", "tied"]
-KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn", "expert")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +79,12 @@ class StoredCount:
 class PruningGroup:
     """Units that can be removed one by one, and the slices of tensors that are removed with each.
 
-    name: unique in the model; kind: one of ``KINDS``. exact: whether slicing and masking give the same output; they do unless a
-    norm reduces over the group. equal_count: groups with the same label keep the same number of units (experts of one layer).
-    multiple: the number of kept units is a multiple of this. attention_macs: multiply-accumulates per unit and pair of positions
-    in attention, beyond those of the tensors; product_macs: per unit and sample, of products of activations in the graph.
-    router: the module that routes tokens, where the units are whole experts. min_keep: the smallest number of units that can stay.
+    name: unique in the model. kind: channel, ffn, head, kv_group, moe_ffn or expert. exact: whether slicing and masking give the
+    same output; they do unless a norm reduces over the group. equal_count: groups with the same label keep the same number of
+    units (experts of one layer). multiple: the number of kept units is a multiple of this. attention_macs: multiply-accumulates
+    per unit and pair of positions in attention, beyond those of the tensors; product_macs: per unit and sample, of products of
+    activations in the graph. router: the module that routes tokens, where the units are whole experts. min_keep: the smallest
+    number of units that can stay.
     """
 
     name: str
