@@ -14,6 +14,7 @@ from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.inserted import FollowedRows, decode_inserted, inserted_logits, score_inserted
 from nodelens.interventions.lenses.lens import LENS, about
 from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read
+from nodelens.interventions.lenses.scores import kl
 from nodelens.interventions.lenses.soft_prompts import SoftPrompts
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
@@ -21,7 +22,7 @@ from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
 from nodelens.statistics.sample_hash import generator
 
-from .lens_training import LensTraining, fit_lens, summed_kl
+from .lens_training import LensTraining, fit_lens
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Training(LensTraining):
                 with torch.enable_grad():
                     prompt, states = self.prompts.of(block), rows.states(block)[part.now]
                     logs = inserted_logits(self.known, layer, prompt, states, part.tokens).float().log_softmax(2)
-                    every = [summed_kl(rows.final()[later], logs[:, n]) for n, later in part.later.items()]
+                    every = [kl(rows.final()[later].float().log_softmax(1), logs[:, n]).sum() for n, later in part.later.items()]
                     self.manual_backward(torch.stack(every).sum() / count)
 
 

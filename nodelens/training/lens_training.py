@@ -1,11 +1,11 @@
-"""What the training of lenses shares: the steps, Adam, the divergence that is minimised, and Lightning without its output."""
+"""What the training of lenses shares: the steps, Adam, and Lightning without its output."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from nodelens.interventions.lenses.lens_pass import PredictingRows, run_lens
 from nodelens.network.layers import Layer
@@ -61,13 +61,6 @@ def fit_lens(module: LensTraining, data: Iterable[Any], epochs: int, device: tor
     module.steps = epochs * len(data) if isinstance(data, Sized) else None
     with seeded(*key), quiet_trainer(epochs, device) as trainer:
         trainer.fit(module, train_dataloaders=_Batches(data))
-
-
-def summed_kl(final: Tensor, logs: Tensor) -> Tensor:
-    """The sum of KL(model || lens) over rows: final logits (n, V), log probabilities of the lens (n, V)."""
-    own = final.float().log_softmax(1)
-    p = own.exp()
-    return torch.where(p > 0, p * (own - logs), 0).sum()
 
 
 class _Batches:

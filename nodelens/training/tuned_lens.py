@@ -14,13 +14,14 @@ from nodelens.analysis.lenses.logit_lens import lens_table
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.lens import LENS, about, read_lens
 from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read
+from nodelens.interventions.lenses.scores import kl
 from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
 from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
 
-from .lens_training import LensTraining, fit_lens, summed_kl
+from .lens_training import LensTraining, fit_lens
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Training(LensTraining):
                 states = rows.states(block, part)
                 with torch.enable_grad():
                     logs = rows.tail(self.translators(block, states)).float().log_softmax(1)
-                    loss = summed_kl(rows.final(part), logs) / len(rows.sample)
+                    loss = kl(rows.final(part).float().log_softmax(1), logs).sum() / len(rows.sample)
                     self.manual_backward(loss)
 
 
