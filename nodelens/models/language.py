@@ -73,11 +73,7 @@ class LanguageModel(Classifier):
         logits, y = self(batch)[:, :-1][known], following[known]
         loss = functional.cross_entropy(logits.float(), y, reduction="sum") / max(1, len(y))
         if len(y):
-            accuracy = {"train": self.train_acc, "val": self.val_acc, "test": self.test_acc}[stage]
-            accuracy.update(logits.detach(), y)
-            log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(y), "prog_bar": stage != "train"}
-            self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **log)
-            self.log(f"{stage}/acc", accuracy, **log)
+            self._log(stage, loss, logits, y)
         return loss
 
 
