@@ -104,6 +104,11 @@ def listed(names: Sequence[object], most: int = 12) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "") if len(names) else "none"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def shown(value: Any, most: int = 60) -> str:
     """A value as an error message shows it: on one line, cut after 60 characters."""
     if isinstance(value, int) and abs(value) >= 10**most:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nodelens.messages import either, setting
+from nodelens.messages import either, first_line, setting
 
 from .classifier import Classifier, logits_of
 from .stored import hub_is_reachable, quiet, why_missing
@@ -247,5 +247,4 @@ def _not_here(path: str, why: str) -> OSError:
 
 def _first_sentence(error: BaseException) -> str:
     """The first sentence of an error message, because some messages list all known models."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(". ")[0].strip(" .:'\"")
+    return first_line(error).partition(". ")[0].strip(" .:'\"")
