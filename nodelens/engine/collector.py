@@ -23,10 +23,9 @@ from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
 from nodelens.statistics.sample_sums import SampleSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
-from .captured_rows import captured_rows
+from .captured_rows import CHUNK, captured_rows
 from .plan import Plan
 
-CHUNK = 2 << 20  # bytes of rows per chunk of reductions, so that they stay in the cache
 SAMPLES = 64  # per group: maps are summed over this many before patches are read from the sum
 
 
@@ -59,6 +58,8 @@ class Collector:
         self.targets = list(dict.fromkeys(need.target for need in self.by_sample if need.target))
         self.needs_means = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
+        read_whole = self.products or self.patches or self.entries or self.needs_means or self.by_token or len(here) > len(rows)
+        self.only_reduced = bool(self.reduced) and not read_whole
         self.shift: dict[str, tuple[Tensor, bool]] = {}
         self.buffers: dict[Any, Buffer] = {}  # by kind
         self.grid: tuple[int, ...] = ()
@@ -70,7 +71,7 @@ class Collector:
 
     def rows_of(self, tensor: Tensor, batch: Batch) -> Rows:
         """The rows of a captured tensor."""
-        return captured_rows(self.site, self.plan, tensor, batch)
+        return captured_rows(self.site, self.plan, tensor, batch, by_chunk=self.only_reduced)
 
     def see(self, rows: Rows, batch: Batch) -> None:
         """Takes the rows of one batch: adds a large batch directly and buffers a small one."""
@@ -90,9 +91,9 @@ class Collector:
             self.means += [self._to_samples(rows.finite())] if self.needs_means else []
 
     def _large_enough(self, rows: Rows) -> bool:
-        """Whether a batch is added without buffering: it fills one product per group, or exceeds the buffer's bytes."""
+        """Whether a batch is added without buffering: it fills one product per group, if any, or exceeds the buffer's bytes."""
         samples, width, positions = rows.raw.shape
-        return samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
+        return self.only_reduced or samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
 
     def _labels(self, batch: Batch) -> dict[str, Tensor]:
         return {"label": target_of("label", None, batch.labels)} if self.labelled else {}
