@@ -25,6 +25,8 @@ from .selection import Selected, Selection
 from .token_positions import indices
 from .tokens_seen import TokensSeen
 
+_UNITS, _SAMPLES = (1, -1), (0, 1)  # axes, from and to: of units behind the channels, of samples behind the tokens
+
 
 @dataclass(eq=False)
 class EditTarget:
@@ -45,18 +47,19 @@ class EditTarget:
     def __call__(self, x: Tensor) -> Tensor:
         """The tensor with the selected units changed. Raises ValueError, naming the edit, where something does not fit."""
         self.fired = True
-        second = self.layer.channels_second(x)
-        moved = x.movedim(1, -1) if second else x
+        move = _UNITS if self.layer.channels_second(x) else _SAMPLES if self.seen.turned(x) else None
+        moved = x if move is None else x.movedim(*move)
         try:
             if not x.is_floating_point():
                 raise ValueError(f"it shows {str(x.dtype).removeprefix('torch.')}: edits change floating-point values")
-            new = self._new(moved, second)
+            new = self._new(moved, move)
         except ValueError as error:
             raise ValueError(f"{self.edit} at {self.layer.name}: {error}") from None
-        return x if new is moved else new.movedim(-1, 1) if second else new
+        return x if new is moved else new if move is None else new.movedim(*reversed(move))
 
-    def _new(self, x: Tensor, second: bool) -> Tensor:
-        units, whole = self._units(x.shape[-1]), self._whole(x, second)
+    def _new(self, x: Tensor, move: tuple[int, int] | None) -> Tensor:
+        """Of a tensor with samples first and units last. move: the axis that was moved, from and to."""
+        units, whole, second = self._units(x.shape[-1]), self._whole(x, move), move == _UNITS
         if self.selection.everything:
             self.hit = True
             if self.edit.operation == "zero" and units is not None:
@@ -64,8 +67,10 @@ class EditTarget:
             old, value = _picked(x, units), self._value(x.shape[-1], second and _ndim(self.edit.value) == x.ndim)
             return _filled(x, units, changed(self.edit.operation, old, value) if whole is None else _picked(whole, units))
         samples = self.seen.samples or len(x)
-        if x[..., 0].numel() % samples:
-            raise ValueError(f"it shows {tuple(x.shape)} for a batch of {samples} samples: rows must belong to samples")
+        if len(x) % samples:
+            raise ValueError(
+                f"it shows {tuple(x.shape)} for a batch of {samples} samples: the first axis has to be that of the samples"
+            )
         flat = x.reshape(samples, -1, x.shape[-1])
         selected = self.selection.rows(self._tokens(samples, flat.shape[1]))
         if selected is None:
@@ -85,12 +90,12 @@ class EditTarget:
             return self.seen.rows_of(samples, positions)
         return self.seen.at(samples, positions)
 
-    def _whole(self, x: Tensor, second: bool) -> Tensor | None:
+    def _whole(self, x: Tensor, move: tuple[int, int] | None) -> Tensor | None:
         """The whole tensor after an operation that does not act on single rows; None for the others."""
         if self.edit.operation == "module":
-            back = x.movedim(-1, 1) if second else x
-            new = through(back, self.edit.value)
-            return new.movedim(1, -1) if second else new
+            if move is None:
+                return through(x, self.edit.value)
+            return through(x.movedim(*reversed(move)), self.edit.value).movedim(*move)
         if self.edit.operation == "resample":
             samples = self.seen.samples or len(x)
             flat = x.reshape(samples, -1, x.shape[-1])

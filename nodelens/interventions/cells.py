@@ -21,7 +21,7 @@ TOKENS = 4096  # that one pass holds at most
 _LOGITS = 2**26  # logits that one pass holds at most
 _SAME = 1e-4  # difference between two ways of running a cell, of the largest logit
 _PASS = {"cpu": 128}  # tokens that take a block as long as starting it does, by the type of the device
-_REFUSES = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)  # of a model or a cache
+_REFUSES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)  # of a model or a cache
 
 
 class Way(NamedTuple):
@@ -231,11 +231,14 @@ def _near(model: TokenModel, length: int, cells: Sequence[GridCell]) -> Iterator
 
 
 def _row(cache: Any, row: int) -> Any:
-    """The cache of one row of a batch; the cache as it is, where it cannot be cropped and is not used."""
+    """The cache of one row of a batch; the cache as it is, if it cannot be cropped and is not used; None for one without rows."""
     if not getattr(cache, "is_croppable", False):
         return cache
-    found = _copied(cache)
-    found.batch_select_indices(torch.tensor([row]))
+    try:
+        found = _copied(cache)
+        found.batch_select_indices(torch.tensor([row]))
+    except _REFUSES:  # a layer with another state, or caches in a cache
+        return None
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nodelens.data.tokens import Tokenizer, as_tokenizer, open_tokenizer
 from nodelens.messages import option, shown
+from nodelens.statistics.processes import gathered
 
 from .token_positions import Positions, find_text, indices, searches_text
 
@@ -162,7 +164,10 @@ def _checked(ids: Tensor, text: str | None = None) -> Tensor:
 
 
 def first_prompts(data: Iterable[Any], count: int, tokenizer: Any = None) -> list[TokenizedPrompt]:
-    """The first samples of batches with input_ids, without padding. Raises ValueError for data without token ids."""
+    """The first samples of batches with input_ids, without padding; of several processes in turn, the same for each. Collective.
+
+    Raises ValueError for data without token ids.
+    """
     found: list[TokenizedPrompt] = []
     for batch in data:
         found += read_prompts(
@@ -170,6 +175,9 @@ def first_prompts(data: Iterable[Any], count: int, tokenizer: Any = None) -> lis
         )
         if len(found) >= count:
             break
-    if not found:
+    every = gathered([(prompt.ids.cpu(), prompt.text) for prompt in found[:count]])
+    dealt = [each for turn in zip_longest(*every) for each in turn if each is not None][:count]
+    if not dealt:
         raise ValueError(f"there are no prompts and no data: give {option('prompts')}=, texts or token ids")
-    return found[:count]
+    known = _opened(tokenizer)
+    return [TokenizedPrompt(ids, text, known) for ids, text in dealt]

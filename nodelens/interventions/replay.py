@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nodelens.network.batch import read_of, tensor_of
+
 _PLAIN = (Tensor, int, float, str, type(None))
 Function = Callable[[tuple, dict], Any]
 
@@ -20,7 +22,7 @@ class RecordedCall:
 
     start, end: places in the order of all events of the pass. output: a copy, where the call can be replayed. written: whether a
     later operation changed the output in place, so that each replay needs a copy of its own. source: the call whose output this
-    one reads first, as it was returned. read: a copy of the first tensor that the call reads, where it is asked for.
+    one reads first, as it was returned. read: a copy of the tensor that an edit of the call's input changes, where it is asked for.
     """
 
     module: nn.Module
@@ -103,8 +105,8 @@ class Recording:
         call = RecordedCall(
             module, self._open[-1] if self._open else None, self._tick(), source=self._source(read[0][0] if read else None)
         )
-        if read and module in self.inputs:
-            call.read = read[0][0].clone()
+        if module in self.inputs and (shown := tensor_of(read_of(args, kwargs))) is not None:
+            call.read = shown.clone()
         self.calls.append(call)
         self._open.append(call)
         try:

@@ -79,7 +79,7 @@ def run_context(model: nn.Module, tokenizer: Any, context: RepresentationContext
 
     def see(site: Site, tensor: Tensor) -> None:
         key = names[site]
-        rows = prompt.places("all") if key == "embed" else places
+        rows, tensor = prompt.places("all") if key == "embed" else places, _by_prompt(site, tensor, prompt.real)
         shown[key] = tensor[torch.arange(len(rows), device=tensor.device)[:, None], rows.to(tensor.device)]
 
     with edit(model, edits), Capture(names, see) as capture:
@@ -91,6 +91,18 @@ def run_context(model: nn.Module, tokenizer: Any, context: RepresentationContext
         )
     states.save_all(shown)
     return output
+
+
+def _by_prompt(site: Site, tensor: Tensor, real: Tensor) -> Tensor:
+    """What a site shows, one row per prompt and token. Raises ValueError for anything else."""
+    if tensor.ndim == 3 and tensor.shape[:2] == real.shape[::-1] != real.shape:  # tokens before samples
+        return tensor.transpose(0, 1)
+    if tensor.shape[:2] != real.shape:
+        raise ValueError(
+            f"{site.layer.name} shows {tuple(tensor.shape)} for {len(real)} prompts of {real.shape[1]} tokens: a state needs one "
+            "row per token"
+        )
+    return tensor
 
 
 def encoded(model: nn.Module, tokenizer: Any, context: RepresentationContext) -> Encoded:

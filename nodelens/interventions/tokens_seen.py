@@ -54,6 +54,7 @@ class TokensSeen:
     given: Mapping[str, Any] | None = field(default=None, repr=False)  # the arguments of generate, while it runs
     mask: Tensor | None = field(default=None, repr=False)
     own: Prompt | None = field(default=None, repr=False)  # positions of a site that shows no tokens
+    counted: int = 0  # columns of the call before
 
     @contextmanager
     def following(self, model: nn.Module, generation: bool = True) -> Iterator[None]:
@@ -73,6 +74,7 @@ class TokensSeen:
         self.tokens = shown is not None and (
             (shown.ndim == 2 and not shown.is_floating_point()) or shown is kwargs.get("inputs_embeds")
         )
+        self.counted = self.now
         self.now = shown.shape[1] if shown is not None and (self.tokens or shown.ndim == 3) else 0
         self.mask = _mask(kwargs, self.samples, self.now)
         given = {} if self.given is None or kwargs.get("decoder_input_ids") is not None else self.given
@@ -90,12 +92,12 @@ class TokensSeen:
             return self.mask.shape[1] - self.now
         if cache is None:
             return 0
-        length = getattr(cache, "get_seq_length", None)
-        if callable(length):
-            return int(length())
-        if isinstance(cache, (tuple, list)):
-            return int(cache[0][0].shape[-2])
-        return self.before + self.now if self.given is not None and self.prompt is not None else 0
+        length = _length(cache)
+        if length is not None:
+            return length
+        state = getattr(cache, "has_previous_state", False)
+        continues = self.given is not None or (state() if callable(state) else state)
+        return self.before + self.counted if continues and self.prompt is not None else 0
 
     def _start(self, shown: Tensor | None, given: Mapping[str, Any], columns: int | None = None) -> None:
         ids = next((given[k] for k in _INPUTS if isinstance(given.get(k), Tensor)), shown)
@@ -112,6 +114,10 @@ class TokensSeen:
     def repeats(self) -> int:
         """Rows of this call per sample of the prompt: the number of beams or returned sequences."""
         return self.samples // len(self.prompt) if self.prompt is not None and len(self.prompt) else 1
+
+    def turned(self, x: Tensor) -> bool:
+        """Whether a tensor has its tokens before its samples, (T, B, ...)."""
+        return self.tokens and x.ndim == 3 and x.shape[:2] == (self.now, self.samples) != (self.samples, self.now)
 
     def at(self, samples: int, positions: int) -> "TokensSeen":
         """What passes at a site that shows (samples, positions) rows: the tokens, or positions of its own where there are none.
@@ -136,6 +142,17 @@ class TokensSeen:
         if self.own is None or self.own.real.shape != (samples // self.repeats, positions):
             self.own = Prompt(torch.ones(samples // self.repeats, positions, dtype=torch.bool))
         return TokensSeen(self.own, 0, positions, samples, self.started)
+
+
+def _length(cache: Any) -> int | None:
+    """The number of columns in a cache; None for one that does not tell, such as that of recurrent states."""
+    length = getattr(cache, "get_seq_length", None)
+    if callable(length):
+        try:
+            return int(length())
+        except ValueError:  # no layer of attention
+            return None
+    return int(cache[0][0].shape[-2]) if isinstance(cache, (tuple, list)) else None
 
 
 def _tokens(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -226,6 +226,11 @@ def tensor_of(value: Any) -> Tensor | None:
     return None
 
 
+def read_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """The arguments of a module among which is the tensor that it reads: those without a name, or else the named ones."""
+    return args if tensor_of(args) is not None or not kwargs else tuple(kwargs.values())
+
+
 def _content_hashes(first: Tensor, mask: Any) -> Tensor:
     """Hashes of the content of the samples without padding, (B,) int64 on the CPU; their numbers where the content is on meta."""
     if first.is_meta:

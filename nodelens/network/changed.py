@@ -4,28 +4,34 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .batch import tensor_of
+from .batch import read_of, tensor_of
 
 Change = Callable[[Tensor], Tensor]
 
 
 def changed_read(change: Change, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A module's arguments with the tensor that it reads changed."""
-    if args:
+    if read_of(args, kwargs) is args:
         return changed_output(change, module, (), args), kwargs
     return args, changed_output(change, module, (), dict(kwargs))
 
 
 def changed_output(change: Change, module: nn.Module, args: tuple, output: Any) -> Any:
-    """An output with its tensor changed; the container is a copy. Raises ValueError where there is no tensor."""
+    """An output with its tensor changed; the container is a copy. Raises ValueError where there is no tensor.
+
+    The last states that an LSTM, GRU or RNN returns besides are those of the changed output.
+    """
     if isinstance(output, Tensor):
         return change(output)
     old = tensor_of(output)
     if old is None:
         raise ValueError(f"{type(module).__name__} shows {type(output).__name__} without a tensor: nothing to edit")
     new = change(old)
+    if isinstance(module, nn.RNNBase) and old is output[0]:
+        return new, _last_states(module, new, output[1])
     if isinstance(output, (tuple, list)):
         items = [new if v is old else v for v in output]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
@@ -36,6 +42,17 @@ def changed_output(change: Change, module: nn.Module, args: tuple, output: Any) 
     for key in [key for key, v in output.items() if v is old]:
         changed[key] = new
     return changed
+
+
+def _last_states(module: nn.RNNBase, output: Tensor, states: Any) -> Any:
+    """The states that a recurrent module returns, with those of its last layer as in its output; a packed output has no steps."""
+    if output.ndim != 3:
+        return states
+    h = states[0] if isinstance(states, tuple) else states
+    steps, width = output.transpose(0, 1) if module.batch_first else output, h.shape[-1]
+    ends = [steps[-1, :, :width], *([steps[0, :, width:]] if module.bidirectional else [])]  # backwards, the first step is the last
+    h = torch.cat([h[: -len(ends)], torch.stack(ends)])
+    return (h, *states[1:]) if isinstance(states, tuple) else h
 
 
 def announce(see: Callable[[nn.Module, tuple, dict], None], module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -140,10 +140,12 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
     shared: tensors that are not copied.
     """
-    attributes = [value for module in model.modules() for own in (vars(module), module._buffers) for value in own.values()]
+    attributes: list[Any] = [
+        value for module in model.modules() for own in (vars(module), module._buffers) for value in own.values()
+    ]
     states = {id(v): v.detach().clone() for v in _leaves(attributes) if isinstance(v, Tensor) and not v.is_leaf}
     # each module has a dozen empty dictionaries, for hooks, with which deepcopy would spend most of its time
-    empty = {id(v): copy.copy(v) for v in attributes if type(v) in _CONTAINERS and not v}
+    empty = {id(v): type(v)() for v in attributes if type(v) in _CONTAINERS and not v}
     return copy.deepcopy(model, empty | states | {id(tensor): tensor for tensor in shared})
 
 

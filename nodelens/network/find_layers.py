@@ -48,7 +48,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "*", start: Ma
             roles = roles or roles_of(model)
             names = [layer.name for layer in roles.layers(pattern)]
         if not names:
-            raise ValueError(_no_match(pattern, list(modules), weighted, str(roles)))
+            raise ValueError(_same_module(model, pattern) or _no_match(pattern, list(modules), weighted, str(roles)))
         chosen.update(names)
     found = [layer for name, layer in layers.items() if name in chosen]
     return found if start is None else [with_start(layer, start) for layer in found]
@@ -84,6 +84,14 @@ def with_start(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
             f"layer {layer.name!r} has a weight {tuple(now.shape)}, but the start {there}: give weights of the same network"
         )
     return replace(layer, start=full(start[name].detach()).clone())
+
+
+def _same_module(model: nn.Module, pattern: str) -> str:
+    """What to say of the second name of a module that has several; empty for anything else."""
+    path = pattern.removesuffix(".input")
+    other = dict(model.named_modules(remove_duplicate=False)).get(path)
+    first = next((name for name, module in model.named_modules() if module is other), None)
+    return "" if other is None or first in (None, path) else f"{path!r} is the same module as {first!r}: give this name"
 
 
 def _no_match(pattern: str, names: list[str], weighted: list[str], roles: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nodelens.statistics.rows import Rows
 
 from .experts import ExpertLayer, Experts, Routed
-from .groups import GroupSlice, PruningGroup, identity
+from .groups import GroupSlice, PruningGroup, identity, submodule_of
 from .layers import Layer
 from .sharded import class_name
 
@@ -88,7 +88,11 @@ class GroupLayer(Layer):
 
     def pieces(self, *roles: str) -> list[GroupSlice]:
         """The group's slices of weights with these roles, without biases."""
-        return [piece for piece in self.group.by_role(*roles) if piece.ndim(self.module) > 1]  # type: ignore[arg-type]
+        return [piece for piece in self._weights if piece.role in roles]
+
+    @cached_property
+    def _weights(self) -> list[GroupSlice]:
+        return [piece for piece in self.group.slices if piece.ndim(self.module) > 1]
 
     @property
     def weight(self) -> Tensor | None:
@@ -156,7 +160,7 @@ class GroupLayer(Layer):
         return Rows(raw, grid=(member.places.shape[1], *rows.grid))
 
     def _layer(self, piece: GroupSlice, side: str) -> Layer:
-        module = self.module.get_submodule(piece.module)
+        module = submodule_of(self.module, piece.module)
         if piece.entry is not None:
             experts, name = Experts.of(module), f"{piece.module}[{piece.entry}]"
             if experts is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import tensor_of
+from .batch import read_of, tensor_of
 from .changed import Change, announce, before_observers, changed_output, changed_read
 from .experts import Call, ExpertLayer, Experts
 from .group_layer import GroupLayer, Member, UnitValues
@@ -88,7 +88,7 @@ class Capture(AbstractContextManager["Capture"]):
         """Shows what one weight of a group reads or puts out; a reader reads a tensor of its own, whose gradient is its share."""
         if not self._watching(site):
             return None
-        tensor = tensor_of((args or tuple(kwargs.values())) if output is None else output)
+        tensor = tensor_of(read_of(args, kwargs) if output is None else output)
         assert tensor is not None
         self.fired[str(site)] += 1
         if site.port == "maps":
@@ -153,7 +153,7 @@ class Capture(AbstractContextManager["Capture"]):
     def _hook(self, site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
         if not self._watching(site):
             return None
-        seen = (args or tuple(kwargs.values())) if output is None else output
+        seen = read_of(args, kwargs) if output is None else output
         tensor = tensor_of(seen)
         if tensor is None:
             raise ValueError(f"{site} shows {type(seen).__name__} without a tensor: name a module inside it")

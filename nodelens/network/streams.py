@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, tensor_of
+from .batch import Batch, read_of, tensor_of
 from .eval_mode import eval_mode
 from .hooks import observed
 from .layers import Layer
@@ -24,7 +24,7 @@ def decoder_sites(model: nn.Module, batch: Batch) -> frozenset[str]:
     names, found = {module: name for name, module in model.named_modules()}, set[str]()
 
     def see(module: nn.Module, args: tuple, named: dict, output: object) -> None:
-        for side, shown in (("input", args or tuple(named.values())), ("output", output)):
+        for side, shown in (("input", read_of(args, named)), ("output", output)):
             tensor = tensor_of(shown)
             if tensor is not None and tensor.ndim > 2 and tensor.shape[1] == length:
                 found.add(f"{names[module]}.{side}")

@@ -50,12 +50,13 @@ def task_of(model: nn.Module) -> str:
 
 
 def required_inputs(model: nn.Module) -> frozenset[str]:
-    """The names of the arguments of a model's forward that have no default."""
+    """The names of the arguments of a model's forward that have no default, and x if it is passed by name only."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # a traced module has no signature
         return frozenset()
-    return frozenset(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return frozenset(p.name for p in named if p.default is p.empty or (p.name == "x" and p.kind is p.KEYWORD_ONLY))
 
 
 def is_pretrained(model: nn.Module) -> bool:

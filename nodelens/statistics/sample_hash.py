@@ -6,6 +6,7 @@ from torch import Tensor
 
 _LIMIT = 4096  # entries of a sample that its content hash reads
 _CHUNK = 1 << 15  # entries that are hashed at once, so that they stay in the cache
+_WORD = (1 << 64) - 1
 _STEPS = [(np.uint64(by), np.uint64(factor)) for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))]
 
 
@@ -82,4 +83,15 @@ def generator(seed: int, *words: str) -> torch.Generator:
     parts: list[int] = []
     for text in map(str.encode, words):
         parts += [len(text), *(int.from_bytes(text[k : k + 7]) for k in range(0, len(text), 7))]
-    return torch.Generator().manual_seed(int(mix(seed, *parts)))
+    return torch.Generator().manual_seed(_mixed_numbers(seed, *parts))
+
+
+def _mixed_numbers(*numbers: int) -> int:
+    """``mix`` of numbers alone, without tensors: hundreds of generators are made for a pruning."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _WORD
+        for by, factor in _STEPS:
+            state = ((state ^ (state >> int(by))) * int(factor)) & _WORD
+        state ^= state >> 31
+    return state & (_WORD >> 1)

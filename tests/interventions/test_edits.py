@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+import transformers
 from families import build as family
 from ids import label
 from nets import Mixed, Tokens, build, generator
@@ -229,6 +230,92 @@ def test_containers_are_kept(kind):
     assert_close(run(net, x, nl.Edit("inner", "scale", value=2)), 2 * net(x).detach(), rtol=0, atol=0)
 
 
+class Named(nn.Module):
+    """Its inner module reads None and an integer by place, and what it computes with by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Reader()
+
+    def forward(self, x):
+        return self.inner(None, torch.arange(3), x=x)
+
+
+class Reader(nn.Module):
+    def forward(self, mask, places, x=None):
+        return x[:, places]
+
+
+def test_a_tensor_passed_by_name_behind_other_arguments_is_read(x):
+    net, wanted = Named().eval(), x.clone()
+    wanted[:, 1] = 0
+    assert_close(run(net, x, nl.Edit("inner.input", "zero", units=[1])), wanted, rtol=0, atol=0)
+    found = nl.analyze(net, [x], metrics=["activation_mean"], layers=["inner.input"]).units["activation_mean"]
+    assert_close(torch.tensor(found.to_numpy()), x.double().abs().mean(0), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"batch_first": True, "num_layers": 2}], ids=label)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_last_states_of_a_recurrent_module_are_those_of_its_output(kind, options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(kind(4, 3, **options)).eval()
+    x = torch.randn(5, 6, 4, generator=generator())
+    plain, same, edited = (
+        found[1] if kind is nn.GRU else found[1][0]
+        for found in (net(x), run(net, x, nl.Edit("0", "scale", value=1.0)), run(net, x, nl.Edit("0", "zero", units=[1])))
+    )
+    assert_close(same, plain, rtol=0, atol=1e-6)
+    last = -2 if options.get("bidirectional") else -1
+    wanted = plain.detach().clone()
+    wanted[last, :, 1] = 0
+    assert_close(edited, wanted, rtol=0, atol=1e-6)
+
+
+def sequence_first():
+    """XLNet: its blocks show tokens before samples."""
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=40)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.XLNetLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("tokens", [7, 8])  # of two samples
+def test_tokens_may_come_before_samples(tokens):
+    net, ids = sequence_first(), torch.randint(3, 60, (2, tokens), generator=generator())
+    v = torch.randn(32, generator=generator(1))
+    cases = [
+        (nl.Edit("transformer.layer.0", "add", value=v, positions=-1, samples=[1]), lambda h: h[-1, 1].add_(v)),
+        (nl.Edit("transformer.layer.0", "zero", positions="1:3", units=[4]), lambda h: h[1:3, :, 4].zero_()),
+        (nl.Edit("transformer.layer.0", "resample"), lambda h: h.copy_(h.flip(1))),
+        (nl.Edit("transformer.layer.0", "module", value=Times(), positions=2), lambda h: h[2].mul_(1.5)),
+        (nl.Edit("transformer.layer.0", "module", value=Times()), lambda h: h.mul_(1.5)),
+    ]
+    for edit, change in cases:
+
+        def hook(module, args, output, change=change):
+            h = output[0].clone()
+            change(h)
+            return (h, *output[1:])
+
+        handle = net.transformer.layer[0].register_forward_hook(hook)
+        wanted = net(ids).logits.detach()
+        handle.remove()
+        with torch.no_grad(), nl.edit(net, edit):
+            assert_close(net(ids).logits, wanted, rtol=0, atol=0)
+
+
+class Times(nn.Module):
+    def forward(self, x):
+        return 1.5 * x
+
+
+def test_the_second_name_of_a_module_is_told_the_first(mlp, x):
+    mlp.add_module("again", mlp[0])
+    with pytest.raises(ValueError, match="'again' is the same module as '0': give this name"):
+        run(mlp, x, nl.Edit("again", "zero"))
+
+
 def test_a_value_is_copied_into_nothing_of_the_model(mlp, x):
     before = {name: p.clone() for name, p in mlp.named_parameters()}
     shared = torch.zeros(4, 5)
@@ -410,7 +497,7 @@ MISTAKES = [
     (lambda m, x: run(nn.Sequential(nn.Flatten()).eval(), x.long(), E("0", "zero")), "it shows int64: edits change floating-point"),
     (
         lambda m, x: run(nn.Sequential(Holder(nn.Identity(), lambda h: h[:3])).eval(), x, E("0", "zero", samples=[0])),
-        "it shows .3, 3. for a batch of 4 samples: rows must belong to samples",
+        "it shows .3, 3. for a batch of 4 samples: the first axis has to be that of the samples",
     ),
 ]
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from families import build as family
 from nets import generator
@@ -141,6 +142,35 @@ def test_beams_belong_to_the_sample_that_they_continue(options):
     assert torch.equal(both[:per], plain)
     assert torch.equal(both[per:], edited)
     assert torch.equal(both, generate(model, ids, mask, edit, cache=False, **options)[0])
+
+
+RECURRENT = {"Mamba": {"state_size": 4}, "Mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_tokens_are_counted_where_a_cache_holds_states_without_a_length(kind):
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, hidden_size=32, num_hidden_layers=2, **RECURRENT[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    v = 3 * torch.randn(32, generator=generator(5))
+    edits = [
+        nl.Edit("blocks[0]", "add", value=v, positions=-1),
+        nl.Edit("blocks[1]", "scale", value=-0.5, phase="generated", positions=":2"),
+    ]
+    ids, mask = padded([6, 6], "left")
+    found, scores = generate(model, ids, mask, edits)
+    wanted, whole = generate(model, ids, mask, edits, cache=False)
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(scores, whole, rtol=1e-3, atol=1e-3)
+    own, cache, given = [], None, ids
+    with torch.no_grad(), nl.edit(model, edits):
+        for _ in range(STEPS):
+            output = model(given, use_cache=True, **({} if cache is None else {"cache_params": cache}))
+            cache, last = output.cache_params, output.logits[:, -1]
+            given = last.index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1)[:, None]
+            own.append(given)
+    assert torch.equal(torch.cat([ids, *own], 1), wanted)
 
 
 def test_values_of_several_positions_are_written_as_their_tokens_pass():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from ids import label
 from lens_models import llama
 from nets import Mixed, build, generator
@@ -8,6 +9,10 @@ from torch.testing import assert_close
 
 import nodelens as nl
 from nodelens import ModelWrapper
+from nodelens.data import ByteTokenizer
+from nodelens.interventions import running
+from nodelens.network.hooks import Site
+from nodelens.network.layers import Layer
 
 
 class MLP(nn.Module):
@@ -225,3 +230,25 @@ def test_contexts_of_another_width_or_none_are_named():
     for prompt in (torch.zeros(1, 4, 40), torch.zeros(1, 4, 48, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"a soft prompt has width \d+ and float\d+, the embeddings of"):
             wrapper.run(nl.RepresentationContext(prompt, "tiny", "all", "all"))
+
+
+def test_states_of_a_model_that_shows_tokens_before_samples():
+    config = transformers.XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=4, d_inner=40)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.XLNetLMHeadModel(config).eval()
+    states = nl.StateManager(nl.StateConfig(save_states="layer"))
+    prompt = nl.RepresentationContext(["abcd", "efgh"], position=[1, -1], layer=0)
+    nl.ModelWrapper(model, tokenizer=ByteTokenizer()).run(prompt, state_manager=states)
+    shown = []
+    with torch.no_grad():
+        handle = model.transformer.layer[0].register_forward_hook(lambda m, a, o: shown.append(o[0]))
+        model(torch.tensor([list(b"abcd"), list(b"efgh")]))
+        handle.remove()
+    torch.testing.assert_close(states.load("layer_0"), shown[0][[1, 3]].transpose(0, 1), rtol=0, atol=1e-6)
+
+
+def test_a_state_without_a_row_per_token_is_refused():
+    site = Site(Layer("inner", nn.Identity()), "output")
+    with pytest.raises(ValueError, match=r"inner shows \(3, 2, 4\) for 2 prompts of 5 tokens: a state needs one row per token"):
+        running._by_prompt(site, torch.zeros(3, 2, 4), torch.ones(2, 5, dtype=torch.bool))

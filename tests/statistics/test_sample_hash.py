@@ -1,8 +1,9 @@
 """Hashes of samples: those of SplitMix64, whatever the number of samples, their layout or the memory that they stand in."""
 
+import pytest
 import torch
 
-from nodelens.statistics.sample_hash import content_hashes, mix
+from nodelens.statistics.sample_hash import content_hashes, generator, mix
 
 ALL_BITS = 2**64 - 1
 
@@ -43,3 +44,9 @@ def test_a_sample_has_the_same_hash_alone_and_among_many_in_any_layout():
     assert torch.equal(content_hashes(x.flip(0)).flip(0), found)
     assert torch.equal(torch.cat([content_hashes(each[None]) for each in x[:5]]), found[:5])
     assert content_hashes(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**63 - 1], ids=str)
+def test_generators_are_seeded_by_the_hash_of_seed_and_names(seed):
+    words = [4, int.from_bytes(b"conv"), 9, int.from_bytes(b"layer1."), int.from_bytes(b"ab")]
+    assert generator(seed, "conv", "layer1.ab").initial_seed() == mixed(seed, *words) == int(mix(seed, *words))

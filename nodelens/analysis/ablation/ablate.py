@@ -61,7 +61,8 @@ def ablate(
     layers:      names, globs or roles as for ``nl.analyze``, or pruning groups; default the pruning groups of the model, under
                  the names by which they are pruned. The units of a layer are removed from its output
     sample:      number of units per layer, drawn uniformly without replacement from the seed, instead of all
-    predictions: read data until there are so many predictions, in whole samples; default all data
+    predictions: read data until there are so many predictions, in whole samples; default all data. Processes count together, and
+                 take their samples in turn, which is the order of the whole data if process r of N has the samples r, r + N, ...
     replay:      False runs the whole model for each unit, which is slower and gives the same numbers up to rounding
     task, output, loss: as in ``AnalyzeOptions``
 

@@ -1,6 +1,5 @@
 """Damage: the change of the loss under lesions, in one reading of the data."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.driver import Driver, device_of
+from nodelens.engine.in_turn import InTurn
 from nodelens.engine.saved_work import SavedWork, reading
 from nodelens.interventions.replay import RecordedCall, Recording, largest_output
 from nodelens.network.batch import Batch
+from nodelens.network.batch_forms import read
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.objective import Objective
-from nodelens.statistics.processes import gathered, reduce_tensor, world
+from nodelens.statistics.processes import gathered, reduce_tensor
 
 from .folding import Folds
 from .lesions import Lesion
@@ -66,28 +67,28 @@ def damage_of(
 ) -> Damage:
     """Loss without the units of a lesion minus loss with them, per prediction, for each lesion.
 
-    Data are read once, until there are ``predictions`` (divided over processes; None: all), in whole samples. Standard errors are
-    of the paired difference over samples. With ``replay`` the part of the model before a lesion's first place runs once per batch,
-    and several lesions share a pass; the first batch shows whether that gives the numbers of the whole model, and where it does
-    not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of their own. saved:
-    where the sums of an unfinished reading are kept; what: plain values that tell these lesions from others. Raises ValueError if
-    there is nothing to predict.
+    Data are read once, until all processes together have ``predictions`` (None: all), in whole samples, in the order of ``InTurn``.
+    Standard errors are of the paired difference over samples. With ``replay`` the part of the model before a lesion's first place
+    runs once per batch, and several lesions share a pass; the first batch shows whether that gives the numbers of the whole model,
+    and where it does not, the whole model runs. contrasts: {number of a lesion: coefficient}, sums of changes that get errors of
+    their own. saved: where the sums of an unfinished reading are kept; what: plain values that tell these lesions from others.
+    Raises ValueError if there is nothing to predict.
     """
     sums = _Sums.of(len(lesions) + len(contrasts))
     passes = _Passes(model, objective, lesions, values, replay, contrasts)
-    limit = math.inf if predictions is None else math.ceil(predictions / world()[1])
+    first = None if predictions is None else InTurn(predictions, partial(_predicted, objective))
     with eval_mode(model), torch.no_grad(), reading(saved, _Unfinished(sums, passes), objective.batch, what) as rest:
         driver = Driver(model, objective, progress=lambda given: rest(progress(given)))
-        for batch in driver.batches(data if limit > 0 else ()):
-            left = limit - passes.predictions
-            if left <= 0:
-                break
-            whole = batch.head(int((batch.predicted.cumsum(0) < left).sum()) + 1)  # up to the sample that reaches the limit
+        for batch in driver.batches(data if first is None else first.read(data)):
+            whole = batch if first is None else batch.head(int((first.before < first.limit).sum()))
             passes.measure(whole, sums)
-            if passes.predictions >= limit:  # before another batch is loaded
-                break
     whole_model = {number for own in gathered(sorted(passes.whole)) for number in own}  # a process without data has found none
     return sums.reduced(device_of(model)).damage(tuple(sorted(whole_model)), len(lesions))
+
+
+def _predicted(objective: Objective, given: Any) -> Tensor:
+    """Number of predictions of each sample of a batch, (B,)."""
+    return objective.batch(given, hashes=torch.zeros(len(read(given, objective.required).first), dtype=torch.int64)).predicted
 
 
 @dataclass
@@ -132,11 +133,10 @@ class _Unfinished:
 
     def state_dict(self) -> dict[str, Any]:
         choices = {name: sorted(getattr(self.passes, name)) for name in _CHOICES}
-        return {"total": self.sums.total, "each": self.sums.each, "predictions": self.passes.predictions, **choices}
+        return {"total": self.sums.total, "each": self.sums.each, **choices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.total, self.sums.each = state["total"], state["each"]
-        self.passes.predictions = state["predictions"]
         for name in _CHOICES:
             setattr(self.passes, name, set(state[name]))
 
@@ -157,7 +157,6 @@ class _Passes:
     alone: set[int] = field(default_factory=set)  # and of those that cannot share a pass
     folds: Folds = field(default_factory=Folds)
     rows: int = 0  # samples in a pass of the whole model
-    predictions: int = 0  # of this process, measured so far
 
     @cached_property
     def readers(self) -> set[nn.Module]:
@@ -165,7 +164,6 @@ class _Passes:
         return {module for lesion in self.lesions for module, side in lesion.places if side == "input" and len(lesion.places) == 1}
 
     def measure(self, batch: Batch, sums: _Sums) -> None:
-        self.predictions += int(batch.predicted.sum())
         if not self.replay:
             self.whole = set(range(len(self.lesions)))
         for part in self._parts(batch):

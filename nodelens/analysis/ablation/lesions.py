@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nodelens.interventions.replay import Function
-from nodelens.network.batch import tensor_of
+from nodelens.network.batch import read_of, tensor_of
 from nodelens.network.hooks import edit
 from nodelens.pruning.surgery.mask import masked
 
@@ -79,7 +79,7 @@ def without_columns(
     dim, columns = lesions[0].dims[key], module.weight if weight is None else weight
 
     def without(args: tuple, kwargs: dict) -> Tensor:
-        x = tensor_of(args or tuple(kwargs.values()))
+        x = tensor_of(read_of(args, kwargs))
         assert x is not None
         shares, clean = (t.unflatten(0, (len(lesions), -1)) for t in (x, output))
         parts = []

@@ -18,7 +18,7 @@ from .losses import loss_by_sample
 from .replacement import Replacement
 
 _NONE = Lesion({}, {})
-_FAILS = (RuntimeError, ValueError, IndexError, TypeError)
+_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)  # of a model of which only a part runs
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from nodelens.engine.request import Layers, as_layers
 from nodelens.messages import listed
-from nodelens.network.batch import Batch, tensor_of
+from nodelens.network.batch import Batch, read_of, tensor_of
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
-from nodelens.network.groups import PruningGroup
+from nodelens.network.groups import PruningGroup, PruningGroups
 from nodelens.network.hooks import observed
 from nodelens.network.layers import Layer
 from nodelens.pruning.groups.find import find_groups
@@ -100,8 +100,7 @@ def find_targets(
     ``find_layers`` does, and for a model without groups.
     """
     if layers is None:
-        groups = find_groups(model, batch).chosen("*")
-        return [AblationTarget.of_group(model, group) for group in groups]
+        return [AblationTarget.of_group(model, group) for group in _exact_groups(find_groups(model, batch))]
     paths = {module: path for path, module in model.named_modules()}
     found = []
     for layer in as_layers(model, layers):
@@ -118,12 +117,26 @@ def find_targets(
     return found
 
 
+def _exact_groups(groups: PruningGroups) -> list[PruningGroup]:
+    """The groups over which no norm reduces. Raises ValueError if there are none."""
+    found = [group for group in groups if group.exact]
+    if not found and len(groups):
+        raise ValueError(
+            f"a norm reduces over the units of each pruning group, such as {groups[0].name}: layers=nl.find_groups(model, batch) "
+            "zeroes them all the same, and layers='<name of a module>' ablates its output"
+        )
+    if not found:
+        why = "; ".join(f"{f.what}: {f.reason}" for f in groups.frozen[:3]) or "it has no layers with weights"
+        raise ValueError(f"the model has no pruning groups ({why}): name layers, as layers='<name of a module>'")
+    return found
+
+
 def calls_of(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, tuple[Any, Any]]:
     """What each module read and returned at its first call in a pass."""
     shown: dict[nn.Module, tuple[Any, Any]] = {}
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        shown.setdefault(module, (args or tuple(kwargs.values()), output))
+        shown.setdefault(module, (read_of(args, kwargs), output))
 
     with torch.inference_mode(False), eval_mode(model), torch.no_grad(), observed(model.modules(), see):
         run()

@@ -50,7 +50,7 @@ class GeometryOptions:
     """What is measured of a residual stream, and on which tokens.
 
     max_tokens:   how many tokens are read, exactly: the last sample is cut. None: all. Padding does not count. Several processes
-                  divide the number among them
+                  read the tokens that one process would, if process r of N has the samples r, r + N, ...
     layers:       blocks of residual hook points: all, indices, or an expression of n blocks, such as ``n//2:``
     hook_point:   residual_input, residual_output, module_input:<path>, module_output:<path>, or several of them
     metrics:      default, or some of spectrum, sample, novelty, router; names of the catalogue; metric objects
@@ -113,7 +113,7 @@ def measure_geometry(
     diagnostics = [options.diagnostics] if isinstance(options.diagnostics, str) else list(options.diagnostics or ())
     columns = columns_of(options.metrics, diagnostics, options.novelty_k, options.sample_limit is not None)
     points = hook_points(model, options.hook_point, options.layers)
-    begin = partial(TokenReader, data, forward_options(model, points), _share(options.max_tokens))
+    begin = partial(TokenReader, data, forward_options(model, points), options.max_tokens)
     policy = CovariancePolicy.of(options.covariance, options.width, max_passes=options.max_passes)
     budget, once = in_bytes(options.budget), isinstance(data, Iterator)
     found = read(model, begin, points, columns, options.sample_limit, policy, budget, options.max_passes, once, saved)
@@ -182,12 +182,6 @@ def forward_options(net: nn.Module, points: Sequence[HookPoint]) -> dict[str, An
     if all(point.name in RESIDUAL for point in points):
         wanted["logits_to_keep"] = 1
     return {name: value for name, value in wanted.items() if name in known}
-
-
-def _share(max_tokens: int | None) -> int | None:
-    """The number of tokens that this process reads."""
-    rank, processes = world()
-    return None if max_tokens is None else max_tokens // processes + (rank < max_tokens % processes)
 
 
 def _key(label: str) -> str:

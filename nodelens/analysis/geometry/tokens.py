@@ -1,6 +1,5 @@
 """The tokens of a pass: which of them count, an exact limit on their number, and a sample that does not depend on batching."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -9,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nodelens.engine.in_turn import InTurn
 from nodelens.engine.saved_work import Rest
 from nodelens.network.batch import Batch
 from nodelens.network.hooks import Site
@@ -114,19 +114,19 @@ def _content(tokens: Tensor, mask: Tensor, place: Tensor) -> Tensor:
 
 
 class TokenReader:
-    """The batches of a loader up to exactly ``limit`` tokens; None for all of them.
+    """The batches of a loader up to exactly ``limit`` tokens of all processes, in the order of ``InTurn``; None for all of them.
 
     The last sample is cut after the last token that counts. In a causal model this changes no earlier token, so the result does
     not depend on the batch size. Batches that are not needed are not loaded.
     """
 
     def __init__(self, data: Iterable[Any], takes: Mapping[str, Any], limit: int | None = None):
-        self.tokens = self.batches = 0  # read so far
-        self.limit = math.inf if limit is None else limit
-        self._remaining = _up_to(data, takes, self.limit)
+        self.tokens = self.batches = 0  # read so far, by this process
+        self.limit = limit
+        self._remaining: Iterator[TokenBatch] = (batch for raw in data if len(batch := TokenBatch.of(raw, takes)))
 
     def head(self) -> TokenBatch | None:
-        """The first batch, without consuming it; None if there are no tokens."""
+        """The first batch, without consuming it, and also what is behind the limit; None if there are no tokens."""
         head = next(self._remaining, None)
         if head is not None:
             self._remaining = chain([head], self._remaining)
@@ -134,7 +134,7 @@ class TokenReader:
 
     def iterate(self, *listeners: Callable[[TokenBatch], None], rest: Rest = iter) -> Iterator[dict[str, Any]]:
         """The model inputs of each batch. The listeners get each batch first. rest: picks the batches that are still to be read."""
-        for batch in rest(self._remaining):
+        for batch in rest(self._remaining if self.limit is None else _up_to(self._remaining, self.limit)):
             self.tokens += len(batch)
             self.batches += 1
             for listener in listeners:
@@ -142,15 +142,10 @@ class TokenReader:
             yield batch.inputs
 
 
-def _up_to(data: Iterable[Any], takes: Mapping[str, Any], left: float) -> Iterator[TokenBatch]:
-    for raw in data if left > 0 else ():
-        batch = TokenBatch.of(raw, takes)
-        if len(batch) >= left:
-            yield from batch.first(int(left))
-            return
-        left -= len(batch)
-        if len(batch):
-            yield batch
+def _up_to(batches: Iterator[TokenBatch], limit: int) -> Iterator[TokenBatch]:
+    first = InTurn(limit, lambda batch: batch.mask.sum(1))
+    for batch in first.read(batches):
+        yield from batch.first(int(batch.mask.sum(1).cpu().minimum(limit - first.before).clamp_min(0).sum()))
 
 
 class TokenSample:

@@ -31,12 +31,12 @@ class ValidityAnalysis(Analysis):
 
     scores: ``measured``, the metrics of the run, or ``all``, all metrics of units in the catalogue besides. how: what takes the
     place of a unit, see ``nl.ablate``. sample: number of units per layer, drawn from the seed; None: all. predictions: number of
-    predictions on which the loss is taken; None: all of the evaluation data. budgets: shares of the units for the recall; the
-    first is that of the ranking. pairs: number of pairs of units of one layer that are removed together. shares, curves, draws: of
-    the units of each layer, these shares are removed lowest score first, for the damage itself, as many of the best metrics as
-    curves says, and as many random orders as draws says. resamples: of the bootstrap over units. combine: 2 to 6 metrics, none of
-    them below 0; the exponents of the product that orders the units best by their damage are searched on one half of the units, and
-    judged on the other (see ``combination``).
+    predictions on which the loss is taken, the first of the evaluation data, see ``nl.ablate``; None: all of them. budgets: shares
+    of the units for the recall; the first is that of the ranking. pairs: number of pairs of units of one layer that are removed
+    together. shares, curves, draws: of the units of each layer, these shares are removed lowest score first, for the damage itself,
+    as many of the best metrics as curves says, and as many random orders as draws says. resamples: of the bootstrap over units.
+    combine: 2 to 6 metrics, none of them below 0; the exponents of the product that orders the units best by their damage are
+    searched on one half of the units, and judged on the other (see ``combination``).
 
     Units are removed as their layer is named: of a pruning group of that name, where they are read; of any other layer, from its
     output. Tables: ``ranking``, one row per metric, the best first; ``agreement`` and ``recall``, by layer; ``pairs``; ``growing``;

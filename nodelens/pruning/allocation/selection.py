@@ -71,7 +71,10 @@ class Rules:
 
     def order(self, group: PruningGroup, values: np.ndarray | None) -> np.ndarray:
         """Unit ids in the order of removal, (n,) int64."""
-        classes, scores, draws = self.keys(group, values)
+        return self.sorted(*self.keys(group, values))
+
+    def sorted(self, classes: np.ndarray, scores: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Unit ids in the order of removal, by their keys."""
         return np.lexsort((draws, -scores if self.mode == "high" else scores, classes))
 
 
@@ -126,8 +129,8 @@ def ties(
     found, values_of = {}, by_group(losing, scores)
     for group in losing:
         name, values = group.name, values_of[group.name]
-        classes, score, _ = rules.keys(group, values)
-        last, kept = rules.order(group, values)[len(chosen[name]) - 1 :][:2]
+        classes, score, draws = rules.keys(group, values)
+        last, kept = rules.sorted(classes, score, draws)[len(chosen[name]) - 1 :][:2]
         same = (classes == classes[last]) & ((score == score[last]) | (np.isnan(score) & np.isnan(score[last])))
         if same[kept]:
             found[name] = int(same.sum())

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,20 +29,22 @@ def slice_units(model: nn.Module, groups: Iterable[PruningGroup], removed: Remov
         if len(set(units)) >= by_name[name].n:
             raise ValueError(f"group {name!r} would lose all of its {by_name[name].n} units: keep at least one")
         check_min_keep(by_name[name], units)
-    slices: dict[tuple[str, str], list[tuple[GroupSlice, Tensor]]] = {}
+    slices: dict[tuple[str, str], list[tuple[GroupSlice, np.ndarray]]] = {}
     for name, units in removed.items():
-        ids = torch.tensor(sorted(set(units)), dtype=torch.long)
+        ids = np.array(sorted(set(units)), dtype=np.int64)
         for piece in by_name[name].slices:
-            slices.setdefault((piece.module, piece.tensor), []).append((piece, piece.index[ids].flatten()))
+            slices.setdefault((piece.module, piece.tensor), []).append((piece, piece.index.numpy()[ids]))
+    modules = dict(model.named_modules(remove_duplicate=False))
     for (path, tensor), pairs in slices.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         replace_tensor(module, tensor, _without(getattr(module, tensor).detach(), pairs))
     for path, attributes in updated_counts(model, [by_name[name] for name in removed], removed).items():
         for attribute, value in attributes.items():
             set_count(model.get_submodule(path), attribute, value)
-    for path in {path for path, _ in slices}:
-        update_sizes(model, path)
-    keep_open(model, {path for path, _ in slices})
+    paths = {path for path, _ in slices}
+    for path in paths | {path.rpartition(".")[0] for path in paths if path.rpartition(".")[2] == "base_layer"}:
+        _update_sizes(modules[path])  # of an adapter, too, around what it adapts
+    keep_open(model, paths)
     _drop_caches(model)
     return model
 
@@ -124,9 +127,9 @@ def _update_sizes(module: nn.Module) -> None:
                 setattr(module, attribute, size)
 
 
-def _without(tensor: Tensor, pairs: list[tuple[GroupSlice, Tensor]]) -> Tensor:
+def _without(tensor: Tensor, pairs: list[tuple[GroupSlice, np.ndarray]]) -> Tensor:
     """A tensor without some positions along one or more dimensions; of experts, each without its own positions."""
-    by_entry: dict[int | None, list[tuple[int, Tensor]]] = {}
+    by_entry: dict[int | None, list[tuple[int, np.ndarray]]] = {}
     for piece, positions in pairs:
         by_entry.setdefault(piece.entry, []).append((piece.dim, positions))
     if None not in by_entry:
@@ -142,14 +145,12 @@ def _without(tensor: Tensor, pairs: list[tuple[GroupSlice, Tensor]]) -> Tensor:
     return _drop(tensor, by_entry[None])
 
 
-def _drop(tensor: Tensor, removed: Iterable[tuple[int, Tensor]]) -> Tensor:
-    by_dim: dict[int, list[Tensor]] = {}
+def _drop(tensor: Tensor, removed: Iterable[tuple[int, np.ndarray]]) -> Tensor:
+    by_dim: dict[int, np.ndarray] = {}
     for dim, positions in removed:
-        by_dim.setdefault(dim, []).append(positions)
+        by_dim.setdefault(dim, np.ones(tensor.shape[dim], bool))[positions] = False
     if not by_dim:
         return tensor.contiguous().clone()
-    for dim, lists in by_dim.items():
-        kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        kept[torch.cat(lists)] = False
-        tensor = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
+    for dim, kept in by_dim.items():
+        tensor = tensor.index_select(dim, torch.from_numpy(kept.nonzero()[0]).to(tensor.device))
     return tensor

@@ -9,7 +9,15 @@ import torch.multiprocessing as mp
 from ids import label
 from real import cifar_images, folder, resnet20
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 import nodelens as nl
 from nodelens.analysis.ablation import damage, donor_pool
@@ -449,6 +457,88 @@ def test_what_does_not_fit_is_said():
             call()
         assert words in str(error.value)
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in net.modules())
+
+
+class ByName(nn.Module):
+    """Takes its input by name only; a layer inside reads zeros, integers, before what it weighs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.picked, self.head = nn.Linear(6, 5), Picked(), nn.Linear(5, 3)
+
+    def forward(self, *, x):
+        return self.head(self.picked(torch.zeros(len(x), 5, dtype=torch.long), x=torch.tanh(self.a(x))))
+
+
+class Picked(nn.Module):
+    def forward(self, shift, x):
+        return 2 * x + shift
+
+
+def test_a_layer_that_reads_integers_first_is_not_taken_for_idle():
+    net, generator = seeded(ByName), torch.Generator().manual_seed(2)
+    x, y = torch.randn(7, 6, generator=generator, dtype=torch.float64), torch.randint(0, 3, (7,), generator=generator)
+    found = nl.ablate(net, [{"x": x, "labels": y}], {"picked.input": [1, 4]}, layers=["picked.input"])
+    with torch.no_grad():
+        read = torch.tanh(net.a(x))
+        losses = [nn.functional.cross_entropy(net.head(2 * read), y)]
+        for unit in (1, 4):
+            losses.append(nn.functional.cross_entropy(net.head(2 * read.index_fill(1, torch.tensor([unit]), 0)), y))
+    np.testing.assert_allclose(found.units["damage"], torch.stack(losses[1:]) - losses[0], rtol=0, atol=1e-12)
+
+
+def test_a_block_that_reads_keys_of_another_one_runs_whole():
+    """Gemma 3n: a block takes keys from a dictionary that an earlier block fills, and a replay leaves empty."""
+    sizes = SIZE | {"head_dim": 4, "num_hidden_layers": 3, "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 8}
+    sizes |= {"laurel_rank": 4, "num_kv_shared_layers": 1, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 3}
+    config = Gemma3nTextConfig(**sizes, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    net, data = seeded(lambda: AutoModelForCausalLM.from_config(config)), texts([9, 7], 2)
+    units = {"model.layers.1.mlp": [0, 3]}
+    found = nl.ablate(net, data, units, layers=list(nl.find_groups(net, data[0])), task="causal_lm")
+    whole = nl.ablate(net, data, units, layers=list(nl.find_groups(net, data[0])), task="causal_lm", replay=False)
+    pd.testing.assert_frame_equal(found.units, whole.units, rtol=0, atol=1e-9)
+
+
+class LastState(nn.Module):
+    """Reads what an LSTM returns besides its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[1][0][-1])
+
+
+def test_a_unit_of_a_recurrent_layer_is_removed_from_its_last_state():
+    net, generator = seeded(LastState), torch.Generator().manual_seed(2)
+    x, y = torch.randn(6, 7, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (6,), generator=generator)
+    found = nl.ablate(net, [(x, y)], {"rnn": [0, 3]}, layers=["rnn"])
+    with torch.no_grad():
+        h = net.rnn(x)[1][0][-1]
+        states = [h, *(h.index_fill(1, torch.tensor([unit]), 0) for unit in (0, 3))]
+        losses = torch.stack([nn.functional.cross_entropy(net.head(state), y) for state in states])
+    np.testing.assert_allclose(found.units["damage"], losses[1:] - losses[0], rtol=0, atol=1e-12)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+def test_groups_under_a_norm_are_named_where_there_are_no_others():
+    net, x = seeded(Normed), torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = [(x, torch.arange(5) % 3)]
+    words = r"a norm reduces over the units of each pruning group, such as a: layers=nl.find_groups\(model, batch\) zeroes them all"
+    with pytest.raises(ValueError, match=words):
+        nl.ablate(net, data)
+    assert len(nl.ablate(net, data, layers=list(nl.find_groups(net, x))).units) == 6
+    with pytest.raises(ValueError, match=r"the model has no pruning groups \(.*\): name layers, as layers='<name of a module>'"):
+        nl.ablate(seeded(LastState), [(torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0, 1]))])
 
 
 class Idle(nn.Module):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from lens_models import family, hooks, ids, llama, stories
 
 import nodelens as nl
@@ -125,6 +126,31 @@ def test_other_families(name):
     assert found[[*NAMES, "recovered"]].notna().all().all()
     assert found.groupby("component")["recovered"].apply(lambda v: v.abs().max()).min() > 0
     assert hooks(family(name)) == before
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
+CACHES = {  # of a convolution's states between keys and values; two caches in one
+    "Lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]},
+    "MegatronBert": {"is_decoder": True},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_without_rows_to_choose_is_left_alone(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**SIZES | CACHES[kind])
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = nl.patch(model, CLEAN, CORRUPT, answer=5, wrong=9, positions=[3])["cells"].set_index("layer")
+    block, state = nl.find_layers(model, "blocks[0]")[0].module, []
+    with torch.no_grad():
+        handle = block.register_forward_hook(lambda m, a, o: state.append(first_tensor(o)))
+        model(CLEAN[None])
+        handle.remove()
+        edit_of = nl.Edit("blocks[0]", "set", value=state[0][0, 3], positions=3)
+        with nl.edit(model, edit_of):
+            logits = model(CORRUPT[None]).logits[0, -1]
+    assert found.loc[0, "logit_difference"] == pytest.approx(float(logits[5] - logits[9]), abs=1e-5)
 
 
 def test_several_pairs_have_answers_of_their_own():
