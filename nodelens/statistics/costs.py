@@ -1,5 +1,6 @@
 """The memory of each statistic, and which statistic contains another; used to plan a pass."""
 
+from . import triangle
 from .base import Statistic
 from .bins import BINS
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
@@ -50,9 +51,9 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
         MeanSizes: d + 1,
         Higher: 5 * d + 1,
         Quantiles: (BINS + 1) * d + 1,
-        Gram: d * d + 3 * d + 1,
-        NormedGram: d * d + 4 * d + 2,
-        Directions: d * d + 3 * d + 1,
+        Gram: triangle.size(d) + 3 * d + 1,
+        NormedGram: triangle.size(d) + 4 * d + 2,
+        Directions: triangle.size(d) + 3 * d + 1,
         Cross: d * t + 2 * d + 2 * t + t * t + 1,
         Pair: d * t + 2 * d + 2 * t + 1,
         NormedPair: d * t + 3 * d + 3 * t + 4,
