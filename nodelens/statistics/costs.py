@@ -41,7 +41,7 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
     """How many numbers of 8 bytes a statistic holds, for rows of a width with a paired target.
 
     Exact, except that less is held if the highest classes do not occur, a ``Sample`` has fewer than ROWS rows, or the counts of
-    ``Quantiles`` fit in fewer bytes.
+    ``Quantiles`` fit in fewer bytes and bins.
     target_width: columns of the target; the fan-in for WeightSums (with the groups of a convolution); 1 + targets for ClassCross.
     """
     d, t, k = width, target_width, classes
@@ -50,7 +50,7 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
         Zeros: d + 1,
         MeanSizes: d + 1,
         Higher: 5 * d + 1,
-        Quantiles: (BINS + 1) * d + 1,
+        Quantiles: (BINS + 1) * d + 2,
         Gram: triangle.size(d) + 3 * d + 1,
         NormedGram: triangle.size(d) + 4 * d + 2,
         Directions: triangle.size(d) + 3 * d + 1,
