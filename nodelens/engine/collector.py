@@ -21,7 +21,7 @@ from nodelens.statistics.group_slices import chunks_of, copy_order, draw, group_
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
-from nodelens.statistics.sample_sums import SampleSums
+from nodelens.statistics.sample_sums import SampleParts, SampleSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
 from .firing import BEHIND
@@ -192,7 +192,7 @@ class Collector:
     ) -> tuple[SampleSums, Tensor | None]:
         """Adds products of rows by group, in cache-sized chunks; returns the sums of each sample for the rest, and their order."""
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
-        rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
+        rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), SampleParts(len(rows))
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
         order = copy_order(rows.raw, group) if self.products else None
         group, hashes, label = taken(group, order), taken(hashes, order), {k: taken(t, order) for k, t in label.items()}
@@ -214,7 +214,7 @@ class Collector:
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
                 for g, a, b in slices if self.products else ():
                     self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
-        return SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample(), order
+        return parts.joined() or rows.take(0, 0).by_sample(), order
 
     def _buffer_patches(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
         """Buffers the sums over a convolution's patches, per sample."""
