@@ -20,7 +20,7 @@ from nodelens.statistics.group_slices import chunks_of, copy_order, draw, group_
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
 from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
-from nodelens.statistics.sample_sums import SampleSums
+from nodelens.statistics.sample_sums import SampleParts, SampleSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
 from .captured_rows import CHUNK, captured_rows
@@ -175,7 +175,7 @@ class Collector:
     ) -> tuple[SampleSums, Tensor | None]:
         """Adds products of rows by group, in cache-sized chunks; returns the sums of each sample for the rest, and their order."""
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
-        rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
+        rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), SampleParts(len(rows))
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
         grams = MapGrams(self.plan.groups, rows) if self.only_grams and MapGrams.fits(rows) else None
         by_slice = [] if grams else self.products
@@ -201,7 +201,7 @@ class Collector:
                     grams.add(part, group[first:last].tolist())
                 for g, a, b in slices:
                     self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
-        sums = SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
+        sums = parts.joined() or rows.take(0, 0).by_sample()
         for g, value in grams.read(sums, group, rows).items() if grams else ():
             for need in self.products:
                 self.put(need, g, value)

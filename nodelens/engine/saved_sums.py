@@ -25,7 +25,7 @@ from .plan import Plan
 from .request import describe_metrics
 from .signals import Signals, noted
 
-FORM = 1  # version of the files
+FORM = 2  # version of the files
 
 
 @dataclass

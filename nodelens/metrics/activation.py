@@ -231,4 +231,4 @@ class ActivationCosine(Metric):
         return (pairs.nansum(1) / (live.sum() - 1)).where(live & (live.sum() > 1), torch.nan)
 
     def counts(self, weight: Tensor | None, y: Gram) -> dict[str, int]:
-        return {"zero": int((y.about(shift=torch.zeros_like(y.shift)).outer.diagonal() <= 0).sum())}
+        return {"zero": int((y.about(shift=torch.zeros_like(y.shift)).squares <= 0).sum())}

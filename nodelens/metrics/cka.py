@@ -80,6 +80,6 @@ class DebiasedCKA(EdgeMetric):
     @staticmethod
     def _self_term(x: NormedGram) -> Tensor:
         about = x.centred()
-        trace = about.outer.trace()
+        trace = about.squares.sum()
         hsic = debiased_hsic(x.n, about.outer.square().sum(), trace, trace, about.quartic.squeeze())
         return hsic.where((hsic > 0) & ~constant_units(x).all(), torch.nan)

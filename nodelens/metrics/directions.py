@@ -100,7 +100,7 @@ class DebiasedParticipationRatio(Metric):
 
     def __call__(self, weight: Tensor | None, y: NormedGram) -> Tensor:
         n, about = y.n.double().squeeze(), y.centred()
-        trace, quartic = about.outer.trace(), about.quartic.squeeze()
+        trace, quartic = about.squares.sum(), about.quartic.squeeze()
         norms = (quartic - trace.square() / n) / (n - 1)
         square = (trace / (n - 1)).square() - (n / (n - 1)).square() * norms / n
         hsic = debiased_hsic(y.n, about.outer.square().sum(), trace, trace, quartic)

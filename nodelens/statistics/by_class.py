@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from . import triangle
 from .base import Statistic
 from .gram import Gram
 from .linalg import exact_products, resolution
@@ -174,7 +175,7 @@ class ClassGram(ClassStatistic):
         """Moments of all rows that have a class."""
         outer = self.outer.sum(0)
         rounding = resolution(torch.float64, len(outer)) * outer.diagonal()  # rows of samples are float64
-        return Gram(self.n.sum().reshape(1), self.shift, self.total.sum(0), outer, rounding)
+        return Gram(self.n.sum().reshape(1), self.shift, self.total.sum(0), triangle.pack(outer), rounding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """The memory of each statistic, and which statistic contains another; used to plan a pass."""
 
+from . import triangle
 from .base import Statistic
 from .bins import BINS
 from .by_class import ByClass, ClassCross, ClassGram, ClassSizes
@@ -40,7 +41,7 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
     """How many numbers of 8 bytes a statistic holds, for rows of a width with a paired target.
 
     Exact, except that less is held if the highest classes do not occur, a ``Sample`` has fewer than ROWS rows, or the counts of
-    ``Quantiles`` fit in fewer bytes.
+    ``Quantiles`` fit in fewer bytes and bins.
     target_width: columns of the target; the fan-in for WeightSums (with the groups of a convolution); 1 + targets for ClassCross.
     """
     d, t, k = width, target_width, classes
@@ -49,10 +50,10 @@ def numbers(statistic: type[Statistic], width: int, target_width: int, classes: 
         Zeros: d + 1,
         MeanSizes: d + 1,
         Higher: 5 * d + 1,
-        Quantiles: (BINS + 1) * d + 1,
-        Gram: d * d + 3 * d + 1,
-        NormedGram: d * d + 4 * d + 2,
-        Directions: d * d + 3 * d + 1,
+        Quantiles: (BINS + 1) * d + 2,
+        Gram: triangle.size(d) + 3 * d + 1,
+        NormedGram: triangle.size(d) + 4 * d + 2,
+        Directions: triangle.size(d) + 3 * d + 1,
         Cross: d * t + 2 * d + 2 * t + t * t + 1,
         Pair: d * t + 2 * d + 2 * t + 1,
         NormedPair: d * t + 3 * d + 3 * t + 4,

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from . import triangle
 from .base import Statistic, derived
 from .linalg import exact_products, maps_by_sample, resolution
 from .moments import Moments, free
@@ -23,14 +24,14 @@ class Gram(Statistic):
     n: Tensor  # (1,)    int64    rows
     shift: Tensor  # (d,)    float64  a guess of the mean
     total: Tensor  # (d,)    float64  sum of x - shift
-    outer: Tensor  # (d, d)  float64  sum of (x - shift)(x - shift)'
+    upper: Tensor  # (triangle.size(d),) float64  the upper triangle of ``outer``
     rounding: Tensor  # (d,)    float64  error of the diagonal of outer; that of entry (i, j) is at most sqrt(r_i r_j)
 
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
         total, outer = rows.total, rows.outer
-        return cls(rows.n, rows.shift, total, outer, rounding_error(rows, total, outer.diagonal()))
+        return cls(rows.n, rows.shift, total, triangle.pack(outer), rounding_error(rows, total, outer.diagonal()))
 
     def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         if rows.shift is not self.shift:
@@ -43,14 +44,24 @@ class Gram(Statistic):
         samples, _, positions = rows.raw.shape
         self.n.add_(samples * positions if rows.keep is None else rows.n)
         self.total.add_(total)
-        self.outer.add_(outer)
+        triangle.add(self.upper, outer)
         self.rounding.add_(rounding_error(rows, total, outer.diagonal()))
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n
         mixed = self.total.outer(step)
-        outer = self.outer + mixed + mixed.T + n * step.outer(step)
-        return type(self)(n, shift, self.total + n * step, outer, self.rounding)
+        outer = self.outer.add_(mixed).add_(mixed.T).add_(n * step.outer(step))
+        return type(self)(n, shift, self.total + n * step, triangle.pack(outer), self.rounding)
+
+    @property
+    def outer(self) -> Tensor:
+        """Sum of (x - shift)(x - shift)', (d, d), in newly allocated memory."""
+        return triangle.unpack(self.upper, len(self.total))
+
+    @property
+    def squares(self) -> Tensor:
+        """Sum of (x - shift)^2, (d,): the diagonal of ``outer``."""
+        return triangle.diagonal(self.upper, len(self.total))
 
     @property
     def mean(self) -> Tensor:
@@ -61,7 +72,7 @@ class Gram(Statistic):
     @derived
     def covariance(self) -> Tensor:
         """Unbiased covariance, (d, d), in the unit of x squared; NaN below two rows."""
-        return (self.outer - self.total.outer(self.total) / self.n) / free(self.n)
+        return self.outer.sub_(self.total.outer(self.total).div_(self.n)).div_(free(self.n))
 
     @property
     def variance_rounding(self) -> Tensor:
@@ -72,7 +83,7 @@ class Gram(Statistic):
     @derived
     def moments(self) -> Moments:
         """Moments of the same rows, from the diagonal."""
-        return Moments(self.n, self.shift, self.total, self.outer.diagonal())
+        return Moments(self.n, self.shift, self.total, self.squares)
 
 
 class MapGrams:
@@ -118,7 +129,7 @@ class MapGrams:
         for g in found:
             self._empty(g)
         rounding = _rounding_error(like, n, total, self.outer.diagonal(dim1=1, dim2=2))
-        return {g: Gram(n[g], like.shift, total[g], self.outer[g], rounding[g]) for g in found}
+        return {g: Gram(n[g], like.shift, total[g], triangle.pack(self.outer[g]), rounding[g]) for g in found}
 
 
 def rounding_error(rows: Rows, total: Tensor, square: Tensor) -> Tensor:

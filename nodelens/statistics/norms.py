@@ -35,7 +35,7 @@ class NormedGram(Gram):
     def about(self, shift: Tensor) -> Self:
         """The squared norm of x + a is e + 2 a.x + |a|^2; the sums below are this expression, expanded."""
         a, gram = self.shift - shift, self.gram.about(shift)
-        aa, e, along, projected = a.square().sum(), self.outer.trace(), a @ self.total, self.outer @ a
+        aa, e, along, projected = a.square().sum(), self.squares.sum(), a @ self.total, self.outer @ a
         skew = self.skew + 2 * projected + aa * self.total + a * (e + 2 * along + self.n * aa)
         quartic = self.quartic + 4 * a @ self.skew + 4 * a @ projected + 2 * aa * e + 4 * aa * along + self.n * aa.square()
         return type(self)(**gram.tensors(), skew=skew, quartic=quartic)
@@ -47,7 +47,7 @@ class NormedGram(Gram):
 
     @property
     def gram(self) -> Gram:
-        return Gram(self.n, self.shift, self.total, self.outer, self.rounding)
+        return Gram(self.n, self.shift, self.total, self.upper, self.rounding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ from .bins import BINS, DROPPED, LOW
 from .linalg import FEW, exact_products, maps_by_sample
 
 SUMS = ("sums", "squares", "cubes", "fourths", "absolutes", "nonzeros", "largest")
-PIECE = 1 << 18  # values whose bins are found at once, so that they stay in the cache
 _SIZES = {"absolutes", "nonzeros", "largest"}
 _POWERS = {"cubes", "fourths", "norms"}
 _LEADING = (1 << 31 - DROPPED) - 1  # the bits of a float32 that a bin reads, without the sign
@@ -83,12 +82,25 @@ def _over_positions(x: Tensor) -> Tensor:
     return x.sum(2)
 
 
-def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None) -> None:
-    """Adds to counts, (width, BINS) of whole numbers, how many of the |values| of each unit lie in each bin, in place."""
-    flat, step = counts.view(-1), max(1, PIECE // max(1, raw[:1].numel()))
-    for first in range(0, len(raw), step):
-        places = _bin_places(raw[first : first + step], None if keep is None else keep[first : first + step])
-        flat.scatter_add_(0, places, flat.new_ones(len(places)))  # twice as fast as ones that are expanded
+def bins_of(raw: Tensor, keep: Tensor | None) -> Tensor:
+    """The bin of each |value|, (samples, width, positions) int32 in the memory layout of the values; 0 for masked rows."""
+    # the leading bits of a float32 are its sign and a piecewise linear logarithm of its size
+    bins = (raw.float().view(torch.int32) >> DROPPED).bitwise_and_(_LEADING).sub_(LOW - 1).clamp_(0, BINS - 1)
+    return bins if keep is None else bins.where(keep[:, None], 0)
+
+
+def add_bins(counts: Tensor, bins: Tensor, first: int, keep: Tensor | None) -> None:
+    """Adds to counts, (width, columns) of whole numbers, how many values of each unit lie in each bin, in place; overwrites bins.
+
+    bins, keep: as in ``bins_of``. The first column counts bin 0, and the next ones bins ``first``, ``first`` + 1, ..., which must
+    hold all others.
+    """
+    width, columns = counts.shape
+    if columns * width and bins.numel():
+        places = bins.sub_(first - 1).clamp_min_(0)
+        places += torch.arange(0, width * columns, columns, dtype=torch.int32, device=bins.device)[:, None]
+        flat = (places.transpose(1, 2) if places.stride(1) == 1 else places).flatten()  # in the order of the memory if it is dense
+        counts.view(-1).scatter_add_(0, flat, counts.new_ones(len(flat)))  # twice as fast as ones that are expanded
     if keep is not None:
         counts[:, 0] -= keep.numel() - keep.sum()  # masked rows were counted as zeros
 
@@ -115,13 +127,3 @@ def _nonzeros(size: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None and size.device.type == "cpu" and size.numel() and float(size[:1].amin()) > 0 and float(size.amin()) > 0:
         return size.new_full(size.shape[:2], size.shape[2])  # usual before an activation; saves one pass
     return _over_positions(size.sign_())
-
-
-def _bin_places(raw: Tensor, keep: Tensor | None) -> Tensor:
-    """The flat index of the bin that counts each value, in a (units, BINS) table, in the order of the memory if that is dense."""
-    # the leading bits of a float32 are its sign and a piecewise linear logarithm of its size
-    bits = (raw.float().view(torch.int32) >> DROPPED).bitwise_and_(_LEADING).clamp_(LOW - 1, LOW + BINS - 2)
-    bits = bits if keep is None else bits.where(keep[:, None], LOW - 1)
-    first = torch.arange(1 - LOW, raw.shape[1] * BINS, BINS, dtype=torch.int32, device=raw.device)[: raw.shape[1]]
-    places = bits.add_(first[:, None])
-    return (places.transpose(1, 2) if places.stride(1) == 1 else places).flatten()

@@ -42,15 +42,6 @@ class SampleSums:
         """The same with a function applied to each table."""
         return self.of_tables({k: change(t) for k, t in self.tables().items()}, self.shift, self.masked)
 
-    @classmethod
-    def cat(cls, parts: list["SampleSums"]) -> "SampleSums":
-        """Concatenate the samples of several parts about the same shift."""
-        if len(parts) == 1:
-            return parts[0]
-        every = [p.tables() for p in parts]
-        joined = {name: torch.cat([tables[name] for tables in every]) for name in every[0]}
-        return cls.of_tables(joined, parts[0].shift, any(p.masked for p in parts))
-
     @property
     def n(self) -> Tensor:
         return self.counts.sum().reshape(1)
@@ -78,6 +69,32 @@ class SampleSums:
     @property
     def nonzero(self) -> Tensor:
         return _known(self.nonzeros).sum(0, dtype=torch.float64).round().long()
+
+
+class SampleParts:
+    """The sums of the samples of a batch, part by part, in tables that are allocated once.
+
+    Small tensors that stay after each part would lie between large ones that are freed, whose memory could not be used again.
+    """
+
+    def __init__(self, samples: int):
+        self.samples, self.filled, self.masked = samples, 0, False
+        self.tables: dict[str, Tensor] = {}
+        self.shift: Tensor | None = None
+
+    def append(self, part: SampleSums) -> None:
+        """Adds the sums of the next samples, about the shift of the first part."""
+        tables, end = part.tables(), self.filled + len(part)
+        if self.shift is None:
+            self.shift = part.shift
+            self.tables = {name: table.new_empty(self.samples, *table.shape[1:]) for name, table in tables.items()}
+        for name, table in tables.items():
+            self.tables[name][self.filled : end] = table
+        self.filled, self.masked = end, self.masked or part.masked
+
+    def joined(self) -> SampleSums | None:
+        """The sums of all samples; None without a part."""
+        return None if self.shift is None else SampleSums.of_tables(self.tables, self.shift, self.masked)
 
 
 def _known(table: Tensor | None) -> Tensor:

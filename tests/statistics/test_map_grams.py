@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from nodelens.statistics.gram import TERMS, Gram, MapGrams
 from nodelens.statistics.rows import Rows
+from nodelens.statistics.sample_sums import SampleParts
 
 GROUP = torch.tensor([2, 0, 2, 2, 5, 0, 2, 5, 2, 2])
 
@@ -25,7 +26,10 @@ def added(rows, group, step):
         part = rows.take(first, first + step)
         grams.add(part, group[first : first + step].tolist())
         sums.append(part.by_sample())
-    return grams.read(type(sums[0]).cat(sums), group, rows)
+    joined = SampleParts(len(rows))
+    for part in sums:
+        joined.append(part)
+    return grams.read(joined.joined(), group, rows)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])

@@ -9,7 +9,7 @@ from nodelens.statistics import Quantiles
 from nodelens.statistics.bins import BINS
 from nodelens.statistics.group_slices import copy_order, taken
 from nodelens.statistics.linalg import gram_of_rows
-from nodelens.statistics.reductions import SUMS, add_bins, reduce
+from nodelens.statistics.reductions import SUMS, add_bins, bins_of, reduce
 from nodelens.statistics.rows import Rows
 
 EVERY = (*SUMS, "norms", "skews")
@@ -112,11 +112,12 @@ def test_bins_are_those_of_a_search(layout, masked, dtype):
     keep = torch.arange(600) % 3 > 0 if masked else None
     keep = None if keep is None else keep.expand(len(raw), -1)
     counts = torch.ones(37, BINS, dtype=torch.int64)
-    add_bins(counts, raw, keep)
+    add_bins(counts, bins_of(raw, keep), 1, keep)
     rows = int(keep.sum()) if masked else raw.shape[0] * raw.shape[2]
     assert torch.equal((counts - 1).sum(1), torch.full((37,), rows))
     one = raw[:, 18].double().abs() if keep is None else raw[:, 18].double().abs()[keep]
-    found = Quantiles(torch.tensor([rows]), counts - 1, raw.double().abs().amax((0, 2))).quantile(0.5)[18]
+    largest = raw.double().abs().amax((0, 2))
+    found = Quantiles(torch.tensor([rows]), torch.tensor([1]), counts - 1, largest).quantile(0.5)[18]
     assert_close(found, one.median(), rtol=0.01, atol=0)
 
 
@@ -127,7 +128,7 @@ def test_several_threads_return_what_one_does():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             counts = torch.zeros(64, BINS, dtype=torch.int64)
-            add_bins(counts, raw, None)
+            add_bins(counts, bins_of(raw, None), 1, None)
             found.append(reduce(raw, None, None, EVERY) | {"counts": counts})
     finally:
         torch.set_num_threads(before)
@@ -142,7 +143,7 @@ def test_few_or_no_values(shape):
     assert torch.equal(found["sums"], raw.sum(2))
     assert torch.equal(found["norms"], raw.sum(1))
     assert torch.equal(found["largest"], torch.full(shape[:2], float(shape[2] > 0)))
-    add_bins(counts := torch.zeros(shape[1], BINS, dtype=torch.int64), raw, None)
+    add_bins(counts := torch.zeros(shape[1], BINS, dtype=torch.int64), bins_of(raw, None), 1, None)
     assert int(counts.sum()) == raw.numel()
 
 

@@ -75,13 +75,42 @@ def test_quantiles_of_smooth_rows_are_far_closer_than_a_bin():
 def test_values_outside_the_bins_are_counted_in_the_outermost_bins():
     x = torch.tensor([[0.0, 1e-12, -1e30, 1e300, 5.0]], dtype=torch.float64).T
     found = Quantiles.of(x)
-    assert found.counts.shape == (1, BINS)
+    assert found.widest().counts.shape == (1, BINS)
+    assert found.counts.shape[1] < BINS / 2
     assert found.counts[0, 0] == found.counts[0, -1] == 2
     assert found.counts.sum() == found.n == 5
     assert found.quantile(0).item() == 0
     assert abs(found.quantile(0.5).item() - 5) < 0.05
     assert abs(found.quantile(0.75).item() / 1e8 - 1) < 0.02
     assert found.quantile(1).item() == 1e300
+
+
+def test_only_bins_between_the_smallest_and_the_largest_value_are_held():
+    x = normal(500, 3).abs() + 1
+    found, wide = Quantiles.of(x), Quantiles.of(torch.cat([x, x / 1000, x * 1000]))
+    assert found.counts.shape[1] <= 1 + 5 * 64
+    for parts in ([x, x / 1000, x * 1000], [x * 1000, x / 1000, x], [x[:0], x / 1000, x[:0], x * 1000, x]):
+        sums = Accumulator(Quantiles)
+        for part in parts:
+            sums.add_rows(Rows.of(part, shift=torch.zeros(3, dtype=torch.float64)))
+        assert torch.equal(sums.value.counts, wide.counts)
+        assert torch.equal(sums.value.first, wide.first)
+        assert_close(sums.value.quantile(0.3), wide.quantile(0.3), rtol=0, atol=0)
+
+
+def test_counts_take_more_bytes_only_when_one_of_them_does():
+    x = normal(20_000, 1).exp()
+    sums, rows = Accumulator(Quantiles), Rows.of(x, shift=torch.zeros(1, dtype=torch.float64))
+    for _ in range(8):
+        sums.add_rows(rows)
+    assert sums.value.n == 160_000
+    assert sums.value.counts.dtype == torch.int16, "the fullest bin has about 2,000 rows"
+    ones = Rows.of(torch.ones(20_000, 1, dtype=torch.float64), shift=torch.zeros(1, dtype=torch.float64))
+    for k in (1, 2, 3):
+        sums.add_rows(ones)
+        held = sums.value
+        assert held.counts.dtype == (torch.int16 if k < 2 else torch.int32)
+        assert held.counts.sum() == held.n == 160_000 + 20_000 * k
 
 
 @pytest.mark.parametrize("batch", [1, 7, 3000])
@@ -194,7 +223,7 @@ def test_counts_are_held_in_the_smallest_whole_numbers_and_never_overflow(by_row
 
 def test_counts_widen_once_more_where_rows_exceed_those_of_int32():
     few = Quantiles.of(torch.full((4, 1), 3.0))
-    many = Quantiles(few.n + (1 << 31) - 6, few.counts.int() * ((1 << 29) - 1), few.largest)
+    many = Quantiles(few.n + (1 << 31) - 6, few.first, few.counts.int() * ((1 << 29) - 1), few.largest)
     assert (few + many).counts.dtype == (many + few).counts.dtype == torch.int64
     assert int((few + many).counts.max()) == (1 << 31)
     assert not many.add_in_place(few)
