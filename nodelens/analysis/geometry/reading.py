@@ -33,6 +33,8 @@ from .sites import HookPoint, SeenTensors, check_rows, merged, pairs, unique
 from .tables import Values
 from .tokens import TokenBatch, TokenReader, TokenSample
 
+FEW = 17  # tokens of a dry run: no multiple of a number of heads, experts or latents, which would look like tokens
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -136,16 +138,34 @@ def _read_once(
 def _dry_run(
     net: nn.Module, head: TokenBatch | None, sites: Sequence[Layer], routers: Routers | None
 ) -> tuple[DryRun, dict[str, Router], dict[str, str]] | None:
-    """One small forward: the shapes at the sites, the modules that are routers, and sites that show the same tensor."""
+    """The shapes at the sites, the modules that are routers, and sites that show the same tensor.
+
+    The first tokens of the samples show all of it for less. Where the model takes no fewer tokens, or a site shows something else
+    than one row per token, all tokens are run, so that an error names their number.
+    """
     if head is None:
         return None
+    length, beginning = head.mask.shape[1], head.beginning(FEW)
+    if beginning is not None:
+        try:
+            shapes, named, same = _shapes(net, beginning, sites, routers)
+        except Exception:  # a forward pass may raise anything
+            pass
+        else:
+            return shapes.of_length(FEW, length), named, same
+    return _shapes(net, head, sites, routers)
+
+
+def _shapes(
+    net: nn.Module, head: TokenBatch, sites: Sequence[Layer], routers: Routers | None
+) -> tuple[DryRun, dict[str, Router], dict[str, str]]:
     finder = routers or Routers(net)
-    finder.tokens = head.mask[:2].numel()
+    finder.tokens, finder.found = head.mask[:2].numel(), {}
     seen = SeenTensors()
     capture = Capture([Site(layer, "output") for layer in sites], seen.see)
     capture.gate = True
     with observed(net.modules() if routers else (), finder.discover), capture:
-        dry_run = DryRun.of(net, sites, Batch.of(head.inputs).to(device_of(net)))
+        dry_run = DryRun.of(net, sites, Batch.of(head.inputs).to(device_of(net)), traced=False)
     check_rows(sites, dry_run, head.mask.shape[1])
     return dry_run, {router.name: router for router in finder.found.values()}, seen.duplicates()
 

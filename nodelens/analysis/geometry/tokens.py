@@ -95,6 +95,12 @@ class TokenBatch:
 
         return type(self)({k: part(v) for k, v in self.inputs.items()}, self.mask[rows, places], self.keys[rows, places])
 
+    def beginning(self, tokens: int) -> Self | None:
+        """The first positions of every sample; None if there are no more, or if an input has something else than one value each."""
+        every = [value for value in self.inputs.values() if isinstance(value, Tensor)]
+        cut = self.mask.shape[1] > tokens and all(value.shape[:2] == self.mask.shape for value in every)
+        return self.take(slice(None), slice(tokens)) if cut else None
+
     def first(self, count: int) -> list[Self]:
         """The first ``count`` tokens that count: a batch of whole samples, and the sample in which they end, cut there."""
         ends = self.mask.sum(1).cumsum(0)
