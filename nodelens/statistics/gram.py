@@ -45,8 +45,8 @@ class Gram(Statistic):
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n
-        mixed = self.total.outer(step)
-        outer = self.outer + mixed + mixed.T + n * step.outer(step)
+        half = self.total + n * step / 2
+        outer = torch.addr(self.outer, half, step).addr_(step, half)
         return type(self)(n, shift, self.total + n * step, outer, self.rounding)
 
     @property
