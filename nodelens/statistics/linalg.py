@@ -155,12 +155,8 @@ def eigenvalues(covariance: Tensor, rounding: Tensor) -> Tensor | None:
         return torch.full_like(covariance.diagonal(), torch.nan)
     if not len(covariance):
         return None
-    return resolved_eigenvalues(torch.linalg.eigvalsh(covariance).flip(0), covariance.diagonal(), rounding)
-
-
-def resolved_eigenvalues(values: Tensor, variances: Tensor, rounding: Tensor) -> Tensor | None:
-    """Eigenvalues (d,), largest first, with 0 for those that rounding hides; None where only eigenvectors tell which."""
-    floor, varies = SOLVER * values[0], variances != 0
+    values, varies = torch.linalg.eigvalsh(covariance).flip(0), covariance.diagonal() != 0
+    floor = SOLVER * values[0]
     resolved = values > torch.maximum(rounding.where(varies, 0).amax(), floor)
     hidden = values <= torch.maximum(rounding.where(varies, torch.inf).amin(), floor)
     return values.where(resolved, 0) if bool((resolved | hidden).all()) else None
