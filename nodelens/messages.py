@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -92,6 +92,21 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """' Did you mean ...?', or nothing where no word is near."""
     near = difflib.get_close_matches(word, list(words), 1, 0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Sequence[object], most: int = 12) -> str:
+    """Names on one line, at most ``most`` of them.
+
+    >>> listed(["fc1", "fc2", "fc3"], 2), listed([])
+    ('fc1, fc2 and 1 more', 'none')
+    """
+    rest = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "") if len(names) else "none"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def shown(value: Any, most: int = 60) -> str:

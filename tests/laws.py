@@ -122,7 +122,7 @@ READ: dict[type[Statistic], tuple[str, ...]] = {
     MeanSizes: ("n", "square"),
     Quantiles: ("n", "counts", "largest"),
     Gram: ("n", "mean", "covariance"),
-    NormedGram: ("n", "mean", "covariance", "norm_mean", "norm_square_sum", "norm_variance"),
+    NormedGram: ("n", "mean", "covariance"),
     Directions: ("n", "mean", "covariance", "outer", "shift"),
     Pair: ("n", "mean", "target_mean", "covariance"),
     NormedPair: ("n", "mean", "target_mean", "covariance", "centre_mixed", "centre_left", "centre_right", "centre_e"),

@@ -37,22 +37,14 @@ def find(target: str, path: str) -> Any:
     except ModuleNotFoundError as error:
         if not (module + ".").startswith(str(error.name) + "."):
             raise
-        return _member(module, name, path, target)
+        if "." not in module:
+            raise ValueError(
+                f"{path}._target_: no module {module!r} for {target!r}: start in its folder, or add that folder to PYTHONPATH"
+            ) from error
+        home = find(module, path)  # a class, of which the target is a method
     if not hasattr(home, name):
         raise ValueError(f"{path}._target_: {module} has no {name!r}.{nearest(name, vars(home))}")
     return getattr(home, name)
-
-
-def _member(module: str, name: str, path: str, target: str) -> Any:
-    """A method: what precedes the last dot is a class, not a module."""
-    if "." not in module:
-        raise ValueError(
-            f"{path}._target_: no module {module!r} for {target!r}: start in its folder, or add that folder to PYTHONPATH"
-        )
-    owner = find(module, path)
-    if not hasattr(owner, name):
-        raise ValueError(f"{path}._target_: {module} has no {name!r}.{nearest(name, vars(owner))}")
-    return getattr(owner, name)
 
 
 def _check_target(node: Mapping[str, Any], path: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nodelens.messages import setting
-from nodelens.results.files import write
+from nodelens.results.files import write_text
 
 NAMES = ("train", "val", "test", "calibration", "all")
 
@@ -78,5 +78,5 @@ def write_splits(folder: str | Path, splits: dict[str, Tensor], about: dict[str,
     file = Path(folder) / "splits.json"
     record = about | {"sizes": {name: len(ids) for name, ids in splits.items()}}
     record |= {name: ids.tolist() for name, ids in splits.items() if name != "train"}
-    write(file, lambda temporary: temporary.write_text(json.dumps(record), encoding="utf-8"))
+    write_text(file, json.dumps(record))
     return file

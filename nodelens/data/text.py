@@ -1,32 +1,30 @@
 """The data module for texts: samples of tokens for causal language models."""
 
 import hashlib
-import warnings
 from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nodelens.messages import as_seed, either, setting
+from nodelens.messages import either, setting
 
 from .blocks import Reader, Samples, TokenStream, packed, separate, unused
 from .cache import Parts, cached
 from .corpus import Corpus
-from .order import SeededDraws, TrainingOrder, current_epoch
 from .selectors import Selector, check_exact
-from .splits import check_loading, make_splits, pick, shard, write_splits
+from .split_data import SplitData, silence_warnings
+from .splits import make_splits, shard, write_splits
 from .textstream import Blocks, TextStream, nothing_selected
 from .tokens import Tokenizer, open_tokenizer
 
 TextBatch = dict[str, Tensor]
 
 
-class Text(lightning.LightningDataModule):
+class Text(SplitData):
     """Tokenised texts, cut into samples, with disjoint train, val, test and calibration splits of the samples.
 
     A batch is a dict: input_ids and labels (B, T), bytes (B,), ids (B,); if it is padded, attention_mask and, for padding on
@@ -49,8 +47,6 @@ class Text(lightning.LightningDataModule):
     val, test, calibration, seed, workers: as in ``ImageData``
     Raises: in `setup`, FileNotFoundError if text or tokenizer are not available; ValueError for unsuitable options.
     """
-
-    unsplit: bool = False  # whether there is no test set, so that the test set is a held-out share of the text
 
     def __init__(
         self,
@@ -83,25 +79,21 @@ class Text(lightning.LightningDataModule):
         seed: int = 0,
         workers: int = 0,
     ):
-        super().__init__()
+        super().__init__(batch_size, workers, seed, val, test, calibration)
         self.corpus = Corpus(path, name, text_key, separator, train_split, test_split, streaming)
         self.documents, self.max_tokens, self.tokenizer = documents, max_tokens, tokenizer
         self.mode, self.length, self.stride, self.remainder = mode, length, stride, remainder
         self.bos, self.eos, self.side, self.classes = bos, eos, side, classes
         self.select, self.special, self.cache = select, special, cache
-        check_loading(batch_size, workers)
-        self.batch_size, self.workers, self.seed = batch_size, workers, as_seed(seed, setting("dataset.seed"))
-        self.shares: dict[str, Any] = {"val": val, "test": test, "calibration": calibration}
         self.source: Samples | None = None
         self.blocks: Blocks | None = None  # of a streamed text
-        self.indices: dict[str, Tensor] = {}
         # numbers of documents, tokens and bytes read, of unused tokens, and of tokens in samples by kind: padding, special ones
         # left out, not selected, counted. Empty for a stream
         self.counts: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenise, cut and split; the second call does nothing. Collective: processes share the work."""
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")  # workers slow down data in memory
+        silence_warnings()
         if self.source is not None or self.blocks is not None:
             return
         self._check()
@@ -129,27 +121,16 @@ class Text(lightning.LightningDataModule):
         self.indices = make_splits(len(parts[0]), own_test, seed=self.seed, **self.shares)
         self.source = parts[0] if self.unsplit else parts[0] + parts[1]
 
-    def train_dataloader(self) -> DataLoader[TextBatch]:
-        """Shuffled batches of the training split, in a new order each epoch, a function of `seed` and the epoch."""
-        ids = self._ids("train")
-        return self._load(ids, self.batch_size, TrainingOrder(len(ids), self.seed, current_epoch(self)))
-
-    def val_dataloader(self) -> DataLoader[TextBatch]:
-        return self._load(self._ids("val"), self.batch_size)
-
-    def test_dataloader(self) -> DataLoader[TextBatch]:
-        return self._load(self._ids("test"), self.batch_size)
+    def numbered(self, ids: Tensor) -> Dataset[TextBatch]:
+        return _Numbered(self._ready(), ids)
 
     def loader(self, split: str, rank: int = 0, world: int = 1, batch_size: int | None = None) -> DataLoader[TextBatch]:
-        """Batches, in a fixed order, of the samples at positions i with i % world == rank; may be empty.
-
-        split: train, val, test, calibration or all. Raises: ValueError for another split, or a rank outside world.
-        """
+        """As of images; a streamed text has the split "all" only."""
         self.setup()
         if self.blocks is not None and split == "all":
             shard(torch.empty(0), rank, world)  # validates rank and world
             return _in_order(TextStream(self.blocks, batch_size or self.batch_size, rank, world), self.workers)
-        return self._load(shard(self._ids(split), rank, world), batch_size or self.batch_size)
+        return super().loader(split, rank, world, batch_size)
 
     def save_splits(self, folder: str | Path) -> Path:
         """Write `splits.json` into `folder`: fingerprint, seed, counts, sizes, and the sample numbers of all splits but train."""
@@ -173,24 +154,12 @@ class Text(lightning.LightningDataModule):
                 f"there is no split '{split}': with {setting('dataset.streaming', True)} and "
                 f"{setting('dataset.mode', 'pack')} the only split is 'all'; set {setting('dataset.streaming', False)}"
             )
-        return pick(self.indices, split)
+        return super()._ids(split)
 
     def _ready(self) -> Samples:
         self.setup()
         assert self.source is not None
         return self.source
-
-    def _load(self, ids: Tensor, batch_size: int, order: TrainingOrder | None = None) -> DataLoader[TextBatch]:
-        texts = _Numbered(self._ready(), ids)
-        return DataLoader(
-            texts if order is None else SeededDraws(texts),
-            batch_size=batch_size,
-            sampler=order,
-            collate_fn=_identity,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
     def _read(self, reader: Reader) -> Parts:
         """All tokens, and the edges of the parts."""
@@ -308,7 +277,3 @@ class _Numbered(Dataset[TextBatch]):
 def _in_order(stream: TextStream, workers: int) -> DataLoader[TextBatch]:
     """Batches in order; at most one worker prefetches, because every worker would read the whole text."""
     return DataLoader(stream, batch_size=None, num_workers=min(1, workers), pin_memory=torch.cuda.is_available())
-
-
-def _identity(batch: Any) -> Any:
-    return batch

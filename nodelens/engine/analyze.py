@@ -59,21 +59,9 @@ def analyze(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **named: Any,
 ) -> Result:
-    """Measures the units of a model in one pass over the data, in eval mode, on the device of its parameters.
+    """Measures the units of a model in one pass over the data: ``nl.analyze`` without its further analyses.
 
-    data:     batches, each a tensor, an (x, y) pair or a dict (input_ids, attention_mask, labels, ids). Under a process group, each
-              process passes its own share. None is allowed if all metrics read weights only
-    metrics:  a name, a set by name such as forward, metric objects, a list of these, or {column: metric}
-    layers:   a name, a glob, a role, a list of them, or pruning groups
-    initial:  the network before training, or its state dict, for metrics of the weights' change
-    options:  ``AnalyzeOptions``; each of its fields can also be passed by name, as in ``groups=16``
-    on_plan:  called with the plan before the data are read
-    progress: wraps the batches of each pass, for a progress bar
-
-    Calls from several threads run one after the other.
-
-    Returns the tables of units, layers and layer pairs. Raises ValueError for names without a match, data that do not fit the model
-    and missing labels; MemoryError beyond the budget; TypeError for an unknown option.
+    Arguments, result and errors are those of ``nl.analyze``.
     """
     model = uncompiled(model)
     result = measure(model, data, metrics, layers, initial=initial, options=options, on_plan=on_plan, progress=progress, **named)

@@ -16,12 +16,13 @@ from nodelens.network.layers import ASSOCIATION
 from nodelens.network.objective import Objective
 from nodelens.network.targets import target_of, token_target
 from nodelens.statistics import Accumulator
+from nodelens.statistics.gram import TERMS
 from nodelens.statistics.group_slices import draw, group_slices, sorting
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.repeats import Repeats
 from nodelens.statistics.rows import Rows
 
-from .collector import TERMS, Collector
+from .collector import Collector
 from .derivative_collector import DerivativeCollector
 from .derivatives import differentiate
 from .members import UnreadableGroupsError

@@ -9,14 +9,13 @@ from torch import Tensor
 from nodelens.metrics import Need
 from nodelens.metrics.need import Other
 from nodelens.network.batch import Batch
-from nodelens.network.group_layer import GroupLayer
 from nodelens.network.hooks import Site
 from nodelens.network.missing import with_target
-from nodelens.network.streams import side_of
 from nodelens.network.targets import target_of
 from nodelens.statistics import Accumulator, Statistic
 from nodelens.statistics.buffer import Buffer
 from nodelens.statistics.costs import PAIRS
+from nodelens.statistics.gram import TERMS, Gram, MapGrams
 from nodelens.statistics.group_slices import chunks_of, copy_order, draw, group_slices, sorting, taken
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.patches import MapSums, patch_sums
@@ -24,12 +23,10 @@ from nodelens.statistics.rows import FAR, Rows, means_of, totals_of
 from nodelens.statistics.sample_sums import SampleSums
 
 from .buffered import CAPACITY, MAX_BYTES, buffer_rows, bytes_of
-from .firing import BEHIND
+from .captured_rows import CHUNK, captured_rows
 from .plan import Plan
 
-CHUNK = 2 << 20  # bytes of rows per chunk of reductions, so that they stay in the cache
 SAMPLES = 64  # per group: maps are summed over this many before patches are read from the sum
-TERMS = 8192  # rows summed by one float32 product: keeps rounding below what standard errors resolve
 
 
 class Collector:
@@ -52,6 +49,7 @@ class Collector:
         self.maps: MapSums | None = None
         others = [need for need in rows if need not in from_patches]
         self.products = [need for need in others if need.statistic.by_sample is None]
+        self.only_grams = plan.positions is None and {need.statistic for need in self.products} == {Gram}
         self.reduced = [need for need in others if need.statistic.by_sample is not None]
         self.tables = {need.statistic.by_sample for need in self.reduced} - {None}
         self.whole_rows = {name for need in self.products for name in need.statistic.by_row} if plan.positions is None else set()
@@ -60,6 +58,8 @@ class Collector:
         self.targets = list(dict.fromkeys(need.target for need in self.by_sample if need.target))
         self.needs_means = bool(self.by_sample) or Other(layer.name, site.port) in plan.others
         self.labelled = any(need.target for need in rows)
+        read_whole = self.products or self.patches or self.entries or self.needs_means or self.by_token or len(here) > len(rows)
+        self.only_reduced = bool(self.reduced) and not read_whole
         self.shift: dict[str, tuple[Tensor, bool]] = {}
         self.buffers: dict[Any, Buffer] = {}  # by kind
         self.grid: tuple[int, ...] = ()
@@ -70,25 +70,8 @@ class Collector:
         self.lost = torch.zeros(plan.groups, dtype=torch.int64)  # samples of each group with rows, none of which is finite
 
     def rows_of(self, tensor: Tensor, batch: Batch) -> Rows:
-        """Converts a captured tensor to rows without padded tokens: behind the activation, sampled or sketched as the port says.
-
-        Rows of gradients are those of samples with a label: the others have no loss, and would only lower the means.
-        """
-        layer, samples = self.site.layer, len(batch)
-        if self.site.port == BEHIND:
-            tensor = self.plan.dry_run.firing[layer.name](tensor, layer.module.training)
-        maps = isinstance(layer, GroupLayer) and self.site.port == "maps"
-        member = getattr(tensor, "member", None)
-        mask = batch.mask_at(side_of(layer if member is None else member.layer, self.site.port))
-        rows = layer.maps(tensor, samples) if maps else layer.rows(tensor, samples, mask)  # type: ignore[attr-defined]
-        rows = rows.double() if self.plan.precision == "float64" else rows
-        if "grad" in self.site.port and batch.labelled is not None:
-            rows = rows.only(batch.labelled)
-        if "/tokens" in self.site.port:
-            share = 1 / batch.predicted.clamp_min(1).to(rows.raw)
-            rows = Rows(rows.raw * share[:, None, None], rows.keep, rows.shift, rows.grid)
-        rows = self.plan.covariance.rows(rows, self.site.port)
-        return rows.about(torch.zeros(rows.raw.shape[1], dtype=torch.float64, device=rows.raw.device), shifted=False)
+        """The rows of a captured tensor."""
+        return captured_rows(self.site, self.plan, tensor, batch, by_chunk=self.only_reduced)
 
     def see(self, rows: Rows, batch: Batch) -> None:
         """Takes the rows of one batch: adds a large batch directly and buffers a small one."""
@@ -108,9 +91,9 @@ class Collector:
             self.means += [self._to_samples(rows.finite())] if self.needs_means else []
 
     def _large_enough(self, rows: Rows) -> bool:
-        """Whether a batch is added without buffering: it fills one product per group, or exceeds the buffer's bytes."""
+        """Whether a batch is added without buffering: it fills one product per group, if any, or exceeds the buffer's bytes."""
         samples, width, positions = rows.raw.shape
-        return samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
+        return self.only_reduced or samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
 
     def _labels(self, batch: Batch) -> dict[str, Tensor]:
         return {"label": target_of("label", None, batch.labels)} if self.labelled else {}
@@ -196,7 +179,9 @@ class Collector:
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes), fill)
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), []
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
-        order = copy_order(rows.raw, group) if self.products else None
+        grams = MapGrams(self.plan.groups, rows) if self.only_grams and MapGrams.fits(rows) else None
+        by_slice = [] if grams else self.products
+        order = copy_order(rows.raw, group) if by_slice else None
         group, hashes, label = taken(group, order), taken(hashes, order), {k: taken(t, order) for k, t in label.items()}
         draws = self.plan.positions and self.products
         keep = rows.keep if order is None or rows.keep is None else rows.keep[order]
@@ -204,7 +189,7 @@ class Collector:
         only_entries = not self.tables and not self.products and not self.needs_means
         wanted: set[Any] = set() if only_entries else {"sums", *self.tables, *self.whole_rows}
         with exact_products():
-            for first, last, slices in chunks_of(group_slices(group, longest) if self.products else [], len(rows), step):
+            for first, last, slices in chunks_of(group_slices(group, longest) if by_slice else [], len(rows), step):
                 part = rows.take(first, last) if order is None else rows
                 part = part.prepared(wanted, None if order is None else order[first:last])
                 if self.entries:
@@ -214,9 +199,15 @@ class Collector:
                 if not only_entries:
                     part = self._finite(part, group[first:last])
                     parts.append(part.by_sample(*self.tables))  # type: ignore[arg-type]
-                for g, a, b in slices if self.products else ():
+                if grams:
+                    grams.add(part, group[first:last].tolist())
+                for g, a, b in slices:
                     self._add_products(g, part.take(a - first, b - first), None if drawn is None else drawn[a:b])
-        return SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample(), order
+        sums = SampleSums.cat(parts) if parts else rows.take(0, 0).by_sample()
+        for g, value in grams.read(sums, group, rows).items() if grams else ():
+            for need in self.products:
+                self.put(need, g, value)
+        return sums, order
 
     def _buffer_patches(self, rows: Rows, group: Tensor, label: dict[str, Tensor], count: bool) -> None:
         """Buffers the sums over a convolution's patches, per sample."""

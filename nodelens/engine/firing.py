@@ -68,6 +68,11 @@ class Firing:
                 x = step(x, training, own=k > 0)
         return x
 
+    @property
+    def has_norm(self) -> bool:
+        """Whether samples depend on each other in training."""
+        return any(step.operation in _NORMS for step in self.steps)
+
     def bound(self, tensors: Mapping[str, Tensor]) -> "Firing":
         """The same operations with the ``stored_tensors`` of a model. Collective for a sharded model."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import first_line
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.hooks import Capture, Site
@@ -43,7 +44,7 @@ def without_samples(model: nn.Module, batch: Batch, captured: Mapping[Site, Any]
     try:
         again = _shapes(model, batch.map(lambda tensor: torch.cat([tensor, tensor[:1]])), [*shown, *timed])
     except Exception as error:  # no other size to compare with
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        cause = first_line(error).rstrip(".")
         warnings.warn(
             f"{class_name(model)} takes batches of {size} but not of {size + 1} samples ({cause}): "
             "that the first axis of each layer is the samples is not checked",

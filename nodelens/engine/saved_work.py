@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from .pass_state import Hashed, SeenOrder, State
 from .signals import Signals, noted
 
 FORM = 1  # version of the files
-Item = TypeVar("Item")
 Rest = Callable[[Iterable[Any]], Iterator[Any]]
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from nodelens.metrics import Need
 from nodelens.network.batch import Batch
+from nodelens.statistics.gram import TERMS
 from nodelens.statistics.group_slices import draw, group_slices
 from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import mix
 
-from .collector import TERMS, Collector
+from .collector import Collector
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,6 @@ from torch import Tensor, nn
 
 OPERATIONS = ("zero", "mean", "resample", "scale", "add", "set", "project_out", "module")
 WITHOUT_VALUE = ("zero", "resample")
-Change = Callable[[Tensor], Tensor]
-
-
-def zero(old: Tensor) -> Tensor:
-    """Zeros."""
-    return torch.zeros_like(old)
 
 
 def scale(old: Tensor, value: Tensor) -> Tensor:
@@ -66,7 +60,7 @@ _BY_NAME: dict[str, Callable[..., Tensor]] = {
 def changed(operation: str, old: Tensor, value: Any) -> Tensor:
     """The new values (..., units) of an operation other than ``resample``."""
     if operation == "zero":
-        return zero(old)
+        return torch.zeros_like(old)
     if not isinstance(value, Tensor):
         return _BY_NAME[operation](old, value)
     value = value.to(old.device) if operation == "project_out" else value.to(old.device, old.dtype)

@@ -25,7 +25,6 @@ class ActivationMean(Metric):
     """
 
     names: ClassVar = ("activation_mean",)
-    nan: ClassVar = "no rows"
     absolute: bool = True
     view: View = "positions"
 
@@ -49,7 +48,6 @@ class ActivationVariance(Metric):
 
     names: ClassVar = ("activation_variance",)
     log_interval: ClassVar = True
-    nan: ClassVar = "fewer than two rows"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
@@ -107,13 +105,9 @@ class ActivationOutlierIndex(Metric):
     names: ClassVar = ("activation_outlier_index",)
     log_interval: ClassVar = True
     nan: ClassVar = "the unit is always 0, or there are no rows"
+    limits: ClassVar = {"quantile": (lambda quantile: 0 < quantile < 1, "it must be a share of the rows, between 0 and 1")}
     quantile: float = 0.999
     view: View = "positions"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"{self.names[0]}: quantile is {self.quantile}; it must be a share of the rows, between 0 and 1")
 
     def needs(self) -> dict[str, Need]:
         return {"tails": Need(Quantiles, "output", self.view), "y": Need(Sizes, "output", self.view)}
@@ -192,7 +186,6 @@ class ActivationZeroFraction(Metric):
     """
 
     names: ClassVar = ("activation_zero_fraction", "zero_fraction")
-    nan: ClassVar = "no rows"
     higher_is_better: ClassVar = False
     view: View = "positions"
 

@@ -19,13 +19,9 @@ class _Quotient(Metric):
     """Options and formula shared by the Rayleigh quotients."""
 
     weighted: ClassVar = True
+    limits: ClassVar = {"regularization": (lambda size: size >= 0, "it must be 0 or more")}
     relative: bool = True
     regularization: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.regularization >= 0:
-            raise ValueError(f"{self.names[0]}: regularization is {self.regularization}; it must be 0 or more")
 
     def quotient(self, weight: Tensor, along: Tensor, inputs: tuple[Tensor, Tensor] | None) -> Tensor:
         """The quotient of units (units, fan_in) whose outputs have the variance ``along`` (..., units).

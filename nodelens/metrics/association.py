@@ -196,13 +196,9 @@ class BackwardGGN(_OfDerivatives):
 
     names: ClassVar = ("backward_ggn",)
     presets: ClassVar = {"backward_ggn_norm": {"normalize": True}}
+    limits: ClassVar = {"draws": (lambda draws: draws >= 1, "it is 1 or more labels per prediction")}
     curvature: Literal["auto", "exact", "sampled", "empirical"] = "auto"
     draws: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.draws < 1:
-            raise ValueError(f"{self.names[0]}: draws is {self.draws}; it is 1 or more labels per prediction")
 
     def derivative(self) -> Derivative:
         return Derivative("loss", self.curvature, self.draws if self.curvature in ("auto", "sampled") else 0)

@@ -1,7 +1,7 @@
 """The base class of all metrics: a pure function of statistics and weights that declares which it needs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
@@ -24,7 +24,7 @@ class Metric:
     """Maps statistics and weights to one value per unit, per pair of units or per layer.
 
     Options are dataclass fields: the configuration sets them and the table's metadata records them. Subclasses define
-    ``names`` (the full name first), ``kind``, ``nan`` (when the value is undefined) and, in their docstring, formula and source.
+    ``names`` (the full name first), ``kind`` and, in their docstring, formula, source and when the value is undefined.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -38,12 +38,17 @@ class Metric:
     whole_experts: ClassVar[bool] = False  # whether it can score whole experts of a mixture
     grouped: ClassVar[bool] = False  # whether it takes a list of one statistic per group of samples
     matrix_errors: ClassVar[bool] = False  # whether a matrix of pairs comes with a matrix of standard errors
-    nan: ClassVar[str] = "never"
+    nan: ClassVar[str] = "never"  # the reason of missing values; by default the section NaN of the docstring
+    limits: ClassVar[Mapping[str, tuple[Callable[[Any], bool], str]]] = {}  # {option: (what it has to meet, in words)}
     lacks: ClassVar[Mapping[str, str]] = {}  # options of related metrics, each with the reason why this one has none
     no_error: ClassVar[str] = ""  # why the jackknife is not the error of this metric, whose standard errors are then NaN
     log_interval: ClassVar[bool] = False  # whether intervals are symmetric about the logarithm of the value
     coverage: ClassVar[str] = ""  # where 95 % intervals cover less or more, as measured
     higher_is_better: ClassVar[bool] = True  # as a pruning criterion: whether units with large values are kept
+
+    def __init_subclass__(cls) -> None:
+        if cls.nan == Metric.nan:
+            cls.nan = cls.section("NaN") or Metric.nan
 
     def __post_init__(self) -> None:
         for name, hint in self._hints().items():
@@ -52,6 +57,9 @@ class Metric:
                 raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)!r}; it takes {fit}")
             if hint in _PLAIN and not isinstance(getattr(self, name), _PLAIN[hint][0]):
                 raise TypeError(f"{self.names[0]}: {name} is {shown(getattr(self, name))}; it is {_PLAIN[hint][1]}")
+        for name, (fits, words) in self.limits.items():
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{self.names[0]}: {name} is {getattr(self, name)}; {words}")
 
     @classmethod
     @cache

@@ -37,7 +37,6 @@ class BinnedInformation(Metric):
     """
 
     names: ClassVar = ("mutual_information_binning", "mi_binning")
-    nan: ClassVar = "fewer than two samples"
     target: Target = "auto"
     bins: int = 10
     bias: Literal["grassberger", "none"] = "grassberger"

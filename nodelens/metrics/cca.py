@@ -43,12 +43,8 @@ class CCA(EdgeMetric):
         "a layer without variance, fewer rows than 5 times the directions of both layers, or more than 1 % of the rows valid in "
         "one layer only"
     )
+    limits: ClassVar = {"keep": (lambda share: 0 < share <= 1, "it takes a share of the variance above 0, at most 1")}
     keep: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"{self.names[0]}: keep is {self.keep}; it takes a share of the variance above 0, at most 1")
 
     def needs(self) -> dict[str, Need]:
         return self.both()

@@ -37,7 +37,6 @@ class ConditionalInformation(Metric):
     """
 
     names: ClassVar = ("mi_given_class",)
-    nan: ClassVar = "no class has four rows"
     target: str = "auto"
     bias: Literal["none", "gaussian"] = "none"
     permutations: int = 0

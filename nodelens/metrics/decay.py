@@ -28,13 +28,9 @@ class LogSpectrumSlope(SpectrumMetric):
 
     names: ClassVar = ("log_spectrum_slope",)
     nan: ClassVar = "no variance, or fewer than six eigenvalues above 0 in the range"
+    limits: ClassVar = {"first": (lambda index: index >= 0, "indices count from 0")}
     first: int = 10
     last: int = 200
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.first < 0:
-            raise ValueError(f"{self.names[0]}: first is {self.first}; indices count from 0")
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         place, logarithm = self._fitted(eigenvalues)

@@ -30,7 +30,6 @@ class CosineMean(Metric):
 
     names: ClassVar = ("cos_sim_mean",)
     kind: ClassVar = "layer"
-    nan: ClassVar = "fewer than two rows that are not zero"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
@@ -55,7 +54,6 @@ class CosineDeviation(Metric):
 
     names: ClassVar = ("cos_sim_std",)
     kind: ClassVar = "layer"
-    nan: ClassVar = "fewer than two rows that are not zero"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
@@ -125,7 +123,6 @@ class RankMe(Metric):
 
     names: ClassVar = ("rankme",)
     kind: ClassVar = "layer"
-    nan: ClassVar = "no rows, or all zero"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:

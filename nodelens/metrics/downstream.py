@@ -29,7 +29,6 @@ class DownstreamImportance(Metric):
     """
 
     names: ClassVar = ("downstream_importance",)
-    nan: ClassVar = "fewer than two rows"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:
@@ -66,7 +65,6 @@ class TransitionEfficiency(Metric):
     """
 
     names: ClassVar = ("layer_transition_efficiency",)
-    nan: ClassVar = "fewer than two rows, or a layer of one unit"
     view: View = "positions"
 
     def needs(self) -> dict[str, Need]:

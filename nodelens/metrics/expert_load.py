@@ -24,7 +24,6 @@ class RouterLoad(Metric):
     """
 
     names: ClassVar = ("router_load",)
-    nan: ClassVar = "a mixture that gets no token"
     whole_experts: ClassVar = True
 
     def needs(self) -> dict[str, Need]:

@@ -123,12 +123,8 @@ class BottleneckOut(_OfInfluence):
 
     names: ClassVar = ("bottleneck_out_max",)
     presets: ClassVar = {"bottleneck_out_topk_mass": {"topk": 5}}
+    limits: ClassVar = {"topk": (lambda k: k >= 1, "it is 1 or more")}
     topk: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.topk < 1:
-            raise ValueError(f"{self.names[0]}: topk is {self.topk}; it is 1 or more")
 
     def of(self, influence: Tensor) -> Tensor:
         return _largest(self.shares(influence), self.topk)
@@ -173,12 +169,8 @@ class OutputOverlap(_OfInfluence):
     names: ClassVar = ("output_redundancy", "outred")
     nan: ClassVar = "a unit without influence, no rows, or no other unit with influence"
     higher_is_better: ClassVar = False
+    limits: ClassVar = {"topk": (lambda k: k >= 1, "it is 1 or more")}
     topk: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.topk < 1:
-            raise ValueError(f"{self.names[0]}: topk is {self.topk}; it is 1 or more")
 
     def of(self, influence: Tensor) -> Tensor:
         live = influence.sum(0) > 0

@@ -71,15 +71,9 @@ class FollowerFraction(Metric):
     names: ClassVar = ("follower_fraction",)
     kind: ClassVar = "unit"
     nan: ClassVar = "fewer than two rows, or a layer of one unit"
+    limits: ClassVar = {"threshold": (lambda size: 0 < size <= 1, "it is an absolute correlation, above 0 and at most 1")}
     threshold: float = 0.5
     view: View = "positions"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.threshold <= 1:
-            raise ValueError(
-                f"follower_fraction: threshold is {self.threshold}; it is an absolute correlation, above 0 and at most 1"
-            )
 
     def needs(self) -> dict[str, Need]:
         return {"y": Need(Gram, "output", self.view)}

@@ -112,7 +112,6 @@ class ScarActivationPower(Metric):
 
     names: ClassVar = ("scar_activation_power",)
     log_interval: ClassVar = True
-    nan: ClassVar = "no rows"
 
     def needs(self) -> dict[str, Need]:
         return {"u": Need(Moments, "output")}
@@ -160,7 +159,6 @@ class Curvature(Metric):
 
     names: ClassVar = ("scar_curvature",)
     log_interval: ClassVar = True
-    nan: ClassVar = "no rows"
     loss_reduction: LossReduction = "sum"
 
     def needs(self) -> dict[str, Need]:
@@ -209,7 +207,6 @@ class LossProxyFactored(Metric):
     """
 
     names: ClassVar = ("scar_loss_proxy_factored",)
-    nan: ClassVar = "no rows"
     loss_reduction: LossReduction = "sum"
 
     def needs(self) -> dict[str, Need]:

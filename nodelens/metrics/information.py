@@ -13,7 +13,7 @@ from nodelens.statistics.linalg import MI_CEILING, gaussian_information, joint_b
 from .base import Metric, mean_of_partners
 from .covariances import axes_of, constant_units, correlation_of
 from .need import Need, Target, View
-from .paired_target import check_target, constant_targets, stored_target, target_rows, whitening, with_permutations, with_targets
+from .paired_target import check_target, constant_targets, stored_target, target_needs, target_rows, whitening, with_targets
 
 CLOSE = 1.1  # ratio of the first two eigenvalues, below which their axes are arbitrary
 
@@ -166,9 +166,7 @@ class MutualInformation(Metric):
         if self.reference == "input_pc1":
             x, both = Need(Gram, "input"), Need(Pair, "output", "positions", "input")
             return {"y": Need(Gram, "output"), "z": both, "x": x}
-        target = stored_target(self.target)
-        needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-        return with_permutations(needs, self.permutations, target)
+        return target_needs(Moments, stored_target(self.target), self.permutations)
 
     def __call__(self, weight: Tensor | None, y: Moments | Gram, z: Cross | Pair, x: Gram | None = None, **_: Any) -> Tensor:
         y = y.moments if isinstance(y, Gram) else y
@@ -210,7 +208,6 @@ class AnalyticInformation(Metric):
     """
 
     names: ClassVar = ("noisy_channel_information",)
-    nan: ClassVar = "fewer than two rows"
     noise_std: float = 0.1
     view: View = "positions"
 

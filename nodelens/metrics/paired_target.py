@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nodelens.network.targets import NAMES
 from nodelens.statistics import Cross, Moments, Sample
-from nodelens.statistics.base import derived
+from nodelens.statistics.base import Statistic, derived
 from nodelens.statistics.linalg import constant, correlation
 
 from .covariances import constant_units
@@ -44,6 +44,12 @@ def stored_target(target: Target) -> Target:
 def with_permutations(needs: dict[str, Need], permutations: int, target: Target) -> dict[str, Need]:
     """The needs and, for a permutation test, the samples over which the target is permuted."""
     return needs | {"permutations": Need(Sample, "output", "samples", target)} if permutations else needs
+
+
+def target_needs(units: type[Statistic], target: Target, permutations: int) -> dict[str, Need]:
+    """Sums of the units and with a target over samples, and what a permutation test needs."""
+    needs = {"y": Need(units, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
+    return with_permutations(needs, permutations, target)
 
 
 def target_rows(z: Cross, target: Target) -> Cross:

@@ -32,7 +32,6 @@ class EffectiveSampleSize(Metric):
     """
 
     names: ClassVar = ("effective_sample_size", "n_eff")
-    nan: ClassVar = "fewer than four groups of samples, or a constant unit"
     grouped: ClassVar = True
     view: View = "positions"
 

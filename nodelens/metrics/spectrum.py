@@ -169,12 +169,8 @@ class TopShare(SpectrumMetric):
     """
 
     names: ClassVar = ("top_share",)
+    limits: ClassVar = {"k": (lambda k: k >= 1, "it takes 1 or more directions")}
     k: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 1:
-            raise ValueError(f"{self.names[0]}: k is {self.k}; it takes 1 or more directions")
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         return eigenvalues[: self.k].sum() / eigenvalues.sum()
@@ -194,12 +190,8 @@ class ComponentCount(SpectrumMetric):
 
     names: ClassVar = ("component_count",)
     no_error: ClassVar = "a count changes in steps, so the jackknife reads 0 or much too much"
+    limits: ClassVar = {"share": (lambda share: 0 < share <= 1, "it takes a number above 0, at most 1")}
     share: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise ValueError(f"{self.names[0]}: share is {self.share}; it takes a number above 0, at most 1")
 
     def of(self, eigenvalues: Tensor) -> Tensor:
         count = components(eigenvalues, self.share)

@@ -24,12 +24,8 @@ class SubspaceMetric(EdgeMetric):
     """
 
     nan: ClassVar = "layers of different width, fewer than two rows, or a layer without variance"
+    limits: ClassVar = {"novelty_k": (lambda k: k >= 1, "it takes 1 or more axes")}
     novelty_k: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.novelty_k < 1:
-            raise ValueError(f"{self.names[0]}: novelty_k is {self.novelty_k}; it takes 1 or more axes")
 
     def needs(self) -> dict[str, Need]:
         return self.both(pair=None)

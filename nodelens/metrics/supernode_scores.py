@@ -89,7 +89,6 @@ class ScarConn(ScarProt):
     """
 
     names: ClassVar = ("scar_conn", "supernode_connectivity_score")
-    nan: ClassVar = "a channel that nothing reads"
 
     def __call__(self, weight: GroupLayer, q: SupernodeProducts) -> Tensor:
         parts = self.parts(weight, q)

@@ -12,7 +12,7 @@ from nodelens.statistics.linalg import gaussian_information
 from .base import Metric, mean_of_partners
 from .covariances import constant_units, correlation_of
 from .need import Need, Target
-from .paired_target import COLLINEAR, check_target, stored_target, target_rows, whitening, with_permutations, with_targets
+from .paired_target import COLLINEAR, check_target, stored_target, target_needs, target_rows, whitening, with_targets
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Synergy(Metric):
         check_target(self.names[0], self.target, self.permutations)
 
     def needs(self) -> dict[str, Need]:
-        target = stored_target(self.target)
-        needs = {"y": Need(Gram, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-        return with_permutations(needs, self.permutations, target)
+        return target_needs(Gram, stored_target(self.target), self.permutations)
 
     def __call__(self, weight: Tensor | None, y: Gram, z: Cross, **_: Any) -> Tensor:
         rho, r = correlation_of(y), _correlations(y.moments, z, self.target, self.target_reduce)
@@ -93,9 +91,7 @@ class SharedInformation(Metric):
         check_target(self.names[0], self.target, self.permutations)
 
     def needs(self) -> dict[str, Need]:
-        target = stored_target(self.target)
-        needs = {"y": Need(Moments, "output", "samples"), "z": Need(Cross, "output", "samples", target)}
-        return with_permutations(needs, self.permutations, target)
+        return target_needs(Moments, stored_target(self.target), self.permutations)
 
     def __call__(self, weight: Tensor | None, y: Moments, z: Cross, **_: Any) -> Tensor:
         single = _single(_correlations(y, z, self.target, self.target_reduce), self.target_reduce)

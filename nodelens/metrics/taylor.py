@@ -31,7 +31,6 @@ class Taylor(Metric):
 
     names: ClassVar = ("taylor",)
     log_interval: ClassVar = True
-    nan: ClassVar = "no rows"
     whole_experts: ClassVar = True
     abs: bool = False
 
@@ -59,7 +58,6 @@ class TaylorProducer(Metric):
     """
 
     names: ClassVar = ("taylor_producer",)
-    nan: ClassVar = "no rows"
 
     def needs(self) -> dict[str, Need]:
         return {"q": Need(Moments, "made*grad", "samples")}
@@ -84,7 +82,6 @@ class LossProxy(Metric):
 
     names: ClassVar = ("loss_proxy",)
     log_interval: ClassVar = True
-    nan: ClassVar = "no rows"
     whole_experts: ClassVar = True
     unit: Unit = "sequence"
 

@@ -122,7 +122,6 @@ class Lamp(Metric):
 
     names: ClassVar = ("lamp",)
     weighted: ClassVar = True
-    nan: ClassVar = "the weights are all zero"
 
     def __call__(self, weight: Tensor) -> Tensor:
         square = Magnitude(p=2)(weight).square()

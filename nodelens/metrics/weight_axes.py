@@ -55,12 +55,8 @@ class SpectralAlignment(_OfAxes):
     """
 
     names: ClassVar = ("spectral_alignment",)
+    limits: ClassVar = {"n_components": (lambda k: k is None or k >= 1, "it takes 1 or more axes, or None for all")}
     n_components: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_components is not None and self.n_components < 1:
-            raise ValueError(f"{self.names[0]}: n_components is {self.n_components}; it takes 1 or more axes, or None for all")
 
     def along(self, cosines: Tensor, eigenvalues: Tensor) -> Tensor:
         lam, cosines = eigenvalues[: self.n_components], cosines[:, : self.n_components]
@@ -83,12 +79,8 @@ class WeightActivationAlignment(_OfAxes):
     """
 
     names: ClassVar = ("weight_activation_alignment",)
+    limits: ClassVar = {"n_components": (lambda k: k >= 1, "it takes 1 or more axes")}
     n_components: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_components < 1:
-            raise ValueError(f"{self.names[0]}: n_components is {self.n_components}; it takes 1 or more axes")
 
     def along(self, cosines: Tensor, eigenvalues: Tensor) -> Tensor:
         known = cosines[:, : self.n_components].abs() * (eigenvalues[: self.n_components] > 0)

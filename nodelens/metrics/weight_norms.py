@@ -98,12 +98,8 @@ class Sparsity(_OfTensor):
     """
 
     names: ClassVar = ("sparsity",)
+    limits: ClassVar = {"eps": (lambda eps: eps > 0, "it must be above 0, as weights with |W| < eps count")}
     eps: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.eps > 0:
-            raise ValueError(f"sparsity: eps is {self.eps}; it must be above 0, as weights with |W| < eps count")
 
     def __call__(self, weight: Tensor) -> Tensor:
         return (weight.abs() < self.eps).double().mean()
@@ -130,7 +126,6 @@ class SpectralGap(Metric):
     names: ClassVar = ("spectral_gap",)
     kind: ClassVar = "layer"
     weighted: ClassVar = True
-    nan: ClassVar = "the weights are all zero"
 
     def __call__(self, weight: Tensor) -> Tensor:
         first, second = leading_singular_values(weight)
@@ -151,7 +146,6 @@ class SpectralNormRatio(Metric):
     names: ClassVar = ("spectral_norm_ratio",)
     kind: ClassVar = "layer"
     weighted: ClassVar = True
-    nan: ClassVar = "the weights are all zero"
 
     def __call__(self, weight: Tensor) -> Tensor:
         return leading_singular_values(weight)[0] / torch.linalg.matrix_norm(weight.double())

@@ -23,7 +23,6 @@ class WeightDot(Metric):
 
     names: ClassVar = ("weight_dot_product",)
     weighted: ClassVar = True
-    nan: ClassVar = "a layer of one unit"
     higher_is_better: ClassVar = False
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -47,7 +46,6 @@ class WeightDistance(Metric):
 
     names: ClassVar = ("weight_euclidean_distance",)
     weighted: ClassVar = True
-    nan: ClassVar = "a layer of one unit"
 
     def __call__(self, weight: Tensor) -> Tensor:
         others = len(weight) - 1

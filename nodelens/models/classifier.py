@@ -123,12 +123,16 @@ class Classifier(lightning.LightningModule):
         x, y = _x_and_y(batch)
         logits = self(x)
         loss = functional.cross_entropy(logits, y)
+        self._log(stage, loss, logits, y)
+        return loss
+
+    def _log(self, stage: str, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Logs the loss and the accuracy of predictions; logits (n, classes), y (n,)."""
         accuracy = {"train": self.train_acc, "val": self.val_acc, "test": self.test_acc}[stage]
         accuracy.update(logits.detach(), y)
-        log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(x), "prog_bar": stage != "train"}
+        log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(y), "prog_bar": stage != "train"}
         self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **log)
         self.log(f"{stage}/acc", accuracy, **log)
-        return loss
 
 
 def logits_of(output: Any) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nodelens.messages import either, setting
+from nodelens.messages import either, first_line, setting
 
 from .classifier import Classifier, logits_of
 from .stored import hub_is_reachable, quiet, why_missing
@@ -73,11 +73,7 @@ class LanguageModel(Classifier):
         logits, y = self(batch)[:, :-1][known], following[known]
         loss = functional.cross_entropy(logits.float(), y, reduction="sum") / max(1, len(y))
         if len(y):
-            accuracy = {"train": self.train_acc, "val": self.val_acc, "test": self.test_acc}[stage]
-            accuracy.update(logits.detach(), y)
-            log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(y), "prog_bar": stage != "train"}
-            self.log(f"{stage}/loss", loss.detach(), sync_dist=True, **log)
-            self.log(f"{stage}/acc", accuracy, **log)
+            self._log(stage, loss, logits, y)
         return loss
 
 
@@ -251,5 +247,4 @@ def _not_here(path: str, why: str) -> OSError:
 
 def _first_sentence(error: BaseException) -> str:
     """The first sentence of an error message, because some messages list all known models."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(". ")[0].strip(" .:'\"")
+    return first_line(error).partition(". ")[0].strip(" .:'\"")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nodelens.messages import nearest, setting
+from nodelens.messages import first_line, nearest, setting
 
 
 def torchvision_model(name: str, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -49,8 +49,7 @@ def timm_model(name: str, classes: int, channels: int = 3, size: int | None = No
         except TypeError:  # most convolutional networks take images of any size, and no argument for it
             return timm.create_model(name, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"timm's {name} cannot be built for {channels} channels of size {size}: {cause}") from error
+        raise ValueError(f"timm's {name} cannot be built for {channels} channels of size {size}: {first_line(error)}") from error
 
 
 def _imported(package: str) -> Any:

@@ -145,13 +145,17 @@ class Batch:
         )
 
     @property
+    def named(self) -> dict[str, Any]:
+        """The inputs by name; those without one are ``input 0``, ``input 1`` ..."""
+        return {**{f"input {k}": value for k, value in enumerate(self.args)}, **self.kwargs}
+
+    @property
     def coincident(self) -> list[str]:
         """The names of inputs that may have as many rows as there are samples by chance, as a table that all samples share.
 
         These are all but the first, and but those that have an entry for each of its tokens or positions.
         """
-        named = {**{f"input {k}": value for k, value in enumerate(self.args)}, **self.kwargs}
-        own = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(self)}
+        own = {k: v for k, v in self.named.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(self)}
         first = next(iter(own.values()), None)
         return [k for k, v in own.items() if first is not None and (v.ndim < 2 or v.shape[:2] != first.shape[:2])]
 
@@ -186,8 +190,7 @@ class Batch:
         if not any(word in str(error) for word in ("type", "implemented for", "without a tensor")):
             return ""
         weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
-        for name, value in named.items():
+        for name, value in self.named.items():
             kind = value.dtype if isinstance(value, Tensor) else weights
             numbers = kind is not None and kind.is_floating_point
             if weights is not None and kind != weights and (numbers or kind == torch.uint8):
@@ -199,10 +202,8 @@ class Batch:
 
     def describe(self) -> str:
         """A description of the inputs: names, shapes and dtypes."""
-        named = {**{f"input {k}": v for k, v in enumerate(self.args)}, **self.kwargs}
-        return ", ".join(
-            f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in named.items() if isinstance(v, Tensor)
-        )
+        tensors = {name: value for name, value in self.named.items() if isinstance(value, Tensor)}
+        return ", ".join(f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items())
 
 
 def _copy(value: Any) -> Any:

@@ -55,9 +55,9 @@ def read(batch: Any, required: Collection[str] = ()) -> Given:
     raise ValueError(f"a batch is a tensor, an (x, y) pair or a dict of tensors, not {_shape_of(batch)}; {way_out}")
 
 
-def with_samples(batches: Iterable[Any], required: Collection[str] = ()) -> Iterator[Any]:
+def with_samples(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches without those of 0 samples, which some loaders give for a shard that is empty."""
-    return (batch for batch in batches if len(read(batch, required).first))
+    return (batch for batch in batches if len(read(batch).first))
 
 
 def few(batch: Any, samples: int) -> Any:

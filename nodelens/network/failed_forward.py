@@ -54,8 +54,7 @@ def _shared(model: nn.Module, whole: Batch) -> str:
 
 def check_finite(batch: Batch) -> None:
     """Raises ValueError for inputs without one finite number: no value could be measured on them."""
-    named = {**{f"input {k}": value for k, value in enumerate(batch.args)}, **batch.kwargs}
-    for name, value in named.items():
+    for name, value in batch.named.items():
         has_values = isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not value.is_meta
         if has_values and not bool(value.isfinite().any()):
             raise ValueError(

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from nodelens.messages import check_texts
+from nodelens.messages import check_texts, listed
 
 from .arguments import check_arguments
 from .eval_mode import uncompiled
@@ -89,6 +89,5 @@ def with_start(layer: Layer, start: Mapping[str, Tensor]) -> Layer:
 def _no_match(pattern: str, names: list[str], weighted: list[str], roles: str) -> str:
     near = difflib.get_close_matches(pattern.strip("*"), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    shown = ", ".join(weighted[:12]) + (f" and {len(weighted) - 12} more" if len(weighted) > 12 else "")
     also = f"; its roles are {roles}" if roles else ""
-    return f"no layer matches {pattern!r}{hint} the model has: {shown or 'no layer with weights'}{also}"
+    return f"no layer matches {pattern!r}{hint} the model has: {listed(weighted) if weighted else 'no layer with weights'}{also}"

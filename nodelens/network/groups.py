@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nodelens.messages import check_texts, setting
+from nodelens.messages import check_texts, listed, setting
 
 from .sharded import full
 
 Role = Literal["producer", "consumer", "tied"]
-KINDS = ("channel", "ffn", "head", "kv_group", "moe_ffn", "expert")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +79,12 @@ class StoredCount:
 class PruningGroup:
     """Units that can be removed one by one, and the slices of tensors that are removed with each.
 
-    name: unique in the model; kind: one of ``KINDS``. exact: whether slicing and masking give the same output; they do unless a
-    norm reduces over the group. equal_count: groups with the same label keep the same number of units (experts of one layer).
-    multiple: the number of kept units is a multiple of this. attention_macs: multiply-accumulates per unit and pair of positions
-    in attention, beyond those of the tensors; product_macs: per unit and sample, of products of activations in the graph.
-    router: the module that routes tokens, where the units are whole experts. min_keep: the smallest number of units that can stay.
+    name: unique in the model. kind: channel, ffn, head, kv_group, moe_ffn or expert. exact: whether slicing and masking give the
+    same output; they do unless a norm reduces over the group. equal_count: groups with the same label keep the same number of
+    units (experts of one layer). multiple: the number of kept units is a multiple of this. attention_macs: multiply-accumulates
+    per unit and pair of positions in attention, beyond those of the tensors; product_macs: per unit and sample, of products of
+    activations in the graph. router: the module that routes tokens, where the units are whole experts. min_keep: the smallest
+    number of units that can stay.
     """
 
     name: str
@@ -231,9 +231,3 @@ def span(n: int, width: int, start: int = 0) -> Tensor:
 def offsets(parts: Iterable[Tensor]) -> Tensor:
     """Positions of the same units in several blocks of one tensor, (n, sum of the spans)."""
     return torch.cat(list(parts), 1)
-
-
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names on one line, at most ``most`` of them."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "") if names else "none"

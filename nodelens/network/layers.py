@@ -14,7 +14,6 @@ from nodelens.statistics.rows import Rows
 
 from .sharded import class_name, full
 
-PORTS = ("input", "output", "grad", "output*grad", "change", "weight*grad", "association")
 ASSOCIATION = "association"  # the port of derivatives of, and with respect to, a layer's output
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

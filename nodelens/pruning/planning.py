@@ -146,12 +146,12 @@ def plan_removal(
     protect = _protected(context.groups, options.protect)
     protect = _with(protect, options.criterion.protected(table), removed)
     budget, cost = options.budget, context.cost
-    without = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
+    unscored = {str(g): int(n) for g, n in scores.isna().groupby(level="group").sum().items() if n}
     mode, first, types = options.mode, dict[str, Sequence[int]](), options.criterion.types
     if types is not None:
         labels = types.labels(context.groups, options.seed)
         protect = _with(protect, types.protected(scores, labels), removed)
-        first = _without(types.removed_first(labels), protect)
+        first = without(types.removed_first(labels), protect)
         scores = types.paced(random_scores(scores.index, options.seed) if mode == "random" else scores, labels, mode == "high")
         mode = "low"  # the order of removal is in the scores now
     rules: dict[str, Any] = {
@@ -176,7 +176,7 @@ def plan_removal(
     chosen = select(context.groups, scores, keep, first=first, **rules)
     tied = ties(context.groups, scores, chosen, **rules)
     return RemovalPlan(
-        chosen, {**options.about, "without_score": without, "ties": tied, **achieved(context, chosen, amount, budget)}
+        chosen, {**options.about, "without_score": unscored, "ties": tied, **achieved(context, chosen, amount, budget)}
     )
 
 
@@ -212,5 +212,6 @@ def _with(protect: dict[str, Sequence[int]], more: Mapping[str, Sequence[int]], 
     return {name: sorted({*protect.get(name, ()), *more.get(name, ())} - gone[name]) for name in names}
 
 
-def _without(units: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+def without(units: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Units by group, sorted, without others."""
     return {name: sorted({*ids} - {*others.get(name, ())}) for name, ids in units.items()}

@@ -32,7 +32,7 @@ from nodelens.pruning.surgery.structure import origin_of, structure
 from nodelens.statistics.seeding import seeded
 
 from .context import PruningContext
-from .planning import Apply, PruningOptions, Schedule, plan_removal
+from .planning import Apply, PruningOptions, Schedule, plan_removal, without
 from .removal_plan import RemovalPlan
 
 _SIZES = {"params": "parameters", "macs": "multiply-accumulate operations per sample"}
@@ -155,7 +155,7 @@ def _compensate(measured: PruningContext, model: nn.Module, removed: Removed, be
     """Compensates for the units removed since ``before``; returns the modules to which a bias was added."""
     if options.compensate not in ("bias", "least_squares"):
         return set()
-    new = {name: sorted({*units} - {*before.get(name, ())}) for name, units in removed.items()}
+    new = without(removed, before)
     moments = measured.moments(options.compensate == "least_squares")
     return set(compensate_units(model, measured.groups, new, moments, options.compensate, measured.norms()))
 

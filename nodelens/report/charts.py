@@ -50,12 +50,12 @@ def box(values: Any, position: float) -> dict[str, Any] | None:
     return {"y": position, "q1": low, "median": middle, "q3": high, "lowerfence": inside.min(), "upperfence": inside.max()}
 
 
-def boxes(found: Sequence[dict[str, Any] | None], name: object = "", shade: str = COLOURS[0], **more: Any) -> dict[str, Any]:
+def boxes(found: Sequence[dict[str, Any] | None], name: object = "") -> dict[str, Any]:
     """One trace of boxes that ``box`` made."""
     known = [each for each in found if each is not None]
     columns = {key: [each[key] for each in known] for key in ("y", "q1", "median", "q3", "lowerfence", "upperfence")}
-    style = {"orientation": "h", "line": {"color": shade, "width": 1}, "fillcolor": _clear(shade), "width": 0.6}
-    return {"type": "box", **columns, **style, "name": text(name), "showlegend": False, **more}
+    style = {"orientation": "h", "line": {"color": COLOURS[0], "width": 1}, "fillcolor": _clear(COLOURS[0]), "width": 0.6}
+    return {"type": "box", **columns, **style, "name": text(name), "showlegend": False}
 
 
 def box_rows(values: dict[Hashable, Any], title: str, rows: str = "layer", limits: tuple[float, float] | None = None) -> "Figure":
@@ -163,12 +163,11 @@ def spread(names: Sequence[Any], most: int) -> list[Any]:
     return [names[k] for k in np.linspace(0, len(names) - 1, most).round().astype(int)]
 
 
-def lines_of(table: pd.DataFrame, x: str, y: str, by: str | Sequence[str], error: str | None = None) -> list[dict[str, Any]]:
+def lines_of(table: pd.DataFrame, x: str, y: str, by: str | Sequence[str]) -> list[dict[str, Any]]:
     """One line per group of a table, at most 40, evenly chosen."""
     keys = [by] if isinstance(by, str) else list(by)
     found = list(table.groupby(keys, sort=False, dropna=False))
-    bars = (lambda rows: rows[error]) if error is not None and error in table else (lambda rows: None)
-    return [line(rows[x], rows[y], ", ".join(map(str, key)), k, bars(rows)) for k, (key, rows) in enumerate(spread(found, _LINES))]
+    return [line(rows[x], rows[y], ", ".join(map(str, key)), k) for k, (key, rows) in enumerate(spread(found, _LINES))]
 
 
 def diagonal(low: float, high: float) -> dict[str, Any]:

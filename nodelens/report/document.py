@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nodelens.results.files import write
+from nodelens.results.files import write_text
 
 from .plot import FORMATS, Plot
 
@@ -88,8 +88,8 @@ class Document:
             f"<script>{''.join(map(_asset, _SCRIPTS))}</script></body></html>"
         )
         for key, words in self.beside.items():
-            _write_text(self.side / f"{key}.js", f"nodelens.put({json.dumps(key)},{words});")
-        _write_text(self.file, page)
+            write_text(self.side / f"{key}.js", f"nodelens.put({json.dumps(key)},{words});")
+        write_text(self.file, page)
         for old in self.side.glob("*.js") if self.side.is_dir() else ():  # the page before this one read them
             if old.stem not in self.beside:
                 old.unlink()
@@ -106,7 +106,7 @@ class Document:
             return f"<script src='{source}' integrity='sha384-{known}' crossorigin='anonymous'></script>"
         beside, script = self.file.with_name(SCRIPT), get_plotlyjs()
         if not beside.is_file() or beside.stat().st_size != len(script.encode()):
-            _write_text(beside, script)
+            write_text(beside, script)
         return f"<script src='{SCRIPT}'></script>"
 
 
@@ -149,10 +149,6 @@ def _floats(values: np.ndarray) -> np.ndarray:
 
 def _array(values: np.ndarray) -> dict[str, str]:
     return {"kind": values.dtype.str[1:], "data": base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()}
-
-
-def _write_text(path: Path, words: str) -> None:
-    write(path, lambda temporary: temporary.write_text(words, encoding="utf-8"))
 
 
 @cache

@@ -20,11 +20,10 @@ def pictures(tables: Mapping[str, pd.DataFrame], words: Mapping[str, pd.DataFram
     """
     labels = spread(list(tables), _MOST)
     traces = [_trace(tables[label], words[label], shades) for label in labels]
-    menus = [menu | {"name": what} for menu in one_of(traces, labels)]
     epochs = list(next(iter(tables.values())).columns)
     axis = names_axis(epochs, "epoch") | {"ticks": ""} | epoch_ticks(epochs)
     up = {"title": {"text": "units"}, "showticklabels": False, "ticks": "", "showgrid": False, "autorange": "reversed"}
-    return figure_of(traces, 400, xaxis=axis, yaxis=up, updatemenus=menus)
+    return figure_of(traces, 400, xaxis=axis, yaxis=up, updatemenus=one_of(what, traces, labels))
 
 
 def _trace(table: pd.DataFrame, words: pd.DataFrame, shades: Sequence[str]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _marks(where: np.ndarray, hover: list[str], marker: dict, visible: bool) -> 
 
 def _menu(name: str, columns: list[str], first: int, count: int, every: int) -> dict:
     """A menu that changes only the traces of its kind."""
-    found = menu(columns, [[k == one for k in range(count)] for one in range(count)]) | {"name": name}
+    found = menu(name, columns, [[k == one for k in range(count)] for one in range(count)])
     for button in found["buttons"]:
         button["method"] = "restyle"
         button["args"] = [{"visible": button["args"][0]["visible"]}, list(range(first, first + count))]

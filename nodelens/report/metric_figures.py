@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nodelens.messages import nearest
+from nodelens.messages import listed, nearest
 from nodelens.results.result import BESIDE, Result, values_of
 
-from .charts import box, boxes, dots, grid, heat
+from .charts import box, boxes, dots, grid, heat, spread
 from .definitions import definitions_of, label
-from .plot import COLOURS, Plot, figure_of, menu, names_axis, one_of, rows_axis, rows_height, short, text
+from .plot import COLOURS, Plot, figure_of, menu, names_axis, one_of, rows_axis, rows_height, shade, short, text
 
 
 def overview(result: Result) -> Plot:
@@ -69,7 +69,7 @@ def distributions(result: Result, metric: str | None = None) -> Plot:
     visible = [[k // 2 == one for k in range(len(traces))] for one in range(len(columns))]
     for trace, shown in zip(traces, visible[0] if visible else [], strict=False):
         trace["visible"] = shown
-    menus = [menu(columns, visible, layouts, definitions_of(result)) | {"name": "metric"}] if len(columns) > 1 else []
+    menus = [menu("metric", columns, visible, layouts, definitions_of(result))] if len(columns) > 1 else []
     axis = {"title": {"text": text(label(result, columns[0])) if columns else ""}, "showgrid": True}
     up = rows_axis(list(by_layer), "layer")
     figure = figure_of(traces, rows_height(len(by_layer), 26), xaxis=axis, yaxis=up, updatemenus=menus)
@@ -121,10 +121,9 @@ def _dots(result: Result, table: pd.DataFrame, columns: list[str], names: list[A
         value = table[column].where(np.isfinite(table[column]))
         traces.append(dots(value, list(range(len(table))), column, error=table.get(f"{column}_se"), showlegend=False))
         traces[-1] |= {"text": [text(name) for name in names], "hovertemplate": "%{text}<br>%{x:.4g}<extra></extra>"}
-    menus = one_of(traces, columns, [{"xaxis.title.text": words} for words in labels], definitions_of(result))
+    menus = one_of("metric", traces, columns, [{"xaxis.title.text": words} for words in labels], definitions_of(result))
     axis = {"title": {"text": labels[0]}}
-    named = [each | {"name": "metric"} for each in menus]
-    return figure_of(traces, rows_height(len(table)), xaxis=axis, yaxis=rows_axis(names, rows), updatemenus=named)
+    return figure_of(traces, rows_height(len(table)), xaxis=axis, yaxis=rows_axis(names, rows), updatemenus=menus)
 
 
 def _with_errors(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -136,9 +135,7 @@ def first_of(names: list[str], chosen: str | None, what: str = "metric") -> list
     if chosen is None:
         return names
     if chosen not in names:
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        known = f"{', '.join(map(str, names[:_LISTED])) or 'none'}{more}"
-        raise ValueError(f"no {what} {chosen!r} to plot.{nearest(chosen, names)} There are {known}")
+        raise ValueError(f"no {what} {chosen!r} to plot.{nearest(chosen, names)} There are {listed(names, _LISTED)}")
     return [chosen, *(name for name in names if name != chosen)]
 
 
@@ -170,9 +167,6 @@ def spectrum(result: Result, name: str) -> Plot:
 
 def curves(lines: dict[str, np.ndarray], label: str, most: int = 60, points: int = 200) -> Any:
     """Sorted values on logarithmic axes; of many layers some, of many values some, evenly spaced in the logarithm of the rank."""
-    from .charts import spread
-    from .plot import shade
-
     chosen = spread(list(lines), most)
     traces = []
     for k, layer in enumerate(chosen):

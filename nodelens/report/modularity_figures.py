@@ -47,9 +47,8 @@ def q_bars(modules: pd.DataFrame) -> Any:
             dots(rows["q_null"], place, "null", error=2 * rows["q_null_std"], marker=null, showlegend=k == 0, legendgroup="null")
         )
         traces.append(dots(rows["q"], place, name, k, marker={"size": 9}))
-    axis = {"title": {"text": "modularity Q"}}
     height = rows_height(len(layers), 14 * len(names) + 12)
-    return figure_of(traces, height, xaxis=axis, yaxis=rows_axis(layers))
+    return figure_of(traces, height, xaxis={"title": {"text": "modularity Q"}}, yaxis=rows_axis(layers))
 
 
 def pictures(graphs: dict[str, np.ndarray]) -> Any:
@@ -61,26 +60,31 @@ def pictures(graphs: dict[str, np.ndarray]) -> Any:
         traces.append(trace | {"hovertemplate": "%{z:.3g}<extra></extra>"})
     hidden: dict[str, Any] = {"visible": False}
     square = hidden | {"scaleanchor": "x", "autorange": "reversed"}
-    menus = [each | {"name": "graph"} for each in one_of(traces, list(graphs))]
+    menus = one_of("graph", traces, list(graphs))
     return figure_of(traces, 480, xaxis=hidden | {"constrain": "domain"}, yaxis=square, updatemenus=menus)
 
 
 def alignment(table: pd.DataFrame) -> Any:
     """Alignment between the associations of a layer, one layer at a time, chosen in a menu."""
-    names = list(dict.fromkeys(table[["association_a", "association_b"]].to_numpy().T.ravel()))
     by_layer = list(table.groupby("layer", sort=False))
-    figures = [squares(_square(rows, "alignment", names), _square(rows, "alignment_null", names), _SCORE) for _, rows in by_layer]
+    names = names_of(table)
+    figures = [squares(square(rows, "alignment", names), square(rows, "alignment_null", names), _SCORE) for _, rows in by_layer]
     traces = [figure.data[0].to_plotly_json() for figure in figures]
-    menus = [each | {"name": "layer"} for each in one_of(traces, [str(layer) for layer, _ in by_layer])]
+    menus = one_of("layer", traces, [str(layer) for layer, _ in by_layer])
     first = figures[0].layout
     axes = {name: first[name].to_plotly_json() for name in ("xaxis", "yaxis")}
     return figure_of(traces, first.height, **axes, updatemenus=menus)
 
 
-def _square(rows: pd.DataFrame, value: str, names: Sequence[str]) -> pd.DataFrame:
-    """A value of pairs of associations as a symmetric table."""
+def names_of(pairs: pd.DataFrame) -> list[str]:
+    """The associations of a table of pairs, those of the first column first."""
+    return list(dict.fromkeys(pairs[["association_a", "association_b"]].to_numpy().T.ravel()))
+
+
+def square(pairs: pd.DataFrame, value: str, names: Sequence[str]) -> pd.DataFrame:
+    """The mean of a value of pairs of associations as a symmetric table."""
     found = pd.DataFrame(np.nan, index=names, columns=names)
-    for a, b, number in zip(rows["association_a"], rows["association_b"], rows[value], strict=True):
+    for (a, b), number in pairs.groupby(["association_a", "association_b"])[value].mean().items():
         found.loc[a, b] = found.loc[b, a] = number
     return found
 

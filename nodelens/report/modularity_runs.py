@@ -14,7 +14,7 @@ from nodelens.results.runs import load_runs
 from . import runs_figures as figures
 from .document import Document
 from .elements import section, table
-from .modularity_figures import pictures, sorted_by, squares
+from .modularity_figures import names_of, pictures, sorted_by, square, squares
 from .plot import Plot
 from .settings import settings_of, usual
 
@@ -69,7 +69,7 @@ def _alignment(document: Document, runs: Any) -> list[str]:
         pairs = load_runs(runs, rows="modularity.comparison")
     except FileNotFoundError:  # a single association was asked for
         return []
-    mean, chance = (_square(pairs, value) for value in ("alignment", "alignment_null"))
+    mean, chance = (square(pairs, value, names_of(pairs)) for value in ("alignment", "alignment_null"))
     plot = Plot("alignment", "Do associations find the same modules?", _ALIGNED, squares(mean, chance, "alignment score"), pairs)
     return [document.plot(plot), *_sides(pairs)]
 
@@ -86,16 +86,6 @@ def _sides(pairs: pd.DataFrame) -> list[str]:
     found = runs.groupby(level="associations", sort=False).agg(["mean", "std"])
     found.columns = [f"{'by chance' if name.endswith('null') else name}, {how}" for name, how in found.columns]
     return ["<p>Upstream: forward_cov, forward_jac. Downstream: backward_jac, backward_hess, backward_ggn.</p>", table(found)]
-
-
-def _square(pairs: pd.DataFrame, value: str) -> pd.DataFrame:
-    sides = ["association_a", "association_b"]
-    names = list(dict.fromkeys(pairs[sides].to_numpy().T.ravel()))
-    found = pairs.groupby(sides)[value].mean()
-    full = pd.DataFrame(np.nan, index=names, columns=names)
-    for (a, b), number in found.items():
-        full.loc[a, b] = full.loc[b, a] = number
-    return full
 
 
 _Q = (

@@ -103,6 +103,7 @@ def rows_height(count: int, per_row: int = 22, around: int = 110, most: int = 90
 
 
 def menu(
+    name: str,
     choices: Sequence[str],
     visible: Sequence[Sequence[bool]],
     layouts: Sequence[Mapping[str, Any]] = (),
@@ -110,8 +111,8 @@ def menu(
 ) -> dict[str, Any]:
     """A menu that shows other traces of a figure. A page shows it as a select box.
 
-    choices: the labels; visible: for each, which traces it shows; layouts: for each, what changes in the layout; notes:
-    {label: what a page says below the menu when it is chosen}
+    name: what is chosen; choices: the labels; visible: for each, which traces it shows; layouts: for each, what changes in the
+    layout; notes: {label: what a page says below the menu when it is chosen}
     """
     changes = layouts or [{}] * len(choices)
     buttons = [
@@ -123,10 +124,11 @@ def menu(
         }
         for label, shown, change in zip(choices, visible, changes, strict=True)
     ]
-    return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "showactive": True}
+    return {"name": name, "buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "showactive": True}
 
 
 def one_of(
+    name: str,
     traces: list[dict[str, Any]],
     choices: Sequence[str],
     layouts: Sequence[Mapping[str, Any]] = (),
@@ -135,7 +137,7 @@ def one_of(
     """The menus of a figure that shows one trace of several; hides all but the first."""
     for k, trace in enumerate(traces):
         trace["visible"] = k == 0
-    return [menu(choices, np.eye(len(traces), dtype=bool).tolist(), layouts, notes)] if len(traces) > 1 else []
+    return [menu(name, choices, np.eye(len(traces), dtype=bool).tolist(), layouts, notes)] if len(traces) > 1 else []
 
 
 def colour(k: int) -> str:

@@ -53,7 +53,7 @@ def curves(sweep: pd.DataFrame) -> Plot:
                 traces += [{**trace, "visible": place == 0} for trace in drawn]
                 of += [place] * len(drawn)
     labels = [", ".join(f"{name} {value}" for name, value in zip(KEY[1:], way, strict=True)) for way in ways]
-    menus = [menu(labels, [[each == k for each in of] for k in range(len(ways))]) | {"name": "sweep"}] if len(ways) > 1 else []
+    menus = [menu("sweep", labels, [[each == k for each in of] for k in range(len(ways))])] if len(ways) > 1 else []
     finite = np.isfinite([dense, *found["mean"]]).any()
     up = {"title": {"text": f"test {measure}"}, **({"type": "log"} if measure != "accuracy" and finite else {})}
     share = "MACs" if sweep["macs_share"].notna().any() else "units"
@@ -126,7 +126,7 @@ def pareto(sweep: pd.DataFrame) -> Plot:
     each = len(own) + 2
     shown = [[k * each <= place < (k + 1) * each for place in range(each * len(costs))] for k in range(len(costs))]
     labels = list(costs.values())
-    menus = [menu(labels, shown, [{"xaxis.title.text": each} for each in labels]) | {"name": "cost"}] if len(costs) > 1 else []
+    menus = [menu("cost", labels, shown, [{"xaxis.title.text": each} for each in labels])] if len(costs) > 1 else []
     axes = {"xaxis": {"title": {"text": labels[0]}, "rangemode": "tozero"}, "yaxis": {"title": {"text": f"test {measure}"}}}
     table = pd.concat(fronts, ignore_index=True)
     return Plot("pareto", f"The best {measure} for each cost", _PARETO, figure_of(traces, 460, **axes, updatemenus=menus), table)

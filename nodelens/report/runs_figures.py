@@ -59,7 +59,7 @@ def against_settings(
     for _, _, first, last in layouts:
         shown.append([first <= k < last for k in range(len(traces))])
     changes = [{"xaxis": axis | {"automargin": True}, "yaxis.title.text": text(value)} for axis, value, _, _ in layouts]
-    menus = [menu(labels, shown, changes) | {"name": "show"}] if len(labels) > 1 else []
+    menus = [menu("show", labels, shown, changes)] if len(labels) > 1 else []
     axes = {"xaxis": layouts[0][0], "yaxis": {"title": {"text": text(values[0])}}}
     figure = figure_of(traces, 400, **axes, updatemenus=menus, showlegend=lines is not None)
     name = "metrics" if len(values) > 1 else values[0]

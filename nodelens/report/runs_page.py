@@ -11,10 +11,12 @@ from nodelens.results.result import values_of
 from nodelens.results.runs import load_runs
 
 from . import runs_figures as figures
-from .document import Document
+from .document import Document, block
 from .elements import cards, contents, section
-from .run_differences import differences
 from .settings import choices_of, is_seed, settings_of, usual
+from .unit_data import VALUES
+
+_MOST = 8_000_000  # values of all runs that a page offers unit by unit
 
 
 def compare(runs: str | Path | Sequence[str | Path], to: str | Path = "comparison", plotly: str = "shared") -> Path:
@@ -37,7 +39,7 @@ def compare(runs: str | Path | Sequence[str | Path], to: str | Path = "compariso
     parts = section("Runs", [_runs(document, layers, settings)])
     parts += _scores(document, layers, settings)
     parts += _metrics(document, layers, settings)
-    parts += section("Two runs, unit by unit", [differences(document, units, layers.attrs["metrics"])])
+    parts += section("Two runs, unit by unit", [_differences(document, units, layers.attrs["metrics"])])
     parts += _seeds(document, units, layers, settings)
     for name, draw in _sections().items():
         having = [run for run in layers["run"].unique() if (Path(run) / name / "metadata.json").is_file()]
@@ -92,6 +94,45 @@ def _metrics(document: Document, frame: pd.DataFrame, settings: Sequence[str]) -
     found = frame.groupby("layer", sort=False)[names].agg(["mean", "std"])
     found.columns = [f"{name}, {'mean' if how == 'mean' else 'sd over runs'}" for name, how in found.columns]
     return section("Metrics", [*parts, "<h3>Means over runs</h3>", document.table(found, "metrics")])
+
+
+def _differences(document: Document, units: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """The part of a page in which two runs and a metric are chosen; empty for one run, and without metrics."""
+    runs = list(dict.fromkeys(units["run"]))
+    if len(runs) < 2 or not metrics:
+        return ""
+    kept = [*metrics, *(f"{name}_se" for name in metrics if f"{name}_se" in units)]
+    if len(units) * len(kept) > _MOST:
+        return f"<p>{len(units):,} units of {len(runs)} runs are too many for a page: load two of the runs with nl.load.</p>"
+    pieces = _pieces(units, runs, len(kept))
+    for k, piece in enumerate(pieces):
+        document.embed(
+            f"runs-{k}", block(units.loc[units["run"].isin(piece), ["run", "layer", "unit", *kept]].reset_index(drop=True))
+        )
+    errors = [name for name in metrics if f"{name}_se" in kept]
+    document.embed("runs", {"runs": runs, "pieces": pieces, "metrics": list(metrics), "errors": errors})
+    return (
+        "<div data-widget='differences'><div class='menus'></div><p class='soft'>Each dot is a unit, dark in early layers. On the "
+        "dotted line both runs have the same value. The table lists the largest differences first, in standard errors of the "
+        "difference where they are known, as if both runs had been measured on different samples. Units correspond if both runs "
+        "are of the same weights.</p>"
+        "<div class='canvas' style='min-height:460px' role='img' tabindex='0' aria-label='Two runs, unit by unit'></div>"
+        "<div class='rows'></div></div>"
+    )
+
+
+def _pieces(units: pd.DataFrame, runs: Sequence[str], columns: int) -> list[list[str]]:
+    """Runs that share a file, of at most so many values."""
+    sizes = units.groupby("run", sort=False).size() * columns
+    pieces: list[list[str]] = [[]]
+    filled = 0
+    for run in runs:
+        if pieces[-1] and filled + sizes[run] > VALUES:
+            pieces.append([])
+            filled = 0
+        pieces[-1].append(run)
+        filled += int(sizes[run])
+    return pieces
 
 
 def _seeds(document: Document, units: pd.DataFrame, layers: pd.DataFrame, settings: Sequence[str]) -> list[str]:

@@ -74,7 +74,7 @@ def over_epochs(tables: Mapping[int, pd.DataFrame], metric: str | None = None) -
             traces += [band(epochs, low, high, shade=colour(k), showlegend=False, **group), line(epochs, mean, layer, k, **group)]
     each = 2 * len(shown)
     visible = [[number * each <= k < (number + 1) * each for k in range(len(traces))] for number in range(len(names))]
-    menus = [menu(names, visible, [{"yaxis.title.text": text(n)} for n in names]) | {"name": "metric"}] if len(names) > 1 else []
+    menus = [menu("metric", names, visible, [{"yaxis.title.text": text(n)} for n in names])] if len(names) > 1 else []
     axes = {"xaxis": {"title": {"text": "epoch"}, **whole_ticks(epochs)}, "yaxis": {"title": {"text": text(names[0])}}}
     table = kinds["mean"].reset_index()
     return Plot("epochs", "How each layer develops", _EPOCHS, figure_of(traces, 440, **axes, updatemenus=menus), table)

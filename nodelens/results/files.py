@@ -133,10 +133,14 @@ def reading(path: Path) -> Iterator[Path]:
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8."""
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, with NaN as null, and infinities, which JSON does not have, as the words that ``read_json`` knows."""
-    text = json.dumps(_mapped(plain(value), _in_words), indent=1, allow_nan=False)
-    write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(_mapped(plain(value), _in_words), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,7 @@
 """What an analysis found, as tables: the folder that stores them, and a summary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -63,13 +62,8 @@ class Findings(Plotted):
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tables and matrices, then ``metadata.json``, which marks the folder complete. Raises ValueError for a file."""
-        folder = Path(folder)
-        if folder.is_file():
-            raise ValueError(f"{str(folder)!r} is a file: give a folder")
-        (folder / "metadata.json").unlink(missing_ok=True)
         tables = self.frames if self.units is None else {**self.frames, "unit_columns": self.units}
-        for name, table in tables.items():
-            write(folder / f"{name}.parquet", partial(table.to_parquet))
+        folder = write_tables(folder, tables)
         keys = [list(key) for key in self.matrices]
         remove(folder / "matrices.safetensors")  # of findings that were here before
         if keys:
@@ -83,7 +77,18 @@ class Findings(Plotted):
             "matrices": keys,
         }
         write_json(folder / "metadata.json", {**about, "about": self.metadata})
-        return folder.resolve()
+        return folder
+
+
+def write_tables(folder: str | Path, tables: Mapping[str, pd.DataFrame]) -> Path:
+    """Removes ``metadata.json`` and writes one parquet file per table; returns the folder. Raises ValueError for a file."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{str(folder)!r} is a file: give a folder")
+    (folder / "metadata.json").unlink(missing_ok=True)
+    for name, table in tables.items():
+        write(folder / f"{name}.parquet", table.to_parquet)
+    return folder.resolve()
 
 
 def load_findings(folder: str | Path) -> Findings:

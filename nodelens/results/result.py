@@ -16,6 +16,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from nodelens.messages import listed
 from nodelens.network.sharded import full
 
 from .files import checked, is_there, read_json, reading, remove, write, write_json
@@ -119,7 +120,7 @@ class Result:
         lines += [f"warning: {line}" for line in notices(self.metadata)]
         if missing:
             places = sorted({f"{m['column']} of {m['layer']}" for m in missing})
-            lines.append(f"missing: {', '.join(places[:4])}{f' and {len(places) - 4} more' if len(places) > 4 else ''}")
+            lines.append(f"missing: {listed(places, 4)}")
         return "\n".join([*lines, *_notebook().lines_of(self)])
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from nodelens.messages import kind_of
+from nodelens.messages import kind_of, listed
 
 from .files import reading
 from .result import flatten, read_metadata, read_table
@@ -126,7 +126,7 @@ def _is_run(folder: Path) -> bool:
 
 def _listed(pattern: str | Path | Sequence[str | Path]) -> str:
     every = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
-    return ", ".join(repr(str(one)) for one in every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
+    return listed([repr(str(one)) for one in every], 3)
 
 
 def _matching(folder: Path, parts: list[str], seen: set[tuple[Path, int]]) -> Iterator[Path]:

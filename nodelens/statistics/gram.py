@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from .base import Statistic, derived
-from .linalg import exact_products, resolution
+from .linalg import exact_products, maps_by_sample, resolution
 from .moments import Moments, free
 from .rows import Rows
+from .sample_sums import SampleSums
+
+TERMS = 8192  # rows summed by one float32 product: keeps rounding below what standard errors resolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +75,66 @@ class Gram(Statistic):
         return Moments(self.n, self.shift, self.total, self.outer.diagonal())
 
 
+class MapGrams:
+    """Sums of products of the units of feature maps, per group of samples. Samples are read where they lie, in any order.
+
+    A sum is kept in the dtype of the products until it holds ``TERMS`` rows.
+    """
+
+    def __init__(self, groups: int, like: Rows):
+        width = like.raw.shape[1]
+        self.dtype = like.product_dtype(like)
+        self.held = like.raw.new_zeros(groups, width, width, dtype=self.dtype)
+        self.outer = self.held if self.dtype == torch.float64 else self.held.double()
+        self.rows = [0] * groups
+
+    @staticmethod
+    def fits(rows: Rows) -> bool:
+        """Whether a product per sample is faster than one of many samples, which takes a copy sorted by group."""
+        return rows.raw.device.type == "cpu" and maps_by_sample(rows.raw, rows.raw)
+
+    def add(self, rows: Rows, group: list[int]) -> None:
+        """Adds samples, given the group of each."""
+        positions, sums = rows.raw.shape[2], self.held.unbind(0)
+        with exact_products():
+            for g, sample in zip(group, rows.x.to(self.dtype).unbind(0), strict=True):
+                sums[g].addmm_(sample, sample.T)
+                self.rows[g] += positions
+                if self.rows[g] >= TERMS:
+                    self._empty(g)
+
+    def _empty(self, group: int) -> None:
+        if self.outer is not self.held:
+            self.outer[group] += self.held[group]
+            self.held[group].zero_()
+        self.rows[group] = 0
+
+    def read(self, sums: SampleSums, group: Tensor, like: Rows) -> dict[int, Gram]:
+        """The second moments of each group, given the sums and the group (samples,) of every sample that was added."""
+        group = group.to(sums.sums.device)
+        n = sums.counts.new_zeros(len(self.rows), 1).index_add_(0, group, sums.counts)
+        total = self.outer.new_zeros(self.outer.shape[:2]).index_add_(0, group, sums.sums.double())
+        found = group.unique().tolist()
+        for g in found:
+            self._empty(g)
+        rounding = _rounding_error(like, n, total, self.outer.diagonal(dim1=1, dim2=2))
+        return {g: Gram(n[g], like.shift, total[g], self.outer[g], rounding[g]) for g in found}
+
+
 def rounding_error(rows: Rows, total: Tensor, square: Tensor) -> Tensor:
     """Error of sums of squares about the shift, (d,): that of the products, and that of rows which are float32 themselves."""
-    share = resolution(rows.product_dtype(rows), len(square))
+    return _rounding_error(rows, rows.n, total, square)
+
+
+def _rounding_error(rows: Rows, n: Tensor, total: Tensor, square: Tensor) -> Tensor:
+    """The same for n rows, (..., 1) with sums (..., d)."""
+    share = resolution(rows.product_dtype(rows), square.shape[-1])
     if rows.raw.dtype == torch.float64:
         return share * square
     of_rows = torch.finfo(rows.raw.dtype).eps ** 2
     if not rows.shifted:
         return (share + of_rows) * square
-    return share * square + of_rows * (square + 2 * rows.shift * total + rows.n * rows.shift.square())
+    return share * square + of_rows * (square + 2 * rows.shift * total + n * rows.shift.square())
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .linalg import side_by_side
+from .linalg import maps_by_sample, side_by_side
 from .sample_hash import mix
 
 
@@ -26,7 +26,7 @@ def copy_order(raw: Tensor, group: Tensor) -> Tensor | None:
     raw (samples, width, positions). Few positions that lie side by side are copied in any case, so that units do.
     """
     order = sorting(group)
-    few = 1 < raw.shape[2] <= raw.shape[1] and not side_by_side(raw)
+    few = not (side_by_side(raw) or maps_by_sample(raw, raw))
     return torch.arange(len(group)) if order is None and few else order
 
 

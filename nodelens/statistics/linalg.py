@@ -8,6 +8,7 @@ from torch import Tensor
 
 MI_CEILING = 1 - 1e-6  # largest rho^2 that float32 products resolve; 6.908 nats
 ROUNDING = 2 * torch.finfo(torch.float32).eps  # a standard deviation below this share of the mean is rounding
+FEW_POSITIONS = 16  # smallest number of positions of a sample of which a product is formed
 FEW = 32  # positions of a sample that are few for a loop over them
 BAND = 32, 256  # smallest and largest number of units of a band of a product that is formed at once
 SMALL = 1 << 23  # multiplications of a product of which bands take longer to slice and copy than they save
@@ -49,6 +50,16 @@ def side_by_side(x: Tensor) -> bool:
     """Whether rows, (samples, width, positions), are a matrix of units and rows without a copy."""
     samples, _, positions = x.shape
     return positions == 1 or x.stride(1) == 1 or samples == 1 or x.stride(0) == positions * x.stride(2)
+
+
+def maps_by_sample(x: Tensor, z: Tensor) -> bool:
+    """Whether products of units are formed sample by sample, (samples, width, positions) each.
+
+    Otherwise rows are copied as a matrix, for few positions, of which the product of a sample would cost less than adding it.
+    """
+    positions, narrower = x.shape[2], min(x.shape[1], z.shape[1])
+    fewest = max(FEW_POSITIONS, narrower // 16) if x.device.type == "cpu" else narrower
+    return positions >= fewest and not (side_by_side(x) and side_by_side(z))
 
 
 def by_unit(x: Tensor) -> Tensor:

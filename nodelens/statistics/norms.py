@@ -9,7 +9,6 @@ from torch import Tensor
 from .base import derived
 from .gram import Gram
 from .linalg import by_unit, exact_products, side_by_side
-from .moments import free
 from .rows import NARROW, Rows
 
 
@@ -49,21 +48,6 @@ class NormedGram(Gram):
     @property
     def gram(self) -> Gram:
         return Gram(self.n, self.shift, self.total, self.outer, self.rounding)
-
-    @property
-    def norm_mean(self) -> Tensor:
-        """Mean of |x - mean|^2, (1,); NaN without rows."""
-        return (self.outer.trace() - self.total.square().sum() / self.n) / self.n
-
-    @property
-    def norm_square_sum(self) -> Tensor:
-        """Sum of |x - mean|^4, (1,); NaN without rows."""
-        return self.centred().quartic
-
-    @property
-    def norm_variance(self) -> Tensor:
-        """Unbiased variance of |x - mean|^2, (1,); NaN below two rows."""
-        return (self.norm_square_sum - self.n * self.norm_mean.square()) / free(self.n)
 
 
 @dataclass(frozen=True, eq=False)

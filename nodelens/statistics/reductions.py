@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .bins import BINS, DROPPED, LOW
-from .linalg import FEW, exact_products
+from .linalg import FEW, exact_products, maps_by_sample
 
 SUMS = ("sums", "squares", "cubes", "fourths", "absolutes", "nonzeros", "largest")
 PIECE = 1 << 18  # values whose bins are found at once, so that they stay in the cache
@@ -47,7 +47,7 @@ def reduce(
 
 def _chosen(raw: Tensor, samples: Tensor) -> Tensor:
     """Copies of some samples. Where a unit has few positions its values are put side by side with those of the other units."""
-    if raw.stride(1) == 1 or 1 < raw.shape[2] <= raw.shape[1]:
+    if raw.stride(1) == 1 or not (raw.shape[2] == 1 or maps_by_sample(raw, raw)):
         return raw.transpose(1, 2).index_select(0, samples).transpose(1, 2)
     return raw.index_select(0, samples)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .linalg import by_unit, exact_products, gram_of_rows, side_by_side, sum_of_products
+from .linalg import by_unit, exact_products, gram_of_rows, maps_by_sample, side_by_side, sum_of_products
 from .reductions import reduce
 from .sample_sums import SampleSums
 
@@ -214,9 +214,8 @@ class Rows:
         Each is about its own shift, and masked rows are 0 at both. The kind of product depends on the memory layout.
         """
         x, z, dtype = self.x, other.x, self.product_dtype(other)
-        maps = x.shape[2] >= min(x.shape[1], z.shape[1]) and not (side_by_side(x) and side_by_side(z))
         with exact_products():
-            if maps:
+            if maps_by_sample(x, z):
                 return sum_of_products(x, z, dtype)
             x = x.to(dtype)
             z = x if other is self else z.to(dtype)

@@ -1,20 +1,18 @@
 """Fine-tuning of a pruned network with Lightning: removed units stay removed, the best epoch on validation data is kept."""
 
 import copy
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.messages import LIGHTNING_HINTS, as_seed
+from nodelens.messages import as_seed
 from nodelens.network.batch_forms import with_samples
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.network.groups import PruningGroup
@@ -25,6 +23,7 @@ from nodelens.pruning.criteria.type_rules import TypeRules
 from nodelens.statistics.seeding import seed_of, seeded
 
 from .loader_order import seeded_order, set_epoch
+from .quiet_trainer import quiet_trainer
 from .unit_rates import Factors, scaled_updates, update_factors
 
 
@@ -88,21 +87,9 @@ class Finetune:
         with seeded(seed, "finetune", "before"):  # a loader draws a seed whenever it is read
             module.keep_if_best(0)
         before, device = module.best_score, device_of(model)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         training = [(m, m.training) for m in model.modules()]
-        with warnings.catch_warnings(), seeded(seed, "finetune"), seeded_order(self.train, seed_of(seed, "order")):
-            for hint in LIGHTNING_HINTS:
-                warnings.filterwarnings("ignore", message=hint)
-            trainer = Trainer(
-                max_epochs=self.epochs,
-                accelerator="cpu" if device.type == "cpu" else device.type,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-            )
+        order = seeded_order(self.train, seed_of(seed, "order"))
+        with seeded(seed, "finetune"), order, quiet_trainer(self.epochs, device) as trainer:
             trainer.fit(module, train_dataloaders=_Batches(self.train))
         model.load_state_dict(module.best)
         model.to(device)

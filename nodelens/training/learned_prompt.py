@@ -1,12 +1,11 @@
 """The learned prompt: a soft prompt, trained by Lightning, behind which the model says what an inserted state holds."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from nodelens.analysis.base import Analysis, AnalysisCall
@@ -14,7 +13,8 @@ from nodelens.analysis.lenses.future_lens import check_ahead, future_lines, futu
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.inserted import FollowedRows, decode_inserted, inserted_logits, score_inserted
 from nodelens.interventions.lenses.lens import LENS, about
-from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
+from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read
+from nodelens.interventions.lenses.scores import kl
 from nodelens.interventions.lenses.soft_prompts import SoftPrompts
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
@@ -22,7 +22,7 @@ from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
 from nodelens.statistics.sample_hash import generator
 
-from .lens_training import falling_adam, fit_lens, summed_kl
+from .lens_training import LensTraining, fit_lens
 
 
 @dataclass(frozen=True)
@@ -107,46 +107,30 @@ class LearnedPrompt(Analysis):
     def _prompts(self, model: nn.Module, data: Iterable[Any], layers: Mapping[int, Layer], seed: int, output: Any) -> SoftPrompts:
         if self.load_from is not None:
             return SoftPrompts.load(self.load_from).check(TokenModel(model)).to(device_of(model))
-        module = _Training(model, layers, self, seed, self.epochs * len(data) if isinstance(data, Sized) else None, output)
+        module = _Training(model, layers, self, seed, output)
         fit_lens(module, data, self.epochs, device_of(model), seed, "learned_prompt")
         return module.prompts.requires_grad_(False).to(device_of(model))
 
 
-class _Training(LightningModule):
-    """Minimises the divergence of each block. The model is not part of the module: it does not move and is not trained."""
+class _Training(LensTraining):
+    """Minimises KL(model || model behind the prompt)."""
 
-    automatic_optimization = False  # the gradient of a part of the tokens is added at once, which bounds the memory
-
-    def __init__(
-        self, model: nn.Module, layers: Mapping[int, Layer], options: LearnedPrompt, seed: int, steps: int | None, output: Any
-    ):
-        super().__init__()
+    def __init__(self, model: nn.Module, layers: Mapping[int, Layer], options: LearnedPrompt, seed: int, output: Any):
         known = TokenModel(model)
-        self.read: dict[str, Any] = {"model": known, "layers": layers}
-        self.options, self.steps, self.output = options, steps, output
+        super().__init__(known.model, layers, options.lr, output)
+        self.known, self.options = known, options
         self.rng = generator(seed, "learned prompt")
-        self.prompts = SoftPrompts.of_tokens(known, list(layers), options.length, self.rng)
+        self.prompts = SoftPrompts.of_tokens(self.known, list(layers), options.length, self.rng)
 
-    def configure_optimizers(self) -> Any:
-        return falling_adam(self.prompts.parameters(), self.options.lr, self.steps)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer: Any = self.optimizers()
-        schedule: Any = self.lr_schedulers()
-        optimizer.zero_grad()
-        run_lens(self.read["model"].model, [batch], self.read["layers"], self._backward, output=self.output)
-        optimizer.step()
-        schedule.step()
-
-    def _backward(self, rows: PredictingRows) -> None:
+    def add_gradients(self, rows: PredictingRows) -> None:
         followed = FollowedRows.of(rows, self.options.ahead).drawn(self.options.states, self.rng)
         count = max(1, len(followed.now)) * len(self.options.ahead)
         for block, layer in self.read["layers"].items():
             for part in followed.parts(self.options.length):
                 with torch.enable_grad():
                     prompt, states = self.prompts.of(block), rows.states(block)[part.now]
-                    logs = inserted_logits(self.read["model"], layer, prompt, states, part.tokens).float().log_softmax(2)
-                    every = [summed_kl(rows.final()[later], logs[:, n]) for n, later in part.later.items()]
+                    logs = inserted_logits(self.known, layer, prompt, states, part.tokens).float().log_softmax(2)
+                    every = [kl(rows.final()[later].float().log_softmax(1), logs[:, n]).sum() for n, later in part.later.items()]
                     self.manual_backward(torch.stack(every).sum() / count)
 
 

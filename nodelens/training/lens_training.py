@@ -1,20 +1,54 @@
-"""What the training of lenses shares: Lightning without its output, Adam, and the divergence that is minimised."""
+"""What the training of lenses shares: the steps, Adam, and Lightning without its output."""
 
-import logging
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import LightningModule
+from torch import nn
 
-from nodelens.messages import LIGHTNING_HINTS
+from nodelens.interventions.lenses.lens_pass import PredictingRows, run_lens
+from nodelens.network.layers import Layer
 from nodelens.statistics.processes import world
 from nodelens.statistics.seeding import seeded
 
+from .quiet_trainer import quiet_trainer
 
-def fit_lens(module: LightningModule, data: Iterable[Any], epochs: int, device: torch.device, *key: int | str) -> None:
+
+class LensTraining(LightningModule):
+    """Minimises the divergence of each block. The model is not part of the module: it does not move and is not trained.
+
+    steps: the number of batches of the whole training, where it is known
+    """
+
+    automatic_optimization = False  # the gradient of a part of the tokens is added at once, which bounds the memory
+
+    def __init__(self, model: nn.Module, layers: Mapping[int, Layer], lr: float, output: Any):
+        super().__init__()
+        self.read: dict[str, Any] = {"model": model, "layers": layers}
+        self.lr, self.output = lr, output
+        self.steps: int | None = None
+
+    def add_gradients(self, rows: PredictingRows) -> None:
+        """Adds the gradients of a batch to the parameters."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        """Adam, with a rate that falls linearly to 0 where the number of steps is known."""
+        optimizer, steps = torch.optim.Adam(self.parameters(), self.lr), self.steps
+        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if not steps else max(0.0, 1 - k / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        optimizer.zero_grad()
+        run_lens(self.read["model"], [batch], self.read["layers"], self.add_gradients, output=self.output)
+        optimizer.step()
+        schedule.step()
+
+
+def fit_lens(module: LensTraining, data: Iterable[Any], epochs: int, device: torch.device, *key: int | str) -> None:
     """Trains a module on one device, without files and progress bars. key: a seed, and the name of the analysis.
 
     Raises ValueError in a run of several processes, each of which would train a module of its own.
@@ -24,34 +58,9 @@ def fit_lens(module: LightningModule, data: Iterable[Any], epochs: int, device: 
             f"{key[-1]} is trained by one process, and this run has {world()[1]}: train it in a run of one, with "
             "save_to=, and give load_from= here"
         )
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    with warnings.catch_warnings(), seeded(*key):
-        for hint in (*LIGHTNING_HINTS, ".*does not have many workers.*"):
-            warnings.filterwarnings("ignore", message=hint)
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator="cpu" if device.type == "cpu" else device.type,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    module.steps = epochs * len(data) if isinstance(data, Sized) else None
+    with seeded(*key), quiet_trainer(epochs, device) as trainer:
         trainer.fit(module, train_dataloaders=_Batches(data))
-
-
-def falling_adam(parameters: Iterable[Tensor], lr: float, steps: int | None) -> Any:
-    """Adam, with a rate that falls linearly to 0 where the number of steps is known."""
-    optimizer = torch.optim.Adam(parameters, lr)
-    fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if not steps else max(0.0, 1 - k / steps))
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
-
-
-def summed_kl(final: Tensor, logs: Tensor) -> Tensor:
-    """The sum of KL(model || lens) over rows: final logits (n, V), log probabilities of the lens (n, V)."""
-    own = final.float().log_softmax(1)
-    p = own.exp()
-    return torch.where(p > 0, p * (own - logs), 0).sum()
 
 
 class _Batches:

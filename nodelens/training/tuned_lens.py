@@ -1,27 +1,27 @@
 """The tuned lens: affine translators of each block's states, trained by Lightning to give the model's own predictions."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from nodelens.analysis.base import Analysis, AnalysisCall
 from nodelens.analysis.lenses.logit_lens import lens_table
 from nodelens.engine.driver import device_of
 from nodelens.interventions.lenses.lens import LENS, about, read_lens
-from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read, run_lens
+from nodelens.interventions.lenses.lens_pass import PredictingRows, blocks_to_read
+from nodelens.interventions.lenses.scores import kl
 from nodelens.interventions.lenses.translators import Translators
 from nodelens.interventions.prompts import read_prompts
 from nodelens.interventions.token_model import TokenModel
 from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
 
-from .lens_training import falling_adam, fit_lens, summed_kl
+from .lens_training import LensTraining, fit_lens
 
 
 @dataclass(frozen=True)
@@ -86,46 +86,29 @@ def train_translators(
     """Translators of the states after some blocks, trained to the model's own logits. Raises ValueError without blocks."""
     if not layers:
         raise ValueError("a tuned lens translates the blocks before the last one: choose others with layers=")
-    steps, device = epochs * len(data) if isinstance(data, Sized) else None, device_of(model)
-    module = _Training(model, layers, lr, steps, output)
-    fit_lens(module, data, epochs, device, seed, "tuned_lens")
-    return module.translators.requires_grad_(False).to(device)
+    module = _Training(model, layers, lr, output)
+    fit_lens(module, data, epochs, device_of(model), seed, "tuned_lens")
+    return module.translators.requires_grad_(False).to(device_of(model))
 
 
-class _Training(LightningModule):
-    """Minimises KL(model || lens) of each block. The model is not part of the module: it does not move and is not trained."""
+class _Training(LensTraining):
+    """Minimises KL(model || lens)."""
 
-    automatic_optimization = False  # the gradient of a block's part of the tokens is added at once, which bounds the memory
+    def __init__(self, model: nn.Module, layers: Mapping[int, Layer], lr: float, output: Any):
+        super().__init__(model, layers, lr, output)
+        self.translators = Translators(list(layers), _width(model))
 
-    def __init__(self, model: nn.Module, layers: Mapping[int, Layer], lr: float, steps: int | None, output: Any):
-        super().__init__()
-        self.read: dict[str, Any] = {"model": model, "layers": layers}
-        self.lr, self.steps, self.output = lr, steps, output
-        width = _width(model, layers)
-        self.translators = Translators(list(layers), width)
-
-    def configure_optimizers(self) -> Any:
-        return falling_adam(self.translators.parameters(), self.lr, self.steps)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer: Any = self.optimizers()
-        schedule: Any = self.lr_schedulers()
-        optimizer.zero_grad()
-        run_lens(self.read["model"], [batch], self.read["layers"], self._backward, output=self.output)
-        optimizer.step()
-        schedule.step()
-
-    def _backward(self, rows: PredictingRows) -> None:
+    def add_gradients(self, rows: PredictingRows) -> None:
         for block in self.read["layers"]:
             for part in rows.tail.parts(len(rows.sample)):
                 states = rows.states(block, part)
                 with torch.enable_grad():
                     logs = rows.tail(self.translators(block, states)).float().log_softmax(1)
-                    loss = summed_kl(rows.final(part), logs) / len(rows.sample)
+                    loss = kl(rows.final(part).float().log_softmax(1), logs).sum() / len(rows.sample)
                     self.manual_backward(loss)
 
 
-def _width(model: nn.Module, layers: Mapping[int, Layer]) -> int:
+def _width(model: nn.Module) -> int:
     """The width of the residual stream, from the head or the config."""
     head = TokenModel(model).roles.single.get("final_norm")
     weight = getattr(getattr(head, "module", None), "weight", None)

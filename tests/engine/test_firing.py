@@ -9,7 +9,9 @@ from nets import Mixed, build, images
 from torch import nn
 
 import nodelens as nl
+from nodelens.engine import captured_rows, collector
 from nodelens.engine.dry_run import DryRun
+from nodelens.engine.firing import Firing
 from nodelens.network.batch import Batch
 from nodelens.network.find_layers import find_layers
 from nodelens.network.groups import PruningGroups
@@ -173,3 +175,31 @@ def test_in_training_a_batch_norm_on_the_way_uses_the_batch_and_keeps_its_runnin
     found = firing(y, training=True)
     torch.testing.assert_close(net.bn.running_mean, before, rtol=0, atol=0)
     torch.testing.assert_close(found, net.train().bn(y).relu().detach(), rtol=1e-6, atol=1e-6)
+
+
+class InTraining(nn.Conv2d):
+    training = property(lambda self: True, lambda self, mode: None)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_large_maps_are_read_behind_the_activation_a_few_samples_at_a_time(training, monkeypatch):
+    net = net_of(
+        lambda self, x: self.pool(self.relu(self.norm(self.conv(x)))).mean((2, 3)),
+        conv=lambda: (InTraining if training else nn.Conv2d)(3, 5, 3),
+        norm=lambda: nn.BatchNorm2d(5),
+        relu=nn.ReLU,
+        pool=lambda: nn.MaxPool2d(2),
+    )
+    net.norm.bias.data = torch.linspace(-1, 1, 5).double()
+    x, seen = images(20, size=9, dtype=torch.float64)[0], []
+    firing = Firing.__call__
+    monkeypatch.setattr(Firing, "__call__", lambda self, x, *given: (seen.append(len(x)), firing(self, x, *given))[1])
+    whole = measured(net, x, "conv", size=20)
+    assert max(seen) == 20
+    seen.clear()
+    monkeypatch.setattr(captured_rows, "CHUNK", 3 * 5 * 7 * 7 * 8)
+    monkeypatch.setattr(collector, "CHUNK", 3 * 5 * 7 * 7 * 8)
+    found = measured(net, x, "conv", size=20)
+    assert max(seen) == (20 if training else 3)  # a norm in training reads the whole batch
+    assert found.units["zero_fraction"].tolist() == whole.units["zero_fraction"].tolist()
+    assert 0 < found.units["zero_fraction"].min() < found.units["zero_fraction"].max() < 1

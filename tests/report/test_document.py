@@ -8,7 +8,7 @@ def test_a_page_keeps_its_data_until_the_next_one_is_written(tmp_path, monkeypat
     first = Document(tmp_path / "report.html", "cdn")
     first.embed("old", 1, on_demand=True)
     first.write(["first"])
-    second, write = Document(tmp_path / "report.html", "cdn"), document._write_text
+    second, write = Document(tmp_path / "report.html", "cdn"), document.write_text
     second.embed("new", 2, on_demand=True)
 
     def full(path, words):
@@ -16,7 +16,7 @@ def test_a_page_keeps_its_data_until_the_next_one_is_written(tmp_path, monkeypat
             raise OSError("no space left on device")
         write(path, words)
 
-    monkeypatch.setattr(document, "_write_text", full)
+    monkeypatch.setattr(document, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
         second.write(["second"])
     assert "first" in (tmp_path / "report.html").read_text()

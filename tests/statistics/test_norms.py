@@ -54,15 +54,13 @@ def test_mixed_sums_about_any_shift_agree_with_the_centred_rows(far):
             assert_close(
                 getattr(statistic, name), right[name], rtol=loss, atol=loss * scale, msg=lambda m, name=name: f"{name}: {m}"
             )
-    assert_close(gram.norm_mean, right["e"] / len(x), rtol=1e-10, atol=0)
 
 
-def test_the_variance_of_the_norms_is_that_of_the_centred_rows():
+def test_the_squares_of_the_norms_are_those_of_the_centred_rows():
     x, _ = sites()
     e = (x - x.mean(0)).square().sum(1)
     statistic = NormedGram.of(x, shift=torch.full((6,), 9.0, dtype=torch.float64))
-    assert_close(statistic.norm_variance, e.var().reshape(1), rtol=1e-10, atol=0)
-    assert_close(statistic.norm_square_sum, e.square().sum().reshape(1), rtol=1e-10, atol=0)
+    assert_close(statistic.centred().quartic, e.square().sum().reshape(1), rtol=1e-10, atol=0)
 
 
 def hsic(n, square, e, f, mixed):
@@ -181,5 +179,4 @@ def test_cosines_are_torch_s_own():
 def test_one_row_has_no_covariance_with_another_site():
     one = torch.ones(1, 3)
     assert Pair.of(one, one).covariance.isnan().all()
-    assert NormedGram.of(one).norm_variance.isnan().all()
     assert Gram.of(one[:0]).mean.isnan().all()

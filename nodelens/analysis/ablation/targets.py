@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nodelens.engine.request import Layers, as_layers
+from nodelens.messages import listed
 from nodelens.network.batch import Batch, tensor_of
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import ExpertLayer
 from nodelens.network.group_layer import GroupLayer
-from nodelens.network.groups import PruningGroup, listed
+from nodelens.network.groups import PruningGroup
 from nodelens.network.hooks import observed
 from nodelens.network.layers import Layer
 from nodelens.pruning.groups.find import find_groups

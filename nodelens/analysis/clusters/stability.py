@@ -58,25 +58,18 @@ def stability(
     return Stability(float(np.mean(found)), float(low), float(high), len(found))
 
 
-def numbers_of_clusters(
-    clustering: MetricSpaceClustering, features: Features, numbers: Iterable[int] = range(2, 9), draws: int = 0
-) -> pd.DataFrame:
-    """The silhouette for each number of clusters, index ``n_clusters``; with draws, also the stability.
+def numbers_of_clusters(clustering: MetricSpaceClustering, features: Features, numbers: Iterable[int]) -> pd.DataFrame:
+    """The silhouette for each number of clusters, index ``n_clusters``.
 
     Numbers that exceed the different units of the layer are left out.
     """
     points, values = features.standardized(), features.values[features.live]
     rows = []
     for k in numbers:
-        if not 2 <= k <= distinct(points):
-            continue
-        of_k = replace(clustering, n_clusters=k)
-        row: dict[str, Any] = {"n_clusters": k, "silhouette": silhouette(points, of_k.partition(features)(values), clustering.seed)}
-        if draws:
-            row |= {f"stability_{name}": value for name, value in stability(of_k, features, draws=draws)._asdict().items()}
-        rows.append(row)
-    columns = ["n_clusters", "silhouette"]
-    return (pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)).set_index("n_clusters")
+        if 2 <= k <= distinct(points):
+            found = replace(clustering, n_clusters=k).partition(features)(values)
+            rows.append((k, silhouette(points, found, clustering.seed)))
+    return pd.DataFrame(rows, columns=["n_clusters", "silhouette"]).set_index("n_clusters")
 
 
 def best_number(table: pd.DataFrame, least: int = 2) -> int | None:

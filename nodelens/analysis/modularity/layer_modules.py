@@ -14,6 +14,7 @@ from .shuffles import shuffled
 from .significance import Significance
 
 Null = Literal["degrees", "correlation", "none"]
+WIDEST = 256  # cells of a picture of a graph; a wider one is averaged over blocks of units
 COVARIANCES = ("forward_cov", "forward_cov_norm")  # associations that the null model of correlations is about
 
 
@@ -92,3 +93,16 @@ class LayerModules:
             "null_model": self.model,
         }
         return {"q": found.q, **counts, "components": found.components, **tested}
+
+
+def sorted_matrix(found: LayerModules) -> np.ndarray:
+    """Weights between live units, largest module first, (cells, cells) float32: one cell per unit, or means over blocks."""
+    labels = found.modules.labels[found.graph.live]
+    sizes = np.bincount(labels)
+    order = np.lexsort((np.arange(len(labels)), labels, -sizes[labels]))
+    weights = found.graph.weights[np.ix_(order, order)]
+    cells = np.arange(len(order)) * min(len(order), WIDEST) // len(order)
+    starts = np.flatnonzero(np.diff(cells, prepend=-1))
+    counts = np.diff(starts, append=len(order))
+    sums = np.add.reduceat(np.add.reduceat(weights, starts, 0), starts, 1)
+    return (sums / np.outer(counts, counts)).astype(np.float32)

@@ -22,8 +22,7 @@ from .connectivity import connectivity_table
 from .epochs import follow_epochs
 from .find_modules import Method, check_options
 from .graph import NONE, as_matrix
-from .layer_modules import COVARIANCES, LayerModules, Null, Search
-from .pictures import sorted_matrix
+from .layer_modules import COVARIANCES, LayerModules, Null, Search, sorted_matrix
 from .tables import MODULES, Partitioned, comparison_table, within
 
 

@@ -1,6 +1,6 @@
 """Values of hidden units where they are read, and gradients of the loss there: sums over rows (tokens or samples) of a pass."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,6 @@ from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.processes import reduce_tensor, world
 
 Unit = Literal["token", "sequence"]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class HiddenPass:

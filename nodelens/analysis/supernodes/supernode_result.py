@@ -1,14 +1,13 @@
 """The result of a supernode analysis: its tables, the folder that stores them, and a summary."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nodelens.results.files import checked, read_json, reading, write, write_json
-from nodelens.results.findings import Plotted
+from nodelens.results.files import checked, read_json, reading, write_json
+from nodelens.results.findings import Plotted, write_tables
 
 from .agreement import MEAN, POOLED
 from .controls import RANDOM
@@ -45,14 +44,9 @@ class SupernodesResult(Plotted):
 
     def save(self, folder: str | Path) -> Path:
         """Writes one parquet file per table, then metadata.json, which marks the folder complete. Raises ValueError for a file."""
-        folder = Path(folder)
-        if folder.is_file():
-            raise ValueError(f"{str(folder)!r} is a file: give a folder")
-        (folder / "metadata.json").unlink(missing_ok=True)
-        for name, table in self.tables().items():
-            write(folder / f"{name}.parquet", partial(table.to_parquet))
+        folder = write_tables(folder, self.tables())
         write_json(folder / "metadata.json", self.metadata | {"supernodes_schema_version": SCHEMA})
-        return folder.resolve()
+        return folder
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by name."""

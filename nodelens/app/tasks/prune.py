@@ -12,8 +12,6 @@ from omegaconf import DictConfig
 
 from nodelens.app.config import recorded, resolved
 from nodelens.engine.request import describe
-from nodelens.metrics import Metric
-from nodelens.metrics.base import section_of
 from nodelens.pruning.context import PruningContext
 from nodelens.pruning.criteria.scoring import columns_of
 from nodelens.pruning.sweep.ranking import areas, best_cell, score_of
@@ -115,7 +113,7 @@ def _load_or_measure(
     result = Result(units, groups_table(context.model, context.groups, context.cost))
     result.metadata |= provenance() | run_metadata(cfg, data, "calibration", trained_by)
     result.metadata |= {
-        "metrics": {name: describe_column(term) for name, term in columns.items() if name in units},
+        "metrics": {name: describe(metric) for name, metric in columns.items() if name in units},
         "refused": refused,
         "seed": cfg.seed,
         "samples": samples,
@@ -128,19 +126,6 @@ def _load_or_measure(
         remove_sums(folder)
         data.save_splits(folder)
     return result
-
-
-def describe_column(term: Any) -> dict[str, Any]:
-    """The definition of a column: a metric or a published criterion."""
-    if isinstance(term, Metric):
-        return describe(term)
-    return {
-        "metric": term.names[0],
-        "options": term.options,
-        "needs": {"reads": term.needs},
-        "source": section_of(type(term).__doc__ or "", "Source"),
-        "kind": "unit",
-    }
 
 
 def _finish(folder: Path, table: pd.DataFrame) -> None:

@@ -16,6 +16,12 @@ def place(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits > logits.gather(1, tokens[:, None])).sum(1)
 
 
+def kl(own: Tensor, other: Tensor) -> Tensor:
+    """KL(own || other) in nats, (n,), of the logarithms of probabilities (n, V); one of the two may be (V,)."""
+    p = own.exp()
+    return torch.where(p > 0, p * (own - other), 0).sum(-1)
+
+
 def row_scores(logits: Tensor, final: Tensor, following: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
     """Scores of each token, (n,), of a lens and the model's own logits (n, V); following (n,): the true next tokens.
 
@@ -26,10 +32,9 @@ def row_scores(logits: Tensor, final: Tensor, following: Tensor, ks: Sequence[in
     lens, own = logits.float().log_softmax(1), final.float().log_softmax(1)
     true, first = place(lens, following), place(lens, own.argmax(1))
     found = {f"precision_at_{k}": (true < k).double() for k in ks} | {f"agreement_at_{k}": (first < k).double() for k in ks}
-    p = own.exp()
     return found | {
         "surprisal": -lens.gather(1, following[:, None])[:, 0].double(),
-        "kl": torch.where(p > 0, p * (own - lens), 0).sum(1).double(),
+        "kl": kl(own, lens).double(),
         "entropy": -torch.where(lens > -math.inf, lens.exp() * lens, 0).sum(1).double(),
     }
 

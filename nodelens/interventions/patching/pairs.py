@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nodelens.interventions.lenses.scores import kl
 from nodelens.interventions.prompts import TokenizedPrompt, read_prompts, token_text
 from nodelens.messages import option
 
@@ -46,11 +47,11 @@ class Contrast:
         logit_difference: logit of the answer less that of the wrong token; NaN if they are the same. probability and surprisal, in
         nats, of the answer. kl: KL(reference || these logits), in nats.
         """
-        logs, own = logits.float().log_softmax(1), self.reference.float().log_softmax(0)
-        answer, p = logs[:, self.answer], own.exp()
+        logs = logits.float().log_softmax(1)
+        answer = logs[:, self.answer]
         difference = torch.full_like(answer, math.nan) if self.wrong is None else answer - logs[:, self.wrong]
-        kl = torch.where(p > 0, p * (own - logs), 0).sum(1)
-        return {"logit_difference": difference, "probability": answer.exp(), "surprisal": -answer, "kl": kl}
+        divergence = kl(self.reference.float().log_softmax(0), logs)
+        return {"logit_difference": difference, "probability": answer.exp(), "surprisal": -answer, "kl": divergence}
 
     def tokens(self, prompt: TokenizedPrompt) -> dict[str, str | None]:
         """The texts of the two tokens."""

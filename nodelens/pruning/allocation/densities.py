@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
-from nodelens.messages import nearest
-from nodelens.network.groups import PruningGroup, listed
+from nodelens.messages import listed, nearest
+from nodelens.network.groups import PruningGroup
 
 from .selection import EARLIER, PROTECTED, Rules
 

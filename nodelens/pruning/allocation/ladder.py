@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nodelens.network.groups import PruningGroup, listed
+from nodelens.messages import listed
+from nodelens.network.groups import PruningGroup
 
 from .densities import numbered
 from .selection import Rules

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nodelens.messages import nearest
-from nodelens.network.groups import PruningGroup, listed
+from nodelens.messages import listed, nearest
+from nodelens.network.groups import PruningGroup
 from nodelens.statistics.sample_hash import generator
 
 Mode = Literal["low", "high", "random"]

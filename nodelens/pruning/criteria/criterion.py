@@ -177,12 +177,8 @@ def random_scores(index: pd.Index, seed: int) -> pd.Series:
     """Uniform scores in [0, 1), drawn by a separate generator for each seed and group."""
     drawn = pd.Series(0.0, index=index)
     for group, rows in drawn.groupby(level="group", sort=False):
-        drawn.loc[rows.index] = np.array(_uniform(len(rows), seed, str(group)))
+        drawn.loc[rows.index] = torch.rand(len(rows), generator=generator(seed, str(group)), dtype=torch.float64).numpy()
     return drawn
-
-
-def _uniform(n: int, seed: int, group: str) -> list[float]:
-    return torch.rand(n, generator=generator(seed, group), dtype=torch.float64).tolist()
 
 
 def renamed(spec: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from nodelens.network.architecture import UnclearError
 from nodelens.network.groups import GroupSlice, PruningGroup, StoredCount, offsets, span
 from nodelens.network.open_attention import OpenAttention
 
-from .projections import Projection, child, has, join
+from .projections import Projection, attribute, child, has, join
 
 SEPARATE = (  # projections of queries, keys and values; possible names of the output projection
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense", "Wo")),
@@ -186,7 +186,7 @@ def _stored_counts(path: str, holder: Any, heads: _Heads) -> tuple[StoredCount, 
     read = set(_code(holder).co_names)
     if "config" in read and any(name in read and not hasattr(holder, name) for name in _IN_CONFIG):
         numbers |= {f"config.{name}": numbers[name] for name in _IN_CONFIG}
-    return tuple(StoredCount(path, name, step) for name, (now, step) in numbers.items() if _number(holder, name) == now)
+    return tuple(StoredCount(path, name, step) for name, (now, step) in numbers.items() if attribute(holder, name) == now)
 
 
 def _code(holder: nn.Module) -> Any:
@@ -195,9 +195,3 @@ def _code(holder: nn.Module) -> Any:
     if code is None:
         raise UnclearError("has a forward method without Python code")
     return code
-
-
-def _number(holder: Any, name: str) -> Any:
-    for part in name.split("."):
-        holder = getattr(holder, part, None)
-    return holder

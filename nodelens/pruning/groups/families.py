@@ -7,9 +7,10 @@ from itertools import accumulate
 
 from torch import nn
 
+from nodelens.messages import listed
 from nodelens.network.adapters import in_adapter
 from nodelens.network.architecture import UnclearError
-from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, identity, listed, offsets
+from nodelens.network.groups import Frozen, GroupSlice, PruningGroup, PruningGroups, identity, offsets
 
 from .adapters import RANKS
 from .attention import attention_groups

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from nodelens.messages import first_line
 from nodelens.network.adapters import MERGE, has_adapters
 from nodelens.network.batch import Batch
 from nodelens.network.eval_mode import copy_of, eval_mode, training_mode
@@ -75,7 +76,7 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
         check_forward(model, batch)
         if wrong := batch.wrong_dtype(model, error):
             raise ValueError(wrong) from error
-        why = why_unclear(model, batch) or _first_line(error)
+        why = why_unclear(model, batch) or first_line(error)
         raise ValueError(
             f"torch.export cannot trace the forward pass of {type(model).__name__}: {why}; "
             f"{MERGE if has_adapters(model) else WAY_OUT}"
@@ -89,7 +90,7 @@ def _traced(model: nn.Module, batch: Batch) -> Ids:
             with training_mode(copied):
                 found = operations(copied, batch)
         except Exception as error:  # a forward pass may raise anything
-            why = f", and training cannot be traced ({_first_line(error)})"
+            why = f", and training cannot be traced ({first_line(error)})"
         else:
             _follow(model, found, ids, read)
         freeze_unread(ids, model, unread(model, read), why)
@@ -145,7 +146,7 @@ def _failure(model: nn.Module, batch: Batch, groups: Sequence[PruningGroup]) -> 
     try:
         sliced = tensors_of(batch.run(slice_units(copied, groups, removed)))
     except Exception as error:  # a forward pass may raise anything
-        return f"without some of them the model does not run: {_first_line(error)}", _raised_in(copied, error)
+        return f"without some of them the model does not run: {first_line(error)}", _raised_in(copied, error)
     with masked(model, groups, removed):
         expected = tensors_of(batch.run(model))
     differing = (_difference(a, b, groups[0].exact) for a, b in zip(sliced, expected, strict=True))
@@ -192,7 +193,7 @@ def _failure_with_cache(model: nn.Module, batch: Batch) -> str:
     try:
         replace(batch, kwargs={name: value for name, value in batch.kwargs.items() if name != "use_cache"}).run(model)
     except Exception as error:  # a forward pass may raise anything
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
@@ -202,9 +203,5 @@ def _untrainable(model: nn.Module, batch: Batch) -> str:
         with training_mode(model):
             batch.run(model)
     except Exception as error:  # a forward pass may raise anything
-        return _first_line(error)
+        return first_line(error)
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

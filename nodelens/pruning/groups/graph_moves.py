@@ -94,8 +94,7 @@ def _distinct(ids: Tensor) -> Tensor:
 
 def _ordered(rows: Tensor) -> Tensor:
     """Labels, renumbered in the order of their first appearance."""
-    first = torch.full((int(rows.max()) + 1,), len(rows)).scatter_reduce(0, rows, torch.arange(len(rows)), "amin")
-    return first.argsort().argsort()[rows]
+    return _first(torch.arange(len(rows)), rows).argsort().argsort()[rows]
 
 
 def _first(values: Tensor, rows: Tensor) -> Tensor:

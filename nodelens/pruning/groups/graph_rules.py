@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import graph_contractions, graph_layers, graph_moves, graph_windows
-from .graph_recurrent import recurrent
 from .graph_walk import Layout, Value, Walk, name_of, op_of, shape_of, where, without_units
 from .recorded import Node
 
@@ -157,7 +156,7 @@ _RULES: dict[str, Rule] = {
     "unfold": graph_windows.windows,
     "im2col": graph_windows.patches,
     "col2im": graph_windows.patches,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), graph_layers.recurrent),
     "index": graph_moves.lookup,
     "index_select": graph_moves.lookup,
     "softmax": _softmax,

@@ -83,11 +83,16 @@ def plain(weight: Tensor | None) -> bool:
     return type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1
 
 
+def attribute(owner: Any, name: str) -> Any:
+    """An attribute with a dotted name, such as ``config.num_heads``; None where there is none."""
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner
+
+
 def child(owner: nn.Module, name: str) -> nn.Module | None:
     """The module with a dotted name below another; None if there is none."""
-    found: Any = owner
-    for part in name.split("."):
-        found = getattr(found, part, None)
+    found = attribute(owner, name)
     return found if isinstance(found, nn.Module) else None
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from nodelens.messages import listed
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COLUMNS = ("criterion", "allocation", "compensate", "mode", "amount", "seed", "params_share", "macs_share")
 _MEASURES = ("accuracy", "accuracy_se", "perplexity", "loss")
@@ -87,8 +89,7 @@ def _kept(pruned: Any) -> str:
         return ""
     lines = ["| kind | units | kept | groups |", "|---|---:|---:|---|"]
     for (kind, n, left), names in rows.items():
-        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"| {as_text(kind)} | {n} | {left} | {as_text(listed)} |")
+        lines.append(f"| {as_text(kind)} | {n} | {left} | {as_text(listed(names, 4))} |")
     return "## Kept units\n\n" + "\n".join(lines)
 
 

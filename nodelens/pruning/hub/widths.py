@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nodelens.network.groups import PruningGroup
+from nodelens.pruning.groups.projections import attribute
 
 _UNSET = ("n_inner", "ffn_dim", "intermediate_size")  # fields that may be None, for a multiple of the model's width
 Edit = dict[tuple[str, ...], int]  # {path of a field: its value}
@@ -70,7 +71,7 @@ class Widths:
         built = self._built(config)
         assert built is not None
         counts = ((path, name, value) for path, numbers in self.numbers.items() for name, value in numbers.items())
-        return all(_number(built.get_submodule(path), name) == value for path, name, value in counts) and all(
+        return all(attribute(built.get_submodule(path), name) == value for path, name, value in counts) and all(
             vars(module).get(name) == value
             for path, part in self.model.named_modules()
             for module in [built.get_submodule(path)]
@@ -128,9 +129,3 @@ def _edited(config: Any, edit: Edit) -> Any | None:
     for name in ("_attn_implementation", "_experts_implementation"):
         setattr(changed, name, getattr(config, name, None))
     return changed
-
-
-def _number(holder: Any, attribute: str) -> Any:
-    for part in attribute.split("."):
-        holder = getattr(holder, part, None)
-    return holder

@@ -14,7 +14,7 @@ from nodelens.pruning.hub.card import model_card
 from nodelens.pruning.hub.files import hub_files
 from nodelens.pruning.hub.modelling_file import FILE
 from nodelens.pruning.removal_plan import RemovalPlan, digests
-from nodelens.results.files import plain, write, write_json
+from nodelens.results.files import plain, write, write_json, write_text
 
 from .saved import ORIGIN
 from .structure import structure, unsaved_buffers
@@ -32,7 +32,7 @@ def save_pruned(pruned: Any, folder: Path, tokenizer: Any = None, sweep: Any = N
     write(folder / "model.safetensors", lambda path: save_file(stored_tensors(model), str(path), {"format": "pt"}))
     write_json(folder / (ORIGIN if files else "config.json"), pruned.origin)
     for name, text in (files | {"README.md": model_card(pruned, FILE in files, bool(files), sweep)}).items():
-        _write_text(folder / name, text)
+        write_text(folder / name, text)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
     plan: RemovalPlan = pruned.plan
@@ -64,7 +64,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(place)
         for file in filter(Path.is_file, Path(place).iterdir()):
             write(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
-
-
-def _write_text(path: Path, text: str) -> None:
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -19,32 +19,32 @@ def best_first(values: pd.Series, measure: str) -> pd.Series:
     return values.sort_values(ascending=measure in ("perplexity", "loss"), kind="stable")
 
 
-def curves(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") -> pd.DataFrame:
+def curves(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds, index (criterion, allocation, compensate, mode, amount).
 
-    Columns mean, std, seeds, and saved: the mean share of ``macs``, ``params`` or ``units`` removed. Infeasible cells do not count.
-    A loss or perplexity that is infinite or NaN is a value, and so is then the mean over its seeds.
+    Columns mean, std, seeds, and saved: the mean share of MACs removed, or of units if MACs were not counted. Infeasible cells do
+    not count. A loss or perplexity that is infinite or NaN is a value, and so is then the mean over its seeds.
     """
-    measure = measure or measure_of(table)
+    measure = measure_of(table)
     counts = table[measure].notna() if measure.endswith("accuracy") else table["status"] == "done"  # a task may have no accuracy
-    table = table.assign(saved=removed_share(table, saved))[counts]
+    table = table.assign(saved=_removed_share(table))[counts]
     by = table.groupby([*KEY, "amount"], sort=False)
     with np.errstate(invalid="ignore"):  # the spread of infinite values
         found = by[measure].agg(mean=lambda seeds: seeds.mean(skipna=False), std="std", seeds="size")
     return found.join(by["saved"].mean())
 
 
-def areas(table: pd.DataFrame, measure: str | None = None, saved: str = "macs") -> pd.DataFrame:
+def areas(table: pd.DataFrame) -> pd.DataFrame:
     """Area under each mean curve, best first: index (criterion, allocation, compensate, mode), columns area and upto.
 
     The area from share 0 (the dense model) to ``upto``, the largest share that every curve reaches, divided by ``upto``, with
     linear interpolation between amounts. All curves are thus compared over the same range. The area is NaN or infinite if the curve
     is so within this range.
     """
-    measure = measure or measure_of(table)
+    measure = measure_of(table)
     dense = table[f"dense_{measure}"].iloc[0]
     lines = {}
-    for key, curve in curves(table, measure, saved).groupby(level=KEY, sort=False):
+    for key, curve in curves(table).groupby(level=KEY, sort=False):
         points = curve.sort_values("saved")
         lines[key] = (np.concatenate([[0.0], points["saved"]]), np.concatenate([[dense], points["mean"]]))
     upto = min((float(x[-1]) for x, _ in lines.values()), default=0.0)
@@ -90,8 +90,6 @@ def score_of(table: pd.DataFrame, score: str | Sequence[str] = "area") -> float 
     return values[0] if isinstance(score, str) else values
 
 
-def removed_share(table: pd.DataFrame, of: str = "macs") -> pd.Series:
-    """The share of MACs, parameters or units removed; of units if MACs were not counted."""
-    if of == "units" or (of == "macs" and table["macs_share"].isna().all()):
-        return table["units_removed"] / table["units"]
-    return 1 - table[f"{of}_share"]
+def _removed_share(table: pd.DataFrame) -> pd.Series:
+    counted = table["macs_share"].notna().any()
+    return 1 - table["macs_share"] if counted else table["units_removed"] / table["units"]

@@ -198,9 +198,8 @@ def test_stability_follows_the_seed():
 
 def test_the_number_of_clusters_with_the_largest_silhouette_is_the_planted_one():
     values, _ = planted()
-    table = numbers_of_clusters(MetricSpaceClustering(), features(values), range(2, 8), draws=4)
+    table = numbers_of_clusters(MetricSpaceClustering(), features(values), range(2, 8))
     assert best_number(table) == 4
-    assert table.loc[4, "stability_mean"] == 1
     assert list(table.index) == [2, 3, 4, 5, 6, 7]
     assert best_number(table, least=5) == 5 if table.loc[5, "silhouette"] == table["silhouette"].loc[5:].max() else True
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import nodelens as nl
 from nodelens.analysis.modularity.find_modules import find_modules
+from nodelens.analysis.modularity.layer_modules import WIDEST, sorted_matrix
 from nodelens.analysis.modularity.modularity_analysis import ModularityAnalysis
-from nodelens.analysis.modularity.pictures import WIDEST, sorted_matrix
 from nodelens.metrics import Metric, get_metric
 from nodelens.results.findings import load_findings
 from nodelens.results.result import Result
