@@ -174,7 +174,9 @@ class Collector:
         self, rows: Rows, group: Tensor, hashes: Tensor, label: dict[str, Tensor]
     ) -> tuple[SampleSums, Tensor | None]:
         """Adds products of rows by group, in cache-sized chunks; returns the sums of each sample for the rest, and their order."""
-        step = max(1, CHUNK // max(1, rows.raw[:1].nbytes))
+        _, width, positions = rows.raw.shape
+        fill = width // max(1, positions) if self.products else 1  # fewer rows than units take longer to add than to multiply
+        step = max(1, CHUNK // max(1, rows.raw[:1].nbytes), fill)
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), SampleParts(len(rows))
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
         grams = MapGrams(self.plan.groups, rows) if self.only_grams and MapGrams.fits(rows) else None

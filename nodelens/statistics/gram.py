@@ -49,8 +49,8 @@ class Gram(Statistic):
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n
-        mixed = self.total.outer(step)
-        outer = self.outer.add_(mixed).add_(mixed.T).add_(n * step.outer(step))
+        half = self.total + n * step / 2
+        outer = self.outer.addr_(half, step).addr_(step, half)
         return type(self)(n, shift, self.total + n * step, triangle.pack(outer), self.rounding)
 
     @property

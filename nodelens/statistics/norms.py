@@ -74,9 +74,10 @@ class Directions(Gram):
 
 def _norm_sums(rows: Rows) -> tuple[Tensor, Tensor]:
     """The sum of the rows about the shift times their squared norms, (width,), and that of the squared norms squared, (1,)."""
-    norms = squared_norms(rows)
-    ready = "skews" in rows.ready and rows.raw.shape[1] > NARROW
-    return rows.ready["skews"].sum(0, dtype=torch.float64) if ready else weighted_sum(rows, norms), norms.outer[0]
+    quartic = rows.squared_norms.double().square().sum().reshape(1)
+    if "skews" in rows.ready and rows.raw.shape[1] > NARROW:
+        return rows.ready["skews"].sum(0, dtype=torch.float64), quartic
+    return weighted_sum(rows, squared_norms(rows)), quartic
 
 
 def squared_norms(rows: Rows) -> Rows:

@@ -59,13 +59,13 @@ def _powers(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
     by_row = x.shape[2] > 1 and x.stride(1) == 1  # as in a map whose channels come last
     if "squares" in wanted and not by_row and not _POWERS & {*wanted}:
         return found | {"squares": torch.linalg.vector_norm(x, dim=2).square()}  # the only reduction of squares without a copy
-    square = x.square() if {"squares", *_POWERS} & {*wanted} else x
+    square = x.square() if {"squares", "cubes", "fourths"} & {*wanted} else x
     if "squares" in wanted:
         found["squares"] = _over_positions(square)
     if "cubes" in wanted or "fourths" in wanted:
         found["cubes"], found["fourths"] = _over_positions(square * x), _over_positions(square.square())
     if "norms" in wanted:
-        found["norms"] = square.sum(1)
+        found["norms"] = torch.linalg.vector_norm(x, dim=1).square() if square is x else square.sum(1)
         if "skews" in wanted:
             found["skews"] = _over_positions(x * found["norms"][:, None])
     return found

@@ -11,7 +11,7 @@ def symmetric(width: int, seed: int = 0) -> Tensor:
     return x + x.T
 
 
-@pytest.mark.parametrize("width", [0, 1, 31, 32, 33, 100, 512, 515])
+@pytest.mark.parametrize("width", [0, 1, 63, 64, 65, 100, 512, 515])
 def test_a_matrix_is_the_same_after_packing_and_unpacking(width):
     matrix = symmetric(width)
     held = triangle.pack(matrix)
@@ -30,20 +30,20 @@ def test_matrices_add_in_their_packed_form(width):
 
 
 def test_packing_reads_the_upper_triangle_and_copies_it():
-    matrix = symmetric(64)
+    matrix = symmetric(128)
     held = triangle.pack(matrix)
-    below = torch.zeros(64, 64, dtype=torch.bool)
-    below[32:, :32] = True
+    below = torch.zeros(128, 128, dtype=torch.bool)
+    below[64:, :64] = True
     assert_close(triangle.pack(matrix.masked_fill(below, torch.nan)), held, rtol=0, atol=0)
-    triangle.unpack(held, 64).zero_()
-    assert_close(triangle.unpack(held, 64), matrix, rtol=0, atol=0)
+    triangle.unpack(held, 128).zero_()
+    assert_close(triangle.unpack(held, 128), matrix, rtol=0, atol=0)
 
 
-def test_wide_sums_take_little_more_than_half_of_the_matrix():
-    assert triangle.size(512) == 512 * 512 * 17 // 32
+def test_wide_sums_take_five_eighths_of_the_matrix():
+    assert triangle.size(512) == 512 * 512 * 5 // 8
     rows = torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
     gram = Gram.of(rows)
-    assert gram.nbytes < 0.55 * gram.outer.nbytes
+    assert gram.nbytes < 0.65 * gram.outer.nbytes
     centred = rows.double() - rows.double().mean(0)
     assert_close(gram.outer, centred.T @ centred, rtol=0, atol=1e-4)
     assert_close(gram.squares, gram.outer.diagonal(), rtol=0, atol=0)

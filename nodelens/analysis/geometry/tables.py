@@ -17,18 +17,19 @@ from nodelens.engine.plan import Plan
 from nodelens.engine.table import measure
 from nodelens.metrics import Metric, Need
 from nodelens.metrics.covariances import live_covariance
-from nodelens.metrics.spectrum import ParticipationRatio, SpectrumMetric
+from nodelens.metrics.spectrum import SpectrumMetric
 from nodelens.metrics.subspace import SubspaceMetric
 from nodelens.network.layers import Layer
 from nodelens.statistics import Accumulator, Directions, Gram
 from nodelens.statistics.costs import adapt
-from nodelens.statistics.linalg import constant, principal_axes, resolution, spectrum
+from nodelens.statistics.leading_axes import leading_axes
+from nodelens.statistics.linalg import spectrum
 
 from .columns import ABLATED, VARIANTS, Columns
+from .sampled import SampledRows, reads_spectrum
 from .sites import HookPoint
 
 RAW = SpectrumMetric()  # the covariance of unscaled rows
-_OF_SPECTRUM = (SpectrumMetric.__call__, ParticipationRatio.__call__)
 
 
 class Values:
@@ -37,17 +38,16 @@ class Values:
     def __init__(
         self, plan: Plan, sums: Mapping[tuple[str, Need], Accumulator], sample: Mapping[str, Tensor], device: torch.device
     ):
-        self.plan, self.sums, self.sample, self.device = plan, sums, sample, device
+        self.plan, self.sums, self.sample, self.device = plan, sums, SampledRows(sample), device
         self.axes = max((m.novelty_k for m in plan.metrics.values() if isinstance(m, SubspaceMetric)), default=0)
         self._spectra: dict[tuple[str, str], Tensor] = {}
         self._axes: dict[str, Tensor] = {}
-        self._samples: dict[str, tuple[Tensor, Tensor]] = {}
 
     def whole(self, metric: Metric, place: Place) -> float:
         """The value from all rows; NaN at a site that is too wide for the metric."""
         if not self.plan.resolve(metric, place) and metric.needs():
             return math.nan
-        if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM and metric.view == "positions":
+        if isinstance(metric, SpectrumMetric) and reads_spectrum(metric) and metric.view == "positions":
             return float(metric.of(self.spectrum(metric, place[0])))
         if isinstance(metric, SubspaceMetric) and type(metric).__call__ is SubspaceMetric.__call__ and metric.view == "positions":
             return self._between(metric, place)
@@ -56,25 +56,7 @@ class Values:
 
     def sampled(self, metric: Metric, place: Place) -> float:
         """The value from the sample of rows, without rows that are not finite."""
-        every = [self._finite(layer.name) for layer in place if layer is not None]
-        rows, keep = [r for r, _ in every], torch.stack([finite for _, finite in every]).all(0)
-        invariant = metric.names[0] != "layer_cosine_sim"  # all others do not depend on the basis
-        first, *rest = [_reduced_basis(r[keep]) if invariant else r[keep] for r in rows]
-        if len(first) < 2 or (rest and not invariant and rest[0].shape != first.shape):
-            return math.nan
-        if isinstance(metric, SpectrumMetric) and type(metric).__call__ in _OF_SPECTRUM:
-            key = place[0].name, "sample"
-            if key not in self._spectra:
-                self._spectra[key] = _sample_spectrum(first)
-            return float(metric.of(self._spectra[key]))
-        return float(metric.compute(outputs=first, next_outputs=rest[0] if rest else None))
-
-    def _finite(self, layer: str) -> tuple[Tensor, Tensor]:
-        """The sampled rows of a layer in float64, and which of them are finite."""
-        if layer not in self._samples:
-            rows = self.sample[layer].double()
-            self._samples[layer] = rows, rows.isfinite().all(1)
-        return self._samples[layer]
+        return self.sample.value(metric, *(layer.name for layer in place if layer is not None))
 
     def spectrum(self, metric: SpectrumMetric, layer: Layer) -> Tensor:
         """Eigenvalues of the covariance of a layer's rows, scaled as the metric scales them; largest first."""
@@ -83,8 +65,8 @@ class Values:
             y = self._parts(metric, (layer, None))["y"]
             covariance, rounding = metric.covariance(y).to(self.device), metric.rounding(y).to(self.device)
             if self.axes and metric.rows == "raw":
-                found, axes = principal_axes(covariance, rounding)
-                self._axes[layer.name] = axes[:, : self.axes].cpu()
+                found, axes = leading_axes(covariance, rounding, self.axes)
+                self._axes[layer.name] = axes.cpu()
             else:
                 found = spectrum(covariance, rounding)
             self._spectra[key] = found.cpu()
@@ -193,15 +175,3 @@ def _row(columns: Columns, kind: str, values: Values, place: Place) -> dict[str,
 
 def _axes(metric: SubspaceMetric, before: Tensor, after: Tensor) -> int:
     return min(metric.novelty_k, *(int((values > 0).sum()) for values in metric.cut(before, after)))
-
-
-def _reduced_basis(x: Tensor) -> Tensor:
-    """Rows (n, d) in a basis of at most n dimensions; norms and inner products of rows do not change."""
-    return x if len(x) >= x.shape[1] else torch.linalg.qr(x.T, mode="r").R.T
-
-
-def _sample_spectrum(x: Tensor) -> Tensor:
-    """Eigenvalues of the covariance of a few float64 rows, largest first, with 0 for those that rounding hides."""
-    live = ~constant(x.var(0), x.mean(0))
-    found = torch.linalg.svdvals((x - x.mean(0)).where(live, 0)).square() / (len(x) - 1)
-    return found.where(found > resolution(x.dtype, x.shape[1]) * found[:1], 0)
