@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -86,19 +85,12 @@ class DryRun:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        layers: Iterable[Layer],
-        batch: Batch,
-        objective: Objective | None = None,
-        optional: bool = False,
-        traced: bool = True,
+        cls, model: nn.Module, layers: Iterable[Layer], batch: Batch, objective: Objective | None = None, optional: bool = False
     ) -> "DryRun":
         """Runs the first two samples of a batch.
 
-        optional: some layers with weights may show no rows of samples; the reason is then in their ``Seen``. traced: whether the
-        operations are counted, and activations found among them; otherwise ``flops`` is 0. Raises ValueError, with the input's
-        shape, if the model cannot take the samples, and for layers that cannot be read.
+        optional: some layers with weights may show no rows of samples; the reason is then in their ``Seen``. Raises ValueError,
+        with the input's shape, if the model cannot take the samples, and for layers that cannot be read.
         """
         check_finite(batch)
         objective = objective or Objective.of(model)
@@ -108,7 +100,7 @@ class DryRun:
         sites = [Site(layer, port) for layer in layers for port in ("input", "output") if port == "output" or not _reads_ids(layer)]
         readers = [Site(norm, "input") for norm in batch_norms]
         whole, batch = batch, batch.head(2).map(torch.clone)  # tensors made in inference mode have no version to compare
-        tracer, counter = FiringTracer(model), _counter()
+        tracer = FiringTracer(model)
 
         def see(site: Site, tensor: Any) -> None:
             captured.setdefault(site, []).append((tensor, version_of(tensor)))
@@ -118,9 +110,7 @@ class DryRun:
         capture = Capture(sites + readers, see)
         capture.gate = True
         try:
-            with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, ExitStack() as modes:
-                for mode in (counter, tracer) if traced else ():
-                    modes.enter_context(mode)
+            with eval_mode(model), torch.inference_mode(False), torch.no_grad(), capture, _counter() as counter, tracer:
                 output = batch.run(model)
         except Exception:  # a forward pass may raise anything; an error of a hook is raised as it is
             check_forward(model, whole)
@@ -142,7 +132,7 @@ class DryRun:
             if site.layer.name not in unread and (found := tracer.found(site.layer.name)):
                 firing[site.layer.name], behind = found
                 seen[f"{site.layer.name}.{BEHIND}"] = made(site, [(behind, behind._version)])
-        flops, classes = counter.get_total_flops() // len(batch) if traced else 0, 0 if aligned is None else aligned.shape[-1]
+        flops, classes = counter.get_total_flops() // len(batch), 0 if aligned is None else aligned.shape[-1]
         tokens = aligned is not None and aligned.ndim == 3 and objective.task not in BY_VALUE
         positions = aligned.shape[1] if tokens and aligned is not None else 1
         known: dict[str, Any] = {"norms": norms, "firing": firing, "task": objective.task, "refusal": refusal}

@@ -15,8 +15,8 @@ Change = Callable[[Tensor], Tensor]
 def changed_read(change: Change, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A module's arguments with the tensor that it reads changed."""
     if read_of(args, kwargs) is args:
-        return changed_output(change, module, (), args), kwargs
-    return args, changed_output(change, module, (), dict(kwargs))
+        return _with_changed_tensor(change, module, args)[0], kwargs
+    return args, _with_changed_tensor(change, module, dict(kwargs))[0]
 
 
 def changed_output(change: Change, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -24,24 +24,31 @@ def changed_output(change: Change, module: nn.Module, args: tuple, output: Any) 
 
     The last states that an LSTM, GRU or RNN returns besides are those of the changed output.
     """
-    if isinstance(output, Tensor):
-        return change(output)
-    old = tensor_of(output)
-    if old is None:
-        raise ValueError(f"{type(module).__name__} shows {type(output).__name__} without a tensor: nothing to edit")
-    new = change(old)
-    if isinstance(module, nn.RNNBase) and old is output[0]:
+    changed, new = _with_changed_tensor(change, module, output)
+    if isinstance(module, nn.RNNBase) and isinstance(output[0], Tensor):
         return new, _last_states(module, new, output[1])
-    if isinstance(output, (tuple, list)):
-        items = [new if v is old else v for v in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    changed = copy.copy(output)
-    if not hasattr(output, "items"):  # an object with a field of logits
-        changed.logits = new
-        return changed
-    for key in [key for key, v in output.items() if v is old]:
-        changed[key] = new
     return changed
+
+
+def _with_changed_tensor(change: Change, module: nn.Module, shown: Any) -> tuple[Any, Tensor]:
+    """What a module reads or returns with its tensor changed, and that tensor."""
+    if isinstance(shown, Tensor):
+        new = change(shown)
+        return new, new
+    old = tensor_of(shown)
+    if old is None:
+        raise ValueError(f"{type(module).__name__} shows {type(shown).__name__} without a tensor: nothing to edit")
+    new = change(old)
+    if isinstance(shown, (tuple, list)):
+        items = [new if v is old else v for v in shown]
+        return type(shown)(*items) if hasattr(shown, "_fields") else type(shown)(items), new
+    changed = copy.copy(shown)
+    if not hasattr(shown, "items"):  # an object with a field of logits
+        changed.logits = new
+        return changed, new
+    for key in [key for key, v in shown.items() if v is old]:
+        changed[key] = new
+    return changed, new
 
 
 def _last_states(module: nn.RNNBase, output: Tensor, states: Any) -> Any:

@@ -272,6 +272,28 @@ def test_the_last_states_of_a_recurrent_module_are_those_of_its_output(kind, opt
     assert_close(edited, wanted, rtol=0, atol=1e-6)
 
 
+class Started(nn.Module):
+    """A recurrent module that is given its first states."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 3)
+
+    def forward(self, x):
+        ones = x.new_ones(1, x.shape[1], 3)
+        return self.rnn(x, (ones, -ones))[0]
+
+
+def test_the_input_of_a_recurrent_module_is_edited_and_its_first_states_are_not():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Started().eval()
+    x = torch.randn(5, 6, 4, generator=generator())
+    without = x.clone()
+    without[..., 2] = 0
+    assert_close(run(net, x, nl.Edit("rnn.input", "zero", units=[2])), net(without), rtol=0, atol=0)
+
+
 def sequence_first():
     """XLNet: its blocks show tokens before samples."""
     config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=40)

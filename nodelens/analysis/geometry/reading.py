@@ -145,7 +145,7 @@ def _dry_run(
     capture = Capture([Site(layer, "output") for layer in sites], seen.see)
     capture.gate = True
     with observed(net.modules() if routers else (), finder.discover), capture:
-        dry_run = DryRun.of(net, sites, Batch.of(head.inputs).to(device_of(net)), traced=False)
+        dry_run = DryRun.of(net, sites, Batch.of(head.inputs).to(device_of(net)))
     check_rows(sites, dry_run, head.mask.shape[1])
     return dry_run, {router.name: router for router in finder.found.values()}, seen.duplicates()
 
