@@ -93,7 +93,7 @@ class Collector:
     def _large_enough(self, rows: Rows) -> bool:
         """Whether a batch is added without buffering: it fills one product per group, if any, or exceeds the buffer's bytes."""
         samples, width, positions = rows.raw.shape
-        return self.only_reduced or samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
+        return not self.products or samples * positions >= self.plan.groups * width or rows.raw.nbytes >= MAX_BYTES
 
     def _labels(self, batch: Batch) -> dict[str, Tensor]:
         return {"label": target_of("label", None, batch.labels)} if self.labelled else {}

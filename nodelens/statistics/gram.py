@@ -96,8 +96,8 @@ class MapGrams:
         width = like.raw.shape[1]
         self.dtype = like.product_dtype(like)
         self.held = like.raw.new_zeros(groups, width, width, dtype=self.dtype)
-        self.outer = self.held if self.dtype == torch.float64 else self.held.double()
-        self.rows = [0] * groups
+        self.rows = [0] * groups  # held
+        self.full: dict[int, Tensor] = {}  # by group, float64
 
     @staticmethod
     def fits(rows: Rows) -> bool:
@@ -111,25 +111,26 @@ class MapGrams:
             for g, sample in zip(group, rows.x.to(self.dtype).unbind(0), strict=True):
                 sums[g].addmm_(sample, sample.T)
                 self.rows[g] += positions
-                if self.rows[g] >= TERMS:
-                    self._empty(g)
+                if self.rows[g] >= TERMS and self.dtype != torch.float64:
+                    self.full[g] = self._outer(g)
+                    sums[g].zero_()
+                    self.rows[g] = 0
 
-    def _empty(self, group: int) -> None:
-        if self.outer is not self.held:
-            self.outer[group] += self.held[group]
-            self.held[group].zero_()
-        self.rows[group] = 0
+    def _outer(self, group: int) -> Tensor:
+        held = self.held[group].double()
+        return held if group not in self.full else self.full[group].add_(held)
 
     def read(self, sums: SampleSums, group: Tensor, like: Rows) -> dict[int, Gram]:
         """The second moments of each group, given the sums and the group (samples,) of every sample that was added."""
         group = group.to(sums.sums.device)
         n = sums.counts.new_zeros(len(self.rows), 1).index_add_(0, group, sums.counts)
-        total = self.outer.new_zeros(self.outer.shape[:2]).index_add_(0, group, sums.sums.double())
-        found = group.unique().tolist()
-        for g in found:
-            self._empty(g)
-        rounding = _rounding_error(like, n, total, self.outer.diagonal(dim1=1, dim2=2))
-        return {g: Gram(n[g], like.shift, total[g], triangle.pack(self.outer[g]), rounding[g]) for g in found}
+        total = torch.zeros(len(n), sums.sums.shape[1], dtype=torch.float64).index_add_(0, group, sums.sums.double())
+        found = {}
+        for g in group.unique().tolist():
+            outer = self._outer(g)
+            rounding = _rounding_error(like, n[g], total[g], outer.diagonal())
+            found[g] = Gram(n[g], like.shift, total[g], triangle.pack(outer), rounding)
+        return found
 
 
 def rounding_error(rows: Rows, total: Tensor, square: Tensor) -> Tensor:
