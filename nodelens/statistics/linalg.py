@@ -1,10 +1,12 @@
 """Correlations, Gaussian information and spectra from sums; and a context for exact float32 products."""
 
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 MI_CEILING = 1 - 1e-6  # largest rho^2 that float32 products resolve; 6.908 nats
@@ -181,7 +183,14 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     """
     if matrix.device.type != "cpu" or matrix.requires_grad:
         return torch.linalg.eigvalsh(matrix)
-    return torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+    with _openblas().limit(limits=1):
+        return torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+
+
+@cache
+def _openblas() -> ThreadpoolController:
+    """The threads of numpy's LAPACK: between calls they would wait actively and take the cores of torch's own."""
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def entropy_count(weights: Tensor) -> Tensor:
