@@ -179,7 +179,7 @@ class Collector:
         step = max(1, CHUNK // max(1, rows.raw[:1].nbytes), fill)
         rows, parts = rows.about(*self._shift("positions", rows.take(0, step))), SampleParts(len(rows))
         longest = min(step, max(1, TERMS // rows.raw.shape[2]))
-        grams = MapGrams(self.plan.groups, rows) if self.only_grams and MapGrams.fits(rows) else None
+        grams = MapGrams() if self.only_grams and MapGrams.fits(rows) else None
         by_slice = [] if grams else self.products
         order = copy_order(rows.raw, group) if by_slice else None
         group, hashes, label = taken(group, order), taken(hashes, order), {k: taken(t, order) for k, t in label.items()}

@@ -12,7 +12,7 @@ from nodelens.statistics.linalg import exact_products
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_hash import generator
 
-LIMIT = 4096  # the sums of a full covariance take 71 MB at this width and 0.9 GB at 14,336
+LIMIT = 4096  # the sums of a full covariance take 84 MB at this width and 1.0 GB at 14,336
 KINDS = ("sample", "sketch")  # kinds that reduce the rows of a port with that suffix
 
 

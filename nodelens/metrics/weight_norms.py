@@ -119,7 +119,7 @@ class SpectralGap(Metric):
     Formula: (s_1 - s_2) / s_1, s the singular values of the weight, largest first; s_2 = 0 where there is only one
     Shapes: weight (units, d) -> ()
     Unit:   none, in [0, 1]; rank one: 1; orthonormal rows: 0
-    NaN:    the weights are all zero
+    NaN:    the weights are all zero, or one is not finite
     Source: definition
     """
 
@@ -139,7 +139,7 @@ class SpectralNormRatio(Metric):
     Formula: s_1 / ||W||_F, s_1 the largest singular value of the weight W
     Shapes: weight (units, d) -> ()
     Unit:   none, in [1/sqrt(rank), 1]; rank one: 1; k orthonormal rows: 1/sqrt(k)
-    NaN:    the weights are all zero
+    NaN:    the weights are all zero, or one is not finite
     Source: definition; its square is one over the stable rank, Rudelson & Vershynin 2007, math/0503442, section 1
     """
 

@@ -44,12 +44,14 @@ def squared_norms(weight: Tensor) -> Tensor:
 
 @once
 def leading_singular_values(weight: Tensor) -> Tensor:
-    """The two largest singular values, (units, d) -> (2,) float64; 0 for the second where there is only one.
+    """The two largest singular values, (units, d) -> (2,) float64; 0 for a second that is not there, NaN if a weight is not finite.
 
     They are roots of eigenvalues of the smaller of WW' and W'W, many times faster than singular values. Squaring costs digits of a
     small one, so a second value below 1e-3 of the first is computed from the weights themselves.
     """
     w = weight.double()
+    if not bool(w.isfinite().all()):  # solvers raise errors
+        return w.new_full((2,), torch.nan)
     products = gram_of_rows(w if len(w) < w.shape[1] else w.T)
     values = symmetric_eigenvalues(products)[-2:].flip(0).clamp_min(0).sqrt()
     if len(values) == 2 and bool(values[1] < SMALL * values[0]):

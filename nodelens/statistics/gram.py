@@ -92,12 +92,10 @@ class MapGrams:
     A sum is kept in the dtype of the products until it holds ``TERMS`` rows.
     """
 
-    def __init__(self, groups: int, like: Rows):
-        width = like.raw.shape[1]
-        self.dtype = like.product_dtype(like)
-        self.held = like.raw.new_zeros(groups, width, width, dtype=self.dtype)
-        self.rows = [0] * groups  # held
-        self.full: dict[int, Tensor] = {}  # by group, float64
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}  # by group, in the dtype of the products
+        self.rows: dict[int, int] = {}  # of which ``held`` is the sum
+        self.full: dict[int, Tensor] = {}  # float64
 
     @staticmethod
     def fits(rows: Rows) -> bool:
@@ -106,14 +104,17 @@ class MapGrams:
 
     def add(self, rows: Rows, group: list[int]) -> None:
         """Adds samples, given the group of each."""
-        positions, sums = rows.raw.shape[2], self.held.unbind(0)
+        _, width, positions = rows.raw.shape
+        dtype = rows.product_dtype(rows)
         with exact_products():
-            for g, sample in zip(group, rows.x.to(self.dtype).unbind(0), strict=True):
-                sums[g].addmm_(sample, sample.T)
+            for g, sample in zip(group, rows.x.to(dtype).unbind(0), strict=True):
+                if g not in self.held:
+                    self.held[g], self.rows[g] = sample.new_zeros(width, width), 0
+                self.held[g].addmm_(sample, sample.T)
                 self.rows[g] += positions
-                if self.rows[g] >= TERMS and self.dtype != torch.float64:
+                if self.rows[g] >= TERMS and dtype != torch.float64:
                     self.full[g] = self._outer(g)
-                    sums[g].zero_()
+                    self.held[g].zero_()
                     self.rows[g] = 0
 
     def _outer(self, group: int) -> Tensor:
@@ -122,11 +123,11 @@ class MapGrams:
 
     def read(self, sums: SampleSums, group: Tensor, like: Rows) -> dict[int, Gram]:
         """The second moments of each group, given the sums and the group (samples,) of every sample that was added."""
-        group = group.to(sums.sums.device)
-        n = sums.counts.new_zeros(len(self.rows), 1).index_add_(0, group, sums.counts)
-        total = torch.zeros(len(n), sums.sums.shape[1], dtype=torch.float64).index_add_(0, group, sums.sums.double())
+        groups = 1 + max(self.held, default=-1)
+        n = sums.counts.new_zeros(groups, 1).index_add_(0, group, sums.counts)
+        total = torch.zeros(groups, sums.sums.shape[1], dtype=torch.float64).index_add_(0, group, sums.sums.double())
         found = {}
-        for g in group.unique().tolist():
+        for g in self.held:
             outer = self._outer(g)
             rounding = _rounding_error(like, n[g], total[g], outer.diagonal())
             found[g] = Gram(n[g], like.shift, total[g], triangle.pack(outer), rounding)

@@ -1,6 +1,7 @@
 """What weights alone say."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -213,3 +214,12 @@ def test_weights_are_decomposed_once_for_a_table_and_again_when_they_have_change
     weight[0] *= 5
     assert SpectralGap()(weight) != first[0]
     assert SpectralNormRatio()(shared(weight)) != first[1]
+
+
+@pytest.mark.parametrize("name", ["spectral_gap", "spectral_norm_ratio"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_singular_values_of_weights_that_are_not_finite_are_nan(name, value):
+    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    assert 0 < float(get_metric(name)(weight)) < 1
+    weight[2, 3] = value
+    assert math.isnan(float(get_metric(name)(weight)))

@@ -21,7 +21,7 @@ def maps(width, positions, dtype=torch.float32, masked=False):
 
 def added(rows, group, step):
     """Added in chunks, as a pass does."""
-    grams, sums = MapGrams(6, rows), []
+    grams, sums = MapGrams(), []
     for first in range(0, len(rows), step):
         part = rows.take(first, first + step)
         grams.add(part, group[first : first + step].tolist())
