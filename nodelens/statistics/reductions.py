@@ -65,6 +65,8 @@ def _powers(x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
     if "cubes" in wanted or "fourths" in wanted:
         found["cubes"], found["fourths"] = _over_positions(square * x), _over_positions(square.square())
     if "norms" in wanted:
+        if square is x and x.shape[2] > 1 and not by_row:  # across values that lie apart vector_norm takes 6 to 18 times as long
+            square = x.square()
         found["norms"] = torch.linalg.vector_norm(x, dim=1).square() if square is x else square.sum(1)
         if "skews" in wanted:
             found["skews"] = _over_positions(x * found["norms"][:, None])
