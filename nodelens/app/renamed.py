@@ -1,5 +1,6 @@
 """Renamed config keys: for one version the old ones work too, on the command line and in a user's YAML, with a warning."""
 
+import copy
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ RENAMED = {
 }
 OPTIONS = {"recover": {"finetune": "default"}, "nan": {"remove": "drop"}}  # values of a renamed key that were renamed as well
 _warnings: dict[str, None] = {}  # in the order found, each once
+_own: dict[tuple[str, str], ConfigResult] = {}  # the package's own files, which do not change while a process runs
 
 
 def taken_warnings() -> list[str]:
@@ -54,8 +56,13 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's source of YAML files, with the new keys. Hydra requires this class name of a source of files."""
 
     def load_config(self, config_path: str) -> ConfigResult:
+        if Path(self.path).is_relative_to(CONF):
+            key = self.path, config_path
+            if key not in _own:  # reading YAML takes a quarter of a composition, and a command composes twice
+                _own[key] = super().load_config(config_path)
+            return copy.deepcopy(_own[key])
         found = super().load_config(config_path)
-        if isinstance(found.config, DictConfig) and not Path(self.path).is_relative_to(CONF):
+        if isinstance(found.config, DictConfig):
             package = (found.header or {}).get("package")
             path = "" if package == "_global_" else package or os.path.dirname(config_path).replace("/", ".")  # noqa: PTH120
             before = OmegaConf.to_container(found.config, resolve=False)
