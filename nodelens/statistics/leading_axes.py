@@ -2,10 +2,9 @@
 
 import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from .linalg import SOLVER, principal_axes
+from .linalg import SOLVER, one_blas_thread, principal_axes
 
 _WIDE = 256  # narrower matrices take no longer with all eigenvectors
 _FEW = 8  # at most one in so many eigenvectors is few
@@ -20,7 +19,7 @@ def leading_axes(covariance: Tensor, rounding: Tensor, count: int) -> tuple[Tens
     few = width >= max(_WIDE, _FEW * count) and covariance.device.type == "cpu" and bool(covariance.isfinite().all())
     # else the rounding of some unit hides most directions that it is part of, and only all eigenvectors tell which
     even = few and bool(rounding.where(variances != 0, 0).amax() < variances.median())
-    with ThreadpoolController().select(internal_api="openblas").limit(limits=1):  # scipy's would take the cores of torch's threads
+    with one_blas_thread():
         found = _of_few(covariance, rounding, count) if even else None
     if found is None:
         values, axes = principal_axes(covariance, rounding)

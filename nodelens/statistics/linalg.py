@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
+from threading import Lock
 from typing import Any, ClassVar
 
 import numpy as np
@@ -183,13 +184,38 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     """
     if matrix.device.type != "cpu" or matrix.requires_grad:
         return torch.linalg.eigvalsh(matrix)
-    with _openblas().limit(limits=1):
+    with one_blas_thread():
         return torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+
+
+class _OneBlasThread(AbstractContextManager[None]):
+    """One thread for OpenBLAS. The limit is that of the process: of several threads inside, the last one out lifts it."""
+
+    lock, depth = Lock(), 0
+    limit: ClassVar[Any]
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if _OneBlasThread.depth == 0:
+                _OneBlasThread.limit = _openblas().limit(limits=1)
+            _OneBlasThread.depth += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self.lock:
+            _OneBlasThread.depth -= 1
+            if _OneBlasThread.depth == 0:
+                _OneBlasThread.limit.restore_original_limits()
+
+
+def one_blas_thread() -> AbstractContextManager[None]:
+    """Context in which numpy's and scipy's LAPACK take one thread: between calls theirs would take the cores of torch's."""
+    return _OneBlasThread()
 
 
 @cache
 def _openblas() -> ThreadpoolController:
-    """The threads of numpy's LAPACK: between calls they would wait actively and take the cores of torch's own."""
+    import scipy.linalg  # noqa: F401  # it brings an OpenBLAS of its own, which is found once it is loaded
+
     return ThreadpoolController().select(internal_api="openblas")
 
 

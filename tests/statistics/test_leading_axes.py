@@ -1,12 +1,14 @@
 """The leading eigenvectors of a covariance against all of them."""
 
 import pytest
+import scipy.linalg  # noqa: F401  # its OpenBLAS is one of those whose threads are limited
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.testing import assert_close
 
 from nodelens.statistics import leading_axes as module
 from nodelens.statistics.leading_axes import leading_axes
-from nodelens.statistics.linalg import principal_axes
+from nodelens.statistics.linalg import one_blas_thread, principal_axes
 
 
 def covariance(width, rank=None, seed=0):
@@ -65,3 +67,17 @@ def test_a_matrix_that_is_not_finite_has_none():
     assert axes.shape == (256, 3)
     assert values.isnan().all()
     assert axes.isnan().all()
+
+
+def test_the_threads_of_openblas_are_as_before_once_the_last_of_several_has_ended():
+    def threads():
+        return {library["num_threads"] for library in threadpool_info() if library["internal_api"] == "openblas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        one, other = one_blas_thread(), one_blas_thread()  # of two threads whose work overlaps
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert threads() == {1}
+        other.__exit__(None, None, None)
+        assert threads() == {2}
