@@ -31,7 +31,7 @@ RENAMED = {
 }
 OPTIONS = {"recover": {"finetune": "default"}, "nan": {"remove": "drop"}}  # values of a renamed key that were renamed as well
 _warnings: dict[str, None] = {}  # in the order found, each once
-_own: dict[tuple[str, str], ConfigResult] = {}  # the package's own files, which do not change while a process runs
+_own: dict[tuple[Path, int], ConfigResult] = {}  # the package's own files, by path and time of change
 
 
 def taken_warnings() -> list[str]:
@@ -56,13 +56,14 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's source of YAML files, with the new keys. Hydra requires this class name of a source of files."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        if Path(self.path).is_relative_to(CONF):
-            key = self.path, config_path
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        if file.is_relative_to(CONF) and file.is_file():
+            key = file, file.stat().st_mtime_ns
             if key not in _own:  # reading YAML takes a quarter of a composition, and a command composes twice
                 _own[key] = super().load_config(config_path)
             return copy.deepcopy(_own[key])
         found = super().load_config(config_path)
-        if isinstance(found.config, DictConfig):
+        if isinstance(found.config, DictConfig) and not file.is_relative_to(CONF):
             package = (found.header or {}).get("package")
             path = "" if package == "_global_" else package or os.path.dirname(config_path).replace("/", ".")  # noqa: PTH120
             before = OmegaConf.to_container(found.config, resolve=False)
