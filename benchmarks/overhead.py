@@ -37,7 +37,8 @@ def plan_of(
     found = find_layers(model, layers)
     objective = Objective.of(model).settled(model, batch)
     dry_run = DryRun.of(model, found, objective.batch(batch, groups), objective)
-    return Plan.of(model, found, as_metrics(metrics), dry_run, groups, positions), objective
+    plan = Plan.of(model, found, as_metrics(metrics), dry_run, groups, positions)
+    return plan.with_kernels("auto", torch.device("cpu")), objective
 
 
 def overhead(

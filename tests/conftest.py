@@ -32,6 +32,20 @@ def real_data() -> Path:
     return folder("NODELENS_DATA")
 
 
+@pytest.fixture(params=["torch", "compiled"])
+def back_end(request) -> str:
+    """What forms sums over positions: a test that uses this runs once by each."""
+    from nodelens.statistics import compiled, kernels
+
+    if request.param == "compiled":
+        try:
+            compiled.library("float32")
+        except OSError as error:
+            pytest.skip(str(error))
+    with kernels.using(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def quiet_home(tmp_path, monkeypatch):
     """A working folder of its own, where runs may write."""

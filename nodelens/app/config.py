@@ -88,6 +88,7 @@ class Common:
     groups: int = 8
     positions: int | None = None
     precision: str = "float32"
+    kernels: str = "auto"  # torch, compiled
     initial_path: str | None = None
     covariance: str | None = None  # diagonal, sample:1024, sketch:1024
     budget: Budget = field(default_factory=Budget)

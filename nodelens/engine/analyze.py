@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from nodelens.network.objective import Objective
 from nodelens.network.sharded import class_name, is_sharded
 from nodelens.results.left_out import left_out_rows, warn_of_rows
 from nodelens.results.result import Result, fingerprint, provenance
-from nodelens.statistics import Accumulator
+from nodelens.statistics import Accumulator, kernels
 from nodelens.statistics.processes import first_of, gathered, reduce_sums, reduce_tensor, world
 from nodelens.statistics.repeats import repeats_warning
 from nodelens.statistics.sample_hash import balanced_cuts
@@ -100,6 +101,7 @@ def measure(
     if on_plan:
         on_plan(plan)
     results, seconds = list[Result](), {"plan": time.perf_counter() - started, "pass": 0.0, "table": 0.0}
+    compiling = kernels.seconds()
     key = partial(key_of, model, parts, objective, asked.first, settings.seed)
     with saved_sums(settings.save_to, settings.save_minutes, key, asked.again) as saved:
         for k, part in enumerate(parts):
@@ -113,6 +115,8 @@ def measure(
             seconds["pass"] += passed - pass_start
             seconds["table"] += time.perf_counter() - passed
     result = joined(plan, results)
+    seconds["kernels"] = kernels.seconds() - compiling
+    seconds["pass"] -= seconds["kernels"]
     warn_of_rows(result.metadata["left_out"])
     result.metadata |= {
         "seed": settings.seed,
@@ -197,6 +201,7 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
     known = {} if batch is None else {id(asked.first): batch.hashes}
     hashes = {} if asked.weights_only or settings.groups < 2 else hashes_of(asked.again, objective, known)
     cuts = None if asked.weights_only else cuts_of(asked.again, hashes, settings.groups, settings.seed, objective)
+    plan = plan.with_kernels(settings.kernels, device_of(model), length_hint(asked.again, 100))
     return replace(plan, cuts=cuts, hashes=hashes), objective
 
 
@@ -264,6 +269,7 @@ def finish(plan: Plan, collected: Pass, device: torch.device, bias: bool = False
         "filled_groups": int((samples > 0).sum()),
         "positions": plan.positions,
         "precision": plan.precision,
+        "kernels": plan.kernels,
         "processes": world()[1],
         "traffic": {"sums": traffic.sums, "sent": traffic.sent},
         "rows": rows,

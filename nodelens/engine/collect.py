@@ -15,7 +15,7 @@ from nodelens.network.hooks import Site
 from nodelens.network.layers import ASSOCIATION
 from nodelens.network.objective import Objective
 from nodelens.network.targets import target_of, token_target
-from nodelens.statistics import Accumulator
+from nodelens.statistics import Accumulator, kernels
 from nodelens.statistics.gram import TERMS
 from nodelens.statistics.group_slices import draw, group_slices, sorting
 from nodelens.statistics.linalg import exact_products
@@ -129,6 +129,10 @@ class Pass:
         """Takes a captured tensor of a site. Raises RuntimeError before the first ``begin``."""
         if self.batch is None:
             raise RuntimeError(f"{site} was captured before a batch began")
+        with kernels.using(self.plan.kernels):
+            self._see(site, captured, self.batch)
+
+    def _see(self, site: Site, captured: Any, batch: Batch) -> None:
         collector = self.collectors[site]
         rows = self._rows(collector, captured)
         if rows is None:
@@ -138,10 +142,10 @@ class Pass:
                 sums.see(site.layer, rows)
         if self.round:
             return
-        collector.see(rows, self.batch)
+        collector.see(rows, batch)
         for pair in self.pairs[site]:
             if not any(self.collectors[each].unread for each in (pair.owner.site, pair.other)):
-                pair.see(site, rows, self.batch)
+                pair.see(site, rows, batch)
         if site in self.token_rows:
             self.token_rows[site].see(rows)
 
@@ -180,7 +184,7 @@ class Pass:
         if self.round:
             self.batch = None
             return
-        with torch.no_grad():
+        with torch.no_grad(), kernels.using(self.plan.kernels):
             z = None if predictions is None else self.objective.aligned(predictions.detach(), batch.labels)
             paired = z, batch.labels, batch.targets, self.objective
             targets: dict[Any, Tensor] = {name: target_of(name, *paired) for name in self.plan.targets}
@@ -208,7 +212,7 @@ class Pass:
         return TargetTokens.of(value, batch, self.plan.positions, self.seed)
 
     def flush(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), kernels.using(self.plan.kernels):
             for collector in self.collectors.values():
                 collector.flush()
 

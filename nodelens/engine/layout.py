@@ -68,6 +68,7 @@ class PassLayout:
     stack: Layer | None = None  # all layers side by side, where a metric asks for one matrix of them
     no_derivative: Mapping[tuple[str, Need], str] = field(default_factory=dict)  # why a derivative does not exist, by layer
     sharded: bool = False  # whether the model's parameters are distributed over processes
+    kernels: str = "torch"  # what forms sums over positions: torch or compiled
 
     def seen(self, layer: Layer, port: str) -> Seen:
         return self.seen_at(layer.name, port)

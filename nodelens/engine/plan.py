@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from nodelens.metrics import Metric, Need
@@ -16,6 +17,7 @@ from nodelens.network.layers import ASSOCIATION, Layer, pairs_of
 from nodelens.network.sharded import class_name, is_sharded
 from nodelens.network.streams import side_of
 from nodelens.network.targets import check_token_target
+from nodelens.statistics import kernels
 
 from .association_methods import vector_bytes
 from .associations import check_associations, with_stack
@@ -94,6 +96,12 @@ class Plan(PassLayout):
         if dry_run.refusal and (plan.reads_predictions or plan.gradients):
             raise ValueError(dry_run.refusal)
         return plan
+
+    def with_kernels(self, option: str, device: torch.device, batches: float = 100) -> "Plan":
+        """The plan with the back end that an option names, for so many batches like the first. Raises ValueError as ``chosen``."""
+        seen = (self.seen(*site) for site in self.sites() if site.port != "model" and not site.port.startswith(ASSOCIATION))
+        nbytes = batches * self.dry_run.samples * sum(each.nbytes for each in seen)
+        return replace(self, kernels=kernels.chosen(option, device, nbytes))
 
     def resolve(self, metric: Metric, place: Place) -> dict[str, tuple[Layer, Need]]:
         """What a metric needs at a place: for each argument of the metric a layer and the need there.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Statistic, derived
 from .bins import BINS, DROPPED, LOW, OCTAVE
-from .reductions import add_bins, bins_of
+from .reductions import Bins
 from .rows import Rows
 
 
@@ -33,7 +33,7 @@ class Quantiles(Statistic):
         rows = Rows.of(x, weights, shift)
         bins, (first, end) = _bins(rows)
         counts = torch.zeros(rows.raw.shape[1], 1 + end - first, dtype=torch.int64, device=rows.raw.device)
-        add_bins(counts, bins, first, rows.keep)
+        bins.add_to(counts, first)
         return cls(rows.n, rows.n.new_tensor([first]), counts.to(_holding(_most(counts))), rows.largest)
 
     def __add__(self, other: Self) -> Self:
@@ -51,7 +51,7 @@ class Quantiles(Statistic):
         within = self._range[0] <= first and end <= self._range[1]
         if not (within and self._fits(len(rows) * rows.raw.shape[2])):
             return False
-        add_bins(self.counts, bins, self._range[0], rows.keep)
+        bins.add_to(self.counts, self._range[0])
         self.n.add_(rows.n)
         torch.maximum(self.largest, rows.largest, out=self.largest)
         return True
@@ -122,18 +122,17 @@ class Quantiles(Statistic):
         return value.where(bins[:, 0] > 0, 0).minimum(self.largest)
 
 
-def _bins(rows: Rows) -> tuple[Tensor, tuple[int, int]]:
-    """The bin of each value, and the range of bins that holds them, first and end: whole factors of two.
+def _bins(rows: Rows) -> tuple[Bins, tuple[int, int]]:
+    """The bins of the values, and the range that holds them, first and end: whole factors of two.
 
     A bin beside each filled one is in the range, for interpolation. On a GPU, where reading it would synchronise, all bins are.
     """
-    bins = bins_of(rows.raw, rows.keep)
-    if bins.device.type != "cpu":
+    bins = Bins(rows.raw, rows.keep)
+    if rows.raw.device.type != "cpu":
         return bins, (1, BINS)
-    low, high = (int(each) for each in bins.aminmax()) if bins.numel() else (0, 0)
+    low, high = bins.filled()
     if not high:
         return bins, (1, 1)
-    low = low or int(bins.where(bins > 0, BINS).amin())
     return bins, (max(1, (low - 1) // OCTAVE * OCTAVE), min(BINS, ((high + 1) // OCTAVE + 1) * OCTAVE))
 
 

@@ -1,14 +1,18 @@
 """Sums over the positions of each sample, and counts of sizes: one function for each, for all that a site needs of its rows."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .bins import BINS, DROPPED, LOW
 from .linalg import FEW, exact_products, maps_by_sample
 
 SUMS = ("sums", "squares", "cubes", "fourths", "absolutes", "nonzeros", "largest")
+MANY = 512  # positions from which on compiled loops are faster whatever is wanted
 _SIZES = {"absolutes", "nonzeros", "largest"}
 _POWERS = {"cubes", "fourths", "norms"}
 _LEADING = (1 << 31 - DROPPED) - 1  # the bits of a float32 that a bin reads, without the sign
@@ -27,18 +31,22 @@ def reduce(
     shift (width,) float64, None for zero; samples (n,) int64: which ones, in this order, None for all
 
     Returns, by name:
-    x, raw     (n, width, positions)  values about the shift, 0 for masked rows, and as they are
+    raw        (n, width, positions)  values as they are
+    x          (n, width, positions)  values about the shift, 0 for masked rows; only where the sums are formed of them
     sums, squares, cubes, fourths  (n, width)  sums of powers about the shift
     absolutes, nonzeros, largest   (n, width)  sums of |value|, number of non-zero values, largest |value|, none of them shifted
     norms      (n, positions)         squared norms of the rows about the shift
     skews      (n, width)             sums of values about the shift times the squared norm of their row; only with ``norms``
 
     all in the dtype of the rows. A sum of squares of P float32 values has a relative error of at most 2^-24 (P + 3). A NaN or an
-    infinity makes the sums of its unit and sample non-finite.
+    infinity makes the sums of its unit and sample non-finite. More may be returned than is wanted.
     """
     if samples is not None:
         samples = samples.to(raw.device)
         raw, keep = _chosen(raw, samples), None if keep is None else keep[samples]
+    compiled = kernels.compiled_for(raw)
+    if compiled and (_POWERS & {*wanted} or raw.shape[2] >= MANY):
+        return {"raw": raw} | compiled.reduce(raw, keep, shift, wanted)
     x = raw if shift is None else raw - shift.to(raw.dtype)[:, None]
     x = x if keep is None else x.where(keep[:, None], 0)
     return {"x": x, "raw": raw} | _powers(x, wanted) | (_sizes(raw, keep, wanted) if _SIZES & {*wanted} else {})
@@ -84,27 +92,46 @@ def _over_positions(x: Tensor) -> Tensor:
     return x.sum(2)
 
 
-def bins_of(raw: Tensor, keep: Tensor | None) -> Tensor:
-    """The bin of each |value|, (samples, width, positions) int32 in the memory layout of the values; 0 for masked rows."""
-    # the leading bits of a float32 are its sign and a piecewise linear logarithm of its size
-    bins = (raw.float().view(torch.int32) >> DROPPED).bitwise_and_(_LEADING).sub_(LOW - 1).clamp_(0, BINS - 1)
-    return bins if keep is None else bins.where(keep[:, None], 0)
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """The bin of each |value| of rows, 0 for masked rows. raw (samples, width, positions), keep (samples, positions) or None."""
 
+    raw: Tensor
+    keep: Tensor | None = None
 
-def add_bins(counts: Tensor, bins: Tensor, first: int, keep: Tensor | None) -> None:
-    """Adds to counts, (width, columns) of whole numbers, how many values of each unit lie in each bin, in place; overwrites bins.
+    def filled(self) -> tuple[int, int]:
+        """The smallest bin above 0 that holds a value, ``BINS`` if there is none, and the largest one. It synchronises a GPU."""
+        if not self.raw.numel():
+            return BINS, 0
+        if compiled := kernels.compiled_for(self.raw):
+            return compiled.filled_bins(self.raw, self.keep)
+        low, high = (int(each) for each in self._bins.aminmax())
+        return low or int(self._bins.where(self._bins > 0, BINS).amin()), high
 
-    bins, keep: as in ``bins_of``. The first column counts bin 0, and the next ones bins ``first``, ``first`` + 1, ..., which must
-    hold all others.
-    """
-    width, columns = counts.shape
-    if columns * width and bins.numel():
-        places = bins.sub_(first - 1).clamp_min_(0)
-        places += torch.arange(0, width * columns, columns, dtype=torch.int32, device=bins.device)[:, None]
-        flat = (places.transpose(1, 2) if places.stride(1) == 1 else places).flatten()  # in the order of the memory if it is dense
-        counts.view(-1).scatter_add_(0, flat, counts.new_ones(len(flat)))  # twice as fast as ones that are expanded
-    if keep is not None:
-        counts[:, 0] -= keep.numel() - keep.sum()  # masked rows were counted as zeros
+    def add_to(self, counts: Tensor, first: int) -> None:
+        """Adds to counts, (width, columns) of whole numbers, how many values of each unit lie in each bin, in place.
+
+        The first column counts bin 0, and the next ones bins ``first``, ``first`` + 1, ..., which must hold all others.
+        """
+        width, columns = counts.shape
+        if columns * width and self.raw.numel():
+            if compiled := kernels.compiled_for(self.raw):
+                compiled.add_bins(counts, self.raw, self.keep, first)
+                return
+            places = (self._bins - (first - 1)).clamp_min_(0)
+            places += torch.arange(0, width * columns, columns, dtype=torch.int32, device=places.device)[:, None]
+            flat = (places.transpose(1, 2) if places.stride(1) == 1 else places).flatten()  # in the memory's order if it is dense
+            counts.view(-1).scatter_add_(0, flat, counts.new_ones(len(flat)))  # twice as fast as ones that are expanded
+        if self.keep is not None:
+            counts[:, 0] -= self.keep.numel() - self.keep.sum()  # masked rows were counted as zeros
+
+    @cached_property
+    def _bins(self) -> Tensor:
+        """(samples, width, positions) int32 in the memory layout of the values."""
+        # the leading bits of a float32 are its sign and a piecewise linear logarithm of its size
+        bits = self.raw.float().view(torch.int32) >> DROPPED
+        bins = bits.bitwise_and_(_LEADING).sub_(LOW - 1).clamp_(0, BINS - 1)
+        return bins if self.keep is None else bins.where(self.keep[:, None], 0)
 
 
 def _sizes(raw: Tensor, keep: Tensor | None, wanted: Collection[str]) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ class Measure(Callback):
         groups: int = 8,
         positions: int | None = None,
         precision: str = "float32",
+        kernels: str = "auto",
         budget: str | float | None = None,
         pairs: str | list[list[str]] = "consecutive",
         bias: bool = False,
@@ -76,6 +77,7 @@ class Measure(Callback):
         metrics = with_metrics(metrics, self.analyses.analyses)
         self.metrics, self.folder, self.layers, self.on, self.every = metrics, Path(folder), layers, on, every
         self.groups, self.positions, self.precision, self.budget, self.seed = groups, positions, precision, budget, as_seed(seed)
+        self.kernels = kernels
         self.pairs, self.bias, self.covariance, self.width, self.passes = pairs, bias, covariance, width, max_passes
         self.start: dict[str, Tensor] | None = None  # the weights before training, for metrics of their change
         self.sums: dict[str, Tensor] | None = None  # of the epoch in which training continues
@@ -149,6 +151,7 @@ class Measure(Callback):
                 groups=self.groups,
                 positions=self.positions,
                 precision=self.precision,
+                kernels=self.kernels,
                 pairs=self.pairs,
                 initial=self.start,
                 bias=self.bias,
@@ -209,7 +212,7 @@ class Measure(Callback):
             self.precision,
             self.pairs,
             covariance=CovariancePolicy.of(self.covariance, self.width, self.seed),
-        )
+        ).with_kernels(self.kernels, module.device)
         check_bytes(self.plan, in_bytes(self.budget))
         self.taken = Pass(self.plan, objective, self.seed)
         if self.sums is not None:

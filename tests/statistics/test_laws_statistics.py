@@ -23,6 +23,7 @@ from nodelens.statistics import (
 )
 from nodelens.statistics.rows import Rows
 
+pytestmark = pytest.mark.usefixtures("back_end")
 every = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda s: s.__name__)
 
 

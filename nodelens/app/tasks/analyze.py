@@ -154,6 +154,7 @@ def measure(
             groups=cfg.groups,
             positions=cfg.positions,
             precision=cfg.precision,
+            kernels=cfg.kernels,
             pairs=resolved(cfg)["pairs"],
             bias=cfg.bias,
             covariance=cfg.covariance,
@@ -167,6 +168,8 @@ def measure(
         on_plan=on_plan,
         progress=progress,
     )
+    if rank == 0 and (seconds := result.metadata["seconds"]["kernels"]) > 1:
+        print_line(f"loops for the CPU were compiled or loaded in {seconds:.1f} s; they are kept on disk for later runs")
     passes, traffic = result.metadata["passes"], result.metadata["traffic"]
     if rank == 0 and processes > 1:
         own, sent = size(traffic["sums"]), size(traffic["sent"])

@@ -13,6 +13,8 @@ from nodelens.results.result import BESIDE, Result, values_of
 
 from .common import format_score
 
+_KERNELS = {"torch": "torch", "compiled": "compiled loops"}
+
 
 def show_plan(console: Console, plan: Plan) -> None:
     """One line per layer: its statistics and their bytes; then the totals."""
@@ -33,7 +35,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     console.print(
         f"sums and buffers take at most {plan.total_bytes / 2**20:,.1f} MiB; estimated time {1 + plan.overhead():.3g} times "
-        f"that of the bare {'forward and backward' if plan.gradients else 'forward'} pass"
+        f"that of the bare {'forward and backward' if plan.gradients else 'forward'} pass; sums by {_KERNELS[plan.kernels]}"
     )
     for note in plan.notes:
         console.print(note, markup=False)

@@ -52,7 +52,7 @@ def context_of(cfg: DictConfig, net: torch.nn.Module, data: Any, save_to: Path |
     given = next(iter(data.loader("calibration", batch_size=2)))
     objective = Objective.of(net, **objective_of(cfg)).settled(net, given)
     budget = values["budget"]
-    options = {k: values[k] for k in ("groups", "positions", "precision", "covariance", "save_minutes")}
+    options = {k: values[k] for k in ("groups", "positions", "precision", "kernels", "covariance", "save_minutes")}
     options |= {"budget": budget["memory"], "width": budget["width"], "max_passes": budget["max_passes"]}
     if save_to is not None:
         options["save_to"] = save_to

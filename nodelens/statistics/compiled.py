@@ -1,0 +1,146 @@
+"""The sums of ``reductions`` by the loops of ``loops.c``, which the C compiler of this machine compiles once.
+
+Each value is read once, no temporary tensors are made, and the threads are those of torch. The library is kept in the user's cache
+folder, under a name that tells the source, the compiler's options and the processor apart.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bins import BINS, DROPPED, LOW
+
+SPLIT = 1 << 15  # values for which one more thread is woken
+_POWERS = ("sums", "squares", "cubes", "fourths")
+_SIZES = ("absolutes", "nonzeros", "largest")
+_SOURCE = Path(__file__).with_name("loops.c")
+_OPTIONS = ("-march=native -fopenmp", "-fopenmp", "-march=native", "")  # the first that the compiler takes
+_MINUTES = 2.0
+seconds: dict[str, float] = {}  # that compiling took, by the dtype of the rows
+
+
+def reduce(raw: Tensor, keep: Tensor | None, shift: Tensor | None, wanted: Collection[str]) -> dict[str, Tensor]:
+    """What is wanted of rows on a CPU, as ``reductions.reduce`` names it, but not ``x``."""
+    values, tokens = _values(raw)
+    samples, width, positions = raw.shape
+    higher, sizes = bool({"cubes", "fourths"} & {*wanted}), bool({*_SIZES} & {*wanted})
+    out = raw.new_empty(7, samples, width) if {*_POWERS, *_SIZES} & {*wanted} else None
+    norms = raw.new_empty(samples, positions) if "norms" in wanted else None
+    skews = raw.new_empty(samples, width) if "skews" in wanted and norms is not None else None
+    about = raw.new_zeros(width) if shift is None else shift.to(raw.dtype).expand(width).contiguous()
+    mask = _mask(raw, keep)
+    shape = samples, width, positions, tokens
+    loops = library(str(raw.dtype).removeprefix("torch."))
+    loops.reduce(_at(values), _at(mask), _at(about), *shape, higher, sizes, _at(out), _at(norms), _at(skews), _threads(values))
+    tables = [] if out is None else out.unbind(0)
+    known = (_POWERS if higher else _POWERS[:2]) + (_SIZES if sizes else ())
+    found = {name: table for name, table in zip(_POWERS + _SIZES, tables, strict=False) if name in known}
+    return found | {name: each for name, each in (("norms", norms), ("skews", skews)) if each is not None}
+
+
+def filled_bins(raw: Tensor, keep: Tensor | None) -> tuple[int, int]:
+    """The smallest bin above 0 that is filled, ``BINS`` if none is, and the largest one."""
+    (values, tokens), mask, found = _values(raw.float()), _mask(raw, keep), (ctypes.c_int32 * 2)()
+    library("float32").ends(_at(values), _at(mask), *raw.shape, tokens, LOW << DROPPED, found, _threads(values))
+    low, high = (min(max((end >> DROPPED) - (LOW - 1), 0), BINS - 1) for end in found)
+    return low if found[0] < (1 << 31) - 1 else BINS, high
+
+
+def add_bins(counts: Tensor, raw: Tensor, keep: Tensor | None, first: int) -> None:
+    """Adds to counts, without gaps, how many values lie in each bin, as ``reductions.Bins.add_to`` does."""
+    if len(counts) != raw.shape[1] or not counts.is_contiguous():
+        raise ValueError(f"counts of shape {(*counts.shape,)} are not those of {raw.shape[1]} units without gaps")
+    (values, tokens), mask, columns = _values(raw.float()), _mask(raw, keep), counts.shape[1]
+    bins = DROPPED, first - 1 + LOW - 1, columns
+    held = _at(counts), counts.element_size(), _threads(values)
+    library("float32").count(_at(values), _at(mask), *raw.shape, tokens, *bins, *held)
+
+
+def _values(raw: Tensor) -> tuple[Tensor, bool]:
+    """The values without gaps, and whether the units come last, (samples, positions, width), as in tokens."""
+    raw = raw.detach()
+    tokens = raw.shape[2] == 1 or raw.stride(1) == 1
+    return (raw.transpose(1, 2) if tokens else raw).contiguous(), tokens
+
+
+def _mask(raw: Tensor, keep: Tensor | None) -> Tensor | None:
+    return None if keep is None else keep.expand(len(raw), raw.shape[2]).contiguous()
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(values: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), values.numel() // SPLIT))
+
+
+@cache
+def library(dtype: str) -> Any:
+    """The loops for rows of a dtype, float32 or float64. Raises OSError, with what the compiler said, if they cannot be had."""
+    start = time.perf_counter()
+    file, problems = None, []
+    for options in _OPTIONS:
+        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", *options.split()]
+        try:
+            file = _compiled([*command, f"-DNUMBER={'float' if dtype == 'float32' else 'double'}"])
+            found = ctypes.CDLL(str(file))
+            break
+        except OSError as error:
+            problems.append(str(error))
+    if file is None:
+        raise OSError(f"{_SOURCE.name} cannot be compiled: {problems[0]}")
+    pointer, number, whole = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    shape = [whole, whole, whole, number]
+    found.reduce.argtypes = [pointer, pointer, pointer, *shape, number, number, pointer, pointer, pointer, number]
+    found.ends.argtypes = [pointer, pointer, *shape, ctypes.c_int32, pointer, number]
+    found.count.argtypes = [pointer, pointer, *shape, number, ctypes.c_int32, ctypes.c_int32, pointer, number, number]
+    for each in (found.reduce, found.ends, found.count):
+        each.restype = None
+    seconds[dtype] = time.perf_counter() - start
+    return found
+
+
+def _compiled(command: list[str]) -> Path:
+    """The library that a command makes, from the cache if it was made before. Raises OSError if the compiler fails."""
+    key = hashlib.sha256("\n".join([*command, _processor(), _SOURCE.read_text()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nodelens"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(dir=folder)
+    except OSError:  # a home that cannot be written to
+        folder = Path(made := tempfile.mkdtemp(prefix="nodelens-"))
+    file, part = folder / f"loops-{key}.so", Path(made, "loops.so")
+    try:
+        if not file.exists():
+            done = subprocess.run([*command, "-o", str(part), str(_SOURCE)], capture_output=True, text=True, timeout=60 * _MINUTES)
+            if done.returncode:
+                raise OSError(done.stderr.strip()[-500:] or f"{command[0]} ended with status {done.returncode}")
+            part.replace(file)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} took more than {_MINUTES:g} minutes") from None
+    finally:
+        if folder != Path(made):
+            shutil.rmtree(made, ignore_errors=True)
+    return file
+
+
+def _processor() -> str:
+    """What tells processors apart whose libraries must not be mixed, such as those of two nodes with one home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(dict.fromkeys(line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")))
