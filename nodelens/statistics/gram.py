@@ -30,8 +30,12 @@ class Gram(Statistic):
     @classmethod
     def of(cls, x: Rows | Tensor, weights: Tensor | None = None, shift: Tensor | None = None) -> Self:
         rows = Rows.of(x, weights, shift)
-        total, outer = rows.total, rows.outer
-        return cls(rows.n, rows.shift, total, triangle.pack(outer), rounding_error(rows, total, outer.diagonal()))
+        width, total = rows.raw.shape[1], rows.total
+        if rows.compiles_products:
+            rows.add_products(upper := torch.zeros(triangle.size(width), dtype=torch.float64))
+        else:
+            upper = triangle.pack(rows.outer)
+        return cls(rows.n, rows.shift, total, upper, rounding_error(rows, total, triangle.diagonal(upper, width)))
 
     def add_rows_in_place(self, rows: Any, *target: Tensor) -> bool:
         if rows.shift is not self.shift:
@@ -40,12 +44,18 @@ class Gram(Statistic):
         return True
 
     def _add(self, rows: Rows) -> None:
-        total, outer = rows.total, rows.outer
-        samples, _, positions = rows.raw.shape
+        total, (samples, _, positions) = rows.total, rows.raw.shape
         self.n.add_(samples * positions if rows.keep is None else rows.n)
         self.total.add_(total)
-        triangle.add(self.upper, outer)
-        self.rounding.add_(rounding_error(rows, total, outer.diagonal()))
+        if rows.compiles_products:
+            before = self.squares
+            rows.add_products(self.upper)
+            squares = self.squares - before
+        else:
+            outer = rows.outer
+            triangle.add(self.upper, outer)
+            squares = outer.diagonal()
+        self.rounding.add_(rounding_error(rows, total, squares))
 
     def about(self, shift: Tensor) -> Self:
         step, n = self.shift - shift, self.n
@@ -95,7 +105,7 @@ class MapGrams:
     def __init__(self) -> None:
         self.held: dict[int, Tensor] = {}  # by group, in the dtype of the products
         self.rows: dict[int, int] = {}  # of which ``held`` is the sum
-        self.full: dict[int, Tensor] = {}  # float64
+        self.full: dict[int, Tensor] = {}  # float64, as ``triangle`` holds it
 
     @staticmethod
     def fits(rows: Rows) -> bool:
@@ -105,6 +115,12 @@ class MapGrams:
     def add(self, rows: Rows, group: list[int]) -> None:
         """Adds samples, given the group of each."""
         _, width, positions = rows.raw.shape
+        if rows.compiles_products:
+            for g in sorted({*group}):
+                if g not in self.full:
+                    self.full[g] = torch.zeros(triangle.size(width), dtype=torch.float64)
+                rows.add_products(self.full[g], [k for k, each in enumerate(group) if each == g])
+            return
         dtype = rows.product_dtype(rows)
         with exact_products():
             for g, sample in zip(group, rows.x.to(dtype).unbind(0), strict=True):
@@ -113,24 +129,27 @@ class MapGrams:
                 self.held[g].addmm_(sample, sample.T)
                 self.rows[g] += positions
                 if self.rows[g] >= TERMS and dtype != torch.float64:
-                    self.full[g] = self._outer(g)
+                    self.full[g] = self._upper(g)
                     self.held[g].zero_()
                     self.rows[g] = 0
 
-    def _outer(self, group: int) -> Tensor:
-        held = self.held[group].double()
+    def _upper(self, group: int) -> Tensor:
+        if group not in self.held:
+            return self.full[group]
+        held = triangle.pack(self.held[group].double())
         return held if group not in self.full else self.full[group].add_(held)
 
     def read(self, sums: SampleSums, group: Tensor, like: Rows) -> dict[int, Gram]:
         """The second moments of each group, given the sums and the group (samples,) of every sample that was added."""
-        groups = 1 + max(self.held, default=-1)
+        present = sorted({*self.held, *self.full})
+        groups = 1 + max(present, default=-1)
         n = sums.counts.new_zeros(groups, 1).index_add_(0, group, sums.counts)
         total = torch.zeros(groups, sums.sums.shape[1], dtype=torch.float64).index_add_(0, group, sums.sums.double())
         found = {}
-        for g in self.held:
-            outer = self._outer(g)
-            rounding = _rounding_error(like, n[g], total[g], outer.diagonal())
-            found[g] = Gram(n[g], like.shift, total[g], triangle.pack(outer), rounding)
+        for g in present:
+            upper = self._upper(g)
+            rounding = _rounding_error(like, n[g], total[g], triangle.diagonal(upper, total.shape[1]))
+            found[g] = Gram(n[g], like.shift, total[g], upper, rounding)
         return found
 
 

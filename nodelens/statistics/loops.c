@@ -4,13 +4,14 @@
    keep (samples, positions) is NULL where all rows count. Terms are added in the dtype of the rows within a block, blocks in double. */
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 256 /* positions whose terms are added in the dtype of the rows */
 #define TILE 256  /* units of tokens whose sums stay in the cache */
 #define UNITS 16  /* units of tokens that are counted at once, of so many rows */
 #define ROWS 256
+#define COLUMNS 4096 /* at most, of counts */
+#define PACKED 131072 /* values that are multiplied at once, so that they stay in the cache */
 
 typedef NUMBER number;
 typedef int64_t whole;
@@ -255,7 +256,7 @@ static inline void increase(void *counts, int bytes, whole place, int32_t by) {
 /* Neighbours often lie in the same bin, and would wait for each other: two tables take turns, unless there are few values. */
 static void count_maps(const int32_t *bits, const uint8_t *keep, whole samples, whole width, whole positions, int dropped,
                        int32_t before, int32_t columns, void *counts, int bytes) {
-    int32_t *even = calloc(2 * (size_t)columns, sizeof *even), *odd = even + columns, place[BLOCK];
+    int32_t even[COLUMNS] = {0}, odd[COLUMNS] = {0}, place[BLOCK];
     int few = samples * positions < 4 * columns;
 #pragma omp for
     for (whole w = 0; w < width; w++) {
@@ -280,10 +281,9 @@ static void count_maps(const int32_t *bits, const uint8_t *keep, whole samples, 
         if (!few) {
             for (whole k = 0; k < columns; k++)
                 if (even[k] + odd[k]) increase(counts, bytes, w * columns + k, even[k] + odd[k]);
-            memset(even, 0, 2 * (size_t)columns * sizeof *even);
+            memset(even, 0, sizeof *even * (size_t)columns), memset(odd, 0, sizeof *odd * (size_t)columns);
         }
     }
-    free(even);
 }
 
 /* The columns of some rows are sorted by unit first, so that the counts of one unit at a time are read. */
@@ -312,4 +312,161 @@ void count(const int32_t *bits, const uint8_t *keep, whole samples, whole width,
            int32_t before, int32_t columns, void *counts, int bytes, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     (tokens ? count_tokens : count_maps)(bits, keep, samples, width, positions, dropped, before, columns, counts, bytes);
+}
+
+/* Products of units: rows of A times columns of B values are in registers while a run of positions is read. */
+#ifdef __AVX512F__
+enum { BYTES = 64, A = 6, B = 4 };
+#else
+enum { BYTES = 32, A = 4, B = 3 };
+#endif
+enum { LANES = BYTES / sizeof(number) };
+typedef number vector __attribute__((vector_size(BYTES), may_alias));
+
+/* How many numbers ``packed`` of products needs: of positions, and of all. */
+whole packed_positions(whole width) { return (PACKED / width < 128 ? 128 : PACKED / width) / LANES * LANES; }
+whole packed_numbers(whole width) { return (width + A + B) * (packed_positions(width) + LANES); }
+
+static inline void multiply(const number *x, const number *y, whole stride, whole positions, double found[A][B]) {
+    vector sums[A][B];
+    for (int i = 0; i < A; i++)
+        for (int j = 0; j < B; j++) sums[i][j] = (vector){0};
+    for (whole p = 0; p < positions; p += LANES) {
+        vector right[B];
+        for (int j = 0; j < B; j++) right[j] = *(const vector *)(y + j * stride + p);
+        for (int i = 0; i < A; i++) {
+            vector left = *(const vector *)(x + i * stride + p);
+            for (int j = 0; j < B; j++) sums[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < A; i++)
+        for (int j = 0; j < B; j++) {
+            found[i][j] = 0;
+            for (int k = 0; k < LANES; k++) found[i][j] += sums[i][j][k];
+        }
+}
+
+/* The place of row i, column 0 of a symmetric matrix that is held as bands of ``step`` rows, each from the diagonal to the right. */
+static inline whole place_of(whole i, whole width, whole step) {
+    whole band = i / step, first = band * step;
+    return step * band * width - step * step * band * (band - 1) / 2 + (i - first) * (width - first) - first;
+}
+
+/* Adds to out the sum of x x' over all positions of maps about the shift, times scale (samples, positions). out holds a symmetric
+   matrix (width, width) as bands of ``step`` rows.
+
+   chosen: the numbers of samples, NULL for the first ones; keep and scale are those of all samples, or NULL. packed: aligned to
+   BYTES. A run of positions is copied there, sample after sample, and its products are formed in the dtype of the rows; the runs
+   are added in double. */
+void products(const number *raw, const uint8_t *keep, const number *shift, const number *scale, const whole *chosen, whole samples,
+              whole width, whole positions, number *packed, double *out, whole step, int threads) {
+    const whole most = packed_positions(width), stride = most + LANES, total = samples * positions;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp single
+        memset(packed + width * stride, 0, sizeof *packed * (size_t)((A + B) * stride));
+        for (whole begin = 0; begin < total; begin += most) {
+            whole n = total - begin < most ? total - begin : most, padded = (n + LANES - 1) / LANES * LANES;
+#pragma omp for
+            for (whole w = 0; w < width; w++) {
+                number *to = packed + w * stride, about = shift ? shift[w] : (number)0;
+                for (whole done = 0; done < n;) {
+                    whole k = (begin + done) / positions, first = (begin + done) % positions, s = chosen ? chosen[k] : k;
+                    whole run = positions - first < n - done ? positions - first : n - done, place = s * positions + first;
+                    const number *row = raw + (s * width + w) * positions + first;
+                    if (!keep && !scale && !shift)
+                        memcpy(to + done, row, (size_t)run * sizeof *row);
+                    else
+                        for (whole p = 0; p < run; p++) {
+                            number x = !keep || keep[place + p] ? row[p] - about : (number)0;
+                            to[done + p] = scale ? x * scale[place + p] : x;
+                        }
+                    done += run;
+                }
+                for (whole p = n; p < padded; p++) to[p] = 0;
+            }
+#pragma omp for schedule(dynamic)
+            for (whole i = 0; i < width; i += A)
+                for (whole j = i / B * B; j < width; j += B) {
+                    double found[A][B];
+                    multiply(packed + i * stride, packed + j * stride, stride, padded, found);
+                    for (int a = 0; a < A && i + a < width; a++) {
+                        double *to = out + place_of(i + a, width, step);
+                        for (int b = 0; b < B && j + b < width; b++)
+                            if (j + b >= i + a) to[j + b] += found[a][b];
+                    }
+                }
+        }
+#pragma omp for
+        for (whole i = 0; i < width; i++)
+            for (whole j = i / step * step; j < i; j++)
+                out[place_of(i, width, step) + j] = out[place_of(j, width, step) + i];
+    }
+}
+
+/* Sums over positions of rows times weights (samples, positions), (samples, width). */
+void weighted(const number *raw, const uint8_t *keep, const number *shift, const number *weights, whole samples, whole width,
+              whole positions, int tokens, number *out, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    (tokens ? skews_of_tokens : skews_of_maps)(raw, keep, shift, samples, width, positions, weights, out);
+}
+
+/* Adds maps about the shift, (samples, numbers) with numbers = width * positions, and their squares to those of their group:
+   sums and squares (groups, numbers). */
+void add_maps(const number *raw, const number *shift, const whole *group, whole samples, whole width, whole positions, number *sums,
+              number *squares, int threads) {
+    const whole numbers = width * positions;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (whole first = 0; first < numbers; first += TILE) {
+        whole end = first + TILE < numbers ? first + TILE : numbers;
+        number about[TILE];
+        for (whole k = first; k < end; k++) about[k - first] = shift ? shift[k / positions] : (number)0;
+        for (whole s = 0; s < samples; s++) {
+            const number *row = raw + s * numbers;
+            number *sum = sums + group[s] * numbers, *square = squares + group[s] * numbers;
+#pragma omp simd
+            for (whole k = first; k < end; k++) {
+                number c = row[k] - about[k - first];
+                sum[k] += c, square[k] += c * c;
+            }
+        }
+    }
+}
+
+/* Sums of maps about the shift and of their squares over what each offset of a kernel reads, (2, samples, width, tall, wide).
+
+   maps (samples, width, height, columns). down (tall, height) and across (wide, columns) say how often an offset reads a place. */
+void patches(const number *raw, const number *shift, whole samples, whole width, whole height, whole columns, const number *down,
+             whole tall, const number *across, whole wide, number *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (whole m = 0; m < samples * width; m++) {
+        const number *map = raw + m * height * columns;
+        number about = shift ? shift[m % width] : (number)0;
+        for (whole i = 0; i < tall; i++)
+            for (whole first = 0; first < columns; first += TILE) {
+                whole n = columns - first < TILE ? columns - first : TILE;
+                number sum[TILE], square[TILE];
+                for (whole k = 0; k < n; k++) sum[k] = square[k] = 0;
+                for (whole r = 0; r < height; r++) {
+                    number times = down[i * height + r];
+                    const number *row = map + r * columns + first;
+                    if (times == 0) continue;
+#pragma omp simd
+                    for (whole k = 0; k < n; k++) {
+                        number c = row[k] - about, t = times * c;
+                        sum[k] += t, square[k] += t * c;
+                    }
+                }
+                for (whole j = 0; j < wide; j++) {
+                    const number *times = across + j * columns + first;
+                    number t1 = 0, t2 = 0;
+#pragma omp simd reduction(+ : t1, t2)
+                    for (whole k = 0; k < n; k++) t1 += times[k] * sum[k], t2 += times[k] * square[k];
+                    number *to = out + (m * tall + i) * wide + j;
+                    *to = first ? *to + t1 : t1;
+                    to += samples * width * tall * wide;
+                    *to = first ? *to + t2 : t2;
+                }
+            }
+    }
 }

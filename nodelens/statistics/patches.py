@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from . import kernels
 from .by_class import ByClass
 from .convolution import ConvolutionGeometry
 from .linalg import exact_products
@@ -14,6 +15,7 @@ from .moments import Moments
 from .rows import Rows
 from .sample_sums import SampleSums
 
+LONG = 8  # positions of a row of a map from which on compiled loops are faster
 SMALL = 512  # positions of a map whose sums over all kernel offsets are formed by one product
 
 
@@ -79,13 +81,16 @@ class MapSums:
         A sample with a masked or non-finite position is left out entirely, because every patch around it is affected.
         """
         dropped = torch.zeros(len(rows), dtype=torch.int64)
-        if rows.keep is not None or not bool(rows.x.sum().isfinite()):
+        if rows.keep is not None or not bool(rows.sample_sums.sum().isfinite()):
             complete = _complete_samples(rows).mask()[:, 0]
             dropped = (rows.counts - rows.finite().counts)[:, 0]
             rows = Rows(rows.raw, None, rows.shift, rows.grid, rows.shifted).index(complete)
             group = group[complete.to(group.device)]
-        _add_by_group(self.sums[0], rows.x, group)
-        _add_by_group(self.sums[1], rows.x.square(), group)
+        if compiled := kernels.compiled_for(rows.raw):
+            compiled.add_maps(self.sums, rows.raw, rows.shift if rows.shifted else None, group)
+        else:
+            _add_by_group(self.sums[0], rows.x, group)
+            _add_by_group(self.sums[1], rows.x.square(), group)
         for g, count in enumerate(torch.bincount(group, minlength=len(self.samples)).tolist()):
             self.samples[g] += count
         return dropped
@@ -126,11 +131,10 @@ def patch_sums(rows: Rows, geometry: ConvolutionGeometry) -> SampleSums:
 
     A sample with a masked or non-finite position is left out entirely, because every patch around it is affected.
     """
-    sums = _offset_sums(rows.x, rows.grid, geometry)
+    sums, squares = _sums_and_squares(rows, geometry)
     if rows.keep is not None or not bool(sums.sum().isfinite()):
         rows = _complete_samples(rows)
-        sums = _offset_sums(rows.x, rows.grid, geometry)
-    squares = _offset_sums(rows.x.square(), rows.grid, geometry)
+        sums, squares = _sums_and_squares(rows, geometry)
     outputs, outside = _outputs_and_padding(rows.grid, geometry)
     counts = torch.full((len(rows), 1), outputs, device=sums.device)
     if rows.keep is not None:
@@ -140,6 +144,15 @@ def patch_sums(rows: Rows, geometry: ConvolutionGeometry) -> SampleSums:
         padding = (counts.sign() * outside.repeat(len(rows.shift)).to(shift) * shift).to(sums.dtype)
         sums, squares = sums - padding, squares + padding * shift.to(sums.dtype)
     return SampleSums(counts, shift, sums, rows.keep is not None, squares)
+
+
+def _sums_and_squares(rows: Rows, geometry: ConvolutionGeometry) -> tuple[Tensor, Tensor]:
+    """Sums of maps about the shift, and of their squares, over the reads of each kernel offset, (samples, channels x kernel)."""
+    compiled = kernels.compiled_for(rows.raw)
+    if compiled and rows.keep is None and len(rows.grid) == 2 and rows.grid[1] >= LONG:
+        every = _readers(rows.grid, geometry, rows.raw.dtype)
+        return compiled.patches(rows.raw, rows.shift if rows.shifted else None, every).unbind(0)
+    return tuple(_offset_sums(x, rows.grid, geometry) for x in (rows.x, rows.x.square()))  # type: ignore[return-value]
 
 
 def _add_by_group(sums: Tensor, x: Tensor, group: Tensor) -> None:

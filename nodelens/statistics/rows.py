@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import compiled, kernels, triangle
 from .linalg import by_unit, exact_products, gram_of_rows, maps_by_sample, side_by_side, sum_of_products
 from .reductions import reduce
 from .sample_sums import SampleSums
@@ -30,6 +31,7 @@ class Rows:
     shift: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     grid: tuple[int, ...] = ()
     shifted: bool = True  # False if the shift is known to be zero; testing the tensor would synchronise a GPU
+    scale: Tensor | None = None  # (samples, positions) of ``directions`` that compiled loops read unscaled
 
     @classmethod
     def of(cls, x: "Rows | Tensor", weights: Tensor | None = None, shift: Tensor | None = None) -> "Rows":
@@ -52,7 +54,8 @@ class Rows:
     def take(self, first: int, last: int) -> "Rows":
         """The rows of samples first..last-1, as views."""
         keep = None if self.keep is None else self.keep[first:last]
-        part = Rows(self.raw[first:last], keep, self.shift, self.grid, self.shifted)
+        scale = None if self.scale is None else self.scale[first:last]
+        part = Rows(self.raw[first:last], keep, self.shift, self.grid, self.shifted, scale)
         part.ready.update({name: t[first:last] for name, t in self.ready.items()})  # instead of computing them again
         if "directions" in self.__dict__:
             part.__dict__["directions"] = self.directions.take(first, last)
@@ -88,6 +91,10 @@ class Rows:
         return [self.ready[name] for name in wanted]
 
     def _reduce(self, wanted: Collection[str], samples: Tensor | None = None) -> dict[str, Tensor]:
+        if self.scale is not None:
+            if {*wanted} == {"sums"}:
+                return {"sums": compiled.weighted_sums(self.raw, self.keep, self.scale)}
+            return reduce(self.x, wanted=wanted)
         if samples is None and "x" in self.ready and not {"absolutes", "nonzeros", "largest"} & {*wanted}:
             return reduce(self.ready["x"], wanted=wanted)
         return reduce(self.raw, self.keep, self.shift if self.shifted else None, wanted, samples)
@@ -141,6 +148,7 @@ class Rows:
         x = self.ready.get("x")
         if x is None:
             x = self.raw - self.shift.to(self.raw.dtype)[:, None] if self.shifted else self.raw
+            x = x if self.scale is None else x * self.scale[:, None]
             x = self.ready["x"] = x if self.keep is None else x.where(self.keep[:, None], 0)
         return x
 
@@ -183,6 +191,8 @@ class Rows:
     def directions(self) -> "Rows":
         """Each row, not shifted, scaled to unit norm; rows of norm zero are masked."""
         scale, keep = self.inverse_norms
+        if self.compiles_products:
+            return Rows(self.raw, keep, torch.zeros_like(self.shift), self.grid, False, scale)
         unit = self.raw * scale[:, None]
         unit = unit if keep is None else unit.where(keep[:, None], 0)
         return Rows(unit, keep, torch.zeros_like(self.shift), self.grid, False)
@@ -213,6 +223,10 @@ class Rows:
 
         Each is about its own shift, and masked rows are 0 at both. The kind of product depends on the memory layout.
         """
+        if other is self and self.compiles_products:
+            held = torch.zeros(triangle.size(self.raw.shape[1]), dtype=torch.float64)
+            self.add_products(held)
+            return triangle.unpack(held, self.raw.shape[1])
         x, z, dtype = self.x, other.x, self.product_dtype(other)
         with exact_products():
             if maps_by_sample(x, z):
@@ -221,6 +235,16 @@ class Rows:
             z = x if other is self else z.to(dtype)
             flat = by_unit(x)
             return (gram_of_rows(flat) if z is x else flat @ by_unit(z).T).double()
+
+    @property
+    def compiles_products(self) -> bool:
+        """Whether compiled loops form its products with themselves: those of maps that are not narrow."""
+        by_sample = self.raw.shape[1] > NARROW and maps_by_sample(self.raw, self.raw)
+        return by_sample and kernels.compiled_for(self.raw) is not None
+
+    def add_products(self, held: Tensor, chosen: Sequence[int] | None = None) -> None:
+        """Adds the sum of products of some samples, None for all, to what ``triangle`` holds of a matrix, by compiled loops."""
+        compiled.add_products(held, self.raw, self.keep, self.shift if self.shifted else None, self.scale, chosen)
 
     def products_by_run(self, other: "Rows", runs: Sequence[tuple[int, int]]) -> Tensor:
         """The same for each of some runs of consecutive samples, (first, end), (runs, width, other width) float64."""

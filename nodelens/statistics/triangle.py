@@ -23,13 +23,18 @@ class _Band(NamedTuple):
 
 @cache
 def _bands(width: int) -> tuple[_Band, ...]:
-    step, found, begin = max(LEAST, -(-width // BANDS)), list[_Band](), 0
+    step, found, begin = rows_of_a_band(width), list[_Band](), 0
     for first in range(0, width, step):
         end = min(first + step, width)
         stop = begin + (end - first) * (width - first)
         found.append(_Band(first, end, begin, stop))
         begin = stop
     return tuple(found)
+
+
+def rows_of_a_band(width: int) -> int:
+    """How many rows of a matrix (width, width) each band has, but for the last one."""
+    return max(LEAST, -(-width // BANDS))
 
 
 def size(width: int) -> int:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from nodelens.statistics import compiled, kernels
+from nodelens.statistics import compiled, kernels, triangle
 
 CPU = torch.device("cpu")
 
@@ -85,3 +85,46 @@ def test_wrong_shapes_are_refused_before_memory_is_read(compiler):
         compiled.reduce(raw, None, torch.zeros(3), ("sums",))
     with pytest.raises(ValueError, match=r"counts of shape \(3, 5\) are not those of 4 units"):
         compiled.add_bins(torch.zeros(3, 5, dtype=torch.int64), raw, None, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("width", "positions"), [(33, 17), (70, 49), (257, 16), (300, 5), (40, 9000)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_are_those_of_all_pairs_of_units(compiler, width, positions, masked, dtype):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(5, width, positions, generator=generator, dtype=dtype) + 1
+    keep = torch.rand(5, positions, generator=generator) < 0.6 if masked else None
+    shift = torch.linspace(0, 2, width, dtype=torch.float64) if masked else None
+    scale = torch.rand(5, positions, generator=generator) if masked else None
+    chosen, x = [4, 0, 2] if masked else None, raw.double()
+    if keep is not None and shift is not None and scale is not None:
+        x = ((x - shift[:, None]).where(keep[:, None], 0) * scale[:, None].double())[[4, 0, 2]]
+        raw = raw.where(keep[:, None], torch.nan)  # a masked row may hold what is not finite
+    held = torch.ones(triangle.size(width), dtype=torch.float64)
+    compiled.add_products(held, raw, keep, shift, scale, chosen)
+    exact = torch.einsum("sip,sjp->ij", x, x)
+    rtol = 2e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(triangle.unpack(held, width) - 1, exact, rtol=0, atol=rtol * float(exact.diagonal().max()))
+
+
+def test_maps_are_added_to_their_group(compiler):
+    raw, group = torch.randn(6, 7, 300, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 2, 1, 0, 2])
+    shift, sums = torch.linspace(-1, 1, 7, dtype=torch.float64), torch.ones(2, 3, 2100)
+    compiled.add_maps(sums, raw, shift, group)
+    about = (raw - shift.float()[:, None]).flatten(1)
+    for power, found in enumerate(sums, 1):
+        torch.testing.assert_close(found, torch.ones(3, 2100).index_add_(0, group, about**power))
+    with pytest.raises(IndexError, match="cannot be added to 3 groups"):
+        compiled.add_maps(sums, raw, shift, group + 1)
+    with pytest.raises(ValueError, match="cannot be added to sums of shape"):
+        compiled.add_maps(sums[:, :, :-1].contiguous(), raw, shift, group)
+
+
+def test_products_and_patches_of_other_shapes_are_refused(compiler):
+    raw = torch.ones(2, 4, 9)
+    with pytest.raises(ValueError, match="products of 4 units cannot be added"):
+        compiled.add_products(torch.zeros(3, dtype=torch.float64), raw)
+    with pytest.raises(IndexError, match=r"samples \[2\] of 2"):
+        compiled.add_products(torch.zeros(triangle.size(4), dtype=torch.float64), raw, chosen=[2])
+    with pytest.raises(ValueError, match="maps of 9 positions are not those of 3 by 4"):
+        compiled.patches(raw, None, [torch.ones(2, 3), torch.ones(2, 4)])

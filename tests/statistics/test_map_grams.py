@@ -8,6 +8,7 @@ from nodelens.statistics.gram import TERMS, Gram, MapGrams
 from nodelens.statistics.rows import Rows
 from nodelens.statistics.sample_sums import SampleParts
 
+pytestmark = pytest.mark.usefixtures("back_end")
 GROUP = torch.tensor([2, 0, 2, 2, 5, 0, 2, 5, 2, 2])
 
 

@@ -9,6 +9,8 @@ from nodelens.statistics.convolution import ConvolutionGeometry
 from nodelens.statistics.patches import SMALL, MapSums, Patches, patch_sums
 from nodelens.statistics.rows import Rows
 
+pytestmark = pytest.mark.usefixtures("back_end")
+
 
 def read(maps: Tensor, group: Tensor) -> dict[int, Patches]:
     rows = Rows(maps.flatten(2), grid=tuple(maps.shape[2:]), shift=torch.zeros(maps.shape[1], dtype=torch.float64), shifted=False)
