@@ -109,7 +109,8 @@ static void sums_of_tokens(const number *raw, const uint8_t *keep, const number 
             }
             for (int k = 0; k < LARGEST; k++)
                 for (whole w = 0; w < n; w++) out[(k * samples + s) * width + first + w] = (number)total[k][w];
-            for (whole w = 0; w < n; w++) out[(LARGEST * samples + s) * width + first + w] = most[w] >= 0 ? most[w] : (number)total[ABSOLUTES][w];
+            for (whole w = 0; w < n; w++)
+                out[(LARGEST * samples + s) * width + first + w] = most[w] >= 0 ? most[w] : (number)total[ABSOLUTES][w];
         }
 }
 
