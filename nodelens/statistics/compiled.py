@@ -196,7 +196,7 @@ def library(dtype: str) -> Any:
 
 def _compiled(command: list[str]) -> Path:
     """The library that a command makes, from the cache if it was made before. Raises OSError if the compiler fails."""
-    key = hashlib.sha256("\n".join([*command, _processor(), _SOURCE.read_text()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*command, _processor(), _SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nodelens"
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,13 @@ def _compiled(command: list[str]) -> Path:
     file, part = folder / f"loops-{key}.so", Path(made, "loops.so")
     try:
         if not file.exists():
-            done = subprocess.run([*command, "-o", str(part), str(_SOURCE)], capture_output=True, text=True, timeout=60 * _MINUTES)
+            done = subprocess.run(
+                [*command, "-o", str(part), str(_SOURCE)],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=60 * _MINUTES,
+            )
             if done.returncode:
                 raise OSError(done.stderr.strip()[-500:] or f"{command[0]} ended with status {done.returncode}")
             part.replace(file)
@@ -221,7 +227,7 @@ def _compiled(command: list[str]) -> Path:
 def _processor() -> str:
     """What tells processors apart whose libraries must not be mixed, such as those of two nodes with one home."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(dict.fromkeys(line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")))

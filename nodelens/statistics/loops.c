@@ -1,7 +1,8 @@
 /* The sums of reductions.py over rows on a CPU, each from one read. NUMBER is float or double.
 
    Rows are arrays without gaps: maps (samples, width, positions), where ``tokens`` is 0, or tokens (samples, positions, width).
-   keep (samples, positions) is NULL where all rows count. Terms are added in the dtype of the rows within a block, blocks in double. */
+   keep (samples, positions) is NULL where all rows count. Terms are added in the dtype of the rows within a block, blocks in
+   double. */
 
 #include <stdint.h>
 #include <string.h>
@@ -347,7 +348,7 @@ static inline void multiply(const number *x, const number *y, whole stride, whol
         }
 }
 
-/* The place of row i, column 0 of a symmetric matrix that is held as bands of ``step`` rows, each from the diagonal to the right. */
+/* The place of row i, column 0 of a symmetric matrix, held as bands of ``step`` rows, each from the diagonal to the right. */
 static inline whole place_of(whole i, whole width, whole step) {
     whole band = i / step, first = band * step;
     return step * band * width - step * step * band * (band - 1) / 2 + (i - first) * (width - first) - first;
