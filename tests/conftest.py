@@ -32,16 +32,24 @@ def real_data() -> Path:
     return folder("NODELENS_DATA")
 
 
+@pytest.fixture
+def compiler():
+    """Skips a test where the loops cannot be compiled."""
+    from nodelens.statistics import compiled
+
+    try:
+        compiled.library("float32")
+    except OSError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(params=["torch", "compiled"])
 def back_end(request) -> str:
     """What forms sums over positions: a test that uses this runs once by each."""
-    from nodelens.statistics import compiled, kernels
+    from nodelens.statistics import kernels
 
     if request.param == "compiled":
-        try:
-            compiled.library("float32")
-        except OSError as error:
-            pytest.skip(str(error))
+        request.getfixturevalue("compiler")
     with kernels.using(request.param):
         yield request.param
 

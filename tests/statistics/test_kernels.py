@@ -22,13 +22,6 @@ def fresh(tmp_path, monkeypatch):
     compiled.seconds.update(before)
 
 
-@pytest.fixture
-def compiler(back_end):
-    """Skips the test where there is no C compiler."""
-    if back_end != "compiled":
-        pytest.skip("compiles nothing")
-
-
 def test_auto_compiles_for_many_rows_of_a_cpu_only(compiler):
     assert kernels.chosen("auto", CPU, kernels.WORTH) == "compiled"
     assert kernels.chosen("auto", CPU, kernels.WORTH - 1) == "torch"
