@@ -85,7 +85,7 @@ def measure(
     **named: Any,
 ) -> Result:
     """The result of ``analyze`` without the model's fingerprint, for which all weights are read."""
-    started, model = time.perf_counter(), uncompiled(model)
+    started, compiled, model = time.perf_counter(), kernels.seconds(), uncompiled(model)
     check_kind("nl.analyze", options, AnalyzeOptions)
     check_arguments("nl.analyze", model, data, sharded=True)
     settings = (options or AnalyzeOptions()).with_named(named, "nl.analyze", keywords_of(analyze))
@@ -100,8 +100,9 @@ def measure(
     check_again(data is not None and iter(data) is data, len(parts) + plan.rounds - 1, device_of(model))
     if on_plan:
         on_plan(plan)
-    results, seconds = list[Result](), {"plan": time.perf_counter() - started, "pass": 0.0, "table": 0.0}
-    compiling = kernels.seconds()
+    seconds = {"plan": time.perf_counter() - started, "kernels": kernels.seconds() - compiled, "pass": 0.0, "table": 0.0}
+    seconds["plan"] -= seconds["kernels"]
+    results = list[Result]()
     key = partial(key_of, model, parts, objective, asked.first, settings.seed)
     with saved_sums(settings.save_to, settings.save_minutes, key, asked.again) as saved:
         for k, part in enumerate(parts):
@@ -115,8 +116,8 @@ def measure(
             seconds["pass"] += passed - pass_start
             seconds["table"] += time.perf_counter() - passed
     result = joined(plan, results)
-    seconds["kernels"] = kernels.seconds() - compiling
-    seconds["pass"] -= seconds["kernels"]
+    later = kernels.seconds() - compiled - seconds["kernels"]  # loops for rows of another dtype
+    seconds |= {"kernels": seconds["kernels"] + later, "pass": seconds["pass"] - later}
     warn_of_rows(result.metadata["left_out"])
     result.metadata |= {
         "seed": settings.seed,

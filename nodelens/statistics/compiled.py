@@ -190,7 +190,7 @@ def library(dtype: str) -> Any:
     found.packed_numbers.argtypes, found.packed_numbers.restype = [whole], whole
     for each in (found.reduce, found.weighted, found.ends, found.count, found.products, found.add_maps, found.patches):
         each.restype = None
-    seconds[dtype] = time.perf_counter() - start
+    seconds[dtype] = seconds.get(dtype, 0.0) + time.perf_counter() - start
     return found
 
 

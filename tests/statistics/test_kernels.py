@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import nodelens as nl
 from nodelens.statistics import compiled, kernels, triangle
 
 CPU = torch.device("cpu")
@@ -41,6 +42,17 @@ def test_loops_are_compiled_once_and_kept(fresh, compiler):
     assert file.stat().st_mtime_ns == stamp
     compiled.library("float64")
     assert len([*fresh.iterdir()]) == 2
+
+
+def test_a_result_says_how_long_compiling_took(fresh, compiler):
+    compiled.library.cache_clear()
+    model, data = torch.nn.Linear(3, 2), [torch.randn(8, 3)]
+    first, again = (
+        nl.analyze(model, data, ["activation_mean"], task="none", kernels="compiled").metadata["seconds"]["kernels"]
+        for _ in range(2)
+    )
+    assert first > 0
+    assert again == 0
 
 
 def test_a_compiler_that_fails_is_named_and_auto_does_without(fresh, monkeypatch):
