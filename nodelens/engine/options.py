@@ -21,8 +21,8 @@ class AnalyzeOptions:
     groups:     number of groups of samples, for the jackknife
     positions:  how many positions of each image pair statistics read. None: all
     precision:  of products, float32 or float64; float64 rows stay float64
-    kernels:    what forms sums over positions and histograms: torch, compiled (loops for the CPU, which numba compiles once and
-                keeps on disk) or auto (compiled where a CPU reads many rows)
+    kernels:    what forms sums, histograms and products of rows: torch, compiled (loops for the CPU, which the C compiler compiles
+                once and which stay on disk) or auto (compiled where a CPU reads 256 MB of rows or more)
     pairs:      layer pairs that edge metrics compare: consecutive, all, or a list of name pairs
     bias:       whether to add a column ``<metric>_bias``, the jackknife's estimate; nothing is subtracted
     task:       what the model predicts: classification, multilabel, regression, token_classification, masked_lm, causal_lm, seq2seq

@@ -98,7 +98,10 @@ class Plan(PassLayout):
         return plan
 
     def with_kernels(self, option: str, device: torch.device, batches: float = 100) -> "Plan":
-        """The plan with the back end that an option names, for so many batches like the first. Raises ValueError as ``chosen``."""
+        """The plan with the back end that an option names. batches: how many are read; a hundred where nobody knows.
+
+        Raises ValueError as ``kernels.chosen`` does.
+        """
         seen = (self.seen(*site) for site in self.sites() if site.port != "model" and not site.port.startswith(ASSOCIATION))
         nbytes = batches * self.dry_run.samples * sum(each.nbytes for each in seen)
         return replace(self, kernels=kernels.chosen(option, device, nbytes))

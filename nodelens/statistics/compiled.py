@@ -1,13 +1,15 @@
 """The sums of ``reductions`` by the loops of ``loops.c``, which the C compiler of this machine compiles once.
 
-Each value is read once, no temporary tensors are made, and the threads are those of torch. The library is kept in the user's cache
-folder, under a name that tells the source, the compiler's options and the processor apart.
+Each value is read once, and no temporary tensors are made. Where torch comes with the OpenMP of the compiler (libgomp, as its
+wheels for Linux do), the threads are those of torch; a compiler without OpenMP makes loops of one thread. The library is kept in
+the user's cache folder, under a name that tells the source, the compiler's options and the processor apart.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -169,7 +171,7 @@ def library(dtype: str) -> Any:
     start = time.perf_counter()
     file, problems = None, []
     for options in _OPTIONS:
-        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", *options.split()]
+        command = [*shlex.split(os.environ.get("CC") or "cc"), "-O3", "-shared", "-fPIC", *options.split()]
         try:
             file = _compiled([*command, f"-DNUMBER={'float' if dtype == 'float32' else 'double'}"])
             found = ctypes.CDLL(str(file))

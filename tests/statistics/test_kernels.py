@@ -55,6 +55,13 @@ def test_a_result_says_how_long_compiling_took(fresh, compiler):
     assert again == 0
 
 
+def test_a_compiler_may_have_a_launcher(fresh, compiler, monkeypatch):
+    compiled.library.cache_clear()
+    monkeypatch.setenv("CC", "env cc")
+    compiled.library("float32")
+    assert len([*fresh.iterdir()]) == 2
+
+
 def test_a_compiler_that_fails_is_named_and_auto_does_without(fresh, monkeypatch):
     monkeypatch.setenv("CC", "false")
     assert kernels.chosen("auto", CPU, kernels.WORTH) == "torch"
