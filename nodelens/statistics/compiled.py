@@ -169,16 +169,22 @@ def _threads(values: Tensor) -> int:
 def library(dtype: str) -> Any:
     """The loops for rows of a dtype, float32 or float64. Raises OSError, with what the compiler said, if they cannot be had."""
     start = time.perf_counter()
-    file, problems = None, []
+    found: Any = None
+    problems: list[str] = []
     for options in _OPTIONS:
         command = [*shlex.split(os.environ.get("CC") or "cc"), "-O3", "-shared", "-fPIC", *options.split()]
         try:
             file = _compiled([*command, f"-DNUMBER={'float' if dtype == 'float32' else 'double'}"])
-            found = ctypes.CDLL(str(file))
-            break
         except OSError as error:
             problems.append(str(error))
-    if file is None:
+            continue
+        try:
+            found = ctypes.CDLL(str(file))
+            break
+        except OSError as error:  # a damaged file, which is made again by the next process
+            file.unlink(missing_ok=True)
+            problems.append(str(error))
+    if found is None:
         raise OSError(f"{_SOURCE.name} cannot be compiled: {problems[0]}")
     pointer, number, whole = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     shape = [whole, whole, whole, number]

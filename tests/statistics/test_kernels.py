@@ -1,6 +1,8 @@
 """The back end that an option names, and loops that are compiled once."""
 
+import ctypes
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,33 @@ def test_a_result_says_how_long_compiling_took(fresh, compiler):
     )
     assert first > 0
     assert again == 0
+
+
+def test_a_damaged_library_is_removed_and_another_one_made(fresh, compiler, monkeypatch):
+    compiled.library.cache_clear()
+    load, refused = ctypes.CDLL, []
+
+    def once(path):
+        if not refused:
+            refused.append(Path(path))
+            raise OSError("invalid ELF header")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", once)
+    compiled.library("float32")
+    assert refused[0].parent == fresh
+    assert not refused[0].exists()
+
+
+def test_loops_that_cannot_be_loaded_are_named(fresh, compiler, monkeypatch):
+    def never(path):
+        raise OSError("invalid ELF header")
+
+    compiled.library.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", never)
+    assert kernels.chosen("auto", CPU, kernels.WORTH) == "torch"
+    with pytest.raises(ValueError, match="invalid ELF header"):
+        kernels.chosen("compiled", CPU, 0)
 
 
 def test_a_compiler_may_have_a_launcher(fresh, compiler, monkeypatch):
