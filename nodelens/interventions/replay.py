@@ -142,6 +142,15 @@ def tiled(output: Any, copies: int, samples: int) -> Any:
     return output if copies == 1 else pytree.tree_map_only(Tensor, each, output)
 
 
+def channels_last(output: Any) -> Any:
+    """An output with its maps, which are tensors of four dimensions, in that memory layout."""
+
+    def each(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    return pytree.tree_map_only(Tensor, each, output)
+
+
 def largest_output(calls: Sequence[RecordedCall]) -> int:
     """Bytes of the largest tensor that one of the calls returned."""
     return max((tensor.numel() * tensor.itemsize for call in calls for tensor in _tensors(call.output)), default=0)

@@ -1,7 +1,7 @@
 """Damage: the change of the loss under lesions, in one reading of the data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,7 +29,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _CACHE = 1 << 20  # bytes of the largest tensor of a pass on a CPU, per thread: they should stay in a core's cache
 _MEMORY = 1 << 28  # on other devices, and the most on a CPU
 _MOST_COPIES = 32
-_CHOICES = ("whole", "checked", "long", "alone")  # how lesions run, as the first batch showed
+_CHOICES = ("whole", "checked", "given", "long", "alone")  # how lesions run, as the first batch showed
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class _Passes:
     contrasts: Sequence[Mapping[int, float]] = ()
     whole: set[int] = field(default_factory=set)
     checked: set[int] = field(default_factory=set)
-    long: set[int] = field(default_factory=set)  # first lesions of those whose short passes do not agree with the whole model
+    given: set[int] = field(default_factory=set)  # first lesions of those whose maps have to keep their memory layout
+    long: set[int] = field(default_factory=set)  # of those whose short passes do not agree with the whole model
     alone: set[int] = field(default_factory=set)  # and of those that cannot share a pass
     folds: Folds = field(default_factory=Folds)
     rows: int = 0  # samples in a pass of the whole model
@@ -216,8 +217,9 @@ class _Passes:
 
     def _losses(self, base: Base, site: LesionSite, numbers: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Numbers of lesions and the losses of the samples under each, (lesions, B); without lesions that change nothing."""
-        replay, samples = Replay(base, site, self.folds, numbers[0] not in self.long), len(base.batch)
-        after = [call for call in base.recording.calls if call.end > site.time]
+        after, samples = [call for call in base.recording.calls if call.end > site.time], len(base.batch)
+        short = numbers[0] not in self.long
+        replay = Replay(base, site, self.folds, short, short and numbers[0] not in self.given and any(map(_faster_last, after)))
         alone = bool(self.lesions[numbers[0]].weights) or numbers[0] in self.alone
         copies = 1 if alone else max(1, min(_MOST_COPIES, self._fitting(after, samples) // samples))
         if numbers[0] not in self.checked:
@@ -234,11 +236,20 @@ class _Passes:
 
     def _agreed(self, replay: Replay, numbers: list[int], copies: int) -> tuple[Replay, int]:
         """A replay that gives the numbers of the whole model, and how many lesions share its passes; else all are in ``whole``."""
-        key, long = numbers[0], Replay(replay.base, replay.site, self.folds, short=False)
-        for each, count in ((replay, copies), (long, copies), (long, 1)):
+        key, given, long = numbers[0], replace(replay, last=False), replace(replay, short=False, last=False)
+        for each, count in ((replay, copies), (given, copies), (long, copies), (long, 1)):
             if each.agrees([self.lesions[number] for number in numbers[:count]]):
+                self.given.update([key] if each is given else [])
                 self.long.update([key] if each is long else [])
                 self.alone.update([key] if count < copies else [])
                 return each, count
         self.whole.update(numbers)
         return replay, 1
+
+
+def _faster_last(call: RecordedCall) -> bool:
+    """Whether a call is a convolution that oneDNN runs on the CPU, which reads maps faster where their channels lie last."""
+    module = call.module
+    if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu":
+        return False
+    return module.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.interventions.replay import Function, RecordedCall
+from nodelens.interventions.replay import Function, RecordedCall, channels_last
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -15,9 +15,9 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(eq=False)
 class Folds:
-    """Weights of convolutions with the batch norm behind them, (weight, bias) by convolution and norm."""
+    """(weight, bias) of convolutions with the batch norm behind them, by both and whether maps lie channels last."""
 
-    made: dict[tuple[nn.Module, nn.Module], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    made: dict[tuple[nn.Module, nn.Module, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def pairs(self, calls: Iterable[RecordedCall]) -> dict[RecordedCall, RecordedCall]:
         """{call of a convolution: call of the norm that reads its output}, where both are plain and called once."""
@@ -28,28 +28,33 @@ class Folds:
         found = {call.source: call for call in calls if call.source is not None and _foldable(call.source.module, call.module)}
         return {a: b for a, b in found.items() if counts.get(a.module) == counts.get(b.module) == 1}
 
-    def of(self, call: RecordedCall, behind: RecordedCall) -> tuple[Tensor, Tensor]:
-        """The weight and bias of a pair of calls; y = s (W x + b - m) + c with s = weight / sqrt(variance + eps)."""
+    def of(self, call: RecordedCall, behind: RecordedCall, last: bool = False) -> tuple[Tensor, Tensor]:
+        """The weight and bias of a pair of calls; y = s (W x + b - m) + c with s = weight / sqrt(variance + eps).
+
+        last: whether the call will read maps that lie channels last, though the recorded ones did not.
+        """
         conv: Any = call.module
         norm: Any = behind.module
-        if (conv, norm) not in self.made:
+        key = (conv, norm, last or _lie_last(call.output))
+        if key not in self.made:
             scale = (norm.running_var.double() + norm.eps).rsqrt()
             scale = scale if norm.weight is None else scale * norm.weight.double()
             bias = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
             shift = bias * scale if norm.bias is None else bias * scale + norm.bias.double()
             weight = conv.weight.double() * scale.reshape([-1] + [1] * (conv.weight.ndim - 1))
-            self.made[conv, norm] = (_laid_out(weight.to(conv.weight.dtype), call.output), shift.to(conv.weight.dtype))
-        return self.made[conv, norm]
+            weight, shift = weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+            self.made[key] = (channels_last(weight) if key[2] else weight, shift)  # or it is converted at each call
+        return self.made[key]
 
     def passing(self, norm: RecordedCall | None) -> dict[RecordedCall, Function]:
         """A norm that returns what it reads."""
         return {} if norm is None else {norm: _same}
 
-    def functions(self, pairs: dict[RecordedCall, RecordedCall]) -> dict[RecordedCall, Function]:
+    def functions(self, pairs: dict[RecordedCall, RecordedCall], last: bool = False) -> dict[RecordedCall, Function]:
         """What the calls of the pairs compute instead."""
         found: dict[RecordedCall, Function] = {}
         for conv, norm in pairs.items():
-            found[conv] = _convolution(conv.module, *self.of(conv, norm))
+            found[conv] = _convolution(conv.module, *self.of(conv, norm, last))
             found[norm] = _same
         return found
 
@@ -59,10 +64,8 @@ def _foldable(conv: Any, norm: Any) -> bool:
     return plain and conv.weight.dtype == norm.running_var.dtype and conv.weight.dtype in (torch.float32, torch.float64)
 
 
-def _laid_out(weight: Tensor, output: Any) -> Tensor:
-    """A weight in the memory layout of the maps, so that it is not converted at each call."""
-    last = isinstance(output, Tensor) and output.ndim == 4 and not output.is_contiguous()
-    return weight.contiguous(memory_format=torch.channels_last) if last else weight
+def _lie_last(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.ndim == 4 and not output.is_contiguous()
 
 
 def _convolution(conv: Any, weight: Tensor, bias: Tensor) -> Function:

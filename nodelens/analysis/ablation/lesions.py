@@ -81,13 +81,13 @@ def without_columns(
     def without(args: tuple, kwargs: dict) -> Tensor:
         x = tensor_of(read_of(args, kwargs))
         assert x is not None
-        shares, clean = (t.unflatten(0, (len(lesions), -1)) for t in (x, output))
-        parts = []
-        for share, whole, lesion in zip(shares, clean, lesions, strict=True):
-            places = lesion.places[key].to(x.device)
-            d = values.new(share, key, dim, places) - share.index_select(dim, places)
-            parts.append(whole + _columns(module, columns, d, places))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        found = torch.empty_like(output)
+        shares, clean, new = (t.unflatten(0, (len(lesions), -1)) for t in (x, output, found))
+        for share, whole, out, lesion in zip(shares, clean, new, lesions, strict=True):
+            places = lesion.places[key]
+            d = values.change(share, key, dim, places)
+            torch.add(whole, _columns(module, columns, d, places.to(x.device)), out=out)
+        return found
 
     return without
 

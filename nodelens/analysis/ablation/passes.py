@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodelens.interventions.replay import Function, RecordedCall, Recording, tiled
+from nodelens.interventions.replay import Function, RecordedCall, Recording, channels_last, tiled
 from nodelens.network.batch import Batch
 from nodelens.network.objective import Objective
 
@@ -57,15 +57,17 @@ class Replay:
     """The losses under lesions from passes that begin at a site.
 
     short: whether batch norms are folded into convolutions, and outputs that nothing should read any more come once and not once
-    for each copy, so that reading them is an error.
+    for each copy, so that reading them is an error. last: whether maps lie channels last, which convolutions on a CPU read faster;
+    a view that joins channels and positions is an error then.
     """
 
     base: Base
     site: LesionSite
     folds: Folds
     short: bool = True
-    tiles: dict[int, dict[RecordedCall, Any]] = field(default_factory=dict)
-    several: dict[int, Batch] = field(default_factory=dict)
+    last: bool = False
+    tiles: dict[int, dict[RecordedCall, Any]] = field(default_factory=dict, init=False)
+    several: dict[int, Batch] = field(default_factory=dict, init=False)
 
     @cached_property
     def skipped(self) -> list[RecordedCall]:
@@ -92,7 +94,7 @@ class Replay:
     def __call__(self, lesions: Sequence[Lesion]) -> Tensor:
         """One pass for all lesions, which have the same places, (lesions, B); without a lesion, (1, B)."""
         base, copies = self.base, max(1, len(lesions))
-        tiles, batch = self._tiled(copies), base.batch
+        tiles, batch = self._tiled(len(lesions)), base.batch
         several = batch if copies == 1 else self.several[copies]
         edited, own = self._own(lesions, tiles)
         outputs = {call: tiles[call] for call in self.skipped}
@@ -135,23 +137,24 @@ class Replay:
             return [], {}
         call, pairs = self.site.call, dict(self.pairs)
         norm = pairs.pop(call, None)
-        own = self.folds.functions(pairs)
+        own = self.folds.functions(pairs, self.last)
         if self.site.side == "output" or call not in tiles:
             return list(lesions), own
-        weight = None if norm is None else self.folds.of(call, norm)[0]
+        weight = None if norm is None else self.folds.of(call, norm, self.last)[0]
         without = without_columns(lesions, call.module, tiles[call if norm is None else norm], self.base.values, weight)
         if without is None:
             return list(lesions), own
         return [lesion.without(call.module) for lesion in lesions], own | self.folds.passing(norm) | {call: without}
 
-    def _tiled(self, copies: int) -> dict[RecordedCall, Any]:
-        """What the skipped calls, the site's, and the norm behind it returned, once for each copy."""
-        if copies not in self.tiles:
-            samples, site = len(self.base.batch), self.site.call
+    def _tiled(self, lesions: int) -> dict[RecordedCall, Any]:
+        """What the skipped calls, the site's, and the norm behind it returned, once for each lesion; without one, as recorded."""
+        if lesions not in self.tiles:
+            samples, site, copies = len(self.base.batch), self.site.call, max(1, lesions)
             more = [site, *([self.pairs[site]] if site in self.pairs else [])] if self.once and site.known else []
-            found = {
-                call: tiled(call.output, 1 if self.short and call in self.unread else copies, samples) for call in self.skipped
-            }
-            self.tiles = {copies: found | {call: tiled(call.output, copies, samples) for call in more}}
+            once = self.unread if self.short else set()
+            found = {call: call.output if call in once else tiled(call.output, copies, samples) for call in [*self.skipped, *more]}
+            if self.last and lesions:
+                found |= {call: channels_last(output) for call, output in found.items() if call not in once}
+            self.tiles = {lesions: found}
             self.several = {copies: self.base.batch.map(lambda t: t.repeat(copies, *[1] * (t.ndim - 1)))}
-        return self.tiles[copies]
+        return self.tiles[lesions]

@@ -54,6 +54,12 @@ class Replacement:
         mean = self.means[key].to(x)[places]
         return mean.reshape([-1] + [1] * (x.ndim - 1 - dim % x.ndim)).expand_as(old)
 
+    def change(self, x: Tensor, key: Key, dim: int, places: Tensor) -> Tensor:
+        """The new values less those of x, in the shape of x at these places, which lie on the CPU."""
+        one = len(places) == 1  # a view of it: where channels lie last, selecting reads all of them
+        old = x.narrow(dim, int(places), 1) if one else x.index_select(dim, places.to(x.device))
+        return -old if self.how == "zero" else self.new(x, key, dim, places.to(x.device)) - old
+
 
 def _means(driver: Driver, data: Iterable[Any], places: Sequence[UnitPlace]) -> dict[Key, Tensor]:
     """{(module, side): (width,)} mean of what passes there over all rows that count, of all processes."""

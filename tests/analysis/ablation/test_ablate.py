@@ -597,6 +597,39 @@ def test_single_precision_gives_the_numbers_of_the_loop_to_1e_6(make):
     np.testing.assert_allclose(found.units["damage"], wanted, rtol=0, atol=1e-6)
 
 
+class Flat(nn.Module):
+    """Maps are joined to one dimension by a view, which maps with channels last do not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(2, 5, 3), nn.Conv2d(5, 4, 3), nn.Linear(36, 3)
+
+    def forward(self, x):
+        return self.head(nn.functional.relu(self.b(nn.functional.relu(self.a(x)))).view(len(x), -1))
+
+
+def _laid_last(net, data, layer):
+    """The damage, and whether the convolution b read maps with channels last in the last replayed pass."""
+    seen = []
+    hook = net.b.register_forward_pre_hook(lambda module, args: seen.append(not args[0].is_contiguous()))
+    found = nl.ablate(net, data, layers=[layer])
+    hook.remove()
+    assert found.metadata["whole_model"] == []
+    return found.units["damage"], seen[-1]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("form", ["single", "double", "view"])
+def test_replayed_maps_lie_channels_last_where_that_is_faster(form):
+    """In single precision, and not where the model takes another layout for granted."""
+    net = seeded(Flat) if form == "view" else branches()
+    net, data = (net, images()) if form == "double" else (net.float(), [(x.float(), y) for x, y in images()])
+    (group, *_) = nl.find_groups(net, data[0])
+    damage, last = _laid_last(net, data, group)
+    assert last == (form == "single")
+    np.testing.assert_allclose(damage, by_masks(net, data, [group], damage.index), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("threads", "samples"), [(1, 4), (2, 8), (3, 12), (10_000, 1024)])
 def test_each_thread_has_a_cache_of_its_own(threads, samples, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
