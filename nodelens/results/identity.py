@@ -3,8 +3,10 @@
 import hashlib
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata as packages
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -23,15 +25,22 @@ def code_version(model: nn.Module | None = None) -> str:
 
     Modules of torch, and classes without a file, as in a notebook, are not part of the hash.
     """
-    home, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in [*sorted(home.rglob("*.py")), *(_files(model) if model is not None else ())]:
-        name = path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
-        digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    digest = _of_package(Path(__file__).parents[1]).copy()
+    for path in _files(model) if model is not None else ():
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     try:
         version = packages.version("nodelens")
     except packages.PackageNotFoundError:  # a checkout that is not installed
         version = "of a checkout"
     return f"nodelens {version}, sources {digest.hexdigest()[:12]}"
+
+
+@cache  # the code that runs is what was read when the process began
+def _of_package(home: Path) -> Any:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in home.rglob("*") if path.suffix in (".py", ".c")):
+        digest.update(f"{path.relative_to(home).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest
 
 
 def check_identity(folder: Path, identity: Mapping[str, str], write: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Compiled loops give the table of plain torch, whatever is measured."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -48,13 +49,23 @@ def images(batch):
     return list(zip(x.split(batch), y.split(batch), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*not finite.*")
-@pytest.mark.parametrize("batch", [48, 7])
-def test_every_forward_metric_of_maps_has_the_value_of_plain_torch(back_end, batch, every_forward_metric):
+@pytest.fixture(scope="module")
+def of_maps(every_forward_metric):
+    """A function of the back end and the size of a batch that measures every forward metric of maps."""
     torch.manual_seed(0)
     model = Convolutional().eval()
-    found = nl.analyze(model, images(batch), every_forward_metric, kernels=back_end)
-    expected = nl.analyze(model, images(16), every_forward_metric, kernels="torch")
+
+    @cache
+    def measured(kernels, batch):
+        return nl.analyze(model, images(batch), every_forward_metric, kernels=kernels)
+
+    return measured
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite.*")
+@pytest.mark.parametrize("batch", [48, 7])
+def test_every_forward_metric_of_maps_has_the_value_of_plain_torch(back_end, batch, of_maps):
+    found, expected = of_maps(back_end, batch), of_maps("torch", 16)
     assert found.metadata["kernels"] == back_end
     assert found.metadata["left_out"] == expected.metadata["left_out"]
     close(found.units, expected.units, 1e-4)
