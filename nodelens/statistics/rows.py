@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -49,13 +49,14 @@ class Rows:
 
     def about(self, shift: Tensor, shifted: bool = True) -> "Rows":
         """The same rows about another shift; ``shifted`` is False for a shift of zero."""
-        return Rows(self.raw, self.keep, shift, self.grid, shifted)
+        raw = self.raw if self.scale is None else self.x  # directions lie about zero
+        return Rows(raw, self.keep, shift, self.grid, shifted)
 
     def take(self, first: int, last: int) -> "Rows":
         """The rows of samples first..last-1, as views."""
         keep = None if self.keep is None else self.keep[first:last]
         scale = None if self.scale is None else self.scale[first:last]
-        part = Rows(self.raw[first:last], keep, self.shift, self.grid, self.shifted, scale)
+        part = replace(self, raw=self.raw[first:last], keep=keep, scale=scale)
         part.ready.update({name: t[first:last] for name, t in self.ready.items()})  # instead of computing them again
         if "directions" in self.__dict__:
             part.__dict__["directions"] = self.directions.take(first, last)
@@ -103,22 +104,23 @@ class Rows:
         """The rows of some samples, as copies; samples (n,) int64, or (samples,) bool."""
         samples = samples.to(self.raw.device)
         samples = samples.nonzero()[:, 0] if samples.dtype == torch.bool else samples
-        keep = None if self.keep is None else self.keep[samples]
-        return Rows(self.raw.index_select(0, samples), keep, self.shift, self.grid, self.shifted)
+        keep, scale = (None if each is None else each[samples] for each in (self.keep, self.scale))
+        return replace(self, raw=self.raw.index_select(0, samples), keep=keep, scale=scale)
 
     def at(self, places: Tensor) -> "Rows":
         """The rows at some positions of each sample, places (samples, count) int64, as copies."""
         places = places.to(self.raw.device)
         raw = self.raw[torch.arange(len(places), device=places.device)[:, None], :, places].transpose(1, 2)
-        return Rows(raw, None if self.keep is None else self.keep.gather(1, places), self.shift, (), self.shifted)
+        keep, scale = (None if each is None else each.gather(1, places) for each in (self.keep, self.scale))
+        return replace(self, raw=raw, keep=keep, grid=(), scale=scale)
 
     def copy(self) -> "Rows":
         """The same rows in newly allocated memory."""
-        return Rows(self.raw.clone(), self.keep, self.shift, self.grid)
+        return replace(self, raw=self.raw.clone())
 
     def kept(self, keep: Tensor | None) -> "Rows":
         """The same rows with another mask, (samples, positions) bool."""
-        return Rows(self.raw, keep, self.shift, self.grid, self.shifted)
+        return replace(self, keep=keep)
 
     def only(self, samples: Tensor) -> "Rows":
         """The same rows with those of other samples masked, samples (samples,) bool."""
@@ -128,8 +130,7 @@ class Rows:
 
     def double(self) -> "Rows":
         """The same rows in float64."""
-        double = self.raw.dtype == torch.float64
-        return self if double else Rows(self.raw.double(), self.keep, self.shift, self.grid, self.shifted)
+        return self if self.raw.dtype == torch.float64 else replace(self, raw=self.raw.double())
 
     def mask(self) -> Tensor:
         """The mask of rows that count, (samples, positions) bool."""
@@ -140,7 +141,7 @@ class Rows:
         if self.raw.device.type == "cpu" and math.isfinite(float(self.sample_sums.sum())):
             return self  # a non-finite value makes the sum non-finite; on a GPU the check would synchronise
         finite = self.raw.isfinite().all(1)
-        return Rows(self.raw, finite if self.keep is None else self.keep & finite, self.shift, self.grid, self.shifted)
+        return self.kept(finite if self.keep is None else self.keep & finite)
 
     @property
     def x(self) -> Tensor:
@@ -293,7 +294,7 @@ class Rows:
     def sample_means(self) -> "Rows":
         """One row per sample: the mean over its positions. A sample without valid positions is masked."""
         if self.raw.shape[2] == 1:
-            return Rows(self.raw, self.keep, self.shift, (), self.shifted)
+            return replace(self, grid=())
         return means_of(self.by_sample())
 
     def sample_totals(self) -> "Rows":

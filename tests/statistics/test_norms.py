@@ -161,6 +161,31 @@ def test_directions_use_the_rows_without_a_shift():
         found.about(shift=torch.ones(5))
 
 
+@pytest.mark.parametrize(
+    "derived",
+    {
+        "take": lambda rows: rows.take(1, 4),
+        "index": lambda rows: rows.index(torch.tensor([3, 0])),
+        "at": lambda rows: rows.at(torch.tensor([[1, 4]] * 5)),
+        "about": lambda rows: rows.about(torch.ones(NARROW + 1, dtype=torch.float64)),
+        "copy": Rows.copy,
+        "kept": lambda rows: rows.kept(torch.ones(5, 6).triu().bool()),
+        "only": lambda rows: rows.only(torch.tensor([True, False, True, True, False])),
+        "double": Rows.double,
+        "finite": Rows.finite,
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_what_is_made_of_directions_stays_scaled(back_end, derived):
+    maps = 1 + torch.randn(5, NARROW + 1, 6, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(maps, dim=1)
+    of_directions, plain = Rows(maps).directions, Rows(unit, shift=torch.zeros(NARROW + 1, dtype=torch.float64), shifted=False)
+    found, expected = derived[1](of_directions), derived[1](plain)
+    assert_close(found.x, expected.x, rtol=1e-5, atol=1e-6)
+    assert_close(found.outer, expected.outer, rtol=1e-5, atol=1e-5)
+    assert_close(found.sample_sums, expected.sample_sums, rtol=1e-5, atol=1e-5)
+
+
 def test_cosines_are_torch_s_own():
     x = rows(30)
     y = x + rows(30, seed=3)
