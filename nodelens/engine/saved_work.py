@@ -19,7 +19,7 @@ from nodelens.statistics.processes import world
 from .pass_state import Hashed, SeenOrder, State
 from .signals import Signals, noted
 
-FORM = 2  # version of the files
+FORM = 3  # version of the files
 Rest = Callable[[Iterable[Any]], Iterator[Any]]
 
 
