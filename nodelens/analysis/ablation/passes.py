@@ -1,7 +1,7 @@
 """Passes under lesions: of the whole model, and from a site on for several lesions at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +106,8 @@ class Replay:
         try:
             return self(lesions)
         except _FAILS:  # shapes that do not match: a tensor without one row per sample, as of the tokens that a router chose
+            if self.last:  # or a view of maps that were a single position in the first batch
+                return replace(self, last=False).shared_or_alone(lesions)
             if len(lesions) == 1:
                 raise
             return torch.cat([self([lesion]) for lesion in lesions])

@@ -630,6 +630,22 @@ def test_replayed_maps_lie_channels_last_where_that_is_faster(form):
     np.testing.assert_allclose(damage, by_masks(net, data, [group], damage.index), rtol=0, atol=1e-6)
 
 
+class Sizes(Flat):
+    """The same for images of any size, of which the smallest give maps of one position."""
+
+    def forward(self, x):
+        y = nn.functional.relu(self.b(nn.functional.relu(self.a(x))))
+        return self.head(y.view(len(x), -1).norm(dim=1, keepdim=True).expand(-1, 36))
+
+
+def test_a_view_that_only_the_first_batch_allows():
+    net, generator = seeded(Sizes).float(), torch.Generator().manual_seed(1)
+    data = [(torch.randn(4, 2, size, size, generator=generator), torch.arange(4) % 3) for size in (5, 7, 5)]
+    found, plain = nl.ablate(net, data), nl.ablate(net, data, replay=False)
+    assert found.metadata["whole_model"] == []
+    np.testing.assert_allclose(found.units["damage"], plain.units["damage"], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("threads", "samples"), [(1, 4), (2, 8), (3, 12), (10_000, 1024)])
 def test_each_thread_has_a_cache_of_its_own(threads, samples, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
