@@ -29,8 +29,7 @@ def using(kernels: str) -> Iterator[None]:
 def chosen(kernels: str, device: torch.device, nbytes: float) -> str:
     """The back end that an option names: ``auto`` is compiled for rows of many bytes on a CPU with a C compiler, otherwise torch.
 
-    nbytes: of all rows that are read. Raises ValueError for another name, and where compiled
-    loops cannot be had.
+    nbytes: of all rows that are read. Raises ValueError for another name, and where compiled loops cannot be had.
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels is {kernels!r}; it is {', '.join(KERNELS)}")

@@ -35,7 +35,7 @@ class Folds:
         """
         conv: Any = call.module
         norm: Any = behind.module
-        key = (conv, norm, last or _lie_last(call.output))
+        key = (conv, norm, last or _is_channels_last(call.output))
         if key not in self.made:
             scale = (norm.running_var.double() + norm.eps).rsqrt()
             scale = scale if norm.weight is None else scale * norm.weight.double()
@@ -64,7 +64,7 @@ def _foldable(conv: Any, norm: Any) -> bool:
     return plain and conv.weight.dtype == norm.running_var.dtype and conv.weight.dtype in (torch.float32, torch.float64)
 
 
-def _lie_last(output: Any) -> bool:
+def _is_channels_last(output: Any) -> bool:
     return isinstance(output, Tensor) and output.ndim == 4 and not output.is_contiguous()
 
 
