@@ -1,19 +1,6 @@
-"""The sums of ``reductions`` by the loops of ``loops.c``, which the C compiler of this machine compiles once.
-
-Each value is read once, and no temporary tensors are made. Where torch comes with the OpenMP of the compiler (libgomp, as its
-wheels for Linux do), the threads are those of torch; a compiler without OpenMP makes loops of one thread. The library is kept in
-the user's cache folder, under a name that tells the source, the compiler's options and the processor apart.
-"""
+"""The sums of ``reductions`` by the loops of ``loops.c``: each value is read once, and no temporary tensors are made."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triangle
+from . import compiler, triangle
 from .bins import BINS, DROPPED, LOW
 
 COLUMNS = 4096  # of counts, as in the loops
@@ -30,9 +17,6 @@ SPLIT = 1 << 15  # values for which one more thread is woken
 _POWERS = ("sums", "squares", "cubes", "fourths")
 _SIZES = ("absolutes", "nonzeros", "largest")
 _SOURCE = Path(__file__).with_name("loops.c")
-_OPTIONS = ("-march=native -fopenmp", "-fopenmp", "-march=native", "")  # the first that the compiler takes
-_MINUTES = 2.0
-seconds: dict[str, float] = {}  # that compiling took, by the dtype of the rows
 
 
 def reduce(raw: Tensor, keep: Tensor | None, shift: Tensor | None, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -168,24 +152,7 @@ def _threads(values: Tensor) -> int:
 @cache
 def library(dtype: str) -> Any:
     """The loops for rows of a dtype, float32 or float64. Raises OSError, with what the compiler said, if they cannot be had."""
-    start = time.perf_counter()
-    found: Any = None
-    problems: list[str] = []
-    for options in _OPTIONS:
-        command = [*shlex.split(os.environ.get("CC") or "cc"), "-O3", "-shared", "-fPIC", *options.split()]
-        try:
-            file = _compiled([*command, f"-DNUMBER={'float' if dtype == 'float32' else 'double'}"])
-        except OSError as error:
-            problems.append(str(error))
-            continue
-        try:
-            found = ctypes.CDLL(str(file))
-            break
-        except OSError as error:  # a damaged file, which is made again by the next process
-            file.unlink(missing_ok=True)
-            problems.append(str(error))
-    if found is None:
-        raise OSError(f"{_SOURCE.name} cannot be compiled: {problems[0]}")
+    found = compiler.load(_SOURCE, "float" if dtype == "float32" else "double")
     pointer, number, whole = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     shape = [whole, whole, whole, number]
     found.reduce.argtypes = [pointer, pointer, pointer, *shape, number, number, pointer, pointer, pointer, number]
@@ -198,44 +165,4 @@ def library(dtype: str) -> Any:
     found.packed_numbers.argtypes, found.packed_numbers.restype = [whole], whole
     for each in (found.reduce, found.weighted, found.ends, found.count, found.products, found.add_maps, found.patches):
         each.restype = None
-    seconds[dtype] = seconds.get(dtype, 0.0) + time.perf_counter() - start
     return found
-
-
-def _compiled(command: list[str]) -> Path:
-    """The library that a command makes, from the cache if it was made before. Raises OSError if the compiler fails."""
-    key = hashlib.sha256("\n".join([*command, _processor(), _SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nodelens"
-        folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(dir=folder)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written to
-        folder = Path(made := tempfile.mkdtemp(prefix="nodelens-"))
-    file, part = folder / f"loops-{key}.so", Path(made, "loops.so")
-    try:
-        if not file.exists():
-            done = subprocess.run(
-                [*command, "-o", str(part), str(_SOURCE)],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=60 * _MINUTES,
-            )
-            if done.returncode:
-                raise OSError(done.stderr.strip()[-500:] or f"{command[0]} ended with status {done.returncode}")
-            part.replace(file)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]} took more than {_MINUTES:g} minutes") from None
-    finally:
-        if folder != Path(made):
-            shutil.rmtree(made, ignore_errors=True)
-    return file
-
-
-def _processor() -> str:
-    """What tells processors apart whose libraries must not be mixed, such as those of two nodes with one home."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(dict.fromkeys(line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")))

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import compiled
+from . import compiled, compiler
 
 KERNELS = ("auto", "torch", "compiled")
 WORTH = 1 << 28  # bytes of rows from which on compiled loops save more than compiling them once takes
@@ -55,4 +55,4 @@ def compiled_for(raw: Tensor) -> ModuleType | None:
 
 def seconds() -> float:
     """How long compiling, or loading what was compiled before, took in this process so far."""
-    return sum(compiled.seconds.values())
+    return sum(compiler.seconds.values())

@@ -68,7 +68,8 @@ def ablate(
 
     Returns a ``Result``: units with the index (layer, unit) and the columns damage and damage_se, the standard error over samples
     of the paired difference; layers with the number of units and their mean, largest and summed damage. The metadata tell the loss
-    of the whole model, the number of predictions and samples, and the layers for which the whole model had to run.
+    of the whole model, the number of predictions and samples, the layers for which the whole model had to run, and whether
+    convolutions ran in compiled loops (kernels).
 
     Raises ValueError for layers or units that are not there, data without labels or readable only once, and how=resample where
     all samples are equal or differ in size.
@@ -225,6 +226,7 @@ class Setting:
             "predictions": found.predictions,
             "samples": found.samples,
             "whole_model": whole,
+            "kernels": found.kernels,
             "objective": self.objective.about,
             "model": {"class": type(self.model).__name__, "fingerprint": fingerprint(self.model)},
         }

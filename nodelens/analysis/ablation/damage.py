@@ -17,8 +17,10 @@ from nodelens.network.batch import Batch
 from nodelens.network.batch_forms import read
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.objective import Objective
+from nodelens.statistics.kernels import WORTH
 from nodelens.statistics.processes import gathered, reduce_tensor
 
+from . import winograd
 from .folding import Folds
 from .lesions import Lesion
 from .losses import loss_by_sample
@@ -37,7 +39,7 @@ class Damage:
     """The change of the loss per prediction under each lesion, its standard error, and the loss of the whole model.
 
     Shapes: change, error (lesions,) float64; contrast, contrast_error (contrasts,) float64, sums of changes times coefficients.
-    whole: numbers of the lesions for which the whole model ran.
+    whole: numbers of the lesions for which the whole model ran. kernels: compiled where some convolutions ran in compiled loops.
     """
 
     change: np.ndarray
@@ -46,6 +48,7 @@ class Damage:
     predictions: int
     samples: int
     whole: tuple[int, ...] = ()
+    kernels: str = "torch"
     contrast: np.ndarray = field(default_factory=lambda: np.zeros(0))
     contrast_error: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -83,7 +86,8 @@ def damage_of(
             whole = batch if first is None else batch.head(int((first.before < first.limit).sum()))
             passes.measure(whole, sums)
     whole_model = {number for own in gathered(sorted(passes.whole)) for number in own}  # a process without data has found none
-    return sums.reduced(device_of(model)).damage(tuple(sorted(whole_model)), len(lesions))
+    found = sums.reduced(device_of(model)).damage(tuple(sorted(whole_model)), len(lesions))
+    return replace(found, kernels="compiled" if passes.folds.loops else "torch")
 
 
 def _predicted(objective: Objective, given: Any) -> Tensor:
@@ -121,7 +125,8 @@ class _Sums:
         spread = (dd - 2 * change * dt + change.square() * tt).clamp_min(0) * samples / max(samples - 1, 1)
         error = spread.sqrt() / predictions if samples > 1 else torch.full_like(change, torch.nan)
         (change, contrast), (error, contrast_error) = ((t.numpy()[:lesions], t.numpy()[lesions:]) for t in (change, error))
-        return Damage(change, error, loss / predictions, int(predictions), int(samples), whole, contrast, contrast_error)
+        found = Damage(change, error, loss / predictions, int(predictions), int(samples), whole)
+        return replace(found, contrast=contrast, contrast_error=contrast_error)
 
 
 @dataclass
@@ -170,6 +175,8 @@ class _Passes:
         for part in self._parts(batch):
             self.values.begin(part)
             recording = Recording.of(self.model, partial(self.objective.run, self.model, part), self.readers)
+            if self.folds.loops is None and self._compiling_pays(recording):
+                self.folds.loops = {}
             dense, counts = loss_by_sample(self.objective, recording.output, part)
             sums.add(dense, counts)
             base = Base(self.model, self.objective, self.values, part, recording, dense, counts)
@@ -191,6 +198,11 @@ class _Passes:
             self.rows = self._fitting(recording.calls)
         for start in range(0, len(batch), self.rows):
             yield batch.map(lambda t, start=start: t[start : start + self.rows])
+
+    def _compiling_pays(self, recording: Recording) -> bool:
+        """Whether convolutions for the loops of ``winograd`` read enough for a compilation, and there is a compiler."""
+        maps = [call.output for call in recording.calls if winograd.fits(call.module) and isinstance(call.output, Tensor)]
+        return len(self.lesions) * sum(each.nbytes for each in maps) >= WORTH and winograd.available()
 
     def _fitting(self, calls: Sequence[RecordedCall], samples: int = 1) -> int:
         """How many samples fit into a pass, at least one."""

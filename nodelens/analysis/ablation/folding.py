@@ -1,7 +1,8 @@
 """Batch norms folded into the convolutions before them, which saves a pass over each map."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,15 +10,21 @@ from torch import Tensor, nn
 
 from nodelens.interventions.replay import Function, RecordedCall, channels_last
 
+from . import winograd
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(eq=False)
 class Folds:
-    """(weight, bias) of convolutions with the batch norm behind them, by both and whether maps lie channels last."""
+    """(weight, bias) of convolutions with the batch norm behind them, by both and whether maps lie channels last.
+
+    loops: those of ``winograd``, by convolution and norm; None where they are not in use.
+    """
 
     made: dict[tuple[nn.Module, nn.Module, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    loops: dict[tuple[nn.Module, nn.Module], Callable[[Tensor], Tensor]] | None = None
 
     def pairs(self, calls: Iterable[RecordedCall]) -> dict[RecordedCall, RecordedCall]:
         """{call of a convolution: call of the norm that reads its output}, where both are plain and called once."""
@@ -54,9 +61,18 @@ class Folds:
         """What the calls of the pairs compute instead."""
         found: dict[RecordedCall, Function] = {}
         for conv, norm in pairs.items():
-            found[conv] = _convolution(conv.module, *self.of(conv, norm, last))
+            found[conv] = self._convolution(conv, norm, last)
             found[norm] = _same
         return found
+
+    def _convolution(self, call: RecordedCall, norm: RecordedCall, last: bool) -> Function:
+        conv: Any = call.module
+        weight, bias = self.of(call, norm, last)
+        run: Callable[[Tensor], Tensor] = partial(_direct, conv, weight, bias)
+        if last and self.loops is not None and winograd.fits(conv):
+            key = conv, norm.module
+            self.loops[key] = run = self.loops.get(key) or winograd.convolution(weight, bias, run)
+        return lambda args, kwargs: run(_same(args, kwargs))
 
 
 def _foldable(conv: Any, norm: Any) -> bool:
@@ -68,8 +84,8 @@ def _is_channels_last(output: Any) -> bool:
     return isinstance(output, Tensor) and output.ndim == 4 and not output.is_contiguous()
 
 
-def _convolution(conv: Any, weight: Tensor, bias: Tensor) -> Function:
-    return lambda args, kwargs: conv._conv_forward(args[0] if args else kwargs["input"], weight, bias)
+def _direct(conv: Any, weight: Tensor, bias: Tensor, maps: Tensor) -> Tensor:
+    return conv._conv_forward(maps, weight, bias)
 
 
 def _same(args: tuple, kwargs: dict) -> Tensor:
