@@ -32,7 +32,7 @@ def fits(conv: Any) -> bool:
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.groups == 1
     shape = plain and conv.kernel_size == (3, 3) and conv.stride == conv.dilation == (1, 1) and conv.padding in ("same", (1, 1))
     wide = shape and min(conv.in_channels, conv.out_channels) >= _FEWEST
-    return wide and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
+    return wide and type(conv.weight) is nn.Parameter and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
 
 
 def convolution(weight: Tensor, bias: Tensor, otherwise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -48,7 +48,7 @@ def convolution(weight: Tensor, bias: Tensor, otherwise: Callable[[Tensor], Tens
     bias, zeros, held = bias.contiguous(), torch.zeros(read), loops.held(read, padded) + made
 
     def of(maps: Tensor) -> Tensor:
-        if maps.dtype != torch.float32 or not maps.is_contiguous(memory_format=torch.channels_last) or maps.device.type != "cpu":
+        if not _is_read(maps, read):
             return otherwise(maps)
         samples, _, height, width = maps.shape
         out = torch.empty((samples, made, height, width), memory_format=torch.channels_last)
@@ -59,6 +59,11 @@ def convolution(weight: Tensor, bias: Tensor, otherwise: Callable[[Tensor], Tens
         return out
 
     return of
+
+
+def _is_read(maps: Tensor, channels: int) -> bool:
+    plain = type(maps) is Tensor and maps.dtype == torch.float32 and maps.device.type == "cpu"
+    return plain and maps.ndim == 4 and maps.shape[1] == channels and maps.is_contiguous(memory_format=torch.channels_last)
 
 
 @cache

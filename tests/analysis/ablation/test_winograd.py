@@ -59,7 +59,8 @@ def test_other_maps_run_otherwise(compiler):
     weight, bias, maps = seeded((32, 32, 3, 3)), seeded(32), last(seeded((2, 32, 4, 4)))
     run = winograd.convolution(weight, bias, lambda maps: "otherwise")
     assert isinstance(run(maps), torch.Tensor)
-    assert run(maps.contiguous()) == run(maps.double()) == run(maps[:, :, ::2]) == run(maps.to("meta")) == "otherwise"
+    others = [maps.contiguous(), maps.double(), maps[:, :, ::2], maps.to("meta"), maps[0], last(maps[:, :31]), nn.Parameter(maps)]
+    assert [run(each) for each in others] == ["otherwise"] * len(others)
 
 
 @pytest.mark.parametrize(
