@@ -14,12 +14,14 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 _OPTIONS = ("-march=native -fopenmp", "-fopenmp", "-march=native", "")  # the first that the compiler takes
 _MINUTES = 2.0
+_PART = "part-"  # folders in which a library is made
 seconds: dict[tuple[Path, str], float] = {}  # that compiling took, by the source and the type of its numbers
 
 
@@ -54,7 +56,8 @@ def _compiled(command: list[str], source: Path) -> Path:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nodelens"
         folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(dir=folder)
+        _remove_unfinished(folder)
+        made = tempfile.mkdtemp(prefix=_PART, dir=folder)
     except (OSError, RuntimeError):  # no home, or one that cannot be written to
         folder = Path(made := tempfile.mkdtemp(prefix="nodelens-"))
     file, part = folder / f"{source.stem}-{key}.so", Path(made, "part.so")
@@ -76,6 +79,14 @@ def _compiled(command: list[str], source: Path) -> Path:
         if folder != Path(made):
             shutil.rmtree(made, ignore_errors=True)
     return file
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what compilers that were killed have left."""
+    for left in folder.glob(f"{_PART}*"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > 10 * 60 * _MINUTES:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _processor() -> str:

@@ -51,6 +51,17 @@ def test_loops_are_compiled_once_and_kept(compiler, fresh):
     assert len([*fresh.iterdir()]) == 2
 
 
+def test_what_a_killed_compiler_left_is_removed(compiler, fresh):
+    left, new = fresh / "part-old", fresh / "part-new"
+    for folder in (left, new):
+        folder.mkdir(parents=True)
+        (folder / "part.so").touch()
+    os.utime(left, (0, 0))
+    compiled.library("float32")
+    assert not left.exists()
+    assert new.exists(), "another process may be compiling there"
+
+
 def test_a_result_says_how_long_compiling_took(compiler, fresh):
     model, data = torch.nn.Linear(3, 2), [torch.randn(8, 3)]
     first, again = (
