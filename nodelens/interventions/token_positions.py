@@ -27,6 +27,9 @@ def indices(expression: Positions, n: int, what: str) -> list[int]:
 
     what: names the indices in errors, such as ``positions``. Raises ValueError for one out of range.
     """
+    several = isinstance(expression, Sequence) and not isinstance(expression, str)
+    if isinstance(expression, bool) or (several and any(isinstance(k, bool) for k in expression)):  # type: ignore[union-attr]
+        raise ValueError(f"{what} are booleans; they are indices, as np.flatnonzero(mask) gives them")
     if isinstance(expression, str):
         text = expression
     elif isinstance(expression, int):

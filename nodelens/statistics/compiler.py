@@ -5,6 +5,7 @@ torch; a compiler without OpenMP makes loops of one thread. Libraries are kept i
 the source, the compiler's options and the processor apart.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -60,6 +61,7 @@ def _compiled(command: list[str], source: Path) -> Path:
         made = tempfile.mkdtemp(prefix=_PART, dir=folder)
     except (OSError, RuntimeError):  # no home, or one that cannot be written to
         folder = Path(made := tempfile.mkdtemp(prefix="nodelens-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file, part = folder / f"{source.stem}-{key}.so", Path(made, "part.so")
     try:
         if not file.exists():

@@ -575,6 +575,10 @@ def test_what_is_no_edit_is_named():
     with pytest.raises(ValueError, match=r"value has complex numbers, complex64: activations are real"):
         nl.Edit("fc1", "set", value=torch.zeros(2, dtype=torch.complex64))
     outer = nn.Sequential(net).eval()
+    for mask in ([False, True], torch.tensor([False, True]), True):
+        message = r"units are booleans; they are indices, as np.flatnonzero\(mask\) gives them"
+        with pytest.raises(ValueError, match=message), nl.edit(outer, nl.Edit("0", "zero", units=mask)):
+            outer(torch.ones(1, 2))
     where, message = {"a": 1}, r"positions is \{'a': 1\}; it takes an index, a list of indices, or an expression"
     with pytest.raises(ValueError, match=message), nl.edit(outer, nl.Edit("0", "zero", positions=where)):
         outer(torch.ones(1, 2))

@@ -243,8 +243,12 @@ class _Passes:
             some = numbers[start : start + copies]
             if some[0] in self.whole:
                 yield from (([number], base.whole(self.lesions[number])[None]) for number in some)
-            else:
-                yield some, replay.shared_or_alone([self.lesions[number] for number in some])
+                continue
+            found = replay.shared_or_alone([self.lesions[number] for number in some])
+            lost = (~found.isfinite() & base.dense.isfinite()).any(1)  # what a replay adds to an infinite activation may be NaN
+            for k in lost.nonzero()[:, 0].tolist():
+                found[k] = base.whole(self.lesions[some[k]])
+            yield some, found
 
     def _agreed(self, replay: Replay, numbers: list[int], copies: int) -> tuple[Replay, int]:
         """A replay that gives the numbers of the whole model, and how many lesions share its passes; else all are in ``whole``."""

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from nodelens.engine.request import Layers, as_layers
-from nodelens.messages import listed
+from nodelens.messages import listed, shown
 from nodelens.network.batch import Batch, read_of, tensor_of
 from nodelens.network.eval_mode import eval_mode
 from nodelens.network.experts import ExpertLayer
@@ -178,21 +179,33 @@ def chosen_units(targets: Sequence[AblationTarget], units: Any, sample: int | No
     found: dict[str, list[int]] = {}
     for name, ids in as_mapping(units).items():
         check_units(by_name, name, ids)
-        found[name] = list(dict.fromkeys(int(unit) for unit in ids))
+        found[name] = ids
     return found
 
 
 def as_mapping(units: Any) -> dict[str, list[int]]:
-    """{layer: ids} of a mapping, of a table with the index (layer, unit), or of such an index."""
+    """{layer: ids}, each id once, of a mapping, of a table with the index (layer, unit), or of such an index.
+
+    Raises ValueError for units that are no integers, such as a mask.
+    """
     if isinstance(units, Mapping):
-        return {str(name): [int(unit) for unit in torch.as_tensor(ids).reshape(-1)] for name, ids in units.items()}
+        return {str(name): _ids(str(name), ids) for name, ids in units.items()}
     index = units.index if isinstance(units, (pd.DataFrame, pd.Series)) else units
     if not isinstance(index, pd.MultiIndex) or index.nlevels != 2:
         raise ValueError(f"units is {type(units).__name__}; it is {{layer: [units]}}, or a table such as result.units")
-    found: dict[str, list[int]] = {}
+    found: dict[str, list[Any]] = {}
     for name, unit in index:
-        found.setdefault(str(name), []).append(int(unit))
-    return found
+        found.setdefault(str(name), []).append(unit)
+    return {name: _ids(name, ids) for name, ids in found.items()}
+
+
+def _ids(name: str, given: Any) -> list[int]:
+    ids = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given).reshape(-1)
+    if ids.dtype.kind == "b":
+        raise ValueError(f"the units of {name!r} are booleans; they are ids, as np.flatnonzero(mask) gives them")
+    if len(ids) and ids.dtype.kind not in "iu":
+        raise ValueError(f"the units of {name!r} are {shown(ids.tolist())}; they are integers from 0 on, such as [0, 3]")
+    return list(dict.fromkeys(ids.tolist()))
 
 
 def check_units(by_name: Mapping[str, AblationTarget], name: str, ids: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from nodelens.network.layers import Layer
 from nodelens.results.findings import Findings
 
 from .grid import GridOptions, grid_sites
-from .pairs import check_answers
+from .pairs import check_answers, check_distinct
 from .patch import PATCHING
 
 _FAR = 1e-3  # of the largest entry, that a sum may differ from what it explains
@@ -108,6 +108,7 @@ def attribute_logits(
                 token = int(logits[place].argmax()) if answer is None else prompt.next_token(answer)
                 other = None if wrong is None else prompt.next_token(wrong)
                 check_answers(logits.shape[-1], token, other)
+                check_distinct(None if answer is None else token, other)
                 line = Direction.of(tail, states[place], token, other)
                 where: Row = {"sample": k, "position": place, "token": prompt.tokens[place]}
                 own = [_row(where, part, float(part.added[place].double() @ line.vector)) for part in parts]

@@ -66,10 +66,17 @@ def check_answers(vocabulary: int, *tokens: int | None) -> None:
         raise ValueError(f"the answer has the token id {wrong}; the model has logits for 0 to {vocabulary - 1}")
 
 
+def check_distinct(answer: int | None, wrong: int | None) -> None:
+    """Raises ValueError for an answer and a wrong token that are the same."""
+    if answer is not None and answer == wrong:
+        raise ValueError(f"answer and wrong are both the token {answer}, whose logit does not differ from itself: give two tokens")
+
+
 def read_pairs(clean: Any, corrupt: Any, tokenizer: Any = None, answer: Any = None, wrong: Any = None) -> list[PromptPair]:
     """Pairs of a clean and a corrupt prompt, or of as many of both; see ``read_prompts``. answer, wrong: one, or one per pair.
 
-    Raises ValueError for numbers of prompts or tokens that differ, and answers that are not one token of the model.
+    Raises ValueError for numbers of prompts or tokens that differ, and answers that are not one token of the model or that are
+    the wrong token.
     """
     left, right = read_prompts(clean, tokenizer), read_prompts(corrupt, tokenizer)
     if len(left) != len(right):
@@ -83,6 +90,7 @@ def read_pairs(clean: Any, corrupt: Any, tokenizer: Any = None, answer: Any = No
                 "states are exchanged position by position, so give prompts of the same number of tokens"
             )
         ids = [None if each is None else a.next_token(each) for each in (answers[k], others[k])]
+        check_distinct(*ids)
         pairs.append(PromptPair(a, b, *ids))
     return pairs
 

@@ -335,6 +335,34 @@ def test_the_error_is_over_samples_and_a_limit_counts_predictions():
     assert found[0]["damage_se"].iloc[0] == pytest.approx(d.std(ddof=1) / math.sqrt(7), rel=1e-6)
 
 
+def test_a_unit_that_is_named_twice_counts_once():
+    found = nl.ablate_sets(branches(), images(), {"twice": {"a": [1, 1]}, "once": {"a": torch.tensor([1])}})
+    assert found["units"].tolist() == [1, 1]
+    assert found["damage"].iloc[0] == pytest.approx(found["damage"].iloc[1], rel=1e-9)
+
+
+class Saturated(nn.Module):
+    """An infinite activation gives finite outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.sigmoid(self.b(torch.relu(self.a(x)))))
+
+
+def test_an_infinite_activation_in_a_later_batch():
+    net = seeded(Saturated)
+    with torch.no_grad():
+        net.a.weight.abs_(), net.b.weight.abs_()
+    x, y = images()[0][0].flatten(1)[:4, :3].abs(), torch.tensor([0, 1, 2, 0])
+    data = [(x, y), (x.index_fill(0, torch.tensor([0]), torch.inf), y)]
+    fast, whole = (nl.ablate(net, data, {"a": [0, 1, 2]}, replay=replay) for replay in (True, False))
+    assert np.isfinite(whole.units["damage"]).all()
+    np.testing.assert_allclose(fast.units["damage"], whole.units["damage"], rtol=0, atol=1e-12)
+
+
 def test_sets_interact():
     net, data = branches(), images()
     found = nl.ablate_sets(net, data, {"both": {"a": [0, 1]}, "across": {"a": [0], "b": [1, 2]}, "none": {}})
@@ -451,6 +479,13 @@ def test_what_does_not_fit_is_said():
         (lambda: nl.ablate(mixtral(), tokens, how="mean"), "experts that share a tensor, which can only be zeroed"),
         (lambda: nl.ablate(mixtral(), tokens, layers="blocks[0].mlp.hidden"), "ablate their pruning groups"),
         (lambda: nl.ablate_sets(net, data, {"s": {"a": [9]}}), "units names unit 9"),
+        (
+            lambda: nl.ablate(net, data, {"a": np.arange(6) == 5}),
+            "the units of 'a' are booleans; they are ids, as np.flatnonzero(mask)",
+        ),
+        (lambda: nl.ablate_sets(net, data, {"s": {"a": [False, True]}}), "the units of 'a' are booleans"),
+        (lambda: nl.ablate(net, data, {"a": [0.7]}), "the units of 'a' are [0.7]; they are integers from 0 on"),
+        (lambda: nl.ablate(net, data, {"a": ["a"]}), "the units of 'a' are ['a']; they are integers from 0 on"),
     ]
     for call, words in cases:
         with pytest.raises(ValueError) as error:

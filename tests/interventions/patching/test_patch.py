@@ -340,6 +340,8 @@ def test_tokens_of_another_vocabulary_are_named():
         nl.lens(llama(), [3, 64])
     with pytest.raises(ValueError, match=r"the answer has the token id 99; the model has logits for 0 to 63"):
         LogitAttribution([[4, 5]], answer=99)(llama())
+    with pytest.raises(ValueError, match=r"answer and wrong are both the token 5, .*: give two tokens"):
+        nl.patch(llama(), ids(1, 4)[0], ids(1, 4, seed=1)[0], answer=5, wrong=5)
     with pytest.raises(ValueError, match=r"the answer is 1.5; it is a text of one token, or the id of one"):
         LogitAttribution([[4, 5]], answer=1.5)(llama())
 
