@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nodelens.analysis.registry import get_analysis, list_analyses
     from nodelens.analysis.supernodes.supernodes import Supernodes
     from nodelens.app.config import load_config
-    from nodelens.app.cost_estimate import Machine, estimate_cost
+    from nodelens.app.cost_estimate import CostEstimate, Machine, estimate_cost
     from nodelens.app.run import Run, run
     from nodelens.compat.representation_geometry import analyze_model
     from nodelens.data.selectors import select_tokens
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nodelens.network.groups import PruningGroup, PruningGroups
     from nodelens.network.layers import Layer
     from nodelens.pruning.allocation.allocate import Allocation
-    from nodelens.pruning.criteria.criterion import Criterion
+    from nodelens.pruning.criteria.criterion import Criterion, Term
     from nodelens.pruning.groups.find import find_groups
     from nodelens.pruning.planning import PruningOptions, Schedule
     from nodelens.pruning.prune import Pruned, prune
@@ -61,7 +61,7 @@ _HOMES = {  # where the names are defined
     "analysis.registry": "get_analysis list_analyses",
     "analysis.supernodes.supernodes": "Supernodes",
     "app.config": "load_config",
-    "app.cost_estimate": "Machine estimate_cost",
+    "app.cost_estimate": "CostEstimate Machine estimate_cost",
     "app.run": "Run run",
     "compat.representation_geometry": "analyze_model",
     "data.selectors": "select_tokens",
@@ -78,7 +78,7 @@ _HOMES = {  # where the names are defined
     "network.groups": "PruningGroup PruningGroups",
     "network.layers": "Layer",
     "pruning.allocation.allocate": "Allocation",
-    "pruning.criteria.criterion": "Criterion",
+    "pruning.criteria.criterion": "Criterion Term",
     "pruning.groups.find": "find_groups",
     "pruning.planning": "PruningOptions Schedule",
     "pruning.prune": "Pruned prune",
@@ -96,14 +96,14 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names.s
 
 # fmt: off
 __all__ = [
-    "Allocation", "AnalyzeOptions", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions", "GeometryResult",
-    "Layer", "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned", "PruningConfig",
-    "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy", "RepresentationContext", "Result", "Run",
-    "Schedule", "StateConfig", "StateManager", "StateMap", "Supernodes", "ablate", "ablate_sets", "analyze",
-    "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "export", "find_groups", "find_layers",
-    "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens", "list_analyses", "list_metrics",
-    "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned", "load_runs", "match_units",
-    "modularity", "patch", "prune", "register_metric", "run", "score_trends", "select_tokens",
+    "Allocation", "AnalyzeOptions", "CostEstimate", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions",
+    "GeometryResult", "Layer", "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned",
+    "PruningConfig", "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy", "RepresentationContext",
+    "Result", "Run", "Schedule", "StateConfig", "StateManager", "StateMap", "Supernodes", "Term", "ablate", "ablate_sets",
+    "analyze", "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "export",
+    "find_groups", "find_layers", "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens",
+    "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
+    "load_runs", "match_units", "modularity", "patch", "prune", "register_metric", "run", "score_trends", "select_tokens",
 ]
 # fmt: on
 

@@ -73,7 +73,8 @@ def script() -> None:
         print(version() if task == "--version" else _USAGE)
         return
     if task not in TASKS:
-        sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}, not {task!r}.{nearest(task, TASKS)}")
+        given = f", not {task!r}.{nearest(task, TASKS)}" if task else "; nodelens --help shows examples"
+        sys.exit(f"nodelens: the first word is a task, one of {', '.join(TASKS)}{given}")
     main(task)
 
 

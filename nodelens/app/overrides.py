@@ -31,7 +31,8 @@ def flags_of(argv: Sequence[str]) -> Namespace:
     parser.error = _refuse_flag  # type: ignore[method-assign]
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise MistakeError(f"{unknown[0]}: there is no such flag; --hydra-help lists all")
+        way = f"settings are key=value, as in {unknown[0].lstrip('-').partition('=')[0]}=...; --hydra-help lists the flags"
+        raise MistakeError(f"{unknown[0]}: there is no such flag; {way}")
     for word in flags.overrides:
         if ("=" not in word and not word.startswith("~")) or word.startswith("="):
             raise MistakeError(f"{word!r} sets nothing: settings are key=value, as in model=resnet18; --help lists them")

@@ -179,7 +179,9 @@ def _planned(model: nn.Module, asked: _Request, optional: bool, settings: Analyz
         seen = objective, dry_run, targets_by_token(batch)
     found = seen if asked.weights_only else first_of(seen)
     if found is None:
-        raise ValueError("the data are empty: not one batch to measure")
+        raise ValueError(
+            "the data are empty: not one batch to measure. An iterator is empty after one reading: give a loader or a list"
+        )
     objective, dry_run, per_token = found
     if batch is not None:
         check_classes(asked.metrics, batch, dry_run.tokens)

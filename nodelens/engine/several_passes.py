@@ -47,14 +47,16 @@ def check_bytes(plan: Plan, budget: float | None, more: str = "") -> None:
     if budget is None or plan.total_bytes <= budget:
         return
     layer, need = max(((a, b) for a in plan.every_layer for b in plan.needs(a)), key=lambda pair: plan.nbytes(*pair))
-    largest = f"largest is {need} at {layer.name} with {plan.nbytes(layer, need) / 2**20:,.0f} MiB: choose fewer layers"
+    largest = f"largest is {need} at {layer.name} with {size_text(plan.nbytes(layer, need))}: choose fewer layers"
     way_out = "(layers=), fewer groups (groups=1), other metrics, or a larger budget"
-    if plan.vector_bytes > plan.nbytes(layer, need):
+    if plan.buffer_bytes > plan.total_bytes / 2:
+        largest = f"largest are buffered rows with {size_text(plan.buffer_bytes)}: choose fewer layers"
+        way_out = "(layers=), other metrics, or a larger budget"
+    if plan.vector_bytes > max(plan.nbytes(layer, need), plan.buffer_bytes):
         largest = f"largest are vectors of derivatives with {size_text(plan.vector_bytes)}: choose smaller batches, fewer layers"
         way_out = "(layers=), other metrics, or a larger budget"
     raise MemoryError(
-        f"the plan takes {plan.total_bytes / 2**20:,.0f} MiB, {option('budget')} is {budget / 2**20:,.0f} MiB; the "
-        f"{largest} {way_out}{more}"
+        f"the plan takes {size_text(plan.total_bytes)}, {option('budget')} is {size_text(budget)}; the {largest} {way_out}{more}"
     )
 
 

@@ -148,10 +148,14 @@ def omit_products(plan: _Plan, optional: bool, default: bool) -> _Plan:
     return replace(other, notes=(*plan.notes, _omitted_note(plan, found, [*metrics])))
 
 
+def _and_more(sites: int) -> str:
+    return f" (and {sites} more site{'s' if sites > 1 else ''})" if sites else ""
+
+
 def _omitted_note(plan: PassLayout, found: Iterable[Side], metrics: list[str]) -> str:
     widths = {side: plan.seen_at(*side).width for side in found}
     widest = max(widths, key=lambda side: widths[side])
-    more = f" (and {len(widths) - 1} more sites)" if len(widths) > 1 else ""
+    more = _and_more(len(widths) - 1)
     need, are = ("need", "are") if len(metrics) > 1 else ("needs", "is")
     count = min(1024, plan.covariance.limit)
     return (
@@ -197,7 +201,7 @@ def _check_sample(plan: PassLayout, side: Side, name: str, metric: Metric) -> No
 def _too_wide_message(plan: PassLayout, found: dict[Side, dict[str, Metric]]) -> str:
     side, metrics = max(found.items(), key=lambda entry: plan.seen_at(*entry[0]).width)
     width, count = plan.seen_at(*side).width, min(1024, plan.covariance.limit)
-    more = f" (and {len(found) - 1} more sites)" if len(found) > 1 else ""
+    more = _and_more(len(found) - 1)
     choices = [
         "covariance=diagonal (no products; these metrics are NaN there; 0 MiB)",
         f"covariance=sample:{count} ({count:,} channels; {size_text(_bytes(plan, side, 'sample', count))})",
@@ -237,8 +241,10 @@ def _listed(names: list[str], most: int = 6) -> str:
 
 
 def size_text(count: float) -> str:
-    """A number of bytes as text, in MiB."""
-    return f"{count / 2**20:,.1f} MiB"
+    """A number of bytes as text, in MiB, or in KiB or bytes where there are few."""
+    if 0 < count < 2**10:
+        return f"{count:.0f} bytes"
+    return f"{count / 2**10:,.1f} KiB" if 0 < count < 2**20 / 10 else f"{count / 2**20:,.1f} MiB"
 
 
 def describe(plan: PassLayout) -> list[dict[str, Any]]:

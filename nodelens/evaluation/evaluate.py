@@ -18,6 +18,7 @@ from nodelens.network.tasks import BY_VALUE
 from nodelens.statistics.processes import reduce_tensor
 
 _BINS = 15
+_EMPTY = "the data are empty: nothing to evaluate. An iterator is empty after one reading: give a loader or a list"
 _CHUNK = 1 << 22  # logits in float64 at a time: 32 MB
 
 
@@ -81,7 +82,7 @@ class _Values:
     def scores(self, sums: dict[str, Tensor]) -> dict[str, float]:
         loss, samples = sums["loss"].tolist()
         if not samples:
-            raise ValueError("the data are empty: nothing to evaluate")
+            raise ValueError(_EMPTY)
         found = {"loss": loss / samples, "samples": int(samples)}
         right, known = sums["right"].tolist()
         return {"accuracy": right / known, **found} if self.objective.task == "multilabel" else found
@@ -145,7 +146,7 @@ def _scores(sums: dict[str, Tensor]) -> dict[str, float]:
     """The scores from the sums of all processes."""
     n, right, nats = sums["totals"].tolist()
     if not n:
-        raise ValueError("the data are empty: nothing to evaluate")
+        raise ValueError(_EMPTY)
     _, hits, confidence = sums["bins"]
     ece = float((hits - confidence).abs().sum()) / n
     score = {"accuracy": right / n, "loss": nats / n, "ece": ece, "samples": int(n)}

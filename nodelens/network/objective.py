@@ -193,7 +193,7 @@ class Objective:
         y = self._labels(labels)
         z, y = (t[:, None] if t.ndim == 1 else t for t in (z, y))
         if z.shape != y.shape:
-            shapes = f"{tuple(z.shape)}, not {tuple(y.shape)}"
+            shapes = f"{tuple(z.shape)}, not {tuple(self._labels(labels).shape)}"
             raise ValueError(
                 f"task {self.task} needs targets in the shape of the predictions, {shapes}: give {option('output')}= or "
                 f"{option('loss')}="

@@ -44,7 +44,7 @@ class PruningContext:
     columns: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
     options: Mapping[str, Any] = field(default_factory=dict)  # options of nl.analyze
-    scores: pd.DataFrame | None = None  # scores in hand, which are read in place of measured ones
+    scores: pd.DataFrame | None = None  # given scores, which are read in place of measured ones
     _moments: dict[bool, Any] = field(default_factory=dict)
     _norms: dict[str, str] | None = None
 
@@ -67,7 +67,7 @@ class PruningContext:
         return cls(model, every.chosen(scope, freeze, allow_approximate), Cost.of(model, every, batch), batch, data, **options)
 
     def table(self, criteria: Iterable[Criterion]) -> pd.DataFrame:
-        """Measures the columns that the criteria read, one row per unit; scores in hand as they are."""
+        """Measures the columns that the criteria read, one row per unit; given scores as they are."""
         if self.scores is not None:
             return self.scores
         columns = columns_of(criteria, self.columns)

@@ -190,7 +190,7 @@ def prune(
     A compiled model is pruned as the network inside: compile the result again. Calls from several threads run one after the other.
 
     criterion:      name of a published criterion or a metric, a metric object, {name: signed weight}, or the long form of
-                    ``Criterion``; or scores in hand: a table of units, {layer or group: tensor (units,)}, or a function of a group,
+                    ``Criterion``; or given scores: a table of units, {layer or group: tensor (units,)}, or a function of a group,
                     in all of which units with high scores stay; taylor
     amount:         share of the budget to remove; 0.5
     data:           calibration batches as for ``nl.analyze``, a loader or a list that can be read several times; criteria of

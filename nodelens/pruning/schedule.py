@@ -13,7 +13,7 @@ def kept_shares(amount: float, steps: int, shape: Shape = "linear") -> list[floa
     Source: Zhu & Gupta 2017, arXiv:1710.01878, for the cubic one.
     """
     if not 0 <= amount < 1:
-        raise ValueError(f"amount is {amount}: a share of the units to remove, from 0 up to but not including 1")
+        raise ValueError(f"amount is {amount!r}: a share of the units to remove, from 0 up to but not including 1")
     if steps < 1:
         raise ValueError(f"steps is {steps}: a schedule has at least one")
     times = [t / steps for t in range(1, steps)]

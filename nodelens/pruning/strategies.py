@@ -233,7 +233,7 @@ def _own(layer: Layer) -> dict[str, Any]:
     if not isinstance(module, nn.modules.conv._ConvNd):
         return {"weights": layer.weight}
     if module.transposed:
-        raise ValueError(f"{layer.name} is a transposed convolution: metrics in hand know none; use nl.prune")
+        raise ValueError(f"{layer.name} is a transposed convolution: metrics from tensors know none; use nl.prune")
     return {"weights": layer.tensor} | {k: getattr(module, k) for k in ("stride", "padding", "dilation", "groups", "padding_mode")}
 
 

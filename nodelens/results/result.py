@@ -165,7 +165,9 @@ def load(folder: str | Path) -> Result:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata of a finished run. Raises as ``load``."""
     if not (folder / "metadata.json").is_file():
-        raise FileNotFoundError(f"{folder} has no finished run: metadata.json is missing")
+        absent = "is no folder; that of a run holds metadata.json"
+        lacks = "has no finished run: metadata.json is missing" if folder.is_dir() else absent
+        raise FileNotFoundError(f"{folder.resolve()} {lacks}")
     metadata = read_json(checked(folder / "metadata.json"))
     version = metadata.get("schema_version", SCHEMA) if isinstance(metadata, dict) else None
     if version != SCHEMA:

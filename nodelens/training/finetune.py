@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from nodelens.engine.driver import device_of
 from nodelens.evaluation.evaluate import evaluate
-from nodelens.messages import as_seed
+from nodelens.messages import as_seed, kind_of
 from nodelens.network.batch_forms import with_samples
 from nodelens.network.eval_mode import one_at_a_time
 from nodelens.network.groups import PruningGroup
@@ -53,6 +53,11 @@ class Finetune:
         loss: Loss | None = None,
         types: TypeRules | Mapping[str, Any] | None = None,
     ):
+        for name, given in (("train", train), ("val", val)):
+            if not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+                raise ValueError(f"fine-tuning takes batches as {name}, a loader or a list, and not {kind_of(given)}")
+            if isinstance(given, Sized) and not len(given):
+                raise ValueError(f"fine-tuning has no batch to read: {name} is empty")
         if epochs < 1 or lr <= 0:
             raise ValueError(f"fine-tuning takes at least 1 epoch and a positive lr, not {epochs} and {lr}")
         self.train, self.val, self.epochs, self.lr = train, val, epochs, lr

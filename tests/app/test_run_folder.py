@@ -21,7 +21,7 @@ WORDS = {"analyze": ANALYZE, "prune": PRUNE, "train": TRAIN}
 OTHER = {
     "analyze": (
         "metrics=[activation_mean]",
-        "metrics.activation_mean._target_=null, this one has metrics.activation_mean._target_=nodelens",
+        "metrics=[rq], this one has metrics=[activation_mean]",
     ),
     "prune": ("criterion=[l2]", "criterion.l2.l2=null, this one has criterion.l2.l2=1.0"),
     "train": ("model.optimizer.lr=0.5", "this one has model.optimizer.lr=0.5"),

@@ -163,7 +163,7 @@ def test_a_budget_that_more_passes_meet_says_how_many(net, data):
     budget = smallest(plan, 3)
     with pytest.raises(MemoryError, match=r"the plan takes .* or a larger budget; or max_passes=3 \(it is 1\): the largest") as e:
         nl.analyze(net, data, METRICS_ASKED, budget=budget)
-    assert "the largest is " in str(e.value)
+    assert "the largest are buffered rows with " in str(e.value)
 
 
 def test_a_layer_that_is_too_large_alone_is_named(net, data):

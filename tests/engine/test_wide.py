@@ -62,13 +62,13 @@ def test_a_site_too_wide_is_refused_with_every_choice_and_its_bytes(net, data):
     with pytest.raises(ValueError, match="full covariance") as error:
         measured(net, data, ["redundancy", "participation_ratio", "rq"], None)
     size = 8 * (WIDTH * WIDTH + 2 * WIDTH) * 8 / 2**20
-    small = 8 * (LIMIT * LIMIT + 2 * LIMIT) * 8 / 2**20
+    small = 8 * (LIMIT * LIMIT + 3 * LIMIT + 1) * 8 / 2**10
     for words in (
-        "site 'up' is 40 wide (and 1 more sites), width is 24: redundancy, participation_ratio need products",
+        "site 'up' is 40 wide (and 1 more site), width is 24: redundancy, participation_ratio need products",
         f"{size:,.1f} MiB there",
         "covariance=diagonal (no products; these metrics are NaN there; 0 MiB)",
-        f"covariance=sample:24 (24 channels; {small:,.1f} MiB)",
-        f"covariance=sketch:24 (for participation_ratio; {small:,.1f} MiB)",
+        f"covariance=sample:24 (24 channels; {small:,.1f} KiB)",
+        f"covariance=sketch:24 (for participation_ratio; {small:,.1f} KiB)",
         "max_passes=2 or more, if only memory is short",
         "or width=40",
     ):
@@ -399,7 +399,7 @@ def geometry(blocks, wide, metrics=("spectrum", "novelty")):
 
 
 def test_the_geometry_of_a_wide_stream_is_refused_with_the_choices(blocks):
-    with pytest.raises(ValueError, match=r"layers\.0' is 40 wide \(and 1 more sites\), width is 24: .*covariance=sketch:24"):
+    with pytest.raises(ValueError, match=r"layers\.0' is 40 wide \(and 1 more site\), width is 24: .*covariance=sketch:24"):
         geometry(blocks, None)
 
 

@@ -275,7 +275,7 @@ def test_pruning_follows_the_task_and_the_output():
             r"output=4: Parts returns features \(\d+, 12\), scores \(\d+, 4\): give output='features' or 'scores'",
         ),
         "none": ({"output": "scores", "task": "none"}, "task is none, so there is no loss"),
-        "shape": ({"output": "features", "task": "regression"}, r"the shape of the predictions, \(24, 12\), not \(24, 1\)"),
+        "shape": ({"output": "features", "task": "regression"}, r"the shape of the predictions, \(24, 12\), not \(24,\)"),
         "number": ({"output": lambda out: out["scores"].sum()}, "gives a single number; predictions are a tensor"),
     }.values(),
     ids=["task", "name", "index", "none", "shape", "number"],

@@ -165,3 +165,13 @@ def test_seeds_reach_fine_tuning_on_the_command_line(quiet_home):
     assert three["loss"].nunique() == 3
     assert three["plan"].nunique() == 1, "the same units are removed"
     assert three.loc[2, "loss"] == one.loc[2, "loss"]
+
+
+def test_data_that_are_none_or_empty_are_named():
+    for name in ("train", "val"):
+        for given, message in (
+            (None, f"takes batches as {name}, a loader or a list, and not None"),
+            ([], f"read: {name} is empty"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                nl.Finetune(**{"train": [1], "val": [1]} | {name: given})

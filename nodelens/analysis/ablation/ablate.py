@@ -175,7 +175,10 @@ class Setting:
         objective = Objective.of(model, output, task, loss)
         first, whole = shared_first(data, objective)
         if first is None:
-            raise ValueError("the data are empty: there is nothing to predict, so ablation cannot be measured")
+            raise ValueError(
+                "the data are empty: there is nothing to predict, so ablation cannot be measured. An iterator is empty after one "
+                "reading: give a loader or a list"
+            )
         objective = objective.settled(model, first)
         own = iter(whole) if iter(data) is data else data
         return cls(model, own, objective, ()), objective.batch(first).head(2).to(device_of(model))

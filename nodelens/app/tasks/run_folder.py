@@ -29,8 +29,9 @@ def check_settings(cfg: DictConfig) -> None:
                 f"{folder} holds results without settings.json, the settings behind them: choose another folder (hydra.run.dir=)"
             )
         return
-    old, new = _flat(read_json(checked(folder / "settings.json"))), _flat(_settings(cfg))
-    for key in sorted(old.keys() | new.keys()):
+    stored, given = read_json(checked(folder / "settings.json")), _settings(cfg)
+    old, new = ({**_chosen(settings), **_flat(settings)} for settings in (stored, given))  # what was chosen is compared first
+    for key in (*_chosen(given), *sorted(old.keys() | new.keys())):
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{folder} holds a run with {key}={_or_null(old.get(key))}, this one has {key}={_or_null(new.get(key))}: "
@@ -94,6 +95,13 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that identify a run. Paths in its folder are stored relative to it, so that the folder can be moved."""
     found = plain({k: v for k, v in recorded(cfg).items() if k not in ("paths", "logger", "report", *_FREE)})
     return _relative(found, str(cfg.paths.output_dir))
+
+
+def _chosen(settings: dict[str, Any]) -> dict[str, str]:
+    """The entries of groups of which several may be chosen, as on the command line: {metrics: [rq,synergy]}."""
+    groups = {key: value for key, value in settings.items() if isinstance(value, dict) and value}
+    every = {key: all(isinstance(each, dict) and "_target_" in each for each in value.values()) for key, value in groups.items()}
+    return {key: f"[{','.join(sorted(groups[key]))}]" for key, several in every.items() if several}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

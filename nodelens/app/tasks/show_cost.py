@@ -22,8 +22,8 @@ def show_cost(console: Console, name: str, found: CostEstimate) -> None:
         f"over the bare {both} pass {100 * forward['overhead']:+.0f} %",
         f"{model['class']}: {model['parameters']:,} parameters, {size(model['bytes'])} in {model['dtype']}; "
         f"{number(forward['flops_per_row'])}FLOP per {row} (forward)",
-        f"{rate['rows']:,} {row}s in {rate['hours']:g} h: {rate['rows_per_second']:,.1f} {row}s per second, "
-        f"{number(rate['flops_per_second'])}FLOP/s with the overhead",
+        f"to measure {rate['rows']:,} {row}s within {rate['hours']:g} h (cost.hours), {rate['rows_per_second']:,.1f} {row}s per "
+        f"second are needed, {number(rate['flops_per_second'])}FLOP/s with the overhead",
     ]
     if found.passes:
         most, budget = max(each["bytes"] for each in found.passes), size(found.budget) if found.budget else "no limit"

@@ -38,7 +38,8 @@ class Criterion:
     T is a column of the score table, N a normalisation within each group. The default is ``rank``, from 0 (smallest) to 1 with ties
     averaged, because a sum of quantities in different units would follow the one with the widest range; it is ``none`` for a single
     term. protect: {column: share}: units with the largest values of a column are never removed, at least one per group.
-    types: how many units of each type are removed, by the labels in a table of units.
+    types: how many units of each type are removed, by the labels in a table of units. A term is a weight, {weight, transform} or a
+    ``Term``. Raises ValueError for anything else, no term, an unknown normalisation, and a share outside of (0, 1).
     """
 
     name: str
@@ -47,6 +48,20 @@ class Criterion:
     combine: Literal["sum", "product"] = "sum"
     protect: Mapping[str, float] = field(default_factory=dict)
     types: TypeRules | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.terms, Mapping) or not self.terms:
+            raise ValueError(f"criterion {self.name!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")
+        terms = {column: _term(self.name, column, value) for column, value in self.terms.items()}
+        object.__setattr__(self, "terms", terms)
+        for what, allowed in (("normalize", get_args(Normalize)), ("combine", ("sum", "product"))):
+            if getattr(self, what) not in allowed:
+                raise ValueError(f"criterion {self.name!r}: {what} is {getattr(self, what)!r}; it is {', '.join(allowed)}")
+        for column, share in self.protect.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise ValueError(
+                    f"criterion {self.name!r}: protect.{column} is {share!r}; it is a share of a group, between 0 and 1"
+                )
 
     @classmethod
     def of(cls, spec: "Spec | Criterion", name: str | None = None) -> "Criterion":
@@ -69,20 +84,12 @@ class Criterion:
             near = nearest(unknown[0], _LONG)
             raise ValueError(f"criterion {title!r} has {', '.join(unknown)}; it takes {', '.join(_LONG)}.{near}")
         given = spec["terms"] if long else spec
-        if not isinstance(given, Mapping) or not given:
-            raise ValueError(f"criterion {title!r} has no term: it is a metric's name, or weights by name, as {{taylor: 1.0}}")
-        terms = {column: _term(title, column, value) for column, value in given.items()}
-        options: dict[str, Any] = {"normalize": "none" if len(terms) == 1 else "rank", "combine": "sum"}
+        single = isinstance(given, Mapping) and len(given) == 1
+        options: dict[str, Any] = {"normalize": "none" if single else "rank", "combine": "sum"}
         options |= {k: spec[k] for k in options if k in spec} if long else {}
-        for what, allowed in (("normalize", get_args(Normalize)), ("combine", ("sum", "product"))):
-            if options[what] not in allowed:
-                raise ValueError(f"criterion {title!r}: {what} is {options[what]!r}; it is {', '.join(allowed)}")
         protect = dict(spec.get("protect") or {}) if long else {}
-        for column, share in protect.items():
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-                raise ValueError(f"criterion {title!r}: protect.{column} is {share!r}; it is a share of a group, between 0 and 1")
         types = TypeRules.of(title, spec["types"]) if long and spec.get("types") is not None else None
-        return cls(title, terms, **options, protect=protect, types=types)
+        return cls(title, given, **options, protect=protect, types=types)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -191,7 +198,9 @@ def renamed(spec: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 
 def _term(criterion: str, column: str, value: Any) -> Term:
-    if isinstance(value, Mapping):
+    if isinstance(value, Term):
+        value = {"weight": value.weight, "transform": value.transform}
+    elif isinstance(value, Mapping):
         value = renamed(value, {"through": "transform"})
     if isinstance(value, Mapping) and "weight" in value and not set(value) - {"weight", "transform"}:
         weight, transform = value["weight"], value.get("transform", "none")

@@ -1,4 +1,4 @@
-"""Scores in hand: a table, tensors by layer or group, or a function of a group, as one column of a score table."""
+"""Given scores: a table, tensors by layer or group, or a function of a group, as one column of a score table."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeGuard

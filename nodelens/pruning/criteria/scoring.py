@@ -26,7 +26,11 @@ def columns_of(criteria: Iterable[Criterion], given: Mapping[str, Metric | None]
                 continue
             metric = (given or {}).get(column) or get_metric(column)
             if metric.shape != "unit":
-                raise ValueError(f"criterion {criterion.name!r} ranks units; {column} gives one value per {metric.shape}")
+                names = {"edge": "pair of layers", "pair": "pair of units", "input": "input of a unit"}
+                per = names.get(metric.shape, metric.shape)
+                raise ValueError(
+                    f"criterion {criterion.name!r} ranks units; {column} gives one value per {per}: choose a metric of units"
+                )
             found[column] = metric
     return found
 

@@ -30,7 +30,7 @@ def find_groups(model: nn.Module, batch: Any = None, extra: Sequence[PruningGrou
     if not len(found) and not (extra and batch is None):
         if batch is None:
             raise ValueError(
-                f"the groups of {type(model).__name__} are read from its exported graph, which needs an input: give data= or "
+                f"the groups of {type(model).__name__} are found from one forward pass, which needs an input: give data= or "
                 "example_inputs= to nl.prune, a batch to nl.find_groups"
             )
         found = graph_groups(model, _batch(model, batch))

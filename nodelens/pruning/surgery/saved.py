@@ -43,7 +43,9 @@ class SavedModel:
         origin_path = folder / (ORIGIN if (folder / ORIGIN).is_file() else "config.json")
         for name in (*FILES, origin_path.name):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no pruned model: {name} is missing")
+                absent = f"is no folder; that of a pruned model holds {name}"
+                lacks = f"holds no pruned model: {name} is missing" if folder.is_dir() else absent
+                raise FileNotFoundError(f"{folder.resolve()} {lacks}")
             checked(folder / name)
         where, origin_file = f"{folder / 'plan.json'}", f"{origin_path}"
         content, origin = read_json(folder / "plan.json"), read_json(origin_path)

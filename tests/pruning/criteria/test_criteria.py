@@ -17,7 +17,7 @@ from nodelens.metrics import get_metric, list_metrics
 from nodelens.metrics import model_sums as per_weight
 from nodelens.metrics.feature_maps import HRank
 from nodelens.network.groups import GroupSlice, PruningGroup, identity
-from nodelens.pruning.criteria.criterion import Criterion
+from nodelens.pruning.criteria.criterion import Criterion, Term
 from nodelens.pruning.criteria.scoring import score_table
 from nodelens.statistics import map_ranks as of_maps
 
@@ -505,3 +505,20 @@ def test_a_product_takes_zeros_but_nothing_below():
     np.testing.assert_allclose(found, [0, 4, 0, 3], rtol=1e-12)
     with pytest.raises(ValueError, match=r"multiplies, and b has values of 0, and a weight below 0: use combine: sum"):
         Criterion.of({"terms": {"a": 1, "b": -1}, "combine": "product"}).score(table)
+
+
+def test_a_criterion_of_an_object_is_checked_as_one_of_a_dictionary():
+    assert Criterion("x", {"rq": 1, "taylor": Term(-2.0, "log")}) == Criterion.of(
+        {"terms": {"rq": 1.0, "taylor": {"weight": -2.0, "transform": "log"}}}, "x"
+    )
+    cases = [
+        ({"terms": {}}, "has no term"),
+        ({"terms": {"rq": "much"}}, "rq is 'much'; it is a weight, a number, or"),
+        ({"terms": {"rq": Term(1.0, "cube")}}, "transform of rq is 'cube'; it is none, log, sqrt, abs, rank"),
+        ({"terms": {"rq": 1.0}, "normalize": "foo"}, "normalize is 'foo'; it is none, rank"),
+        ({"terms": {"rq": 1.0}, "combine": "foo"}, "combine is 'foo'; it is sum, product"),
+        ({"terms": {"rq": 1.0}, "protect": {"rq": 2}}, "protect.rq is 2; it is a share"),
+    ]
+    for given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Criterion("x", **given)

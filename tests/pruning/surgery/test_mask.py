@@ -142,5 +142,5 @@ def test_custom_groups_are_checked_and_replace_groups_of_the_same_name():
     ):
         with pytest.raises(ValueError, match=said):
             custom_group(net, wrong)
-    with pytest.raises(ValueError, match="are read from its exported graph, which needs an input"):
+    with pytest.raises(ValueError, match="are found from one forward pass, which needs an input"):
         find_groups(net)
