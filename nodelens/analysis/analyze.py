@@ -46,7 +46,7 @@ def analyze(
                 need is measured in the same pass; their results are in ``result.analyses``, their columns in ``result.units``
     evaluation: batches on which an analysis measures losses. None: those of data
     initial:    the network before training, or its state dict, for metrics of the weights' change
-    options:    ``AnalyzeOptions``; each of its fields can also be passed by name, as in ``groups=16``
+    options:    ``AnalyzeOptions``; each of its fields can also be passed by name, as in ``groups=16``, which then counts
     on_plan:    called with the plan before the data are read
     progress:   wraps the batches of each pass, for a progress bar
 

@@ -63,7 +63,9 @@ def _unknown_key(task: str, key: str, line: str, config: dict[str, Any], keys: l
         return f"{key}: {name} is not among the chosen {group} ({', '.join(chosen) or 'none'}); choose it too: '{group}=[{every}]'"
     if chosen == {} and rest:
         return f"{group} is empty: a new entry has a leading +, as in +{line}"
-    return f"no key {key!r} in the config of {task}.{nearest(key, keys)} (--cfg job lists all)"
+    deeper = [known for known in keys if known.endswith(f".{key}")]
+    near = nearest(key, keys) or (f" Did you mean {' or '.join(map(repr, deeper[:3]))}?" if deeper else "")
+    return f"no key {key!r} in the config of {task}.{near} (--cfg job lists all)"
 
 
 def _reason(error: Exception, given: dict[str, str]) -> str:

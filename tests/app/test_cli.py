@@ -26,6 +26,7 @@ MISTAKES = [
     ("analyze model=resnet", "Available: causal_lm, cnn, custom, mlp, resnet18"),
     ("analyze hydra/launcher=submitit_lokal", "submitit_local"),
     ("analyze foo", "'foo' sets nothing: settings are key=value"),
+    ("train lr=0.1", "no key 'lr' in the config of train. Did you mean 'model.optimizer.lr'? (--cfg job lists all)"),
     ("analyze --bogus", "--bogus: there is no such flag; settings are key=value, as in bogus=...; --hydra-help lists the flags"),
     ("analyze metrics=[rq", "quote it"),
     ("analyze --config-dir nowhere", "no folder at"),
