@@ -72,7 +72,7 @@ def measured(request, texts):
 
 
 PADS = {"pad 0": 0, "pad equal to eos": 257, "pad of its own": 258}
-FAST = [(3, "left", "pad equal to eos")]  # tests/engine/test_padding.py has the other pads and sides for every metric
+FAST = [(3, "left", "pad equal to eos"), (8, "right", "pad of its own")]  # each side; make test-all has all of them
 
 
 @pytest.mark.parametrize(

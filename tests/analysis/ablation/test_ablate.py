@@ -335,6 +335,21 @@ def test_the_error_is_over_samples_and_a_limit_counts_predictions():
     assert found[0]["damage_se"].iloc[0] == pytest.approx(d.std(ddof=1) / math.sqrt(7), rel=1e-6)
 
 
+def test_the_error_of_texts_of_unequal_length_is_that_of_a_ratio():
+    """Cochran 1977, Sampling Techniques, eq. 6.13: sums of changes over sums of predictions."""
+    net, lengths = llama(), [9, 12, 10, 8, 4]
+    groups = list(nl.find_groups(net))
+    singles = [[batch] for batch in texts(lengths, 1)]
+    t = np.array(lengths) - 1.0
+    d = t * np.array([by_masks(net, single, groups, [("model.layers.1.mlp", 0)])[0] for single in singles])
+    change = d.sum() / t.sum()
+    error = math.sqrt(((d - change * t) ** 2).sum() * len(t) / (len(t) - 1)) / t.sum()
+    for size in (1, 2, 5):
+        found = nl.ablate(net, texts(lengths, size), {"model.layers.1.mlp": [0]}).units.iloc[0]
+        assert found["damage"] == pytest.approx(change, rel=1e-6)
+        assert found["damage_se"] == pytest.approx(error, rel=1e-6)
+
+
 def test_a_unit_that_is_named_twice_counts_once():
     found = nl.ablate_sets(branches(), images(), {"twice": {"a": [1, 1]}, "once": {"a": torch.tensor([1])}})
     assert found["units"].tolist() == [1, 1]
