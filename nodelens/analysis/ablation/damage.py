@@ -201,8 +201,8 @@ class _Passes:
 
     def _compiling_pays(self, recording: Recording) -> bool:
         """Whether convolutions for the loops of ``winograd`` read enough for a compilation, and there is a compiler."""
-        maps = [call.output for call in recording.calls if winograd.fits(call.module) and isinstance(call.output, Tensor)]
-        return len(self.lesions) * sum(each.nbytes for each in maps) >= WORTH and winograd.available()
+        maps = [call.output for call in self.folds.pairs(recording.calls) if winograd.fits(call.module)]
+        return len(self.lesions) * sum(each.nbytes for each in maps if isinstance(each, Tensor)) >= WORTH and winograd.available()
 
     def _fitting(self, calls: Sequence[RecordedCall], samples: int = 1) -> int:
         """How many samples fit into a pass, at least one."""

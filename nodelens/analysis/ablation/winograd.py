@@ -38,6 +38,7 @@ def fits(conv: Any) -> bool:
 def convolution(weight: Tensor, bias: Tensor, otherwise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The convolution of maps (samples, channels, height, width) that lie channels last; otherwise: of all others.
 
+    Shapes: weight (made, channels, 3, 3), bias (made,), float32 -> maps (samples, made, height, width), channels last.
     Error: that of float32 sums, as a direct convolution has it; an infinite value makes the outputs of its tiles NaN.
     """
     loops, (made, read) = _library(), weight.shape[:2]

@@ -132,6 +132,13 @@ def test_ablation_does_without_a_compiler(loops, blocks, monkeypatch):
     assert nl.ablate(*blocks, layers=["stem"], sample=2).metadata["kernels"] == "torch"
 
 
+def test_convolutions_without_a_norm_compile_nothing(loops, blocks, monkeypatch):
+    net, data = blocks
+    net.norms = nn.ModuleList(nn.Identity() for _ in net.norms)
+    monkeypatch.setattr(winograd, "available", lambda: pytest.fail("the compiler was called"))
+    assert nl.ablate(net, data, layers=["stem"], sample=2).metadata["kernels"] == "torch"
+
+
 def test_a_short_ablation_compiles_nothing(blocks, monkeypatch):
     monkeypatch.setattr(winograd, "available", lambda: pytest.fail("the compiler was called"))
     assert nl.ablate(*blocks, layers=["stem"], sample=2).metadata["kernels"] == "torch"
