@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nodelens.metrics import Metric, Need
-from nodelens.statistics import Accumulator
+from nodelens.statistics import Accumulator, kernels
 
 from .layout import Place
 from .metric_sums import MetricSums, SampleCounts, SharedSums, Sums
@@ -139,9 +139,10 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
     @torch.no_grad()
     def without(group: int | None, some: Sequence[tuple[Estimator, list[tuple]]] = of_sums) -> None:
         shared = SharedSums(plan, group, values)
-        for estimator, unread in some:
-            estimator.evaluate(shared, samples)
-            shared.release(unread)
+        with kernels.using(plan.kernels):
+            for estimator, unread in some:
+                estimator.evaluate(shared, samples)
+                shared.release(unread)
 
     without(None, of_weights)
     _in_threads(without, [None, *groups], 1 if few or plan.sharded else torch.get_num_threads())

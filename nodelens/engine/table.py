@@ -15,6 +15,7 @@ from nodelens.metrics.sampling import jackknife
 from nodelens.network.group_layer import GroupLayer
 from nodelens.network.layers import Layer
 from nodelens.network.sharded import class_name
+from nodelens.statistics import kernels
 
 from .error_reasons import no_error, why_missing
 from .estimate import Estimator, estimators_at, evaluate
@@ -193,7 +194,8 @@ def _measured(metric: Metric, plan: Plan, cell: _Cell, bias: bool = False, seed:
         columns |= {"_bias": bias_estimate} if bias else {}
     columns |= estimators[0].beside
     if metric.options.get("permutations"):
-        columns |= null_of(metric, *estimators[0].for_null(), seed)
+        with kernels.using(plan.kernels):
+            columns |= null_of(metric, *estimators[0].for_null(), seed)
     return _scatter(Measured(columns, counts, known=known, no_error=why), plan, metric, layer)
 
 

@@ -1,14 +1,23 @@
 """Information that pairs of units carry about a class, from histograms whose bins hold equal shares of the rows."""
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from nodelens.statistics import compiler, kernels
 
 _BLOCK = 1 << 18  # counts formed at once: they stay in the cache of a core
 _MOST = 1000  # bits of a product in float64: it overflows beyond 1,023
+_UNITS = 64  # the loops take blocks of so many
+_LARGEST = 256  # number of bins that the loops tell apart
 _ROUNDING = 1e-5  # of a column's range: differences that float32 activations of the same input may have
 
 
@@ -39,19 +48,55 @@ def _sorted(x: Tensor) -> Tensor:
 def class_information_of_pairs(bins_of_units: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Plug-in information about the class of each unit, (d,), and of each pair, (d, d); the diagonal is that of the unit.
 
-    Shapes: bins_of_units (n, d) and label (n,), int64, from 0. I = H(c) + H(bins) - H(c, bins)
+    Shapes: bins_of_units (n, d) and label (n,), int64, from 0. I = H(c) + H(bins) - H(c, bins). Loops in C, if they are in use,
+    take a fifth to a ninth of the time.
     """
     rows, n = bins_of_units.cpu(), len(label)
     kinds = label.cpu().unique(return_inverse=True)[1]
     sizes = kinds.bincount()
-    within = rows[kinds.argsort(stable=True)].split(sizes.tolist())
-    pairs = _sum_over_rows([each for each in within if len(each) < bins * bins], rows.shape[1])
-    for each in within:
-        if len(each) >= bins * bins:
-            pairs += _sum_over_cells(each, bins)
-    pairs -= _sum_over_cells(rows, bins)
+    within, loops = rows[kinds.argsort(stable=True)], _loops() if kernels.are_compiled() and bins <= _LARGEST else None
+    if loops is None:
+        pairs = _terms_of_sets(within, sizes, bins) - _sum_over_cells(rows, bins)
+    else:
+        pairs = _terms_by_loops(loops, within, sizes, bins) - _terms_by_loops(loops, within, sizes.sum(0, keepdim=True), bins)
     pairs = (pairs.triu() + pairs.triu(1).T - torch.special.xlogy(sizes, sizes.double()).sum() + n * math.log(n)) / n
     return pairs.diagonal().to(label.device, copy=True), pairs.to(label.device)
+
+
+def _terms_of_sets(rows: Tensor, sizes: Tensor, bins: int) -> Tensor:
+    """The sum of m ln m over the joint bins of two units in each set of rows, which follow one another, (d, d), as below."""
+    sets = rows.split(sizes.tolist())
+    found = _sum_over_rows([each for each in sets if len(each) < bins * bins], rows.shape[1])
+    for each in sets:
+        if len(each) >= bins * bins:
+            found += _sum_over_cells(each, bins)
+    return found
+
+
+def _terms_by_loops(loops: Any, rows: Tensor, sizes: Tensor, bins: int) -> Tensor:
+    """The same by loops in C."""
+    (n, d), threads, ends = rows.shape, torch.get_num_threads(), sizes.cumsum(0)
+    of = pad(rows.to(torch.uint8), (0, -d % _UNITS))
+    width, numbers = of.shape[1], torch.arange(n + 1, dtype=torch.float64)
+    masks = torch.empty(loops.mask_numbers(ends.data_ptr(), len(ends), bins, width), dtype=torch.int64)
+    terms, scratch = torch.special.xlogy(numbers, numbers), torch.empty(2 * threads * n, dtype=torch.int32)
+    found = torch.zeros(width, width, dtype=torch.float64)
+    given = of.data_ptr(), ends.data_ptr(), len(ends), width, bins, terms.data_ptr(), masks.data_ptr(), scratch.data_ptr()
+    loops.add_terms(*given, found.data_ptr(), threads)
+    return found[:d, :d]
+
+
+@cache
+def _loops() -> Any:
+    """The loops of ``pair_bins.c``; None where they cannot be compiled."""
+    try:
+        found = compiler.load(Path(__file__).with_name("pair_bins.c"), "double")
+    except OSError:
+        return None
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    found.mask_numbers.argtypes, found.mask_numbers.restype = [pointer, whole, whole, whole], whole
+    found.add_terms.argtypes, found.add_terms.restype = [pointer, pointer, *[whole] * 3, *[pointer] * 4, ctypes.c_int], None
+    return found
 
 
 def _sum_over_cells(rows: Tensor, bins: int) -> Tensor:

@@ -46,9 +46,14 @@ def chosen(kernels: str, device: torch.device, nbytes: float) -> str:
     return "compiled"
 
 
+def are_compiled() -> bool:
+    """Whether compiled loops are in use."""
+    return _in_use.get() == "compiled"
+
+
 def compiled_for(raw: Tensor) -> ModuleType | None:
     """The module of compiled loops if they are in use and read such rows, otherwise None."""
-    if _in_use.get() != "compiled" or raw.device.type != "cpu" or raw.dtype not in (torch.float32, torch.float64):
+    if not are_compiled() or raw.device.type != "cpu" or raw.dtype not in (torch.float32, torch.float64):
         return None
     return compiled
 

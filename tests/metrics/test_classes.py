@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from nodelens.metrics import get_metric
 from nodelens.metrics.pair_bins import class_information_of_pairs, quantile_bins
-from nodelens.statistics import ByClass, ClassGram, Gram, Sample
+from nodelens.statistics import ByClass, ClassGram, Gram, Sample, kernels
 from nodelens.statistics.rows import Rows
 
 
@@ -322,8 +322,10 @@ def test_mistakes_are_named(call, words):
         call()
 
 
-@pytest.mark.parametrize(("rows", "bins", "classes"), [(40, 3, 2), (90, 8, 3), (400, 6, 40), (700, 40, 2), (300, 2, 1)])
-def test_information_of_pairs_is_that_of_a_slow_loop(rows, bins, classes):
+@pytest.mark.parametrize(
+    ("rows", "bins", "classes"), [(40, 3, 2), (90, 8, 3), (400, 6, 40), (700, 40, 2), (300, 2, 1), (300, 256, 2)]
+)
+def test_information_of_pairs_is_that_of_a_slow_loop(rows, bins, classes, back_end):
     """Classes of one row to 700; few and many rows per bin; products of counts that would overflow."""
     generator = torch.Generator().manual_seed(0)
     y, label = torch.randint(bins, (rows, 5), generator=generator), torch.randint(classes, (rows,), generator=generator)
@@ -335,3 +337,25 @@ def test_information_of_pairs_is_that_of_a_slow_loop(rows, bins, classes):
     units, c = y.T.tolist(), label.tolist()
     near(single, [plug_in(unit, c) for unit in units], 1e-12)
     near(pairs, [[plug_in(one, other, c) for other in units] for one in units], 1e-12)
+
+
+@pytest.mark.parametrize(("rows", "bins"), [(59, 6), (61, 6), (255, 30), (256, 30), (700, 6), (100, 40)])
+def test_loops_over_pairs_are_torch_over_blocks_of_units_and_threads(rows, bins, compiler, monkeypatch):
+    """More units than a block holds, of which most rows share a bin, as behind a ReLU; sets on both sides of each limit."""
+    generator = torch.Generator().manual_seed(0)
+    y = (torch.randn(rows, 130, generator=generator).relu() * bins).long().clamp_max(bins - 1)
+    label = torch.randint(3, (rows,), generator=generator)
+    expected = class_information_of_pairs(y, label, bins)[1]
+    monkeypatch.setattr("nodelens.metrics.pair_bins._sum_over_cells", None)  # only the loops can answer
+    monkeypatch.setattr("nodelens.metrics.pair_bins._sum_over_rows", None)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with kernels.using("compiled"):
+            near(class_information_of_pairs(y, label, bins)[1], expected, 1e-12)
+    torch.set_num_threads(before)
+
+
+def test_more_bins_than_a_byte_tells_apart_are_counted_by_torch(back_end):
+    y, label = torch.arange(300)[:, None] * torch.ones(2, dtype=torch.long), torch.arange(300) % 2
+    assert class_information_of_pairs(y, label, 300)[1].flatten().tolist() == pytest.approx(4 * [math.log(2)], rel=1e-12)
