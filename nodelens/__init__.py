@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nodelens.analysis.ablation.ablate import ablate, ablate_sets
     from nodelens.analysis.analyze import analyze
+    from nodelens.analysis.base import Analysis
     from nodelens.analysis.geometry.analyze_model import GeometryOptions
     from nodelens.analysis.geometry.bundle import GeometryResult, load_bundle
     from nodelens.analysis.load import load
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
     from nodelens.interventions.wrapper import ModelWrapper
     from nodelens.metrics import Metric, Need, get_metric, list_metrics, register_metric
     from nodelens.network.find_layers import find_layers
-    from nodelens.network.groups import PruningGroup, PruningGroups
+    from nodelens.network.groups import GroupSlice, PruningGroup, PruningGroups
     from nodelens.network.layers import Layer
     from nodelens.pruning.allocation.allocate import Allocation
     from nodelens.pruning.criteria.criterion import Criterion, Term
+    from nodelens.pruning.criteria.type_rules import TypeRules
     from nodelens.pruning.groups.find import find_groups
     from nodelens.pruning.planning import PruningOptions, Schedule
     from nodelens.pruning.prune import Pruned, prune
+    from nodelens.pruning.removal_plan import RemovalPlan
     from nodelens.pruning.strategies import PruningConfig, PruningStrategy, get_pruning_strategy, list_pruning_strategies
     from nodelens.pruning.surgery.load import load_pruned
     from nodelens.report.paper import export
@@ -45,12 +48,14 @@ if TYPE_CHECKING:
     from nodelens.results.result import Result
     from nodelens.results.runs import load_runs
     from nodelens.results.trends import score_trends
+    from nodelens.statistics import Statistic
     from nodelens.training.finetune import Finetune
 
 __path__.append(f"{__path__[0]}/app/first_version")  # where python -m nodelens.cli still is
 _HOMES = {  # where the names are defined
     "analysis.ablation.ablate": "ablate ablate_sets",
     "analysis.analyze": "analyze",
+    "analysis.base": "Analysis",
     "analysis.geometry.analyze_model": "GeometryOptions",
     "analysis.geometry.bundle": "GeometryResult load_bundle",
     "analysis.load": "load",
@@ -75,13 +80,15 @@ _HOMES = {  # where the names are defined
     "interventions.wrapper": "ModelWrapper",
     "metrics": "Metric Need get_metric list_metrics register_metric",
     "network.find_layers": "find_layers",
-    "network.groups": "PruningGroup PruningGroups",
+    "network.groups": "GroupSlice PruningGroup PruningGroups",
     "network.layers": "Layer",
     "pruning.allocation.allocate": "Allocation",
     "pruning.criteria.criterion": "Criterion Term",
+    "pruning.criteria.type_rules": "TypeRules",
     "pruning.groups.find": "find_groups",
     "pruning.planning": "PruningOptions Schedule",
     "pruning.prune": "Pruned prune",
+    "pruning.removal_plan": "RemovalPlan",
     "pruning.strategies": "PruningConfig PruningStrategy get_pruning_strategy list_pruning_strategies",
     "pruning.surgery.load": "load_pruned",
     "report.paper": "export",
@@ -90,20 +97,23 @@ _HOMES = {  # where the names are defined
     "results.result": "Result",
     "results.runs": "load_runs",
     "results.trends": "score_trends",
+    "statistics": "Statistic",
     "training.finetune": "Finetune",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 # fmt: off
 __all__ = [
-    "Allocation", "AnalyzeOptions", "CostEstimate", "Criterion", "Edit", "Findings", "Finetune", "GeometryOptions",
-    "GeometryResult", "Layer", "Machine", "Metric", "ModelWrapper", "ModularityAnalysis", "Modules", "Need", "Pruned",
-    "PruningConfig", "PruningGroup", "PruningGroups", "PruningOptions", "PruningStrategy", "RepresentationContext",
-    "Result", "Run", "Schedule", "StateConfig", "StateManager", "StateMap", "Supernodes", "Term", "ablate", "ablate_sets",
-    "analyze", "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate", "export",
-    "find_groups", "find_layers", "find_modules", "get_analysis", "get_metric", "get_pruning_strategy", "lens",
-    "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config", "load_pruned",
-    "load_runs", "match_units", "modularity", "patch", "prune", "register_metric", "run", "score_trends", "select_tokens",
+    "Allocation", "Analysis", "AnalyzeOptions", "CostEstimate", "Criterion", "Edit", "Findings", "Finetune",
+    "GeometryOptions", "GeometryResult", "GroupSlice", "Layer", "Machine", "Metric", "ModelWrapper",
+    "ModularityAnalysis", "Modules", "Need", "Pruned", "PruningConfig", "PruningGroup", "PruningGroups",
+    "PruningOptions", "PruningStrategy", "RemovalPlan", "RepresentationContext", "Result", "Run", "Schedule",
+    "StateConfig", "StateManager", "StateMap", "Statistic", "Supernodes", "Term", "TypeRules", "ablate",
+    "ablate_sets", "analyze", "analyze_model", "compare", "compare_modules", "edit", "estimate_cost", "evaluate",
+    "export", "find_groups", "find_layers", "find_modules", "get_analysis", "get_metric", "get_pruning_strategy",
+    "lens", "list_analyses", "list_metrics", "list_pruning_strategies", "load", "load_bundle", "load_config",
+    "load_pruned", "load_runs", "match_units", "modularity", "patch", "prune", "register_metric", "run",
+    "score_trends", "select_tokens",
 ]
 # fmt: on
 

@@ -374,3 +374,5 @@ def test_every_package_and_config_file_travels_in_the_wheel():
     assert {*made["packages"]} == there | {"nodelens.conf"}
     packed = {p for pattern in made["package-data"]["nodelens.conf"] for p in CONF.glob(pattern)}
     assert {p for p in CONF.rglob("*") if p.is_file()} <= packed
+    packed = {p for pattern in made["package-data"]["nodelens"] for p in (ROOT / "nodelens").glob(pattern)}
+    assert {*(ROOT / "nodelens").rglob("*.c")} <= packed

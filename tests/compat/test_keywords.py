@@ -30,6 +30,9 @@ OPEN = {  # functions that take **options: what they are called with, and one of
         ["prompt", "layer", "position"],
     ),
     "Result.plot": (None, []),  # its keywords are those of the figure
+    "RemovalPlan.save": (None, []),  # its keywords are further keys of the file
+    "Statistic.about": (None, []),  # its keywords are the shifts
+    "Analysis": (None, []),  # an abstract class without options
     "Metric.beside": (None, []),
     "Metric.__call__": (None, []),  # its keywords are the statistics that it needs
     "Metric.counts": (None, []),
@@ -43,7 +46,7 @@ def callables():
         yield name, found
         if inspect.isclass(found):
             own = [m for m in vars(found) if not m.startswith("_") and m not in getattr(found, "__dataclass_fields__", ())]
-            yield from ((f"{name}.{m}", getattr(found, m)) for m in own if inspect.isroutine(getattr(found, m)))
+            yield from ((f"{name}.{m}", getattr(found, m)) for m in own if callable(getattr(found, m)))
 
 
 def misspelt(name):

@@ -56,7 +56,7 @@ def test_the_names_of_the_design_are_public():
         _ = nl.prun
 
 
-NOT_MADE_BY_USERS = {"Analysis", "Batch", "CostEstimate", "FineTuning", "Forecast", "Plan"}
+NOT_MADE_BY_USERS = {"Batch", "CostEstimate", "FineTuning", "Forecast", "Plan"}
 
 
 def mentioned(hint):
