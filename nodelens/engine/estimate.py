@@ -1,6 +1,7 @@
 """The values of metrics from complete sums: over all samples, and without each group of samples, for the jackknife."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -126,26 +127,48 @@ def evaluate(plan: Plan, estimators: Sequence[Estimator], samples: SampleCounts)
     """Evaluates metrics over all samples, and without each group.
 
     Estimators in an order that keeps those of one layer together: sums are formed once for all of them, and dropped after the last
-    one. The whole and the groups are evaluated in parallel threads, each with sums of its own; those of a sharded model one after
-    another, since its weights are gathered in the same order by every process. Metrics of weights alone come first.
+    one. Estimators that share sums or weights are a part, and a part over all samples or without a group is a task. Tasks run in
+    parallel threads; those of a sharded model one after another, since its weights are gathered in the same order by every process.
+    Metrics of weights alone come first.
     """
     values: dict[tuple[str, str], dict] = {}  # of the weights, which are the same without any group
-    of_weights = _with_last_reads([each for each in estimators if not each.sums.accumulators])
-    of_sums = _with_last_reads([each for each in estimators if each.sums.accumulators])
+    of_weights = _parts([each for each in estimators if not each.sums.accumulators])
+    of_sums = _parts([each for each in estimators if each.sums.accumulators])
     read = {id(a): a for estimator in estimators for a in estimator.sums.accumulators.values()}
     few = sum(a.nbytes for a in read.values() if isinstance(a, Accumulator)) < FEW_BYTES
     groups = sorted({group for estimator in estimators for group in estimator.groups})
+    tasks = [(part, group) for part in sorted(of_sums, key=_nbytes, reverse=True) for group in (None, *groups)]
 
     @torch.no_grad()
-    def without(group: int | None, some: Sequence[tuple[Estimator, list[tuple]]] = of_sums) -> None:
-        shared = SharedSums(plan, group, values)
+    def without(task: tuple[list[Estimator], int | None]) -> None:
+        shared = SharedSums(plan, task[1], values)
         with kernels.using(plan.kernels):
-            for estimator, unread in some:
+            for estimator, unread in _with_last_reads(task[0]):
                 estimator.evaluate(shared, samples)
                 shared.release(unread)
 
-    without(None, of_weights)
-    _in_threads(without, [None, *groups], 1 if few or plan.sharded else torch.get_num_threads())
+    for part in of_weights:
+        without((part, None))  # by all threads at once: what a thread of its own frees stays with the process
+    _in_threads(without, tasks, 1 if few or plan.sharded else torch.get_num_threads())
+
+
+def _parts(estimators: Sequence[Estimator]) -> list[list[Estimator]]:
+    """The estimators in runs, of which no two read the same sums or weights."""
+    last = {key: k for k, estimator in enumerate(estimators) for key in estimator.reads()}
+    parts: list[list[Estimator]] = []
+    end = -1  # of the run
+    for k, estimator in enumerate(estimators):
+        if k > end:
+            parts.append([])
+        parts[-1].append(estimator)
+        end = max([end, *(last[key] for key in estimator.reads())])
+    return parts
+
+
+def _nbytes(part: Sequence[Estimator]) -> int:
+    """Bytes of the sums that a part reads."""
+    read = {id(a): a for estimator in part for a in estimator.sums.accumulators.values()}
+    return sum(a.nbytes for a in read.values() if isinstance(a, Accumulator))
 
 
 def _with_last_reads(estimators: Sequence[Estimator]) -> list[tuple[Estimator, list[tuple]]]:
@@ -157,18 +180,35 @@ def _with_last_reads(estimators: Sequence[Estimator]) -> list[tuple[Estimator, l
     return [(estimator, unread.get(k, [])) for k, estimator in enumerate(estimators)]
 
 
-def _in_threads(function: Callable[[int | None], None], items: Sequence[int | None], threads: int) -> None:
-    """Calls a function on each item, in some threads, each of which then computes on its own."""
+def _in_threads(function: Callable[[Any], None], items: Sequence[Any], threads: int) -> None:
+    """Calls a function on each item, in some threads, each of which then computes on its own.
+
+    Items are given the largest first. One thread takes them from the end: two that run many short operations wait for each other.
+    """
     if min(threads, len(items)) < 2:
         for item in items:
             function(item)
         return
+    left = deque(items)
+
+    def work(take: Callable[[], Any]) -> None:
+        while True:
+            try:
+                item = take()
+            except IndexError:
+                return
+            try:
+                function(item)
+            except BaseException:
+                left.clear()  # the other threads end
+                raise
+
     try:
         with (
             threadpool_limits(1, user_api="blas"),  # of numpy; that of torch follows the number of its threads
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            for _ in pool.map(function, items):
-                pass
+            for done in [pool.submit(work, left.pop), *(pool.submit(work, left.popleft) for _ in range(threads - 1))]:
+                done.result()
     finally:
         torch.set_num_threads(threads)  # new threads take over the number that was set last

@@ -1,5 +1,7 @@
 """A table forms every sum and takes every decomposition once, however many metrics read it, and drops it afterwards."""
 
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -107,6 +109,26 @@ def test_each_thread_computes_on_its_own():
         torch.set_num_threads(threads)
     assert seen == dict.fromkeys([None, 0, 1], (1, {1}))
     assert blas_threads() == before
+
+
+def test_an_error_of_one_item_is_raised_and_ends_the_others():
+    begun, failed = [], threading.Event()
+
+    def function(item):
+        begun.append(item)
+        if item == 0:
+            failed.set()
+            raise IndexError("of the item")
+        failed.wait(60)
+        time.sleep(0.001)
+
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(IndexError, match="of the item"):
+            estimate._in_threads(function, range(1000), 2)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(begun) < 1000
 
 
 def test_sums_are_dropped_after_the_last_metric_that_reads_them(case, monkeypatch):
